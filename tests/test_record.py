@@ -15,22 +15,19 @@ from typing import Any
 import pytest
 
 from mechdsl import diagnostics
-from mechdsl.base.records import Record, keyword_record, record
+from mechdsl.base.records import Record
 
 
-@keyword_record
-class Placed(Record):
+class Placed(Record, kw_only=True):
     place: int = field(default=0, compare=False, repr=False)
 
 
-@record
 class Word(Placed):
     text: str
     parts: list[str] = field(default_factory=list[str])
 
 
 def test_record_fields_are_known_before_the_first_object() -> None:
-    @record
     class Fresh(Placed):
         text: str
 
@@ -41,7 +38,6 @@ def test_record_fields_are_known_before_the_first_object() -> None:
 def test_record_subclass_has_its_fields_after_use_of_the_base() -> None:
     assert Placed(place=1).place == 1
 
-    @record
     class Late(Placed):
         text: str
 
@@ -80,7 +76,6 @@ def test_record_with_invalid_arguments_raises() -> None:
 def test_first_record_objects_are_created_in_threads() -> None:
     for _ in range(50):
 
-        @record
         class Fresh(Placed):
             text: str
 
@@ -114,7 +109,6 @@ def test_each_record_class_of_the_package_is_a_dataclass() -> None:
 
 
 def test_record_initializer_takes_positions_names_and_defaults() -> None:
-    @record
     class Filled(Placed):
         text: str
         number: int = 3

@@ -15,7 +15,7 @@ from threading import get_ident
 from typing import Any, Literal
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 
 _KINDS = {
     stat.S_IFCHR: "a device",
@@ -234,7 +234,6 @@ class UnreadableFile(Exception):
         self.hint = hint
 
 
-@record
 class SafetensorsFile(Record):
     """Properties of a file when it was checked."""
 

@@ -9,8 +9,6 @@ from functools import cache, cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, dataclass_transform
 
-RecordClass = TypeVar("RecordClass", bound="type[Record]")
-
 ClassT = TypeVar("ClassT")
 
 _FIELDS = "__dataclass_fields__"
@@ -74,8 +72,19 @@ def _finish_and_init(self: Record, *args: Any, **values: Any) -> None:
     type(self).__init__(self, *args, **values)
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 class Record:
-    """A record, equal to records of the same class with equal compared fields."""
+    """A record, equal to records of the same class with equal compared fields.
+
+    Each subclass becomes a dataclass on first use; frozen for the type checker only. The fields of
+    `class Word(Record, kw_only=True)` are keyword-only.
+    """
+
+    def __init_subclass__(cls, *, kw_only: bool = False) -> None:
+        super().__init_subclass__()
+        setattr(cls, _FIELDS, _Unfinished(kw_only=kw_only))
+        if "__init__" not in vars(cls):
+            setattr(cls, "__init__", _finish_and_init)  # noqa: B010
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _finish(type(self))  # an unpickled object may be the first of its class in this process
@@ -106,25 +115,6 @@ def _compared(kind: type[Record]) -> tuple[str, ...]:
 @cache
 def _shown(kind: type[Record]) -> tuple[str, ...]:
     return tuple(f.name for f in fields(kind) if f.repr)  # type: ignore[arg-type]
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(field,))
-def record(kind: RecordClass) -> RecordClass:
-    """Apply `@dataclass` lazily to a subclass of Record; frozen for the type checker only."""
-    return _waiting(kind, kw_only=False)
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
-def keyword_record(kind: RecordClass) -> RecordClass:
-    """Apply `record` with keyword-only fields."""
-    return _waiting(kind, kw_only=True)
-
-
-def _waiting(kind: RecordClass, *, kw_only: bool) -> RecordClass:
-    setattr(kind, _FIELDS, _Unfinished(kw_only=kw_only))
-    if "__init__" not in vars(kind):
-        setattr(kind, "__init__", _finish_and_init)  # noqa: B010
-    return kind
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))

@@ -9,7 +9,7 @@ from dataclasses import field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import Percent, measure_names, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -70,7 +70,6 @@ def cell_coordinates(cell: CellKey) -> tuple[CoordinateValues, set[str]]:
     return {**cell.also, **found, **cell.coords}, components
 
 
-@record
 class CellSelection(Record):
     """A selection of cells by ranges of coordinates and a component."""
 
@@ -107,12 +106,10 @@ def _within(value: int | float | str, low: int | float | str, high: int | float 
 # --- values -------------------------------------------------------------------------------------
 
 
-@record
 class ConstantValue(Record):
     value: float
 
 
-@record
 class CellValue(Record):
     """The value of cells of a measure: one cell's, or an aggregate of several."""
 
@@ -124,12 +121,10 @@ class CellValue(Record):
     """Name of the other experiment in `delta of other`; `measure` is an index into its measures."""
 
 
-@record
 class Accuracy(Record):
     run: str
 
 
-@record
 class Correlation(Record):
     """A correlation over the cells that both experiments have."""
 
@@ -138,19 +133,16 @@ class Correlation(Record):
     experiment: str
 
 
-@record
 class Arithmetic(Record):
     operator: Literal["+", "-", "*", "/"]
     left: ConditionValue
     right: ConditionValue
 
 
-@record
 class Absolute(Record):
     operand: ConditionValue
 
 
-@record
 class Area(Record):
     """The area under the curve of a measure over an axis, divided by the axis's range."""
 
@@ -161,7 +153,6 @@ class Area(Record):
     """Whether it is the area between the curve and 1."""
 
 
-@record
 class Ranking(Record):
     """`auroc(effect, truth)`: how well an effect ranks positive cells or rows."""
 
@@ -194,14 +185,12 @@ def truth_value(value: object) -> bool | None:
 # --- conditions ---------------------------------------------------------------------------------
 
 
-@record
 class Comparison(Record):
     operator: Literal["<", "<=", ">", ">=", "=", "!="]
     left: ConditionValue
     right: ConditionValue
 
 
-@record
 class BandCondition(Record):
     """`v near x within t`, `v in a..b`: both ends included."""
 
@@ -210,7 +199,6 @@ class BandCondition(Record):
     high: float
 
 
-@record
 class BestCellCondition(Record):
     """`argmax(recovery) = L9H9`, `argmax(recovery) = recovery(c: 2)`."""
 
@@ -226,7 +214,6 @@ class BestCellCondition(Record):
         return all(each.matches(cell) for each in self.named)
 
 
-@record
 class TopCellsCondition(Record):
     """`top 3 contains L9H9, L9H6`, by absolute value."""
 
@@ -235,14 +222,12 @@ class TopCellsCondition(Record):
     sites: tuple[CellSelection, ...]
 
 
-@record
 class LogicalCondition(Record):
     operator: Literal["and", "or"]
     left: Condition
     right: Condition
 
 
-@record
 class Negation(Record):
     operand: Condition
 
@@ -253,7 +238,6 @@ ExpectStatement = Condition | TopCellsCondition
 """The content of an `expect` line."""
 
 
-@record
 class KnownMeasure(Record):
     """The names of a measure for expectations."""
 
@@ -293,7 +277,6 @@ def naming_hint(measures: Sequence[KnownMeasure], found: Sequence[int], of: str 
     )
 
 
-@record
 class KnownNames(Record):
     """The names in an experiment that an expectation may refer to."""
 

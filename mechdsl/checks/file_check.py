@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import TypeVar
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, closest_name, record
+from mechdsl.base.records import Record, closest_name
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
 from mechdsl.checks.expectations import check_results
@@ -506,7 +506,6 @@ def _identity(path: Path) -> Hashable:
 ExperimentT = TypeVar("ExperimentT", ResolvedExperiment, ExperimentOutline)
 
 
-@record
 class CheckSettings(Record):
     """Settings of the command line."""
 

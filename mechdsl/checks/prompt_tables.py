@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Protocol, cast
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.checks.conditions import CellReader, KnownNames, RefusedCondition
 from mechdsl.checks.models import ModelBuilder, ModelContexts, check_input_kind, check_prompt_tokens
@@ -73,7 +73,6 @@ class TableBuilder(Protocol):
     ) -> tuple[PromptTable | None, list[Diagnostic]]: ...
 
 
-@record
 class StreamedPart(Record):
     """Some rows of a block whose rows are read in parts."""
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.names import BadArgument
@@ -122,7 +122,6 @@ def check_nodes(
     return [] if problem is None else [problem]
 
 
-@record
 class FilledGroups(Record):
     """An experiment with the sites of its groups."""
 
@@ -317,7 +316,6 @@ def _values(numbers: tuple[int, ...], span: Span) -> tuple[ast.AxisRange, ...]:
 PartT = TypeVar("PartT")
 
 
-@record
 class _ChosenCoordinates(Record):
     """A group of features or dimensions, with the chosen ones."""
 
@@ -352,7 +350,6 @@ class _ChosenCoordinates(Record):
         return replace(node, excluded=tuple(excluded)) if node.excluded else node
 
 
-@record
 class _ChosenPositions(Record):
     """A group of positions and its candidates."""
 

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 from mechdsl.base.files import shipped_path
-from mechdsl.base.records import keyword_record
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.other_tools import (
@@ -19,7 +18,6 @@ from mechdsl.diagnostics.other_tools import (
 )
 
 
-@keyword_record
 class BadCommandLine(Diagnostic):
     """A mistake on the command line."""
 
@@ -30,7 +28,6 @@ class BadCommandLine(Diagnostic):
     hint: str
 
 
-@keyword_record
 class PluginNotLoaded(Diagnostic):
     """A plugin that is not installed, or can't be imported."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import fields
-from typing import Any, ClassVar, Literal, TypeAlias
+from dataclasses import field, fields
+from typing import Any, ClassVar, Literal, TypeAlias, dataclass_transform
 
-from mechdsl.base.records import Record, closest_name, keyword_record
+from mechdsl.base.records import Record, closest_name
 from mechdsl.base.source import Span
 
 Severity = Literal["error", "warning"]
@@ -28,8 +28,8 @@ CODES: dict[str, type[Diagnostic]] = {}
 """Every code of the language, filled as the classes are defined."""
 
 
-@keyword_record
-class Diagnostic(Record):
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+class Diagnostic(Record, kw_only=True):
     """An error or a warning. Each code has a subclass, whose fields are the facts of the message.
 
     `title`, `label` and `help` are format strings over the fields. `span` is None if the error
@@ -53,8 +53,8 @@ class Diagnostic(Record):
     by_text: bool = False
     """Whether this instance depends only on the text, regardless of `depends_on`."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__(kw_only=True)
         if cls.code in CODES:
             raise ValueError(f"code {cls.code} is used twice")
         if cls.code:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from mechdsl.base.records import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
 
 
-@keyword_record
 class BadControl(Diagnostic):
     """Random targets that can't be drawn."""
 
@@ -19,7 +17,6 @@ class BadControl(Diagnostic):
     hint: str
 
 
-@keyword_record
 class NoMeasure(Diagnostic):
     """An experiment without a `measure` line."""
 
@@ -31,7 +28,6 @@ class NoMeasure(Diagnostic):
     hint: str = "add a measure, for example `measure logit(answer) as raw`"
 
 
-@keyword_record
 class PatchWithoutSource(Diagnostic):
     """A `patch` or a `path` without a run that it reads."""
 
@@ -44,7 +40,6 @@ class PatchWithoutSource(Diagnostic):
     otherwise: str
 
 
-@keyword_record
 class EffectNeedsSource(Diagnostic):
     """A share of a way that has only one end."""
 
@@ -56,7 +51,6 @@ class EffectNeedsSource(Diagnostic):
     base: str
 
 
-@keyword_record
 class EffectWithoutRule(Diagnostic):
     """A difference between a run and itself."""
 
@@ -68,7 +62,6 @@ class EffectWithoutRule(Diagnostic):
     instead: str
 
 
-@keyword_record
 class UnreadableMeasure(Diagnostic):
     """An expression that can't be read off a model's output."""
 
@@ -87,7 +80,6 @@ NO_GENERATION_REASON = "no rule writes anything"
 """Why an experiment without a rule can't be estimated."""
 
 
-@keyword_record
 class NoEstimate(Diagnostic):
     """Gradients that are not defined or not computed."""
 
@@ -102,7 +94,6 @@ class NoEstimate(Diagnostic):
     hint: str
 
 
-@keyword_record
 class NoRowsKept(Diagnostic):
     """A `keep` that leaves no row."""
 
@@ -113,7 +104,6 @@ class NoRowsKept(Diagnostic):
     rows: int
 
 
-@keyword_record
 class ExperimentFailed(Diagnostic):
     """An experiment that something unforeseen ended."""
 
@@ -128,7 +118,6 @@ class ExperimentFailed(Diagnostic):
     reason: str
 
 
-@keyword_record
 class BadPick(Diagnostic):
     """A `top n of EXPERIMENT` that nothing can be picked by."""
 
@@ -141,7 +130,6 @@ class BadPick(Diagnostic):
     hint: str
 
 
-@keyword_record
 class SelectionRowsReused(Diagnostic):
     """Sites that are tested on the rows that they were picked on."""
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from mechdsl.base.records import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
 
 
-@keyword_record
 class WriteOutsideFolder(Diagnostic):
     """A report whose file doesn't lie where a `.mech` file may write."""
 
@@ -22,7 +20,6 @@ class WriteOutsideFolder(Diagnostic):
     where: str
 
 
-@keyword_record
 class SpecialFile(Diagnostic):
     """A device, a pipe or a socket in place of a file."""
 
@@ -36,7 +33,6 @@ class SpecialFile(Diagnostic):
     hint: str
 
 
-@keyword_record
 class ReportNotWritable(Diagnostic):
     """A report that couldn't be written at the end of the run."""
 
@@ -49,7 +45,6 @@ class ReportNotWritable(Diagnostic):
     reason: str
 
 
-@keyword_record
 class NotMechFile(Diagnostic):
     """A file of another kind, which is neither parsed nor quoted."""
 
@@ -60,7 +55,6 @@ class NotMechFile(Diagnostic):
     path: str
 
 
-@keyword_record
 class ReadOutsideFolder(Diagnostic):
     """With `--untrusted`, a path that leads out of the folder."""
 
@@ -76,7 +70,6 @@ class ReadOutsideFolder(Diagnostic):
     where: str
 
 
-@keyword_record
 class ReportNotWritten(Diagnostic):
     """A report that couldn't be written after all. It alone is missing."""
 
@@ -90,7 +83,6 @@ class ReportNotWritten(Diagnostic):
     hint: str
 
 
-@keyword_record
 class NamedPath(Diagnostic):
     """With `--untrusted`, each place of a file that names a path."""
 
@@ -104,7 +96,6 @@ class NamedPath(Diagnostic):
     where: str
 
 
-@keyword_record
 class StoreNotUsed(Diagnostic):
     """A store that can't be opened, or not be written to: the run goes on without it."""
 

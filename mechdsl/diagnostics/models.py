@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 
-from mechdsl.base.records import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
 
 
-@keyword_record
 class ModelNotFound(Diagnostic):
     """A `local` folder that doesn't exist, or an `hf` model that is needed and not cached."""
 
@@ -23,7 +21,6 @@ class ModelNotFound(Diagnostic):
     advice: str
 
 
-@keyword_record
 class NoResidMid(Diagnostic):
     """`resid_mid` where attention and MLP read the same stream."""
 
@@ -36,7 +33,6 @@ class NoResidMid(Diagnostic):
     model: str
 
 
-@keyword_record
 class UnknownZooModel(Diagnostic):
     """`zoo("…")` with a name that the zoo doesn't have."""
 
@@ -49,7 +45,6 @@ class UnknownZooModel(Diagnostic):
     advice: str
 
 
-@keyword_record
 class NoConfig(Diagnostic):
     """A model folder without a readable `config.json`, or an adapter's without its own."""
 
@@ -64,7 +59,6 @@ class NoConfig(Diagnostic):
     hint: str = "name a folder written by `save_pretrained`"
 
 
-@keyword_record
 class PickledWeights(Diagnostic):
     """Weights only in a format that runs code when it is read."""
 
@@ -77,7 +71,6 @@ class PickledWeights(Diagnostic):
     file: str
 
 
-@keyword_record
 class NoWeights(Diagnostic):
     """A model folder without weights."""
 
@@ -92,7 +85,6 @@ class NoWeights(Diagnostic):
     config: str = "config.json"
 
 
-@keyword_record
 class NotATextModel(Diagnostic):
     """A model that can't be called with a prompt alone, or an image alone."""
 
@@ -109,7 +101,6 @@ class NotATextModel(Diagnostic):
     )
 
 
-@keyword_record
 class SiteNotInBlock(Diagnostic):
     """A site that the model has in other blocks than the one that is asked for."""
 
@@ -126,7 +117,6 @@ class SiteNotInBlock(Diagnostic):
     layers: str
 
 
-@keyword_record
 class ShapeUnknown(Diagnostic):
     """A `config.json` that doesn't say how large the model is."""
 
@@ -145,7 +135,6 @@ class ShapeUnknown(Diagnostic):
         return re.findall(r"\w+", self.keys)
 
 
-@keyword_record
 class ModelTooLarge(Diagnostic):
     """A number of `config.json` that no model has."""
 
@@ -160,7 +149,6 @@ class ModelTooLarge(Diagnostic):
     most: int
 
 
-@keyword_record
 class WeightsElsewhere(Diagnostic):
     """A file of weights that lies outside of the model's folder, by what another file says."""
 
@@ -174,7 +162,6 @@ class WeightsElsewhere(Diagnostic):
     name: str
 
 
-@keyword_record
 class ModelFileTooLarge(Diagnostic):
     """A JSON file of a model that is larger than any."""
 
@@ -189,7 +176,6 @@ class ModelFileTooLarge(Diagnostic):
     most: int
 
 
-@keyword_record
 class ModelRunsCode(Diagnostic):
     """A config that takes a kernel from a repository, which is a program."""
 
@@ -203,7 +189,6 @@ class ModelRunsCode(Diagnostic):
     value: str
 
 
-@keyword_record
 class BadSize(Diagnostic):
     """A `config.json` with a size that no model can have."""
 
@@ -217,7 +202,6 @@ class BadSize(Diagnostic):
     value: str
 
 
-@keyword_record
 class VocabularyTooSmall(Diagnostic):
     """A tokenizer with ids that the model's embedding doesn't have."""
 
@@ -232,7 +216,6 @@ class VocabularyTooSmall(Diagnostic):
     more: str
 
 
-@keyword_record
 class NoTokenFor(Diagnostic):
     """Words of prompts that a tokenizer without a token for unknown ones can't read."""
 
@@ -248,7 +231,6 @@ class NoTokenFor(Diagnostic):
     run: str
 
 
-@keyword_record
 class NoLogits(Diagnostic):
     """A measure that reads logits of a model without a head."""
 
@@ -269,7 +251,6 @@ class NoLogits(Diagnostic):
     architecture: str
 
 
-@keyword_record
 class NoSuchOutput(Diagnostic):
     """A measure that asks for the logit of a token that the model has none for."""
 
@@ -286,7 +267,6 @@ class NoSuchOutput(Diagnostic):
     architecture: str
 
 
-@keyword_record
 class SingleOutput(Diagnostic):
     """A model with one output for a whole prompt that isn't a classifier's, made of one token."""
 
@@ -303,7 +283,6 @@ class SingleOutput(Diagnostic):
     reason: str
 
 
-@keyword_record
 class AdapterFolder(Diagnostic):
     """A folder with an adapter (LoRA), rather than only a model."""
 
@@ -319,7 +298,6 @@ class AdapterFolder(Diagnostic):
     hint: str
 
 
-@keyword_record
 class QuantizedModel(Diagnostic):
     """A model whose weights are whole numbers with scales beside them."""
 
@@ -333,7 +311,6 @@ class QuantizedModel(Diagnostic):
     kind: str
 
 
-@keyword_record
 class LayerCountMismatch(Diagnostic):
     """Weights of more blocks than the config has."""
 
@@ -350,7 +327,6 @@ class LayerCountMismatch(Diagnostic):
     key: str
 
 
-@keyword_record
 class ComponentNotFound(Diagnostic):
     """The finder can't tell which module plays a part."""
 
@@ -366,7 +342,6 @@ class ComponentNotFound(Diagnostic):
     hint: str = "register the family with `@family` and name the module there"
 
 
-@keyword_record
 class IdentityBroken(Diagnostic):
     """The parts of the model don't add up as its anatomy says."""
 
@@ -382,7 +357,6 @@ class IdentityBroken(Diagnostic):
     hint: str = "its modules were identified wrongly; register the family with `@family`"
 
 
-@keyword_record
 class LoadFailed(Diagnostic):
     """transformers or safetensors refused the folder."""
 
@@ -396,7 +370,6 @@ class LoadFailed(Diagnostic):
     hint: str = "it must load with `AutoModelForCausalLM.from_pretrained`"
 
 
-@keyword_record
 class NoTokenizer(Diagnostic):
     """A model without a fast tokenizer."""
 
@@ -413,7 +386,6 @@ class NoTokenizer(Diagnostic):
     )
 
 
-@keyword_record
 class SiteNotOnModel(Diagnostic):
     """A site of the language that this model doesn't have."""
 
@@ -429,7 +401,6 @@ class SiteNotOnModel(Diagnostic):
     hint: str
 
 
-@keyword_record
 class InputKindMismatch(Diagnostic):
     """Images for a model of texts, or prompts for one of images."""
 
@@ -446,7 +417,6 @@ class InputKindMismatch(Diagnostic):
     hint: str
 
 
-@keyword_record
 class NoImageProcessor(Diagnostic):
     """A vision model without a description of how images are made ready for it."""
 
@@ -461,7 +431,6 @@ class NoImageProcessor(Diagnostic):
     what: str = "image processor"
 
 
-@keyword_record
 class UnpreparedImages(Diagnostic):
     """Images in prompts whose tokens aren't known, because of the model's processor."""
 
@@ -476,7 +445,6 @@ class UnpreparedImages(Diagnostic):
     what: str = "images"
 
 
-@keyword_record
 class ImagesNotVectors(Diagnostic):
     """A vision-language model in which images change more than the embeddings of their tokens."""
 
@@ -493,7 +461,6 @@ class ImagesNotVectors(Diagnostic):
     apart: str
 
 
-@keyword_record
 class ModelCircle(Diagnostic):
     """Adapters, edited models or sums whose bases lead back to themselves."""
 
@@ -506,7 +473,6 @@ class ModelCircle(Diagnostic):
     circle: str
 
 
-@keyword_record
 class OtherAdapter(Diagnostic):
     """An adapter that isn't LoRA, or is none of weights."""
 
@@ -522,7 +488,6 @@ class OtherAdapter(Diagnostic):
     hint: str
 
 
-@keyword_record
 class AdapterConfig(Diagnostic):
     """An entry of `adapter_config.json` that isn't followed."""
 
@@ -538,7 +503,6 @@ class AdapterConfig(Diagnostic):
     hint: str
 
 
-@keyword_record
 class AdapterDoesNotFit(Diagnostic):
     """Weights of an adapter that its base has no place for."""
 
@@ -553,7 +517,6 @@ class AdapterDoesNotFit(Diagnostic):
     hint: str
 
 
-@keyword_record
 class NoPeft(Diagnostic):
     """An adapter where the library that reads it isn't installed."""
 
@@ -566,7 +529,6 @@ class NoPeft(Diagnostic):
     base: str
 
 
-@keyword_record
 class UnknownLabel(Diagnostic):
     """`class "postive"`, or an answer that is no label of the model."""
 
@@ -582,7 +544,6 @@ class UnknownLabel(Diagnostic):
     hint: str
 
 
-@keyword_record
 class ClassOnLanguageModel(Diagnostic):
     """`class answer` on a language model."""
 
@@ -598,7 +559,6 @@ class ClassOnLanguageModel(Diagnostic):
     hint: str
 
 
-@keyword_record
 class TokenOnClassifier(Diagnostic):
     """`logit(answer)` on a classifier."""
 
@@ -614,7 +574,6 @@ class TokenOnClassifier(Diagnostic):
     hint: str
 
 
-@keyword_record
 class TaskMismatch(Diagnostic):
     """A metric that has no meaning for what the model was made for."""
 
@@ -630,7 +589,6 @@ class TaskMismatch(Diagnostic):
     hint: str
 
 
-@keyword_record
 class PositionedOutput(Diagnostic):
     """`at …` behind a measure of a model that has one output for a whole prompt."""
 
@@ -647,7 +605,6 @@ class PositionedOutput(Diagnostic):
     """Name of a row: a prompt or an image."""
 
 
-@keyword_record
 class ModelShapeMismatch(Diagnostic):
     """Two models whose activations don't fit into each other."""
 
@@ -662,7 +619,6 @@ class ModelShapeMismatch(Diagnostic):
     hint: str
 
 
-@keyword_record
 class ModelTokenMismatch(Diagnostic):
     """Two models that see different tokens in the same prompts."""
 
@@ -682,7 +638,6 @@ class ModelTokenMismatch(Diagnostic):
     """What has to be equal."""
 
 
-@keyword_record
 class BadModelSum(Diagnostic):
     """A sum of models that isn't linear, or of models that can't be added."""
 
@@ -696,7 +651,6 @@ class BadModelSum(Diagnostic):
     hint: str
 
 
-@keyword_record
 class ModelNotLocal(Diagnostic):
     """A model that the local cache, or the folder of the file, doesn't have, or that a function
     would make."""
@@ -717,7 +671,6 @@ class ModelNotLocal(Diagnostic):
     """Checks that need the model, with their lines."""
 
 
-@keyword_record
 class NotRestartable(Diagnostic):
     """Rows of the model can't take anything over from the unpatched run."""
 
@@ -730,7 +683,6 @@ class NotRestartable(Diagnostic):
     reason: str
 
 
-@keyword_record
 class StackSkipped(Diagnostic):
     """A stack beside the main one whose sites can't be had."""
 
@@ -744,7 +696,6 @@ class StackSkipped(Diagnostic):
     reason: str
 
 
-@keyword_record
 class IdleComponents(Diagnostic):
     """Parts of a model that play no part in its output, as far as a copy tells that has other
     weights."""
@@ -758,7 +709,6 @@ class IdleComponents(Diagnostic):
     parts: str
 
 
-@keyword_record
 class UnusedWeights(Diagnostic):
     """Weights in the folder that play no part in the model."""
 
@@ -774,7 +724,6 @@ class UnusedWeights(Diagnostic):
     what: str
 
 
-@keyword_record
 class BaseModelMismatch(Diagnostic):
     """An adapter that was trained on another model than the one it is put on."""
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from mechdsl.base.records import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
 
 
-@keyword_record
 class UnknownName(Diagnostic):
     """A name that the file doesn't define."""
 
@@ -19,7 +17,6 @@ class UnknownName(Diagnostic):
     hint: str
 
 
-@keyword_record
 class DuplicateName(Diagnostic):
     """A name with two definitions."""
 
@@ -31,7 +28,6 @@ class DuplicateName(Diagnostic):
     first: str
 
 
-@keyword_record
 class UnknownWord(Diagnostic):
     """A component, metric, effect or report that isn't one."""
 
@@ -44,7 +40,6 @@ class UnknownWord(Diagnostic):
     hint: str
 
 
-@keyword_record
 class ImportFailed(Diagnostic):
     """A file behind `use` that can't be read."""
 
@@ -57,7 +52,6 @@ class ImportFailed(Diagnostic):
     hint: str
 
 
-@keyword_record
 class BadSetting(Diagnostic):
     """A `--set` that doesn't fit the file's parameters."""
 
@@ -69,7 +63,6 @@ class BadSetting(Diagnostic):
     hint: str
 
 
-@keyword_record
 class MissingLine(Diagnostic):
     """An experiment lacks its `model` or `prompts` line."""
 
@@ -82,7 +75,6 @@ class MissingLine(Diagnostic):
     hint: str
 
 
-@keyword_record
 class BadArgument(Diagnostic):
     """An argument that can't be taken."""
 
@@ -95,7 +87,6 @@ class BadArgument(Diagnostic):
     hint: str
 
 
-@keyword_record
 class CircularExperiments(Diagnostic):
     """Experiments that wait for each other's results."""
 
@@ -108,7 +99,6 @@ class CircularExperiments(Diagnostic):
     chain: str
 
 
-@keyword_record
 class IndexBeyondModels(Diagnostic):
     """A layer, head, neuron or expert beyond the largest model that is read."""
 
@@ -121,7 +111,6 @@ class IndexBeyondModels(Diagnostic):
     most: int
 
 
-@keyword_record
 class RepeatedStatement(Diagnostic):
     """A statement that may stand once."""
 
@@ -135,7 +124,6 @@ class RepeatedStatement(Diagnostic):
     hint: str = "keep one of them"
 
 
-@keyword_record
 class PythonNotAllowed(Diagnostic):
     """Code that nobody has said may run."""
 
@@ -148,7 +136,6 @@ class PythonNotAllowed(Diagnostic):
     hint: str
 
 
-@keyword_record
 class PythonNotFound(Diagnostic):
     """A function that isn't there, or isn't one that could be called."""
 
@@ -161,7 +148,6 @@ class PythonNotFound(Diagnostic):
     hint: str
 
 
-@keyword_record
 class PythonFailed(Diagnostic):
     """An exception inside of a function, or a result that nothing can be made of."""
 
@@ -177,7 +163,6 @@ class PythonFailed(Diagnostic):
     """After a comma, the run or cell and the row in which it failed, if known."""
 
 
-@keyword_record
 class UnusedName(Diagnostic):
     """A name that nothing refers to."""
 
@@ -189,7 +174,6 @@ class UnusedName(Diagnostic):
     name: str
 
 
-@keyword_record
 class ShadowedMetric(Diagnostic):
     """A metric of the file has the name of one of the language, and takes its place."""
 
@@ -200,7 +184,6 @@ class ShadowedMetric(Diagnostic):
     name: str
 
 
-@keyword_record
 class FirstTokenWrite(Diagnostic):
     """A write at what may be the attention sink."""
 
@@ -212,7 +195,6 @@ class FirstTokenWrite(Diagnostic):
     token: str
 
 
-@keyword_record
 class SelfWrite(Diagnostic):
     """A rule that writes the values of a row into the same row: a patch of a run into itself, or
     the mean of one row."""
@@ -226,7 +208,6 @@ class SelfWrite(Diagnostic):
     hint: str
 
 
-@keyword_record
 class UnequalIndexTokens(Diagnostic):
     """Tokens counted alike in prompts of different lengths, which are other words there."""
 
@@ -246,7 +227,6 @@ class UnequalIndexTokens(Diagnostic):
     rows: str
 
 
-@keyword_record
 class PythonNotRun(Diagnostic):
     """Rows that only Python can make."""
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from mechdsl.base.records import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
 
 
-@keyword_record
 class RaggedPositions(Diagnostic):
     code = "E0305"
     depends_on = frozenset({"tokens"})
@@ -22,7 +20,6 @@ class RaggedPositions(Diagnostic):
     longest: int
 
 
-@keyword_record
 class AmbiguousSpan(Diagnostic):
     code = "E0306"
     depends_on = frozenset({"rows"})
@@ -38,7 +35,6 @@ class AmbiguousSpan(Diagnostic):
     ways: str
 
 
-@keyword_record
 class UnequalUnion(Diagnostic):
     code = "E0307"
     depends_on = frozenset({"tokens"})
@@ -56,7 +52,6 @@ class UnequalUnion(Diagnostic):
     )
 
 
-@keyword_record
 class UnknownSpan(Diagnostic):
     code = "E0308"
     depends_on = frozenset({"columns"})
@@ -71,7 +66,6 @@ class UnknownSpan(Diagnostic):
     """What has the position: a prompt, an image or a sound."""
 
 
-@keyword_record
 class AbsentOccurrence(Diagnostic):
     code = "E0309"
     depends_on = frozenset({"rows"})
@@ -86,7 +80,6 @@ class AbsentOccurrence(Diagnostic):
     hint: str
 
 
-@keyword_record
 class OutsidePrompt(Diagnostic):
     code = "E0310"
     depends_on = frozenset({"tokens"})
@@ -103,7 +96,6 @@ class OutsidePrompt(Diagnostic):
     """Name of a row: a prompt or an image."""
 
 
-@keyword_record
 class NotInDecoder(Diagnostic):
     """A token of the encoder's text at a site of the decoder."""
 
@@ -120,7 +112,6 @@ class NotInDecoder(Diagnostic):
     )
 
 
-@keyword_record
 class ReversedBetween(Diagnostic):
     code = "E0311"
     depends_on = frozenset({"tokens"})
@@ -133,7 +124,6 @@ class ReversedBetween(Diagnostic):
     example: str
 
 
-@keyword_record
 class SpanWithoutToken(Diagnostic):
     code = "E0312"
     depends_on = frozenset({"tokens"})
@@ -148,7 +138,6 @@ class SpanWithoutToken(Diagnostic):
     hint: str
 
 
-@keyword_record
 class NoSuchSpecial(Diagnostic):
     code = "E0313"
     depends_on = frozenset({"tokens"})
@@ -161,7 +150,6 @@ class NoSuchSpecial(Diagnostic):
     hint: str
 
 
-@keyword_record
 class NotOnePosition(Diagnostic):
     code = "E0314"
     title = "`between` needs single tokens, and `{position}` covers several"
@@ -171,7 +159,6 @@ class NotOnePosition(Diagnostic):
     reason: str
 
 
-@keyword_record
 class NoPositionLeft(Diagnostic):
     code = "E0315"
     depends_on = frozenset({"tokens"})
@@ -185,7 +172,6 @@ class NoPositionLeft(Diagnostic):
     example: str
 
 
-@keyword_record
 class NoAnswerTokens(Diagnostic):
     """Tokens of the answer where none stands behind the prompts."""
 
@@ -199,7 +185,6 @@ class NoAnswerTokens(Diagnostic):
     hint: str
 
 
-@keyword_record
 class AnswersDiffer(Diagnostic):
     """A token that is counted from the end of texts of different lengths."""
 
@@ -218,7 +203,6 @@ class AnswersDiffer(Diagnostic):
     lengths: str
 
 
-@keyword_record
 class NotInAnswer(Diagnostic):
     """Ways to name tokens of a span that the answer, behind the prompt, doesn't have."""
 
@@ -234,7 +218,6 @@ class NotInAnswer(Diagnostic):
 NO_REPLY_REASON = "the experiment generates no reply"
 
 
-@keyword_record
 class NotInReply(Diagnostic):
     """Tokens of a reply that can't be named like this, or an experiment without replies."""
 
@@ -254,7 +237,6 @@ class NotInReply(Diagnostic):
         return super().label_text
 
 
-@keyword_record
 class RepliesNotUsable(Diagnostic):
     """Replies of another experiment that can't stand behind these prompts."""
 
@@ -267,7 +249,6 @@ class RepliesNotUsable(Diagnostic):
     hint: str
 
 
-@keyword_record
 class AnswerNotCovered(Diagnostic):
     """A rule on the whole prompt, and a measure that reads tokens behind it."""
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from mechdsl.base.records import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
 
 
-@keyword_record
 class UnknownValue(Diagnostic):
     code = "E0501"
     depends_on = frozenset({"columns"})
@@ -20,7 +18,6 @@ class UnknownValue(Diagnostic):
     """Name of a row: a prompt or an image."""
 
 
-@keyword_record
 class CyclicValue(Diagnostic):
     code = "E0502"
     title = "`{name}` is defined in terms of itself: {path}"
@@ -30,7 +27,6 @@ class CyclicValue(Diagnostic):
     path: str
 
 
-@keyword_record
 class BadValue(Diagnostic):
     code = "E0503"
     depends_on = frozenset({"rows"})
@@ -43,7 +39,6 @@ class BadValue(Diagnostic):
     hint: str
 
 
-@keyword_record
 class UnreadableData(Diagnostic):
     code = "E0504"
     title = "`{path}` can't be read: {reason}"
@@ -54,7 +49,6 @@ class UnreadableData(Diagnostic):
     hint: str
 
 
-@keyword_record
 class DataFormat(Diagnostic):
     code = "E0505"
     title = "`{path}` has no readable data: {reason}"
@@ -65,7 +59,6 @@ class DataFormat(Diagnostic):
     hint: str
 
 
-@keyword_record
 class TooManyValues(Diagnostic):
     code = "E0506"
     depends_on = frozenset({"rows"})
@@ -78,7 +71,6 @@ class TooManyValues(Diagnostic):
     hint: str
 
 
-@keyword_record
 class MultiTokenText(Diagnostic):
     code = "E0507"
     depends_on = frozenset({"tokens"})
@@ -91,7 +83,6 @@ class MultiTokenText(Diagnostic):
     hint: str
 
 
-@keyword_record
 class UnreadableTokenizer(Diagnostic):
     code = "E0508"
     title = "the tokenizer of `{path}` can't be read: {reason}"
@@ -104,7 +95,6 @@ class UnreadableTokenizer(Diagnostic):
     reason: str
 
 
-@keyword_record
 class NoRows(Diagnostic):
     code = "E0509"
     depends_on = frozenset({"rows"})
@@ -118,7 +108,6 @@ class NoRows(Diagnostic):
     """Name of a row: a prompt or an image."""
 
 
-@keyword_record
 class CorruptionWithoutEffect(Diagnostic):
     code = "E0510"
     depends_on = frozenset({"rows"})
@@ -132,7 +121,6 @@ class CorruptionWithoutEffect(Diagnostic):
     shown: str = "text"
 
 
-@keyword_record
 class PromptTooLong(Diagnostic):
     code = "E0511"
     depends_on = frozenset({"tokens"})
@@ -146,7 +134,6 @@ class PromptTooLong(Diagnostic):
     most: int
 
 
-@keyword_record
 class EmptyDraw(Diagnostic):
     code = "E0512"
     depends_on = frozenset({"rows"})
@@ -158,7 +145,6 @@ class EmptyDraw(Diagnostic):
     rows: str
 
 
-@keyword_record
 class NoDomain(Diagnostic):
     code = "E0513"
     title = "`{name}` has no set of values to sample from"
@@ -168,7 +154,6 @@ class NoDomain(Diagnostic):
     hint: str
 
 
-@keyword_record
 class UnknownFunction(Diagnostic):
     code = "E0514"
     title = "prompts have no function `{name}`"
@@ -178,7 +163,6 @@ class UnknownFunction(Diagnostic):
     hint: str
 
 
-@keyword_record
 class BadCall(Diagnostic):
     code = "E0515"
     title = "`{name}` {reason}"
@@ -189,7 +173,6 @@ class BadCall(Diagnostic):
     usage: str
 
 
-@keyword_record
 class UnknownText(Diagnostic):
     code = "E0516"
     depends_on = frozenset({"columns"})
@@ -203,7 +186,6 @@ class UnknownText(Diagnostic):
     """Name of a row: a prompt or an image."""
 
 
-@keyword_record
 class SharedFirstToken(Diagnostic):
     code = "E0517"
     depends_on = frozenset({"tokens"})
@@ -218,7 +200,6 @@ class SharedFirstToken(Diagnostic):
     total: int
 
 
-@keyword_record
 class MultiTokenNumeral(Diagnostic):
     code = "E0518"
     depends_on = frozenset({"tokens"})
@@ -234,7 +215,6 @@ class MultiTokenNumeral(Diagnostic):
     hint: str
 
 
-@keyword_record
 class AnswerNotInVocabulary(Diagnostic):
     code = "E0519"
     depends_on = frozenset({"tokens"})
@@ -248,7 +228,6 @@ class AnswerNotInVocabulary(Diagnostic):
     hint: str
 
 
-@keyword_record
 class OtherSpelling(Diagnostic):
     code = "E0520"
     depends_on = frozenset({"tokens"})
@@ -259,7 +238,6 @@ class OtherSpelling(Diagnostic):
     moved: str
 
 
-@keyword_record
 class TextNotInside(Diagnostic):
     code = "E0521"
     title = "the text of `{name}` doesn't occur in `{within}`"
@@ -270,7 +248,6 @@ class TextNotInside(Diagnostic):
     rows: str
 
 
-@keyword_record
 class NoBosToken(Diagnostic):
     code = "E0522"
     title = "`bos: true` is asked for, but the tokenizer has no beginning-of-sequence token"
@@ -278,7 +255,6 @@ class NoBosToken(Diagnostic):
     help = "leave `bos` out: this model was trained without one"
 
 
-@keyword_record
 class NotATokenId(Diagnostic):
     code = "E0523"
     depends_on = frozenset({"tokens"})
@@ -290,7 +266,6 @@ class NotATokenId(Diagnostic):
     last: int
 
 
-@keyword_record
 class EmptyText(Diagnostic):
     code = "E0524"
     title = "the text `{name}` is empty in {rows} of {total} rows"
@@ -301,7 +276,6 @@ class EmptyText(Diagnostic):
     total: int
 
 
-@keyword_record
 class NoTemplate(Diagnostic):
     code = "E0525"
     title = "prompts `{prompts}` have no template"
@@ -310,7 +284,6 @@ class NoTemplate(Diagnostic):
     prompts: str
 
 
-@keyword_record
 class EmptyPrompt(Diagnostic):
     code = "E0526"
     title = "`{run}` has {rows} prompts without text"
@@ -320,7 +293,6 @@ class EmptyPrompt(Diagnostic):
     rows: int
 
 
-@keyword_record
 class UnreadableImage(Diagnostic):
     """A file that holds no image or sound, or one that isn't read."""
 
@@ -335,7 +307,6 @@ class UnreadableImage(Diagnostic):
     noun: str = "image"
 
 
-@keyword_record
 class ImageTooSmall(Diagnostic):
     """An image that has fewer pixels than it is cut into tiles."""
 
@@ -349,7 +320,6 @@ class ImageTooSmall(Diagnostic):
     rows: str
 
 
-@keyword_record
 class NoChatTemplate(Diagnostic):
     """A chat for a model whose tokenizer says nothing of chats."""
 
@@ -362,7 +332,6 @@ class NoChatTemplate(Diagnostic):
     )
 
 
-@keyword_record
 class BadChatTemplate(Diagnostic):
     """A template that is none, or too large."""
 
@@ -374,7 +343,6 @@ class BadChatTemplate(Diagnostic):
     hint: str
 
 
-@keyword_record
 class ChatRefused(Diagnostic):
     """Turns that the template doesn't take, or doesn't write."""
 
@@ -388,7 +356,6 @@ class ChatRefused(Diagnostic):
     hint: str
 
 
-@keyword_record
 class MarkerInText(Diagnostic):
     """A text that is put into a chat and marks turns there."""
 
@@ -401,7 +368,6 @@ class MarkerInText(Diagnostic):
     marker: str
 
 
-@keyword_record
 class RowsNotPaired(Diagnostic):
     """Two blocks whose rows don't belong together."""
 
@@ -417,7 +383,6 @@ class RowsNotPaired(Diagnostic):
     hint: str
 
 
-@keyword_record
 class PartnerMissing(Diagnostic):
     """A row whose partner `where` has left out."""
 
@@ -435,7 +400,6 @@ class PartnerMissing(Diagnostic):
     hint: str
 
 
-@keyword_record
 class EndingMismatch(Diagnostic):
     """Leading tokens of answers that were moved into the prompts of one block only."""
 
@@ -453,7 +417,6 @@ class EndingMismatch(Diagnostic):
     own: str
 
 
-@keyword_record
 class UnsampledRuns(Diagnostic):
     """`from A into B` where the `prompts` line names a third block."""
 
@@ -467,7 +430,6 @@ class UnsampledRuns(Diagnostic):
     instead: str
 
 
-@keyword_record
 class TokenCoversMore(Diagnostic):
     code = "W0701"
     depends_on = frozenset({"tokens"})
@@ -480,7 +442,6 @@ class TokenCoversMore(Diagnostic):
     total: int
 
 
-@keyword_record
 class UnknownWords(Diagnostic):
     code = "W0702"
     depends_on = frozenset({"tokens"})
@@ -494,7 +455,6 @@ class UnknownWords(Diagnostic):
     run: str
 
 
-@keyword_record
 class AnswerChangesPrompt(Diagnostic):
     code = "W0703"
     depends_on = frozenset({"tokens"})
@@ -507,7 +467,6 @@ class AnswerChangesPrompt(Diagnostic):
     hint: str
 
 
-@keyword_record
 class TextSpacing(Diagnostic):
     """A text that follows its prompt with no space or with two, and is read as other tokens."""
 
@@ -524,7 +483,6 @@ class TextSpacing(Diagnostic):
     hint: str
 
 
-@keyword_record
 class EqualPairedValues(Diagnostic):
     """Rows of two blocks that are paired by number and have the same value each time."""
 
@@ -539,7 +497,6 @@ class EqualPairedValues(Diagnostic):
     name: str
 
 
-@keyword_record
 class RowsNotChecked(Diagnostic):
     """A table so long that `validate` looks at its first rows only."""
 
@@ -556,7 +513,6 @@ class RowsNotChecked(Diagnostic):
     """Name of a row: a prompt or an image."""
 
 
-@keyword_record
 class EqualRecords(Diagnostic):
     """Rows of a file that say the same count as often as they stand there."""
 
@@ -572,7 +528,6 @@ class EqualRecords(Diagnostic):
     """Name of a row: a prompt or an image."""
 
 
-@keyword_record
 class TemplateUnchanged(Diagnostic):
     """A corruption changes prompts of other templates, but none of one template."""
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mechdsl.base.records import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
 
 
-@keyword_record
 class UnitOutOfRange(Diagnostic):
     """A head or neuron that the model doesn't have."""
 
@@ -25,7 +23,6 @@ class UnitOutOfRange(Diagnostic):
     model: str
 
 
-@keyword_record
 class LayerOutOfRange(Diagnostic):
     """A layer that the model doesn't have."""
 
@@ -39,7 +36,6 @@ class LayerOutOfRange(Diagnostic):
     model: str
 
 
-@keyword_record
 class NoComponent(Diagnostic):
     """A rule that says where, but not what."""
 
@@ -50,7 +46,6 @@ class NoComponent(Diagnostic):
     components: str
 
 
-@keyword_record
 class AxisDoesNotFit(Diagnostic):
     """An axis that its component doesn't have, or lacks."""
 
@@ -63,7 +58,6 @@ class AxisDoesNotFit(Diagnostic):
     hint: str
 
 
-@keyword_record
 class AxesCollide(Diagnostic):
     """Two sweeps of one name in an experiment."""
 
@@ -77,7 +71,6 @@ class AxesCollide(Diagnostic):
     first: int
 
 
-@keyword_record
 class EmptyRange(Diagnostic):
     """A range that goes downwards."""
 
@@ -108,7 +101,6 @@ def loop_hint(values: Mapping[str, object]) -> str:
 UNUSED_LOOP = "no rule of this loop uses it"
 
 
-@keyword_record
 class BadLoopValue(Diagnostic):
     """A variable, parameter or depth that can't stand where it does."""
 
@@ -121,7 +113,6 @@ class BadLoopValue(Diagnostic):
     hint: str
 
 
-@keyword_record
 class TooManyCells(Diagnostic):
     """Axes whose product is too large to run."""
 
@@ -136,7 +127,6 @@ class TooManyCells(Diagnostic):
     axes: str
 
 
-@keyword_record
 class StacksDiffer(Diagnostic):
     """Sites at tokens of the encoder and of the decoder in one rule."""
 
@@ -151,7 +141,6 @@ class StacksDiffer(Diagnostic):
     hint: str = "write a rule for each of them"
 
 
-@keyword_record
 class UnevenPositions(Diagnostic):
     """A mean or resampling over positions that don't correspond."""
 
@@ -170,7 +159,6 @@ class UnevenPositions(Diagnostic):
     most: int
 
 
-@keyword_record
 class BadDirection(Diagnostic):
     """A direction that can't be computed as written, or doesn't fit the place where it is used."""
 
@@ -183,7 +171,6 @@ class BadDirection(Diagnostic):
     hint: str
 
 
-@keyword_record
 class BadBasis(Diagnostic):
     """A basis that can't be made as it is written, or doesn't fit where it is used."""
 
@@ -196,7 +183,6 @@ class BadBasis(Diagnostic):
     what: str = "basis"
 
 
-@keyword_record
 class BadWeights(Diagnostic):
     """Weights that can't be edited as written."""
 
@@ -209,7 +195,6 @@ class BadWeights(Diagnostic):
     hint: str
 
 
-@keyword_record
 class MeasuredOnTrainingRows(Diagnostic):
     """Rows that a trained basis is measured on, and was trained on."""
 
@@ -227,7 +212,6 @@ class MeasuredOnTrainingRows(Diagnostic):
     fix: str
 
 
-@keyword_record
 class MeasuredSavedRows(Diagnostic):
     """Rows that an experiment measures, and that a group or circuit in a file was chosen on."""
 
@@ -245,7 +229,6 @@ class MeasuredSavedRows(Diagnostic):
     rows: int
 
 
-@keyword_record
 class NotTrained(Diagnostic):
     """A basis that `mechdsl fit` hasn't trained yet."""
 
@@ -259,7 +242,6 @@ class NotTrained(Diagnostic):
     hint: str
 
 
-@keyword_record
 class TrainingFailed(Diagnostic):
     """A training that ended without a result."""
 
@@ -272,7 +254,6 @@ class TrainingFailed(Diagnostic):
     hint: str
 
 
-@keyword_record
 class OpposedSearch(Diagnostic):
     """A search for a circuit that keeps edges which move the measure away from the clean run."""
 
@@ -291,7 +272,6 @@ class OpposedSearch(Diagnostic):
     other: str
 
 
-@keyword_record
 class UndecidedMask(Diagnostic):
     """A trained mask whose choice is uncertain."""
 
@@ -307,7 +287,6 @@ class UndecidedMask(Diagnostic):
     steps: int
 
 
-@keyword_record
 class FewDrawnRows(Diagnostic):
     """A training without `limit` on few rows of a block that draws values."""
 
@@ -321,7 +300,6 @@ class FewDrawnRows(Diagnostic):
     block: str
 
 
-@keyword_record
 class BadException(Diagnostic):
     """An exception that leaves out nothing, or everything."""
 
@@ -335,7 +313,6 @@ class BadException(Diagnostic):
     hint: str
 
 
-@keyword_record
 class DictionaryElsewhere(Diagnostic):
     """A dictionary that was trained at another site than that of the basis."""
 
@@ -348,7 +325,6 @@ class DictionaryElsewhere(Diagnostic):
     own: str
 
 
-@keyword_record
 class DictionaryOfAnotherModel(Diagnostic):
     """A dictionary that was trained on another model."""
 
@@ -360,7 +336,6 @@ class DictionaryOfAnotherModel(Diagnostic):
     model: str
 
 
-@keyword_record
 class EmptyDirection(Diagnostic):
     """A fit that gave no direction or no basis."""
 
@@ -375,7 +350,6 @@ class EmptyDirection(Diagnostic):
     kind: str = "direction"
 
 
-@keyword_record
 class UnpairedPositions(Diagnostic):
     """Two lists of positions in one rule that don't go together."""
 
@@ -389,7 +363,6 @@ class UnpairedPositions(Diagnostic):
     hint: str = "write one position here, or the same number as on the other side"
 
 
-@keyword_record
 class BadEdit(Diagnostic):
     """An impossible edit of attention, or a selection that leaves nothing to observe or save."""
 
@@ -402,7 +375,6 @@ class BadEdit(Diagnostic):
     hint: str
 
 
-@keyword_record
 class UnequalPrompts(Diagnostic):
     """Vectors over key positions of prompts that aren't equally long."""
 
@@ -419,7 +391,6 @@ class UnequalPrompts(Diagnostic):
     hint: str
 
 
-@keyword_record
 class NotOnAPath(Diagnostic):
     """A site that a path can't start or end at."""
 
@@ -433,7 +404,6 @@ class NotOnAPath(Diagnostic):
     hint: str
 
 
-@keyword_record
 class NoPath(Diagnostic):
     """Senders that lie behind all receivers."""
 
@@ -447,7 +417,6 @@ class NoPath(Diagnostic):
     example: str
 
 
-@keyword_record
 class OverlappingPositions(Diagnostic):
     """`swap` of positions that share a token."""
 
@@ -462,7 +431,6 @@ class OverlappingPositions(Diagnostic):
     token: str
 
 
-@keyword_record
 class BadAmount(Diagnostic):
     """A number that isn't one."""
 

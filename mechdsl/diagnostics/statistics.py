@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from mechdsl.base.records import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
 
 
-@keyword_record
 class NotFinite(Diagnostic):
     """A model whose output is NaN, or infinite where a metric can't use that."""
 
@@ -22,7 +20,6 @@ class NotFinite(Diagnostic):
     hint: str
 
 
-@keyword_record
 class MissingPickResult(Diagnostic):
     """An experiment that needs the result of one that could not be computed."""
 
@@ -35,7 +32,6 @@ class MissingPickResult(Diagnostic):
     what: str
 
 
-@keyword_record
 class RowsLeftOut(Diagnostic):
     """Rows that `--allow-nan` has left out."""
 
@@ -49,7 +45,6 @@ class RowsLeftOut(Diagnostic):
     listed: str
 
 
-@keyword_record
 class PickBySign(Diagnostic):
     """A pick by sign that would be another one by size."""
 
@@ -64,7 +59,6 @@ class PickBySign(Diagnostic):
     hint: str
 
 
-@keyword_record
 class UndefinedMeasure(Diagnostic):
     """A measure that is no number in a row of an unpatched run."""
 
@@ -77,7 +71,6 @@ class UndefinedMeasure(Diagnostic):
     reason: str
 
 
-@keyword_record
 class UndefinedCells(Diagnostic):
     """Cells that have no value, as the measure is no number in some of their rows."""
 
@@ -93,7 +86,6 @@ class UndefinedCells(Diagnostic):
     place: str
 
 
-@keyword_record
 class ZeroDenominator(Diagnostic):
     code = "E0604"
     title = "the denominator of `{effect}` is not significantly different from 0"
@@ -110,7 +102,6 @@ class ZeroDenominator(Diagnostic):
     n: int
 
 
-@keyword_record
 class AmbiguousMeasure(Diagnostic):
     code = "E0605"
     title = "`{text}` is ambiguous: it matches {count} measures"
@@ -122,7 +113,6 @@ class AmbiguousMeasure(Diagnostic):
     hint: str
 
 
-@keyword_record
 class UnreadableExpectation(Diagnostic):
     code = "E0606"
     title = "this expectation cannot be decided: {reason}"
@@ -131,7 +121,6 @@ class UnreadableExpectation(Diagnostic):
     hint: str
 
 
-@keyword_record
 class BadReport(Diagnostic):
     code = "E0607"
     depends_on = frozenset({"columns"})
@@ -142,7 +131,6 @@ class BadReport(Diagnostic):
     hint: str
 
 
-@keyword_record
 class TooFewPrompts(Diagnostic):
     code = "W0720"
     depends_on = frozenset({"shape", "tokens", "rows", "count"})
@@ -157,7 +145,6 @@ class TooFewPrompts(Diagnostic):
     """Name of a row: a prompt or an image."""
 
 
-@keyword_record
 class ExplainedByValues(Diagnostic):
     """Rows that differ by one value of the prompts more than by all the rest."""
 
@@ -179,7 +166,6 @@ class ExplainedByValues(Diagnostic):
     line: str
 
 
-@keyword_record
 class SkewedFamily(Diagnostic):
     """Effects whose corrected p would be below the level too often."""
 

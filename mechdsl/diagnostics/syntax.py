@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from mechdsl.base.records import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
 
 
-@keyword_record
 class UnexpectedToken(Diagnostic):
     """A word, number or sign stands where the grammar has no place for it."""
 
@@ -20,7 +18,6 @@ class UnexpectedToken(Diagnostic):
     hint: str = ""
 
 
-@keyword_record
 class MisspeltWord(Diagnostic):
     """A word of the language with a slip in it."""
 
@@ -33,7 +30,6 @@ class MisspeltWord(Diagnostic):
     meant: str
 
 
-@keyword_record
 class Unclosed(Diagnostic):
     """A brace or bracket is opened and never closed."""
 
@@ -47,7 +43,6 @@ class Unclosed(Diagnostic):
     place: str = ""
 
 
-@keyword_record
 class UnexpectedCharacter(Diagnostic):
     """A character that no part of the language uses."""
 
@@ -60,7 +55,6 @@ class UnexpectedCharacter(Diagnostic):
     hint: str = ""
 
 
-@keyword_record
 class UnterminatedString(Diagnostic):
     """A text in quotes doesn't end on its line."""
 
@@ -70,7 +64,6 @@ class UnterminatedString(Diagnostic):
     help = 'close it with `"` on the same line; `\\n` stands for a line break and `\\"` for a quote'
 
 
-@keyword_record
 class ReservedName(Diagnostic):
     """A value is called like a word of the language."""
 
@@ -83,7 +76,6 @@ class ReservedName(Diagnostic):
     rename: str = ""
 
 
-@keyword_record
 class WrongVersion(Diagnostic):
     """The first line isn't `mech 1`."""
 
@@ -96,7 +88,6 @@ class WrongVersion(Diagnostic):
     place: str
 
 
-@keyword_record
 class NotSupported(Diagnostic):
     """The language has it, this version of mechdsl doesn't run it yet."""
 
@@ -109,7 +100,6 @@ class NotSupported(Diagnostic):
     later: str = "docs/language.md lists everything that this version supports"
 
 
-@keyword_record
 class TooLarge(Diagnostic):
     """A limit on size or nesting is passed, so the file isn't read further."""
 
@@ -123,7 +113,6 @@ class TooLarge(Diagnostic):
     hint: str
 
 
-@keyword_record
 class NotText(Diagnostic):
     """The file is not UTF-8 text."""
 
@@ -135,7 +124,6 @@ class NotText(Diagnostic):
     reason: str
 
 
-@keyword_record
 class EmptyFile(Diagnostic):
     """Nothing but comments and blank lines."""
 
@@ -145,7 +133,6 @@ class EmptyFile(Diagnostic):
     help = "start it with the line `mech 1`, as in the examples"
 
 
-@keyword_record
 class Unreadable(Diagnostic):
     """The file can't be opened."""
 
@@ -157,7 +144,6 @@ class Unreadable(Diagnostic):
     reason: str
 
 
-@keyword_record
 class BadPlaceholder(Diagnostic):
     """What stands between the braces of a text is no expression."""
 
@@ -171,7 +157,6 @@ class BadPlaceholder(Diagnostic):
     hint: str = "write `{name}`, `{new = name}` or `{count - 1}`; double a literal brace: `{{`"
 
 
-@keyword_record
 class NumberTooLarge(Diagnostic):
     """A number that no float can hold."""
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, Self, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import SafetensorsFile, UnreadableFile, inspect_safetensors
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.text import name_list
 
 Layout = Literal["SAELens", "sparsify", "tensors", "circuit-tracer", "mechdsl"]
@@ -148,7 +148,6 @@ OTHER_ARCHITECTURES: Mapping[str, str] = {
 _PRECISIONS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
-@record
 class DictionaryFile(Record):
     """A dictionary on disk."""
 
@@ -759,7 +758,6 @@ INDEX_KEYS, TEXT_KEYS = ("index", "feature"), ("description", "label")
 _LABEL_EXAMPLE = 'a line is `{"index": 12, "description": "names of months"}`'
 
 
-@record
 class FeatureLabels(Record):
     """Descriptions of features."""
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.text import count_noun
 
 CARD_FILE = "fit.json"
@@ -34,7 +34,6 @@ LISTED_SITES = 8
 """Chosen sites of a mask, or correlations, that a table lists."""
 
 
-@record
 class Column(Record):
     """A number of a report: a column of its table, and words in texts."""
 
@@ -59,7 +58,6 @@ class Column(Record):
         return value if isinstance(value, str) else format(value, self.style)
 
 
-@record
 class FitReport(Record, ABC):
     """What is known of every training. A subclass has fields for its numbers, and says in
     `columns` how each is shown."""
@@ -129,7 +127,6 @@ class FitReport(Record, ABC):
 # --- on vectors -----------------------------------------------------------------------------------
 
 
-@record
 class VectorsReport(FitReport):
     """What a training on vectors led to, without a measure."""
 
@@ -157,7 +154,6 @@ def _explained(noun: str) -> Column:
     return Column("explained", "explained", note, card=card)
 
 
-@record
 class TrainingReport(VectorsReport):
     """What a training of a dictionary led to, on vectors of rows that it didn't use."""
 
@@ -223,7 +219,6 @@ class TrainingReport(VectorsReport):
         return [f"- Loss: squared error of the reconstruction{penalty}"]
 
 
-@record
 class CrossLayerReport(VectorsReport):
     """What the training of a cross-layer transcoder led to, for each layer, on vectors of rows that
     it didn't use."""
@@ -294,7 +289,6 @@ class CrossLayerReport(VectorsReport):
         ]
 
 
-@record
 class DecoderReport(TrainingReport):
     """What a training on the decoder of a dictionary led to; its rows are decoder directions."""
 
@@ -323,7 +317,6 @@ class DecoderReport(TrainingReport):
         return f"- The dictionary of the decoder: {card['dictionary']}\n{rows}"
 
 
-@record
 class IndependenceReport(VectorsReport):
     """How independent components are, on vectors of rows that the training didn't use."""
 
@@ -367,7 +360,6 @@ class IndependenceReport(VectorsReport):
         )
 
 
-@record
 class CorrelationReport(VectorsReport):
     """How coordinates of two sets of vectors correlate, on rows that the training didn't use."""
 
@@ -453,7 +445,6 @@ class CorrelationReport(VectorsReport):
         ]
 
 
-@record
 class MixtureReport(VectorsReport):
     """How likely a mixture is, on vectors of rows that the training didn't use."""
 
@@ -522,7 +513,6 @@ class MixtureReport(VectorsReport):
         )
 
 
-@record
 class LensReport(VectorsReport):
     """What the training of a lens led to: for each layer, means of KL(p ‖ q) in nats over vectors
     of rows that it didn't use, where p is the model's distribution over next tokens."""
@@ -574,7 +564,6 @@ class LensReport(VectorsReport):
 # --- on values of rows ----------------------------------------------------------------------------
 
 
-@record
 class ProbeReport(FitReport):
     """How well a probe predicts, in each of its layers, on rows that it wasn't trained on: the
     accuracy for a class, R² for a number, None if it isn't defined."""
@@ -682,7 +671,6 @@ CLEAN_RUN = Column(
 """The column of the measure in the clean run."""
 
 
-@record
 class MeasureReport(FitReport):
     """What a training on a measure led to: means of the measure over rows that it didn't use."""
 
@@ -711,7 +699,6 @@ class MeasureReport(FitReport):
         return f"mean over {self.measured_on} rows: {listed}"
 
 
-@record
 class RotationReport(MeasureReport):
     """What the training of a rotation led to."""
 
@@ -748,7 +735,6 @@ class RotationReport(MeasureReport):
         return [f"- The subspace of `{card['from']}` comes in, to {self.objective}"]
 
 
-@record
 class VectorEditReport(MeasureReport):
     """What the training of one or several vectors led to, or of an edit that adds them."""
 
@@ -775,7 +761,6 @@ class VectorEditReport(MeasureReport):
         return f"- {what}: {self.length:.4f}; vectors of the site have {self.site_length:.4f}"
 
 
-@record
 class VectorReport(VectorEditReport):
     """What the training of a vector led to."""
 
@@ -824,7 +809,6 @@ class VectorReport(VectorEditReport):
         ]
 
 
-@record
 class SoftPromptReport(VectorEditReport):
     """What the training of a soft prompt led to."""
 
@@ -884,7 +868,6 @@ class SoftPromptReport(VectorEditReport):
         ]
 
 
-@record
 class EditReport(VectorEditReport):
     """What the training of an edit led to."""
 
@@ -946,7 +929,6 @@ class EditReport(VectorEditReport):
         ]
 
 
-@record
 class ScaleReport(MeasureReport):
     """What the training of scales led to."""
 
@@ -1016,7 +998,6 @@ class ScaleReport(MeasureReport):
         ]
 
 
-@record
 class ChoiceReport(MeasureReport):
     """What the training of a choice of sites, positions, coordinates or edges led to."""
 
@@ -1030,7 +1011,6 @@ class ChoiceReport(MeasureReport):
         return f"the run `{card['from']}`" if card["from"] else f"the {card['with']}"
 
 
-@record
 class MaskReport(ChoiceReport):
     """What the training of a mask led to: means of its measure with 0 and 1 instead of the values
     of gates. The scores of `chosen` are the probabilities of their gates."""
@@ -1141,7 +1121,6 @@ class MaskReport(ChoiceReport):
         ]
 
 
-@record
 class CircuitReport(ChoiceReport):
     """What the search for a circuit by scores of edges led to. The scores of `chosen`, in
     descending order of their sizes, are changes of the measure, on training rows, if the edge
@@ -1225,7 +1204,6 @@ class CircuitReport(ChoiceReport):
         ]
 
 
-@record
 class NodeReport(ChoiceReport):
     """What the choice of a group by scores of nodes led to. The scores of `chosen`, in descending
     order of their sizes, are estimated changes of the measure, on training rows, if the node alone
@@ -1340,7 +1318,6 @@ class NodeReport(ChoiceReport):
         ]
 
 
-@record
 class NodeSearchReport(NodeReport):
     """What the search for a group led to. The scores of `chosen`, in the order in which they were
     added, are the changes of the measure when each was written together with those before it."""

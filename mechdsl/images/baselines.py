@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from mechdsl.base.records import Record, Registry, attribute_problem, record
+from mechdsl.base.records import Record, Registry, attribute_problem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,6 @@ GRAY_LEVEL = 128
 """Level of gray, of 255."""
 
 
-@record
 class BaselineNumber(Record):
     """The number in parentheses, as in `gray(100)`."""
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import islice, pairwise
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
-from mechdsl.base.records import Record, Registry, record
+from mechdsl.base.records import Record, Registry
 from mechdsl.images.picture import Picture, Region
 from mechdsl.images.processing import Processing, UnsupportedProcessor, crop_corner
 
@@ -33,7 +33,6 @@ THUMBNAIL = 0
 MarkerName = Literal["class", "row end", "separator", "tile tag", "start", "end", "text", "padding"]
 
 
-@record
 class ImageCell(Record):
     """A position of the language model that reads a part of an image."""
 
@@ -52,7 +51,6 @@ class ImageCell(Record):
     """The pixels that it covers; None for padding."""
 
 
-@record
 class ImageTile(Record):
     """A tile or the thumbnail: the grid of its cells."""
 
@@ -65,7 +63,6 @@ class ImageTile(Record):
     cols: int
 
 
-@record
 class ImageTokens(Record):
     """The tokens of one image in a prompt."""
 
@@ -119,7 +116,6 @@ class ImageTokens(Record):
         )
 
 
-@record
 class ImageExpansion(Record):
     """The tokens that stand for an image of one size in a prompt."""
 
@@ -183,7 +179,6 @@ class ImageExpansion(Record):
         return f"thumbnail {place}" if apart else place
 
 
-@record
 class PromptPicture(Record):
     """An image in a prompt, with the tokens that stand for it."""
 
@@ -210,7 +205,6 @@ def _intersection(first: PixelBox, second: PixelBox) -> PixelBox | None:
 # --- from an image to what the vision encoder reads -----------------------------------------------
 
 
-@record
 class View(Record):
     """A prepared image or a tile of it: the part of the original image that it shows."""
 
@@ -262,7 +256,6 @@ Feature = tuple[int, int, int, PixelBox | None] | MarkerName
 """A vector that replaces an image token: (tile, row, col, box) of a cell, or a marker."""
 
 
-@record
 class ImagePrompt(Record):
     """A prompt with images, as a processor prepared it."""
 
@@ -351,7 +344,6 @@ def _unknown(reason: str) -> UnsupportedProcessor:
     return unfit
 
 
-@record
 class ImageText(Record):
     """The texts that stand for an image in a prompt."""
 
@@ -529,7 +521,6 @@ class ImageLayout:
         return found
 
 
-@record
 class EncoderSize(Record):
     """The tokens of one image in a vision encoder."""
 

@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.images.baselines import IMAGE_BASELINES
 from mechdsl.images.processing import PatchLayout, Processing, crop_corner
 
@@ -22,7 +22,6 @@ HALF_COVERED = 128
 """Level of 255 from which a pixel of the prepared image counts as inside a region."""
 
 
-@record
 class Region(Record):
     """A part of an image, in pixels of the image before preparation."""
 
@@ -122,7 +121,6 @@ Box = tuple[int, int, int, int]
 """(left, top, right, bottom) in pixels, the ends exclusive."""
 
 
-@record
 class PictureChange(Record):
     """A corruption's change to an image: before preparation, except for patches."""
 
@@ -148,7 +146,6 @@ class PictureChange(Record):
 EMPTY_CELL = "-"
 
 
-@record
 class GridLayout(Record):
     """The content of a grid of shapes."""
 
@@ -178,7 +175,6 @@ class GridLayout(Record):
         return " / ".join(", ".join(each or EMPTY_CELL for each in row) for row in self.rows)
 
 
-@record
 class Picture(Record):
     """The description of an image that isn't rendered yet."""
 
@@ -302,7 +298,6 @@ class Picture(Record):
         return replace(self, size=size, of=tuple(each.sized(size) for each in self.of))
 
 
-@record
 class Video(Picture):
     """Frames of one size that a model's video processor reads together; `size` is theirs."""
 

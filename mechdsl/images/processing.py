@@ -7,7 +7,7 @@ from dataclasses import field
 from functools import cached_property
 from typing import Any, Literal, cast
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
@@ -28,7 +28,6 @@ BILINEAR, BICUBIC = 2, 3
 RESAMPLING_FILTERS = range(6)
 
 
-@record
 class Processing(Record):
     """The preparation of an image: resized, cropped, scaled, normalised, in this order.
 
@@ -247,7 +246,6 @@ def _three(value: Any, key: str) -> tuple[float, float, float]:
     return first, second, third
 
 
-@record
 class PatchLayout(Record):
     """A model's division of an image into tokens: extra tokens first, then patches row by row."""
 

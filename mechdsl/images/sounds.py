@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.images.baselines import BaselineNumber
 from mechdsl.images.files import UnreadableImage, read_content
 from mechdsl.images.picture import Picture
@@ -38,7 +38,6 @@ _FULL_SCALE, _LEVELS = 32_768, 255
 _CONVERT = "convert it to 16-bit PCM, for example with `ffmpeg -i in.wav -c:a pcm_s16le out.wav`"
 
 
-@record
 class GeneratedSound(Record):
     """A sound without a file, as long as the model reads sounds."""
 
@@ -78,7 +77,6 @@ GENERATED_SOUNDS = {
 """Generated sounds by name."""
 
 
-@record
 class Sound(Picture):
     """The description of a sound in a prompt; `how` is `file` or a name in `GENERATED_SOUNDS`.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, replace
 from typing import Any, ClassVar, Literal
 
-from mechdsl.base.records import Record, Registry, record
+from mechdsl.base.records import Record, Registry
 from mechdsl.vocab.sites import BlockModule, sites_of_module
 
 HookSide = Literal["in", "out"]
@@ -14,7 +14,6 @@ HookSide = Literal["in", "out"]
 LayoutAxes = Literal["flat", "heads", "heads_first"]
 
 
-@record
 class TensorLayout(Record):
     """A view of a tensor as `[B, T, units, width]`.
 
@@ -53,7 +52,6 @@ class TensorLayout(Record):
         return self.offset + last * self.stride + self.group * self.width
 
 
-@record
 class HookPoint(Record):
     """A tensor in the module tree: the input or output of a module."""
 
@@ -76,7 +74,6 @@ class HookPoint(Record):
     output."""
 
 
-@record
 class BlockAnatomy(Record):
     """The components of one block by path; None or empty if the block lacks one."""
 
@@ -136,7 +133,6 @@ def add_output_sites(block: BlockAnatomy, d_model: int) -> BlockAnatomy:
     return block.with_taps(**taps)
 
 
-@record
 class Anatomy(Record):
     """The components of one stack of blocks by path."""
 

@@ -8,7 +8,7 @@ from dataclasses import field, replace
 from typing import Any, Literal, cast
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoResidMid, SiteNotOnModel
@@ -113,7 +113,6 @@ and `sound to text`, the encoder reads an image or a sound of prompts. Prompts h
 blocks attend to an image."""
 
 
-@record
 class ModelShape(Record):
     """Sizes that coordinates are checked against; heads and layers count from 0."""
 

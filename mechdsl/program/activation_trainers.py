@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.dictionaries.folder import Architecture
 from mechdsl.fits.reports import CrossLayerReport
 from mechdsl.program.direction_methods import Problem, check_kind
@@ -42,7 +42,6 @@ OTHER_DICTIONARY_TRAINERS: dict[str, str] = {
 """What else may be written for a trainer of this module inside of `fit(…)` → hint."""
 
 
-@record
 class _Kind(Record):
     """An architecture of trained dictionaries."""
 

@@ -27,7 +27,7 @@ from types import (
 )
 from typing import Any, cast
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.program.code_hashes import CodeHashError, code_digest, is_installed
 
 MAX_ARRAY_BYTES = 16 * 2**20
@@ -113,7 +113,6 @@ def _read(function: object, looked_up: frozenset[str]) -> tuple[_Reader, object]
     return reader, reader.read_callable(function)
 
 
-@record
 class _CodeNames(Record):
     """Names in bytecode, including nested functions."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, cast
 
-from mechdsl.base.records import Record, Registry, attribute_problem, record
+from mechdsl.base.records import Record, Registry, attribute_problem
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.program.spec import Constant
@@ -68,7 +68,6 @@ class RowVectors(Protocol):
         ...
 
 
-@record
 class RowSummary(Record):
     """The rows of a fit, before any activation is read."""
 

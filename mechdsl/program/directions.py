@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
@@ -305,7 +305,6 @@ def training_rows(call: ast.Call | None) -> ast.Node | None:
     return next((argument.value for argument in named if argument.name == "train"), None)
 
 
-@record
 class FitRows(Record):
     """Rows of a fit: a run of a block, or one model's run of it."""
 

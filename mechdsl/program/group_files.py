@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile, load_json
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean
@@ -50,7 +50,6 @@ _CONVERSION = (
 _FEATURE = re.compile(r"(\d{1,4})_(\d{1,9})_(\d{1,9})")
 
 
-@record
 class GraphFile(Record):
     """The features of a graph, and of its supernodes."""
 
@@ -230,7 +229,6 @@ class _Candidate(NamedTuple):
     """Of a dimension or a feature; None for a site."""
 
 
-@record
 class SavedMask(Record):
     """The group of a file."""
 
@@ -335,7 +333,6 @@ def _reject_edges(listed: object, written: str) -> None:
         raise UnreadableFile(reason, f'read it as a circuit: `circuit c = saved("{written}")`')
 
 
-@record
 class SavedPositions(Record):
     """A group of positions that is read from a file."""
 

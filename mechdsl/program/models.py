@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.models import BadModelSum, ModelCircle
@@ -165,7 +165,6 @@ _ROUNDED_EXAMPLE = "rounded(m, bits: 8)"
 # --- sums -----------------------------------------------------------------------------------------
 
 
-@record
 class _Terms(Record):
     """A sum of models with factors, plus a number."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.names import PythonNotFound
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     )
 
 
-@record
 class Parameters(Record):
     """Parameters of a method, without `self`."""
 
@@ -59,7 +58,6 @@ class Parameters(Record):
         return (*self.required, *self.optional)
 
 
-@record
 class PythonClass(Record):
     """A class that was found but not yet run."""
 

@@ -17,7 +17,7 @@ from typing import Literal
 from mechdsl import zoo
 from mechdsl.base import limits
 from mechdsl.base.files import special_file_kind, write_obstacle
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import AllowedFolders, Source, Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic
@@ -40,7 +40,6 @@ WILDCARD = "*"
 """A part of a name, in the path of a model's folder or of data files."""
 
 
-@record
 class PathConstruct(Record):
     """A construct of the language that takes a path."""
 

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, MissingLine, UnknownWord
@@ -39,7 +39,6 @@ from mechdsl.syntax.traversal import walk
 RunLabel = int | str
 
 
-@record
 class RunSide(Record):
     """A run on one side of `from … into …`."""
 
@@ -50,7 +49,6 @@ class RunSide(Record):
     """Its model, if the file names one."""
 
 
-@record
 class Variant(Record):
     """One combination of a model, a source and a base."""
 

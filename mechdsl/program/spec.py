@@ -22,7 +22,7 @@ from typing import (
     dataclass_transform,
 )
 
-from mechdsl.base.records import Record, keyword_record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import Percent, count_noun
 from mechdsl.program.estimators import (
@@ -73,14 +73,13 @@ _WITHOUT_JSON = ("Where", "Paths", "Names", "Sources", "Losses", "TrainedFiles")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
-@keyword_record
-class Spec(Record):
+class Spec(Record, kw_only=True):
     """Every part knows the span that it came from."""
 
     span: Where
 
     def __init_subclass__(cls) -> None:
-        keyword_record(cls)
+        super().__init_subclass__(kw_only=True)
 
     def model_copy(self, *, update: Mapping[str, Any]) -> Self:
         """Return a copy with other values of some fields."""

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-from mechdsl.base.records import Record, Registry, record
+from mechdsl.base.records import Record, Registry
 from mechdsl.base.text import Percent, name_list
 from mechdsl.dictionaries.folder import Architecture
 from mechdsl.fits.reports import (
@@ -125,7 +125,6 @@ class Trainer(ABC):
 # --- trainers on vectors --------------------------------------------------------------------------
 
 
-@record
 class DictionaryOutline(Record):
     """What is known of a dictionary before it is trained."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import name_list, quote
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
@@ -560,7 +560,6 @@ SetEntry: TypeAlias = int | str | TokenId
 SetExpression: TypeAlias = "ast.Expr | ast.Range"
 
 
-@record
 class AcceptedTokens(Record):
     """One or more tokens in the set of a row."""
 
@@ -569,7 +568,6 @@ class AcceptedTokens(Record):
     """The number that a numeral represents."""
 
 
-@record
 class TokenSets(Record):
     """A set of tokens for each row; equal sets are stored once."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, closest_name, record
+from mechdsl.base.records import Record, closest_name
 from mechdsl.base.source import Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -430,7 +430,6 @@ def improve_hint(problem: UnknownValue, prompts: spec.Prompts) -> UnknownValue:
     return problem
 
 
-@record
 class Definition(Record):
     """`a, b = EXPR`: names that are defined together, and their expression."""
 

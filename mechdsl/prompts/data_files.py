@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import find_snapshot
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -62,7 +62,6 @@ class RecordOrder:
             seen[keys[number]] += 1
 
 
-@record
 class FileOfRecords(Record):
     """One of the files that records are from."""
 
@@ -72,7 +71,6 @@ class FileOfRecords(Record):
     """Number of its records."""
 
 
-@record
 class DataFile(Record):
     """The records of one or several files, and a digest of their bytes."""
 
@@ -215,7 +213,6 @@ _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 """Splits that files without a split in their names don't belong to."""
 
 
-@record
 class DatasetReference(Record):
     """The arguments of `hf_dataset(…)`."""
 

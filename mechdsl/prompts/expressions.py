@@ -13,7 +13,7 @@ from math import inf
 from typing import Any, Literal, TypeAlias, cast, overload
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, Registry, closest_name, record
+from mechdsl.base.records import Record, Registry, closest_name
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -51,7 +51,6 @@ _TRIES = 64
 Evaluator = Callable[[ast.Expr, Scope, DrawKey], RowValue]
 
 
-@record
 class PromptFunction(Record):
     """A function of prompts. `usage` appears in the help line of a wrong call."""
 
@@ -741,7 +740,6 @@ PlaceholderLookup: TypeAlias = Callable[[ast.String], Sequence[ast.Expr]]
 """A text → the expressions in its braces."""
 
 
-@record
 class NameUse(Record):
     """A reference to a name, with its role.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import accumulate, compress, pairwise
 
 from mechdsl.base.hashing import stable_hash
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, quote
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -34,7 +34,6 @@ TableBuilder = Callable[[Sequence[int]], tuple[PromptTable | None, list[Diagnost
 """Row numbers → the other block's table of these rows."""
 
 
-@record
 class PairedRun(Record):
     """A run of another prompts block, and the rule that paired its rows."""
 

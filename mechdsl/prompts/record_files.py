@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast, overload
 
 from mechdsl.base.files import load_json
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.prompts.values import DataRecord, RowValue
 
 DUPLICATE_COLUMNS = "two columns are called"
@@ -222,7 +222,6 @@ GroupReader = Callable[[int], DataRecord]
 """Returns a record of a group by its number in the group."""
 
 
-@record
 class RecordGroup(Record):
     """Successive records of a file that are read together, such as a row group of Parquet."""
 
@@ -231,7 +230,6 @@ class RecordGroup(Record):
     """Bytes in memory; 0 if each record is read by itself."""
 
 
-@record
 class StreamedFile(Record):
     """A file whose records have been checked but aren't in memory."""
 

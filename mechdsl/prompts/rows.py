@@ -13,7 +13,7 @@ from typing import Any, NoReturn, cast, overload
 
 from mechdsl.base import limits
 from mechdsl.base.hashing import Permutation, stable_hash
-from mechdsl.base.records import Record, compact_record, record, unlocked_property
+from mechdsl.base.records import Record, compact_record, unlocked_property
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean
@@ -640,7 +640,6 @@ class ImageRow:
         return _NOTHING if self.image is None else row_regions(cast("Row", self), self.image)
 
 
-@record
 class PromptTable(Record):
     """The rows of a prompts block for one tokenizer, seed, limit and split."""
 

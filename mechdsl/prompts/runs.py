@@ -13,7 +13,7 @@ from math import ceil
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from mechdsl.base.records import Record, compact_record, record
+from mechdsl.base.records import Record, compact_record
 from mechdsl.images.layouts import ImageCell, PromptPicture
 from mechdsl.images.picture import Picture, Region, Video
 from mechdsl.program.images import FRAME_SPAN
@@ -29,7 +29,6 @@ ANSWER_SPAN = "answer"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-@record
 class TextTokens(Record):
     """A text that a metric refers to, tokenised as the continuation of its prompt."""
 
@@ -39,7 +38,6 @@ class TextTokens(Record):
     """The text is the number of a classifier output, not the name of a label."""
 
 
-@record
 class RunNoise(Record):
     """`add gaussian(std: …) to SITE at POS`: the noise that a corrupted run adds at a site."""
 
@@ -66,7 +64,6 @@ class RunNoise(Record):
     """Per row, its single draw, if rows represent draws of other rows."""
 
 
-@record
 class ReplySpan(Record):
     """The reply after a prompt."""
 
@@ -84,7 +81,6 @@ class ReplySpan(Record):
         return ids[self.first : len(ids) - self.behind]
 
 
-@record
 class RunRow(Record):
     """One row of one run."""
 
@@ -197,7 +193,6 @@ class RunRow(Record):
         return list_places(name, ((each, None) for each in self.pictures_of(name)))
 
 
-@record
 class PlacedPicture(Record):
     """An image at a placeholder of a tokenised prompt."""
 
@@ -275,7 +270,6 @@ def list_places(
     return found
 
 
-@record
 class DerivedRun(Record):
     """The properties of an experiment's run with rules (`run healed { … }`) that rows depend on."""
 
@@ -291,7 +285,6 @@ CACHED_TOKENS = 200_000
 """Maximum number of tokens of a run whose token maps are cached, at about 100 bytes each."""
 
 
-@record
 class PromptRun(Record):
     """A run with the table's rows in the table's order.
 
@@ -354,7 +347,6 @@ Hits: TypeAlias = tuple[tuple[int, ...], ...]
 """The token runs of one row: each run is a tuple of joined token positions."""
 
 
-@record
 class ReplyPosition(Record):
     """A position in the reply that is generated after a prompt."""
 
@@ -394,7 +386,6 @@ class ReplyPosition(Record):
         )
 
 
-@record
 class PositionCell(Record):
     """One value of the position axis."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from mechdsl.base import limits
 from mechdsl.base.files import SafetensorsFile, UnreadableFile, inspect_safetensors
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.names import BadArgument
@@ -900,7 +900,6 @@ def _bases_of_rule(
     return names, every, {**outer, SEED_AXIS: len(seeds)}
 
 
-@record
 class _Exchange(Record):
     """Features that come in from another basis."""
 

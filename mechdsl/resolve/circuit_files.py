@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn, TypeAlias, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile, load_json
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Source
 from mechdsl.base.text import count_noun
 from mechdsl.dictionaries.folder import read_limited_file
@@ -118,7 +118,6 @@ class NotAnEdge(Exception):
         self.hint = hint
 
 
-@record
 class CircuitFile(Record):
     """The content of a file, before it is compared with a model."""
 
@@ -138,7 +137,6 @@ class CircuitFile(Record):
     """Digests of the prompts that the edges were chosen on, if the file has them."""
 
 
-@record
 class NamedNodes(Record):
     """The neurons and features that `nodes` names for the edges of a file."""
 
@@ -150,7 +148,6 @@ class NamedNodes(Record):
     """Name of each dictionary of these features → its SHA-256; empty until it is trained."""
 
 
-@record
 class SavedCircuit(Record):
     """The edges of a file, as edges of a model."""
 

@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile
 from mechdsl.base.hashing import stable_hash
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -299,7 +299,6 @@ def _list_other_scores(
     yield from edges.others.items()
 
 
-@record
 class CircuitEdges(Record):
     """The edges of a circuit in a model."""
 
@@ -398,7 +397,6 @@ def find_circuit_edges(
     return CircuitEdges(*given, *last, placed)
 
 
-@record
 class ComparedCircuits(Record):
     """Two circuits as sets of edges between the same nodes, at each group of tokens."""
 
@@ -634,7 +632,6 @@ def _join_places(listed: Iterable[EdgeAtPlace]) -> PlacedEdges:
     return found
 
 
-@record
 class _NamedNodes(Record):
     """The neurons that `nodes` names, by site and layer, or the features, by output."""
 
@@ -902,7 +899,6 @@ def _read_saved(call: ast.Call, named: _NamedNodes, work: ExperimentContext) -> 
         return None
 
 
-@record
 class _TokenClasses(Record):
     """The tokens at which different edges of a circuit are ablated, as in `CircuitTargets`."""
 
@@ -1582,7 +1578,6 @@ def find_classes(circuit: CircuitTargets, positions: PositionTargets) -> set[int
 # --- paths through the model ----------------------------------------------------------------------
 
 
-@record
 class SearchStep(Record):
     """Edges that a search for a circuit tries to ablate together."""
 
@@ -2194,7 +2189,6 @@ def list_drawn_edges(asked: AskedCircuits, drawn: Sequence[Any]) -> PlacedEdges:
     return _join_places((each.edge, None if each.place == every else each.place) for each in drawn)
 
 
-@record
 class DrawnCircuits(Record):
     """Random circuits of one size."""
 

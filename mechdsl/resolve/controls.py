@@ -15,7 +15,7 @@ from typing import Any, Literal
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile
 from mechdsl.base.hashing import stable_hash
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -94,7 +94,6 @@ from mechdsl.vocab.effects import ControlTitle
 from mechdsl.vocab.sites import SITES, Stack
 
 
-@record
 class ExcludedSite(Record):
     """One site of `except`, with all points that it names."""
 
@@ -866,7 +865,6 @@ TRAINING_CELLS = 128
 """Number of cells, over all draws, that such a control may have; or one draw of every cell."""
 
 
-@record
 class _TrainedRule(Record):
     """A rule that uses something that the file trains."""
 
@@ -1058,7 +1056,6 @@ MAX_CHOICES = 1 << 24
 """Largest number of coordinates to draw from, over all sets that have draws."""
 
 
-@record
 class _DrawnCoordinates(Record):
     """What is drawn for the coordinates of one rule that a mask chose."""
 
@@ -1247,7 +1244,6 @@ _SITES = -1
 """Key for the drawn sites of all rules of a cell; drawn tokens have their rule's number as key."""
 
 
-@record
 class _CellDraws(Record):
     """Draws for one cell."""
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile, inspect_safetensors
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.experiments import BadPick
@@ -125,7 +125,6 @@ def name_coordinate(axis: Axis, label: AxisLabel) -> str:
     return describe_position(label) if axis.name == "position" else f"{axis.name} {label}"
 
 
-@record
 class DirectionUse(Record):
     """The only use of what `direction` names if it is no direction."""
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, Registry, record
+from mechdsl.base.records import Record, Registry
 from mechdsl.diagnostics.core import Diagnostic, UnknownFact, has_errors
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import UNUSED_LOOP, AxesCollide, BadLoopValue, TooManyCells
@@ -262,7 +262,6 @@ def _text_of_metric(atom: MetricTerm) -> str:
     return given[0].span.written if given else atom.form.default or ANSWER_SPAN
 
 
-@record
 class OmittedAnswer(Record):
     """A rule on the whole prompt that omits the answer tokens after it."""
 

@@ -14,7 +14,7 @@ from itertools import chain, product
 from math import isclose
 from typing import TYPE_CHECKING, Any
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import Percent, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
@@ -59,7 +59,6 @@ class PickError(Exception):
         self.hint = hint
 
 
-@record
 class RankedSite(Record):
     """Points that a cell of another experiment writes, with the mean effect of the cell."""
 

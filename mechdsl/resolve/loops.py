@@ -11,7 +11,7 @@ from math import prod
 from typing import Any, cast
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.text import Percent, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.rules import BadLoopValue, EmptyRange, loop_hint
@@ -109,7 +109,6 @@ _COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
 LoopLabels = tuple[AxisLabel, ...]
 
 
-@record
 class LoopAxes(Record):
     """Loops of an experiment."""
 

@@ -20,7 +20,7 @@ from mechdsl.base.hashing import (
     stable_hash,
     unrank_subset,
 )
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.program import spec
 from mechdsl.prompts.runs import Hits
 from mechdsl.vocab.sites import Stack
@@ -36,7 +36,6 @@ MAX_RANKS = 1 << 62
 """Maximum number of sets to enumerate; larger numbers are sampled."""
 
 
-@record
 class ExchangeGroup(Record):
     """Targets that are interchangeable: the heads of one layer, or all layers."""
 
@@ -53,7 +52,6 @@ TargetSwaps: TypeAlias = Mapping[tuple[ExchangeGroup, int], int]
 """Target → the target that was drawn to replace it."""
 
 
-@record
 class SiteOptions(Record):
     """All sets of targets that could replace those of a cell."""
 
@@ -151,7 +149,6 @@ def _rank(places: Sequence[int], sizes: Sequence[int]) -> int:
     return rank
 
 
-@record
 class RowOptions(Record):
     """All tokens that could replace those of one row.
 
@@ -249,7 +246,6 @@ class RowOptions(Record):
         return [unrank_subset(self.pool, size, place) for place in places]
 
 
-@record
 class TokenOptions(Record):
     """All tokens that could replace those of one cell, row by row."""
 
@@ -273,7 +269,6 @@ class TokenOptions(Record):
         return tuple(found)
 
 
-@record
 class NumberedDraws(Record):
     """Draws of one cell that are made, by number."""
 

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any, cast
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.text import count_noun, find_run, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.models import NoLogits, NoSuchOutput
@@ -818,7 +818,6 @@ STEP_AXIS = "step"
 """Axis of the generation steps at which measures are read."""
 
 
-@record
 class ReadPosition(Record):
     """One position at which a measure is read."""
 

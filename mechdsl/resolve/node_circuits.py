@@ -14,7 +14,7 @@ from math import comb
 from typing import Literal, TypeAlias
 
 from mechdsl.base.hashing import rank_subset, stable_hash
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import UnreadableMeasure
@@ -376,7 +376,6 @@ def _has_equal_places(rule: ResolvedRule, whole: ResolvedRule) -> bool:
 # --- what the circuit is chosen from --------------------------------------------------------------
 
 
-@record
 class NodeChoice(Record):
     """The nodes that a rule's group is chosen from in a cell, and those of the group."""
 
@@ -474,7 +473,6 @@ def list_coordinates(basis: BasisTargets, at: Mapping[str, int]) -> tuple[int, .
 # --- random groups --------------------------------------------------------------------------------
 
 
-@record
 class DrawnGroups(Record):
     """The rules of an experiment with random groups."""
 

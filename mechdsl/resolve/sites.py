@@ -15,7 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -772,7 +772,6 @@ def resolve_site(
     return remaining, () if remaining is None else axes
 
 
-@record
 class _Exception(Record):
     """Test for the points that one item of `except` names, for every value of its loops."""
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, TypeAlias
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
@@ -61,7 +61,6 @@ from mechdsl.syntax.words import STACKS
 from mechdsl.vocab.sites import SITES, SiteKind
 
 
-@record
 class PositionMatch(Record):
     """Positions of one rule: the written cells, the read cells in the same order, and the labels of
     positions that no row has in both runs."""

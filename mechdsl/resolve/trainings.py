@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mechdsl.base.files import SafetensorsFile
 from mechdsl.base.hashing import digest_number, stable_hash
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import Percent, count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -283,7 +283,6 @@ def name_probe_map(point: SitePoint) -> str:
     return name if point.unit is None else f"{name}.head.{point.unit}"
 
 
-@record
 class MaskFile(Record):
     """What a stored training chose."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 from mechdsl.base.hashing import digest
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import UNKNOWN_FACTS, UnknownFact
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from mechdsl.program.spec import Constant
 
 
-@record
 class FitSample(Record):
     """Rows that a fit reads, with one vector for each row that has the position, or one for each
     token."""
@@ -78,7 +77,6 @@ class FitSample(Record):
         return sorted(found)  # pyright: ignore[reportArgumentType, reportUnknownVariableType]
 
 
-@record
 class FittedVector(Record):
     """A method fitted to activations of one cell: `mean_difference(A, B)`, `pca(A)`."""
 
@@ -91,7 +89,6 @@ class FittedVector(Record):
     options: Mapping[str, Constant]
 
 
-@record
 class UnembeddingVector(Record):
     """The unembedding's row for a token, minus the row for another token if there is one."""
 
@@ -104,7 +101,6 @@ VectorRole = Literal["direction", "scales", "edit"]
 it computes from each activation."""
 
 
-@record
 class SavedVector(Record):
     """A vector from a safetensors file."""
 
@@ -119,7 +115,6 @@ class SavedVector(Record):
         return "direction"
 
 
-@record
 class SavedEdit(SavedVector):
     """An edit from a safetensors file, of three tensors whose names begin with `key`."""
 
@@ -128,17 +123,14 @@ class SavedEdit(SavedVector):
         return "edit"
 
 
-@record
 class WeightedSum(Record):
     parts: tuple[tuple[float, DirectionVector], ...]
 
 
-@record
 class UnitVector(Record):
     of: DirectionVector
 
 
-@record
 class RandomVector(Record):
     """A random direction with the norm of another direction, or with the same numbers."""
 
@@ -150,7 +142,6 @@ class RandomVector(Record):
     """Whether it has the numbers of the other one in a random order, as a control of scales."""
 
 
-@record
 class DrawnVector(Record):
     """A random direction of norm 1, for a rule whose vectors are known only when it runs."""
 
@@ -170,7 +161,6 @@ DirectionVector: TypeAlias = (
 )
 
 
-@record
 class FittedBasis(Record):
     """A basis computed from activations of one site, or from their means for each target of the
     sample: `pca(fruit, dims: 8)`, `class_means(count, fruit)`."""
@@ -180,7 +170,6 @@ class FittedBasis(Record):
     """The site of the activations."""
 
 
-@record
 class JacobianBasis(Record):
     """A basis computed from the Jacobians of one site by another, at the tokens of a sample.
 
@@ -204,14 +193,12 @@ class JacobianBasis(Record):
         return (self.source, self.target)
 
 
-@record
 class TokenBasis(Record):
     """A basis computed from rows of the unembedding."""
 
     tokens: tuple[int, ...]
 
 
-@record
 class WeightBasis(Record):
     """A basis computed from the weights that write to a site."""
 
@@ -223,7 +210,6 @@ WEIGHTS_BASIS = "weights"
 """Name of the coordinates that rules on weights change: the numbers of all heads or neurons."""
 
 
-@record
 class OutputWeights(Record):
     """The weights from all heads or neurons of a layer to the output of their sublayer, or what is
     added to them."""
@@ -237,7 +223,6 @@ class OutputWeights(Record):
     """Whether the vector replaces the weights."""
 
 
-@record
 class DrawnBasis(Record):
     """A basis computed from the width of the vectors, and from random numbers."""
 
@@ -246,7 +231,6 @@ class DrawnBasis(Record):
     seed: int
 
 
-@record
 class SpannedBasis(Record):
     """A basis of directions of the file."""
 
@@ -255,7 +239,6 @@ class SpannedBasis(Record):
     """The point whose next weights it depends on, if it does."""
 
 
-@record
 class PythonBasis(Record):
     """A basis whose encoder and decoder are an object of a Python file."""
 
@@ -263,7 +246,6 @@ class PythonBasis(Record):
     """Creates the object."""
 
 
-@record
 class RecordStream(Record):
     """Records of files that a training reads in parts."""
 
@@ -278,7 +260,6 @@ class RecordStream(Record):
     """Folder of the training with the texts that it has read; None before the training."""
 
 
-@record
 class PairedVectors(Record):
     """What the vectors of a training are correlated with."""
 
@@ -302,7 +283,6 @@ class PairedVectors(Record):
         return count_numbers(self.point, self.shape)
 
 
-@record
 class Training(Record):
     """A training that a file declares: `fit(sae(features: 512, k: 8), prompts: fruit.train)`."""
 
@@ -418,7 +398,6 @@ class Trained:
         return bool(self.digest)
 
 
-@record
 class TrainedDictionary(Trained, DictionaryFile):
     """A dictionary that a file declares with `fit`, without weights until it is trained."""
 
@@ -436,7 +415,6 @@ class TrainedDictionary(Trained, DictionaryFile):
         return count_noun(self.features, f"{self.training.trainer.name} component")
 
 
-@record
 class CrossLayerFiles(Record):
     """The files of a trained cross-layer transcoder."""
 
@@ -446,7 +424,6 @@ class CrossLayerFiles(Record):
     """SHA-256 over the digests of its encoders and decoders."""
 
 
-@record
 class TrainedRotation(Trained, SavedVector):
     """Orthonormal directions that a file declares with `fit`, rows of a matrix of the store."""
 
@@ -467,7 +444,6 @@ def describe_rotation(trainer: str, directions: int) -> str:
     return f"{trainer} rotation with {count_noun(directions, 'direction')}"
 
 
-@record
 class TrainedVector(Trained, SavedVector):
     """A vector that a file declares with `fit`, from a file of the store."""
 
@@ -488,7 +464,6 @@ class TrainedVector(Trained, SavedVector):
         return f"{self.training.trainer.name}{given}"
 
 
-@record
 class TrainedLens(Trained, Record):
     """A tuned lens that a file declares with `fit`, in a file of the store."""
 
@@ -504,7 +479,6 @@ class TrainedLens(Trained, Record):
         return f"tuned lens of {count_noun(len(self.training.layers), 'layer')}"
 
 
-@record
 class TrainedProbe(Trained, Record):
     """A linear probe that a file declares with `fit`, in a file of the store."""
 
@@ -532,7 +506,6 @@ class TrainedProbe(Trained, Record):
         return f"{self.training.trainer.name} probe of {what}"
 
 
-@record
 class ProbeVector(TrainedVector):
     """The weights of a trained probe as a direction: those of its number, or those of a class minus
     the mean of those of the other classes."""
@@ -544,7 +517,6 @@ class ProbeVector(TrainedVector):
     """Number of the class; 0 for a number."""
 
 
-@record
 class TrainedMask(Trained, Record):
     """A group or a circuit that a file declares with `fit`: the sites, positions, features,
     dimensions or edges that a training chooses.
@@ -629,7 +601,6 @@ BasisOperand: TypeAlias = (
 )
 
 
-@record
 class BasisMember(Record):
     """A basis for the vectors of one site."""
 
@@ -656,7 +627,6 @@ PointBases = Mapping[tuple[int | None, int | None] | None, BasisMember]
 """Bases by layer and head of the written point; the key None is for all points."""
 
 
-@record
 class Coordinates(Record):
     """Coordinates that a rule changes in a cell."""
 
@@ -668,7 +638,6 @@ class Coordinates(Record):
     """Coordinates in the last basis that come in for these."""
 
 
-@record
 class BasisTargets(Record):
     """Coordinates that a rule changes, in the basis of each cell."""
 
@@ -749,7 +718,6 @@ class BasisTargets(Record):
         return found
 
 
-@record
 class DirectionMember(Record):
     """One member of a direction family."""
 
@@ -760,7 +728,6 @@ class DirectionMember(Record):
     """Description of how the direction was computed."""
 
 
-@record
 class DirectionTargets(Record):
     """Direction of a rule, for every combination of the axes that it depends on."""
 
@@ -871,7 +838,6 @@ class FeatureNode(SitePoint):
     """Whether the basis has features of several layers, so that its nodes name theirs."""
 
 
-@record
 class FeatureNodes(Record):
     """The features of one output that are nodes of a circuit."""
 
@@ -880,7 +846,6 @@ class FeatureNodes(Record):
     which: tuple[int, ...]
 
 
-@record
 class SiteCoordinate(Record):
     """One number of the vector of a site, in a basis or as it is."""
 
@@ -890,7 +855,6 @@ class SiteCoordinate(Record):
     number: int
 
 
-@record
 class PositionChoice(Record):
     """One of the positions that a mask chooses from."""
 
@@ -911,7 +875,6 @@ PlacedEdges: TypeAlias = Mapping[CircuitEdge, frozenset[int] | None]
 """Edges of a circuit, each with the numbers of its places; None for all tokens."""
 
 
-@record
 class PlacedEdge(Record):
     """An edge of a circuit at one of the positions that a training scores separately."""
 
@@ -921,7 +884,6 @@ class PlacedEdge(Record):
     label: str = field(compare=False)
 
 
-@record
 class PlaceOrder(Record):
     """Where information moves to between groups of tokens, such as those of positions. The last
     group is all tokens of no other group, whose edges never carry other values."""
@@ -960,7 +922,6 @@ NOTHING = "nothing"
 """Name of the site in cells that write nothing, because no site is selected."""
 
 
-@record
 class SiteTargets(Record):
     """Points of a rule, for every combination of the axes that they depend on."""
 
@@ -986,7 +947,6 @@ class SiteTargets(Record):
         return any(not here for key, here in self.points.items() if key not in self.missing)
 
 
-@record
 class PositionTargets(Record):
     """Positions that a rule writes in the base run and reads in the source run."""
 
@@ -1003,7 +963,6 @@ class PositionTargets(Record):
     """The subset of `newest` for `tokens *`, which covers all tokens generated so far."""
 
 
-@record
 class Amounts(Record):
     """Number that a rule writes, for every value of the loops that the number depends on."""
 
@@ -1011,7 +970,6 @@ class Amounts(Record):
     values: Mapping[AxisIndices, float]
 
 
-@record
 class StepRanges(Record):
     """First and last generation step in which a rule acts, for every value of their loops."""
 
@@ -1019,7 +977,6 @@ class StepRanges(Record):
     values: Mapping[AxisIndices, tuple[int, int]]
 
 
-@record
 class Alternative(Record):
     """Cells in which a rule acts, if each cell uses one of several alternative rules."""
 
@@ -1027,7 +984,6 @@ class Alternative(Record):
     index: int
 
 
-@record
 class EdgeTargets(Record):
     """Attention edges from the rule's positions (the queries) to these keys."""
 
@@ -1036,7 +992,6 @@ class EdgeTargets(Record):
     keys: PositionTargets
 
 
-@record
 class PathTargets(Record):
     """Receivers of a rule's paths."""
 
@@ -1059,7 +1014,6 @@ class PathTargets(Record):
         return len({SITES[p.site].when == "output" for p in points}) == 2
 
 
-@record
 class CircuitTargets(Record):
     """Edges of a model that a rule ablates, for every key of its sites, which are the senders."""
 
@@ -1114,7 +1068,6 @@ class CircuitTargets(Record):
         return self.places if self.encoder is None else self.places[: self.encoder]
 
 
-@record
 class ExternalRun(Record):
     """A run of a different prompt set from which replacement values are read."""
 
@@ -1152,7 +1105,6 @@ class VectorBatch(Protocol):
         ...
 
 
-@record
 class Convention(Record):
     """Note on an intervention that is printed below a table."""
 
@@ -1304,7 +1256,6 @@ def _are_in(stack: str, found: Mapping[AxisIndices, tuple[SitePoint, ...]] | Non
     return any(SITES[point.site].stack == stack for point in points)
 
 
-@record
 class ResolvedRule(Record):
     """One rule, ready to be expanded over cells. Rules with the same effect are equal."""
 
@@ -1482,7 +1433,6 @@ def name_neurons(mlp: SitePoint) -> SiteLayer:
 AxisLabel = int | float | str
 
 
-@record
 class OppositeTower(Record):
     """Texts or images that rows are scored with in the other tower of a two-tower model.
 
@@ -1504,7 +1454,6 @@ class OppositeTower(Record):
         return digest(self.texts, self.ids, pictures).hex()
 
 
-@record
 class RankingSource(Record):
     """An experiment whose sites were picked."""
 
@@ -1516,7 +1465,6 @@ class RankingSource(Record):
     """Keys of the rows that the ranking is computed from, in any prompt set."""
 
 
-@record
 class ModelContext(Record):
     """Facts about a model that are known without its weights."""
 
@@ -1545,7 +1493,6 @@ class ModelContext(Record):
         return self.shape.stands_in or self.tokenizer.stands_in
 
 
-@record
 class Axis(Record):
     """One axis of the result table."""
 
@@ -1563,7 +1510,6 @@ class Axis(Record):
         return len(self.labels)
 
 
-@record
 class LoopCells(Record):
     """Combinations of loop values that exist.
 
@@ -1609,7 +1555,6 @@ ItemNumber = int | None
 """Occurrence of the cell (`{item.index}`), which a text may depend on in addition to the row."""
 
 
-@record
 class MetricTerm(Record):
     """One metric of an expression, with its arguments resolved for every row."""
 
@@ -1679,7 +1624,6 @@ class MetricTerm(Record):
         return tuple(length - 1 for length in self.lengths)
 
 
-@record
 class ResolvedMeasure(Record):
     """One expression over metrics, read at one position of each run."""
 
@@ -1723,7 +1667,6 @@ AxisLabels = tuple[tuple[str, AxisLabel], ...]
 """Axis names, each with one label."""
 
 
-@record
 class MeasureGroup(Record):
     """Measures of an experiment at one of the positions at which they are read."""
 
@@ -1735,7 +1678,6 @@ class MeasureGroup(Record):
     other values belong to other groups."""
 
 
-@record
 class ResolvedSave(Record):
     """A `save` line with concrete sites and positions."""
 
@@ -1755,7 +1697,6 @@ class ResolvedSave(Record):
         return any(cell.reply is not None for cell in self.cells)
 
 
-@record
 class ResolvedDirectionFile(Record):
     """A `save direction` line with the directions that it writes."""
 
@@ -1788,7 +1729,6 @@ def mixes_images(model: ModelContext, table: PromptTable) -> bool:
     return layout is not None and layout.mixes
 
 
-@record
 class ResolvedExperiment(Record):
     """An experiment with all that a plan needs except weights."""
 
@@ -2006,7 +1946,6 @@ class ResolvedExperiment(Record):
         return count_cells(self.axes, self.own_loops)
 
 
-@record
 class ExperimentOutline(Record):
     """Known facts about an experiment, including one with errors, against which its reports and
     expectations are checked."""
@@ -2039,7 +1978,6 @@ class ExperimentOutline(Record):
         return frozenset(what for what in UNKNOWN_FACTS if found[what])
 
 
-@record
 class DrawCounts(Record):
     """Number of draws in each cell of a control. The number may differ between cells."""
 
@@ -2047,7 +1985,6 @@ class DrawCounts(Record):
     counts: Mapping[AxisIndices, int]
 
 
-@record
 class BaselineExperiment(Record):
     """The same cells without or with other rules, used as the baseline of effects."""
 
@@ -2056,7 +1993,6 @@ class BaselineExperiment(Record):
     """Indices of the measures whose effects are computed against it."""
 
 
-@record
 class ResolvedControl(Record):
     """The same experiment on random targets."""
 
@@ -2077,7 +2013,6 @@ DRAW_AXIS = "random draw"
 """An axis name that no file can use."""
 
 
-@record
 class DirectionFamily(Record):
     """Directions of one width over some axes; a single direction if there are no axes."""
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.runtime import restores_random_state
 from mechdsl.base.text import Percent, count_noun
 from mechdsl.diagnostics.core import Diagnostic
@@ -101,7 +101,6 @@ DEFAULT_SHOWN_PROMPTS = 3
 """Number of prompts in an overlay without `top n`."""
 
 
-@record
 class SeenImage(Record):
     """An image as the model sees it, and its division into tokens."""
 
@@ -116,7 +115,6 @@ class SeenImage(Record):
     cols: int
 
 
-@record
 class ActiveText(Record):
     """A prompt in which an observed feature is active."""
 
@@ -128,7 +126,6 @@ class ActiveText(Record):
     """Activation at each token; None where it isn't observed."""
 
 
-@record
 class SeedMean(Record):
     """The mean of a measure over trainings with several seeds, with two separate intervals."""
 
@@ -155,7 +152,6 @@ TARGET_LABEL = "target"
 """Label of the node of a measure that an attribution graph explains."""
 
 
-@record
 class ResultNode(Record):
     """A node of an attribution graph."""
 
@@ -179,7 +175,6 @@ class ResultNode(Record):
     for logits. The viewer of circuit-tracer hides nodes above a share."""
 
 
-@record
 class ResultGraph(Record):
     """Nodes of an attribution graph and their prompt."""
 
@@ -192,7 +187,6 @@ class ResultGraph(Record):
     """(name, labels of its features) of each group of features."""
 
 
-@record
 class ResultCircuit(Record):
     """A circuit whose edges, or whose complement, an experiment ablates; or the attribution graph
     that it observes."""

@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl import diagnostics
-from mechdsl.base.records import keyword_record
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import Percent
 from mechdsl.diagnostics.core import CODES, Diagnostic
@@ -416,7 +415,6 @@ def _record(kind: Any, forms: Mapping[str, Codec]) -> Codec:
 _RECORDED = ("severity", "message", "label_text", "help_text")
 
 
-@keyword_record
 class RecordedDiagnostic(Diagnostic):
     """A diagnostic of another version, whose class is missing or has a different text."""
 

@@ -12,7 +12,7 @@ from dataclasses import field, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.diagnostics.rules import BadDirection, BadWeights
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
@@ -106,7 +106,6 @@ class WeightRule(RuleKind):
         raise NotImplementedError
 
 
-@record
 class _Changes(Record):
     """What a rule does to weights: a factor in each cell, or vectors."""
 

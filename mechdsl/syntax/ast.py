@@ -10,22 +10,19 @@ import re
 from dataclasses import field
 from typing import Literal
 
-from mechdsl.base.records import Record, keyword_record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.syntax.forms import statement
 
 
-@keyword_record
-class Node(Record):
+class Node(Record, kw_only=True):
     span: Span = field(compare=False, repr=False)
 
 
-@record
 class Name(Node):
     id: str
 
 
-@record
 class Ref(Node):
     """`fruit` or `fruit.train`."""
 
@@ -41,24 +38,20 @@ class Ref(Node):
 # --- expressions -------------------------------------------------------------------------
 
 
-@record
 class Number(Node):
     value: int | float
 
 
-@record
 class Percent(Node):
     """`50%` has value 50."""
 
     value: float
 
 
-@record
 class String(Node):
     value: str
 
 
-@record
 class ShortSite(Node):
     """`L9H9`, `L9H9.q`, `L3.mlp`, `L3N512`: layer, unit letter and number, component."""
 
@@ -68,7 +61,6 @@ class ShortSite(Node):
     component: str | None = None
 
 
-@record
 class QualifiedRef(Node):
     """`answer of fewer`."""
 
@@ -76,7 +68,6 @@ class QualifiedRef(Node):
     of: Ref
 
 
-@record
 class ExperimentMeasure(Node):
     """`delta of ld of other`: a measure of another experiment. A name that only refers to an
     observation is resolved to one when its experiment is known."""
@@ -85,7 +76,6 @@ class ExperimentMeasure(Node):
     experiment: Name
 
 
-@record
 class Attribute(Node):
     """`item.index`."""
 
@@ -93,7 +83,6 @@ class Attribute(Node):
     attribute: str
 
 
-@record
 class Index(Node):
     """`xs[2]`, `refusal[best of select]`, `refusal[layer 3, token -1]`."""
 
@@ -101,7 +90,6 @@ class Index(Node):
     index: Expr | RankedSelection | Coordinates
 
 
-@record
 class Coordinate(Node):
     """`layer 3`, `token -1`, `layer l`: a value of an axis, or a name for a value."""
 
@@ -109,14 +97,12 @@ class Coordinate(Node):
     value: int | str
 
 
-@record
 class Coordinates(Node):
     """`layer 3, token -1`: a member of a family of directions."""
 
     items: tuple[Coordinate, ...]
 
 
-@record
 class Argument(Node):
     """`sep: ", "`, `std: 3 sd of subject`, or a positional one (`name` None)."""
 
@@ -124,7 +110,6 @@ class Argument(Node):
     value: ArgumentValue
 
 
-@record
 class Quantity(Node):
     """`3 sd`, `3 sd of subject`."""
 
@@ -133,7 +118,6 @@ class Quantity(Node):
     of: str | None = None
 
 
-@record
 class Call(Node):
     """`list(item, count, sep: " ")`. A call without arguments and brackets is a `Name`."""
 
@@ -141,14 +125,12 @@ class Call(Node):
     arguments: tuple[Argument, ...]
 
 
-@record
 class ListLiteral(Node):
     """`["a", "b"]`, `[1..3, 7]`."""
 
     items: tuple[Expr | Range, ...]
 
 
-@record
 class EdgeTokenOf(Node):
     """`first token of answer`."""
 
@@ -156,33 +138,28 @@ class EdgeTokenOf(Node):
     of: Expr
 
 
-@record
 class ClassOutput(Node):
     """`class answer`, `class "positive"`, `class 5`: an output of a classifier."""
 
     of: Expr
 
 
-@record
 class Negative(Node):
     operand: Expr
 
 
-@record
 class Binary(Node):
     operator: Literal["+", "-", "*", "/"]
     left: Expr
     right: Expr
 
 
-@record
 class Conditional(Node):
     condition: Expr
     then: Expr
     otherwise: Expr
 
 
-@record
 class Range(Node):
     """`2..9`, both ends included."""
 
@@ -190,7 +167,6 @@ class Range(Node):
     high: Expr
 
 
-@record
 class Compare(Node):
     """`=` is equality."""
 
@@ -199,13 +175,11 @@ class Compare(Node):
     right: Expr
 
 
-@record
 class InRange(Node):
     value: Expr
     within: Range | Expr
 
 
-@record
 class Near(Node):
     """`relative near -0.67 within 0.05`."""
 
@@ -214,14 +188,12 @@ class Near(Node):
     tolerance: Expr
 
 
-@record
 class Logical(Node):
     operator: Literal["and", "or"]
     left: Expr
     right: Expr
 
 
-@record
 class Not(Node):
     operand: Expr
 
@@ -251,7 +223,6 @@ Expr = (
 )
 
 
-@record
 class Domain(Node):
     """The domain of `x in …` and `for x in …`: `3..9`, `["a"]`, `0%..100% step 5%`."""
 
@@ -262,12 +233,10 @@ class Domain(Node):
 # --- sites --------------------------------------------------------------------------------
 
 
-@record
 class Star(Node):
     """`*`: every existing value."""
 
 
-@record
 class Bound(Node):
     """One end of an axis range: `3`, `-1`, `50%`, `l`, `l + 1` (`name` with `offset`)."""
 
@@ -277,7 +246,6 @@ class Bound(Node):
     offset: int = 0
 
 
-@record
 class AxisRange(Node):
     """`10..20`, or one value (`high` None)."""
 
@@ -291,7 +259,6 @@ STANDARD_BASIS = "the standard basis"
 """Name of the basis of `dims 0..7` without another one: the numbers of the vector."""
 
 
-@record
 class Axis(Node):
     """`layer 10..20`, `heads 0, 3`, `layer * window 9`, `feature 12, 55 of res8`, `dims 0..7`."""
 
@@ -302,7 +269,6 @@ class Axis(Node):
     of: str | None = None
 
 
-@record
 class Site(Node):
     """Component and axes. `names` are the words before the first axis that isn't `layer`-like:
     one name is a component (`resid_post`) or a stack (`vision`), two are component and stack; the
@@ -343,7 +309,6 @@ class Site(Node):
         return next((each for each in self.axes if each.word in ("feature", "dim")), None)
 
 
-@record
 class SiteMap(Node):
     """`resid_post layer 0 -> resid_post layer 2`: the map from one site to a later one; or an edge
     of a circuit."""
@@ -355,7 +320,6 @@ class SiteMap(Node):
     to; None for all tokens."""
 
 
-@record
 class SiteView(Node):
     """`resid_post layer 2 of fewer at last token`: a site in another run, or at other tokens."""
 
@@ -370,7 +334,6 @@ SiteValue = Site | SiteMap | SiteView
 ArgumentValue = Expr | Range | Quantity | SiteValue
 
 
-@record
 class RankedSelection(Node):
     """`top 10 of cie`, `top 25% of caap(a: 1, b: b)`, `best of select`."""
 
@@ -388,7 +351,6 @@ AxisValue = Star | AxisRange | RankedSelection
 # --- positions ------------------------------------------------------------------------------
 
 
-@record
 class Variable(Node):
     """A named number (of a `for` or a `param`) in a position: `i`, `-i`, `i + 1`."""
 
@@ -397,7 +359,6 @@ class Variable(Node):
     offset: int = 0
 
 
-@record
 class Occurrence(Node):
     """`item 3`, `item 2..4`, `item *`, `item i`, `row r..r + 1`: 1-based; `low` None is `*`."""
 
@@ -405,7 +366,6 @@ class Occurrence(Node):
     high: int | Variable | None = None
 
 
-@record
 class ImageView(Node):
     """A part of an image that its processor prepares separately: `tile 2`, `thumbnail`; or of a
     sound: `frame 3`."""
@@ -415,7 +375,6 @@ class ImageView(Node):
     is_frame: bool = False
 
 
-@record
 class SpanRef(Node):
     """A named span: `subject`, `item 3`, `last-item of part1`, `"Answer"`, `image row 3 col 4`."""
 
@@ -429,7 +388,6 @@ class SpanRef(Node):
     of: str | None = None
 
 
-@record
 class TokenIndex(Node):
     """`token 5`, `token -2`, `tokens *`, `token 2..6`, `token i`, `token -i`."""
 
@@ -439,7 +397,6 @@ class TokenIndex(Node):
     high: int | None = None
 
 
-@record
 class SpanTokens(Node):
     """`subject token`, `subject tokens`, `each item token`, `reply token 3`."""
 
@@ -451,14 +408,12 @@ class SpanTokens(Node):
     high: int | None = None
 
 
-@record
 class EachTokenOf(Node):
     """`each token of subject`."""
 
     of: SpanRef
 
 
-@record
 class EdgeToken(Node):
     """`last token`, `first token of subject`."""
 
@@ -466,7 +421,6 @@ class EdgeToken(Node):
     of: SpanRef | None = None
 
 
-@record
 class RankedTokens(Node):
     """`top 25% of caap tokens`."""
 
@@ -474,14 +428,12 @@ class RankedTokens(Node):
     plural: bool
 
 
-@record
 class PositionUnion(Node):
     """`{A, B}`."""
 
     items: Positions
 
 
-@record
 class ChosenTokens(Node):
     """`movers tokens`, `each movers token`: what a training chooses from some positions.
 
@@ -496,7 +448,6 @@ class ChosenTokens(Node):
     plural: bool
 
 
-@record
 class EachStep(Node):
     """`each step`: every position at which a token of a reply is predicted."""
 
@@ -513,7 +464,6 @@ PointBase = (
 )
 
 
-@record
 class Point(Node):
     """A base with an offset in tokens: `subject token + 1`, `last token - i`."""
 
@@ -521,7 +471,6 @@ class Point(Node):
     offset: int | Variable = 0
 
 
-@record
 class Between(Node):
     """`tokens between A and B`, `each token between A and B`; both ends included."""
 
@@ -530,7 +479,6 @@ class Between(Node):
     high: Point
 
 
-@record
 class Except(Node):
     """`tokens except P`, `each token except P`."""
 
@@ -539,7 +487,6 @@ class Except(Node):
     """None for all tokens that P is chosen from, which no file writes."""
 
 
-@record
 class Position(Node):
     """One item of a position list. A bare number after a `token` item is a `TokenIndex` too."""
 
@@ -549,7 +496,6 @@ class Position(Node):
     """`tokens * and answer`."""
 
 
-@record
 class Positions(Node):
     """`A, B`: a sweep over its items."""
 
@@ -560,7 +506,6 @@ class Positions(Node):
 
 
 @statement("{names:new_names} in {domain}", "domained")
-@record
 class DomainDef(Node):
     """`x in DOMAIN`."""
 
@@ -569,7 +514,6 @@ class DomainDef(Node):
 
 
 @statement("{names:new_names} = {value:expr}", "derived")
-@record
 class ValueDef(Node):
     """`a, b = EXPR`."""
 
@@ -578,7 +522,6 @@ class ValueDef(Node):
 
 
 @statement("template {text:string}", "template")
-@record
 class Template(Node):
     """`template "…"`. `template in […]` is a `DomainDef` of the name `template`."""
 
@@ -586,20 +529,17 @@ class Template(Node):
 
 
 @statement("{role:word} {text:string}", "turn")
-@record
 class ChatTurn(Node):
     role: str
     text: String
 
 
 @statement("chat {turns:block}", "chat")
-@record
 class Chat(Node):
     turns: tuple[ChatTurn, ...]
 
 
 @statement("rows {source:sum} [{distinct:flag} | {streamed:flag}]", "rows")
-@record
 class RowsLine(Node):
     source: Expr
     distinct: bool = False
@@ -608,7 +548,6 @@ class RowsLine(Node):
     """Read the file in parts."""
 
 
-@record
 class RenameLine(Node):
     """`rename { subj = subject, obj = "the object" }`: (new name, column)."""
 
@@ -616,18 +555,15 @@ class RenameLine(Node):
 
 
 @statement("where {condition}", "where")
-@record
 class WhereLine(Node):
     condition: Expr
 
 
 @statement("split {percent}", "split")
-@record
 class SplitLine(Node):
     percent: Percent
 
 
-@record
 class Text(Node):
     """`answer EXPR`, `wrong EXPR` and `text NAME = EXPR` (`name` is then NAME)."""
 
@@ -636,7 +572,6 @@ class Text(Node):
 
 
 @statement("span {name:new} (in {within:name} | = {literal:string})", "span_def")
-@record
 class SpanDef(Node):
     """`span subject in prompt` (`within`) or `span slot = "thing"` (`literal`)."""
 
@@ -645,7 +580,6 @@ class SpanDef(Node):
     literal: String | None = None
 
 
-@record
 class ChangeLine(Node):
     """A line of `corrupt` that begins with a word: `swap a, b`, `replace item tokens with "thing"`,
     `add gaussian(std: 3 sd) to embed at subject tokens`, `insert 4 tokens before last token with
@@ -675,14 +609,12 @@ CorruptLine = ValueDef | ChangeLine
 
 
 @statement("corrupt {name:new} {changes:block}", "corrupt")
-@record
 class Corrupt(Node):
     name: Name
     changes: tuple[CorruptLine, ...]
 
 
 @statement("image (from {source:ref} | [{name:new} =] {value:sum})", "image")
-@record
 class ImageLine(Node):
     """`image from IMAGES`, `image gray`, `image "{file}"`, `image photo = shapes(…)`."""
 
@@ -693,7 +625,6 @@ class ImageLine(Node):
 
 
 @statement("video {name:new} = {value:sum}", "video")
-@record
 class VideoLine(Node):
     """`video clip = ["{kind}-1.png", "{kind}-2.png"]`, `video clip = "{folder}"`."""
 
@@ -702,7 +633,6 @@ class VideoLine(Node):
 
 
 @statement("audio {name:new} = {value:sum}", "audio")
-@record
 class AudioLine(Node):
     """`audio a = "{file}"`, `audio a = tone(440)`."""
 
@@ -711,7 +641,6 @@ class AudioLine(Node):
 
 
 @statement("tiles {rows:count} by {cols:count} [whole=and whole]", "tiles")
-@record
 class TilesLine(Node):
     """`tiles 2 by 3 and whole`."""
 
@@ -721,7 +650,6 @@ class TilesLine(Node):
 
 
 @statement("region {name:new} [of {image:name}] = {column:name}", "region")
-@record
 class RegionLine(Node):
     name: Name
     column: Name
@@ -730,7 +658,6 @@ class RegionLine(Node):
 
 
 @statement("classes {text:string}", "classes")
-@record
 class ClassesLine(Node):
     """`classes "a photo of a {kind}"`."""
 
@@ -761,7 +688,6 @@ DataLine = (
 # --- rules and other statements of an experiment ------------------------------------------------
 
 
-@record
 class Edge(Node):
     """`attention layer * head * from Q to K`, `attention movers from Q to K`."""
 
@@ -778,7 +704,6 @@ class Edge(Node):
     "{into_layer:axis_value}] [with {source:ref} | {features:other_features}]",
     "patch",
 )
-@record
 class Patch(Node):
     site: Site
     at: Positions
@@ -790,7 +715,6 @@ class Patch(Node):
 
 
 @statement("{fill:sum} [by {by:name}]", "fill")
-@record
 class Fill(Node):
     """One of several fills of an ablation."""
 
@@ -803,7 +727,6 @@ class Fill(Node):
     "with {fill:sum} [by {by:name}] {more:further}",
     "ablate",
 )
-@record
 class Ablate(Node):
     """`fill` is `zero`, `mean`, `resample` (a `Name`) or `mean of x` (a `QualifiedRef`); `by` is a
     name. With `more` fills, they form an axis."""
@@ -820,7 +743,6 @@ class Ablate(Node):
 
 
 @statement("replace {at:positions} with {value:sum}", "replace_tokens")
-@record
 class ReplaceTokens(Node):
     at: Positions
     value: Expr
@@ -831,7 +753,6 @@ class ReplaceTokens(Node):
     "({word:name} | block [{source_stack:name}] layer {source:axis_value})",
     "replace_block",
 )
-@record
 class ReplaceBlock(Node):
     """`replace block layer 2 with block layer 1`, or with a word, `identity`; a block of another
     stack as `block vision layer 2`."""
@@ -844,33 +765,28 @@ class ReplaceBlock(Node):
 
 
 @statement("block {edge}", "block")
-@record
 class BlockEdge(Node):
     edge: Edge
 
 
 @statement("reweight {edge} by {factor:sum}", "reweight")
-@record
 class Reweight(Node):
     edge: Edge
     factor: Expr
 
 
 @statement("set {edge} to {value:sum}", "set_edge")
-@record
 class SetEdge(Node):
     edge: Edge
     value: Expr
 
 
 @statement("allow {edge}", "allow")
-@record
 class Allow(Node):
     edge: Edge
 
 
 @statement("renumber {at:positions} from {start:sum}", "renumber")
-@record
 class Renumber(Node):
     """`renumber subject tokens from 5`."""
 
@@ -878,7 +794,6 @@ class Renumber(Node):
     start: Expr
 
 
-@record
 class ObserveAttention(Node):
     """`observe attention layer * head * of fewer from last token to a token as attn`."""
 
@@ -891,7 +806,6 @@ class ObserveAttention(Node):
     """The factor that attention weights are multiplied by: `value_norm`."""
 
 
-@record
 class ActivationRead(Node):
     """`0.5 * value(mlp_out layer 2 at POSITIONS) of RUN`."""
 
@@ -901,7 +815,6 @@ class ActivationRead(Node):
     factor: Expr | None = None
 
 
-@record
 class StepFraction(Node):
     """`0.5 * step(q)`."""
 
@@ -910,7 +823,6 @@ class StepFraction(Node):
 
 
 @statement("set {site} at {at:positions} to {value:written}", "set_site")
-@record
 class SetSite(Node):
     site: Site
     at: Positions
@@ -922,7 +834,6 @@ class SetSite(Node):
     "[frozen=with 'frozen norms']",
     "path",
 )
-@record
 class PathRule(Node):
     sender: Site
     receiver: Site
@@ -933,7 +844,6 @@ class PathRule(Node):
 
 
 @statement("add {value:written} to {site} at {at:positions}", "add")
-@record
 class Add(Node):
     value: Expr | ActivationRead | StepFraction
     site: Site
@@ -941,14 +851,12 @@ class Add(Node):
 
 
 @statement("scale {site} at {at:positions} by {factor:sum}", "scale")
-@record
 class Scale(Node):
     site: Site
     at: Positions
     factor: Expr
 
 
-@record
 class ProjectOut(Node):
     """`project out DIRECTION from SITE at POSITIONS`, `project out DIRECTION from weights`, or
     `project out feature 3 of b at POSITIONS`."""
@@ -960,7 +868,6 @@ class ProjectOut(Node):
     at: Positions | None
 
 
-@record
 class EditWeights(Node):
     """`scale weights of SITE by …`, `set weights of SITE to …`, `add … to weights of SITE`."""
 
@@ -970,7 +877,6 @@ class EditWeights(Node):
 
 
 @statement("project {site} at {at:positions} onto {direction}", "project_onto")
-@record
 class ProjectOnto(Node):
     site: Site
     at: Positions
@@ -978,7 +884,6 @@ class ProjectOnto(Node):
 
 
 @statement("clamp [{direction} of] {site} at {at:positions} to {value:sum}", "clamp")
-@record
 class Clamp(Node):
     """`clamp SITE …`, or `clamp DIRECTION of SITE …`."""
 
@@ -989,7 +894,6 @@ class Clamp(Node):
 
 
 @statement("swap {site} at {at:positions} with {other:positions}", "swap_sites")
-@record
 class SwapSites(Node):
     site: Site
     at: Positions
@@ -997,7 +901,6 @@ class SwapSites(Node):
 
 
 @statement("freeze {site} at {at:positions}", "freeze")
-@record
 class Freeze(Node):
     site: Site
     at: Positions
@@ -1007,7 +910,6 @@ class Freeze(Node):
     "{verb:name} {site} at {at:positions} [{before:word} {value:sum}]",
     "registered",
 )
-@record
 class RegisteredRule(Node):
     """`nudge SITE at POSITIONS by SUM`: a rule whose verb is registered."""
 
@@ -1048,7 +950,6 @@ RuleBody = (
 )
 
 
-@record
 class During(Node):
     """`during prefill`, `during each step`, `during step 2..s + 1`, `after prefill`."""
 
@@ -1057,7 +958,6 @@ class During(Node):
     steps: Star | AxisRange | None = None
 
 
-@record
 class Rule(Node):
     body: RuleBody
     during: During | None = None
@@ -1066,7 +966,6 @@ class Rule(Node):
 
 
 @statement("model {models:refs}", "use_model")
-@record
 class UseModel(Node):
     """`model toy` inside an experiment."""
 
@@ -1077,7 +976,6 @@ class UseModel(Node):
     "{kind:word} {prompts:refs} [limit {limit:count}] [with replies of {replies:call_or_name}]",
     "use_prompts",
 )
-@record
 class UsePrompts(Node):
     kind: Literal["prompts", "images"]
     prompts: tuple[Ref, ...]
@@ -1087,7 +985,6 @@ class UsePrompts(Node):
 
 
 @statement("from {sources:refs} [{shuffled:word_itself}] into {bases:refs}", "from_into")
-@record
 class FromInto(Node):
     sources: tuple[Ref, ...]
     bases: tuple[Ref, ...]
@@ -1096,13 +993,11 @@ class FromInto(Node):
 
 
 @statement("keep {condition}", "keep")
-@record
 class Keep(Node):
     condition: Expr
 
 
 @statement("for {name:new} in {domain} {body:block}", "for_loop")
-@record
 class For(Node):
     name: Name
     domain: Domain
@@ -1110,7 +1005,6 @@ class For(Node):
 
 
 @statement("against {control:call} [except {apart:sites}]", "against")
-@record
 class ControlLine(Node):
     """`against random(39) except top 5 of X, movers`; sites in `apart` are never drawn."""
 
@@ -1119,7 +1013,6 @@ class ControlLine(Node):
 
 
 @statement("{name} {value:number_or_name}", "setting")
-@record
 class GenerationSetting(Node):
     """`temperature 0.7`"""
 
@@ -1127,7 +1020,6 @@ class GenerationSetting(Node):
     value: Number | Name
 
 
-@record
 class Generate(Node):
     """`generate 40 with temperature 0.7, samples 3 until "\\n"`"""
 
@@ -1137,7 +1029,6 @@ class Generate(Node):
 
 
 @statement("{how:word} {amount:count}", "pick")
-@record
 class Pick(Node):
     """`top 20`, `random 20` after `verify`."""
 
@@ -1150,7 +1041,6 @@ class Pick(Node):
     "until {stable:flag} | verify {verify:picks}]",
     "using",
 )
-@record
 class Using(Node):
     estimator: Call | Name
     verify: tuple[Pick, ...] = ()
@@ -1159,7 +1049,6 @@ class Using(Node):
     stable: bool = False
 
 
-@record
 class FeaturesOf(Node):
     """`features of f`: all features of a dictionary."""
 
@@ -1171,7 +1060,6 @@ class FeaturesOf(Node):
     "{until:condition} | top {top:count} {unit:name}]",
     "discover",
 )
-@record
 class Discover(Node):
     what: Name
     over: tuple[Name | FeaturesOf, ...]
@@ -1182,7 +1070,6 @@ class Discover(Node):
 
 
 @statement("search {how:name} {what:name} up to {up_to:count}", "search")
-@record
 class Search(Node):
     how: Name
     what: Name
@@ -1194,7 +1081,6 @@ class Search(Node):
     "{by:call_or_name}] [as {name}]",
     "observe_features",
 )
-@record
 class ObserveFeatures(Node):
     """`observe features of f of fewer at last token top 10 by correlation(count) as strongest`."""
 
@@ -1207,7 +1093,6 @@ class ObserveFeatures(Node):
     name: Name | None = None
 
 
-@record
 class MapOf(Node):
     """An experiment's value of each patch, one map per row; `0.5 * caap` in a sum."""
 
@@ -1222,7 +1107,6 @@ class MapOf(Node):
     "{at:positions}) [as {name}]",
     "observe_maps",
 )
-@record
 class ObserveMaps(Node):
     """`observe iou of caap, occlusion in object top 25% as overlap`, or `… of caap to taken`, or
     `observe sum of caap, 0.5 * occlusion at each token of image as both`."""
@@ -1242,7 +1126,6 @@ class ObserveMaps(Node):
     "{toward:sum}] [at {at:positions}] [with {other:positions}] [top {top:count}] [as {name}]",
     "observe",
 )
-@record
 class Observe(Node):
     """`observe logit_lens resid_post layer * at last token top 3`."""
 
@@ -1262,7 +1145,6 @@ class Observe(Node):
 AnyObserve = ObserveAttention | ObserveFeatures | ObserveMaps | Observe
 
 
-@record
 class Measure(Node):
     metric: Expr
     effect: Name
@@ -1274,7 +1156,6 @@ class Measure(Node):
     """Report the area under the curve instead of the mean."""
 
 
-@record
 class Stats(Node):
     """`stats bootstrap(10000) test flips confidence 95% correct holm verdicts holm by template`;
     every part is optional."""
@@ -1292,7 +1173,6 @@ class Stats(Node):
     "{file:string}] [{width:columns}]",
     "report",
 )
-@record
 class Report(Node):
     """`report heatmap layer by head of attn top 5 to "file" width 1 column`."""
 
@@ -1312,7 +1192,6 @@ class Report(Node):
     "[citing {citing:string}]",
     "expect",
 )
-@record
 class Expect(Node):
     """`expect COND` or `expect top 3 contains L9H9, L9H6`; `relaxed` is the word after `on`."""
 
@@ -1324,7 +1203,6 @@ class Expect(Node):
 
 
 @statement("run {name:new} {statements:block}", "run_def")
-@record
 class RunDef(Node):
     """`run healed { from clean into noised  patch … }`: a named run with rules."""
 
@@ -1332,7 +1210,6 @@ class RunDef(Node):
     statements: tuple[Statement, ...]
 
 
-@record
 class Save(Node):
     """`save [mean of] resid_post layer * of healed at last token to "acts.safetensors" as
     float16`, `save gradient of logit(answer) by resid_post layer * at last token to
@@ -1352,7 +1229,6 @@ class Save(Node):
 
 
 @statement("save direction {direction} to {file:string} [as {dtype:name}]", "save_direction")
-@record
 class SaveDirection(Node):
     """`save direction refusal to "refusal.safetensors"`."""
 
@@ -1390,25 +1266,21 @@ Statement = (
 # --- the file -------------------------------------------------------------------------------------
 
 
-@record
 class Version(Node):
     number: int
 
 
 @statement("use {path:string}", "use")
-@record
 class Use(Node):
     path: String
 
 
 @statement("param {name:new} = {value:expr}", "param")
-@record
 class Param(Node):
     name: Name
     value: Expr
 
 
-@record
 class ModelDef(Node):
     """`model toy = zoo("counting")`, `model cured = toy with { … }`, `model sum = a + 0.5 * b`."""
 
@@ -1420,7 +1292,6 @@ class ModelDef(Node):
 
 
 @statement("{kind:word} {name:new} {lines:block}", "data_def")
-@record
 class PromptsDef(Node):
     kind: Literal["prompts", "images"]
     name: Name
@@ -1428,14 +1299,12 @@ class PromptsDef(Node):
 
 
 @statement("metric {name:new} = {value:sum}", "metric_def")
-@record
 class MetricDef(Node):
     name: Name
     value: Expr
 
 
 @statement("direction {name:new} = {value:sum} [at {site} [at {at:positions}]]", "direction_def")
-@record
 class DirectionDef(Node):
     name: Name
     value: Expr
@@ -1448,7 +1317,6 @@ class DirectionDef(Node):
     "basis_def",
     "trained_def",
 )
-@record
 class BasisDef(Node):
     name: Name
     source: Call
@@ -1462,7 +1330,6 @@ class BasisDef(Node):
     "group {name:new} = ({source:training} [at {site} [at {at:positions}]] | {sites})",
     "group_def",
 )
-@record
 class GroupDef(Node):
     """A union of sites, or another experiment's highest ranked ones (one `Site` with `ranked`); or
     those that a training chooses from the sites `at`."""
@@ -1475,7 +1342,6 @@ class GroupDef(Node):
 
 
 @statement("circuit {name:new} = ({source:training} [at {at:positions}] | {edges})", "circuit_def")
-@record
 class CircuitDef(Node):
     """`circuit c = embed -> L0H1.q, L0H1 -> logits at last token`: edges between components of a
     model; or those that a training chooses, whose tokens `at` are written."""
@@ -1487,13 +1353,11 @@ class CircuitDef(Node):
 
 
 @statement("seed {value:integer}", "seed")
-@record
 class Seed(Node):
     value: int
 
 
 @statement("experiment {name} {statements:block}", "experiment_def")
-@record
 class ExperimentDef(Node):
     name: Name
     statements: tuple[Statement, ...]
@@ -1515,7 +1379,6 @@ TopLevel = (
 )
 
 
-@record
 class File(Node):
     """A whole file. `comments` are (span, text) in source order, for the formatter."""
 
@@ -1524,14 +1387,12 @@ class File(Node):
     lost: tuple[LostStatement, ...] = field(default=(), compare=False)
 
 
-@record
 class LostStatement(Node):
     """A statement that can't be parsed, with the names that it may define."""
 
     names: frozenset[str] = frozenset()
 
 
-@record
 class Comment(Node):
     """A comment with its `#`; `own_line` if nothing precedes it on its line."""
 

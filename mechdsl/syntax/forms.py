@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 
 NodeT = TypeVar("NodeT", bound=type[Any])
 
 
-@record
 class FormField(Record):
     """A field of a statement."""
 
@@ -30,7 +29,6 @@ class FormField(Record):
     kind: str
 
 
-@record
 class FormGroup(Record):
     """Alternatives, of which a statement has one."""
 
@@ -43,7 +41,6 @@ class FormGroup(Record):
 FormPart: TypeAlias = str | FormField | FormGroup
 
 
-@record
 class Form(Record):
     """The form of one class of statements."""
 

@@ -18,7 +18,7 @@ from lark.parsers.lalr_analysis import IntParseTable, Reduce, Shift
 from lark.parsers.lalr_parser import LALR_Parser, _Parser
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.runtime import pause_garbage_collection
 from mechdsl.base.source import STRING_PATTERN, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
@@ -276,7 +276,6 @@ _SPLIT = "move data to a separate file and name it with `rows`, or split the fil
 _SPACE = re.compile(r"(?:\s|#[^\n]*)*")
 
 
-@record
 class TextScan(Record):
     """Result of `scan_text`; a text with a `problem` is not parsed."""
 
@@ -363,7 +362,6 @@ def _comment(source: Source, start: int, end: int) -> ast.Comment:
     return ast.Comment(text, own_line, span=Span(source, start, start + len(text)))
 
 
-@record
 class Placeholder(Record):
     """A placeholder such as `{x}`, `{s2 = s}` or `{count - 1}`: a value and its span's name.
 

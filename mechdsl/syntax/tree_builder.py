@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lark import Token, Transformer, Tree
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, close_names, record
+from mechdsl.base.records import Record, close_names
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.syntax import (
@@ -68,7 +68,6 @@ _FOLLOWING_TERMINALS = frozenset(
 """Terminals that may follow a complete change."""
 
 
-@record
 class ChangeSignature(Record):
     """The parts that follow the word of a change.
 
@@ -200,7 +199,6 @@ def _incomplete(change: ast.ChangeLine, expected: str, hint: str = "") -> Diagno
 LANGUAGE_VERSION = 1
 
 
-@record
 class WordSubstitution(Record):
     """A word of a text that is parsed as a different word."""
 
@@ -1021,7 +1019,6 @@ class TreeBuilder(Transformer[Token, Any]):
 # --- statements with a form -----------------------------------------------------------------------
 
 
-@record
 class _Kind(Record):
     """How fields of one kind are read."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Protocol, TypeVar, cast
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, Registry, record
+from mechdsl.base.records import Record, Registry
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.prompts import BadCall
@@ -337,7 +337,6 @@ class InsertChange(TokenChange):
 # --- changes of activations -----------------------------------------------------------------------
 
 
-@record
 class NoiseSettings(Record):
     """Settings of `gaussian(std: 3 sd of subject, samples: 10)`."""
 
@@ -434,7 +433,6 @@ def _number(node: object, parameters: Parameters) -> int | float | None:
     return value
 
 
-@record
 class NoiseKind(Record):
     """A noise distribution, scaled by `std`."""
 

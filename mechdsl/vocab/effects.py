@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import isnan
 from typing import Any, Literal, TypeAlias
 
-from mechdsl.base.records import Record, Registry, keyword_record
+from mechdsl.base.records import Record, Registry
 
 CircuitForm: TypeAlias = Literal[
     "ablate all but CIRCUIT", "ablate CIRCUIT", "ablate all but CIRCUIT without each edge"
@@ -23,8 +23,7 @@ EffectTerm = Callable[[Any, Any, Any], Any]
 """Function of (patched, base, source) values, linear in all three and shape-preserving."""
 
 
-@keyword_record
-class EffectKind(Record):
+class EffectKind(Record, kw_only=True):
     """An effect: a mean over prompts (`numerator`), or a ratio of two means (`denominator`)."""
 
     name: str

@@ -10,7 +10,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mechdsl.base import limits
-from mechdsl.base.records import Record, Registry, record
+from mechdsl.base.records import Record, Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,6 @@ MetricKind = Literal["number", "category"]
 """Numbers are averaged; for categories, tables show the most frequent one."""
 
 
-@record
 class MetricForm(Record):
     """One form of a metric: `prob(answer)` and `prob(1..9)` are two forms of `prob`."""
 
@@ -68,7 +67,6 @@ class MetricForm(Record):
         return self.takes not in ("activations", "observation", "reply")
 
 
-@record
 class Metric(Record):
     """A name of the language, with its forms."""
 
@@ -558,7 +556,6 @@ def attention(weights: Tensor) -> Tensor:
     return weights
 
 
-@record
 class Reply(Record):
     """Completion of one prompt."""
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import PurePath
 from typing import Literal, Protocol
 
-from mechdsl.base.records import Record, Registry, keyword_record, record
+from mechdsl.base.records import Record, Registry
 from mechdsl.base.text import count_noun, measure_names, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import UnknownWord
@@ -38,7 +38,6 @@ WordTarget = Literal["axis", "value", "category"]
 """An axis of the experiment, a value of its prompts, or a measure that is a category."""
 
 
-@record
 class ReportWord(Record):
     """A name after the kind or after `by`, and what it may refer to."""
 
@@ -46,7 +45,6 @@ class ReportWord(Record):
     needed: bool = True
 
 
-@record
 class OutputFile(Record):
     """Permitted suffixes of the file after `to`, the default first."""
 
@@ -54,8 +52,7 @@ class OutputFile(Record):
     needed: bool = False
 
 
-@keyword_record
-class ReportSignature(Record):
+class ReportSignature(Record, kw_only=True):
     """Permitted arguments of a report; None for those that it doesn't accept."""
 
     variable: ReportWord | None = None
@@ -70,8 +67,7 @@ class ReportSignature(Record):
         return self.by is not None and self.by.of == ("category",)
 
 
-@keyword_record
-class ReportKind(Record):
+class ReportKind(Record, kw_only=True):
     """A kind of report, by the word after `report`."""
 
     name: str

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Literal
 
-from mechdsl.base.records import Record, Registry, record
+from mechdsl.base.records import Record, Registry
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import UnknownWord
@@ -37,7 +37,6 @@ _SHAPES: dict[VectorWidth, str] = {
 }
 
 
-@record
 class SiteKind(Record):
     """Position of a site in a block, and the kind of its vectors."""
 

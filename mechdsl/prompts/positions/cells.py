@@ -10,7 +10,7 @@ from functools import cache
 from itertools import accumulate
 from typing import Any, TypeAlias
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
@@ -195,7 +195,6 @@ REPLY = "reply"
 Decoder: TypeAlias = Callable[[Sequence[int]], str]
 
 
-@record
 class ReplyTokens(Record):
     """The maximum length of replies, or the reason that positions can't refer to them."""
 
@@ -605,7 +604,6 @@ _NO_DECODER_REPLIES = ReplyTokens(
 )
 
 
-@record
 class _OneSide(Record):
     """Positions of an encoder-decoder in the tokens of its encoder, or of its decoder."""
 

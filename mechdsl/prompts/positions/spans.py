@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from mechdsl.base.records import Record, closest_name, record
+from mechdsl.base.records import Record, closest_name
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
@@ -239,7 +239,6 @@ def occurrence_bounds(occurrence: ast.Occurrence | None) -> tuple[int, int] | No
     return low, low if high is None else high
 
 
-@record
 class AnswerTokens(Record):
     """The texts after the prompts, each in separate passes, or the reason that there are none.
 

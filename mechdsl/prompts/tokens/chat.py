@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import load_json
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.text import count_noun
 from mechdsl.images.picture import MARKER
 from mechdsl.prompts.values import RichText, TextSpan, concatenate
@@ -49,7 +49,6 @@ class ChatProblem(Exception):
         self.turn = turn
 
 
-@record
 class ChatTemplate(Record):
     """The chat template of a tokenizer, and its inputs."""
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 from tokenizers import Encoding, Tokenizer
 
 from mechdsl.base.files import load_json
-from mechdsl.base.records import Record, compact_record, record
+from mechdsl.base.records import Record, compact_record
 from mechdsl.base.source import Span
 from mechdsl.base.text import quote
 from mechdsl.diagnostics.core import Diagnostic
@@ -649,7 +649,6 @@ _UNSPACED = (
 """Scripts without spaces between words, as prefixes of Unicode character names."""
 
 
-@record
 class Respelling(Record):
     """A text with exactly one space before it, tokenised as the continuation of a prompt."""
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from mechdsl.base.files import SafetensorsFile
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.text import Percent, count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument
@@ -40,7 +40,6 @@ from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import MetricForm
 
 
-@record
 class Supernode(Record):
     """A group of features in a graph."""
 

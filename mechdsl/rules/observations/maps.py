@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, product
 from typing import TYPE_CHECKING, ClassVar
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.text import name_list
 from mechdsl.program import spec
 from mechdsl.prompts.runs import Hits, PositionCell
@@ -448,7 +448,6 @@ def _no_rows(part: VariantFinding, work: ExperimentContext) -> PickError:
 SWEEP_HINT = "write `at each token of image`"
 
 
-@record
 class MapWeights(Record):
     """Factors before maps."""
 

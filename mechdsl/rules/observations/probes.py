@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
@@ -56,7 +56,6 @@ DEFAULT_FOLDS = 5
 """Default number of folds of a probe."""
 
 
-@record
 class Probe(Record):
     """Targets and settings of a probe."""
 

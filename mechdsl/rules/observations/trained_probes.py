@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from mechdsl.base.files import compute_digest
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from mechdsl.fits.regression import LinearMap
 
 
-@record
 class ProbeReading(Record):
     """A trained probe, with the values of the rows that it is evaluated on."""
 
