@@ -262,7 +262,8 @@ class Dictionary:
     def _like(self, vectors: Tensor) -> DictionaryWeights:
         key = vectors.device, vectors.dtype
         if key not in self._moved:
-            moved = {name: each.to(vectors) for name, each in self._loaded.tensors.items()}
+            with torch.inference_mode(False):  # later passes may differentiate by the vectors
+                moved = {name: each.to(vectors) for name, each in self._loaded.tensors.items()}
             self._moved[key] = DictionaryWeights(self.file, moved)
         return self._moved[key]
 
@@ -306,7 +307,8 @@ class Dictionary:
         """
         if which is not None and which.shape[1] <= MAX_GATHERED and self.file.is_separate:
             return self._encode(vectors, which)
-        repeated = distinct_rows(vectors)
+        # Each vector has its own gradient, also if it equals another one.
+        repeated = None if vectors.requires_grad else distinct_rows(vectors)
         if repeated is None:
             found = self._encode(vectors, None)
             return found if which is None else found.gather(1, which)

@@ -493,7 +493,7 @@ def gradient_work(
     if plan.path is not None:
         found = sum((found for _ in range(points - 1)), found)
         times = kinds * len(experiment.measures)
-        return found + _held_work(plan.path, lengths, joined, whole, times)
+        return found + _held_work(plan.path, lengths, joined, whole, times, n_layers)
     if said.steps is None and not said.kind.adds_noise:
         rounds = len(list_dropped_layers(experiment)) if said.kind.drops_layers else 1
         times = 2 * len(_list_changed_attention(experiment) if said.kind.fixes_attention else ())
@@ -526,20 +526,28 @@ def _held_work(
     joined: int,
     whole: CountPasses,
     gradients: int,
+    n_layers: int,
 ) -> GradientWork:
     """Count the work of the passes in which heads and MLPs are held.
 
     The first forward pass reads their values. If MLPs are held too, nothing in a block has a
-    gradient, so backward passes from receivers are free.
+    gradient, so backward passes from receivers are free, except for the MLP whose output the
+    receiving features are computed from.
 
     Args:
         gradients: Number of gradients of metrics by the receivers.
     """
     assert rule.paths is not None
-    ends = rule.paths.points
-    receivers = {tuple(_list(ends, pair)) for pair in range(len(ends.offsets) - 1)}
-    receivers.discard(())  # of pairs without a path
-    backwards = gradients * len(receivers) if rule.paths.through_mlps else 0
+    paths = rule.paths
+    named = np.zeros_like(paths.pair_of_cell)
+    if paths.coordinates_of_cell is not None:
+        named = paths.coordinates_of_cell
+    kinds = np.unique(np.stack([paths.pair_of_cell, named]), axis=1).T.tolist()
+    receivers = {(tuple(_list(paths.points, pair)), which) for pair, which in kinds}
+    receivers = {each for each in receivers if each[0]}  # without pairs that have no path
+    backwards = gradients * len(receivers) if paths.through_mlps else 0
+    if not paths.through_mlps and any(of.site == "mlp_out" for of in paths.reads):
+        backwards = -(-gradients * len(receivers) // n_layers)
     return _pass(lengths, joined, whole, forwards=2, backwards=backwards)
 
 

@@ -371,7 +371,9 @@ class EdgeAttributionPatching(_GradientTimesChange):
         "metric by this input in the base run. `through mlps` and `with frozen norms` apply to the "
         "derivative. Senders of a cell may be heads and MLPs of several layers, or one site of the "
         "stream. Its receivers are heads' inputs or one site of one layer, with or without the end "
-        "of the model (E0608). One forward pass, one backward pass per measure, two forward passes "
+        "of the model (E0608). For features of a dictionary, the derivative is that of their "
+        "activations, and the gradient of the metric that by their activations in the base run. "
+        "One forward pass, one backward pass per measure, two forward passes "
         "with all else held, and a short backward pass per receiver serve all cells."
     )
     source = "Syed et al. 2023, arXiv 2310.10348"

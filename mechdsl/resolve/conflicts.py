@@ -36,6 +36,7 @@ from mechdsl.resolve.types import (
     ResolvedSave,
     SitePoint,
     SiteTargets,
+    is_neuron,
     name_neurons,
 )
 from mechdsl.syntax import ast
@@ -442,6 +443,16 @@ def _adds_up(senders: Sequence[SitePoint], path: PathTargets) -> bool:
     return not (path.through_mlps and sites & {*_MLP_OUTPUTS})
 
 
+def _find_computed_output(senders: SiteTargets, path: PathTargets) -> SitePoint | None:
+    """Return a receiver whose features are computed from the output of an MLP whose neurons send in
+    some cell: one pass, with the senders of all cells, serves all cells."""
+    if path.basis is None:
+        return None
+    layers = {point.layer for here in senders.points.values() for point in here if is_neuron(point)}
+    ends = (path.reads(point) for here in path.receivers.points.values() for point in here)
+    return next((end for end in ends if end.site == "mlp_out" and end.layer in layers), None)
+
+
 def _of_path(
     rule: ResolvedRule, verb: str, experiment: ResolvedExperiment, said: spec.Estimator
 ) -> Iterator[Diagnostic]:
@@ -462,14 +473,14 @@ def _of_path(
     assert rule.sites is not None
     assert own.site is not None
     assert own.receiver is not None
-    if rule.basis is not None:
-        reason = "its gradients are of whole vectors, not of features"
-        hint = f"remove `using {said.name}`, or name the sender without features"
-        yield _no_estimate(said, own.site.span, "features as senders", reason, hint)
-    if path.basis is not None:
-        reason = "its gradients are of whole vectors, not of features"
-        hint = f"remove `using {said.name}`, or name the receiver without features"
-        yield _no_estimate(said, own.receiver.span, "features as receivers", reason, hint)
+    computed = _find_computed_output(rule.sites, path)
+    if computed is not None:
+        assert path.basis is not None
+        reason = f"neurons of layer {computed.layer} are senders, too, and held in the pass with "
+        reason += "gradients, so their MLP doesn't compute the output that "
+        reason += f"`{path.basis.definition}` encodes"
+        hint = f"name senders without neurons of layer {computed.layer}"
+        yield _no_estimate(said, own.receiver.span, "these receivers", reason, hint)
     if not all(_adds_up(here, path) for here in rule.sites.points.values()):
         what, reason = "these senders together", "the value of one replaces the change of another"
         hint = "sweep them: `layer *`, or `for s in [attn_out, mlp_out]`"

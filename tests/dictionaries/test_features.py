@@ -68,6 +68,25 @@ def test_selected_features_equal_those_of_the_full_encoder(name: str, count: int
     torch.testing.assert_close(found, expected["features"].gather(1, which), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_equal_vectors_have_separate_gradients(name: str) -> None:
+    dictionary, expected = case(name)
+    repeated = expected["vectors"][:1].repeat(3, 1).double().requires_grad_()
+    factors = torch.tensor([[1.0], [2.0], [3.0]]).double()
+    (found,) = torch.autograd.grad((dictionary.encode(repeated) * factors).sum(), repeated)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found, found[:1] * factors)
+
+
+def test_weights_loaded_in_inference_mode_can_be_differentiated() -> None:
+    dictionary, expected = case("topk")
+    vectors = expected["vectors"].double()
+    with torch.inference_mode():
+        dictionary.encode(vectors)
+    (found,) = torch.autograd.grad(dictionary.encode(vectors.requires_grad_()).sum(), vectors)
+    assert found.abs().max() > 0
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if "transcoder" not in name])
 def test_shift_equals_the_difference_of_two_reconstructions(name: str) -> None:
     dictionary, expected = case(name)

@@ -2017,8 +2017,9 @@ _rule(
     "changed sender: for an SAE at `mlp_out` the output that the MLP computes from its changed "
     "input, for a transcoder this input. In the base run, its site changes by the change of the "
     "activation times the decoder row. Either end can be a group of features of one "
-    "basis. `using` is E0608 for features at either end "
-    "(`tests/rules/test_feature_paths.py`, `tests/rules/test_receiving_features.py`).",
+    "basis. Estimators of paths take features at both ends "
+    "(`tests/rules/test_feature_paths.py`, `tests/rules/test_receiving_features.py`, "
+    "`tests/rules/test_feature_path_estimates.py`).",
     PATHS,
     _PATHS,
 )

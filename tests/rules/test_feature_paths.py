@@ -155,9 +155,10 @@ def dictionaries(data: Path, name: str, kind: str) -> dict[str, Features]:
 
 
 def patched(
-    name: str, key: str, own: Features, cell: tuple[Sequence[int], Sequence[End]], n: int
-) -> Tensor:
-    """[T, vocab] the logits of a row of one cell."""
+    name: str, key: str, own: Features, cell: tuple[Sequence[int], Sequence[End]], n: int, *,
+    share: float | Tensor = 1.0,
+) -> Tensor:  # fmt: skip
+    """[T, vocab] the logits of a row of one cell, with a share of the senders' change."""
     case = CASES[key]
     which, receivers = list(cell[0]), cell[1]
     base, source = rows()[n], rows("longer")[n]
@@ -180,7 +181,7 @@ def patched(
         features = own.of.encode(x)
         changed = features.clone()
         changed[:, which] = own.of.encode(given)[:, which]
-        now[here, 0] += own.of.decode(changed, x) - own.of.decode(features, x)
+        now[here, 0] += share * (own.of.decode(changed, x) - own.of.decode(features, x))
         return now
 
     sent: list[tuple[Tap, Change]] = [(("mlp_out", LAYER), send)]
@@ -250,7 +251,6 @@ def test_paths_of_features_equal_plain_hooks(data: Path, name: str, mode: str, k
         ("path mlp_out layer 1 dims 0..3 -> logits", "E0108", "`dims`"),
         ("path feature 3 of f -> mlp_norm layer 1", "E0335", "no path leads"),
         ("path feature 99 of f -> logits", "E0301", "does not exist"),
-        ("using eap  path feature 3 of f -> logits", "E0608", "features as senders"),
     ],
 )
 def test_path_that_cannot_start_at_features_is_an_error(

@@ -235,8 +235,15 @@ def unpatched_call(name: str, key: str | None, block: str, n: int) -> Call:
     return rules(name, rows(block)[n], rules.edits(name, rows(block)[n], n))
 
 
-def run_senders(name: str, key: str, own: dict[str, Features], of: Sequence[Any], n: int) -> Call:
-    """The pass in which the senders are patched and all else is held."""
+def run_senders(
+    name: str,
+    key: str,
+    own: dict[str, Features],
+    of: Sequence[Any],
+    n: int,
+    share: float | Tensor = 1.0,
+) -> Call:
+    """The pass in which a share of the senders' change is patched and all else is held."""
     case, base, source = CASES[key], rows()[n], rows("longer")[n]
     here, there = tokens(base, case.at), tokens(source, case.at)
     rules = case.other_rules.edits(name, base, n)
@@ -256,27 +263,30 @@ def run_senders(name: str, key: str, own: dict[str, Features], of: Sequence[Any]
             features = encoder.encode(now[here, 0])
             changed = features.clone()
             changed[:, which] = encoder.encode(given.before[BASES["f"]][there, 0])[:, which]
-            now[here, 0] += encoder.decode(changed, now[here, 0]) - encoder.decode(
-                features, now[here, 0]
-            )
+            x = now[here, 0]
+            now[here, 0] += share * (encoder.decode(changed, x) - encoder.decode(features, x))
             return now
 
         sent: list[tuple[Tap, Change]] = [(BASES["f"], send)]
     else:
-        sent = list(copied(of, given, there, here))
+        sent = [
+            (tap, lambda now, to=change: now + share * (to(now.clone()) - now))
+            for tap, change in copied(of, given, there, here)
+        ]
     order = [*held, *rules, *sent] if case.first else [*held, *sent, *rules]
     frozen = model.normed if "frozen" in case.more else None
     return case.other_rules(name, base, order, frozen=frozen)
 
 
 def patched(
-    name: str, key: str, own: dict[str, Features], cell: tuple[Sequence[Any], Numbers], n: int
-) -> Tensor:
-    """[T, vocab] the logits of a row of one cell."""
+    name: str, key: str, own: dict[str, Features], cell: tuple[Sequence[Any], Numbers], n: int, *,
+    share: float | Tensor = 1.0,
+) -> Tensor:  # fmt: skip
+    """[T, vocab] the logits of a row of one cell, with a share of the senders' change."""
     case, base = CASES[key], rows()[n]
     here, which = tokens(base, case.at), list(cell[1])
     rules = case.other_rules.edits(name, base, n)
-    sending = run_senders(name, key, own, cell[0], n)
+    sending = run_senders(name, key, own, cell[0], n, share)
     (site, layer), of = BASES[case.basis], own[case.basis]
     if site == "resid_mid":
         x = sending.before["resid_pre", layer] + sending.before["attn_out", layer]
@@ -373,7 +383,6 @@ def test_path_to_features_in_a_run_with_rules_equals_the_path_after_these_rules(
         ("path L2H1 -> feature 3 of f", "E0335", "no path leads"),
         ("path mlp_hidden layer 1 neuron 3 -> feature 3 of f", "E0335", "`q layer 2"),
         ("path feature 3 of f -> feature 3 of t", "E0335", "no path leads"),
-        ("using eap  path L0H1 -> feature 3 of f", "E0608", "features as receivers"),
         ("path mixed -> feature 3 of f", "E0334", "leave out the neurons of layer 1"),
         ("path both -> logits", "E0207", "features of `f`, `u`"),
         ("path L0H1 -> both", "E0207", "features of `f`, `u`"),

@@ -609,8 +609,10 @@ class GradientEstimates:
         of_inputs = self._mean_gradients(*given)
         leaves = [run.zeros(len(each.lane), each.width(self.model)) for each in written]
         sent = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
-        given = (run.model, run.runs.norms, lanes.batch, run.noise(lanes), sent)
-        held = HeldPass.run(edges, *given, self.kind.backward)
+        wheres = dict.fromkeys(where for each in written for where in each.reads)
+        given = (run.model, run.runs.norms, lanes.batch, run.noise(lanes), sent, [*wheres])
+        systems = self.means_and_donors.directions.systems
+        held = HeldPass.run(edges, *given, systems, self.kind.backward)
         bases = [each.base(held.senders, lanes.batch) for each in written]
         found = np.zeros((len(self.readout.measures), len(environments)))
         for measure, own, slopes in of_inputs:

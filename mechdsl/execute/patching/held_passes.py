@@ -19,16 +19,17 @@ from mechdsl.forward.hooks.batch import (
     SiteWrite,
     indices_to_device,
 )
+from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradients
 from mechdsl.forward.hooks.model import LoadedModel, has_single_output
 from mechdsl.forward.hooks.weight_maps import FrozenNorms
 from mechdsl.models.restart import HeldSublayers
-from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.program.estimators import BackwardRules
-from mechdsl.resolve.types import SiteLayer, SitePoint, is_neuron
+from mechdsl.resolve.types import BasisMember, SiteLayer, SitePoint, is_neuron
 from mechdsl.vocab.sites import SITES
 
 
@@ -160,6 +161,16 @@ def _write_tokens(
     return SiteWrite(read.site, read.layer, row, token, unit, held, stack=read.stack, holds=holds)
 
 
+@dataclass(frozen=True)
+class EdgeReceivers:
+    """The receivers of a cell."""
+
+    points: tuple[SitePoint, ...]
+    """Their sites; the end of the model is the last stream."""
+    features: tuple[int, ...] | None
+    """The features that receive there, () for all; None for whole vectors."""
+
+
 @dataclass(frozen=True, eq=False)
 class PathEdges:
     """The edges of some rows of a path rule."""
@@ -169,8 +180,8 @@ class PathEdges:
     """[sender] index of the first row with each value of its senders."""
     sender: Ints
     """[row] index into `first`."""
-    receivers: tuple[tuple[SitePoint, ...], ...]
-    """The receivers of a cell, each tuple once; the end of the model is the last stream."""
+    receivers: tuple[EdgeReceivers, ...]
+    """The receivers of cells, each set once."""
     receivers_of_row: Ints
     """[row] index into `receivers`."""
     tokens: tuple[Tensor, Tensor]
@@ -187,14 +198,23 @@ class PathEdges:
         paths, at = rule.paths, rule.written_runs(rows)
         same = np.stack([plan.senders[rows.cell], at, rows.alternative, rows.prompt, draws])
         _, first, sender = np.unique(same, axis=1, return_index=True, return_inverse=True)
-        number: dict[tuple[SitePoint, ...], int] = {}
         end = SitePoint("resid_post", shape.n_layers - 1, None)
         table = [end if SITES[point.site].when == "output" else point for point in paths.table]
-        of_pair: list[int] = []
+        of_pair: list[tuple[SitePoint, ...]] = []
         for pair in range(len(paths.points.offsets) - 1):
             _, points = paths.points.expand(np.array([pair]))
-            own = tuple(dict.fromkeys(table[point] for point in points.tolist()))
-            of_pair.append(number.setdefault(own, len(number)))
+            of_pair.append(tuple(dict.fromkeys(table[point] for point in points.tolist())))
+        pairs = paths.pair_of_cell[rows.cell]
+        named = np.full(len(rows), -1)
+        if paths.coordinates_of_cell is not None:
+            named = paths.coordinates_of_cell[rows.cell]
+        kinds, of_row = np.unique(np.stack([pairs, named]), axis=1, return_inverse=True)
+        number: dict[EdgeReceivers, int] = {}
+        of_kind: list[int] = []
+        for pair, which in kinds.T.tolist():
+            features = None if which < 0 else paths.coordinates[which].which
+            own = EdgeReceivers(of_pair[pair], features)
+            of_kind.append(number.setdefault(own, len(number)))
         row, token = rule.written.tokens.expand(at)
         places = np.unique(np.stack([lane_of_row[row], token]), axis=1)
         return PathEdges(
@@ -202,15 +222,57 @@ class PathEdges:
             first,
             sender.reshape(-1),
             tuple(number),
-            np.array(of_pair, dtype=np.int64)[paths.pair_of_cell[rows.cell]],
+            np.array(of_kind, dtype=np.int64)[of_row.reshape(-1)],
             (torch.from_numpy(places[0]), torch.from_numpy(places[1])),
         )
 
     @property
     def sites(self) -> list[SiteLayer]:
         """The sites and layers of all receivers."""
-        points = (point for own in self.receivers for point in own)
+        points = (point for own in self.receivers for point in own.points)
         return list(dict.fromkeys((point.site, point.layer) for point in points))
+
+    @property
+    def reads(self) -> dict[SiteLayer, SiteRead]:
+        """What receivers at each site read: a transcoder's features read another site."""
+        path = self.rule.rule.path
+        assert path is not None
+        found: dict[SiteLayer, SiteRead] = {}
+        for site, layer in self.sites:
+            of = path.reads(SitePoint(site, layer, None))
+            found[site, layer] = SiteRead(of.site, of.layer, before=of.site != "resid_post")
+        return found
+
+    def list_members(self) -> dict[SiteLayer, BasisMember]:
+        """Return the dictionary of each receivers' site at which features receive."""
+        basis = self.rule.rule.receiving_basis
+        if basis is None:
+            return {}
+        return {(site, layer): basis.at(SitePoint(site, layer, None)) for site, layer in self.sites}
+
+
+@dataclass(frozen=True, eq=False)
+class ReceivingFeatures:
+    """Features at the receivers of a path, as functions of the senders."""
+
+    system: CoordinateSystem
+    read: Tensor
+    """[token, width] vectors that are encoded, in at least 32 bits."""
+    written: Tensor
+    """[token, width] vectors of the base run that the features change."""
+
+    def change(self, which: tuple[int, ...]) -> Tensor:
+        """Return [token, width]: the change of the written vectors by the change of features.
+
+        It is 0, with the gradients of the features.
+
+        Args:
+            which: The features; empty for all.
+        """
+        named = torch.tensor(which, device=self.read.device).expand(len(self.read), -1)
+        index = named if which else None
+        found = self.system.encode(self.read, index)
+        return self.system.shift(self.written, found - found.detach(), index) - self.written
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,6 +287,8 @@ class HeldPass:
     """[lane, column, unit, width] values at the senders' sites."""
     inputs: Mapping[SiteLayer, Tensor]
     """[token, unit, width] values at the receivers' sites."""
+    features: Mapping[SiteLayer, ReceivingFeatures]
+    """Features at these sites, if features receive."""
 
     @staticmethod
     def run(
@@ -234,6 +298,8 @@ class HeldPass:
         batch: Batch,
         noise: Sequence[SiteWrite],
         adds: Sequence[SiteWrite],
+        wheres: Sequence[SiteRead],
+        systems: Mapping[str, CoordinateSystem],
         backward: BackwardRules | None,
     ) -> HeldPass:
         """Run the pass. Raises AutogradFailed.
@@ -245,13 +311,11 @@ class HeldPass:
             batch: The lanes of all rows.
             noise: Writes of the base run's noise.
             adds: Zeros at the senders.
+            wheres: Sites whose values the changes of the senders depend on.
+            systems: The bases of the experiment.
             backward: Changes of the derivatives.
         """
-        of_site = {
-            (site, layer): SiteRead(site, layer, before=site != "resid_post")
-            for site, layer in edges.sites
-        }
-        wheres = [each.where for each in adds]
+        of_site = edges.reads
         held = hold_rows(edges.rule, len(batch.lengths))
         if backward is not None and backward.fixed_norms:  # norms have the values of the base run
             held = replace(held, norms=np.zeros_like(held.norms))
@@ -273,7 +337,16 @@ class HeldPass:
         for place, read in of_site.items():
             index = edges.tokens[0], batch.of_read(read).columns(*edges.tokens)
             inputs[place] = found[read][indices_to_device(index, found[read].device)]
-        return HeldPass(edges, {where: found[where] for where in wheres}, inputs)
+        features: dict[SiteLayer, ReceivingFeatures] = {}
+        for place, member in edges.list_members().items():
+            vectors = inputs[place][:, 0]
+            vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+            written = vectors.detach()
+            if member.reads:  # the change of a transcoder's output doesn't depend on the output
+                written = vectors.new_zeros(len(vectors), vector_width(model.shape, *place))
+            system = systems[member.name]
+            features[place] = ReceivingFeatures(system, vectors, written)
+        return HeldPass(edges, {where: found[where] for where in wheres}, inputs, features)
 
     def gradients(
         self, number: int, slopes: Mapping[SiteLayer, Tensor], leaves: Sequence[Tensor]
@@ -286,9 +359,14 @@ class HeldPass:
             leaves: The zeros that were added at the senders.
         """
         total = torch.zeros((), dtype=torch.float64)
-        for point in self.edges.receivers[number]:
+        own = self.edges.receivers[number]
+        for point in own.points:
             place = point.site, point.layer
             units = slice(None) if point.unit is None else point.unit
-            values, slope = self.inputs[place][:, units], slopes[place][:, units]
+            slope = slopes[place][:, units]
+            if own.features is None:
+                values = self.inputs[place][:, units]
+            else:
+                values = self.features[place].change(own.features)[:, None]
             total = total.to(values.device) + (values.to(slope) * slope).sum().double()
         return compute_gradients(total, leaves, keep=True)
