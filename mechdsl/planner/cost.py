@@ -52,6 +52,7 @@ from mechdsl.planner.rows import (
 )
 from mechdsl.prompts.runs import PromptRun, ReplyPosition, share_beginnings
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
+from mechdsl.resolve.conflicts import QUERIES_AND_KEYS
 from mechdsl.resolve.runs import reads_reply_tokens
 from mechdsl.resolve.types import (
     BasisTargets,
@@ -517,7 +518,7 @@ def _list_changed_attention(experiment: ResolvedExperiment) -> set[tuple[str, in
     """Return the sites and layers of queries and keys that rules change."""
     rules = (rule.sites for rule in experiment.rules if rule.sites is not None)
     points = (point for sites in rules for own in sites.points.values() for point in own)
-    return {(point.site, point.layer) for point in points if point.site in ("q", "k")}
+    return {(point.site, point.layer) for point in points if point.site in QUERIES_AND_KEYS}
 
 
 def _held_work(

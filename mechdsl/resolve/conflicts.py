@@ -72,6 +72,9 @@ _NO_BLOCK_ESTIMATE = (
 )
 """The reason and the hint for a rule that replaces a block."""
 
+QUERIES_AND_KEYS = ("q", "k", "q cross", "k cross")
+"""Sites of the language model that attention weights are computed from."""
+
 FLAT_UNITS = ("rank", "share")
 """Units of metrics that are piecewise constant."""
 
@@ -85,17 +88,10 @@ def list_sites_without_gradient(points: Iterable[SitePoint]) -> list[str]:
 def check_estimator(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Return all conflicts with `using`."""
     said = experiment.spec.estimator
-    if said is None or _lacks_estimate(experiment, said):  # reported by `check_other_stacks`
+    if said is None:
         return []
     found = [*_of_experiment(experiment, said), *_of_rules(experiment, said)]
     return [*found, *_of_measures(experiment, said), *_of_verification(experiment, said)]
-
-
-def _lacks_estimate(experiment: ResolvedExperiment, said: spec.Estimator) -> bool:
-    """Return whether an estimator needs more than the model's own derivatives at sites, and blocks
-    of the model attend to an image."""
-    plain = said.kind.place == "sites" and said.kind.backward is None and not said.kind.adds_noise
-    return experiment.model.shape.takes == "attended image" and not plain
 
 
 def _no_estimate(said: spec.Estimator, span: Span, what: str, reason: str, hint: str) -> Diagnostic:
@@ -189,6 +185,7 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
         span, reason = own.generation.span, "a sampled or selected token has no gradient"
         yield _no_estimate(said, span, "generated text", reason, NO_ESTIMATE_HINT)
     rules, shape = said.kind.backward, experiment.model.shape
+    attends = shape.takes == "attended image"
     stacks = [shape, *([shape.others["vision"]] if experiment.in_vision else [])]
     if reason := next(filter(None, (explain_missing_rule(rules, own) for own in stacks)), ""):
         what = f"`{experiment.model.name}`"
@@ -197,7 +194,7 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
         what = f"`{experiment.model.name}`"
         reason = f"`{said.name}` is computed for models of texts, and for encoder-decoders"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
-    elif shape.encodes_apart and said.kind.fixes_attention:
+    elif shape.encodes_apart and said.kind.fixes_attention and not attends:
         what = f"`{experiment.model.name}`"
         reason = f"`{said.name}` is computed for one stack of blocks, without an encoder"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
@@ -221,11 +218,16 @@ def _no_dropped_layers(shape: ModelShape) -> str:
     lacking = (
         layer
         for layer in range(shape.n_layers)
-        if not (shape.has("attn_out", layer) or shape.has("mixer_out", layer))
+        if not any(shape.has(site, layer) for site in _attention_sites(shape))
         or not shape.has("mlp_out", layer)
     )
     layer = next(lacking, None)
     return "" if layer is None else f"layer {layer} has no `attn_out` or no `mlp_out`"
+
+
+def _attention_sites(shape: ModelShape) -> Sequence[str]:
+    """Return the sites of outputs of attention, or of mixers, one of which a block has."""
+    return "attn_out", "mixer_out", *(["attn_out cross"] if shape.attending else [])
 
 
 def explain_missing_rule(rules: BackwardRules | None, shape: ModelShape) -> str:
@@ -239,7 +241,11 @@ def explain_missing_rule(rules: BackwardRules | None, shape: ModelShape) -> str:
 
 def _computes_attention(shape: ModelShape) -> bool:
     """Return whether attention of each block can be computed here."""
-    return all(shape.has("pattern", layer) for layer in range(shape.n_layers))
+    crossing = shape.others.get("cross", shape)
+    return all(
+        shape.has("pattern", layer) or (shape.attending and crossing.has("pattern cross", layer))
+        for layer in range(shape.n_layers)
+    )
 
 
 def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
@@ -317,7 +323,7 @@ def _of_rule(
         yield _no_estimate(said, site.span, what, reason, hint)
     if said.steps is not None:
         yield from _check_joint_moves(rule, said)
-    inside = {p.site: site.span for here in points for p in here if p.site in ("q", "k")}
+    inside = {p.site: site.span for here in points for p in here if p.site in QUERIES_AND_KEYS}
     if said.kind.fixes_attention and inside:
         yield from _of_changed_attention(rule, inside, experiment, said)
     yield from _of_answers(rule.positions, own.at.span, experiment, said)
@@ -357,7 +363,7 @@ def _of_changed_attention(
     elif rule.basis is not None:
         reason = "attention is computed with whole queries or keys"
         yield _no_estimate(said, span, "a basis", reason, hint)
-    elif "k" in sites:
+    elif not sites.keys().isdisjoint(("k", "k cross")):
         for measure, own in zip(experiment.measures, experiment.spec.measures, strict=True):
             if any(any(atom.appended) for atom in measure.atoms):
                 reason = "tokens of a text after the prompt attend to the keys, too"
@@ -518,6 +524,10 @@ def _of_moved_inputs(
 ) -> Iterator[Diagnostic]:
     """Yield conflicts of a path whose gradients are taken between two runs."""
     own, runs, hint = rule.spec, experiment.table.runs, "write `using eap`"
+    if experiment.model.shape.takes == "attended image":
+        reason = "it moves the stream of the text, but not the image that blocks attend to"
+        yield _no_estimate(said, own.span, f"`{own.verb}`", reason, hint)
+        return
     ends = [p for here in path.receivers.points.values() for p in here]
     if path.frozen_norms and all(SITES[p.site].when == "output" for p in ends):
         what, reason = "a path to the end with frozen norms", "norms of other runs aren't frozen"
@@ -692,9 +702,6 @@ def _check_vision(experiment: ResolvedExperiment, *, attends: bool) -> Iterator[
     for mask in experiment.masks:
         what = f"the group `{mask.training.definition}`, which is trained, {of}"
         yield NotSupported(span=own.span, what=what, later="name its sites")
-    if own.estimator is not None and _lacks_estimate(experiment, own.estimator):
-        what = f"`using {own.estimator.name}` {of}"
-        yield NotSupported(span=own.estimator.span, what=what, later=NO_ESTIMATE_HINT)
     if own.against is not None:
         yield NotSupported(span=own.against.span, what=f"`against` {of}", later="remove `against`")
     for save in (*own.saves, *own.saved_directions):

@@ -165,11 +165,11 @@ def inputs(n: int, image: int) -> dict[str, Any]:
 
 
 @contextmanager
-def hooked(hooks: Iterable[Hook]) -> Generator[None]:
-    """Plain hooks on the bare model."""
+def hooked(hooks: Iterable[Hook], module: Any = None) -> Generator[None]:
+    """Plain hooks on the bare model, or on a copy of it."""
     handles: list[Any] = []
     for path, of_input, change in hooks:
-        part = bare().get_submodule(path)
+        part = (module or bare()).get_submodule(path)
 
         def before(_: Any, args: Any, kwargs: Any, change: Any = change) -> Any:
             if args:

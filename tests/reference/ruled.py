@@ -101,6 +101,8 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **given: Any)
         seen = seen.tril()
     if (window := given.get("sliding_window")) is not None:
         seen = seen.triu(1 - window)
+    if isinstance(_[0], Tensor):  # a mask that the model makes itself
+        scores = scores + _[0]
     weights = FlatSoftmax.apply(scores.masked_fill(~seen, float("-inf")))
     return (weights @ v).transpose(1, 2).contiguous(), None
 

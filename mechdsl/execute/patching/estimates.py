@@ -214,7 +214,7 @@ class _ChangedPatterns:
     weights of this query, or of all queries of the heads that share the keys.
     """
 
-    layer: int
+    where: SiteRead
     scores: Sequence[Tensor]
     """[lane, column, head, key] each: of the base run, and with written vectors."""
     pattern: Tensor
@@ -241,7 +241,7 @@ class _ChangedPatterns:
         """Run the layer with the written vectors: several times if a vector has several values."""
         where = vectors.where
         assert where.layer is not None
-        reads = [SiteRead(site, where.layer) for site in ("scores", "pattern")]
+        reads = [replace(where, site=site) for site in ("scores", "pattern")]
         stop = where.layer + 1
         read = run_full(model, batch, stop=stop, writes=noise, reads=reads).reads
         scores, pattern = (read[each] for each in reads)
@@ -252,7 +252,8 @@ class _ChangedPatterns:
         for which in range(1, int(number.max(initial=0)) + 1):
             own = torch.from_numpy(np.flatnonzero(number == which))
             values = vectors.values[to_device(own, vectors.values.device)]
-            write = SiteWrite(where.site, where.layer, lane[own], position[own], unit[own], values)
+            place = lane[own], position[own], unit[own]
+            write = SiteWrite(where.site, where.layer, *place, values, stack=where.stack)
             given = run_full(model, batch, stop=stop, writes=[*noise, write], reads=reads[:1])
             found.append(given.reads[reads[0]])
         if where.site == "q":
@@ -260,7 +261,7 @@ class _ChangedPatterns:
             place = (lane, batch.columns(lane, position)[:, None], unit[:, None])
             row, keys = vectors.row, None
         else:
-            shared = heads // unit_count(model.shape, "k", where.layer)
+            shared = heads // unit_count(model.stack(where.stack).shape, "k", where.layer)
             together = np.stack([vectors.row, lane.numpy(), unit.numpy()])
             every, change = np.unique(together, axis=1, return_inverse=True)
             row, lane, unit = every[0], *map(torch.from_numpy, every[1:])
@@ -273,12 +274,13 @@ class _ChangedPatterns:
         columns = batch.columns(*spots[:2])
         of_vector = change.reshape(-1)
         return _ChangedPatterns(
-            where.layer, found, pattern, spots, columns, row, places, of_vector, number, keys
+            where, found, pattern, spots, columns, row, places, of_vector, number, keys
         )
 
     def added(self, leaf: Tensor) -> SiteWrite:
         """Add [spot, key] to the weights."""
-        return SiteWrite("pattern", self.layer, *self.spots, leaf, mode="add")
+        where = self.where
+        return SiteWrite("pattern", where.layer, *self.spots, leaf, mode="add", stack=where.stack)
 
     def sums(self, kind: GradientEstimator, gradient: Tensor, rows: int) -> Floats:
         """Return [row]: the estimator's numbers of the changed weights; gradient: [spot, key]."""
@@ -491,7 +493,8 @@ class GradientEstimates:
         own_layer = np.full(len(environments), -1)
         for each in written:
             if each.where.site not in _STREAMS:
-                own_layer[each.row] = layers.index((each.where.stack, each.where.layer))
+                stack = "" if each.where.stack == "cross" else each.where.stack
+                own_layer[each.row] = layers.index((stack, each.where.layer))
         rules = self.kind.backward or BackwardRules()
         total = np.zeros((len(self.readout.measures), len(environments)))
         counts = np.zeros(len(environments))
@@ -540,7 +543,8 @@ class GradientEstimates:
         return found
 
     def _is_fixed(self, written: _WrittenVectors) -> bool:
-        return self.kind.fixes_attention and written.where.site in ("q", "k")
+        own = written.where
+        return self.kind.fixes_attention and own.site in ("q", "k") and own.stack != "vision"
 
     def _to_first_order(
         self,

@@ -63,6 +63,7 @@ from mechdsl.forward.hooks.model import (
     LoadedModel,
     call_with_batch,
     narrow_unembedding,
+    reads_pixels,
     select_token_logits,
     split_vision,
     with_encoded,
@@ -576,13 +577,14 @@ class SiteHooks:
         unembedding."""
         self._edges = group_by_layer(edges)
         stack = _find_differentiated_stack(model, frame)
-        ruled = _list_attention(model, stack) if changes.in_attention else set()
+        ruled = _list_attention(model, frame, stack) if changes.in_attention else set()
         self.within = self._within() | ruled
         self._layers: dict[tuple[str, int], AttentionHooks] = {}
         self._circuits = [open_circuit(model, frame, each, writes) for each in circuits]
         self._plan()
-        if changes.dropped_layer is not None and changes.dropped_stack == stack:
-            self._drop_gradients(changes.dropped_layer, stack)
+        dropped, encodes = changes.dropped_stack, reads_pixels(frame) and model.shape.encodes_apart
+        if changes.dropped_layer is not None and (dropped == stack or encodes):
+            self._drop_gradients(changes.dropped_layer, dropped)
 
     # --- planning -----------------------------------------------------------------------------
 
@@ -633,10 +635,13 @@ class SiteHooks:
 
     def _drop_gradients(self, layer: int, stack: str) -> None:
         """Let no gradient pass the outputs of a block's sublayers."""
-        for site in ("attn_out", "mixer_out", "mlp_out"):
-            if self.model.stack(stack).shape.has(site, layer):
-                order, rank = write_order(site, layer)
-                spot = self._spot(self._tap(SiteRead(site, layer, stack)))
+        outputs = [SiteRead(site, layer, stack) for site in ("attn_out", "mixer_out", "mlp_out")]
+        if not stack and "cross" in self.model.others:
+            outputs.append(SiteRead("attn_out", layer, "cross"))
+        for where in outputs:
+            if self.model.stack(where.stack).shape.has(where.site, layer):
+                order, rank = write_order(where.site, layer)
+                spot = self._spot(self._tap(where))
                 self._on(spot, (order, rank - 1), lambda value, module, given: value.detach())
 
     def _require(self, where: SiteRead, problem: type[Exception]) -> None:
@@ -1040,15 +1045,22 @@ def _find_differentiated_stack(model: LoadedModel, frame: TokenFrame) -> str:
     return "vision" if encodes and not model.shape.encodes_apart else ""
 
 
-def _list_attention(model: LoadedModel, stack: str) -> set[tuple[str, int]]:
-    """Return each stack with attention whose activations reach the logits, and its layers.
+def _list_attention(model: LoadedModel, frame: TokenFrame, stack: str) -> set[tuple[str, int]]:
+    """Return each stack with attention that the pass computes and whose activations reach the
+    logits, and its layers.
 
     stack: As from `_find_differentiated_stack`.
     """
     stacks = {stack: model.stack(stack).shape}
     if model.shape.encodes_apart:
         stacks |= model.shape.others
-    return {(name, layer) for name, own in stacks.items() for layer in range(own.n_layers)}
+    if model.shape.takes == "attended image" and not reads_pixels(frame):
+        stacks.pop("vision", None)
+    return {
+        (name, layer)
+        for name, own in stacks.items()
+        for layer in own.partly.get("z", range(own.n_layers))
+    }
 
 
 def find_entrance(model: LoadedModel, layer: int) -> tuple[str, HookSide, int]:

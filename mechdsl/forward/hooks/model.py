@@ -22,6 +22,7 @@ from mechdsl.forward.hooks.batch import (
     EdgeWrite,
     SiteRead,
     SiteWrite,
+    TokenFrame,
     array_to_device,
     get_free_memory,
 )
@@ -608,6 +609,11 @@ def _open_vision(model: LoadedModel, batch: Batch) -> Batch:
         return without_vectors(batch)
     ids = batch.of_stack("encoder").ids
     return replace(batch, extra=_find_inputs(model, ids, encoded=False))
+
+
+def reads_pixels(frame: TokenFrame) -> bool:
+    """Return whether a pass of a model whose blocks attend to images encodes them itself."""
+    return isinstance(frame, Batch) and bool(frame.extra) and ATTENDED not in frame.extra
 
 
 def _attend_to_image(model: LoadedModel, ids: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
