@@ -48,7 +48,7 @@ from mechdsl.forward.hooks.model import (
     find_tokens,
 )
 from mechdsl.forward.hooks.module_exchange import get_activation, replace_activation
-from mechdsl.images.layouts import EncoderSize, ImageExpansion, PromptPicture
+from mechdsl.images.layouts import EncoderSize, ImageCell, ImageExpansion, PromptPicture
 from mechdsl.images.picture import Picture, Video
 from mechdsl.images.pixels import render_pixels
 from mechdsl.images.processing import UnsupportedProcessor
@@ -400,9 +400,11 @@ class ImageVectors:
         none = (-1,) * size.side**2
         of_token = torch.tensor([none if cell is None else next(rest) for cell in cells])
         tiles = torch.tensor([-1 if cell is None else cell.tile for cell in cells])
-        patches = _Patches(count, of_token, tiles if model.shape.resamples else None)
+        read = self.reader.read_patches(image.picture.extent, image.expansion, size)
+        sources = None if read is None else _list_sources(cells, read)
+        patches = _Patches(count, of_token, tiles if model.shape.resamples else None, sources)
         is_video = isinstance(image.picture, Video)
-        sizes = (is_video, count, tile, image.expansion.size, tuple(groups))
+        sizes = (is_video, count, tile, image.expansion.size, tuple(groups), tuple(read or ()))
         if sizes in self._proved:
             return patches
         is_first = all(each[0] != is_video for each in self._proved)
@@ -430,22 +432,17 @@ class ImageVectors:
         columns = own[0].nonzero()[:, 0]
         if len(patches.of_token) != len(columns) or not patches.are_distinct():
             return False
-        if patches.tiles is not None:
-            return _prove_tiles(model, batch, columns, patches, patches.tiles)
-        there = (patches.of_token[:, 0] >= 0).nonzero()[:, 0]
-        changed = _divide_tokens(len(there), every=every)
+        tests = [(torch.zeros(0, dtype=torch.long), torch.zeros(len(columns), dtype=torch.bool))]
+        tests += patches.list_tests(every=every)
         layers = list(reversed(range(model.stack("vision").shape.n_layers)))
-        for start in range(0, len(changed), _AT_ONCE - 1):
-            lanes = [torch.zeros_like(changed[0]), *changed[start : start + _AT_ONCE - 1]]
+        for start in range(1, len(tests), _AT_ONCE - 1):
+            lanes = [tests[0], *tests[start : start + _AT_ONCE - 1]]
             given = batch.take(torch.zeros(len(lanes), dtype=torch.long))
             given = given.with_inputs(given.extra, vision=Batch.grid(len(lanes), patches.count))
-            expected = torch.zeros(len(lanes), len(columns), dtype=torch.bool)
-            for lane, chosen in enumerate(lanes):
-                expected[lane, there[chosen]] = True
+            expected = torch.stack([tokens for _, tokens in lanes])
+            rows = [torch.full_like(changed, lane) for lane, (changed, _) in enumerate(lanes)]
+            changes = torch.cat(rows), torch.cat([changed for changed, _ in lanes])
             while layers:
-                lane, token = expected.nonzero(as_tuple=True)
-                positions = patches.of_token[token]
-                changes = lane[:, None].expand_as(positions).flatten(), positions.flatten()
                 found = _find_changes(model, given, columns, changes, layers[0])
                 if found.any():
                     break
@@ -545,35 +542,18 @@ def _find_changes(
     return (apart > _TOLERANCE * vectors[0].abs().max()).cpu()
 
 
-def _prove_tiles(
-    model: LoadedModel, batch: Batch, columns: Tensor, patches: _Patches, tiles: Tensor
-) -> bool:
-    """Return whether a change of all patches of a tile changes its tokens only, all of them, and a
-    change of the encoder's other tokens changes none.
+def _list_sources(
+    cells: Sequence[ImageCell | None], read: Sequence[Sequence[int]]
+) -> tuple[Tensor, ...]:
+    """Return the patches that each token of an image is interpolated from.
 
     Args:
-        model: A model with a resampler.
-        batch: A prompt of one image.
-        columns: [token] the columns of its tokens.
-        patches: Their patches.
-        tiles: [token] the numbers of their tiles.
+        cells: The cell of each token, None for markers.
+        read: By cell, its patches.
     """
-    numbers = tiles.unique()
-    expected = torch.zeros(len(numbers) + 2, len(columns), dtype=torch.bool)
-    used = patches.of_token[patches.of_token >= 0]
-    unused = torch.ones(patches.count, dtype=torch.bool)
-    unused[used] = False
-    changed = [unused.nonzero()[:, 0]]
-    for lane, number in enumerate(numbers, 2):
-        expected[lane] = tiles == number
-        own = patches.of_token[tiles == number]
-        changed.append(own[own >= 0])
-    given = batch.take(torch.zeros(len(expected), dtype=torch.long))
-    given = given.with_inputs(given.extra, vision=Batch.grid(len(expected), patches.count))
-    lanes = [torch.full_like(own, lane) for lane, own in enumerate(changed, 1)]
-    last = model.stack("vision").shape.n_layers - 1
-    changes = torch.cat(lanes), torch.cat(changed)
-    return bool((_find_changes(model, given, columns, changes, last) == expected).all())
+    rest = iter(read)
+    every = [() if cell is None else next(rest) for cell in cells]
+    return tuple(torch.tensor(own, dtype=torch.long) for own in every)
 
 
 def _count_patches(model: LoadedModel, batch: Batch) -> tuple[int, int]:
@@ -615,6 +595,44 @@ class _Patches:
     tiles: Tensor | None = None
     """[token] the numbers of their tiles, if a resampler reads all patches of a tile: `of_token`
     then only divides them among the tokens."""
+
+    sources: tuple[Tensor, ...] | None = None
+    """[token] the patches that each token is interpolated from, [patch] long."""
+
+    def list_tests(self, *, every: bool) -> list[tuple[Tensor, Tensor]]:
+        """Return sets of the encoder's tokens, [K] long, and whether a change of each set changes
+        each token of the image, [token] bool.
+
+        every: As in `_divide_tokens`.
+        """
+        if self.tiles is None:
+            there = (self.of_token[:, 0] >= 0).nonzero()[:, 0]
+            found = list[tuple[Tensor, Tensor]]()
+            for chosen in _divide_tokens(len(there), every=every):
+                expected = torch.zeros(len(self.of_token), dtype=torch.bool)
+                expected[there[chosen]] = True
+                found.append((self.of_token[there[chosen]].flatten(), expected))
+            return found
+        used = self.of_token[self.of_token >= 0]
+        unused = torch.ones(self.count, dtype=torch.bool)
+        unused[used] = False
+        nothing = torch.zeros(len(self.of_token), dtype=torch.bool)
+        if self.sources is None:
+            tests = [(self.of_token[self.tiles == n], self.tiles == n) for n in self.tiles.unique()]
+            found = [(own[own >= 0], tokens) for own, tokens in tests]
+        else:
+            found = [
+                (used[chosen], self._find_readers(used[chosen]))
+                for chosen in _divide_tokens(len(used), every=every)
+            ]
+        return [*found, (unused.nonzero()[:, 0], nothing)]
+
+    def _find_readers(self, patches: Tensor) -> Tensor:
+        """Return [token] bool: whether each token is interpolated from some of these patches."""
+        assert self.sources is not None
+        own = torch.zeros(self.count, dtype=torch.bool)
+        own[patches] = True
+        return torch.stack([own[read].any() for read in self.sources])
 
     def are_distinct(self) -> bool:
         """Return whether the encoder has all of them, and no token shares one with another."""

@@ -402,8 +402,12 @@ class ImageLayout:
     without_vision: ClassVar[str] = "the patches of its image tokens aren't known"
     """Why rules can't act in the vision encoder; empty if `patches` is known."""
     resamples: ClassVar[bool] = False
-    """Whether a resampler reads all patches of a tile for each of its tokens. Its `patches` then
-    divides the patches of a tile among the tokens, with -1 for none."""
+    """Whether tokens of images are resampled from patches, so that positions in the encoder are
+    patches. `patches` then divides all patches of an image among its tokens, with -1 for none."""
+    interpolates: ClassVar[bool] = False
+    """With `resamples`, whether each token is interpolated from the patches of `read_patches`.
+    Otherwise a resampler with attention reads all patches of a tile for each of its tokens, and
+    `patches` divides those of a tile among its tokens."""
     video_encoder: ClassVar[tuple[str, str] | None] = None
     """Names of the modules that encode images and videos, if each has an encoder."""
     video_token: ClassVar[str] = "video_token_id"
@@ -481,20 +485,35 @@ class ImageLayout:
         """
         return 1
 
-    def encoded_patches(self, prompt: ImagePrompt) -> int | None:
-        """Return the number of patches that the encoder reads of the prompt's image, with padding;
-        None: `merged_side` squared for each token."""
+    def encoded_patches(self, prompt: ImagePrompt, tokens: ImageTokens) -> int | None:
+        """Return the number of patches that the encoder reads of an image, with padding; None:
+        `merged_side` squared for each token.
+
+        Args:
+            prompt: A prompt without inputs, for one image or video.
+            tokens: The tokens of the image.
+        """
         return None
 
-    def encoder_features(self, prompt: ImagePrompt) -> Iterator[Feature]:
-        """Yield the cells of the encoder's patches of the prompt's image, with `resamples`.
+    def encoder_features(self, prompt: ImagePrompt, tokens: ImageTokens) -> Iterator[Feature]:
+        """Yield the cells of the encoder's patches of an image, with `resamples`.
 
-        They are in the order of `patches`, without padding.
+        They are in the order of `patches`, without padding. Arguments are those of
+        `encoded_patches`.
 
         Raises:
             UnsupportedProcessor: Their rows and columns aren't known.
         """
         raise _unknown("the rows and columns of its patches aren't known")
+
+    def read_patches(
+        self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
+    ) -> list[tuple[int, ...]]:
+        """Return the patches that each cell's vector is interpolated from, with `interpolates`.
+
+        Arguments and result are those of `patches`; tokens can share patches.
+        """
+        raise NotImplementedError
 
     def patches(
         self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
@@ -876,6 +895,23 @@ def _class_tokens(prompt: ImagePrompt) -> int:
     return prompt.processor.num_additional_image_tokens - int(drops)
 
 
+def _divide(patches: Sequence[int], count: int, most: int) -> Iterator[tuple[int, ...]]:
+    """Yield the patches of each of some tokens, in order, with -1 up to a length.
+
+    Args:
+        patches: The patches.
+        count: Number of tokens.
+        most: Length of each tuple.
+
+    Raises:
+        UnsupportedProcessor: A token would have more patches.
+    """
+    for start, end in pairwise(token * len(patches) // count for token in range(count + 1)):
+        if end - start > most:
+            raise UnsupportedProcessor("images have more patches than the encoder reads")
+        yield (*patches[start:end], *(-1,) * (most - end + start))
+
+
 class _AnyResolution(ImageLayout):
     """The whole image, then the grid of its tiles without rows or columns of padding."""
 
@@ -895,13 +931,22 @@ class _AnyResolution(ImageLayout):
         """
         return kept
 
-    def anyres(self, prompt: ImagePrompt, size: Size) -> Iterator[Feature]:
-        """Yield the vectors of an image that is cut into tiles."""
+    def anyres(
+        self, prompt: ImagePrompt, size: Size, *, is_merged: bool = True
+    ) -> Iterator[Feature]:
+        """Yield the vectors of an image that is cut into tiles.
+
+        Args:
+            prompt: The prompt.
+            size: (height, width) of the image.
+            is_merged: Whether the grid has the rows and columns of `merged`; otherwise one cell for
+                each patch.
+        """
         tile, side = self._tile(prompt), self.tile_cells(prompt)
         cell = tile / side
         yield from grid(View.of(size).resized(tile, tile), (cell, cell), tile=THUMBNAIL)
         best, (top, left), kept = self._canvas(prompt, size)
-        rows, cols = self.merged(prompt, kept, side)
+        rows, cols = self.merged(prompt, kept, side) if is_merged else kept
         canvas = _fitted(View.of(size), best)
         for row in range(rows):
             up, down = ((top + each * kept[0] / rows) * cell for each in (row, row + 1))
@@ -928,19 +973,7 @@ class _AnyResolution(ImageLayout):
     ) -> list[tuple[int, ...]]:
         """Return the patches of each cell: the thumbnail is the encoder's first tile."""
         side = self.tile_cells(prompt)
-        if tokens.thumbnail is None:
-            frame, pooled = f"{side} x {side} patches of a frame", math.ceil(side / 2)
-            reason = f"the model interpolates the {frame} to {pooled} x {pooled} tokens"
-            unfit = UnsupportedProcessor(f"{reason}, so a token isn't one patch")
-            unfit.hint = "write an `image` line for each frame, or use `embed` at its tokens"
-            raise unfit
-        _, (top, left), kept = self._canvas(prompt, prompt.sizes[0])
-        if (merged := self.merged(prompt, kept, side)) != kept:
-            (rows, cols), (fewer, narrower) = kept, merged
-            reason = f"the model interpolates {rows} x {cols} patches to {fewer} x {narrower}"
-            unfit = UnsupportedProcessor(f"{reason} tokens, so a token isn't one patch")
-            unfit.hint = "use smaller images, each of whose tokens is a patch"
-            raise unfit
+        _, (top, left), _ = self._canvas(prompt, prompt.sizes[0])
         found: list[tuple[int, ...]] = []
         for cell in tokens.cells:
             above, before = (0, 0) if cell.tile == THUMBNAIL else (top, left)
@@ -1007,6 +1040,8 @@ class LlavaOneVision(_AnyResolution):
     processors = ("LlavaOnevisionProcessor",)
     image_processors = ("LlavaOnevisionImageProcessor",)
     video_processors = ("LlavaOnevisionVideoProcessor",)
+    resamples = True
+    interpolates = True
 
     def tile_cells(self, prompt: ImagePrompt) -> int:
         return math.isqrt(prompt.processor.num_image_tokens)
@@ -1015,6 +1050,17 @@ class LlavaOneVision(_AnyResolution):
         most = int(prompt.processor.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(kept[0] * kept[1] / (most * side**2))
         return (int(kept[0] // ratio), int(kept[1] // ratio)) if ratio > 1.1 else kept
+
+    def merged_side(self, config: Mapping[str, Any]) -> int:
+        """Return 2: the patches of frames and of the largest images are at most four for each of
+        their tokens, of tiles and thumbnail together; more with more tiles."""
+        tile = _number_of(config.get("vision_config"), "image_size", 384)
+        limit = str(config.get("vision_aspect_ratio") or "anyres_max_9").removeprefix("anyres_max_")
+        sizes: Any = config.get("image_grid_pinpoints") or ()
+        if not (tile and limit.isdigit() and isinstance(sizes, Sequence)):
+            return 0
+        tiles = [math.prod(_pair(size)) / tile**2 for size in cast("Sequence[Any]", sizes)]
+        return max(2, math.ceil(math.sqrt((max(tiles, default=1) + 1) / (int(limit) + 1))))
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
         if prompt.processor.vision_feature_select_strategy == "default":
@@ -1040,6 +1086,93 @@ class LlavaOneVision(_AnyResolution):
             unit = view.resized(pooled, pooled)
             yield from grid(unit, (1, 1), tile=frame + 1)
         yield "row end"
+
+    def patches(
+        self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
+    ) -> list[tuple[int, ...]]:
+        """Return all patches of the image or of the frames, divided among the tokens in order."""
+        own = [
+            patch for grid in self._grids(prompt, tokens, encoder) for row in grid for patch in row
+        ]
+        return [*_divide(own, len(tokens.cells), encoder.side**2)]
+
+    def read_patches(
+        self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
+    ) -> list[tuple[int, ...]]:
+        cells: dict[bool | int, list[ImageCell]] = {}
+        for cell in tokens.cells:  # tiles are interpolated together, frames one by one
+            is_tile = tokens.thumbnail is not None and cell.tile != THUMBNAIL
+            cells.setdefault(is_tile or -cell.tile, []).append(cell)
+        found: list[tuple[int, ...]] = []
+        grids = self._grids(prompt, tokens, encoder)
+        for patches, own in zip(grids, cells.values(), strict=True):
+            rows, cols = (max(each) for each in zip(*((c.row, c.col) for c in own), strict=True))
+            for cell in own:
+                down = _interpolated(len(patches), rows, cell.row - 1)
+                along = _interpolated(len(patches[0]), cols, cell.col - 1)
+                found.append(tuple(patches[row][col] for row in down for col in along))
+        return found
+
+    def _grids(
+        self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
+    ) -> list[list[list[int]]]:
+        """Return the rows of patches of the thumbnail and of all tiles, or of each frame."""
+        side, size = self.tile_cells(prompt), EncoderSize(encoder.tokens, 1)
+
+        def patch(tile: int, row: int, col: int) -> int:
+            [found] = size.group(tile, (row, col), (side, side))
+            return found
+
+        squares = len(tokens.tiles) if tokens.thumbnail is None else 1
+        grids = [
+            [[patch(tile, row, col) for col in range(side)] for row in range(side)]
+            for tile in range(squares)
+        ]
+        if tokens.thumbnail is None:
+            return grids
+        best, (top, left), (rows, cols) = self._canvas(prompt, prompt.sizes[0])
+        across = best[1] // self._tile(prompt)
+        tiles = [
+            [
+                patch(1 + row // side * across + col // side, row % side, col % side)
+                for col in range(left, left + cols)
+            ]
+            for row in range(top, top + rows)
+        ]
+        return [*grids, tiles]
+
+    def encoded_patches(self, prompt: ImagePrompt, tokens: ImageTokens) -> int:
+        count = len(tokens.tiles)
+        if tokens.thumbnail is not None:
+            best, _, _ = self._canvas(prompt, prompt.sizes[0])
+            count = 1 + math.prod(best) // self._tile(prompt) ** 2
+        return count * self.tile_cells(prompt) ** 2
+
+    def encoder_features(self, prompt: ImagePrompt, tokens: ImageTokens) -> Iterator[Feature]:
+        size = prompt.sizes[0]
+        if tokens.thumbnail is not None:
+            cells = self.anyres(prompt, size, is_merged=False)
+            yield from (each for each in cells if not isinstance(each, str))
+            return
+        side = self.tile_cells(prompt)
+        view = prepared_view(prompt.processor.video_processor, size).resized(side, side)
+        for tile in tokens.tiles:
+            yield from grid(view, (1, 1), tile=tile.number)
+
+
+_LEAST_SHARE = 1e-3
+"""Smaller weights in an interpolation are rounding errors: others are multiples of half the inverse
+of a number of rows or columns."""
+
+
+def _interpolated(old: int, new: int, index: int) -> list[int]:
+    """Return the entries of `old` that bilinear interpolation to `new` reads for an entry."""
+    at = max((index + 0.5) * old / new - 0.5, 0.0)
+    first = min(int(at), old - 1)
+    shares = (1 - (at - first), at - first)
+    return sorted(
+        {min(first + n, old - 1) for n, share in enumerate(shares) if share > _LEAST_SHARE}
+    )
 
 
 @layout("qwen2_vl", "qwen2_5_vl")
@@ -1166,14 +1299,10 @@ class Idefics2(ImageLayout):
         for tile, (rows, cols) in enumerate(views):
             first = tile * encoder.tokens
             own = [first + row * width + col for row in range(rows) for col in range(cols)]
-            ends = [token * len(own) // count for token in range(count + 1)]
-            for start, end in pairwise(ends):
-                if end - start > encoder.side**2:
-                    raise UnsupportedProcessor("images have more patches than the encoder reads")
-                found.append((*own[start:end], *(-1,) * (encoder.side**2 - end + start)))
+            found += _divide(own, count, encoder.side**2)
         return found
 
-    def encoded_patches(self, prompt: ImagePrompt) -> int:
+    def encoded_patches(self, prompt: ImagePrompt, tokens: ImageTokens) -> int:
         (down, across), views = prompt.patch, self._views(prompt)
         rows, cols = (
             max(high // down for high, _ in views),
@@ -1181,7 +1310,7 @@ class Idefics2(ImageLayout):
         )
         return len(views) * rows * cols
 
-    def encoder_features(self, prompt: ImagePrompt) -> Iterator[Feature]:
+    def encoder_features(self, prompt: ImagePrompt, tokens: ImageTokens) -> Iterator[Feature]:
         (down, across), views = prompt.patch, self._views(prompt)
         grids = [(high // down, wide // across) for high, wide in views]
         parts = self._parts(prompt, 0)

@@ -370,9 +370,15 @@ def _with_vision(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
         reason = "its config doesn't state how many patches a token is made from"
     others = {} if reason else _other_stacks(shape, config, ("vision",))
     resamples = entry is not None and entry.resamples
+    attends = resamples and entry is not None and not entry.interpolates
     others = {stack: with_edges(own) for stack, own in others.items()}
     return replace(
-        shape, others=others, without_vision=reason, merged_side=side or 1, resamples=resamples
+        shape,
+        others=others,
+        without_vision=reason,
+        merged_side=side or 1,
+        resamples=resamples,
+        resampler_attends=attends,
     )
 
 

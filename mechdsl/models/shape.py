@@ -179,7 +179,9 @@ class ModelShape(Record):
     merged_side: int = 1
     """Rows, and columns, of patches of the vision encoder that a token of an image is made from."""
     resamples: bool = False
-    """Whether a resampler reads all patches for each token, as in `ImageLayout.resamples`."""
+    """Whether tokens of images are resampled from patches, as in `ImageLayout.resamples`."""
+    resampler_attends: bool = False
+    """Whether a resampler with attention reads all patches for each token."""
     attended: int = 0
     """Number of tokens of an image that some blocks attend to, before the text of each prompt."""
     attending: int = 0

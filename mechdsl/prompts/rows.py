@@ -735,8 +735,8 @@ class PromptTable(Record):
         return self._with_rows(cut)
 
     def in_patches(self, reader: ImagePromptTokenizer) -> PromptTable:
-        """Return the table with the patches of the vision encoder in place of tokens, if a
-        resampler reads all of them for each token of an image.
+        """Return the table with the patches of the vision encoder in place of tokens, if they are
+        resampled to the tokens of an image.
 
         A token of the text has as many positions as one of an image.
 

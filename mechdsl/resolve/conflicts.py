@@ -334,7 +334,7 @@ def _explain_no_vision_estimate(
 ) -> tuple[str, str] | None:
     """Return why a rule in a vision encoder isn't estimated, and a hint."""
     kind = said.kind
-    if kind.backward is not None and kind.backward.in_attention and shape.resamples:
+    if kind.backward is not None and kind.backward.in_attention and shape.resampler_attends:
         reason = "it doesn't change derivatives of the resampler's attention"
         return reason, OTHER_ESTIMATOR_HINT
     if rule.path is not None or rule.edge is not None:
@@ -750,7 +750,7 @@ def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnos
 
 
 def _check_resampled_rules(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
-    """Yield E0108 for rules that aren't computed from the patches that a resampler reads."""
+    """Yield E0108 for rules that aren't computed from patches that are resampled to tokens."""
     runs = experiment.table.runs
     acting = [(runs[experiment.spec.base], experiment.rules)]
     acting += [(runs[name], run.rules) for name, run in experiment.derived.items()]
@@ -762,8 +762,8 @@ def _check_resampled_rules(experiment: ResolvedExperiment) -> Iterator[Diagnosti
                 read = rule.apart.table.runs[rule.apart.run]
             problem = _describe_resampled_rule(rule, own, read, reader)
             if problem is not None:
-                what = f"`{_name_rule(rule)}` {problem[0]} in a vision encoder whose resampler "
-                what += "reads all patches for each token of an image"
+                what = f"`{_name_rule(rule)}` {problem[0]} in a vision encoder whose patches are "
+                what += "resampled to the tokens of an image"
                 yield NotSupported(span=rule.spec.span, what=what, later=problem[1])
 
 

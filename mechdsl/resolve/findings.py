@@ -484,8 +484,8 @@ def _by_label(
     if targets is not None:
         if any(cell.vectors > 1 for cell in targets.values()):
             raise PickError(
-                f"the positions of `{own.name}` are patches of the vision encoder, which a "
-                "resampler mixes",
+                f"the positions of `{own.name}` are patches of the vision encoder, which are "
+                "resampled to tokens",
                 "name patches instead: `photo row 1 col 2 token`",
             )
         return {

@@ -109,9 +109,7 @@ Rules in the vision encoder (`patch resid_post vision layer 4 at photo row 2 col
 all patches that the vector of an image token is made from:
 
 - one patch in `llava`, `vipllava`, `paligemma`, `video_llava` (of the encoder of images or of that
-  of videos), and in the tiles and thumbnails of `llava_next` and `llava_onevision`. If
-  `llava_onevision` interpolates the patches of a large image to fewer tokens, or those of frames,
-  the rule is E0413.
+  of videos), and in the tiles and thumbnails of `llava_next`.
 - the patches that the model merges into a token, row by row: 2 x 2 in `internvl`, `idefics3`,
   `smolvlm` and the Qwen models (of two frames, in a video), and 4 x 4 in `gemma3`. Numbers depend
   on the config.
@@ -158,6 +156,13 @@ average patches pair them in this order, so both images need the same number of 
 whole images the same rows and columns (E0108). `observe similarity` compares patches, and bases are
 computed from single patches; the row of a direction or probe is the mean over its patches. `using
 gim` is E0608.
+
+`llava_onevision` interpolates the patches of each frame, and those of large images, to fewer
+tokens. In the encoder, its positions are patches too, as in `idefics2`: a frame of 27 x 27 patches
+has 14 x 14 tokens, and `frame 2 row 27 col 3 token` names a patch at sites of `vision`. At sites of
+the language model, the same position counts rows of tokens. `photo row 2 col 3 token` is a patch of
+the tiles without padding, and `photo thumbnail row 2 col 3 token` one of the thumbnail. An image
+that isn't interpolated has the same rows and columns in both. `using gim` is available.
 
 The encoder of `mllama` has local blocks, then global ones. They count as one stack: with 32 local
 and 8 global blocks, `vision layer 0..31` are local and `vision layer 32..39` global. The norm and

@@ -19,6 +19,9 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.source import Source
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.images.layouts import IMAGE_LAYOUTS, ImagePrompt
+from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.loading.loader import adopt_model
 from mechdsl.results.experiment_result import ExperimentResult
 
@@ -40,7 +43,6 @@ from .test_families import (
     difference,
     folder,
     inputs,
-    loaded,
     run_text,
 )
 from .test_token_patches import TOWERS, edited, other, read, shifted, state, turned
@@ -377,16 +379,16 @@ def test_changed_image_or_processor_gives_the_values_of_a_run_without_store(
 # --- errors ---------------------------------------------------------------------------------------
 
 
-def try_text(name: str, text: str) -> tuple[list[str], list[str]]:
+def try_text(text: str, model: LoadedModel) -> tuple[list[str], list[str]]:
     """The codes of errors, and the experiments with results."""
     source = Source(f'mech 1\nmodel m = local("handed over")\n{text}', folder() / "f.mech")
-    result, found = run_on(source, {"m": loaded(name)})
+    result, found = run_on(source, {"m": model})
     done = [] if result is None else [each.name for each in result.experiments]
     return [each.code for each in found if each.severity == "error"], done
 
 
 ONE = FEWER.replace("fewer", "one").replace('"{other}"', '"{file}"').replace("n < 4", "n = 3")
-"""A prompt whose image LLaVA-OneVision reads without interpolated patches."""
+"""A prompt with the image of 40 x 17 pixels."""
 FIRST = "resid_post vision layer 0 at photo row 1 col 1 token"
 SAVED = "resid_post vision layer 0 of clean at photo row 1 col 1 token"
 ABLATED = "ablate resid_post layer 0 at photo tokens with zero"
@@ -403,12 +405,25 @@ def on_one(line: str) -> str:
 
 
 @pytest.mark.parametrize("case", some(OTHER_PROMPTS, ["mean"]))
-def test_interpolated_patches_that_no_rule_names_report_e0413(case: str) -> None:
+def test_unknown_patches_that_no_rule_names_report_e0413(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other experiments keep their results."""
-    more = experiment("e", ABLATED)
-    text = f"{BLOCK}{ONE}{OTHER_PROMPTS[case]()}{more}"
-    assert try_text("llava_onevision", text) == (["E0413"], ["e"])
-    assert try_text("llava_onevision", f"{BLOCK}{ONE}{OTHER_PROMPTS[case]()}") == (["E0413"], [])
+    name = "llava_class"
+    entry = type(IMAGE_LAYOUTS[bare(name).model.config.model_type])
+    known = entry.patches
+
+    def reject(self: Any, prompt: ImagePrompt, *given: Any) -> list[tuple[int, ...]]:
+        if prompt.sizes[0] != (17, 40):
+            raise UnsupportedProcessor("it has patches that no test knows")
+        return known(self, prompt, *given)
+
+    monkeypatch.setattr(entry, "patches", reject)
+    model, found = adopt_model("m", deepcopy(bare(name).model), bare(name).processor)
+    assert model is not None, found
+    text, more = f"{BLOCK}{ONE}{OTHER_PROMPTS[case]()}", experiment("e", ABLATED)
+    assert try_text(f"{text}{more}", model) == (["E0413"], ["e"])
+    assert try_text(text, model) == (["E0413"], [])
 
 
 def test_unknown_patches_of_another_model_report_e0413_for_its_experiments() -> None:

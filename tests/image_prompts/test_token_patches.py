@@ -731,15 +731,6 @@ def test_planned_cost_is_near_the_counted_products(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_frames_whose_patches_are_interpolated_report_e0413() -> None:
-    text = experiment("e", "ablate resid_post vision layer 0 at clip tokens with zero")
-    _, found = videos.try_file(text, "llava_onevision_frames")
-    [problem] = [each for each in found if each.severity == "error"]
-    assert problem.code == "E0413"
-    assert "interpolates the 4 x 4 patches of a frame to 2 x 2 tokens" in problem.label_text
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava_next", "gemma3", "qwen2_5_vl"])
 def test_encoder_patches_are_verified_in_bfloat16(name: str) -> None:
     own = deepcopy(bare(name).model).to(torch.bfloat16)
@@ -781,12 +772,6 @@ def test_rule_inside_and_outside_of_the_encoder_reports_e0108() -> None:
     text = "group g = resid_post vision layer 0, resid_post layer 1\n"
     text += experiment("e", "from clean into changed", "patch g at photo row 1 col 2 token")
     assert errors("llava_next", text) == (["E0108"], [])
-
-
-def test_interpolated_patches_report_e0413_and_keep_other_experiments() -> None:
-    """LLaVA-OneVision interpolates the patches of images with many tiles."""
-    text = experiment("inside", VISION) + experiment("e", VISION.replace("vision ", ""))
-    assert errors("llava_onevision", text) == (["E0413"], ["e"])
 
 
 @pytest.mark.parametrize("name", some(["llava_next", "qwen2_vl", "gemma3"], ["qwen2_vl"]))

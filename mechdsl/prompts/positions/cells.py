@@ -536,8 +536,7 @@ def _in_images(
 ) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
     """Resolve positions as `resolve_positions` does; also E0310 for tokens without patches.
 
-    If a resampler reads all patches of a tile for each token, positions are patches, and others are
-    E0108.
+    If patches are resampled to tokens, positions are patches, and others are E0108.
     """
     reader, vectors = given["tokenizer"], 1
     stands_in = reader.stands_in or table.stands_in
@@ -591,7 +590,7 @@ def _find_uncountable(positions: ast.Positions) -> Diagnostic | None:
                 what = f"`{node.span.written}`, which counts tokens,"
             case _:
                 continue
-        what += " in a vision encoder whose resampler reads all patches for each token of an image"
+        what += " in a vision encoder whose patches are resampled to the tokens of an image"
         later = "name patches: `photo row 1 col 2 token`, `photo tokens`"
         return NotSupported(span=node.span, what=what, later=later)
     return None

@@ -465,13 +465,22 @@ class ImagePromptTokenizer(TextTokenizer):
         prompt = ImagePrompt(*self._read, {}, ((height, width),))
         return self.layout.patches(prompt, expansion.layout, encoder)
 
+    def read_patches(
+        self, extent: tuple[int, ...], expansion: ImageExpansion, encoder: EncoderSize
+    ) -> list[tuple[int, ...]] | None:
+        """Return `ImageLayout.read_patches` of a picture; None if it isn't interpolated."""
+        height, width = self.sized(extent)[:2]
+        prompt = ImagePrompt(*self._read, {}, ((height, width),))
+        own = self.layout
+        return own.read_patches(prompt, expansion.layout, encoder) if own.interpolates else None
+
     def encoded_patches(self, extent: tuple[int, ...]) -> int | None:
         """Return `ImageLayout.encoded_patches` of a picture."""
 
         def find() -> int | None:
             height, width = self.sized(extent)[:2]
             prompt = ImagePrompt(*self._read, {}, ((height, width),))
-            return self.layout.encoded_patches(prompt)
+            return self.layout.encoded_patches(prompt, self.expansion(extent).layout)
 
         return self._recall_layout(f"encoded patches of {extent}", find, lambda own: own)
 
@@ -489,16 +498,17 @@ class ImagePromptTokenizer(TextTokenizer):
             height, width = self.sized(extent)[:2]
             processor, config = self._read
             prompt = ImagePrompt(processor, config, {}, ((height, width),))
-            side, tiles = self.layout.merged_side(config.to_dict()), len(expansion.layout.tiles)
-            size = EncoderSize((self.layout.encoded_patches(prompt) or 0) // max(1, tiles), side)
-            groups = self.layout.patches(prompt, expansion.layout, size)
+            tokens, side = expansion.layout, self.layout.merged_side(config.to_dict())
+            count = self.layout.encoded_patches(prompt, tokens) or 0
+            size = EncoderSize(count // max(1, len(tokens.tiles)), side)
+            groups = self.layout.patches(prompt, tokens, size)
             numbers = [
                 cell.position * side**2 + n
                 for cell, patches in zip(expansion.layout.cells, groups, strict=True)
                 for n, patch in enumerate(patches)
                 if patch >= 0
             ]
-            features = list(self.layout.encoder_features(prompt))
+            features = list(self.layout.encoder_features(prompt, tokens))
             if len(features) != len(numbers):
                 raise UnsupportedProcessor("its patches have another number of rows and columns")
             rows = [[at, *cell] for at, cell in zip(numbers, features, strict=True)]

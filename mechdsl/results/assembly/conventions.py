@@ -403,10 +403,10 @@ def _describe_patches(shape: ModelShape) -> str:
     """Describe the patches of the vision encoder that rules at tokens of images act on."""
     side = shape.merged_side
     if shape.resamples:
-        return (
-            "each position is a patch of an image; a resampler reads all patches of a tile for "
-            "each token"
-        )
+        read = "a resampler reads all patches of a tile for each token"
+        if not shape.resampler_attends:
+            read = "tokens of frames and of large images are interpolated from several patches"
+        return f"each position is a patch of an image; {read}"
     if side == 1:
         return "each token of an image is one of its patches"
     return (
