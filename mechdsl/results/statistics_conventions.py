@@ -7,7 +7,7 @@ on the same rows. Reports and expectations rank cells by size; `top n of` ranks 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from mechdsl.program.estimators import find_estimator
 from mechdsl.program.significance import CORRECTION_NAMES
 from mechdsl.program.spec import PROMPTS_AXIS
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.statistics.cell_statistics import SHARE_RUNS, is_share, share_mask
+from mechdsl.statistics.cell_statistics import SHARE_RUNS, is_share, mean_range, share_mask
 from mechdsl.statistics.measurements import (
     NO_INTERVAL_REASONS,
     CellStatistics,
@@ -176,7 +176,7 @@ def _interval_text(result: ExperimentResult) -> str:
     level = round(1 - settings.confidence / 100, 10)
     if any(_reaches_zero(each, level) for each in result.statistics):
         kinds.append(f"extended to 0 where so few values that aren't 0 give no p below {level:g}")
-    kinds += _beyond_limits(result)
+    kinds += _name_cut_cells(result)
     return f"{settings.confidence:g} % {'; '.join(kinds)}"
 
 
@@ -186,31 +186,21 @@ def _reaches_zero(cells: CellStatistics, level: float) -> bool:
     return bool((at_zero & (cells.mean != 0) & (cells.p >= level)).any())
 
 
-LIMITED_UNITS = ("probability", "share", "share of attention")
-"""Units of metrics with values from 0 to 1."""
-
-
-ROUNDED = 0.0005
-"""Largest excess that tables with three decimals don't show."""
-
-
-def _beyond_limits(result: ExperimentResult) -> list[str]:
-    """Describe intervals that contain numbers which no mean of a probability or share can be."""
-    found: list[str] = []
+def _name_cut_cells(result: ExperimentResult) -> Iterator[str]:
+    """Yield how many intervals are cut to the range of a mean of probabilities or shares."""
     for data, own in zip(result.measures, result.statistics, strict=True):
-        if data.unit not in LIMITED_UNITS or not data.word or data.estimator:
+        limits = mean_range(data)
+        if limits is None:
             continue
-        if data.effect not in SHARE_RUNS:
-            continue
-        lowest = 0.0 if data.effect == "raw" else -1.0
-        beyond = (own.low < lowest - ROUNDED) | (own.high > 1.0 + ROUNDED)
-        count = int(np.count_nonzero(beyond))
-        if count:
-            found.append(
-                f"in {count_noun(count, 'cell')}, a limit of {data.label} is outside of {lowest:g} "
-                "to 1, the range of its means"
+        exact = np.zeros(len(own.mean), dtype=bool)
+        exact[own.n > 0] = share_mask(data, EFFECTS[data.effect])
+        cut = ((own.low == limits[0]) | (own.high == limits[1])) & (own.low < own.high) & ~exact
+        if cut.any():
+            least, most = limits
+            yield (
+                f"in {count_noun(int(cut.sum()), 'cell')}, the interval of {data.label} is cut to "
+                f"{least:g} to {most:g}, the range of its means"
             )
-    return found
 
 
 def rank_by_size(result: ExperimentResult, measure: int, count: int) -> list[int]:

@@ -79,6 +79,12 @@ class Inference:
         low, high, p = (np.where(known, each, np.nan) for each in (low, high, p))
         return cls(low, high, p, floor & known)
 
+    def within(self, limits: tuple[float, float] | None) -> Inference:
+        """Return the inference with intervals cut to the range of the values, if it is known."""
+        if limits is None:
+            return self
+        return replace(self, low=np.clip(self.low, *limits), high=np.clip(self.high, *limits))
+
     def fill(self, cells: Ints, own: Inference) -> None:
         """Replace the values of some cells."""
         self.low[cells], self.high[cells] = own.low, own.high
@@ -170,6 +176,13 @@ def infer_shares(
     p = np.where(patched.value == base.value, 1.0, np.minimum(p, 1.0))
     return Inference.of(low, high, p, np.zeros(len(rows), dtype=bool), 1 - confidence / 100)
 
+
+LIMITED_UNITS = ("probability", "share")
+"""Units of metrics with values from 0 to 1. Shares of attention aren't among them: rules scale
+attention."""
+
+ROUNDED = 0.0005
+"""Largest excess over a limit that rounding may explain."""
 
 SHARE_RUNS: Mapping[str, tuple[str, str | None]] = {
     "raw": ("patched", None),
@@ -323,12 +336,28 @@ def _inference(
         return infer(sums, settings, draws, tests, tested=effect.tested)
 
     if shares is None:
-        return by_method(block.sums)
+        return by_method(block.sums).within(mean_range(data))
     found = _share_inference(data, effect, block, shares, settings.confidence)
     others = np.flatnonzero(~shares.exact)
     if len(others):
-        found.fill(others, by_method(block.sums.chosen(others)))
+        found.fill(others, by_method(block.sums.chosen(others)).within(mean_range(data)))
     return found
+
+
+def mean_range(data: MeasureData) -> tuple[float, float] | None:
+    """Return the least and the greatest mean of a measure of probabilities or shares, or of their
+    differences; None for other measures."""
+    if data.unit not in LIMITED_UNITS or not data.word or data.estimator:
+        return None
+    runs = [each for each in (data.patched, data.base, data.source) if each is not None]
+    if data.effect not in SHARE_RUNS or any(_is_beyond(each).any() for each in runs):
+        return None
+    return (0.0 if data.effect == "raw" else -1.0), 1.0
+
+
+def _is_beyond(values: Floats) -> Bools:
+    """Return which values are no probabilities, by more than rounding."""
+    return (values < -ROUNDED) | (values > 1 + ROUNDED)
 
 
 def _share_inference(
@@ -683,6 +712,7 @@ def run_interval(
         source=None,
         inert=np.zeros(1, dtype=bool),
         unit="" if of is None else of.unit,
+        word="" if of is None else of.word,
         seen=None if of is None or of.seen is None or len(of.seen) > 1 else of.seen,
     )
     found = _numbers(data, EFFECTS["raw"], sampling)

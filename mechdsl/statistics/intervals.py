@@ -235,6 +235,13 @@ class SimultaneousBounds:
     """Shape [cell]: all cells exceed theirs, at a one-sided level of (100 − confidence) / 2 %."""
     high_together: Floats
 
+    def within(self, limits: tuple[float, float] | None) -> SimultaneousBounds:
+        """Return the bounds cut to the range of the values, if it is known."""
+        if limits is None:
+            return self
+        bounds = (self.low, self.high, self.low_together, self.high_together)
+        return SimultaneousBounds(self.value, *(np.clip(each, *limits) for each in bounds))
+
 
 def simultaneous_bounds(
     sums: EffectSums, draws: Resamples, confidence: float

@@ -1,15 +1,19 @@
-"""Intervals of mean probabilities with limits that no mean can be."""
+"""Intervals of mean probabilities, cut to the range of a mean."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mechdsl
+from mechdsl.statistics.cell_statistics import compute_cell_statistics, mean_range, run_interval
+from mechdsl.vocab.effects import EFFECTS
 
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 TEXT = """mech 1
 model toy = zoo("counting")
 prompts fruit {
@@ -35,28 +39,64 @@ def experiment(folder: Path, *measures: str) -> mechdsl.ExperimentResult:
     return found
 
 
-@pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-def test_convention_counts_cells_with_limits_outside_of_the_range(tmp_path: Path) -> None:
+def test_interval_of_a_mean_probability_is_cut_to_zero_and_one(tmp_path: Path) -> None:
+    """The lines of `expect` have the same intervals as the table."""
     measures = (
         "measure prob(answer) as raw",
-        "measure logit(answer) as raw",
-        "measure correct as raw",
+        "expect raw(L0H0) >= 0",
+        "expect mean(raw) <= 1",
+        "expect max(raw) <= 1",
+        "expect 1 - raw(L0H0) >= 0",
     )
     result = experiment(tmp_path, *measures)
-    own = result.statistics[0]
-    outside = int(np.sum((own.low < -0.0005) | (own.high > 1.0005)))
-    assert outside > 0
-    assert np.all((own.mean >= 0) & (own.mean <= 1))
+    data, own = result.measures[0], result.statistics[0]
+    sampling = result.sampling
+    free = [run_interval(rows, sampling) for rows in data.patched]
+    low, high = (np.array([getattr(each, end) for each in free]) for end in ("low", "high"))
+    cut = (low < 0) | (high > 1)
+    assert 0 < cut.sum() < len(cut)
+    np.testing.assert_array_equal(own.low, np.maximum(low, 0))
+    np.testing.assert_array_equal(own.high, np.minimum(high, 1))
+    assert ((own.low <= own.mean) & (own.mean <= own.high)).all()
     (said,) = re.findall(
-        r"in (\d+) cells?, a limit of (\S+) is outside of 0 to 1", result.conventions["interval"]
+        r"in (\d+) cells?, the interval of (\S+) is cut to 0 to 1", result.conventions["interval"]
     )
-    assert said == (str(outside), "prob(answer)")
+    assert said == (str(int(cut.sum())), "prob(answer)")
+    first, mean, most, rest = result.outcomes
+    assert (first.low, first.high) == (own.low[0], own.high[0])
+    assert (rest.low, rest.high) == pytest.approx((1 - own.high[0], 1 - own.low[0]))
+    for each in (first, mean, most, rest):
+        assert each.low is not None
+        assert each.high is not None
+        assert 0 <= each.low <= each.high <= 1
 
 
-@pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-def test_convention_is_silent_about_effects_inside_and_differences(tmp_path: Path) -> None:
-    inside = "measure prob(answer) as delta"
-    difference = "measure 2 * prob(answer) as raw"
-    result = experiment(tmp_path, inside, difference)
-    assert np.nanmax(result.statistics[1].high) > 1.0005
-    assert "outside of" not in result.conventions["interval"]
+def test_interval_of_a_difference_of_probabilities_is_cut_to_minus_one_and_one(
+    tmp_path: Path,
+) -> None:
+    result = experiment(tmp_path, "measure prob(answer) as delta")
+    assert result.settings is not None
+    data, own = result.measures[0], result.statistics[0]
+    extreme = np.array([[-1.0, -1.0, -1.0, -0.99, -1.0, -0.2]])
+    for base in (0.0, 1.0):
+        changed = replace(
+            data, patched=base + extreme * (-1) ** (base == 0), base=base + 0 * extreme
+        )
+        changed = replace(changed, inert=np.zeros(1, dtype=bool), seen=None, same=None)
+        (found,) = compute_cell_statistics([changed], result.settings, 0, effects=EFFECTS)
+        sign = 1 if base == 0 else -1
+        assert sign * (found.high if sign > 0 else found.low)[0] == 1
+        assert (found.p[0] < 0.05) == (found.low[0] > 0 or found.high[0] < 0)
+    assert np.array_equal(own.p < 0.05, (own.low > 0) | (own.high < 0))
+
+
+def test_interval_of_other_expressions_and_attention_is_not_cut(tmp_path: Path) -> None:
+    result = experiment(tmp_path, "measure 2 * prob(answer) as raw", "measure prob(answer) as raw")
+    doubled, single = result.statistics
+    assert np.nanmax(doubled.high) > 2
+    assert np.nanmax(single.high) <= 1
+    data = result.measures[1]
+    for change in ({"unit": "share of attention"}, {"estimator": "atp"}, {"word": ""}):
+        assert mean_range(replace(data, **change)) is None
+    assert mean_range(replace(data, patched=data.patched + 0.1)) is None
+    assert mean_range(data) == (0.0, 1.0)

@@ -53,6 +53,16 @@ class WeightedCells:
     """Weight of each cell, shape [cell]."""
     limits: IntervalFunction | None = None
     """For cells whose intervals aren't from the bootstrap."""
+    range: tuple[float, float] | None = None
+    """The least and the greatest sum, if they are known."""
+
+    def within(self, ends: tuple[float, float]) -> tuple[float, float]:
+        """Return the ends of an interval, cut to the range."""
+        if self.range is None:
+            return ends
+        least, most = self.range
+        low, high = (min(max(end, least), most) for end in ends)
+        return low, high
 
     def combine(self, values: Floats) -> tuple[Floats, Floats]:
         """Return the sums, shape [resample], and their derivatives by each cell."""
@@ -188,8 +198,9 @@ def exact_interval(number: SmoothNumber, confidence: float) -> tuple[float, floa
     for other numbers."""
 
     def found(inner: SmoothNumber) -> tuple[float, float] | None:
-        limits = inner.limits if isinstance(inner, WeightedCells) else None
-        return None if limits is None else limits(confidence)
+        if not isinstance(inner, WeightedCells) or inner.limits is None:
+            return None
+        return inner.within(inner.limits(confidence))
 
     return map_interval(number, found)
 

@@ -67,7 +67,7 @@ from mechdsl.results.verdicts.estimates import (
     studentise_number,
     weighted_cells,
 )
-from mechdsl.statistics.cell_statistics import Inference, infer, share_limits
+from mechdsl.statistics.cell_statistics import Inference, infer, mean_range, share_limits
 from mechdsl.statistics.comparisons import true_correlation
 from mechdsl.statistics.intervals import SimultaneousBounds, clopper_pearson, simultaneous_bounds
 from mechdsl.statistics.measurements import (
@@ -701,6 +701,8 @@ class ValueReader:
         is_product = isinstance(number, CombinedNumbers) and number.sign in ("*", "/")
         if is_product and any(EFFECTS[name].tested for name in effects):
             return self.space.include(float(low[0]), float(high[0]), 0.0, confidence)
+        if isinstance(number, WeightedCells):
+            return number.within((float(low[0]), float(high[0])))
         if not isinstance(number, CombinedCells):
             return float(low[0]), float(high[0])
         value = float(combine_cells(number.method, number.sums.value[None])[0])
@@ -783,14 +785,16 @@ class ValueReader:
         a table row, as with `mean over` and `auc over`. Other cells that are shares have exact
         limits by Bonferroni.
         """
+        known = mean_range(of.result.measures[of.measure])
         shares, joined, average = self.shares(of, 95.0), sums.weigh(share), None
         if shares is not None:
             average = average_cells(of.result.measures[of.measure], of.cells, share)
         if joined is not None and (shares is None or average is not None):
-            return WeightedCells(joined, np.ones(1), self._row_limits(of, joined, average))
+            limits = self._row_limits(of, joined, average)
+            return WeightedCells(joined, np.ones(1), limits, known)
         if shares is not None and shares[0].all():
-            return WeightedCells(sums, share, self._share_limits(of, share))
-        return WeightedCells(sums, share)
+            return WeightedCells(sums, share, self._share_limits(of, share), known)
+        return WeightedCells(sums, share, range=known)
 
     def _share_limits(self, of: SelectedCells, share: Floats) -> IntervalFunction:
         def found(confidence: float) -> tuple[float, float]:
@@ -825,8 +829,9 @@ class ValueReader:
         Bonferroni, because no resample of a share of 1 is below 1."""
         tested = EFFECTS[of.result.measures[of.measure].effect].tested
         alone = self.shares(of, confidence)
+        known = mean_range(of.result.measures[of.measure])
         if alone is None:
-            return self.space.together(sums, confidence, tested=tested)
+            return self.space.together(sums, confidence, tested=tested).within(known)
         every = self.shares(of, 100 - (100 - confidence) / len(of.cells))
         assert every is not None
         found = SimultaneousBounds(sums.value, *alone[1:], *every[1:])
@@ -835,8 +840,8 @@ class ValueReader:
             return found
         # Both groups of cells share the level.
         part, rest = 100 - (100 - confidence) * len(others) / len(of.cells), sums.chosen(others)
-        own = self.space.intervals(rest, confidence, tested=tested)
-        bounds = self.space.together(rest, part, tested=tested)
+        own = self.space.intervals(rest, confidence, tested=tested).within(known)
+        bounds = self.space.together(rest, part, tested=tested).within(known)
         found.low[others], found.high[others] = own.low, own.high
         found.low_together[others] = bounds.low_together
         found.high_together[others] = bounds.high_together
