@@ -380,7 +380,7 @@ def read_positions(content: Mapping[str, Any], digest: str, written: str) -> Sav
         raise UnreadableFile(f"`{written}` has `{text[:80]}`, which aren't positions", _MASK_FORM)
     name = next(iter(number_names(at)), None)
     if name is not None:
-        reason = f"`{written}` has the positions `{text[:80]}`, and `{name}` has no value in it"
+        reason = f"`{written}` has the positions `{text[:80]}`, without a number for `{name}`"
         hint = f"write a number instead of `{name}` in the `fit` of the group, and train it again"
         raise UnreadableFile(reason, hint)
     listed = ", ".join(names[:LISTED_SITES])

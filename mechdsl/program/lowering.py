@@ -995,6 +995,22 @@ def _saved_groups(files: list[tuple[ast.File, bool]], parts: Definitions, scope:
                 del parts.groups[read.name]  # it names no sites
 
 
+def _reject_listed_positions(parts: Definitions, scope: Namespace) -> None:
+    """Report E0207 for groups of sites that list a group of positions; they then have no sites."""
+    chosen = {mask.name for mask in parts.masks.values() if mask.chooses_positions}
+    chosen |= parts.positions.keys()
+    for group in list(parts.groups.values()):
+        for site in group.sites:
+            if site.bare is not None and site.bare.id in chosen:
+                name, span = site.bare.id, site.bare.span
+                reason = "chooses positions, not sites"
+                hint = f"list sites only, and write `at {name} tokens` in the rule"
+                found = BadArgument(span=span, name=name, reason=reason, hint=hint)
+                scope.diagnostics.append(found)
+                scope.has("group", name)
+                parts.groups[group.name] = group.model_copy(update={"sites": ()})
+
+
 def _is_defined(
     statement: ast.GroupDef | ast.CircuitDef, known: Mapping[str, spec.Group | spec.Circuit]
 ) -> bool:
@@ -1048,4 +1064,5 @@ def _bases(
         if basis is not None:
             parts.bases[basis.name] = basis
     _saved_groups(files, parts, scope)
+    _reject_listed_positions(parts, scope)
     keep_decoders(parts, scope)

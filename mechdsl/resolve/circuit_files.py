@@ -466,7 +466,7 @@ def _parse_position(text: str) -> ast.Position:
         raise NotAnEdge(f"and `{text}` isn't a position")
     name = next(iter(number_names(at)), None)
     if name is not None:
-        raise NotAnEdge(f"and `{name}` has no value in it")
+        raise NotAnEdge(f"and the file has no number for `{name}`")
     return at
 
 

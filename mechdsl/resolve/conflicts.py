@@ -90,7 +90,10 @@ def check_estimator(experiment: ResolvedExperiment) -> list[Diagnostic]:
     said = experiment.spec.estimator
     if said is None:
         return []
-    found = [*_of_experiment(experiment, said), *_of_rules(experiment, said)]
+    found = [*_of_experiment(experiment, said)]
+    if any(each.span == said.span for each in found):  # it doesn't estimate any rule of the model
+        return found
+    found += _of_rules(experiment, said)
     return [*found, *_of_measures(experiment, said), *_of_verification(experiment, said)]
 
 
@@ -190,7 +193,7 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
     if reason := next(filter(None, (explain_missing_rule(rules, own) for own in stacks)), ""):
         what = f"`{experiment.model.name}`"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
-    if rules is not None and rules.decomposed and shape.takes not in _DECOMPOSED:
+    elif rules is not None and rules.decomposed and shape.takes not in _DECOMPOSED:
         what = f"`{experiment.model.name}`"
         reason = f"`{said.name}` is computed for models of texts, and for encoder-decoders"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)

@@ -12,6 +12,7 @@ from mechdsl.base import limits
 from mechdsl.base.records import Record
 from mechdsl.base.text import count_noun, find_run, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
+from mechdsl.diagnostics.experiments import UnreadableMeasure
 from mechdsl.diagnostics.models import NoLogits, NoSuchOutput
 from mechdsl.diagnostics.names import UnknownName, UnknownWord
 from mechdsl.diagnostics.other_tools import METRIC_NAMES
@@ -483,11 +484,29 @@ def resolve_metric(node: ast.Name | ast.Call, context: MeasureContext) -> Metric
     chooses = reads_classes(form, shape)
     if problem is None and chooses:
         problem = check_classes_exist(node, context.table, shape, context.sites.model)
+    problem = problem or _find_decimal(node, name, arguments)
     if problem is not None:
         context.diagnostics.append(problem)
         return None
     found = _BUILDERS[form.takes](node, name, form, arguments, context)
     return replace(found, classes=shape.classes) if found is not None and chooses else found
+
+
+def _find_decimal(
+    node: ast.Expr, name: str, arguments: tuple[ast.Argument, ...]
+) -> Diagnostic | None:
+    """Return E0612 for an argument `1.9`, which is neither a numeral nor a text."""
+    values = (argument.value for argument in arguments if argument.name is None)
+    for value in values:
+        if isinstance(value, ast.Number) and isinstance(value.value, float):
+            reason = f"`{value.span.written}` is a decimal, and numerals are whole numbers"
+            hint = f'write a text, `{name}("{value.span.written}")`'
+            if "numerals" in METRICS[name].forms:
+                hint += f", or a range, `{name}(1..9)`"
+            return UnreadableMeasure(
+                span=value.span, text=node.span.written, reason=reason, hint=hint
+            )
+    return None
 
 
 def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:

@@ -887,7 +887,8 @@ def _leave_out(targets: SiteTargets, site: ast.Site, context: SiteContext) -> Si
         for item, each in exceptions:
             own = each.gone(every, chosen)
             if not own and not (each.is_open or each.is_pick):
-                _report_exception(item, f"names no site of the rule{loop_hint(values)}", context)
+                reason = f"names no site of the rule{loop_hint(values)}"
+                _report_exception(item, reason, context, hint=_site_hint(every))
                 return None
             gone |= own
         counts.add(len(gone))
@@ -909,7 +910,8 @@ def _leave_out(targets: SiteTargets, site: ast.Site, context: SiteContext) -> Si
         if empty:
             without[", ".join(f"{name} {values[name]}" for name in values)] = None
     if not any(points.values()):
-        _report_exception(site.excluded[0], "leaves no site", context)
+        hint = "leave out fewer sites, or remove the rule"
+        _report_exception(site.excluded[0], "leaves no site", context, hint=hint)
         return None
     least, most = min(counts), max(counts)
     said = f"{least if least == most else f'{least} to {most}'} of {len(every)} sites"
@@ -1008,7 +1010,8 @@ def _numbered_exception(
     """Resolve values of the site's last axis; None after an error."""
     axis = site.axes[-1] if site.axes else None
     if axis is None or axis.word not in ("layer", "head", "neuron", "expert"):
-        _report_exception(item, "is a number, and the site has no axis for it", context)
+        reason = "is a number, and the site has no axis for it"
+        _report_exception(item, reason, context, hint="remove it, or name a site of the rule")
         return None
     ranges = _number_ranges(item, context)
     if ranges is None:
@@ -1119,12 +1122,23 @@ def _coordinate_hint(every: set[int], gone: set[int]) -> str:
     return f"name coordinates that the rule writes, such as `except {min(left)}`"
 
 
+def _site_hint(every: Collection[SitePoint]) -> str:
+    """Return a fix for an exception without a site of the rule, which writes these."""
+    if len(every) < 2:
+        return "remove it: the rule has no further site to leave out"
+    first = min(every, key=lambda p: (p.layer or 0, p.unit or 0, p.site))
+    place = "" if first.layer is None else f" layer {first.layer}"
+    unit = SITES[first.site].unit
+    text = f"{first.site}{place}"
+    if first.unit is not None:
+        text += f" {'neuron' if unit == 'neuron' else 'head'} {first.unit}"
+    if first.unit is not None and unit in ("head", "neuron") and not SITES[first.site].stack:
+        text = f"L{first.layer}{'N' if unit == 'neuron' else 'H'}{first.unit}"
+    return f"name sites that the rule writes, such as `except {text}`"
+
+
 def _report_exception(
-    item: ast.Site | ast.AxisRange,
-    reason: str,
-    context: SiteContext,
-    *,
-    hint: str = "name sites that the rule writes, such as `except L0H1`",
+    item: ast.Site | ast.AxisRange, reason: str, context: SiteContext, *, hint: str
 ) -> None:
     context.diagnostics.append(
         BadException(span=item.span, text=item.span.written, reason=reason, hint=hint)

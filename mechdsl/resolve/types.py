@@ -1001,6 +1001,8 @@ class PathTargets(Record):
     frozen_norms: bool = False
     basis: BasisTargets | None = None
     """The features that are receivers; None if receivers are whole vectors."""
+    held: tuple[str, ...] = ("z", "mlp_out")
+    """Sites of attention, other mixers and MLPs at which blocks are held."""
 
     def reads(self, point: SitePoint) -> SitePoint:
         """Return the point whose vectors a receiver reads, if it reads and writes other sites."""

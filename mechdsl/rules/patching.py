@@ -327,12 +327,21 @@ def _resolve_fill(
         name = word.id if isinstance(word, ast.Name) else ""
         does = FILLS.get(name)
     if does is None or (does.reads is None and isinstance(word, ast.QualifiedRef)):
+        if name in work.table.runs and _selects_from_list(rule, work):
+            return None, work.experiment.base, None  # E0201 is reported
         circuit = _find_circuit(rule, work) is not None
         none = _not_a_fill(name, word.span, work, is_circuit=circuit)
         return none, work.experiment.base, None
     if does.reads is None:
         return does, work.experiment.base, None
     return does, word.of.name if isinstance(word, ast.QualifiedRef) else "clean", None
+
+
+def _selects_from_list(rule: spec.Rule, work: ExperimentContext) -> bool:
+    """Whether an ablation names `top n` of a group that lists its members, which is E0201."""
+    ranked = None if rule.site is None else rule.site.ranked
+    program = work.program
+    return ranked is not None and ranked.of in program.groups and ranked.of not in program.masks
 
 
 def _not_a_fill(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 from mechdsl.diagnostics.rules import NoPath, NotOnAPath
@@ -121,6 +122,9 @@ RECEIVERS = (
 
 OUTPUT_SITES = ("final_norm", "logits")
 
+_HELD = {"z": "the heads", "mixer_out": "the mixers", "attn_out": "attention"}
+"""Sites at which a block's attention, or what it has instead, is held: the first that it has."""
+
 _CROSS_SENDERS, _CROSS_RECEIVERS = ("z", "head_out", "attn_out"), ("attn_norm", "q", "k", "v")
 """Sites of a decoder's attention to an encoder."""
 
@@ -154,7 +158,8 @@ class PathPatching(RuleKind, Intervention):
         if basis is not None and not _check_held_neurons(rule, senders, receivers, basis, work):
             return None
         whole = rule.frozen_norms or _has_later_neurons(rule, senders, work)
-        path = PathTargets(receivers, rule.through_mlps, rule.frozen_norms, basis)
+        held = _list_held_sites(work.model.shape)
+        path = PathTargets(receivers, rule.through_mlps, rule.frozen_norms, basis, held)
         whole = whole or path.also_at_the_end or _has_computed_site(path)
         if path.also_at_the_end:
             if not _check_sums_at_end(rule, senders, path, work):
@@ -179,14 +184,16 @@ class PathPatching(RuleKind, Intervention):
         receiver = "" if rule.spec.receiver is None else rule.spec.receiver.span.written
         return f"to {receiver}{through}"
 
-    def _held(self, last: int) -> tuple[str, str]:
+    def _held(self, path: PathTargets, last: int) -> tuple[str, ...]:
         """Describe the heads and the MLPs that are held; last: the last layer."""
         layers = f"of layers 0 to {last}"
-        return f"the heads (z) {layers}", f"the MLPs (mlp_out) {layers}"
+        mixers = " and ".join(f"{_HELD[site]} ({site})" for site in path.held if site in _HELD)
+        mlps = (f"the MLPs (mlp_out) {layers}",) if "mlp_out" in path.held else ()
+        return f"{mixers} {layers}", *mlps
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         path = _path_targets(rule)
-        held = [*self._held(n_layers - 1)]
+        held = [*self._held(path, n_layers - 1)]
         held = held[:1] if path.through_mlps else held
         free = ["MLPs"] if path.through_mlps else []
         free += [] if path.frozen_norms else ["norms"]
@@ -238,8 +245,8 @@ class EncoderDecoderPath(PathPatching, Intervention):
     the output of the encoder, so that a path from the encoder to the decoder ends there.
     """
 
-    def _held(self, last: int) -> tuple[str, str]:
-        del last
+    def _held(self, path: PathTargets, last: int) -> tuple[str, ...]:
+        del path, last
         heads = "the heads of the encoder (z encoder) and of the decoder (z, z cross)"
         return heads, "the MLPs of both (mlp_out encoder, mlp_out)"
 
@@ -249,9 +256,17 @@ class VisionPath(PathPatching, Intervention):
 
     whole = True
 
-    def _held(self, last: int) -> tuple[str, str]:
-        del last
+    def _held(self, path: PathTargets, last: int) -> tuple[str, ...]:
+        del path, last
         return "the heads of the vision encoder (z vision)", "its MLPs (mlp_out vision)"
+
+
+def _list_held_sites(shape: ModelShape) -> tuple[str, ...]:
+    """Return the sites at which attention, other mixers and MLPs of some block are held."""
+    layers = range(shape.n_layers)
+    firsts = (next((site for site in _HELD if shape.has(site, layer)), None) for layer in layers)
+    found = {*firsts, "mlp_out" if any(map(partial(shape.has, "mlp_out"), layers)) else None}
+    return tuple(site for site in (*_HELD, "mlp_out") if site in found)
 
 
 def _path_targets(rule: ResolvedRule) -> PathTargets:

@@ -44,6 +44,8 @@ REFUSED = {
     "prob(count..20000)": ("E0503", "numerals are more than 10,000", "in the row with count = "),
     "prob(count..x)": ("E0501", "no value or column `x`", ""),
     "prob(9..1)": ("E0612", "the smaller one first", ""),
+    "prob(1.9)": ("E0612", "`1.9` is a decimal, and numerals are whole numbers", ""),
+    "logprob(2.0)": ("E0612", "`2.0` is a decimal", ""),
     "prob([0.5])": ("E0503", "0.5 in the list is not a text", ""),
     "prob(count)": ("E0503", "it is a value, 4, not a text", ""),
     "expected(words)": ("E0612", "not all of its entries are whole numbers", ""),

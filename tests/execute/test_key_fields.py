@@ -496,7 +496,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     Amounts: {"axes": PLACED},
     StepRanges: {"axes": PLACED},
     EdgeTargets: {},
-    PathTargets: {},
+    PathTargets: {"held": "the shape of the model determines it; conventions describe it"},
     CircuitTargets: {
         "every": "the edges of the model, whose key is part of the key",
         "named": "`edges` are those that are ablated",

@@ -122,6 +122,7 @@ def test_growing_sets_of_top_heads_equal_named_heads(mode: str) -> None:
         ("path layer 3 head 0 -> q of top 0 of direct at last token", "E0335"),
         (f"block attention top 2 of nobody {EDGE}", "E0201"),
         (f"block attention top 99 of direct {EDGE}", "E0620"),
+        (f"ablate top 2 of movers at last token with {FROM.split()[1]}", "E0201"),
     ],
 )
 def test_invalid_heads_of_edges_or_paths_are_rejected(line: str, code: str) -> None:

@@ -132,7 +132,7 @@ WRONG = {
         edit(positions={"at": "token k, cue token", "labels": ["a", "b"]}),
         READ,
         "E0342",
-        "`k` has no value in it",
+        "without a number for `k`",
     ),
     "another span": (
         edit(positions={"at": "verb token, cue token", "labels": ["a", "cue token"]}),

@@ -495,6 +495,19 @@ USES: dict[str, tuple[str, str, str]] = {
 }
 
 
+def test_group_that_lists_a_position_mask_reports_it_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        fit(),
+        "group a = g, L0H1\n",
+        experiment("from turned into clean", "patch a at last token"),
+    )
+    with pytest.raises(mechdsl.MechdslError, match="`g` chooses positions, not sites") as found:
+        train(path)
+    errors = [each for each in found.value.diagnostics if each.severity == "error"]
+    assert [each.code for each in errors] == ["E0207"]
+
+
 @pytest.mark.parametrize("name", USES)
 def test_position_mask_in_unsupported_places_is_rejected(name: str, tmp_path: Path) -> None:
     rule, code, text = USES[name]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from mechdsl.results.document import experiment_document
 
@@ -61,6 +62,20 @@ def test_conventions_state_which_components_a_path_holds(tmp_path: Path) -> None
         "norms recomputed"
     )
     assert "pairs" not in found["f"].conventions
+
+
+def test_conventions_of_a_path_name_mixers_of_a_model_without_heads(tmp_path: Path) -> None:
+    """Its blocks have no MLPs either."""
+    torch.manual_seed(0)
+    vocab = support.bare("llama").config.vocab_size
+    size = MambaConfig(vocab_size=vocab, hidden_size=16, num_hidden_layers=2, state_size=4)
+    lines = ("prompts p", "from turned into clean", "path resid_pre layer 0 -> logits at tokens *")
+    text = support.experiment("e", *lines, support.DIFFERENCE)
+    found = support.run_file(text, tmp_path, MambaForCausalLM(size).eval())["e"]
+    assert found.conventions["path"] == (
+        "except for the senders, the mixers (mixer_out) of layers 0 to 1 are held at the base run, "
+        "norms recomputed"
+    )
 
 
 def test_conventions_of_an_estimated_path_write_receivers_only_in_verified_cells(

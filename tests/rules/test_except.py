@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.source import Source
+from mechdsl.diagnostics.rendering import render_full
 from mechdsl.diagnostics.rules import BadException
 from mechdsl.execute.run_record import ExecutionProfile
 from mechdsl.pipeline.options import RunOptions
@@ -429,6 +430,27 @@ def test_group_with_an_error_is_not_an_exception_without_effect(
 )
 def test_invalid_except_clauses_are_errors(line: str, code: str, data: Path) -> None:
     assert code in codes(experiment("e", SOURCE + line), data)
+
+
+@pytest.mark.parametrize(
+    ("rule", "hint"),
+    [
+        ("resid_post layer 0..1 except resid_post layer 2", "`except resid_post layer 0`"),
+        ("mlp_hidden layer 1 neurons 2..5 except L1N9", "`except L1N2`"),
+        ("q layer 1 heads * except L2H1", "`except L1H0`"),
+        ("k layer 1 heads * except L2H1", "`except k layer 1 head 0`"),
+        ("embed except resid_pre layer 0", "remove it: the rule has no further site to leave out"),
+        ("layers * heads * except layers * heads *", "leave out fewer sites, or remove the rule"),
+    ],
+)
+def test_exception_without_effect_suggests_a_site_of_the_rule(
+    rule: str, hint: str, data: Path
+) -> None:
+    text = experiment("e", f"{SOURCE}patch {rule} at last token")
+    result, diagnostics = try_file(text, data, "llama")
+    assert result is None
+    (found,) = [each for each in diagnostics if each.code == "E0343"]
+    assert hint in render_full([found])
 
 
 def test_basis_with_except_has_no_member_at_the_excluded_layer(data: Path) -> None:

@@ -71,7 +71,7 @@ WRONG: dict[str, tuple[object, str]] = {
         {"edges": ["embed -> logits at token 1, L0H1 -> logits"]},
         "isn't a position",
     ),
-    "a name": ({"edges": ["embed -> logits at token n"]}, "`n` has no value in it"),
+    "a name": ({"edges": ["embed -> logits at token n"]}, "the file has no number for `n`"),
     "unknown part": (
         {"edges": ["embed -> logits at verb token"]},
         "has edges at `verb token`: the prompts",
