@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mechdsl.base.files import shipped_path
 from mechdsl.base.text import count_noun
-from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic, did_you_mean
 from mechdsl.diagnostics.other_tools import (
     METRIC_NAMES,
     TERMS,
@@ -18,25 +18,21 @@ from mechdsl.diagnostics.other_tools import (
 )
 
 
-class BadCommandLine(Diagnostic):
+class BadCommandLine(HintedDiagnostic):
     """A mistake on the command line."""
 
     code = "E0208"
     title = "{reason}"
-    help = "{hint}"
     reason: str
-    hint: str
 
 
-class PluginNotLoaded(Diagnostic):
+class PluginNotLoaded(HintedDiagnostic):
     """A plugin that is not installed, or can't be imported."""
 
     code = "E0211"
     title = "plugin `{plugin}` {reason}"
-    help = "{hint}"
     plugin: str
     reason: str
-    hint: str
 
 
 def write_error(error: OSError) -> BadCommandLine:

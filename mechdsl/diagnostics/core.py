@@ -93,6 +93,24 @@ class Diagnostic(Record, kw_only=True):
         return self._said(self.help)
 
 
+class HintedDiagnostic(Diagnostic):
+    """A diagnostic whose fix depends on the case."""
+
+    help = "{hint}"
+
+    hint: str
+    """The fix."""
+
+
+class ReasonedDiagnostic(HintedDiagnostic):
+    """A diagnostic whose cause and fix depend on the case."""
+
+    label = "{reason}"
+
+    reason: str
+    """The cause."""
+
+
 def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:
     """Whether any diagnostic is an error, so that nothing may run."""
     return any(d.severity == "error" for d in diagnostics)

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic, ReasonedDiagnostic
 
 
-class BadControl(Diagnostic):
+class BadControl(ReasonedDiagnostic):
     """Random targets that can't be drawn."""
 
     code = "E0630"
     title = "`{text}` can't be drawn: {reason}"
-    label = "{reason}"
-    help = "{hint}"
     text: str
-    reason: str
-    hint: str
 
 
-class NoMeasure(Diagnostic):
+class NoMeasure(HintedDiagnostic):
     """An experiment without a `measure` line."""
 
     code = "E0601"
     title = "experiment `{experiment}` measures nothing"
     label = "no `measure` line in this experiment"
-    help = "{hint}"
     experiment: str
     hint: str = "add a measure, for example `measure logit(answer) as raw`"
 
@@ -62,16 +57,14 @@ class EffectWithoutRule(Diagnostic):
     instead: str
 
 
-class UnreadableMeasure(Diagnostic):
+class UnreadableMeasure(HintedDiagnostic):
     """An expression that can't be read off a model's output."""
 
     code = "E0612"
     title = "`{text}` cannot be measured: {reason}"
     label = "{reason}{place}"
-    help = "{hint}"
     text: str
     reason: str
-    hint: str
     place: str = ""
     """After a comma, the run or cell and the row, if it occurs only there."""
 
@@ -80,18 +73,14 @@ NO_GENERATION_REASON = "no rule writes anything"
 """Why an experiment without a rule can't be estimated."""
 
 
-class NoEstimate(Diagnostic):
+class NoEstimate(ReasonedDiagnostic):
     """Gradients that are not defined or not computed."""
 
     code = "E0608"
     title = "`{statement}` can't {verb} {what}: {reason}"
-    label = "{reason}"
-    help = "{hint}"
     statement: str
     verb: str = "estimate"
     what: str
-    reason: str
-    hint: str
 
 
 class NoRowsKept(Diagnostic):
@@ -118,28 +107,22 @@ class ExperimentFailed(Diagnostic):
     reason: str
 
 
-class BadPick(Diagnostic):
+class BadPick(ReasonedDiagnostic):
     """A `top n of EXPERIMENT` that nothing can be picked by."""
 
     code = "E0620"
     title = "`{text}` can't be picked: {reason}"
-    label = "{reason}"
-    help = "{hint}"
     text: str
-    reason: str
-    hint: str
 
 
-class SelectionRowsReused(Diagnostic):
+class SelectionRowsReused(HintedDiagnostic):
     """Sites that are tested on the rows that they were picked on."""
 
     code = "W0721"
     depends_on = frozenset({"rows"})
     title = "`{experiment}` tests selections of `{of}` on the rows used to select them"
     label = "{shared} of its {rows} rows are also rows of `{of}`"
-    help = "{hint}"
     experiment: str
     of: str
     shared: int
     rows: int
-    hint: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic
 
 
 class WriteOutsideFolder(Diagnostic):
@@ -20,17 +20,15 @@ class WriteOutsideFolder(Diagnostic):
     where: str
 
 
-class SpecialFile(Diagnostic):
+class SpecialFile(HintedDiagnostic):
     """A device, a pipe or a socket in place of a file."""
 
     code = "E0532"
     title = "`{construct}` names `{path}`, which is {what}"
     label = "not a file"
-    help = "{hint}"
     construct: str
     path: str
     what: str
-    hint: str
 
 
 class ReportNotWritable(Diagnostic):
@@ -70,17 +68,15 @@ class ReadOutsideFolder(Diagnostic):
     where: str
 
 
-class ReportNotWritten(Diagnostic):
+class ReportNotWritten(HintedDiagnostic):
     """A report that couldn't be written after all. It alone is missing."""
 
     code = "E0536"
     title = "`{construct}` could not be written to `{path}`: {reason}"
     label = "only this report is missing"
-    help = "{hint}"
     construct: str
     path: str
     reason: str
-    hint: str
 
 
 class NamedPath(Diagnostic):

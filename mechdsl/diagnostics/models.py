@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic, ReasonedDiagnostic
 
 
 class ModelNotFound(Diagnostic):
@@ -45,16 +45,13 @@ class UnknownZooModel(Diagnostic):
     advice: str
 
 
-class NoConfig(Diagnostic):
+class NoConfig(ReasonedDiagnostic):
     """A model folder without a readable `config.json`, or an adapter's without its own."""
 
     code = "E0404"
     title = "`{file}` of `{model}` can't be read"
-    label = "{reason}"
-    help = "{hint}"
 
     model: str
-    reason: str
     file: str = "config.json"
     hint: str = "name a folder written by `save_pretrained`"
 
@@ -283,19 +280,17 @@ class SingleOutput(Diagnostic):
     reason: str
 
 
-class AdapterFolder(Diagnostic):
+class AdapterFolder(HintedDiagnostic):
     """A folder with an adapter (LoRA), rather than only a model."""
 
     code = "E0440"
     title = "`{path}` is an adapter for {base}, {kind}"
     label = "it has an `adapter_config.json`, {files}"
-    help = "{hint}"
 
     path: str
     base: str
     kind: str = "not a model"
     files: str = "and no `config.json`"
-    hint: str
 
 
 class QuantizedModel(Diagnostic):
@@ -327,117 +322,95 @@ class LayerCountMismatch(Diagnostic):
     key: str
 
 
-class ComponentNotFound(Diagnostic):
+class ComponentNotFound(ReasonedDiagnostic):
     """The finder can't tell which module plays a part."""
 
     code = "E0409"
     title = "`{model}` ({architecture}): {part} not found"
-    label = "{reason}"
-    help = "{hint}"
 
     model: str
     architecture: str
     part: str
-    reason: str
     hint: str = "register the family with `@family` and name the module there"
 
 
-class IdentityBroken(Diagnostic):
+class IdentityBroken(ReasonedDiagnostic):
     """The parts of the model don't add up as its anatomy says."""
 
     code = "E0410"
     title = "`{model}` ({architecture}) fails the check `{identity}`"
-    label = "{reason}"
-    help = "{hint}"
 
     model: str
     architecture: str
     identity: str
-    reason: str
     hint: str = "its modules were identified wrongly; register the family with `@family`"
 
 
-class LoadFailed(Diagnostic):
+class LoadFailed(ReasonedDiagnostic):
     """transformers or safetensors refused the folder."""
 
     code = "E0411"
     title = "`{model}` can't be loaded"
-    label = "{reason}"
-    help = "{hint}"
 
     model: str
-    reason: str
     hint: str = "it must load with `AutoModelForCausalLM.from_pretrained`"
 
 
-class NoTokenizer(Diagnostic):
+class NoTokenizer(ReasonedDiagnostic):
     """A model without a fast tokenizer."""
 
     code = "E0412"
     title = "`{model}` has no tokenizer that gives character offsets"
-    label = "{reason}"
-    help = "{hint}"
 
     model: str
-    reason: str
     hint: str = (
         "positions need character offsets: save a fast tokenizer (`tokenizer.json`) in the "
         "model's folder"
     )
 
 
-class SiteNotOnModel(Diagnostic):
+class SiteNotOnModel(ReasonedDiagnostic):
     """A site of the language that this model doesn't have."""
 
     code = "E0413"
     depends_on = frozenset({"shape"})
     title = "`{model}` has no `{site}`"
-    label = "{reason}"
-    help = "{hint}"
 
     model: str
     site: str
-    reason: str
-    hint: str
 
 
-class InputKindMismatch(Diagnostic):
+class InputKindMismatch(HintedDiagnostic):
     """Images for a model of texts, or prompts for one of images."""
 
     code = "E0455"
     title = "`{model}` is a `{architecture}`, which reads {reads}, but `{block}` is {given}"
     label = "an experiment passes it `{block}`"
-    help = "{hint}"
 
     model: str
     architecture: str
     reads: str
     block: str
     given: str
-    hint: str
 
 
-class NoImageProcessor(Diagnostic):
+class NoImageProcessor(ReasonedDiagnostic):
     """A vision model without a description of how images are made ready for it."""
 
     code = "E0456"
     title = "`{model}` has no {what} configuration"
-    label = "{reason}"
-    help = "{hint}"
 
     model: str
-    reason: str
     hint: str = "save its processor in the same folder: `processor.save_pretrained(folder)`"
     what: str = "image processor"
 
 
-class UnpreparedImages(Diagnostic):
+class UnpreparedImages(HintedDiagnostic):
     """Images in prompts whose tokens aren't known, because of the model's processor."""
 
     code = "E0459"
     title = "the {what} of prompts can't be prepared for `{model}`"
     label = "the model's processor: {reason}"
-    help = "{hint}"
 
     model: str
     reason: str
@@ -473,48 +446,36 @@ class ModelCircle(Diagnostic):
     circle: str
 
 
-class OtherAdapter(Diagnostic):
+class OtherAdapter(ReasonedDiagnostic):
     """An adapter that isn't LoRA, or is none of weights."""
 
     code = "E0451"
     title = "`{model}` is an adapter of type {kind}, which {what}"
-    label = "{reason}"
-    help = "{hint}"
 
     model: str
     kind: str
     what: str
-    reason: str
-    hint: str
 
 
-class AdapterConfig(Diagnostic):
+class AdapterConfig(ReasonedDiagnostic):
     """An entry of `adapter_config.json` that isn't followed."""
 
     code = "E0452"
     title = "the `adapter_config.json` of `{model}` has `{key}`: {value}"
-    label = "{reason}"
-    help = "{hint}"
 
     model: str
     key: str
     value: str
-    reason: str
-    hint: str
 
 
-class AdapterDoesNotFit(Diagnostic):
+class AdapterDoesNotFit(ReasonedDiagnostic):
     """Weights of an adapter that its base has no place for."""
 
     code = "E0453"
     title = "the adapter `{model}` doesn't fit `{base}`"
-    label = "{reason}"
-    help = "{hint}"
 
     model: str
     base: str
-    reason: str
-    hint: str
 
 
 class NoPeft(Diagnostic):
@@ -529,64 +490,54 @@ class NoPeft(Diagnostic):
     base: str
 
 
-class UnknownLabel(Diagnostic):
+class UnknownLabel(HintedDiagnostic):
     """`class "postive"`, or an answer that is no label of the model."""
 
     code = "E0442"
     depends_on = frozenset({"shape", "rows"})
     title = "`{model}` has no {what}"
     label = "{where}"
-    help = "{hint}"
 
     what: str
     where: str
     model: str
-    hint: str
 
 
-class ClassOnLanguageModel(Diagnostic):
+class ClassOnLanguageModel(HintedDiagnostic):
     """`class answer` on a language model."""
 
     code = "E0443"
     depends_on = frozenset({"shape"})
     title = "`{text}` asks for a class, but the outputs of `{model}` are tokens"
     label = "a `{architecture}` has no labels"
-    help = "{hint}"
 
     text: str
     model: str
     architecture: str
-    hint: str
 
 
-class TokenOnClassifier(Diagnostic):
+class TokenOnClassifier(HintedDiagnostic):
     """`logit(answer)` on a classifier."""
 
     code = "E0444"
     depends_on = frozenset({"shape"})
     title = "`{text}` asks for a token, but the outputs of `{model}` are labels"
     label = "{labels}"
-    help = "{hint}"
 
     text: str
     model: str
     labels: str
-    hint: str
 
 
-class TaskMismatch(Diagnostic):
+class TaskMismatch(ReasonedDiagnostic):
     """A metric that has no meaning for what the model was made for."""
 
     code = "E0445"
     depends_on = frozenset({"shape"})
     title = "`{text}` has no meaning on `{model}`"
-    label = "{reason}"
-    help = "{hint}"
 
     text: str
     model: str
-    reason: str
-    hint: str
 
 
 class PositionedOutput(Diagnostic):
@@ -605,18 +556,16 @@ class PositionedOutput(Diagnostic):
     """Name of a row: a prompt or an image."""
 
 
-class ModelShapeMismatch(Diagnostic):
+class ModelShapeMismatch(HintedDiagnostic):
     """Two models whose activations don't fit into each other."""
 
     code = "E0415"
     depends_on = frozenset({"shape"})
     title = "`{source}` and `{base}` have different shapes"
     label = "{differences}"
-    help = "{hint}"
     source: str
     base: str
     differences: str
-    hint: str
 
 
 class ModelTokenMismatch(Diagnostic):
@@ -638,17 +587,13 @@ class ModelTokenMismatch(Diagnostic):
     """What has to be equal."""
 
 
-class BadModelSum(Diagnostic):
+class BadModelSum(ReasonedDiagnostic):
     """A sum of models that isn't linear, or of models that can't be added."""
 
     code = "E0457"
     title = "`{model}` isn't a valid sum of models: {reason}"
-    label = "{reason}"
-    help = "{hint}"
 
     model: str
-    reason: str
-    hint: str
 
 
 class ModelNotLocal(Diagnostic):

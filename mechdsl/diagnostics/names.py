@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic, ReasonedDiagnostic
 
 
-class UnknownName(Diagnostic):
+class UnknownName(HintedDiagnostic):
     """A name that the file doesn't define."""
 
     code = "E0201"
     title = "there is no {kind} called `{name}`"
     label = "not defined"
-    help = "{hint}"
     kind: str
     name: str
-    hint: str
 
 
 class DuplicateName(Diagnostic):
@@ -28,63 +26,51 @@ class DuplicateName(Diagnostic):
     first: str
 
 
-class UnknownWord(Diagnostic):
+class UnknownWord(HintedDiagnostic):
     """A component, metric, effect or report that isn't one."""
 
     code = "E0203"
     title = "there is no {kind} called `{word}`"
     label = "unknown {kind}"
-    help = "{hint}"
     kind: str
     word: str
-    hint: str
 
 
-class ImportFailed(Diagnostic):
+class ImportFailed(HintedDiagnostic):
     """A file behind `use` that can't be read."""
 
     code = "E0204"
     title = "`{path}` cannot be imported: {reason}"
     label = "imported here"
-    help = "{hint}"
     path: str
     reason: str
-    hint: str
 
 
-class BadSetting(Diagnostic):
+class BadSetting(HintedDiagnostic):
     """A `--set` that doesn't fit the file's parameters."""
 
     code = "E0205"
     title = "`--set {setting}`: {reason}"
-    help = "{hint}"
     setting: str
     reason: str
-    hint: str
 
 
-class MissingLine(Diagnostic):
+class MissingLine(HintedDiagnostic):
     """An experiment lacks its `model` or `prompts` line."""
 
     code = "E0206"
     title = "experiment `{experiment}` doesn't say which {what} it runs on"
     label = "no `{what}` line in this experiment"
-    help = "{hint}"
     experiment: str
     what: str
-    hint: str
 
 
-class BadArgument(Diagnostic):
+class BadArgument(ReasonedDiagnostic):
     """An argument that can't be taken."""
 
     code = "E0207"
     title = "`{name}` {reason}"
-    label = "{reason}"
-    help = "{hint}"
     name: str
-    reason: str
-    hint: str
 
 
 class CircularExperiments(Diagnostic):
@@ -111,54 +97,45 @@ class IndexBeyondModels(Diagnostic):
     most: int
 
 
-class RepeatedStatement(Diagnostic):
+class RepeatedStatement(HintedDiagnostic):
     """A statement that may stand once."""
 
     code = "E0209"
     title = "`{what}` appears twice in `{block}`"
     label = "the first one is on line {first}"
-    help = "{hint}"
     what: str
     block: str
     first: int
     hint: str = "keep one of them"
 
 
-class PythonNotAllowed(Diagnostic):
+class PythonNotAllowed(HintedDiagnostic):
     """Code that nobody has said may run."""
 
     code = "E0221"
     title = "`{function}` is Python code, which runs only if you allow it"
     label = "would run `{file}`"
-    help = "{hint}"
     function: str
     file: str
-    hint: str
 
 
-class PythonNotFound(Diagnostic):
+class PythonNotFound(ReasonedDiagnostic):
     """A function that isn't there, or isn't one that could be called."""
 
     code = "E0222"
     title = "`{written}` can't be called: {reason}"
-    label = "{reason}"
-    help = "{hint}"
     written: str
-    reason: str
-    hint: str
 
 
-class PythonFailed(Diagnostic):
+class PythonFailed(HintedDiagnostic):
     """An exception inside of a function, or a result that nothing can be made of."""
 
     code = "E0223"
     title = "`{function}` failed: {reason}"
     label = "{where}{place}"
-    help = "{hint}"
     function: str
     reason: str
     where: str
-    hint: str
     place: str = ""
     """After a comma, the run or cell and the row in which it failed, if known."""
 
@@ -195,7 +172,7 @@ class FirstTokenWrite(Diagnostic):
     token: str
 
 
-class SelfWrite(Diagnostic):
+class SelfWrite(HintedDiagnostic):
     """A rule that writes the values of a row into the same row: a patch of a run into itself, or
     the mean of one row."""
 
@@ -203,9 +180,7 @@ class SelfWrite(Diagnostic):
     depends_on = frozenset({"rows", "tokens"})
     title = "{does}"
     label = "writes values that are already there"
-    help = "{hint}"
     does: str
-    hint: str
 
 
 class UnequalIndexTokens(Diagnostic):

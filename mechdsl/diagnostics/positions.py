@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic, ReasonedDiagnostic
 
 
 class RaggedPositions(Diagnostic):
@@ -35,12 +35,11 @@ class AmbiguousSpan(Diagnostic):
     ways: str
 
 
-class UnequalUnion(Diagnostic):
+class UnequalUnion(HintedDiagnostic):
     code = "E0307"
     depends_on = frozenset({"tokens"})
     title = "the joined positions have different numbers of {units} in the two runs"
     label = "{source} in the source run, {base} in the base run, in {rows} of {total} rows"
-    help = "{hint}"
     source: str
     base: str
     rows: int
@@ -52,58 +51,51 @@ class UnequalUnion(Diagnostic):
     )
 
 
-class UnknownSpan(Diagnostic):
+class UnknownSpan(HintedDiagnostic):
     code = "E0308"
     depends_on = frozenset({"columns"})
     title = "the {unit}s of `{prompts}` have no span called `{name}`"
     label = "{what}"
-    help = "{hint}"
     name: str
     prompts: str
-    hint: str
     what: str = "not a placeholder of the template"
     unit: str = "prompt"
     """What has the position: a prompt, an image or a sound."""
 
 
-class AbsentOccurrence(Diagnostic):
+class AbsentOccurrence(HintedDiagnostic):
     code = "E0309"
     depends_on = frozenset({"rows"})
     title = "{lacking} of {total} rows of `{run}` have no `{position}`"
     label = "as in {example}"
-    help = "{hint}"
     position: str
     run: str
     lacking: int
     total: int
     example: str
-    hint: str
 
 
-class OutsidePrompt(Diagnostic):
+class OutsidePrompt(HintedDiagnostic):
     code = "E0310"
     depends_on = frozenset({"tokens"})
     title = "`{position}` lies outside the {unit} in {lacking} of {total} rows of `{run}`"
     label = "as in {example}"
-    help = "{hint}"
     position: str
     run: str
     lacking: int
     total: int
     example: str
-    hint: str
     unit: str = "prompt"
     """Name of a row: a prompt or an image."""
 
 
-class NotInDecoder(Diagnostic):
+class NotInDecoder(HintedDiagnostic):
     """A token of the encoder's text at a site of the decoder."""
 
     code = "E0316"
     depends_on = frozenset({"shape"})
     title = "`{position}` is not a token of the decoder"
     label = "this site has vectors at the tokens of the decoder, and {reader} `{position}`"
-    help = "{hint}"
     position: str
     reader: str = "the encoder reads"
     hint: str = (
@@ -124,30 +116,24 @@ class ReversedBetween(Diagnostic):
     example: str
 
 
-class SpanWithoutToken(Diagnostic):
+class SpanWithoutToken(HintedDiagnostic):
     code = "E0312"
     depends_on = frozenset({"tokens"})
     title = "`{name}` has no separate token in {lacking} of {total} rows of `{run}`"
     label = "its text is {text}, and the tokenizer merges white space into the next token"
-    help = "{hint}"
     name: str
     run: str
     lacking: int
     total: int
     text: str
-    hint: str
 
 
-class NoSuchSpecial(Diagnostic):
+class NoSuchSpecial(ReasonedDiagnostic):
     code = "E0313"
     depends_on = frozenset({"tokens"})
     title = "the prompts of `{prompts}` have no {name} token"
-    label = "{reason}"
-    help = "{hint}"
     name: str
     prompts: str
-    reason: str
-    hint: str
 
 
 class NotOnePosition(Diagnostic):
@@ -172,17 +158,15 @@ class NoPositionLeft(Diagnostic):
     example: str
 
 
-class NoAnswerTokens(Diagnostic):
+class NoAnswerTokens(HintedDiagnostic):
     """Tokens of the answer where none stands behind the prompts."""
 
     code = "E0540"
     depends_on = frozenset({"columns"})
     title = "`{position}` has no tokens here: {reason}"
     label = "answer tokens come after the prompt, where a measure reads them"
-    help = "{hint}"
     position: str
     reason: str
-    hint: str
 
 
 class AnswersDiffer(Diagnostic):
@@ -203,31 +187,25 @@ class AnswersDiffer(Diagnostic):
     lengths: str
 
 
-class NotInAnswer(Diagnostic):
+class NotInAnswer(ReasonedDiagnostic):
     """Ways to name tokens of a span that the answer, behind the prompt, doesn't have."""
 
     code = "E0542"
     title = "`{position}` can't refer to answer tokens"
-    label = "{reason}"
-    help = "{hint}"
     position: str
-    reason: str
-    hint: str
 
 
 NO_REPLY_REASON = "the experiment generates no reply"
 
 
-class NotInReply(Diagnostic):
+class NotInReply(HintedDiagnostic):
     """Tokens of a reply that can't be named like this, or an experiment without replies."""
 
     code = "E0545"
     title = "`{position}` can't be used in a reply: {reason}"
     label = "not possible at tokens of a reply"
-    help = "{hint}"
     position: str
     reason: str
-    hint: str
 
     @property
     def label_text(self) -> str:
@@ -237,16 +215,12 @@ class NotInReply(Diagnostic):
         return super().label_text
 
 
-class RepliesNotUsable(Diagnostic):
+class RepliesNotUsable(ReasonedDiagnostic):
     """Replies of another experiment that can't stand behind these prompts."""
 
     code = "E0546"
     title = "`{text}` can't follow these prompts: {reason}"
-    label = "{reason}"
-    help = "{hint}"
     text: str
-    reason: str
-    hint: str
 
 
 class AnswerNotCovered(Diagnostic):

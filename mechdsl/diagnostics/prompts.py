@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic
 
 
-class UnknownValue(Diagnostic):
+class UnknownValue(HintedDiagnostic):
     code = "E0501"
     depends_on = frozenset({"columns"})
     title = "{unit}s `{prompts}` have no value or column `{name}`"
     label = "unknown"
-    help = "{hint}"
     prompts: str
     name: str
-    hint: str
     unit: str = "prompt"
     """Name of a row: a prompt or an image."""
 
@@ -27,60 +25,50 @@ class CyclicValue(Diagnostic):
     path: str
 
 
-class BadValue(Diagnostic):
+class BadValue(HintedDiagnostic):
     code = "E0503"
     depends_on = frozenset({"rows"})
     title = "`{expression}` can't be evaluated: {reason}"
     label = "in {rows}"
-    help = "{hint}"
     expression: str
     reason: str
     rows: str
-    hint: str
 
 
-class UnreadableData(Diagnostic):
+class UnreadableData(HintedDiagnostic):
     code = "E0504"
     title = "`{path}` can't be read: {reason}"
     label = "read from here"
-    help = "{hint}"
     path: str
     reason: str
-    hint: str
 
 
-class DataFormat(Diagnostic):
+class DataFormat(HintedDiagnostic):
     code = "E0505"
     title = "`{path}` has no readable data: {reason}"
     label = "this file"
-    help = "{hint}"
     path: str
     reason: str
-    hint: str
 
 
-class TooManyValues(Diagnostic):
+class TooManyValues(HintedDiagnostic):
     code = "E0506"
     depends_on = frozenset({"rows"})
     title = "{what}: {amount} exceed the limit of {most:,}"
     label = "too many"
-    help = "{hint}"
     what: str
     amount: str
     most: int
-    hint: str
 
 
-class MultiTokenText(Diagnostic):
+class MultiTokenText(HintedDiagnostic):
     code = "E0507"
     depends_on = frozenset({"tokens"})
     title = "`{metric}` needs a one-token text, but `{text}` has several tokens"
     label = "tokenised as {tokens}"
-    help = "{hint}"
     text: str
     tokens: str
     metric: str
-    hint: str
 
 
 class UnreadableTokenizer(Diagnostic):
@@ -95,27 +83,23 @@ class UnreadableTokenizer(Diagnostic):
     reason: str
 
 
-class NoRows(Diagnostic):
+class NoRows(HintedDiagnostic):
     code = "E0509"
     depends_on = frozenset({"rows"})
     title = "{unit}s `{prompts}` have no rows: {reason}"
     label = "leaves nothing"
-    help = "{hint}"
     prompts: str
     reason: str
-    hint: str
     unit: str = "prompt"
     """Name of a row: a prompt or an image."""
 
 
-class CorruptionWithoutEffect(Diagnostic):
+class CorruptionWithoutEffect(HintedDiagnostic):
     code = "E0510"
     depends_on = frozenset({"rows"})
     title = "the corrupted {unit} of `{run}` is the same as the clean one in every row"
     label = "has no effect on the {shown}"
-    help = "{hint}"
     run: str
-    hint: str
     unit: str = "prompt"
     """Name of a row: a prompt or an image."""
     shown: str = "text"
@@ -145,22 +129,18 @@ class EmptyDraw(Diagnostic):
     rows: str
 
 
-class NoDomain(Diagnostic):
+class NoDomain(HintedDiagnostic):
     code = "E0513"
     title = "`{name}` has no set of values to sample from"
     label = "sampled here"
-    help = "{hint}"
     name: str
-    hint: str
 
 
-class UnknownFunction(Diagnostic):
+class UnknownFunction(HintedDiagnostic):
     code = "E0514"
     title = "prompts have no function `{name}`"
     label = "unknown"
-    help = "{hint}"
     name: str
-    hint: str
 
 
 class BadCall(Diagnostic):
@@ -173,15 +153,13 @@ class BadCall(Diagnostic):
     usage: str
 
 
-class UnknownText(Diagnostic):
+class UnknownText(HintedDiagnostic):
     code = "E0516"
     depends_on = frozenset({"columns"})
     title = "{unit}s `{prompts}` have no text `{name}`"
     label = "no such text"
-    help = "{hint}"
     prompts: str
     name: str
-    hint: str
     unit: str = "prompt"
     """Name of a row: a prompt or an image."""
 
@@ -200,32 +178,28 @@ class SharedFirstToken(Diagnostic):
     total: int
 
 
-class MultiTokenNumeral(Diagnostic):
+class MultiTokenNumeral(HintedDiagnostic):
     code = "E0518"
     depends_on = frozenset({"tokens"})
     title = "{amount} of the numerals {low}..{high} have several tokens"
     label = "{text} is {tokens} tokens: {pieces}"
-    help = "{hint}"
     amount: int
     low: int
     high: int
     text: str
     tokens: int
     pieces: str
-    hint: str
 
 
-class AnswerNotInVocabulary(Diagnostic):
+class AnswerNotInVocabulary(HintedDiagnostic):
     code = "E0519"
     depends_on = frozenset({"tokens"})
     title = "the tokenizer doesn't know {text} and reads it as `{unknown}`"
     label = "in {rows} of {total} rows"
-    help = "{hint}"
     text: str
     unknown: str
     rows: int
     total: int
-    hint: str
 
 
 class OtherSpelling(Diagnostic):
@@ -293,17 +267,15 @@ class EmptyPrompt(Diagnostic):
     rows: int
 
 
-class UnreadableImage(Diagnostic):
+class UnreadableImage(HintedDiagnostic):
     """A file that holds no image or sound, or one that isn't read."""
 
     code = "E0560"
     title = "the {noun} `{path}` can't be read: {reason}"
     label = "in {rows}"
-    help = "{hint}"
     path: str
     reason: str
     rows: str
-    hint: str
     noun: str = "image"
 
 
@@ -332,28 +304,24 @@ class NoChatTemplate(Diagnostic):
     )
 
 
-class BadChatTemplate(Diagnostic):
+class BadChatTemplate(HintedDiagnostic):
     """A template that is none, or too large."""
 
     code = "E0551"
     title = "the model's chat template can't be used: {reason}"
     label = "these turns need the template"
-    help = "{hint}"
     reason: str
-    hint: str
 
 
-class ChatRefused(Diagnostic):
+class ChatRefused(HintedDiagnostic):
     """Turns that the template doesn't take, or doesn't write."""
 
     code = "E0552"
     depends_on = frozenset({"tokens"})
     title = "the model's chat template can't render these turns: {reason}"
     label = "in {rows}"
-    help = "{hint}"
     reason: str
     rows: str
-    hint: str
 
 
 class MarkerInText(Diagnostic):
@@ -368,36 +336,32 @@ class MarkerInText(Diagnostic):
     marker: str
 
 
-class RowsNotPaired(Diagnostic):
+class RowsNotPaired(HintedDiagnostic):
     """Two blocks whose rows don't belong together."""
 
     code = "E0527"
     depends_on = frozenset({"rows"})
     title = "the rows of `{other}` ({others:,}) and `{prompts}` ({rows:,}) can't be paired"
     label = "`{other}` has {others:,} rows before `where` and `limit`"
-    help = "{hint}"
     other: str
     prompts: str
     others: int
     rows: int
-    hint: str
 
 
-class PartnerMissing(Diagnostic):
+class PartnerMissing(HintedDiagnostic):
     """A row whose partner `where` has left out."""
 
     code = "E0528"
     depends_on = frozenset({"rows"})
     title = "{lacking:,} of {total:,} rows of `{prompts}` have no partner in `{other}`"
     label = "`{other}` excludes its row {row:,}: {reason}"
-    help = "{hint}"
     other: str
     prompts: str
     lacking: int
     total: int
     row: int
     reason: str
-    hint: str
 
 
 class EndingMismatch(Diagnostic):
@@ -455,16 +419,14 @@ class UnknownWords(Diagnostic):
     run: str
 
 
-class AnswerChangesPrompt(Diagnostic):
+class AnswerChangesPrompt(HintedDiagnostic):
     code = "W0703"
     depends_on = frozenset({"tokens"})
     title = "the end of the prompt and {text} share a token"
     label = "in {rows} of {total} rows, appending the answer changes how the prompt is tokenised"
-    help = "{hint}"
     text: str
     rows: int
     total: int
-    hint: str
 
 
 class TextSpacing(Diagnostic):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic, ReasonedDiagnostic
 
 
 class UnitOutOfRange(Diagnostic):
@@ -46,16 +46,12 @@ class NoComponent(Diagnostic):
     components: str
 
 
-class AxisDoesNotFit(Diagnostic):
+class AxisDoesNotFit(ReasonedDiagnostic):
     """An axis that its component doesn't have, or lacks."""
 
     code = "E0304"
     title = "`{site}` {reason}"
-    label = "{reason}"
-    help = "{hint}"
     site: str
-    reason: str
-    hint: str
 
 
 class AxesCollide(Diagnostic):
@@ -101,16 +97,12 @@ def loop_hint(values: Mapping[str, object]) -> str:
 UNUSED_LOOP = "no rule of this loop uses it"
 
 
-class BadLoopValue(Diagnostic):
+class BadLoopValue(ReasonedDiagnostic):
     """A variable, parameter or depth that can't stand where it does."""
 
     code = "E0322"
     title = "`{name}` can't be used here: {reason}"
-    label = "{reason}"
-    help = "{hint}"
     name: str
-    reason: str
-    hint: str
 
 
 class TooManyCells(Diagnostic):
@@ -127,14 +119,13 @@ class TooManyCells(Diagnostic):
     axes: str
 
 
-class StacksDiffer(Diagnostic):
+class StacksDiffer(HintedDiagnostic):
     """Sites at tokens of the encoder and of the decoder in one rule."""
 
     code = "E0317"
     depends_on = frozenset({"shape"})
     title = "`{source}` is at tokens of the encoder, and `{target}` at tokens of the decoder"
     label = "the positions of a rule are tokens of one of the two"
-    help = "{hint}"
 
     source: str
     target: str
@@ -159,40 +150,28 @@ class UnevenPositions(Diagnostic):
     most: int
 
 
-class BadDirection(Diagnostic):
+class BadDirection(ReasonedDiagnostic):
     """A direction that can't be computed as written, or doesn't fit the place where it is used."""
 
     code = "E0341"
     title = "invalid direction: {reason}"
-    label = "{reason}"
-    help = "{hint}"
     text: str
-    reason: str
-    hint: str
 
 
-class BadBasis(Diagnostic):
+class BadBasis(ReasonedDiagnostic):
     """A basis that can't be made as it is written, or doesn't fit where it is used."""
 
     code = "E0342"
     title = "invalid {what}: {reason}"
-    label = "{reason}"
-    help = "{hint}"
-    reason: str
-    hint: str
     what: str = "basis"
 
 
-class BadWeights(Diagnostic):
+class BadWeights(ReasonedDiagnostic):
     """Weights that can't be edited as written."""
 
     code = "E0344"
     depends_on = frozenset({"shape"})
     title = "invalid edit of weights: {reason}"
-    label = "{reason}"
-    help = "{hint}"
-    reason: str
-    hint: str
 
 
 class MeasuredOnTrainingRows(Diagnostic):
@@ -229,29 +208,23 @@ class MeasuredSavedRows(Diagnostic):
     rows: int
 
 
-class NotTrained(Diagnostic):
+class NotTrained(HintedDiagnostic):
     """A basis that `mechdsl fit` hasn't trained yet."""
 
     code = "E0642"
     title = "`{basis}` isn't trained{reason}"
     label = "`{experiment}` needs it"
-    help = "{hint}"
     basis: str
     reason: str
     experiment: str
-    hint: str
 
 
-class TrainingFailed(Diagnostic):
+class TrainingFailed(ReasonedDiagnostic):
     """A training that ended without a result."""
 
     code = "E0643"
     title = "`{basis}` can't be trained: {reason}"
-    label = "{reason}"
-    help = "{hint}"
     basis: str
-    reason: str
-    hint: str
 
 
 class OpposedSearch(Diagnostic):
@@ -300,17 +273,13 @@ class FewDrawnRows(Diagnostic):
     block: str
 
 
-class BadException(Diagnostic):
+class BadException(ReasonedDiagnostic):
     """An exception that leaves out nothing, or everything."""
 
     code = "E0343"
     depends_on = frozenset({"shape"})
     title = "`except {text}` {reason}"
-    label = "{reason}"
-    help = "{hint}"
     text: str
-    reason: str
-    hint: str
 
 
 class DictionaryElsewhere(Diagnostic):
@@ -336,72 +305,61 @@ class DictionaryOfAnotherModel(Diagnostic):
     model: str
 
 
-class EmptyDirection(Diagnostic):
+class EmptyDirection(HintedDiagnostic):
     """A fit that gave no direction or no basis."""
 
     code = "E0641"
     title = "{kind} `{name}` {reason}"
     label = "{made}"
-    help = "{hint}"
     name: str
     reason: str
     made: str
-    hint: str
     kind: str = "direction"
 
 
-class UnpairedPositions(Diagnostic):
+class UnpairedPositions(HintedDiagnostic):
     """Two lists of positions in one rule that don't go together."""
 
     code = "E0331"
     depends_on = frozenset({"tokens"})
     title = "{first} can't be paired with {second}"
     label = "{second} here"
-    help = "{hint}"
     first: str
     second: str
     hint: str = "write one position here, or the same number as on the other side"
 
 
-class BadEdit(Diagnostic):
+class BadEdit(HintedDiagnostic):
     """An impossible edit of attention, or a selection that leaves nothing to observe or save."""
 
     code = "E0332"
     title = "{reason}"
     label = "{what}"
-    help = "{hint}"
     reason: str
     what: str
-    hint: str
 
 
-class UnequalPrompts(Diagnostic):
+class UnequalPrompts(HintedDiagnostic):
     """Vectors over key positions of prompts that aren't equally long."""
 
     code = "E0333"
     depends_on = frozenset({"tokens"})
     title = "`{site}` is a vector over the tokens of a prompt, but {what} differ in length"
     label = "row {row} has {first} tokens and {second}"
-    help = "{hint}"
     site: str
     what: str
     row: int
     first: int
     second: str
-    hint: str
 
 
-class NotOnAPath(Diagnostic):
+class NotOnAPath(ReasonedDiagnostic):
     """A site that a path can't start or end at."""
 
     code = "E0334"
     title = "a path can't {verb} at `{site}`"
-    label = "{reason}"
-    help = "{hint}"
     verb: str
     site: str
-    reason: str
-    hint: str
 
 
 class NoPath(Diagnostic):
@@ -431,13 +389,9 @@ class OverlappingPositions(Diagnostic):
     token: str
 
 
-class BadAmount(Diagnostic):
+class BadAmount(ReasonedDiagnostic):
     """A number that isn't one."""
 
     code = "E0337"
     title = "`{text}` is not a number here"
-    label = "{reason}"
-    help = "{hint}"
     text: str
-    reason: str
-    hint: str

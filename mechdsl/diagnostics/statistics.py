@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic
 
 
 class NotFinite(Diagnostic):
@@ -102,33 +102,27 @@ class ZeroDenominator(Diagnostic):
     n: int
 
 
-class AmbiguousMeasure(Diagnostic):
+class AmbiguousMeasure(HintedDiagnostic):
     code = "E0605"
     title = "`{text}` is ambiguous: it matches {count} measures"
     label = "it could mean {candidates}"
-    help = "{hint}"
     text: str
     count: int
     candidates: str
-    hint: str
 
 
-class UnreadableExpectation(Diagnostic):
+class UnreadableExpectation(HintedDiagnostic):
     code = "E0606"
     title = "this expectation cannot be decided: {reason}"
-    help = "{hint}"
     reason: str
-    hint: str
 
 
-class BadReport(Diagnostic):
+class BadReport(HintedDiagnostic):
     code = "E0607"
     depends_on = frozenset({"columns"})
     title = "`report {kind}` {reason}"
-    help = "{hint}"
     kind: str
     reason: str
-    hint: str
 
 
 class TooFewPrompts(Diagnostic):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic
 
 
-class UnexpectedToken(Diagnostic):
+class UnexpectedToken(HintedDiagnostic):
     """A word, number or sign stands where the grammar has no place for it."""
 
     code = "E0101"
     title = "unexpected {found}"
     label = "expected {expected}"
-    help = "{hint}"
 
     found: str
     expected: str
@@ -43,13 +42,12 @@ class Unclosed(Diagnostic):
     place: str = ""
 
 
-class UnexpectedCharacter(Diagnostic):
+class UnexpectedCharacter(HintedDiagnostic):
     """A character that no part of the language uses."""
 
     code = "E0104"
     title = "`{char}` has no meaning in a `.mech` file"
     label = "not part of the language"
-    help = "{hint}"
 
     char: str
     hint: str = ""
@@ -100,17 +98,15 @@ class NotSupported(Diagnostic):
     later: str = "docs/language.md lists everything that this version supports"
 
 
-class TooLarge(Diagnostic):
+class TooLarge(HintedDiagnostic):
     """A limit on size or nesting is passed, so the file isn't read further."""
 
     code = "E0109"
     title = "{what}"
     label = "{place}"
-    help = "{hint}"
 
     what: str
     place: str
-    hint: str
 
 
 class NotText(Diagnostic):
@@ -144,13 +140,12 @@ class Unreadable(Diagnostic):
     reason: str
 
 
-class BadPlaceholder(Diagnostic):
+class BadPlaceholder(HintedDiagnostic):
     """What stands between the braces of a text is no expression."""
 
     code = "E0113"
     title = "{problem}"
     label = "{place}"
-    help = "{hint}"
 
     problem: str
     place: str
