@@ -6,8 +6,8 @@ pydantic models take a while to build, so this module is imported on use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -37,7 +37,7 @@ from mechdsl.statistics.measurements import (
     NullBand,
     may_round_differently,
 )
-from mechdsl.statistics.verification import Agreement, CorrelationEstimate, VerifiedCells
+from mechdsl.statistics.verification import Agreement, VerifiedCells
 from mechdsl.vocab.effects import ControlTitle
 from mechdsl.vocab.metrics import Reply
 
@@ -46,6 +46,19 @@ class DocumentPart(BaseModel):
     """Optional keys that weren't given stay out of the JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def create(cls, record: object = None, **others: Any) -> Self:
+        """Create a part from a record's attributes of the same names, and from other values.
+
+        NaN and infinity become None. Optional keys without a value, or with an empty one, stay out.
+        """
+        values: dict[str, Any] = {}
+        for name, key in cls.model_fields.items():
+            value = others.get(name) if name in others else getattr(record, name, None)
+            if key.is_required() or not (value is None or (isinstance(value, Sized) and not value)):
+                values[name] = finite_number(value) if isinstance(value, float) else value
+        return cls(**values)
 
     def as_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -112,18 +125,7 @@ def known_fields(**values: Any) -> dict[str, Any]:
 
 def expectation_documents(outcomes: Sequence[ExpectOutcome]) -> list[ExpectDocument]:
     """Convert verdicts, in order."""
-    return [_expectation_document(outcome) for outcome in outcomes]
-
-
-def _expectation_document(outcome: ExpectOutcome) -> ExpectDocument:
-    return ExpectDocument(
-        text=outcome.text,
-        holds=outcome.holds,
-        value=outcome.value,
-        low=outcome.low,
-        high=outcome.high,
-        **known_fields(reason=outcome.reason),
-    )
+    return [ExpectDocument.create(outcome) for outcome in outcomes]
 
 
 def skipped_documents(left: Sequence[SkippedExperiment]) -> list[SkippedDocument]:
@@ -136,29 +138,20 @@ def skipped_documents(left: Sequence[SkippedExperiment]) -> list[SkippedDocument
 
 def comparison_document(against: VerdictComparison) -> VerdictComparisonDocument:
     """Convert a comparison with an earlier run."""
-    return VerdictComparisonDocument(
-        runs=list(against.runs),
-        fails=against.fails,
-        unchanged=against.unchanged,
-        without=list(against.without),
-        changes=[_change_document(each) for each in against.changes],
+    return VerdictComparisonDocument.create(
+        against, changes=[_change_document(each) for each in against.changes]
     )
 
 
 def _change_document(change: ExpectationChange) -> ExpectationChangeDocument:
     lost = change.lost
-    return ExpectationChangeDocument(
-        kind=change.kind,
-        fails=change.fails,
-        file=change.file,
-        experiment=change.experiment,
-        **known_fields(
-            now=None if change.now is None else _expectation_document(change.now),
-            before=None if change.before is None else _expectation_document(change.before),
-            measure=change.text if lost is not None and change.text else None,
-            code=None if lost is None else lost.code,
-            reason=None if lost is None else lost.reason,
-        ),
+    return ExpectationChangeDocument.create(
+        change,
+        now=None if change.now is None else ExpectDocument.create(change.now),
+        before=None if change.before is None else ExpectDocument.create(change.before),
+        measure=None if lost is None else change.text,
+        code=None if lost is None else lost.code,
+        reason=None if lost is None else lost.reason,
     )
 
 
@@ -679,10 +672,7 @@ def _measure_document(result: ExperimentResult, measure: int, cell: int, n: int)
 
 def _exact_document(verified: VerifiedCells | None, cell: int) -> ExactEffectDocument | None:
     found = None if verified is None else verified.of_cell(cell)
-    if found is None:
-        return None
-    numbers = {name: finite_number(getattr(found, name)) for name in ("mean", "low", "high")}
-    return ExactEffectDocument(choice=found.choice, **numbers)
+    return None if found is None else ExactEffectDocument.create(found)
 
 
 def _verification_document(
@@ -691,41 +681,21 @@ def _verification_document(
     data = result.measures[verified.measure]
 
     def agreement(found: Agreement) -> AgreementDocument:
-        def correlation(own: CorrelationEstimate) -> CorrelationDocument:
-            names = ("value", "low", "high")
-            return CorrelationDocument(**{n: finite_number(getattr(own, n)) for n in names})
-
-        own = correlation(found.pearson), correlation(found.spearman)
-        return AgreementDocument(cells=found.cells, pearson=own[0], spearman=own[1])
+        pearson, spearman = map(CorrelationDocument.create, (found.pearson, found.spearman))
+        return AgreementDocument(cells=found.cells, pearson=pearson, spearman=spearman)
 
     over, recall, search = verified.over_random, verified.recall, verified.search
-    return VerificationDocument(
+    return VerificationDocument.create(
+        verified,
         label=data.label,
         effect=data.effect,
-        top=verified.top,
         random=len(verified.cells) - verified.ranked,
-        others=verified.others,
         over_all=agreement(verified.over_all),
-        **known_fields(
-            over_random=None if over is None else agreement(over),
-            search=None
-            if search is None
-            else TopSearchDocument(
-                until=search.until,
-                confidence=search.confidence,
-                risk=finite_number(search.risk),
-                freedom=finite_number(search.freedom),
-                proved=search.is_proved,
-            ),
-            recall=None
-            if recall is None
-            else TopRecallDocument(
-                found=recall.found,
-                above=recall.above,
-                low=finite_number(recall.low),
-                high=finite_number(recall.high),
-            ),
-        ),
+        over_random=None if over is None else agreement(over),
+        search=None
+        if search is None
+        else TopSearchDocument.create(search, proved=search.is_proved),
+        recall=None if recall is None else TopRecallDocument.create(recall),
     )
 
 
@@ -757,26 +727,17 @@ def _reason(reason: str | None, data: MeasureData, source: str | None) -> str | 
 
 def _cell_document(result: ExperimentResult, index: int, key: CellKey) -> CellDocument:
     n = max((int(found.n[index]) for found in result.statistics), default=0)
-    return CellDocument(
+    return CellDocument.create(
+        key,
         coords={**key.also, **{axis: key.coords[axis] for axis in result.axes}},
-        site=key.site,
-        **known_fields(label=key.label or None),
-        at=TargetDocument(
-            position=key.position,
-            tokens=list(key.tokens),
-            **known_fields(read=list(key.read) or None),
-        ),
+        at=TargetDocument.create(key),
         n=n,
-        **known_fields(
-            listed=list(key.listed) or None,
-            listed_mean=[mean for mean, _ in key.shares] or None,
-            listed_first=[first for _, first in key.shares] or None,
-            active=[
-                ActiveTextDocument(row=each.row, tokens=list(each.tokens), values=list(each.values))
-                for each in (result.active[index] if result.active else ())
-            ]
-            or None,
-        ),
+        listed_mean=[mean for mean, _ in key.shares],
+        listed_first=[first for _, first in key.shares],
+        active=[
+            ActiveTextDocument.create(each)
+            for each in (result.active[index] if result.active else ())
+        ],
         measures=[
             _measure_document(result, measure, index, n) for measure in range(len(result.measures))
         ],
@@ -788,15 +749,9 @@ def _run_document(label: str, metric: str, found: Interval, at: str | None = Non
     reason = None
     if not np.isfinite(missing).all():
         reason = "too few prompts or groups" if np.isfinite(found.mean) else "not a number"
-    return RunDocument(
-        label=label,
-        metric=metric,
-        **known_fields(at=at),
-        mean=finite_number(found.mean),
-        low=finite_number(found.low),
-        high=finite_number(found.high),
-        n=found.n,
-        **known_fields(reason=reason, rounding=found.rounding or None),
+    rounding = found.rounding or None
+    return RunDocument.create(
+        found, label=label, metric=metric, at=at, reason=reason, rounding=rounding
     )
 
 
@@ -839,49 +794,28 @@ def _run_documents(result: ExperimentResult) -> dict[str, list[RunDocument]]:
 
 def _seed_mean_document(result: ExperimentResult, mean: SeedMean) -> SeedMeanDocument:
     data = result.measures[mean.measure]
-    numbers = {
-        name: finite_number(getattr(mean, name))
-        for name in ("mean", "low", "high", "row_low", "row_high")
-    }
-    return SeedMeanDocument(
+    return SeedMeanDocument.create(
+        mean,
         coords=dict(mean.cell.coords),
         site=mean.cell.site,
         label=data.label,
         effect=data.effect,
-        seeds=mean.seeds,
-        **numbers,
-        n=mean.n,
     )
 
 
 def experiment_document(result: ExperimentResult) -> ExperimentDocument:
     """Convert a finished experiment."""
-    return ExperimentDocument(
-        name=result.name,
-        model=result.model,
-        axes=list(result.axes),
-        base=result.base,
-        source=result.source,
+    return ExperimentDocument.create(
+        result,
         cells=[_cell_document(result, index, key) for index, key in enumerate(result.cells)],
         runs=_run_documents(result),
-        conventions=dict(result.conventions),
-        hashes=dict(result.hashes),
         expect=expectation_documents(result.outcomes),
-        **known_fields(
-            left_out=[
-                LeftOutDocument(row=row, where=where) for row, where in result.left_out.items()
-            ]
-            or None,
-            selected=[
-                SelectionDocument(of=s.of, cells=s.cells, shared=s.shared, rows=s.rows)
-                for s in result.selected
-            ]
-            or None,
-            seed_means=[_seed_mean_document(result, each) for each in result.seed_means] or None,
-            verified=[_verification_document(result, each) for each in result.verified] or None,
-            circuit=_circuit_document(result.circuit),
-            replies=replies_document(result.replies),
-        ),
+        left_out=[LeftOutDocument(row=row, where=where) for row, where in result.left_out.items()],
+        selected=[SelectionDocument.create(each) for each in result.selected],
+        seed_means=[_seed_mean_document(result, each) for each in result.seed_means],
+        verified=[_verification_document(result, each) for each in result.verified],
+        circuit=_circuit_document(result.circuit),
+        replies=replies_document(result.replies),
     )
 
 
@@ -891,34 +825,25 @@ def _circuit_document(circuit: ResultCircuit | None) -> CircuitDocument | None:
     scores = circuit.scores or (None,) * len(circuit.edges)
     places = circuit.places or ("",) * len(circuit.edges)
     edges = [
-        EdgeDocument(sender=of, receiver=to, **known_fields(score=score, at=at or None))
+        EdgeDocument.create(sender=of, receiver=to, score=score, at=at)
         for (of, to), score, at in zip(circuit.edges, scores, places, strict=True)
     ]
     row = None if circuit.graph is None else circuit.graph.row
-    return CircuitDocument(
-        name=circuit.name, edges=edges, total=circuit.total, **known_fields(row=row)
-    )
+    return CircuitDocument.create(circuit, edges=edges, row=row)
 
 
 def _missing_documents(file: FileResult) -> list[MissingDocument]:
     """Return what a file's run could not compute: whole experiments, then single measures."""
     whole = [
-        MissingDocument(
-            experiment=lost.name,
-            code=missing.code,
-            reason=missing.reason,
-            **known_fields(expect=expectation_documents(lost.outcomes) or None),
+        MissingDocument.create(
+            missing, experiment=lost.name, expect=expectation_documents(lost.outcomes)
         )
         for lost in file.lost
         for missing in lost.reasons
     ]
     parts = [
-        MissingDocument(
-            experiment=each.name,
-            label=data.label,
-            effect=data.effect,
-            code=data.missing.code,
-            reason=data.missing.reason,
+        MissingDocument.create(
+            data.missing, experiment=each.name, label=data.label, effect=data.effect
         )
         for each in file.experiments
         for data in each.measures
@@ -927,11 +852,9 @@ def _missing_documents(file: FileResult) -> list[MissingDocument]:
     return [*whole, *parts]
 
 
-def _saved_documents(saved: SavedFile) -> SavedDocument:
-    said = dict(vars(saved))
-    rows = said.pop("rows_path")
-    said |= {"file": str(said.pop("path")), "rows_file": None if rows is None else str(rows)}
-    return SavedDocument(**{name: own for name, own in said.items() if own not in (None, "")})
+def _saved_document(saved: SavedFile) -> SavedDocument:
+    rows = None if saved.rows_path is None else str(saved.rows_path)
+    return SavedDocument.create(saved, file=str(saved.path), rows_file=rows)
 
 
 def results_document(
@@ -945,19 +868,13 @@ def results_document(
         mechdsl=versions.get("mechdsl", "unknown"),
         versions=dict(versions),
         files=[
-            FileDocument(
-                file=file.file,
-                hash=file.hash,
-                seed=file.seed,
-                **known_fields(
-                    sizes=None if file.sizes is None else SizesDocument(**vars(file.sizes))
-                ),
+            FileDocument.create(
+                file,
+                sizes=None if file.sizes is None else SizesDocument.create(file.sizes),
                 experiments=[experiment_document(each) for each in file.experiments],
-                **known_fields(
-                    missing=_missing_documents(file) or None,
-                    not_run=skipped_documents(file.not_run) or None,
-                    saved=[_saved_documents(each) for each in file.saved] or None,
-                ),
+                missing=_missing_documents(file),
+                not_run=skipped_documents(file.not_run),
+                saved=[_saved_document(each) for each in file.saved],
             )
             for file in files
         ],
