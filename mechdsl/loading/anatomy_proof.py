@@ -113,11 +113,11 @@ def _hash_module_code(module: nn.Module) -> dict[str, str]:
     }
 
 
-def _hash_family(entry: type[Family]) -> dict[str, str] | None:
+def _hash_family(entry: Family) -> dict[str, str] | None:
     """Hash a family's values and methods, and the files of one that mechdsl doesn't ship; None if
     that is impossible."""
     found: dict[str, str] = {}
-    for base in entry.__mro__[:-1]:
+    for base in type(entry).__mro__[:-1]:
         for name, value in vars(base).items():
             inner = getattr(value, "__func__", value)
             code = isinstance(inner, FunctionType)

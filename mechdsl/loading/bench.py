@@ -38,7 +38,7 @@ def get_config(model: LoadedModel) -> Mapping[str, Any]:
     return cast(Any, model.module).config.to_dict()
 
 
-def get_family(model: LoadedModel) -> type[Family]:
+def get_family(model: LoadedModel) -> Family:
     """Return the entry of the whole model, not only of its language model."""
     return find_family(str(get_config(model).get("model_type")))
 

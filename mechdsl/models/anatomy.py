@@ -222,8 +222,7 @@ class Family:
     padded: ClassVar[bool] = False
     """The text tower was trained on texts padded to its maximum length, and attends to padding."""
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         """Return paths within a block where the finder's choice is wrong; an empty path means none.
 
         Keys: `attention`, `mixer` (the sublayer that replaces it), `attn_out` (the module that
@@ -235,25 +234,21 @@ class Family:
         """
         return {}
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         """Return the arrangement; None: the finder tries those of `BlockArrangement` in order."""
         value = config.get("use_parallel_residual", config.get("parallel_attn"))
         return "parallel" if value is True else None
 
-    @staticmethod
-    def fused(n_heads: int, n_kv_heads: int, width: int) -> Mapping[str, TensorLayout] | None:
+    def fused(self, n_heads: int, n_kv_heads: int, width: int) -> Mapping[str, TensorLayout] | None:
         """Return the layouts of q, k and v in a fused projection; None for the common orders."""
         return None
 
-    @staticmethod
-    def scales(config: ModelConfig) -> Mapping[str, float]:
+    def scales(self, config: ModelConfig) -> Mapping[str, float]:
         """Return the factor of each site's tensor, applied before the addition to the stream."""
         by = float(config.get("residual_multiplier") or 1.0)
         return {"attn_out": by, "mlp_out": by, "mixer_out": by}
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         """Return unavailable sites, each with the reason."""
         nested = config.get("attn_config") or {}
         if config.get("clip_qkv") or nested.get("clip_qkv"):
@@ -261,38 +256,32 @@ class Family:
             return {"q": reason, "k": reason, "v": reason}
         return {}
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         """Correct the finder's result for one block."""
         return block
 
-    @staticmethod
-    def block_lists(config: ModelConfig) -> Mapping[str, int]:
+    def block_lists(self, config: ModelConfig) -> Mapping[str, int]:
         """Return the ends of the paths of several lists that form a stack, in order, each with its
         number of blocks; empty for one list."""
         return {}
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         """Return the reason that rows can't start at a middle block, from cached activations of an
         unpatched run; empty if they can."""
         return ""
 
-    @staticmethod
-    def refused(config: ModelConfig) -> str:
+    def refused(self, config: ModelConfig) -> str:
         """Return the reason that the family isn't supported at all; empty if it is."""
         return ""
 
-    @staticmethod
-    def lost(config: ModelConfig) -> Mapping[str, str]:
+    def lost(self, config: ModelConfig) -> Mapping[str, str]:
         """Return unavailable stacks (`encoder`, `vision`), each with the reason.
 
         Here and in the methods below, `config` is the config of the whole model.
         """
         return {}
 
-    @staticmethod
-    def picture(config: ModelConfig) -> ModelInputs:
+    def picture(self, config: ModelConfig) -> ModelInputs:
         """Return an image input for one prompt."""
         vision = config.get("vision_config") or config
         size = vision.get("image_size") or 32
@@ -300,8 +289,7 @@ class Family:
         channels = vision.get("num_channels") or vision.get("in_channels") or 3
         return {"pixel_values": (1, int(channels), int(height), int(width))}
 
-    @staticmethod
-    def in_front(config: ModelConfig) -> tuple[str, ...] | None:
+    def in_front(self, config: ModelConfig) -> tuple[str, ...] | None:
         """Return the tokens before an image's patches in an image encoder, in order, with repeats.
 
         Args:
@@ -312,33 +300,33 @@ class Family:
         """
         return None
 
-    @staticmethod
-    def any_size(config: ModelConfig) -> bool:
+    def any_size(self, config: ModelConfig) -> bool:
         """Return whether an image encoder accepts sizes other than its config's."""
         return False
 
-    @staticmethod
-    def fixed_tokens(config: ModelConfig) -> str:
+    def fixed_tokens(self, config: ModelConfig) -> str:
         """Return the reason that an image encoder reads no tokens after the patches, such as
         positions that its attention computes from the order of tokens; empty if it does."""
         return ""
 
-    @staticmethod
-    def sound(config: ModelConfig) -> ModelInputs:
+    def sound(self, config: ModelConfig) -> ModelInputs:
         """Return a speech encoder's inputs for one prompt; empty for other models."""
         bins, places = config.get("num_mel_bins"), config.get("max_source_positions")
         return {"input_features": (1, bins, 2 * places)} if bins and places else {}
 
 
-FAMILIES: Registry[type[Family]] = Registry("model family")
+FAMILIES: Registry[Family] = Registry("model family")
+
+_UNREGISTERED = Family()
 
 
 def family(*model_types: str) -> Callable[[type[Family]], type[Family]]:
     """Register a family under the `model_type`s of its configs."""
 
     def register(entry: type[Family]) -> type[Family]:
+        made = entry()
         for name in model_types:
-            FAMILIES.add(name, entry)
+            FAMILIES.add(name, made)
         return entry
 
     return register
@@ -350,6 +338,6 @@ def has_additive_positions(family: str, config: ModelConfig) -> bool:
     return find_family(family).additive_positions or any(config.get(key) for key in keys)
 
 
-def find_family(model_type: str) -> type[Family]:
+def find_family(model_type: str) -> Family:
     """Return the entry of a `model_type`, or the defaults."""
-    return FAMILIES.get(model_type) or Family
+    return FAMILIES.get(model_type) or _UNREGISTERED

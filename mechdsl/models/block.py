@@ -133,7 +133,7 @@ def find_qkv(
     projections: Mapping[str, tuple[int, int]],
     inside: Mapping[str, Any],
     heads: HeadSizes,
-    family: type[Family],
+    family: Family,
     parts: Mapping[str, str],
 ) -> tuple[dict[str, HookPoint], tuple[str, ...]]:
     """Find queries, keys and values as attention reads them (after their norm, if there is one).
@@ -206,7 +206,7 @@ def _any_of(projections: Mapping[str, tuple[int, int]], names: tuple[str, ...]) 
 
 
 def _fused(
-    projections: Mapping[str, tuple[int, int]], heads: HeadSizes, family: type[Family]
+    projections: Mapping[str, tuple[int, int]], heads: HeadSizes, family: Family
 ) -> dict[str, HookPoint]:
     """Find one linear map for queries, keys and values."""
     n, kv, d = heads.n_heads, heads.n_kv_heads, heads.d_head
@@ -239,7 +239,7 @@ def _qk_norm(
     inside: Mapping[str, Any],
     names: tuple[str, ...],
     raw: TensorLayout,
-    family: type[Family],
+    family: Family,
 ) -> HookPoint | None:
     """Find the norm after a query or key projection; attention reads the norm's output."""
     for path, module in inside.items():
@@ -384,7 +384,7 @@ class BlockContext:
 
     shape: ModelShape
     stack: str
-    family: type[Family]
+    family: Family
     parts: Mapping[str, str]
     scales: Mapping[str, float]
     without: Mapping[str, str]

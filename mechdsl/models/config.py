@@ -262,7 +262,7 @@ MAX_IMAGE_SIDE = 4096
 """Maximum pixels of an image side."""
 
 
-def read_patch_layout(entry: type[Family], config: Mapping[str, Any]) -> PatchLayout | None:
+def read_patch_layout(entry: Family, config: Mapping[str, Any]) -> PatchLayout | None:
     """Return the layout of an encoder's config; None if its family doesn't define one."""
     front = entry.in_front(config)
     patch, size = (_sides(config.get(key)) for key in ("patch_size", "image_size"))

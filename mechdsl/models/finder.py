@@ -96,7 +96,7 @@ class _Finder:
         self.modules = modules
         self.shape = shape
         self.stack = stack
-        self.family: type[Family] = find_family(shape.family)
+        self.family: Family = find_family(shape.family)
         refused = self.family.refused(shape.config)
         if refused:
             raise MissingComponent("list of blocks", refused)

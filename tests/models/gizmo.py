@@ -14,14 +14,11 @@ from mechdsl.models.anatomy import BlockArrangement, Family, ModelConfig, family
 class Gizmo(Family):
     """Llama's blocks, with other names."""
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         return "front"
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {"attention": "mixing", "output": "mixing.gizmo", "mlp": "thinking"}
 
-    @staticmethod
-    def scales(config: ModelConfig) -> Mapping[str, float]:
+    def scales(self, config: ModelConfig) -> Mapping[str, float]:
         return {"attn_out": config["half"]}

@@ -173,11 +173,10 @@ def swap_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register a wrong entry for `llama`, as a plugin can."""
 
     class Swapped(Family):
-        @staticmethod
-        def block(config: Any, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        def block(self, config: Any, layer: int, block: BlockAnatomy) -> BlockAnatomy:
             return block.with_taps(k=block.taps["v"], v=block.taps["k"])
 
-    monkeypatch.setattr(FAMILIES, "_entries", {**dict(FAMILIES.items()), "llama": Swapped})
+    monkeypatch.setattr(FAMILIES, "_entries", {**dict(FAMILIES.items()), "llama": Swapped()})
 
 
 def test_cached_checks_depend_on_the_family_entry(

@@ -20,8 +20,7 @@ from mechdsl.models.anatomy import (
 class GPTNeoX(Family):
     """Parallel unless the config says otherwise."""
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         return "parallel" if config.get("use_parallel_residual", True) else "front"
 
 
@@ -29,8 +28,7 @@ class GPTNeoX(Family):
 class Falcon(Family):
     """Positions are rotary or added to the scores; parallel or not."""
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         parallel = config.get("parallel_attn") or config.get("new_decoder_architecture")
         return "parallel" if parallel else "front"
 
@@ -39,12 +37,10 @@ class Falcon(Family):
 class CodeGen(Family):
     """Queries, values and keys, in this order, for each of four groups of heads."""
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         return "parallel"
 
-    @staticmethod
-    def fused(n_heads: int, n_kv_heads: int, width: int) -> Mapping[str, TensorLayout] | None:
+    def fused(self, n_heads: int, n_kv_heads: int, width: int) -> Mapping[str, TensorLayout] | None:
         group = n_heads // 4
         return {
             site: TensorLayout(
@@ -67,20 +63,17 @@ class Bloom(Family):
 
     additive_positions = True
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         return "front"
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {
             "attn_out": "self_attention.dense",
             "mlp_out": "mlp.dense_4h_to_h",
             "mlp": "mlp.dense_h_to_4h, mlp.dense_4h_to_h",
         }
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         if not config.get("apply_residual_connection_post_layernorm"):
             return block
         # The sublayer's output is added to the normed stream.
@@ -95,12 +88,10 @@ class MPT(Family):
 
     additive_positions = True
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         return "front"
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {"mlp_out": "ffn.down_proj", "mlp": "ffn.up_proj, ffn.down_proj"}
 
 
@@ -108,12 +99,10 @@ class MPT(Family):
 class GPTNeoXJapanese(Family):
     """The last block adds a bias to what attention returns, outside of all modules."""
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         return "front"
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         if layer < config["num_hidden_layers"] - 1:
             return block
         return replace(block.without("attn_out", "resid_mid"), adds_up=False)
@@ -123,8 +112,7 @@ class GPTNeoXJapanese(Family):
 class DBRX(Family):
     """Attention and the norms around it are one module."""
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {"norms": "norm_attn_norm.norm_1, norm_attn_norm.norm_2"}
 
 
@@ -132,12 +120,10 @@ class DBRX(Family):
 class CTRL(Family):
     """Attention is handed its input three times."""
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {"down": "ffn.2"}
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         return {"attn_norm": "attention receives it three times, for queries, keys and values"}
 
 
@@ -145,8 +131,7 @@ class CTRL(Family):
 class SequentialDecoder(Family):
     """Attention, then MLP, each added to the stream in turn."""
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         return "front"
 
 
@@ -154,8 +139,7 @@ class SequentialDecoder(Family):
 class ParallelDecoder(Family):
     """One norm, read by attention and MLP side by side."""
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         return "parallel"
 
 
@@ -170,7 +154,6 @@ class NormAfterRotary(Family):
 class MiniCPM(Family):
     """What is added shrinks with depth."""
 
-    @staticmethod
-    def scales(config: ModelConfig) -> Mapping[str, float]:
+    def scales(self, config: ModelConfig) -> Mapping[str, float]:
         by = float(config["scale_depth"]) / sqrt(config["num_hidden_layers"])
         return {"attn_out": by, "mlp_out": by}

@@ -24,8 +24,7 @@ _PADDING = (
 class ConvBERT(Family):
     """Half of its heads are convolutions."""
 
-    @staticmethod
-    def refused(config: ModelConfig) -> str:
+    def refused(self, config: ModelConfig) -> str:
         return _PADDING.format("a convolution parallel to attention reads padding tokens")
 
 
@@ -33,8 +32,7 @@ class ConvBERT(Family):
 class FNet(Family):
     """A Fourier transform in attention's place."""
 
-    @staticmethod
-    def refused(config: ModelConfig) -> str:
+    def refused(self, config: ModelConfig) -> str:
         return _PADDING.format("its Fourier transform covers all tokens, without a mask")
 
 
@@ -42,8 +40,7 @@ class FNet(Family):
 class Nystromformer(Family):
     """A convolution over values is added to what attention returns."""
 
-    @staticmethod
-    def refused(config: ModelConfig) -> str:
+    def refused(self, config: ModelConfig) -> str:
         return _PADDING.format("a convolution over values reads padding tokens")
 
 
@@ -51,8 +48,7 @@ class Nystromformer(Family):
 class YOSO(Family):
     """Attention without softmax."""
 
-    @staticmethod
-    def refused(config: ModelConfig) -> str:
+    def refused(self, config: ModelConfig) -> str:
         return _PADDING.format("its attention ignores the mask")
 
 
@@ -60,15 +56,13 @@ class YOSO(Family):
 class ALBERT(Family):
     """One module for all layers; here are the paths where each layer has its own."""
 
-    @staticmethod
-    def refused(config: ModelConfig) -> str:
+    def refused(self, config: ModelConfig) -> str:
         shared = config.get("num_hidden_groups", 1) < config["num_hidden_layers"]
         if shared or config.get("inner_group_num", 1) > 1:
             return "all of its layers call the same module"
         return ""
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         own = "albert_layers.0"
         return {
             "attention": f"{own}.attention",
@@ -80,8 +74,7 @@ class ALBERT(Family):
             "end": f"{own}.full_layer_layer_norm",
         }
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         return "after the sum"
 
 
@@ -91,12 +84,10 @@ class XMOD(Family):
 
     adds_up = False
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {"end": ""}
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         return replace(block, passes_on=False)
 
 
@@ -106,8 +97,7 @@ class MPNet(Family):
 
     additive_positions = True
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {
             "attention": "attention.attn",
             "output": "attention.attn.o",
@@ -118,8 +108,7 @@ class MPNet(Family):
             "end": "output.LayerNorm",
         }
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         return "after the sum"
 
 
@@ -127,8 +116,7 @@ class MPNet(Family):
 class ESMC(Family):
     """What is added is scaled with the number of layers."""
 
-    @staticmethod
-    def scales(config: ModelConfig) -> Mapping[str, float]:
+    def scales(self, config: ModelConfig) -> Mapping[str, float]:
         by = 1 / sqrt(config["num_hidden_layers"] / 36)
         return {"attn_out": by, "mlp_out": by}
 
@@ -140,13 +128,11 @@ class DeBERTa(Family):
     additive_positions = True
     interleaved = True
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         reason = "a bias is added to queries and values outside of all modules"
         return {"q": reason, "v": reason}
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         """Return the paths.
 
         Without `legacy`, the head multiplies by the embedding matrix itself. The norm next to the
@@ -162,8 +148,7 @@ class DeBERTa2(Family):
 
     additive_positions = True
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         if config.get("share_att_key") and config.get("relative_attention"):
             # The projections of queries and keys are called a second time, on distances.
             again = {site: replace(block.taps[site], again=True) for site in ("q", "k")}
@@ -171,22 +156,19 @@ class DeBERTa2(Family):
         convolved = layer == 0 and config.get("conv_kernel_size")
         return replace(block, stream_scale=None) if convolved else block
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         convolved = config.get("conv_kernel_size")
         return "a convolution parallel to its first block changes the stream" if convolved else ""
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
-        return DeBERTa.parts(config)
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
+        return super().parts(config)
 
 
 @family("neomme")
 class NeoMME(Family):
     """Attention reads the stream with embeddings mixed in; some layers add others to values."""
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         full = [n for n, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
         block = replace(block, reads_stream=False)
         return block.without("v") if layer in (full[0], full[-1]) else block
@@ -196,8 +178,7 @@ class NeoMME(Family):
 class IBERT(Family):
     """BERT for whole numbers."""
 
-    @staticmethod
-    def refused(config: ModelConfig) -> str:
+    def refused(self, config: ModelConfig) -> str:
         quantized = config.get("quant_mode")
         return "its activations are whole numbers with separate scales" if quantized else ""
 
@@ -220,8 +201,7 @@ class T5Gemma(Family):
 class Switch(T5):
     """Tokens that come when an expert has taken as many as it may aren't given to any."""
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         return "each expert takes a fixed number of the tokens processed together"
 
 
@@ -229,8 +209,7 @@ class Switch(T5):
 class NLLBMoE(Family):
     """Experts of which each may take as many tokens as there are, or a part of them."""
 
-    @staticmethod
-    def refused(config: ModelConfig) -> str:
+    def refused(self, config: ModelConfig) -> str:
         if config.get("moe_eval_capacity_token_fraction", 1.0) >= 1:
             return ""
         return "its experts process only some tokens of a pass, so prompts affect one another"
@@ -240,8 +219,7 @@ class NLLBMoE(Family):
 class BigBirdPegasus(Family):
     """The norm after the encoder's blocks is called one of embeddings."""
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {"final_norm": "layernorm_embedding"}
 
 
@@ -249,8 +227,7 @@ class BigBirdPegasus(Family):
 class LED(Family):
     """Its encoder attends within windows."""
 
-    @staticmethod
-    def lost(config: ModelConfig) -> Mapping[str, str]:
+    def lost(self, config: ModelConfig) -> Mapping[str, str]:
         return {"encoder": "its encoder pads prompts to whole windows"}
 
 
@@ -258,8 +235,7 @@ class LED(Family):
 class PegasusX(Family):
     """Its encoder attends within blocks, and to global tokens."""
 
-    @staticmethod
-    def lost(config: ModelConfig) -> Mapping[str, str]:
+    def lost(self, config: ModelConfig) -> Mapping[str, str]:
         reason = "its encoder pads prompts to whole blocks and adds global tokens"
         return {"encoder": reason}
 
@@ -268,8 +244,7 @@ class PegasusX(Family):
 class SpeechToText(Family):
     """Frames come before their features, and there may be any number of them."""
 
-    @staticmethod
-    def sound(config: ModelConfig) -> ModelInputs:
+    def sound(self, config: ModelConfig) -> ModelInputs:
         return {"input_features": (1, 24, config["input_feat_per_channel"])}
 
 
@@ -277,8 +252,7 @@ class SpeechToText(Family):
 class Moonshine(Family):
     """It reads the sound itself."""
 
-    @staticmethod
-    def sound(config: ModelConfig) -> ModelInputs:
+    def sound(self, config: ModelConfig) -> ModelInputs:
         return {"input_values": (1, 3000)}
 
 
@@ -286,8 +260,7 @@ class Moonshine(Family):
 class FSMT(Family):
     """Its tensors have positions in front of the batch."""
 
-    @staticmethod
-    def refused(config: ModelConfig) -> str:
+    def refused(self, config: ModelConfig) -> str:
         return "its tensors have the position dimension before the batch dimension"
 
 
@@ -295,6 +268,5 @@ class FSMT(Family):
 class ProphetNet(Family):
     """Its decoder predicts several tokens ahead."""
 
-    @staticmethod
-    def refused(config: ModelConfig) -> str:
+    def refused(self, config: ModelConfig) -> str:
         return "its decoder runs several streams as one sequence"

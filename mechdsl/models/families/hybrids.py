@@ -23,8 +23,7 @@ _STREAM = ("resid_pre", "resid_mid", "resid_post")
 class _Front(Family):
     """A family with norms before the sublayers."""
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         return "front"
 
 
@@ -39,8 +38,7 @@ class FalconH1(_Front):
 
     adds_up = False
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         reason = "attention and a state-space layer run in parallel, and their sum is added"
         return dict.fromkeys(("mixer_norm", "mixer_out", "resid_mid"), reason)
 
@@ -49,12 +47,10 @@ class FalconH1(_Front):
 class Zamba(_Front):
     """In hybrid blocks attention and MLP write to what the state-space layer reads, alone."""
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {"mixer": "mamba_decoder.mamba", "mlp": ""}
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         hybrid = config["layers_block_type"][layer] == "hybrid"
         return replace(block, reads_stream=False) if hybrid else block
 
@@ -65,14 +61,12 @@ class Gemma3n(_Front):
 
     adds_up = False
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         return dict.fromkeys(
             _STREAM, "its blocks carry several residual streams, which each block mixes"
         )
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         return "its blocks carry several residual streams"
 
 
@@ -80,16 +74,14 @@ class Gemma3n(_Front):
 class DiffLlama(_Front):
     """Differential attention: what a head returns is a difference of two."""
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         reason = (
             "a head's output is the difference of the outputs of two attention heads of "
             "twice the width"
         )
         return {"z": reason, "head_out": reason, "v": "each value is read by heads of all groups"}
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         return "its blocks compute attention twice"
 
 
@@ -97,13 +89,11 @@ class DiffLlama(_Front):
 class Gemma4(_Front):
     """Perhaps an embedding of the token for each layer, and late blocks without keys."""
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         more = bool(config.get("hidden_size_per_layer_input"))
         return replace(block, adds_up=not more, passes_on=not more)
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         shared = config.get("num_kv_shared_layers")
         return "later blocks attend to keys and values of earlier ones" if shared else ""
 
@@ -114,19 +104,16 @@ class Doge(_Front):
 
     adds_up = False
 
-    @staticmethod
-    def refused(config: ModelConfig) -> str:
+    def refused(self, config: ModelConfig) -> str:
         mixed = (
             "a token's experts depend on later tokens: its router ranks the scores of all tokens"
         )
         return mixed if config.get("is_moe") else ""
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         return {"resid_mid": "the stream is scaled, feature by feature, where attention is added"}
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         return "values determine which tokens are attended to"
 
 
@@ -136,8 +123,7 @@ class MiniMax(_Front):
 
     adds_up = False
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         kind = "linear" if config["layer_types"][layer] == "linear_attention" else "full"
         middle = HookPoint(
             f"{block.path}.post_attention_layernorm", "out", block.taps["resid_mid"].layout
@@ -155,12 +141,10 @@ class RWKV(_Front):
     adds_up = True
     mixes = True
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {"down": "feed_forward.value"}
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         every = config.get("rescale_every") or 0
         halved = every > 0 and (layer + 1) % every == 0
         # A gate follows `down`.
@@ -176,22 +160,19 @@ class Zaya(_Front):
 
     adds_up = False
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         added = "the addition to the stream is scaled and shifted, feature by feature"
         made = "keys and values of a token also depend on its neighbours"
         return {"attn_out": added, "mlp_out": added, "k": made, "v": made}
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         z, attention = block.taps["z"].layout, f"{block.path}.self_attn"
         q = HookPoint(f"{attention}.qk_norm", "out", TensorLayout(z.units, z.width, axes="heads"))
         middle = f"{block.path}.post_attention_residual_scale"
         middle = HookPoint(middle, "out", block.taps["resid_mid"].layout)
         return block.with_taps(q=q, resid_mid=middle)
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         return "queries, keys and values of a token also depend on its neighbours"
 
 
@@ -199,13 +180,11 @@ class Zaya(_Front):
 class JetMoE(_Front):
     """Attention is a mixture of experts as well: a token's experts make its queries."""
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         reason = "a token's queries and outputs come from the experts that it is routed to"
         return dict.fromkeys(("q", "z", "head_out"), reason)
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         heads, width = config["num_key_value_heads"], config["kv_channels"]
         made = f"{block.path}.self_attention.kv_proj"
         k, v = (TensorLayout.heads(heads, width, offset=i * heads * width) for i in range(2))
@@ -217,12 +196,10 @@ class _Streams(_Front):
 
     adds_up = False
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         return dict.fromkeys(_STREAM, "its blocks carry several residual streams")
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         return "its blocks carry several residual streams"
 
 
@@ -230,11 +207,10 @@ class _Streams(_Front):
 class DeepSeekV4(_Streams):
     """One key is the value of all heads, too; outputs go through a projection in groups."""
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         one = "keys are also values, and some are tokens of compressed windows"
         return {
-            **_Streams.without(config),
+            **super().without(config),
             "k": one,
             "v": one,
             "z": "the output projection consists of two maps, in groups of heads",
@@ -246,20 +222,18 @@ class DeepSeekV4(_Streams):
 class HunyuanV4(_Streams):
     """What a sublayer returns is weighed for each stream."""
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         weighed = "the output of a sublayer is weighted for each stream"
-        return {**_Streams.without(config), "attn_out": weighed, "mlp_out": weighed}
+        return {**super().without(config), "attn_out": weighed, "mlp_out": weighed}
 
 
 @family("qwen4_exp_text")
 class Qwen4(_Streams):
     """What a sublayer returns is weighed for each stream."""
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         weighed = "the output of a sublayer is weighted for each stream"
-        return {**_Streams.without(config), "mixer_out": weighed, "mlp_out": weighed}
+        return {**super().without(config), "mixer_out": weighed, "mlp_out": weighed}
 
 
 @family("longcat_flash")
@@ -268,14 +242,12 @@ class LongCat(_Front):
 
     adds_up = False
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         reason = "each block has two attention sublayers, two MLPs and additional experts"
         inside = (*_HEADS, "attn_norm", "attn_out", "resid_mid", "mlp_norm", "mlp_hidden")
         return dict.fromkeys((*inside, "router", "expert_out", "mlp_out"), reason)
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         return "each block has two attention sublayers"
 
 
@@ -283,19 +255,16 @@ class LongCat(_Front):
 class Inkling(_Front):
     """Short convolutions after keys, values and both sublayers."""
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {"attn_output_norm": "attn_sconv", "mlp_output_norm": "mlp_sconv"}
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         if "v" not in block.taps:
             return block
         v = replace(block.taps["v"], path=f"{block.path}.self_attn.v_sconv")
         return block.with_taps(v=v)
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         return "short convolutions mix tokens outside of attention"
 
 
@@ -305,25 +274,21 @@ class Inkling2(_Front):
 
     adds_up = False
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {
             "attn_output_norm": "post_attention_convolution",
             "mlp_output_norm": "post_mlp_convolution",
         }
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         return dict.fromkeys(_STREAM, "sublayers read a mean over earlier blocks, not one stream")
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         if config["layer_types"][layer] == "hybrid_sliding":
             return block
         return block.without("attn_norm")  # queries, keys and values read separate inputs
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         return "its sublayers read a mean over earlier blocks"
 
 
@@ -331,8 +296,7 @@ class Inkling2(_Front):
 class MiMo(_Front):
     """Values may be scaled after their projection."""
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         if config.get("attention_value_scale") in (None, 1):
             return {}
         return {"v": "values are multiplied by a constant after their projection"}
@@ -342,8 +306,7 @@ class MiMo(_Front):
 class RoFormer(Family):
     """Values may be rotated too."""
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         return {"v": "values are rotated"} if config.get("rotary_value") else {}
 
 
@@ -351,8 +314,7 @@ class RoFormer(Family):
 class NemotronH(_Front):
     """Each block has one sublayer, which is called mixer whatever it does."""
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         kind = config["layers_block_type"][layer]
         if kind not in ("mlp", "moe"):
             return block
@@ -382,8 +344,7 @@ def _experts_scaled() -> Mapping[str, str]:
 class Laguna(_Front):
     """Heads differ by layer, and the experts' sum may be scaled."""
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         scaled = config.get("moe_routed_scaling_factor") not in (None, 1)
         return _experts_scaled() if scaled else {}
 
@@ -392,12 +353,10 @@ class Laguna(_Front):
 class MiniMaxM3(_Front):
     """The experts' sum may be scaled; sparse blocks choose what they attend to."""
 
-    @staticmethod
-    def without(config: ModelConfig) -> Mapping[str, str]:
+    def without(self, config: ModelConfig) -> Mapping[str, str]:
         return _experts_scaled() if config.get("routed_scaling_factor") not in (None, 1) else {}
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         sparse = "minimax_m3_sparse" in config.get("layer_types", ())
         return "an indexer selects the tokens to attend to" if sparse else ""
 
@@ -406,6 +365,5 @@ class MiniMaxM3(_Front):
 class Reformer(Family):
     """Reversible."""
 
-    @staticmethod
-    def refused(config: ModelConfig) -> str:
+    def refused(self, config: ModelConfig) -> str:
         return "its blocks carry two streams inside a custom autograd function"

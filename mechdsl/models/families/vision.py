@@ -23,8 +23,7 @@ MAX_REGISTERS = 1_000
 class ClassTokenEncoder(Family):
     """A family with a class token before the patches."""
 
-    @staticmethod
-    def in_front(config: ModelConfig) -> tuple[str, ...] | None:
+    def in_front(self, config: ModelConfig) -> tuple[str, ...] | None:
         return ("cls",)
 
 
@@ -63,12 +62,10 @@ class Mllama(Family):
 
     attends_apart = True
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {"cross_norm": "input_layernorm"}
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         if layer not in config["cross_attention_layers"]:
             return block
         gates = {"attn_out": "cross_attn_attn_gate", "mlp_out": "cross_attn_mlp_gate"}
@@ -80,8 +77,7 @@ class Mllama(Family):
             }
         )
 
-    @staticmethod
-    def whole(config: ModelConfig) -> str:
+    def whole(self, config: ModelConfig) -> str:
         return "some of its blocks attend to an image"
 
 
@@ -89,8 +85,7 @@ class Mllama(Family):
 class MllamaWithImages(Family):
     """The same with its image encoder."""
 
-    @staticmethod
-    def picture(config: ModelConfig) -> ModelInputs:
+    def picture(self, config: ModelConfig) -> ModelInputs:
         vision = config["vision_config"]
         tiles, side = vision["max_num_tiles"], vision["image_size"]
         patches = (side // vision["patch_size"]) ** 2 + 1
@@ -112,20 +107,17 @@ class MllamaWithImages(Family):
 class MllamaVision(Family):
     """Two encoders, of which the second has gates. A norm and positions of tiles lie between."""
 
-    @staticmethod
-    def parts(config: ModelConfig) -> Mapping[str, str]:
+    def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {"final_norm": ""}
 
-    @staticmethod
-    def block_lists(config: ModelConfig) -> Mapping[str, int]:
+    def block_lists(self, config: ModelConfig) -> Mapping[str, int]:
         count = int(config.get("num_global_layers", 8))
         return {
             "vision_model.transformer.layers": int(config["num_hidden_layers"]),
             "vision_model.global_transformer.layers": count,
         }
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         if ".global_transformer." not in block.path:
             is_last = layer == config["num_hidden_layers"] - 1
             return replace(block, stream_scale=None) if is_last else block
@@ -150,8 +142,7 @@ class SigLIPTexts(Family):
 class DeiT(Family):
     """A token after the class token that is taught by another model."""
 
-    @staticmethod
-    def in_front(config: ModelConfig) -> tuple[str, ...] | None:
+    def in_front(self, config: ModelConfig) -> tuple[str, ...] | None:
         return ("cls", "distillation")
 
 
@@ -159,8 +150,7 @@ class DeiT(Family):
 class PatchEncoder(Family):
     """Patches alone."""
 
-    @staticmethod
-    def in_front(config: ModelConfig) -> tuple[str, ...] | None:
+    def in_front(self, config: ModelConfig) -> tuple[str, ...] | None:
         return ()
 
 
@@ -168,8 +158,7 @@ class PatchEncoder(Family):
 class DINOv2(ClassTokenEncoder):
     """Positions are interpolated for images of other sizes."""
 
-    @staticmethod
-    def any_size(config: ModelConfig) -> bool:
+    def any_size(self, config: ModelConfig) -> bool:
         return True
 
 
@@ -183,8 +172,7 @@ def _with_registers(count: object) -> tuple[str, ...] | None:
 class RegisterEncoder(DINOv2):
     """Registers after the class token."""
 
-    @staticmethod
-    def in_front(config: ModelConfig) -> tuple[str, ...] | None:
+    def in_front(self, config: ModelConfig) -> tuple[str, ...] | None:
         return _with_registers(config.get("num_register_tokens", 4))
 
 
@@ -192,24 +180,20 @@ class RegisterEncoder(DINOv2):
 class DINOv3(RegisterEncoder):
     """The same; positions are turned in."""
 
-    @staticmethod
-    def fixed_tokens(config: ModelConfig) -> str:
+    def fixed_tokens(self, config: ModelConfig) -> str:
         return "its attention rotates the last tokens by the positions of patches"
 
-    @staticmethod
-    def in_front(config: ModelConfig) -> tuple[str, ...] | None:
+    def in_front(self, config: ModelConfig) -> tuple[str, ...] | None:
         return _with_registers(config.get("num_register_tokens", 0))
 
 
 class LayerScaleEncoder(ClassTokenEncoder):
     """A family that scales sublayer outputs by block parameters, feature by feature."""
 
-    @staticmethod
-    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+    def arrangement(self, config: ModelConfig) -> BlockArrangement | None:
         return "front"
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         factors = {"attn_out": "lambda_1", "resid_mid": "lambda_1", "mlp_out": "lambda_2"}
         return block.with_taps(
             **{
@@ -232,17 +216,15 @@ class BEiT(LayerScaleEncoder):
 
     additive_positions = True
 
-    @staticmethod
-    def fixed_tokens(config: ModelConfig) -> str:
+    def fixed_tokens(self, config: ModelConfig) -> str:
         biases = ("use_relative_position_bias", "use_shared_relative_position_bias")
         if not any(config.get(name, True) for name in biases):
             return ""
         return "its attention has a bias for each pair of its tokens, and none for others"
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         scaled = config.get("layer_scale_init_value")
-        return LayerScaleEncoder.block(config, layer, block) if scaled else block
+        return super().block(config, layer, block) if scaled else block
 
 
 def _square(config: ModelConfig) -> tuple[int, int]:
@@ -256,8 +238,7 @@ def _square(config: ModelConfig) -> tuple[int, int]:
 class Idefics(Family):
     """Every prompt has a list of images."""
 
-    @staticmethod
-    def picture(config: ModelConfig) -> ModelInputs:
+    def picture(self, config: ModelConfig) -> ModelInputs:
         channels, side = _square(config)
         return {"pixel_values": (1, 1, channels, side, side)}
 
@@ -266,8 +247,7 @@ class Idefics(Family):
 class PatchListEncoder(Family):
     """An image is a list of patches, and how many stand above and beside one another."""
 
-    @staticmethod
-    def picture(config: ModelConfig) -> ModelInputs:
+    def picture(self, config: ModelConfig) -> ModelInputs:
         vision = config["vision_config"]
         side, frames = vision["patch_size"], vision["temporal_patch_size"]
         merged = vision["spatial_merge_size"]
@@ -280,8 +260,7 @@ class PatchListEncoder(Family):
 class TileEncoder(Family):
     """The whole image, and its parts as they are."""
 
-    @staticmethod
-    def picture(config: ModelConfig) -> ModelInputs:
+    def picture(self, config: ModelConfig) -> ModelInputs:
         channels, side = _square(config)
         grid: list[Any] = min(config["image_grid_pinpoints"], key=lambda one: one[0] * one[1])
         tiles = 1 + (grid[0] // side) * (grid[1] // side)
@@ -295,8 +274,7 @@ class TileEncoder(Family):
 class Pixtral(Family):
     """Images of any size, filled up to the largest."""
 
-    @staticmethod
-    def picture(config: ModelConfig) -> ModelInputs:
+    def picture(self, config: ModelConfig) -> ModelInputs:
         vision = config["vision_config"]
         step = vision["patch_size"] * config["spatial_merge_size"]
         high, wide = 2 * step, step
@@ -310,8 +288,7 @@ class Pixtral(Family):
 class Gemma4Vision(Family):
     """A list of patches, and where each of them stands."""
 
-    @staticmethod
-    def picture(config: ModelConfig) -> ModelInputs:
+    def picture(self, config: ModelConfig) -> ModelInputs:
         vision = config["vision_config"]
         pooled = vision["pooling_kernel_size"]
         places = [[x, y] for y in range(2 * pooled) for x in range(2 * pooled)]
@@ -325,8 +302,7 @@ class Gemma4Vision(Family):
 class InjectedEncoder(Family):
     """What the first blocks of the image encoder return is added between blocks of the text's."""
 
-    @staticmethod
-    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         return replace(block, fed=True)
 
 
