@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from mechdsl.base import limits
 from mechdsl.base.records import Record
+from mechdsl.base.text import HintedError
 
 _KINDS = {
     stat.S_IFCHR: "a device",
@@ -225,13 +226,8 @@ MAX_HEADER_BYTES = 10_000_000
 _CHUNK = 1 << 24
 
 
-class UnreadableFile(Exception):
+class UnreadableFile(HintedError):
     """Error for a file that can't be used, with a hint on what to do."""
-
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.hint = hint
 
 
 class SafetensorsFile(Record):

@@ -16,6 +16,15 @@ MAX_WIDTH = 40
 """Maximum number of characters shown of a name."""
 
 
+class HintedError(Exception):
+    """An error with a reason and a hint for the user, both in lower case."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
 def shorten(name: str) -> str:
     """Return the name, or its beginning if it is long."""
     return name if len(name) <= MAX_WIDTH else f"{name[: MAX_WIDTH - 1]}…"

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.hashing import stable_hash
-from mechdsl.base.text import count_noun
+from mechdsl.base.text import HintedError, count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.dictionaries.features import Dictionary
 from mechdsl.dictionaries.folder import DictionaryFile
@@ -1104,12 +1104,8 @@ def _add_to_all(totals: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         total += other
 
 
-class NoCircuit(Exception):
+class NoCircuit(HintedError):
     """The scores make no circuit or group."""
-
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.hint = hint
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import torch
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.hashing import stable_hash
-from mechdsl.base.text import name_list
+from mechdsl.base.text import HintedError, name_list
 from mechdsl.execute.observation.token_vectors import average_rows, digest_inputs
 from mechdsl.execute.training import TrainingJob
 from mechdsl.execute.training_vectors import VectorCache
@@ -38,12 +38,8 @@ RANDOM_DIRECTIONS = 8
 """Number of random directions that a probe is compared with."""
 
 
-class NoProbe(Exception):
+class NoProbe(HintedError):
     """The rows permit no probe; with a hint."""
-
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.hint = hint
 
 
 @dataclass(frozen=True, eq=False)

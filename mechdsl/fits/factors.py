@@ -23,16 +23,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from mechdsl.base.text import HintedError
+
 TOLERANCE = 1e-5
 """Relative decrease of the loss in an iteration at which a factorization has converged."""
 
 
-class NotFactored(Exception):
+class NotFactored(HintedError):
     """Vectors that can't be factored: the reason and the fix, in lower case."""
-
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.hint = hint
 
 
 @dataclass(frozen=True, eq=False)

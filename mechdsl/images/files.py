@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechdsl.base import limits
+from mechdsl.base.text import HintedError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,13 +23,8 @@ IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"
 _SMALLER = "save it smaller: models read a few hundred pixels a side"
 
 
-class UnreadableImage(Exception):
+class UnreadableImage(HintedError):
     """An image or sound file that can't be used; `reason` and `hint` are for the user."""
-
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.hint = hint
 
 
 def inspect_image(path: Path) -> tuple[str, tuple[int, int]]:

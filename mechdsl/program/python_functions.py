@@ -22,7 +22,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 from mechdsl.base.source import Source, Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import HintedError, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import PythonFailed, PythonNotAllowed, PythonNotFound, PythonNotRun
 from mechdsl.program import spec
@@ -452,11 +452,8 @@ def find_function(
         return None, [problem]
 
 
-class _Missing(Exception):
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.hint = hint
+class _Missing(HintedError):
+    """A file without the function that a call names."""
 
 
 class _Refused(Exception):

@@ -20,6 +20,7 @@ from typing import Any, cast, overload
 
 from mechdsl.base.files import load_json
 from mechdsl.base.records import Record
+from mechdsl.base.text import HintedError
 from mechdsl.prompts.values import DataRecord, RowValue
 
 DUPLICATE_COLUMNS = "two columns are called"
@@ -27,13 +28,8 @@ DUPLICATE_COLUMNS = "two columns are called"
 RENAME_COLUMNS_HINT = "give each column a different name"
 
 
-class MalformedData(Exception):
+class MalformedData(HintedError):
     """A file without valid records; `reason` and `hint` are for the user."""
-
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.hint = hint
 
 
 def parse_line(line: str, number: int) -> DataRecord:

@@ -17,7 +17,7 @@ from mechdsl.base.files import UnreadableFile
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.records import Record
 from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun, name_list
+from mechdsl.base.text import HintedError, count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import BadControl
 from mechdsl.diagnostics.names import BadArgument
@@ -1218,11 +1218,9 @@ def _with_one_draw(own: SiteTargets) -> SiteTargets:
     return SiteTargets((DRAW_AXIS, *own.axes), points, labels)
 
 
-class _NoDraws(Exception):
+class _NoDraws(HintedError):
     def __init__(self, reason: str, hint: str, span: Span | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.hint = hint
+        super().__init__(reason, hint)
         self.span = span
 
 

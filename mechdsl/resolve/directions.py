@@ -14,7 +14,7 @@ from typing import TypeVar
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile, inspect_safetensors
 from mechdsl.base.records import Record
-from mechdsl.base.text import count_noun, name_list
+from mechdsl.base.text import HintedError, count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.experiments import BadPick
 from mechdsl.diagnostics.names import BadArgument
@@ -104,14 +104,12 @@ from mechdsl.vocab.sites import SITES
 TrainedT = TypeVar("TrainedT")
 
 
-class DirectionError(Exception):
+class DirectionError(HintedError):
     """Error for an invalid direction, with a hint on what to write instead."""
 
     def __init__(self, node: ast.Node, reason: str, hint: str) -> None:
-        super().__init__(reason)
+        super().__init__(reason, hint)
         self.node = node
-        self.reason = reason
-        self.hint = hint
 
 
 def name_member(name: str, axes: Sequence[Axis], key: AxisIndices) -> str:

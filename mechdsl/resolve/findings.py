@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.records import Record
 from mechdsl.base.source import Span
-from mechdsl.base.text import Percent, name_list
+from mechdsl.base.text import HintedError, Percent, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.experiments import BadPick
 from mechdsl.diagnostics.statistics import PickBySign
@@ -50,13 +50,8 @@ if TYPE_CHECKING:
     from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 
-class PickError(Exception):
+class PickError(HintedError):
     """Error for a pick that isn't possible, with a hint on what to write instead."""
-
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.hint = hint
 
 
 class RankedSite(Record):

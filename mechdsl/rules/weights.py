@@ -13,6 +13,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from mechdsl.base.records import Record
+from mechdsl.base.text import HintedError
 from mechdsl.diagnostics.rules import BadDirection, BadWeights
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
@@ -118,12 +119,8 @@ class _Changes(Record):
     replaces: bool = False
 
 
-class _NotEditable(Exception):
+class _NotEditable(HintedError):
     """Raised with the reason why weights can't be edited, and a fix."""
-
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.reason, self.hint = reason, hint
 
 
 def at_every_token(rule: spec.Rule, work: ExperimentContext) -> spec.Rule:

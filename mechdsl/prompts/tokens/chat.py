@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 from mechdsl.base import limits
 from mechdsl.base.files import load_json
 from mechdsl.base.records import Record
-from mechdsl.base.text import count_noun
+from mechdsl.base.text import HintedError, count_noun
 from mechdsl.images.picture import MARKER
 from mechdsl.prompts.values import RichText, TextSpan, concatenate
 
@@ -36,16 +36,14 @@ class Turn(NamedTuple):
     rich: RichText
 
 
-class ChatProblem(Exception):
+class ChatProblem(HintedError):
     """Turns that the template can't format.
 
     turn: the number of the turn that causes the problem; None if unknown.
     """
 
     def __init__(self, reason: str, hint: str, turn: int | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.hint = hint
+        super().__init__(reason, hint)
         self.turn = turn
 
 
