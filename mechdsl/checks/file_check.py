@@ -201,7 +201,7 @@ class BrokenLines:
         words = self.torn.get(self.block(span))
         if words is None:
             return frozenset()
-        words = words - (RESERVED - AXIS_WORDS)  # `measure` is no misspelt `feature`
+        words = words - (RESERVED - AXIS_WORDS)  # `measure` isn't a misspelt `feature`
         found = {axis for axis in AXIS_WORDS if closest_name(axis, words)}  # even if misspelt
         return frozenset({*found, *(f"to_{axis}" for axis in found), *_POSITION_AXES})
 

@@ -491,7 +491,7 @@ class NoPeft(Diagnostic):
 
 
 class UnknownLabel(HintedDiagnostic):
-    """`class "postive"`, or an answer that is no label of the model."""
+    """`class "postive"`, or an answer that isn't a label of the model."""
 
     code = "E0442"
     depends_on = frozenset({"shape", "rows"})

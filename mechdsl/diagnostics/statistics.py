@@ -60,7 +60,7 @@ class PickBySign(Diagnostic):
 
 
 class UndefinedMeasure(Diagnostic):
-    """A measure that is no number in a row of an unpatched run."""
+    """A measure that isn't a number in a row of an unpatched run."""
 
     code = "E0631"
     title = "`{text}` has no value in {place}"
@@ -72,7 +72,7 @@ class UndefinedMeasure(Diagnostic):
 
 
 class UndefinedCells(Diagnostic):
-    """Cells that have no value, as the measure is no number in some of their rows."""
+    """Cells that have no value, as the measure isn't a number in some of their rows."""
 
     code = "W0762"
     title = "`{text}` has no value in {count} of {cells} cells of `{experiment}`"

@@ -141,7 +141,7 @@ class Unreadable(Diagnostic):
 
 
 class BadPlaceholder(HintedDiagnostic):
-    """What stands between the braces of a text is no expression."""
+    """What stands between the braces of a text isn't an expression."""
 
     code = "E0113"
     title = "{problem}"

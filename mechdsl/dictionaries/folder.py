@@ -297,7 +297,7 @@ def read_dictionary(
         return _read_folder(path, written)
     if path.suffix == ".safetensors":
         return _read_tensors(path, written, transcodes=transcodes)
-    reason = "is no safetensors file" if path.exists() else "does not exist"
+    reason = "isn't a safetensors file" if path.exists() else "does not exist"
     raise UnreadableFile(
         f"`{written}` {reason}",
         "name a folder with `cfg.json` and `sae_weights.safetensors`, or a `.safetensors` file; "
@@ -328,8 +328,9 @@ def _read_folder(path: Path, written: str) -> DictionaryFile:
             f"`{written}` has no `{CONFIG_FILE}`", "copy the whole folder of the dictionary"
         ) from None
     except (OSError, ValueError, AssertionError) as error:
+        no_object = "it isn't a JSON object"
         raise UnreadableFile(
-            f"`{written}/{CONFIG_FILE}` can't be read: {error or 'it is no JSON object'}",
+            f"`{written}/{CONFIG_FILE}` can't be read: {error or no_object}",
             "copy the folder again",
         ) from None
     weights = path / WEIGHT_FILES[layout]

@@ -124,7 +124,7 @@ def fit_standardiser(x: Floats) -> Standardiser:
     """
     rows = check_vectors(x)
     spread = rows.std(axis=0)
-    # The rounding error of a constant far from 0 is no spread.
+    # The rounding error of a constant far from 0 isn't a spread.
     some = spread > np.maximum(CONSTANT_TOLERANCE * np.abs(rows).max(axis=0), 0.0)
     by = np.zeros_like(spread)
     np.divide(1.0, spread, out=by, where=some)

@@ -98,7 +98,7 @@ def decode_image(content: bytes) -> Image:
             raise UnreadableImage(reason, _SMALLER) from None
         except Image.UnidentifiedImageError:
             raise UnreadableImage(
-                f"it is no image of the kinds {known}", "save it as one"
+                f"it isn't an image of the kinds {known}", "save it as one"
             ) from None
         except (OSError, ValueError, SyntaxError, EOFError, TypeError, OverflowError) as error:
             raise UnreadableImage(f"it is damaged ({_line(error)})", "save it again") from None

@@ -192,7 +192,7 @@ def parse_processing(config: Mapping[str, Any]) -> Processing:
         crop = _resize(whole["crop_size"], square=True)[1:]
     resample = whole["resample"]
     if not isinstance(resample, int) or resample not in RESAMPLING_FILTERS:
-        raise UnsupportedProcessor(f"`resample` is {resample!r}, which is no filter of Pillow")
+        raise UnsupportedProcessor(f"`resample` is {resample!r}, which isn't a filter of Pillow")
     scales = whole.get("do_rescale", True)
     normal = whole.get("do_normalize", True)
     return Processing(
@@ -239,7 +239,7 @@ def _number(value: Any, key: str) -> float:
 def _three(value: Any, key: str) -> tuple[float, float, float]:
     values = [value] * 3 if isinstance(value, (int, float)) else value
     if not isinstance(values, (list, tuple)) or len(cast("list[Any]", values)) != 3:
-        raise UnsupportedProcessor(f"`{key}` is no list of three numbers")
+        raise UnsupportedProcessor(f"`{key}` isn't a list of three numbers")
     first, second, third = (_number(each, key) for each in cast("list[Any]", values))
     if key == "image_std" and 0.0 in (first, second, third):
         raise UnsupportedProcessor("a standard deviation of 0 divides by it")

@@ -153,7 +153,7 @@ def _decode(content: bytes) -> tuple[int, Samples]:
             frames, count = file.readframes(file.getnframes()), file.getnframes()
     except (wave.Error, EOFError, RuntimeError, ValueError, OverflowError) as error:
         said = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UnreadableImage(f"it is no WAV file of PCM samples ({said})", _CONVERT) from None
+        raise UnreadableImage(f"it isn't a WAV file of PCM samples ({said})", _CONVERT) from None
     if width != 2:
         raise UnreadableImage(f"its samples have {8 * width} bits, not 16", _CONVERT)
     if not count or len(frames) != 2 * channels * count:

@@ -188,7 +188,7 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
     call, what = statement.source, statement.word
     method = BASIS_METHODS.get(call.name)
     if what in _TRAINED_ONLY and (method is None or method.takes != "training"):
-        reason, hint = f"`{call.span.written}` is no {what}", _TRAINED_ONLY[what]
+        reason, hint = f"`{call.span.written}` isn't a {what}", _TRAINED_ONLY[what]
         scope.diagnostics.append(BadBasis(span=call.span, reason=reason, hint=hint, what=what))
         return None
     if method is None:
@@ -722,7 +722,7 @@ def _reads_rows(call: ast.Call, method: BasisMethod, parts: Definitions) -> bool
 def _check_decoder(call: ast.Call, what: Statement, parts: Definitions, scope: Namespace) -> bool:
     """Whether a training can read the decoder of a dictionary; reports the problem otherwise.
 
-    Codes: E0201 for a name that is no basis, E0207 for options that need prompts, E0342 for other
+    Codes: E0201 for a name that isn't a basis, E0207 for options that need prompts, E0342 for other
     trainers.
     """
     before, inner = len(scope.diagnostics), trainer_call(call)
@@ -759,7 +759,7 @@ def keep_decoders(parts: Definitions, scope: Namespace) -> None:
             if not _has_decoder(of):
                 del parts.bases[name]
                 if seen == [name]:
-                    reason = f"`{of.name}` is no dictionary, so it has no decoder"
+                    reason = f"`{of.name}` isn't a dictionary, so it has no decoder"
                     hint = 'name a basis such as `sae("path/to/sae")` or `fit(sae(…), …)`'
                     scope.diagnostics.append(BadBasis(span=decoder.span, reason=reason, hint=hint))
                 break
@@ -945,7 +945,7 @@ def _objective_problem(call: ast.Call, trainer: Trainer, what: str) -> BadArgume
             return problem
     if not isinstance(trainer, EffectTrainer):
         for name, argument in given.items():
-            reason = f"is no argument of `fit` with `{trainer.name}`, which learns from vectors"
+            reason = f"isn't an argument of `fit` with `{trainer.name}`, which learns from vectors"
             hint = "remove it; `das(…)` is trained on a measure"
             return BadArgument(span=argument.span, name=str(name), reason=reason, hint=hint)
         return None

@@ -415,7 +415,7 @@ class Probe(FittedMethod):
         if classes < 2:
             return f"`{name}` is the same in all rows", "name a value that differs"
         if kind == "ridge" and not numbers:
-            return f"`{name}` is no number", "write `kind: logistic`, for two classes"
+            return f"`{name}` isn't a number", "write `kind: logistic`, for two classes"
         if kind == "logistic" and classes > 2:
             hint = "keep rows of two of them (`where`)" + ", or write `kind: ridge`" * numbers
             return f"`{name}` has {classes} values, not two classes", hint

@@ -457,7 +457,7 @@ def _check(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
             )
         case _:
             hint = f"write how it is made: `{DIRECTION_METHODS['mean_difference'].example}`"
-            _bad(node, "it is no vector", hint, scope)
+            _bad(node, "it isn't a vector", hint, scope)
 
 
 def _is_number(node: ast.Node, parts: Definitions) -> bool:
@@ -468,7 +468,7 @@ def _is_number(node: ast.Node, parts: Definitions) -> bool:
 
 def _number(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
     if not _is_number(node, parts):
-        reason = f"`{node.span.written}` is no number, and directions are multiplied with numbers"
+        reason = f"`{node.span.written}` isn't a number, and directions are multiplied with numbers"
         _bad(node, reason, "write a number, or a `param`: `0.5 * refusal`", scope)
     for part in walk(node):
         if isinstance(part, ast.Name):

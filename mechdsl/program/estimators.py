@@ -525,7 +525,7 @@ class ContextualDecomposition(_GradientTimesChange):
         "an activation function is the function of the irrelevant part, and that of a product is "
         "the product of the irrelevant parts. Norms divide by the size of the whole vector, and "
         "attention has the weights of the base run. Each cell needs a row of two prompts in a "
-        "forward pass, so this is no cheaper than running the cell. Queries, keys, models with "
+        "forward pass, so this isn't cheaper than running the cell. Queries, keys, models with "
         "experts, vision-language models and image classifiers are rejected (E0608)."
     )
     source = "Hsu et al. 2024, arXiv 2407.00886; Murdoch et al. 2018, arXiv 1801.05453"

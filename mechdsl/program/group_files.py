@@ -184,7 +184,7 @@ class _Reader:
         for key in ("source", "target"):
             name = known.get(key)
             if not isinstance(name, str) or name not in self.depths:
-                raise self._error(f"has a link whose `{key}` is no node of the file")
+                raise self._error(f"has a link whose `{key}` isn't a node of the file")
             ends.append(self.depths[name])
         said = f"a link from `{known['source']}` to `{known['target']}`"
         weight = known.get("weight")
@@ -203,7 +203,7 @@ class _Reader:
         name, *members = cast("list[str]", parts)
         for member in members:
             if member not in self.depths:
-                reason = f"has the supernode `{name}` with `{member}`, which is no node of the file"
+                reason = f"has the supernode `{name}` with `{member}`, which isn't one of its nodes"
                 raise self._error(reason)
         features = frozenset(self.features[each] for each in members if each in self.features)
         return name, features, sum(each not in self.features for each in members)

@@ -182,7 +182,7 @@ class OwnTrainer(Trainer):
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if value is None:
-            return f"`{name}` is no constant", f"write a number or a text: `{name}: 8`"
+            return f"`{name}` isn't a constant", f"write a number or a text: `{name}: 8`"
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if name in self.needed_sizes(self.own) and not whole:
             return f"`{name}` is a whole number from 1 on", f"write `{name}: 8`"

@@ -86,7 +86,7 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
 def _suggest_ranked(
     name: str, known: Collection[str], results: Mapping[str, str], parts: Definitions
 ) -> str:
-    """Return the fix for `top n of NAME` with a name that is no experiment."""
+    """Return the fix for `top n of NAME` with a name that isn't an experiment."""
     mask = parts.masks.get(name)
     if name in parts.positions or (mask is not None and mask.chooses_positions):
         hint = f"`{name}` chooses positions, from which `top` doesn't select: "

@@ -300,7 +300,7 @@ def _lower_objective(
     if isinstance(node, ast.Range | ast.Quantity | ast.SiteValue):
         hint = "write a metric: `maximise: logit(answer of fewer)`"
         scope.diagnostics.append(
-            BadArgument(span=node.span, name=node.span.written, reason="is no measure", hint=hint)
+            BadArgument(span=node.span, name=node.span.written, reason="isn't a measure", hint=hint)
         )
         return None
     effect = ast.Name("raw", span=node.span)

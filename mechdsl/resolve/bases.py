@@ -983,7 +983,7 @@ def _named_bases(
             continue
         if name in work.sites.loops:
             span = work.sites.words.get((name, each), node.span)
-            reason, hint = f"`{each}` is no basis", "let the `for` loop over bases only"
+            reason, hint = f"`{each}` isn't a basis", "let the `for` loop over bases only"
             if (name, each) not in work.sites.words:  # a number
                 reason = f"`{name}` is the variable of a `for` over numbers"
                 if name in work.program.bases:
@@ -1297,7 +1297,7 @@ def _check_all_features(
     if _names_all_features(features, bases):
         raise BasisError(
             features,
-            "one number in all features is no vector that the dictionary describes",
+            "one number in all features isn't a vector that the dictionary describes",
             f"name the features: `{rule.verb} … features 3, 12 of {features.of}`; "
             "`ablate … with zero` sets all to 0",
         )
@@ -1570,7 +1570,7 @@ def _fits_saved_groups(
                 continue
             reason = f"the file of `{group.name}` has features of a dictionary with SHA-256 "
             reason += f"{group.dictionary[1][:12]}…, and `{definition.name}` "
-            reason += "is no dictionary" if own is None else f"has {own[:12]}…"
+            reason += "isn't a dictionary" if own is None else f"has {own[:12]}…"
             hint = "name the dictionary that the group was trained with"
             bad = BadBasis(span=group.span, reason=reason, hint=hint, what="group")
             if bad not in work.diagnostics:
@@ -1997,7 +1997,7 @@ def _value_columns(node: ast.Node, sample: FitSample) -> list[list[float]]:
     name = node.id if isinstance(node, ast.Name) else ""
     if name not in rows[0]:
         known = ", ".join(f"`{each}`" for each in rows[0])
-        reason = f"`{node.span.written}` is no site and no value of the rows"
+        reason = f"`{node.span.written}` is neither a site nor a value of the rows"
         raise BasisError(node, reason, f"values are {known}; a site is `resid_post layer 3`")
     every = [row[name] for row in rows]
     if all(isinstance(each, str) for each in every):
@@ -2079,7 +2079,7 @@ def _spanned(
             return None
         use = find_use(family)
         if use is not None:
-            reason = f"`{node.id}` {use.what} and is no direction"
+            reason = f"`{node.id}` {use.what} and isn't a direction"
             raise BasisError(node, reason, use.hint(node.id))
         at = {"layer": point.layer, "head": point.unit}
         key: list[int] = []

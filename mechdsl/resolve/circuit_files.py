@@ -111,7 +111,7 @@ _SIZES = {
 
 
 class NotAnEdge(Exception):
-    """A name that is no edge of a model, and a fix."""
+    """A name that isn't an edge of a model, and a fix."""
 
     def __init__(self, reason: str, hint: str = _EDGES) -> None:
         super().__init__(reason)
@@ -487,7 +487,7 @@ def _point(
     sends = end == "sender"
     if match["embed"] or match["end"]:
         if sends != bool(match["embed"]) or reads:
-            raise NotAnEdge(f"and `{name}` is no {end}")
+            raise NotAnEdge(f"and `{name}` isn't a valid {end}")
         return EMBEDDING if sends else END
     of_graph = match["layer"] is None
     layer = int(match["attention"] or match["mlp"] or match["layer"])
@@ -529,7 +529,7 @@ def _point_in_stack(
         return ENCODER_EMBEDDING
     site = f"{match['part']} {stack}"
     if site not in _NODES_IN_STACK[end]:
-        raise NotAnEdge(f"and `{name}` is no {end}")
+        raise NotAnEdge(f"and `{name}` isn't a valid {end}")
     if match["layer"] is None:
         raise NotAnEdge(f"and `{name}` has no layer")
     layer, layers = int(match["layer"]), shape.others[stack].n_layers

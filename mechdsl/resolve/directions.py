@@ -124,7 +124,7 @@ def name_coordinate(axis: Axis, label: AxisLabel) -> str:
 
 
 class DirectionUse(Record):
-    """The only use of what `direction` names if it is no direction."""
+    """The only use of what `direction` names if it isn't a direction."""
 
     verb: str
     """Of the rule."""
@@ -163,7 +163,7 @@ def combine_families(
         if use is not None:
             raise DirectionError(
                 node,
-                f"`{part.name}` {use.what} and is no direction of a sum",
+                f"`{part.name}` {use.what} and isn't a direction of a sum",
                 f"{use.hint(part.name)}, with a number as `0.5 * {part.name}`",
             )
     axes: dict[str, Axis] = {}
@@ -1006,7 +1006,7 @@ def _check_use(rule: spec.Rule, family: DirectionFamily) -> None:
 
 
 def find_use(family: DirectionFamily) -> DirectionUse | None:
-    """Return the only use of a family whose members are no directions; None for directions."""
+    """Return the only use of a family whose members aren't directions; None for directions."""
     uses = (USES.get(find_vector_role(member.vector)) for member in family.members.values())
     return next((use for use in uses if use is not None), None)
 
@@ -1124,7 +1124,7 @@ def _family(
             return _arithmetic(node, work, within)
         case ast.Number(value=value):
             hint = f"write a direction, as in `{value} * d`; `set SITE to {value}` takes a number"
-            raise DirectionError(node, "a number is no direction", hint)
+            raise DirectionError(node, "a number isn't a direction", hint)
         case _:
             raise DirectionError(
                 node,
@@ -1167,7 +1167,7 @@ def _resolve_looped_family(
         if label not in work.program.directions:
             hint = "let the `for` loop over directions only"
             hint = did_you_mean(label, work.program.directions, hint)
-            raise DirectionError(node, f"`{name}` is also `{label}`, which is no direction", hint)
+            raise DirectionError(node, f"`{name}` is also `{label}`, which isn't a direction", hint)
         count = count_prompt_tokens(label, work.program.directions, work.program.parameters)
         if count is not None:
             hint = f"write a rule with `{label}` itself"
@@ -1274,7 +1274,7 @@ def _arithmetic(
 
 
 def _number(node: ast.Expr, work: ExperimentContext) -> float | None:
-    """Evaluate a number of the file; None if it is no number, or depends on a loop."""
+    """Evaluate a number of the file; None if it isn't a number, or depends on a loop."""
 
     def value(part: ast.Node) -> object:
         return work.program.parameters[getattr(part, "id", "")]

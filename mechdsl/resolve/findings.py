@@ -853,7 +853,7 @@ class FindingPicker:
         """Replace a `for` variable over experiments by the experiment that is its current value.
 
         Raises:
-            PickError: If the variable has no value or its value is no experiment.
+            PickError: If the variable has no value or its value isn't an experiment.
         """
         words = self.called.get(node.of)
         if words is None:

@@ -61,7 +61,7 @@ class SiteOptions(Record):
     sizes: Sequence[int]
     """Number of sets for each pool."""
     itself: int | None
-    """Rank of the cell's own targets, which are no control; None if they can't be drawn."""
+    """Rank of the cell's own targets, which aren't a control; None if they can't be drawn."""
     key: int
     without: str
     """Description of the excluded targets."""

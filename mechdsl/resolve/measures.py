@@ -510,7 +510,7 @@ def _find_decimal(
 
 
 def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
-    """Return the hint for a name that is no metric."""
+    """Return the hint for a name that isn't a metric."""
     rows = context.table.runs["clean"].rows
     if name in context.metrics:
         return f"`{name}` is defined in this file: write it alone, without brackets"

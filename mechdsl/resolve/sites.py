@@ -919,7 +919,7 @@ def _leave_out(targets: SiteTargets, site: ast.Site, context: SiteContext) -> Si
         shown, more = [*without][:LISTED_VALUES], len(without) - LISTED_VALUES
         listed = "; ".join(shown) + (f" and {more:,} more" if more > 0 else "")
         said += f", which leaves no site and no cell for {listed}"
-    # A site that is left out is no cell of a sweep. Without a sweep, the cell writes nothing.
+    # A site that is left out isn't a cell of a sweep. Without a sweep, the cell writes nothing.
     missing = frozenset(key for key, own in points.items() if not own and targets.axes)
     return SiteTargets(axes, points, labels, left_out=said, missing=missing)
 
@@ -1607,7 +1607,7 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
 
 
 def report_unknown_stack(word: ast.Name, context: SiteContext) -> None:
-    """Report E0203 for a word between a component and its axes that is no stack."""
+    """Report E0203 for a word between a component and its axes that isn't a stack."""
     hint = did_you_mean(word.id, STACKS, f"remove `{word.id}`: the axes come next")
     context.diagnostics.append(UnknownWord(span=word.span, kind="stack", word=word.id, hint=hint))
 

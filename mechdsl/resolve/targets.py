@@ -229,7 +229,7 @@ def _reject_edge_place(position: ast.Position, work: ExperimentContext) -> Diagn
     elif any(isinstance(node, ast.Position) and node.and_answer for node in walk(position)):
         what, later = "`and answer`", "name tokens of the prompt"
     elif (name := next(unknown, None)) is not None:
-        reason = "is no `param`, and circuits are outside of every `for`"
+        reason = "isn't a `param`, and circuits are outside of every `for`"
         hint = f"write a number, or define it: `param {name} = 1`"
         return BadLoopValue(span=position.span, name=name, reason=reason, hint=hint)
     else:

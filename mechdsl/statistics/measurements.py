@@ -88,7 +88,7 @@ class MeasureData:
     """Whether the base run is read after replies of patched rows, not after its own prompts."""
     estimator: str = ""
     """The estimator of the effects, such as `gradient_input`; empty if each cell was run. `patched`
-    is then the base run's value plus the estimate, or their value if that is no effect."""
+    is then the base run's value plus the estimate, or their value if that isn't an effect."""
 
     @property
     def called(self) -> str:

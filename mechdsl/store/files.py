@@ -221,7 +221,7 @@ class TensorFile:
         tensor = self._tensors[name]
         begin = row * tensor.row
         if begin + len(data) > tensor.size or len(data) % tensor.row:
-            raise ValueError(f"these are no rows of `{name}`")
+            raise ValueError(f"these aren't rows of `{name}`")
         _write(self._handle, data, self._data + self._begins[name] + begin)
 
 

@@ -114,7 +114,7 @@ def _plain(node: Any) -> str:
         case ast.Not():
             return f"not {format_operand(node.operand, _NOT)}"
         case _:
-            raise TypeError(f"{type(node).__name__} is no expression")
+            raise TypeError(f"{type(node).__name__} isn't an expression")
 
 
 def _inside(node: Any) -> str:
@@ -557,7 +557,7 @@ def _formless(node: Any) -> str:
         case ast.Save():
             return _save(node)
         case _:
-            raise TypeError(f"{type(node).__name__} is no statement")
+            raise TypeError(f"{type(node).__name__} isn't a statement")
 
 
 def _change(node: ast.ChangeLine) -> str:

@@ -147,7 +147,7 @@ class ImageChange(ChangeKind[ast.ChangeLine]):
         return None
 
     def reads(self, change: ast.ChangeLine) -> tuple[ast.Expr, ...]:
-        """Return the amount if it is an expression; the region is no value of the row."""
+        """Return the amount if it is an expression; the region isn't a value of the row."""
         found = self.amount(change)
         return (found,) if isinstance(found, ast.Expr) else ()
 

@@ -565,7 +565,7 @@ class Reply(Record):
     text: str
     """Decoded text including leading and trailing white space, without the stop text."""
     ended: Literal["end", "stop", "length", "broken"]
-    """Why generation ended: end token, stop text, maximum length, or logits that are no numbers."""
+    """Why generation ended: end token, stop text, maximum length, or logits that aren't numbers."""
 
 
 ExpectedTexts = Sequence[tuple[str, ...]]

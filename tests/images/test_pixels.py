@@ -133,10 +133,10 @@ def png(width: int, height: int) -> bytes:
 BYTES = drawn(12, 10)
 PLAIN = Image.fromarray(BYTES)
 REFUSED = {
-    "no image": (b"hello", "it is no image"),
-    "an SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it is no image"),
-    "EPS, which runs code": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "it is no image"),
-    "a TIFF": (saved(PLAIN, "TIFF"), "it is no image"),
+    "no image": (b"hello", "it isn't an image"),
+    "an SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it isn't an image"),
+    "EPS, which runs code": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "it isn't an image"),
+    "a TIFF": (saved(PLAIN, "TIFF"), "it isn't an image"),
     "cut off": (saved(PLAIN)[:-40], "it is damaged"),
     "a JPEG that is cut off": (saved(PLAIN, "JPEG")[:200], "it is"),
     "a bomb": (png(60_000, 60_000), "pixels"),

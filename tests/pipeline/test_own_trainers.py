@@ -340,7 +340,7 @@ CALLS: dict[str, tuple[str, str, str]] = {
     "unknown option": (f'"own.py:TopK", features: {FEATURES}, k: 4, kay: 3', "E0207", "`kay`"),
     "text": ('"own.py:TopK", features: "many", k: 4', "E0342", "`features` is a whole number"),
     "many active": ('"own.py:TopK", features: 3, k: 4', "E0342", "is more than `features: 3`"),
-    "no constant": ('"own.py:TopK", features: 24, k: 4, noise: p', "E0342", "is no constant"),
+    "no constant": ('"own.py:TopK", features: 24, k: 4, noise: p', "E0342", "isn't a constant"),
 }
 MORE = """
 

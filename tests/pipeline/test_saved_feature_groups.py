@@ -163,7 +163,7 @@ def test_features_of_a_basis_that_is_no_dictionary_are_an_error(tmp_path: Path) 
     basis = f"basis f = pca(p, dims: 3) at {SITE} at last token\n"
     error = error_of(tmp_path, basis)
     assert error.code == "E0342"
-    assert "and `f` is no dictionary" in error.message
+    assert "and `f` isn't a dictionary" in error.message
 
 
 @pytest.mark.parametrize(

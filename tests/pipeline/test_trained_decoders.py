@@ -295,7 +295,7 @@ ERRORS: dict[str, tuple[list[str], str, str]] = {
     "no dictionary": (
         ["basis c = pca(p, dims: 2) at resid_post layer 1\n", meta(of="c")],
         "E0342",
-        "`c` is no dictionary",
+        "`c` isn't a dictionary",
     ),
     "rotation": ([BIG, meta(inner="das(dims: 2)")], "E0342", "`das` isn't trained on the decoder"),
     "transcoder": (

@@ -405,7 +405,7 @@ USES: dict[str, tuple[str, str]] = {
     "weights of neurons": ("add r to weights of L1N3", "takes a direction"),
     "unit": (f"add unit(r) to {SITE} at last token", "no direction of a sum"),
     "sum": (f"add r - r to {SITE} at last token", "no direction of a sum"),
-    "basis": (f"ablate {SITE} in basis b at last token with mean", "is no direction"),
+    "basis": (f"ablate {SITE} in basis b at last token with mean", "isn't a direction"),
     "width": (f"add r to {HEAD} at last token", "its width is 20"),
     "pattern": ("add r to pattern layer 1 head 2 at last token", "has no vectors"),
     "neurons": ("add r to mlp_hidden layer 1 neuron 3 at last token", "has no vectors"),

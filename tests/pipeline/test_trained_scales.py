@@ -269,7 +269,7 @@ USES: dict[str, tuple[str, str]] = {
     "clamp": (f"clamp s of {HEAD} at last token to 2", "`clamp` takes a direction"),
     "unit": (f"scale {HEAD} at last token by unit(s)", "no direction of a sum"),
     "sum": (f"scale {HEAD} at last token by s - s", "no direction of a sum"),
-    "basis": (f"ablate {HEAD} in basis b at last token with mean", "is no direction"),
+    "basis": (f"ablate {HEAD} in basis b at last token with mean", "isn't a direction"),
     "width": ("scale resid_post layer 1 at last token by s", "its width is 6"),
     "pattern": ("scale pattern layer 1 head 2 at last token by s", "has no vectors"),
     "neurons": ("scale mlp_hidden layer 1 neuron 3 at last token by s", "has no vectors"),

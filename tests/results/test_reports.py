@@ -697,10 +697,13 @@ def test_zero_width_note_counts_cells_with_equal_rows() -> None:
     patched[5], patched[7] = data.base[0] + 0.5, data.base[0]
     alike = finished(replace(result, measures=(replace(data, patched=patched, effect="delta"),)))
     said = (
-        "2 cells have the same value in all rows: their interval doesn't cover rows with "
+        "2 cells have the same delta in all rows: their interval doesn't cover rows with "
         "other values"
     )
     assert zero_width_note(alike, 0) == said
+    raw = finished(replace(alike, measures=(replace(alike.measures[0], effect="raw"),)))
+    raw_note = zero_width_note(raw, 0)
+    assert raw_note is None or "the same value in all rows" in raw_note
     assert zero_width_note(finished(result), 0) is None, "inert cells aren't tested"
 
 

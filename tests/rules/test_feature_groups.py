@@ -302,7 +302,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "another layer": ({"nodes": [node("0_1_3", layer="1")], "links": []}, "name isn't `LAYER_FEAT"),
     "a node twice": ({"nodes": [*TWO, TWO[0]], "links": []}, "has two nodes `0_1_3`"),
     "a huge number": ({"nodes": [node(f"0_{'9' * 50}_3")], "links": []}, "name isn't `LAYER_"),
-    "an unknown end": ({"nodes": TWO, "links": [link("0_1_3", "1_1_3")]}, "`target` is no node"),
+    "an unknown end": ({"nodes": TWO, "links": [link("0_1_3", "1_1_3")]}, "`target` isn't a node"),
     "NaN": ({"nodes": TWO, "links": [link("0_1_3", "2_2_3", float("nan"))]}, "isn't a finite"),
     "a text as weight": ({"nodes": TWO, "links": [link("0_1_3", "2_2_3", "1")]}, "isn't a finite"),
     "a cycle": (
@@ -316,7 +316,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     ),
     "a supernode of another node": (
         {"nodes": TWO, "links": [], "qParams": {"supernodes": [["a", "0_9_9"]]}},
-        "has the supernode `a` with `0_9_9`, which is no node of the file",
+        "has the supernode `a` with `0_9_9`, which isn't one of its nodes",
     ),
     "no features": ({"nodes": [], "links": []}, "has no features"),
     "an unknown layer": ({"nodes": [node("7_1_3")], "links": []}, "has features of layer 7"),

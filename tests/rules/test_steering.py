@@ -819,7 +819,7 @@ def test_loop_over_directions_equals_an_experiment_per_direction(data: Path) -> 
 @pytest.mark.parametrize(
     ("loop", "said"),
     [
-        ("for v in [final, 3] { add v to RESID }", "is no direction"),
+        ("for v in [final, 3] { add v to RESID }", "isn't a direction"),
         ("for v in [final, d] { add v to RESID }", "sweep different values of `layer`"),
         ("for v in [final, wide] { add v to RESID }", "isn't used like"),
         ("for v in [final, far] { add v to RESID }  add v to RESID", "doesn't contain this rule"),

@@ -400,7 +400,7 @@ class GradientEstimates:
     def of(self, rows: RowTable, base: Sequence[Floats]) -> ReadoutResult:
         """Estimate the measures: the base run's value plus the estimated effect.
 
-        An estimator whose values are no effects gives its value instead.
+        An estimator whose values aren't effects gives its value instead.
 
         Args:
             rows: All requested rows of their prompts.

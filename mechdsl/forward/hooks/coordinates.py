@@ -148,7 +148,7 @@ def count_encoded(system: CoordinateSystem, vectors: Tensor, which: Tensor | Non
 
 
 OTHERS = -1
-"""Number of the node that stands for everything in an MLP that is no other node."""
+"""Number of the node that stands for everything in an MLP that isn't another node."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -285,7 +285,7 @@ def find_map_finding(named: ast.MapOf, work: ExperimentContext) -> Finding | Non
     """Return the results in the named cells of an experiment.
 
     Raises:
-        PickError: If the name is no map.
+        PickError: If the name isn't a map.
     """
     looped = [each.value.id for each in named.cell if isinstance(each.value, ast.Name)]
     loop = next((name for name in (named.of, *looped) if name in work.loops), None)

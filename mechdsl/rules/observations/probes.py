@@ -85,7 +85,7 @@ def resolve_probe(
 
     Args:
         train: Rows to fit on, if they are other rows.
-        kinds: Permitted kinds. If there is only one, `kind` is no option.
+        kinds: Permitted kinds. If there is only one, `kind` isn't an option.
 
     Codes: E0207 and those of values of a row.
     """

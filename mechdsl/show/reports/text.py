@@ -434,7 +434,7 @@ def verification_notes(result: ExperimentResult, measure: int) -> list[str]:
             cells = f"all {count_noun(over.cells, 'other cell')}"
         said.append(f"agreement over {cells}: {_agreement_text(over)}")
     if own.cells >= MIN_CORRELATED and (over is None or own.cells > over.cells):
-        cells = f"all {count_noun(own.cells, 'verified cell')}, which are no random sample"
+        cells = f"all {count_noun(own.cells, 'verified cell')}, which aren't a random sample"
         said.append(f"agreement over {cells}: {_agreement_text(own)}")
     recall = verified.recall
     if recall is not None and over is not None:
@@ -495,8 +495,10 @@ def zero_width_note(result: ExperimentResult, measure: int) -> str | None:
     if not count:
         return None
     cells, their = ("1 cell has", "its") if count == 1 else (f"{count} cells have", "their")
+    what = "value" if data.effect == "raw" else data.effect
     return (
-        f"{cells} the same value in all rows: {their} interval doesn't cover rows with other values"
+        f"{cells} the same {what} in all rows: {their} interval doesn't cover rows with "
+        "other values"
     )
 
 
