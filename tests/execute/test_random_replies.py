@@ -211,7 +211,9 @@ def hold_base(found: ExperimentResult, family: str) -> None:
                 step, at = int(str(each.coords["step"])), found.row_ids.index(row)
                 if more or step > len(reply.ids):
                     continue
-                ids = support.word_tokenizer()(found.replies.prompts[row])["input_ids"]
+                prompt = found.replies.prompts[row]  # that of a chat has its `<s>`
+                special = not prompt.startswith("<s>")
+                ids = support.word_tokenizer()(prompt, add_special_tokens=special)["input_ids"]
                 with torch.no_grad():
                     logits = double(family)(torch.tensor([[*ids, *reply.ids]])).logits[0]
                 log = logits[len(ids) - 1 + step].log_softmax(-1)

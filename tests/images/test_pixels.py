@@ -101,7 +101,7 @@ def test_dinov3_pixels_are_resized_without_rounding(size: tuple[int, int]) -> No
         ({"image_processor_type": "ViTImageProcessor", "image_std": [0.5, 0.0, 1]}, "of 0"),
         ({"image_processor_type": "ViTImageProcessor", "image_mean": [0.5]}, "three numbers"),
         ({"image_processor_type": "ViTImageProcessor", "image_mean": ["a", 1, 1]}, "no number"),
-        ({"image_processor_type": "ViTImageProcessor", "resample": 9}, "no filter"),
+        ({"image_processor_type": "ViTImageProcessor", "resample": 9}, "a filter of Pillow"),
         ({"image_processor_type": "ViTImageProcessor", "rescale_factor": "x"}, "no number"),
     ],
 )
