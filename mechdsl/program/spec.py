@@ -508,7 +508,8 @@ class Rule(Spec):
     drops_error: bool = False
     """In a basis: whether the error, which it doesn't represent, is dropped."""
     read_groups: tuple[tuple[str, str], ...] = ()
-    """In a basis: (name, description of the file) of each group that it names, for conventions."""
+    """In a basis: (name, description of the file) of each group that it names. The description is
+    empty for groups that aren't read from a file."""
     loops: tuple[str, ...] = ()
 
     @property

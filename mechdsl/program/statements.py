@@ -67,7 +67,7 @@ class Statements:
         self.elsewhere: dict[str, spec.ExternalRunSpec] = {}
         """Runs of other blocks and models by name."""
         self.read_groups: dict[Span, tuple[str, str]] = {}
-        """Site that names a group of features of a file → the group, and what was read."""
+        """Site that names a group of coordinates → the group, and what was read from a file."""
         self.unsupported = False
 
     @property
@@ -155,6 +155,7 @@ class Statements:
                 return node
             if node.bare is not None and node.bare.id in groups and node.basis is None:
                 axes = groups[node.bare.id]
+                self.read_groups[node.span] = node.bare.id, ""
                 return replace(node, axes=tuple(replace(own, span=node.span) for own in axes))
             alone = (
                 replace(item, axes=()) if isinstance(item, ast.Site) and is_group(item) else item
@@ -163,7 +164,10 @@ class Statements:
             return replace(node, excluded=tuple(alone)) if node.excluded else node
 
         def is_group(site: ast.Site) -> bool:
-            return len(site.names) == 1 and site.names[0].id in groups
+            if len(site.names) != 1 or site.names[0].id not in groups:
+                return False
+            self.read_groups[site.span] = site.names[0].id, ""
+            return True
 
         return rewrite(statement, change) if groups else statement
 
@@ -329,8 +333,8 @@ def _list_ends(body: ast.Node) -> list[ast.Site]:
 
 
 def read_groups_of(rule: ast.Rule, work: Statements) -> tuple[tuple[str, str], ...]:
-    """Return the groups of features from files that a rule names, also after `except`, and what was
-    read of each."""
+    """Return the groups of coordinates that a rule names, also after `except`, and what was read of
+    each from a file."""
     ends = _list_ends(rule.body)
     named = (work.read_groups.get(node.span) for end in ends for node in (end, *end.excluded))
     return tuple(dict.fromkeys(group for group in named if group is not None))

@@ -6,7 +6,6 @@ controls in every experiment.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, product
@@ -930,12 +929,11 @@ def _find_mask(number: int, rule: ResolvedRule, program: spec.Program) -> _Train
     named = {node.id for node in nodes if isinstance(node, ast.Name)}
     named |= {node.of for node in nodes if isinstance(node, ast.RankedSelection)}
     positions = {node.name for node in nodes if isinstance(node, ast.ChosenTokens)}
-    # The name of a group of coordinates is replaced by these, so it is only in the text.
-    words = set() if rule.basis is None else set(re.findall(r"\w+", parts[0].span.written))
+    of_coordinates = named | {name for name, _ in rule.spec.read_groups}
     for name, mask in program.masks.items():
         if mask.chooses_positions and name in positions:
             return _TrainedRule(number, "positions", (name,))
-        if mask.site.coordinates is not None and name in words:
+        if rule.basis is not None and mask.site.coordinates is not None and name in of_coordinates:
             own = program.groups[name]
             return _TrainedRule(number, "coordinates", (name,), own.choices, own.waits)
         if name in named:

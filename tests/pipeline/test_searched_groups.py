@@ -70,9 +70,9 @@ CASES = {
         ("ablate e_heads at last token with mean", ""),
     ),
     "mlps": (
-        ("greedy mlps up to 1", "ablate mlp_out layer * at last token with zero"),
-        ("mlps", 1, "with: zero", "mlp_out layers *", "last token"),
-        ("ablate e_mlps at last token with zero", ""),
+        ("greedy mlps up to 1", "ablate mlp_out layer * at last token with mean"),
+        ("mlps", 1, "with: mean", "mlp_out layers *", "last token"),
+        ("ablate e_mlps at last token with mean", ""),
     ),
     "neurons": (
         ("greedy neurons up to 2", "ablate mlp_hidden layer 1 neuron 0..7 at last token with mean"),
@@ -87,7 +87,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", some(CASES, ["heads", "patch"]))
+@pytest.mark.parametrize("name", some(CASES, ["heads", "patch", "dims"]))
 def test_searched_group_equals_its_definition(name: str, tmp_path: Path) -> None:
     (search, rule), given, (own_rule, source) = CASES[name]
     path = write(tmp_path, searches(search, rule, "against none", run=source))
