@@ -1117,28 +1117,28 @@ def _check_rule(rule: spec.Rule, found: ResolvedRule, bases: Sequence[PointBases
 def _check_sending_features(
     site: ast.Site, sites: SiteTargets, bases: Sequence[PointBases]
 ) -> None:
-    """Check that the sender of a path is features in the output of one MLP."""
+    """Check that the sender of a path is features in the output of an MLP or of attention."""
     name = site.basis_name
     points = [point for here in sites.points.values() for point in here]
-    other = next((point.site for point in points if point.site != "mlp_out"), None)
+    other = next((point.site for point in points if point.site not in _SENDING_SITES), None)
     operands = [member.operand for here in bases for member in here.values()]
     if not all(isinstance(own, DictionaryFile) for own in operands):
         reason = f"`{name}` isn't a dictionary, and a path starts at features of dictionaries"
         raise BasisError(site, reason, 'use `sae("folder")` or `transcoder("folder")`')
     if other is not None:
-        reason = f"`{name}` describes `{other}`, and a path starts at features of an output that "
-        reason += "it holds: MLPs are held at `mlp_out`, attention at its heads (`z`)"
+        reason = f"`{name}` describes `{other}`, and a path starts at features of the output of an "
+        reason += "MLP or of attention"
         if " " in other:
             reason = f"`{name}` describes `{other}`, and no path starts at features of this stack"
-        hint = "use a dictionary `at mlp_out layer 0`, or name the sender without features: "
-        raise BasisError(site, reason, f"{hint}`path {other} … -> …`")
-    if any(isinstance(own, DictionaryFile) and own.crosses_layers for own in operands):
-        reason = f"the features of `{name}` write to several layers, and a path starts in one"
-        raise BasisError(site, reason, "use a transcoder of one layer")
+        hint = "use a dictionary `at mlp_out layer 0` or `at attn_out layer 0`, or name the sender "
+        raise BasisError(site, reason, f"{hint}without features: `path {other} … -> …`")
     if any(len({point.layer for point in here}) > 1 for here in sites.points.values()):
         reason = "features of several layers start one path"
         raise BasisError(site, reason, "sweep the layers: `mlp_out layer * feature 3 of …`")
 
+
+_SENDING_SITES = ("mlp_out", "attn_out")
+"""Sites of dictionaries whose features can send along a path."""
 
 _RECEIVING_SITES = ("resid_pre", "attn_norm", "resid_mid", "mlp_norm", "mlp_out", "resid_post")
 """Sites of dictionaries whose features can receive the change of a path."""

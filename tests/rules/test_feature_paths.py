@@ -3,9 +3,9 @@ unpadded prompt at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from mechdsl.diagnostics.rendering import render_full
 
 from .circuits import Features
+from .models import double
 from .support import (
     MODES,
     difference,
@@ -36,12 +37,14 @@ from .test_joint_paths import (
     OTHERS,
     Call,
     Change,
+    Edits,
     End,
     OtherRules,
     Tap,
     cells,
     copied,
 )
+from .test_transcoders import CROSS_HOOKS, encode_across, make_cross_layer
 
 FEATURES = 12
 """Features of each dictionary."""
@@ -65,8 +68,10 @@ class Case:
 
     @property
     def basis(self) -> str:
-        """The transcoder `t` or the SAE `f`."""
-        return "t" if " of t " in self.written else "f"
+        """The SAE `f`, the transcoder `t`, the SAE of attention `a` or the cross-layer transcoder
+        `c`."""
+        named = (name for name in "tac" if f" of {name} " in self.written)
+        return next(named, "f")
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -137,6 +142,47 @@ CASES = {
     "transcoder_with_scaled_stream": Case(
         "feature 0..3 of t -> logits", SWEEP[:4], other_rules=OTHERS["the_stream"], first=True
     ),
+    "attention_to_query": Case("feature 3 of a -> q layer 2 heads *", [([3], QUERIES)]),
+    "attention_sweep_to_logits": Case("feature * of a -> logits", SWEEP),
+    "attention_joined": Case(
+        "features 0..6 of a -> attn_norm layer 2",
+        [(range(7), [("attn_norm", 2, None)])], "cue token",
+    ),
+    "attention_through_mlps": Case(
+        "features 0..6 of a -> logits", [(range(7), LOGITS)], more="through mlps"
+    ),
+    "attention_with_frozen_norms": Case(
+        "feature 0..3 of a -> logits", SWEEP[:4], more="with frozen norms"
+    ),
+    "attention_to_query_and_end": Case(
+        "features 0..6 of a -> both", [(range(7), [*QUERIES, *LOGITS])]
+    ),
+    "attention_after_scaled_mlps": Case(
+        "features 0..6 of a -> logits", [(range(7), LOGITS)],
+        other_rules=OTHERS["held_mlps"], first=True,
+    ),
+    "cross_layer_to_query": Case("feature 3 of c -> q layer 2 heads *", [([3], QUERIES)]),
+    "cross_layer_sweep_to_logits": Case("feature * of c -> logits", SWEEP),
+    "cross_layer_joined": Case(
+        "features 0..6 of c -> resid_pre layer 2",
+        [(range(7), [("resid_pre", 2, None)])], "cue token",
+    ),
+    "cross_layer_through_mlps": Case(
+        "features 0..6 of c -> logits", [(range(7), LOGITS)], more="through mlps"
+    ),
+    "cross_layer_with_frozen_norms": Case(
+        "feature 0..3 of c -> logits", SWEEP[:4], more="with frozen norms"
+    ),
+    "cross_layer_to_query_and_end": Case(
+        "features 0..6 of c -> both", [(range(7), [*QUERIES, *LOGITS])]
+    ),
+    "cross_layer_then_scaled_mlps": Case(
+        "features 0..6 of c -> logits", [(range(7), LOGITS)], other_rules=OTHERS["held_mlps"]
+    ),
+    "cross_layer_with_scaled_norm": Case(
+        "features 0..6 of c -> q layer 2 heads *",
+        [(range(7), QUERIES)], other_rules=OTHERS["a_norm"],
+    ),
 }  # fmt: skip
 GROUP = "group both = q layer 2 heads *, logits\n"
 
@@ -145,17 +191,69 @@ def definitions(name: str, kind: str) -> str:
     return (
         f'basis f = sae("{name}_{kind}/sae") at mlp_out layer {LAYER}\n'
         f'basis t = transcoder("{name}_{kind}/of_mlp") at mlp_out layer {LAYER}\n'
+        f'basis a = sae("{name}_{kind}/sae") at attn_out layer {LAYER}\n'
+        f'basis c = transcoder("{name}_{kind}/clt") at mlp_out layer {LAYER}\n'
     )
 
 
-def dictionaries(data: Path, name: str, kind: str) -> dict[str, Features]:
+@dataclass(frozen=True)
+class Across:
+    """Features of a cross-layer transcoder, as they write to a layer."""
+
+    parts: dict[str, Tensor]
+    distance: int
+
+    def encode(self, x: Tensor) -> Tensor:
+        return encode_across(self.parts, x)
+
+    def decode(self, features: Tensor, x: Tensor) -> Tensor:
+        return features @ self.parts["W_dec"][:, self.distance]
+
+
+Sending = Mapping[Tap, Features]
+"""Where features of a basis send."""
+
+
+def dictionaries(data: Path, name: str, kind: str) -> dict[str, Sending]:
     """Write the dictionaries of a model."""
     first, second = write_dictionaries(data, name, kind)
-    return {"f": Features(first, {}), "t": Features(second, {}, "mlp_norm")}
+    width = double(name).config.hidden_size
+    parts = make_cross_layer(data / f"{name}_{kind}", width, CROSS_HOOKS["mlp_norm"], len(LAYERS))
+    across = {
+        ("mlp_out", LAYER + n): Features(Across(parts[LAYER], n), {}, "mlp_norm") for n in range(2)
+    }
+    return {
+        "f": {("mlp_out", LAYER): Features(first, {})},
+        "t": {("mlp_out", LAYER): Features(second, {}, "mlp_norm")},
+        "a": {("attn_out", LAYER): Features(first, {}, "attn_out")},
+        "c": across,
+    }
+
+
+def read_by(own: Features, model: Call, source: Call, rules: Edits) -> tuple[Tensor, Tensor]:
+    """What a dictionary encodes in the base run, with other rules, and in the source run."""
+    after = model.before[own.reads, LAYER].clone()
+    for tap, change in rules:
+        after = change(after) if tap == (own.reads, LAYER) else after
+    return after[:, 0], source.before[own.reads, LAYER][:, 0]
+
+
+def send_features(
+    now: Tensor, *, of: Features, site: str, spots: tuple[Sequence[int], Sequence[int]],
+    which: Sequence[int], share: float | Tensor, read: tuple[Tensor, Tensor],
+) -> Tensor:  # fmt: skip
+    """Add a share of the change of features to a site; `spots` are tokens of both runs."""
+    here, there = spots
+    x = now[here, 0] if of.reads == site else read[0][here]
+    features = of.of.encode(x)
+    changed = features.clone()
+    changed[:, which] = of.of.encode(read[1][there])[:, which]
+    now[here, 0] += share * (of.of.decode(changed, x) - of.of.decode(features, x))
+    return now
 
 
 def patched(
-    name: str, key: str, own: Features, cell: tuple[Sequence[int], Sequence[End]], n: int, *,
+    name: str, key: str, own: Sending, cell: tuple[Sequence[int], Sequence[End]], n: int, *,
     share: float | Tensor = 1.0,
 ) -> Tensor:  # fmt: skip
     """[T, vocab] the logits of a row of one cell, with a share of the senders' change."""
@@ -171,20 +269,11 @@ def patched(
         for site in ("z",) if "through mlps" in case.more else ("z", "mlp_out"):
             vectors = model.before[site, layer]
             held.append(((site, layer), lambda now, vectors=vectors: vectors))
-    after = model.before[own.reads, LAYER].clone()
-    for tap, change in rules:
-        after = change(after) if tap == (own.reads, LAYER) else after
-    given = of.before[own.reads, LAYER][there, 0]
-
-    def send(now: Tensor) -> Tensor:
-        x = now[here, 0] if own.reads == "mlp_out" else after[here, 0]
-        features = own.of.encode(x)
-        changed = features.clone()
-        changed[:, which] = own.of.encode(given)[:, which]
-        now[here, 0] += share * (own.of.decode(changed, x) - own.of.decode(features, x))
-        return now
-
-    sent: list[tuple[Tap, Change]] = [(("mlp_out", LAYER), send)]
+    sent = [
+        (tap, partial(send_features, of=each, site=tap[0], spots=(here, there), which=which,
+                      share=share, read=read_by(each, model, of, rules)))
+        for tap, each in own.items()
+    ]  # fmt: skip
     order = [*held, *rules, *sent] if case.first else [*held, *sent, *rules]
     frozen = model.normed if "frozen" in case.more else None
     sending = case.other_rules(name, base, order, frozen=frozen)
@@ -246,7 +335,6 @@ def test_paths_of_features_equal_plain_hooks(data: Path, name: str, mode: str, k
     ("rule", "code", "reason"),
     [
         ("path feature 3 of r -> logits", "E0342", "describes `resid_post`"),
-        ("path feature 3 of h -> logits", "E0342", "MLPs are held at `mlp_out`, attention at its"),
         ("path resid_post layer 0 in basis q -> logits", "E0342", "isn't a dictionary"),
         ("path mlp_out layer 1 dims 0..3 -> logits", "E0108", "`dims`"),
         ("path feature 3 of f -> mlp_norm layer 1", "E0335", "no path leads"),
@@ -259,7 +347,6 @@ def test_path_that_cannot_start_at_features_is_an_error(
     dictionaries(data, "llama", "standard")
     text = definitions("llama", "standard")
     text += 'basis r = sae("llama_standard/sae") at resid_post layer 1\n'
-    text += 'basis h = sae("llama_standard/sae") at attn_out layer 1\n'
     text += "basis q = pca(p, dims: 3) at resid_post layer 0 at last token\n"
     text += experiment("e", "from longer into clean", f"{rule} at last token")
     result, diagnostics = try_file(text, data, "llama")
