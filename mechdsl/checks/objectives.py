@@ -237,12 +237,7 @@ def _bad_place(span: Span, reason: str, hint: str) -> BadArgument:
 
 
 def _check_encoders(found: ResolvedExperiment) -> Iterator[Diagnostic]:
-    """Yield E0608 for blocks that attend to an image, and for rules in a vision encoder."""
-    if found.model.shape.takes == "attended image":
-        reason = f"the blocks of `{found.model.name}` attend to an image"
-        hint = "choose a model whose blocks read the whole prompt"
-        yield _refuse(found.spec.span, f"`{found.name}`", reason, hint)
-        return
+    """Yield E0608 for rules in a vision encoder."""
     for rule in found.rules:
         if rule.in_vision:
             reason = "it acts in the vision encoder, before the language model"

@@ -1014,9 +1014,10 @@ def _check_unembedding(
         reason = "of a model whose final norm isn't found"
     elif "head_out" in sites and any(block.attn_output_norm for block in blocks):
         reason = "of heads followed by a norm"
+    elif "mlp_hidden" in sites and any(block.taps["mlp_out"].scaled_by for block in blocks):
+        reason = "of neurons followed by a gate"
     elif "mlp_hidden" in sites and any(
-        block.mlp_output_norm or block.down is None or block.taps["mlp_out"].scaled_by
-        for block in blocks
+        block.mlp_output_norm or block.down is None for block in blocks
     ):
         reason = "of neurons followed by a norm"
     elif not ModelUnembedding(model).folds:

@@ -674,6 +674,8 @@ def _check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnosti
 def _check_decoder_measures(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0108 for measures of the prompt, which an encoder doesn't predict, and for noise."""
     own, of = experiment.spec, "of an encoder-decoder"
+    if experiment.model.shape.takes == "attended image":
+        of = _WITH_ATTENDING_BLOCKS
     for measure, said in zip(experiment.measures, own.measures, strict=True):
         takes = {atom.form.takes for atom in measure.atoms}
         if said.at is not None and refers_to_reply(said.at, experiment.table):
@@ -691,17 +693,21 @@ def _check_decoder_measures(experiment: ResolvedExperiment) -> Iterator[Diagnost
 def _check_vision(experiment: ResolvedExperiment, *, attends: bool) -> Iterator[Diagnostic]:
     """Yield E0108 for everything that isn't computed with rules in a vision encoder.
 
-    attends: Whether blocks of the language model attend to the image, so that none of its rules
-        is computed in other combinations either.
+    attends: Whether blocks of the language model attend to the image, so that some of its rules
+        aren't computed in other combinations either.
     """
     own = experiment.spec
-    of = "in a model whose blocks attend to an image" if attends else _WITH_VISION
+    of = _WITH_ATTENDING_BLOCKS if attends else _WITH_VISION
     for rule in experiment.every_rule:
         problem = _check_vision_rule(rule, of, attends=attends)
         if problem is not None:
             yield problem
     if experiment.model.shape.resamples:
         yield from _check_resampled_rules(experiment)
+    if attends and not experiment.in_vision:
+        yield from _check_vision_saves(experiment)
+        return
+    of = _WITH_VISION
     for mask in experiment.masks:
         what = f"the group `{mask.training.definition}`, which is trained, {of}"
         yield NotSupported(span=own.span, what=what, later="name its sites")
@@ -712,16 +718,18 @@ def _check_vision(experiment: ResolvedExperiment, *, attends: bool) -> Iterator[
 
 
 _WITH_VISION = "together with sites in the vision encoder"
+_WITH_ATTENDING_BLOCKS = "in a model whose blocks attend to an image"
 
 
 def _check_vision_saves(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0108 for saved gradients by patches, and for saved vectors of patches if a token of an
     image stands for several."""
-    merged = experiment.model.shape.merged_side != 1
+    shape = experiment.model.shape
+    merged, attends = shape.merged_side != 1, shape.takes == "attended image"
     for save in experiment.saves:
         if all(SITES[point.site].stack != "vision" for point in save.points):
             continue
-        if save.gradient is not None:
+        if save.gradient is not None and not attends:
             what = "`save gradient` by sites in the vision encoder"
             later = "save the gradient by `embed` at the tokens of the image"
         elif merged:
@@ -842,7 +850,9 @@ _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
 _WITH_ATTENDED_IMAGES = _IN_VISION | frozenset((
     "replace block", "allow", "observe entropy", "observe distance", "observe received",
     "observe value", "observe rank", "observe effective_rank", "observe similarity",
-    "observe probe", "observe prediction", "path",
+    "observe probe", "observe prediction", "path", "observe cka", "observe clusters",
+    "observe features", "observe logit_lens", "observe tuned_lens", "observe direct_logit",
+    "observe rank_correlation",
 ))  # fmt: skip
 """Rules and observations in language models whose blocks attend to an image."""
 

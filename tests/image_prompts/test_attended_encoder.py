@@ -337,7 +337,7 @@ ERRORS = {
     "patch resid_post vision layer 3 at photo tokens": "E0302",
     "patch pattern vision layer 0 head 0 at photo tokens": "E0413",
     'save resid_post vision layer 0 of clean at photo row 1 col 2 token to "x.safetensors"\n'
-    "  patch resid_post layer 0 at last token": "E0108",
+    "  patch resid_post vision layer 0 at photo row 1 col 2 token": "E0108",
 }
 
 

@@ -66,7 +66,12 @@ def read(n: int, changed: bool, cell: Cell) -> Tensor:
 
 
 def slope(
-    n: int, cell: Cell, others: Sequence[tuple[Cell, Tensor]] = (), module: Any = None
+    n: int,
+    cell: Cell,
+    others: Sequence[tuple[Cell, Tensor]] = (),
+    module: Any = None,
+    *,
+    changed: bool = True,
 ) -> Tensor:
     """The gradient of the measure by the vectors of a cell.
 
@@ -75,8 +80,10 @@ def slope(
         cell: The cell.
         others: Changes of other cells.
         module: A copy of the bare model in 64 bits.
+        changed: Whether the image and the word are those of the changed run.
     """
-    inputs = given(n, True)
+    inputs = given(n, changed)
+    image = other(n) if changed else n
     if module is not None:
         inputs = {
             key: each.double() if each.is_floating_point() else each for key, each in inputs.items()
@@ -88,7 +95,7 @@ def slope(
         leaf = torch.zeros_like(value)
         for own, by in others:
             with torch.no_grad():
-                put(leaf, own, by, other(n))
+                put(leaf, own, by, image)
         leaves.append(leaf.requires_grad_())
         return value + leaf
 
@@ -101,7 +108,7 @@ def slope(
         (gradient,) = torch.autograd.grad(logits[answer] - logits[wrong], leaves)
     for each in wanted:
         each.requires_grad_()
-    return cell.of(gradient, other(n))
+    return cell.of(gradient, image)
 
 
 def put(into: Tensor, cell: Cell, value: Tensor, image: int) -> None:

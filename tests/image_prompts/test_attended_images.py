@@ -750,34 +750,6 @@ def test_invalid_file_reports_the_code_before_anything_runs(
     assert next(each.code for each in found if each.severity == "error") == code
 
 
-@pytest.mark.parametrize(
-    ("before", "rule", "code", "reason"),
-    [
-        (
-            "direction d = fit(vector, prompts: ask, maximise: logit(answer)) at resid_post layer "
-            "1 at last token\n",
-            "add d to resid_post layer 1 at last token",
-            "E0341",
-            "this training of a model whose blocks attend to an image",
-        ),
-        (
-            "",
-            "observe logit_lens resid_post layer 1 at last token",
-            "E0108",
-            "`observe logit_lens` of `m`",
-        ),
-    ],
-)
-def test_training_or_lens_of_attending_blocks_reports_its_reason(
-    before: str, rule: str, code: str, reason: str
-) -> None:
-    measure = "measure logit(answer) as raw" if "lens" in rule else MEASURE
-    _, found = try_text(before + experiment("e", rule, measure=measure))
-    problem = next(each for each in found if each.severity == "error")
-    assert problem.code == code
-    assert reason in problem.message
-
-
 def test_block_without_an_image_reports_e0455() -> None:
     own = 'prompts ask {\n  x in ["1", "2"]\n  template "{x}"\n  answer " 3"\n  wrong " 4"\n}\n'
     text = experiment("e", "ablate mlp_out layer 0 at last token with zero")

@@ -112,15 +112,43 @@ def test_objective_in_the_vision_encoder_reports_e0608(case: str) -> None:
     assert told in str(raised.value)
 
 
-def test_objective_of_a_model_that_attends_to_images_reports_e0608() -> None:
+def test_objective_of_a_model_that_attends_to_images_equals_autograd() -> None:
+    """At a token of the image that a block attends to."""
     pair = attended.bare(), attended.processor()
     path = attended.folder() / "objective.mech"
     text = PLAIN.replace("layer 1", "layer 0")
     path.write_text(f'mech 1\nmodel m = local("x")\n{attended.BLOCK}\n{text}', encoding="utf-8")
-    with pytest.raises(mechdsl.MechdslError) as raised:
-        mechdsl.objective(path, models={"m": pair}, site="resid_post layer 0", at="last token")
-    assert [each.code for each in raised.value.diagnostics] == ["E0608"]
-    assert "the blocks of `m` attend to an image" in str(raised.value)
+    site = "v cross layer 3 head 1"
+    objective = mechdsl.objective(path, models={"m": pair}, site=site, at=AT)
+    silent = ("model.language_model.layers.0.mlp", False, silence)
+    vectors = (0.5 - objective.start).clone().requires_grad_()
+    values = objective(vectors)
+    (gradient,) = torch.autograd.grad(values.sum(), vectors)
+    for row, n in enumerate(objective.rows):
+        own = vectors.detach()[row, 0].clone().requires_grad_()
+        token = attended.patch(n, 1, 2)
+
+        def write(value: Tensor, own: Tensor = own, token: int = token) -> Tensor:
+            flat = value.flatten(0, -2)
+            there = torch.zeros_like(flat, dtype=torch.bool)
+            there[token, attended.WIDTH : 2 * attended.WIDTH] = True
+            return flat.masked_scatter(there, own).reshape(value.shape)
+
+        module = "model.language_model.layers.3.cross_attn.v_proj"
+        with torch.enable_grad(), attended.hooked([silent, (module, False, write)]):
+            logits = attended.bare()(**attended.inputs(n, n), use_cache=False).logits[0, -1]
+        answer, wrong = (attended.token(str(attended.RECORDS[n][key])) for key in ("n", "m"))
+        due = logits[answer] - logits[wrong]
+        (expected,) = torch.autograd.grad(due, own)
+        effect = float(due.detach()) - attended.difference(n, n)
+        np.testing.assert_allclose(float(values[row].detach()), effect, atol=1e-4)
+        np.testing.assert_allclose(gradient[row, 0], expected, atol=1e-4)
+    assert gradient.abs().max() > 0.01
+
+
+def silence(output: Tensor) -> Tensor:
+    last = torch.arange(output.shape[1])[:, None] == output.shape[1] - 1
+    return torch.where(last, 0, output)
 
 
 @pytest.mark.parametrize("kind", ["objective", "fit"])

@@ -22,6 +22,7 @@ from mechdsl.forward.hooks.model import ENCODED, LoadedModel
 from mechdsl.forward.hooks.module_exchange import BlockStub, replace_forward
 from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
 from mechdsl.forward.packed.packed_pass import run_packed
+from mechdsl.models.anatomy import ATTENDED, TILES
 from mechdsl.models.restart import Shortcuts
 
 MAX_VECTORS = 1024
@@ -155,11 +156,16 @@ class ModelUnembedding:
     @cached_property
     def _batch(self) -> Batch:
         """A row of one token; in an encoder-decoder, one of the decoder, after one of an encoder
-        that doesn't run."""
+        that doesn't run. Blocks that attend to an image get vectors of 0."""
         model = self.model
         own = Batch.of([(0,)], model.pad_id, model.calling.side, model.device)
         if not model.shape.encodes_apart:
             return own
+        if model.shape.takes == "attended image":
+            tiles = torch.ones(1, model.shape.tiles, dtype=torch.long, device=model.device)
+            size = 1, model.shape.attended, model.shape.d_model
+            image = torch.zeros(size, dtype=model.dtype, device=model.device)
+            return replace(own, extra={ATTENDED: image, TILES: tiles})
         width = model.shape.others["encoder"].d_model
         encoded = torch.zeros(1, 1, width, dtype=model.dtype, device=model.device)
         return replace(own, extra={ENCODED: encoded}).after(own)

@@ -265,11 +265,11 @@ def check_unembedding(rule: spec.Rule, work: ExperimentContext, *, decoders: boo
         decoders: Whether the decoder of an encoder-decoder is accepted.
     """
     shape = work.sites.shape
-    reads_text = shape.takes in ("text", "image and text")
+    reads_text = shape.takes in ("text", "image and text", "attended image")
     if shape.stands_in or (shape.task == "tokens" and shape.causal and reads_text):
         return True
     apart = shape.encodes_apart and shape.task == "tokens"
-    if apart and decoders and shape.takes != "attended image":
+    if apart and decoders:
         return True
     assert rule.observed is not None
     reason = "which doesn't predict next tokens"
