@@ -28,7 +28,7 @@ from mechdsl.models.restart import (
 )
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.planner.encoding import encoding_adds, observation_adds, unembedding_adds
-from mechdsl.planner.pass_cost import BlockCost, PassCost
+from mechdsl.planner.pass_cost import BlockCost, PassCost, has_normed_sums
 from mechdsl.planner.plan import (
     BATCH_ROWS,
     ExperimentPlan,
@@ -960,31 +960,85 @@ def _list_inputs(
     return {(receivers.points[to].layer, frozenset(own)) for to, own in sets.items()}
 
 
-def _count_settled_work(
-    graph: CircuitGraph, ends: tuple[EdgeEnds, EdgeEnds], block: BlockCost, shape: ModelShape
+def _count_ablation_work(
+    graph: CircuitGraph,
+    ends: tuple[EdgeEnds, EdgeEnds],
+    block: BlockCost,
+    shape: ModelShape,
+    *,
+    settles: bool,
+    sums_all: bool,
 ) -> int:
-    """Count the multiply-adds per token of the ablation of some edges without those of the nodes
-    that aren't computed, because they give what the ablated edges carry; may be negative."""
+    """Count the multiply-adds per token of the ablation of some edges; may be negative.
+
+    Args:
+        graph: The nodes of the model.
+        ends: The senders and the receivers of the edges.
+        block: The cost of a block.
+        shape: The model.
+        settles: Whether nodes aren't computed that give what ablated edges carry.
+        sums_all: Whether receivers read the sum of what they keep, so that every sender is read.
+    """
     senders, receivers = ends
     columns = np.array([graph.column[_node(each)] for each in senders.points], dtype=np.int64)
     rows = np.array([graph.row[_node(each)] for each in receivers.points], dtype=np.int64)
     kept = graph.before.copy()
     kept[rows[receivers.of_edge], columns[senders.of_edge]] = False
-    filled = np.isin(np.arange(len(graph.senders)), columns)
-    settled = graph.settle(kept, filled)
+    filled = np.isin(np.arange(len(graph.senders)), columns) | sums_all
+    settled = graph.settle(kept, filled) if settles else np.zeros_like(filled)
     heads = np.array([site == "z" for site, _, _ in graph.senders])
     written = settled & filled & (heads | (shape.n_experts == 0))
     left = filled & ~settled
     ablated = (graph.before & ~kept)[:, left]
     due = graph.read_by(~written) & ablated.any(axis=1)
-    summed = int(graph.before[np.ix_(due, left)].sum())
+    normed = has_normed_sums(shape)
+    terms = 1 + (normed & heads[left])  # before a norm, a head and its fill are added
+    before = graph.before[np.ix_(due, left)] @ terms
+    reads = [graph.receivers[n] for n in np.flatnonzero(due)]
+    summed = _count_sums(reads, before, ablated[due], are_repeated=normed)
     separate, replaced = _count_separate_maps(graph, ablated & due[:, None])
-    maps = separate + int((left & heads).sum())
+    maps = separate + (3 if normed else 1) * int((left & heads).sum())
     by_layer = Counter(graph.senders[n][1] for n in np.flatnonzero(written & heads).tolist())
     full = sum(count == unit_count(shape, "z", layer) for layer, count in by_layer.items())
     full += replaced
     saved = int((written & ~heads).sum()) * block.mlp + full * block.project
     return shape.d_model * (summed + maps * shape.d_head) - saved
+
+
+def _count_sums(
+    receivers: Sequence[CircuitNode], before: Ints, ablated: Bools, *, are_repeated: bool
+) -> int:
+    """Count the vectors that are added up for the inputs of receivers. Those of a block's heads
+    are computed once for each distinct set of ablated edges and once without any; that of its MLP
+    begins with these sums.
+
+    Args:
+        receivers: Those with ablated edges.
+        before: [receiver] number of the senders before it.
+        ablated: [receiver, sender] edges.
+        are_repeated: Whether each input, and that without ablated edges, begins with the embedding,
+            because norms follow sums.
+    """
+    rows: dict[int | None, list[int]] = defaultdict(list)
+    for number, (_, layer, _) in enumerate(receivers):
+        rows[layer].append(number)
+    found = 0
+    for own in rows.values():
+        heads = [n for n in own if receivers[n][0] in ("q", "k", "v")]
+        others = [n for n in own if receivers[n][0] not in ("q", "k", "v")]
+        if are_repeated:
+            distinct = {ablated[n].tobytes() for n in heads}
+            found += (2 + len(distinct)) * int(before[heads[0]]) if heads else 0
+            found += sum(2 * int(before[n]) for n in others)
+            continue
+        if not heads:
+            found += sum(1 + int(before[n]) for n in others)
+            continue
+        first = int(before[heads[0]])
+        distinct = {ablated[n].tobytes() for n in own}
+        found += (1 + len(distinct)) * (1 + first)
+        found += sum(int(before[n]) - first for n in others)
+    return found
 
 
 def _count_separate_maps(graph: CircuitGraph, ablated: Bools) -> tuple[int, int]:
@@ -1237,18 +1291,21 @@ class PanelCount:
         key = id(rule), settles
         if key not in self._circuit_adds:
             given, circuit = (self.block, self.shape), rule.rule.circuit
-            features = {} if circuit is None else circuit.features
+            assert circuit is not None
+            if circuit.encoder is not None or circuit.neurons or circuit.features:
+
+                def count(ends: tuple[EdgeEnds, EdgeEnds]) -> int:
+                    split = _count_split_work(ends, circuit.features, *given)
+                    return _count_edge_work(*ends, *given) + split
+            else:
+
+                def count(ends: tuple[EdgeEnds, EdgeEnds]) -> int:
+                    most = 2 * len(ends[0].of_edge) >= len(circuit.every)
+                    how = {"settles": settles, "sums_all": most and rule.rule.does.reads is None}
+                    return _count_ablation_work(self._graph, ends, *given, **how)
+
             self._circuit_adds[key] = np.array(
-                [
-                    [
-                        _count_settled_work(self._graph, ends, *given)
-                        if settles
-                        else _count_edge_work(*ends, *given)
-                        + _count_split_work(ends, features, *given)
-                        for ends in own
-                    ]
-                    for own in rule.edge_ends
-                ]
+                [[count(ends) for ends in own] for own in rule.edge_ends]
                 + [[0] * len(rule.edge_ends[0])]
             )
         return self._circuit_adds[key]

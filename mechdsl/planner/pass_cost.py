@@ -98,6 +98,35 @@ class BlockCost:
         return tokens(work.present), adds
 
 
+_WITHOUT_GATE = frozenset(
+    (
+        *("gpt2", "gpt_neo", "gpt_neox", "gptj", "gpt_bigcode", "codegen", "bloom", "mpt"),
+        *("falcon", "phi", "starcoder2", "nemotron", "bert", "roberta", "distilbert", "electra"),
+    )
+)
+"""Types of models whose MLPs have two matrices, as `model_type` of a config."""
+
+_WITH_GATE = frozenset(
+    (
+        *("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
+        *("phi3", "olmo", "olmo2", "granite", "cohere", "stablelm"),
+    )
+)
+"""Types of models whose MLPs have three matrices."""
+
+
+_WITH_NORMED_SUMS = frozenset(
+    ("gemma2", "gemma3_text", "olmo2", "bert", "roberta", "distilbert", "electra")
+)
+"""Types of models with norms after the sum of the heads or after the stream."""
+
+
+def has_normed_sums(shape: ModelShape) -> bool:
+    """Whether norms follow the output of attention or the stream, as far as the config shows it, so
+    that each receiver of a circuit reads sums that are computed again."""
+    return shape.config.get("model_type") in _WITH_NORMED_SUMS
+
+
 def _has_gate(shape: ModelShape) -> bool:
     """Whether an MLP has three matrices, as far as the config shows it."""
     config = shape.config
@@ -107,6 +136,8 @@ def _has_gate(shape: ModelShape) -> bool:
         return bool(config.get("use_swiglu_ffn"))
     if any(key in config for key in ("encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim")):
         return False
+    if (kind := config.get("model_type")) in _WITHOUT_GATE | _WITH_GATE:
+        return kind in _WITH_GATE
     # An MLP of four widths usually has no gate; MLPs of other sizes do.
     return shape.d_mlp != 4 * shape.d_model
 

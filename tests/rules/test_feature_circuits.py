@@ -355,7 +355,7 @@ def test_plan_counts_the_mlp_of_each_distinct_input_of_features(
     line = f"ablate {rule} at tokens * with other"
     text = edges(data, name, "standard")[0]
     done, planned = count_operations(data, monkeypatch, name, text, line)
-    assert done / 2 < planned < done * 2  # the MLP of this GPT-2 is counted as gated
+    assert done / 1.6 < planned < done * 1.6
 
 
 # --- errors and keys ------------------------------------------------------------------------------

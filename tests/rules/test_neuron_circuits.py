@@ -357,7 +357,7 @@ def test_plan_counts_neurons_of_each_distinct_input(
 ) -> None:
     line = f"ablate {rule} at tokens * with other"
     done, planned = count_operations(data, monkeypatch, name, edges(name)[0], line)
-    assert done / 2 < planned < done * 2  # the MLP of this GPT-2 is counted as gated
+    assert done / 1.6 < planned < done * 1.6
 
 
 # --- errors and keys ------------------------------------------------------------------------------
