@@ -225,7 +225,7 @@ def settings_from_options(
         python: Treatment of Python files; None: that of commands with `--allow-python`.
     """
     from mechdsl.checks.file_check import CheckSettings
-    from mechdsl.pipeline.lazy_builder import build_lazily
+    from mechdsl.pipeline import build_lazily
     from mechdsl.program.python_functions import python_mode
 
     given: dict[str, str] = {}

@@ -54,8 +54,8 @@ from mechdsl.loading.verify.checks import (
     add_vision_edges,
     find_idle_sites,
     retry_with_one_prompt,
+    run_checks,
 )
-from mechdsl.loading.verify.verification import run_checks
 from mechdsl.models.adapter_folder import PROMPT_ADAPTER_REASON, PROMPT_ADAPTERS
 from mechdsl.models.anatomy import Anatomy, Family, find_family
 from mechdsl.models.block import is_norm, is_transposed

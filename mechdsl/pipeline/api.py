@@ -18,7 +18,7 @@ from mechdsl.base.text import dump_json
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.models import NoTokenizer
 from mechdsl.diagnostics.rendering import Diagnostics, MechdslError, warn_diagnostics
-from mechdsl.pipeline.lazy_builder import build_lazily
+from mechdsl.pipeline import build_lazily
 from mechdsl.pipeline.options import (
     dtype_name,
     dtype_problem,

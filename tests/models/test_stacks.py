@@ -23,7 +23,7 @@ from mechdsl.loading.bench import get_image_token
 from mechdsl.loading.loader import adopt_model
 from mechdsl.loading.probe import build_sample
 from mechdsl.loading.verify import checks
-from mechdsl.loading.verify.verification import run_checks
+from mechdsl.loading.verify.checks import run_checks
 from mechdsl.models.anatomy import Family
 from tests.families import build, tables
 from tests.families.parts import Architecture, Stack

@@ -1,4 +1,7 @@
-"""Checks that components add up, writes take effect, and packed passes match full ones."""
+"""Checks that components add up, writes take effect, and packed passes match full ones.
+
+Each check is a function from a `CheckBench` to outcomes; it is registered in the tuple `CHECKS`.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,7 @@ from mechdsl.loading.bench import (
     list_sites,
     write_whole_site,
 )
+from mechdsl.loading.verify.head_checks import check_heads, check_rotary_order
 from mechdsl.models.config import with_edges
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 
@@ -845,3 +849,85 @@ def _compare_packed_rows(bench: CheckBench) -> CheckOutcome:
 
     exact = model.dtype in (torch.float32, torch.float64)
     return bench.equal(PACKED_IDENTITY, pairs(), bench.tolerance / 10 if exact else bench.tolerance)
+
+
+def run_checks(model: LoadedModel, given: Batch, stack: str = "") -> Iterator[CheckOutcome]:
+    """Yield the outcomes of all checks on a stack, in order.
+
+    Later checks rely on earlier ones, so callers stop at the first failure. A language model with
+    images is checked on text; only what images may change is checked on images, because a row with
+    an image has hundreds of tokens.
+
+    Args:
+        given: A batch of two rows.
+        stack: The stack; empty for the main one.
+    """
+    if stack:
+        checks = tuple(check for check in CHECKS if check not in MAIN_STACK_CHECKS)
+        yield from _run_each(CheckBench.of(model, stack, given), checks, f" ({stack})")
+        return
+    seeing = has_images(given)
+    yield from _run_each(
+        CheckBench.of(model, "", build_text_sample(model) if seeing else given), CHECKS, ""
+    )
+    if seeing:
+        yield from _run_each(CheckBench.of(model, "", given), IMAGE_CHECKS, " (with an image)")
+
+
+def _run_each(
+    bench: CheckBench, checks: Sequence[AnatomyCheck], named: str
+) -> Iterator[CheckOutcome]:
+    for check in checks:
+        with torch.inference_mode():
+            outcomes = tuple(check(bench))
+        said = (one for one in outcomes if one.compared)
+        yield from (replace(one, identity=one.identity + named) for one in said)
+
+
+AnatomyCheck = Callable[[CheckBench], Iterator[CheckOutcome]]
+
+CHECKS: tuple[AnatomyCheck, ...] = (
+    check_logits,
+    check_padding,
+    check_causality,
+    check_position_embedding,
+    check_block_order,
+    check_sublayer_sums,
+    check_gains,
+    check_norms_of_sums,
+    check_norm_positions,
+    check_cross_attention,
+    check_final_norm,
+    check_unembedding_order,
+    check_head_sums,
+    check_neuron_sums,
+    check_expert_sums,
+    check_heads,
+    check_rotary_order,
+    check_writes,
+    check_packed_rows,
+    check_attention,
+)
+MAIN_STACK_CHECKS = (
+    check_logits,
+    check_attention,
+    check_padding,
+    check_causality,
+    check_position_embedding,
+    check_packed_rows,
+)
+"""Checks of the model as a whole."""
+IMAGE_CHECKS: tuple[AnatomyCheck, ...] = (
+    check_logits,
+    check_image_merge,
+    check_block_order,
+    check_sublayer_sums,
+    check_gains,
+    check_norms_of_sums,
+    check_norm_positions,
+    check_unembedding_order,
+    check_head_sums,
+    check_neuron_sums,
+    check_packed_rows,
+)
+"""Checks of a language model on prompts with images."""
