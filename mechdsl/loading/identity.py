@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from mechdsl.forward.hooks.model import LoadedModel, list_attention_configs
 from mechdsl.models.folder import json_digest
 from mechdsl.program.code_hashes import CodeHashError, code_digest, hash_module_code, is_installed
-from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 IDENTIFIED_LIBRARIES = ("torch", "transformers", "huggingface_hub", "peft", "accelerate")
 """Packages that are identified by their version and their code in memory."""
@@ -491,13 +490,9 @@ def _list_parts(model: LoadedModel) -> dict[str, Any]:
             tokenizer.hash,
             tokenizer.bos,
             sorted(tokenizer.roles.items()),
-            *_describe_chat(tokenizer),
+            *([] if tokenizer.chat is None else [tokenizer.chat.digest]),
         ],
     }
-
-
-def _describe_chat(tokenizer: TextTokenizer) -> list[str]:
-    return [] if tokenizer.chat is None else [tokenizer.chat.digest]
 
 
 _GENERATION_SETTINGS = ("eos_token_id", "suppress_tokens", "begin_suppress_tokens")

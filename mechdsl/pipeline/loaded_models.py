@@ -32,7 +32,7 @@ from mechdsl.pipeline.options import RunOptions, check_folders
 from mechdsl.planner.passes import check_pass_names
 from mechdsl.program import spec
 from mechdsl.prompts.tokens.tokenizer import TOKENIZER_FILES, has_tokenizer
-from mechdsl.resolve.types import DirectionMember, OutputWeights, ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.types import DirectionMember, OutputWeights, ResolvedRule
 
 
 def load_needed_models(
@@ -61,15 +61,10 @@ def load_needed_models(
         )
     )
     if not has_errors(diagnostics):
-        every = [*checked.experiments, *_only_saving(checked)]
+        every = [*checked.experiments, *(each for each in checked.saving if not each.measures)]
         add_tower_views(every, models)
         diagnostics.extend(check_modules(every, models))
     return (None if has_errors(diagnostics) else models), diagnostics
-
-
-def _only_saving(checked: CheckedFile) -> list[ResolvedExperiment]:
-    """Return the experiments without measures."""
-    return [each for each in checked.saving if not each.measures]
 
 
 def check_options(options: RunOptions) -> list[Diagnostic]:

@@ -242,7 +242,15 @@ def _list_parts(
     saving = next((each for each in results if not each.own and not each.apart), results[0])
     return tuple(
         _part(
-            _variant(whole, each, rules[each.reads], derived, work),
+            whole.model_copy(
+                update={
+                    "variant": each.labels,
+                    "model": each.model,
+                    "source": each.source,
+                    "base": each.base,
+                    **variant_fields(each, rules[each.reads], derived, whole.saves, work),
+                }
+            ),
             part,
             several=len(results) > 1,
             saves=part is saving,
@@ -330,24 +338,6 @@ def _observation(
 ) -> spec.Rule:
     mark_names_used(line, work)
     return lower_observation(line, loops, prompts, work)
-
-
-def _variant(
-    whole: spec.Experiment,
-    variant: Variant,
-    rules: tuple[spec.Rule, ...],
-    derived: tuple[spec.DerivedRun, ...],
-    work: Statements,
-) -> spec.Experiment:
-    return whole.model_copy(
-        update={
-            "variant": variant.labels,
-            "model": variant.model,
-            "source": variant.source,
-            "base": variant.base,
-            **variant_fields(variant, rules, derived, whole.saves, work),
-        }
-    )
 
 
 def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
