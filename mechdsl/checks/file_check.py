@@ -30,6 +30,7 @@ from mechdsl.checks.models import (
 )
 from mechdsl.checks.prompt_tables import FileContexts, StreamedPart
 from mechdsl.checks.trained_groups import (
+    check_held_out_images,
     check_masks,
     check_nodes,
     check_seeds_of_nodes,
@@ -743,8 +744,11 @@ def _resolve_objectives(
         if nodes is not None:
             of_nodes = checked.objectives[nodes.name, model]
             problems += check_nodes(program.masks[name], known.resolved, of_nodes, program)
+        stands_in = known.model.stands_in or known.table.stands_in
+        if name in program.masks and not problems and not stands_in:
+            problems += check_held_out_images(program.masks[name], known.resolved, program)
         checked.diagnostics.extend(problems)
-        if not problems and not (known.model.stands_in or known.table.stands_in):
+        if not problems and not stands_in:
             checked.objectives[name, model] = known.resolved
 
 

@@ -18,6 +18,7 @@ from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.rules import BadBasis
 from mechdsl.program import spec
 from mechdsl.program.directions import fit_rows_of_basis, name_nodes
 from mechdsl.program.spec import SEED_AXIS
@@ -33,6 +34,7 @@ from mechdsl.resolve.trainings import (
     check_node_rows,
     check_training_rows,
     describe_training,
+    explain_shared_images,
     outline_mask,
 )
 from mechdsl.resolve.types import (
@@ -120,6 +122,23 @@ def check_nodes(
     training = outline_mask(circuit, objective, program).training
     problem = check_node_rows(training, objective, nodes.training, of_nodes)
     return [] if problem is None else [problem]
+
+
+def check_held_out_images(
+    definition: spec.Basis, objective: ResolvedExperiment, program: spec.Program
+) -> list[Diagnostic]:
+    """Return E0342 if held-out rows of a group of sites in a vision encoder may have images of
+    training rows.
+
+    Args:
+        definition: The group.
+        objective: Its objective.
+    """
+    problem = explain_shared_images(outline_mask(definition, objective, program).training)
+    if problem is None:
+        return []
+    reason, hint = problem
+    return [BadBasis(span=definition.method.span, reason=reason, hint=hint, what="group")]
 
 
 class FilledGroups(Record):

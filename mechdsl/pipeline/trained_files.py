@@ -220,8 +220,9 @@ def list_training_costs(checked: CheckedFile) -> list[TrainingCost]:
     from mechdsl.planner.training_cost import training_cost
 
     return [
-        training_cost(fit.basis, fit.file, fit.objective, fit.experiment.model.shape)
+        training_cost(fit.basis, fit.file, fit.objective, model.shape, model.tokenizer)
         for fit in fits_of_file(checked).values()
+        for model in [fit.experiment.model]
     ]
 
 

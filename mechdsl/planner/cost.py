@@ -17,6 +17,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.dictionaries.folder import MAX_GATHERED, DictionaryFile
+from mechdsl.images.layouts import PromptPicture
 from mechdsl.models.circuit_graph import CircuitGraph, CircuitNode
 from mechdsl.models.restart import (
     FULL_PASS,
@@ -52,6 +53,7 @@ from mechdsl.planner.rows import (
 )
 from mechdsl.prompts.runs import PromptRun, ReplyPosition, share_beginnings
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.conflicts import QUERIES_AND_KEYS
 from mechdsl.resolve.runs import reads_reply_tokens
 from mechdsl.resolve.types import (
@@ -1124,21 +1126,39 @@ def count_vision_work(experiment: ResolvedExperiment) -> tuple[Ints, Floats]:
         is in it.
     """
     rows = experiment.table.runs[experiment.spec.base].rows
-    tokens_of, adds = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
     if not experiment.in_vision:
-        return tokens_of, adds
-    model, reader = experiment.model.shape, experiment.model.tokenizer
-    shape, patches = model.others["vision"], model.merged_side**2
-    block = BlockCost.of(shape)
-    for number, row in enumerate(rows):
-        for picture in row.pictures.values():  # patches of a tile see each other
-            tiles = max(1, len(picture.expansion.layout.tiles))
-            tokens = sum(picture.expansion.is_image) * patches
-            if model.resamples and isinstance(reader, ImagePromptTokenizer):
-                tokens = reader.encoded_patches(picture.picture.extent) or tokens
-            tokens_of[number] += tokens * shape.n_layers
-            adds[number] += tiles * block.whole(np.array([tokens // tiles])).sum() * shape.n_layers
-    return tokens_of, adds
+        return np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
+    model = experiment.model
+    layers = model.shape.others["vision"].n_layers
+    works = [
+        [count_picture_work(model.shape, model.tokenizer, each) for each in row.pictures.values()]
+        for row in rows
+    ]
+    tokens = np.array([sum(count for count, _ in each) for each in works], dtype=np.int64)
+    adds = np.array([sum(own for _, own in each) for each in works], dtype=np.float64)
+    return tokens * layers, adds * layers
+
+
+def count_picture_work(
+    model: ModelShape, reader: TextTokenizer | None, picture: PromptPicture
+) -> tuple[int, float]:
+    """Return the patches of an image, and the multiply-adds of one block of the vision encoder.
+
+    Args:
+        model: The whole model.
+        reader: Its tokenizer, which knows the patches that a resampler reads.
+        picture: The image.
+    """
+    tiles = max(1, len(picture.expansion.layout.tiles))
+    tokens = sum(picture.expansion.is_image) * model.merged_side**2
+    if model.resamples and isinstance(reader, ImagePromptTokenizer):
+        tokens = reader.encoded_patches(picture.picture.extent) or tokens
+    shape = model.others["vision"]
+    layout = shape.patches
+    if layout is not None and not layout.any_size:  # also margins without a token, class tokens
+        tokens = max(tokens, tiles * layout.tokens)
+    block = BlockCost.of(shape)  # patches of a tile see each other
+    return tokens, tiles * float(block.whole(np.array([tokens // tiles])).sum())
 
 
 def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
@@ -1163,7 +1183,11 @@ def list_fitted_runs(
     found: dict[tuple[int, str | None], tuple[PromptRun, int]] = {}
     for points, samples in fits:
         layers = shape.n_layers
-        stops = [stop_layer(p.site, p.layer, layers) or layers for p in points]
+        # Passes for vectors of patches stop before the language model.
+        stops = [
+            0 if SITES[p.site].stack == "vision" else stop_layer(p.site, p.layer, layers) or layers
+            for p in points
+        ]
         for sample in samples:
             key = id(sample.run.rows), sample.run.model
             before = found.get(key, (sample.run, 0))

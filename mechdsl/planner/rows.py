@@ -126,10 +126,9 @@ class TokenHits:
         tokens: list[tuple[int, ...]] = []
         for cell in cells:
             assert cell.vectors in (1, vectors), "patches at a site of tokens"
-            each = vectors // cell.vectors
-            for row in cell.hits:
+            for row in cell.in_patches(vectors).hits:
                 runs.append(range(len(tokens), len(tokens) + len(row)))
-                tokens += (own if each == 1 else _number_vectors(own, each) for own in row)
+                tokens += row
         return TokenHits(len(cells[0].hits), RaggedColumn.of(runs), RaggedColumn.of(tokens))
 
     def leftmost(self, runs: Ints) -> Ints:
@@ -153,10 +152,6 @@ class TokenHits:
         """Return the run of each row; a single run of a rule serves every alternative."""
         key = position * self.prompts + prompt
         return self.runs.offsets[key] + np.minimum(alternative, self.runs.counts(key) - 1)
-
-
-def _number_vectors(tokens: Iterable[int], each: int) -> tuple[int, ...]:
-    return tuple(token * each + n for token in tokens for n in range(each))
 
 
 NO_TOKENS, NEWEST_TOKEN, ALL_TOKENS = range(3)

@@ -5,7 +5,7 @@ Costs are upper bounds: early stopping ends a training before its last step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TypeAlias
@@ -15,7 +15,13 @@ import numpy as np
 from mechdsl.base.text import count_noun
 from mechdsl.fits.reports import IndependenceReport, MixtureReport
 from mechdsl.models.shape import ModelShape
-from mechdsl.planner.cost import Cost, count_circuit_work, list_fitted_runs, run_cost
+from mechdsl.planner.cost import (
+    Cost,
+    count_circuit_work,
+    count_picture_work,
+    list_fitted_runs,
+    run_cost,
+)
 from mechdsl.planner.pass_cost import PassCost
 from mechdsl.planner.plan import PROMPT_TOKENS
 from mechdsl.program.spec import CLEAN
@@ -30,6 +36,7 @@ from mechdsl.program.trainers import (
     SolvedTrainer,
 )
 from mechdsl.prompts.runs import PositionCell, PromptRun
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.circuits import EdgeGraph
 from mechdsl.resolve.trainings import count_held_out, mask_points, moved_positions
 from mechdsl.resolve.types import (
@@ -104,25 +111,105 @@ class TrainingCost:
 
 
 def training_cost(
-    name: str, made: Declared, objective: ResolvedExperiment | None, shape: ModelShape
+    name: str,
+    made: Declared,
+    objective: ResolvedExperiment | None,
+    shape: ModelShape,
+    reader: TextTokenizer | None = None,
 ) -> TrainingCost:
-    """Return the cost of a training.
+    """Return the cost of a training, with that of the vision encoder for vectors or effects of
+    patches.
 
     Args:
         name: Its name in tables.
         objective: The rows, the rule and the measure of a rotation, vector or mask; None for a
             dictionary, a lens or a probe.
         shape: Sizes of the model that runs the rows.
+        reader: Its tokenizer, which knows the patches that a resampler reads.
     """
+    training, tower = made.training, None
+    if training is not None and _reads_vision(training) and not shape.encodes_apart:
+        tower = _VisionCost.of(training, objective, shape, reader)
     if isinstance(made, TrainedProbe):
-        return _probe_cost(name, made, shape)
+        return _probe_cost(name, made, shape, tower)
     if objective is None:
         assert isinstance(made, OnVectors)
-        return _vectors_cost(name, made, shape)
+        return _vectors_cost(name, made, shape, tower)
     if isinstance(made, TrainedMask) and made.is_scored:
-        cost = _circuit_cost if made.noun == "edge" else _group_cost
-        return cost(name, made, objective, shape)
-    return _effect_cost(name, made, objective, shape)
+        if made.noun == "edge":
+            return _circuit_cost(name, made, objective, shape)
+        return _group_cost(name, made, objective, shape, tower)
+    return _effect_cost(name, made, objective, shape, tower)
+
+
+def _reads_vision(training: Training) -> bool:
+    return any(SITES[point.site].stack == "vision" for point in training.points)
+
+
+@dataclass(frozen=True)
+class _VisionCost:
+    """The cost of the vision encoder in a training on patches."""
+
+    images: Cost
+    """Of all distinct images of the rows, which passes for vectors run."""
+    row: Cost
+    """Of the images of a row, on average: each edited row runs its own."""
+    above: float
+    """Share of the encoder that a gradient passes through down to the lowest site."""
+    saved: int
+    """Numbers of a row that autograd keeps."""
+
+    @staticmethod
+    def of(
+        training: Training,
+        objective: ResolvedExperiment | None,
+        model: ModelShape,
+        reader: TextTokenizer | None,
+    ) -> _VisionCost:
+        """Count the work of a training's rows, in the base run and in the source run."""
+        runs, points = [training.sample.run], training.points
+        if objective is not None:
+            table, points = objective.table, mask_points(objective)
+            runs = [table.runs[n] for n in {objective.spec.base, objective.rules[0].run}]
+        shape, rows = model.others["vision"], [row for run in runs for row in run.rows]
+        seen = {p.picture.content(): p for row in rows for p in row.pictures.values()}
+        work = {n: count_picture_work(model, reader, each) for n, each in seen.items()}
+        per_row = [
+            [work[p.picture.content()] for p in row.pictures.values()] for row in runs[0].rows
+        ]
+        patches = [sum(count for count, _ in each) for each in per_row]
+        above = max(
+            _blocks_above(replace(point, site=SITES[point.site].component), shape)
+            for point in points
+        )
+        return _VisionCost(
+            _encode(shape, work.values()),
+            _times(_encode(shape, chain(*per_row)), 1 / max(1, len(per_row))),
+            above / shape.n_layers,
+            max(patches, default=0) * above * _saved_numbers(shape, max(patches, default=0)),
+        )
+
+    def read(self, share: float) -> Cost:
+        """Return the cost of vectors of a share of the rows."""
+        return replace(_times(self.images, share), forwards=0)
+
+    def run(self, forward: float, back: float) -> Cost:
+        """Return the cost of edited rows.
+
+        Args:
+            forward: Number of rows of forward passes.
+            back: Number of rows of backward passes.
+        """
+        return replace(_times(self.row, forward + back * self.above), forwards=0)
+
+
+def _encode(shape: ModelShape, work: Iterable[tuple[int, float]]) -> Cost:
+    """Return the cost of the blocks of an encoder, from the patches and the multiply-adds of one
+    block on each image."""
+    found = list(work)
+    layers = shape.n_layers
+    tokens, adds = (sum(own) for own in zip(*found, strict=True)) if found else (0, 0.0)
+    return Cost(tokens=int(tokens) * layers, multiply_adds=adds * layers)
 
 
 def count_patches(training: Training, shape: ModelShape) -> int:
@@ -149,6 +236,7 @@ def count_edited_bytes(made: Declared, objective: ResolvedExperiment, shape: Mod
     assert made.training is not None
     sample, point, rule = made.training.sample, made.training.made, objective.rules[0]
     hits = sum(len(token) for row in sample.cell.hits for token in row)
+    hits *= count_patches(made.training, shape)
     numbers = 2 * count_numbers(point, shape)
     fill = None if rule.spec.fill is None else rule.spec.fill.span.written
     if isinstance(made, TrainedMask) and made.noun != "edge" and rule.basis is not None:
@@ -211,7 +299,9 @@ def count_single_rows(sites: int, rows: int, steps: int, batch: int) -> int:
 # --- vectors --------------------------------------------------------------------------------------
 
 
-def _vectors_cost(name: str, made: OnVectors, shape: ModelShape) -> TrainingCost:
+def _vectors_cost(
+    name: str, made: OnVectors, shape: ModelShape, tower: _VisionCost | None
+) -> TrainingCost:
     """Return the cost of vectors, read in chunks, and of the steps on them."""
     training = made.training
     assert training is not None
@@ -236,6 +326,7 @@ def _vectors_cost(name: str, made: OnVectors, shape: ModelShape) -> TrainingCost
     ((run, stop),) = list_fitted_runs([(training.points, (sample,))], shape)
     share = (read + tested) / max(1.0, float(counts.sum()))
     passes = _times(run_cost(shape, run, stop), share)
+    passes += Cost() if tower is None else tower.read(share)
     paired = training.paired
     if paired is not None and paired.sample is not None and paired.shape is not None:
         assert paired.point is not None
@@ -274,7 +365,9 @@ def _decoder_cost(
     return TrainingCost(name, trained, held_out, steps, cost, FLOAT * memory, shape.n_layers)
 
 
-def _probe_cost(name: str, made: TrainedProbe, shape: ModelShape) -> TrainingCost:
+def _probe_cost(
+    name: str, made: TrainedProbe, shape: ModelShape, tower: _VisionCost | None
+) -> TrainingCost:
     """Return the cost of a probe and of its control with shuffled values, which are both solved:
     a singular value decomposition for each site."""
     training = made.training
@@ -283,7 +376,9 @@ def _probe_cost(name: str, made: TrainedProbe, shape: ModelShape) -> TrainingCos
     held_out = count_held_out(training, rows)
     gathered = FLOAT * rows * sum(made.widths)
     ((run, stop),) = list_fitted_runs([(training.inputs, (sample,))], shape)
-    cost = _times(run_cost(shape, run, stop), max(1, -(-gathered // GATHERED_BYTES)))
+    times = max(1, -(-gathered // GATHERED_BYTES))
+    cost = _times(run_cost(shape, run, stop), times)
+    cost += Cost() if tower is None else tower.read(times)
     adds = 2 * SVD_PRODUCTS * rows * sum(width * width for width in made.widths)
     cost += Cost(multiply_adds=adds)
     memory = min(gathered, GATHERED_BYTES) + 4 * FLOAT * rows * max(made.widths)
@@ -368,7 +463,11 @@ def _times(cost: Cost, share: float) -> Cost:
 
 
 def _effect_cost(
-    name: str, made: Declared, objective: ResolvedExperiment, shape: ModelShape
+    name: str,
+    made: Declared,
+    objective: ResolvedExperiment,
+    shape: ModelShape,
+    tower: _VisionCost | None,
 ) -> TrainingCost:
     """Return the cost of steps that run the model forward and backward."""
     training = made.training
@@ -393,6 +492,7 @@ def _effect_cost(
     whole = run_cost(shape, base, None)
     row, circuit = _per_row(whole, base), objective.rules[0].circuit
     hits = sum(len(token) for row in there for token in training.sample.cell.hits[row])
+    hits *= count_patches(training, shape)
     written = hits / max(1, len(there))
     if circuit is not None:
         work = _count_edge_work(training.sample.run, training.sample.cell, circuit, shape)
@@ -414,6 +514,9 @@ def _effect_cost(
     cost = sum(reads, cost)
     longest = int(base.lengths[there].max(initial=1))
     saved = longest * above * shape.depth * _saved_numbers(shape, longest)
+    if tower is not None:
+        cost += tower.read(share) + tower.run(steps * every + measured, steps * every)
+        saved += tower.saved
     saved += 0 if circuit is None else written * _saved_by_edges(circuit, shape)
     memory = vectors + FLOAT * batch * saved
     return TrainingCost(name, rows, held_out, steps, cost, int(memory), shape.n_layers)
@@ -487,7 +590,11 @@ def _circuit_cost(
 
 
 def _group_cost(
-    name: str, made: TrainedMask, objective: ResolvedExperiment, shape: ModelShape
+    name: str,
+    made: TrainedMask,
+    objective: ResolvedExperiment,
+    shape: ModelShape,
+    tower: _VisionCost | None,
 ) -> TrainingCost:
     """Return the cost of scores of nodes or of a search, and of the table of `mechdsl fit`."""
     training, table = made.training, objective.table
@@ -528,6 +635,9 @@ def _group_cost(
     cost = sum((_times(run_cost(shape, run, stop), share) for run in (base, source)), cost)
     longest = int(base.lengths[there].max(initial=1))
     saved = longest * max(above) * shape.depth * _saved_numbers(shape, longest)
+    if tower is not None:
+        cost += tower.read(share) + tower.run(count * rows + measured, count * rows)
+        saved += tower.saved
     memory = vectors + FLOAT * min(batch, rows) * saved
     assumed = "" if made.is_trained else _assume_size(made)
     return TrainingCost(name, rows, held_out, steps, cost, int(memory), shape.n_layers, assumed)
@@ -584,7 +694,9 @@ def _per_row(cost: Cost, run: PromptRun) -> Cost:
 
 
 def _stop(point: SitePoint, shape: ModelShape) -> int:
-    """Return the number of blocks before a site can be read."""
+    """Return the number of blocks of the language model before a site can be read."""
+    if SITES[point.site].stack == "vision":
+        return 0
     found = stop_layer(point.site, point.layer, shape.n_layers)
     return shape.n_layers if found is None else min(found, shape.n_layers)
 

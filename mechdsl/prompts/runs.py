@@ -414,6 +414,17 @@ class PositionCell(Record):
             tuple(dict.fromkeys(each // self.vectors for each in own)) for own in self.hits[row]
         )
 
+    def in_patches(self, count: int) -> PositionCell:
+        """Return the position with hits that count patches, all `count` of each token."""
+        each = count // self.vectors
+        if each == 1:
+            return self
+        hits = tuple(
+            tuple(tuple(hit * each + n for hit in own for n in range(each)) for own in row)
+            for row in self.hits
+        )
+        return replace(self, hits=hits, vectors=count)
+
     def parts(self, row: int, ids: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], ...]:
         """Return the hits of a row as token ids, each with the number of its patch. In images,
         these ids differ between parts and images.

@@ -43,11 +43,10 @@ from mechdsl.program.directions import (
     last_token,
     read_probe_name,
 )
-from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.python_functions import FIT_CALL
 from mechdsl.program.spec import SEED_AXIS, Constant, constant_value
-from mechdsl.program.trainers import EditTrainer, ProbeTrainer, trainer_call
+from mechdsl.program.trainers import EditTrainer, trainer_call
 from mechdsl.program.trainings import SEEDS_DIFFER, SEEDS_HINT
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.runs import PositionCell
@@ -64,6 +63,7 @@ from mechdsl.resolve.trainings import (
     check_training_rows,
     describe_training,
     explain_few_rows,
+    explain_shared_images,
     name_edit_tensors,
     name_probe_map,
     outline_vector,
@@ -296,6 +296,8 @@ def _resolve_trained_family(
         every = outline_vector(own, name, options, sample, point, work.program, work.model)
         vector = every[0]
         _check_rank(call, vector.training, work)
+        if problem := explain_shared_images(vector.training):
+            raise DirectionError(call, *problem)
         text = f"{describe_rows(sample, rows)} at {describe_position(label)}"
         about = check_training(declared, vector, text, work)
         made = f"{about}, at {sites.labels[place]}"
@@ -488,7 +490,7 @@ def resolve_samples(
         DirectionError: For some trainings in a vision encoder.
     """
     if call.name == FIT_CALL and work.side == "image":
-        _check_trainer_in_vision(call, work)
+        _check_trainer_in_vision(call)
     table = work.table if rows.key == "" else work.table.beside.get(rows.key)
     if table is None or table.stands_in or rows.run not in table.runs:
         return None
@@ -514,14 +516,26 @@ TRAINERS_ON_ACTIVATIONS = ("sae", "nmf", "semi_nmf", "ica", "mixture")
 """Trainings that read one activation of each token."""
 
 
-def _check_trainer_in_vision(call: ast.Call, work: ExperimentContext) -> None:
-    """Check that a training in a vision encoder reads activations only. Raises DirectionError."""
-    trains = trainer_call(call).name in TRAINERS_ON_ACTIVATIONS
-    if not trains and not isinstance(find_trainer(trainer_call(call)), ProbeTrainer):
-        known = ", ".join(f"`{name}(…)`" for name in TRAINERS_ON_ACTIVATIONS)
-        reason = f"trainings in the vision encoder are probes, {known}"
-        hint = "train it at `embed`, or compute it, as `mean_difference(…)` does"
-        raise DirectionError(call, reason, hint)
+def _check_trainer_in_vision(call: ast.Call) -> None:
+    """Check that a training writes or reads patches. Raises DirectionError."""
+    name = trainer_call(call).name
+    if name in _NOT_IN_VISION:
+        raise DirectionError(call, *_NOT_IN_VISION[name])
+
+
+_NOT_IN_VISION = {
+    "soft_prompt": (
+        "`soft_prompt(…)` replaces tokens of the prompt, and the vision encoder reads patches",
+        "train it at `embed` at tokens of the image, or train `vector` here",
+    )
+} | dict.fromkeys(
+    ("cca", "sparse_cca"),
+    (
+        "correlations of patches in the vision encoder aren't computed yet",
+        "compute it at `embed`, at tokens of the image",
+    ),
+)
+"""Trainings that aren't possible in a vision encoder → the reason and a hint."""
 
 
 def _names_value(call: ast.Call) -> bool:

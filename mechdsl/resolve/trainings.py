@@ -817,13 +817,17 @@ def chooses_positions(objective: ResolvedExperiment) -> bool:
 
 def paired_cells(objective: ResolvedExperiment) -> list[tuple[PositionCell, PositionCell]]:
     """Return each position of a training: the tokens that it writes in the clean run, and those
-    that it reads in the source run.
+    that it reads in the source run; at sites in a vision encoder, their patches.
 
     Rows that lack one of them have neither. An ablation reads those that it writes.
     """
-    positions = objective.rules[0].positions
-    pairs = positions.written.items()
-    return [(written, positions.read.get(key, written)) for key, written in pairs]
+    rule = objective.rules[0]
+    positions, count = rule.positions, objective.model.shape.merged_side**2
+    count = count if rule.in_vision else 1
+    return [
+        (written.in_patches(count), positions.read.get(key, written).in_patches(count))
+        for key, written in positions.written.items()
+    ]
 
 
 def paired_positions(objective: ResolvedExperiment) -> tuple[PositionCell, PositionCell]:
@@ -863,7 +867,8 @@ def _join(cells: Sequence[PositionCell], label: str) -> PositionCell:
     """Return the tokens of some positions as one position."""
     rows = zip(*(cell.hits for cell in cells), strict=True)
     joined = ([token for hits in row for run in hits for token in run] for row in rows)
-    return PositionCell(label, tuple((tuple(own),) if own else () for own in joined))
+    hits = tuple((tuple(own),) if own else () for own in joined)
+    return PositionCell(label, hits, vectors=cells[0].vectors)
 
 
 def order_places(objective: ResolvedExperiment) -> PlaceOrder:

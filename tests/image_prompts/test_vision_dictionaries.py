@@ -23,7 +23,7 @@ from . import test_resampled_encoder as resampled
 from .reference import Edit
 from .support import experiment, write_data
 from .test_encoder_paths import Place, edited, seen, tower
-from .test_families import ALL, BLOCK, bare, difference, inputs, run_text
+from .test_families import ALL, BLOCK, bare, difference, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 
@@ -166,22 +166,3 @@ def test_held_out_rows_with_images_of_other_rows_are_an_error(tmp_path: Path) ->
     assert "have the same image, so it can't be held out" in str(problem.value)
     path.write_text(whole.replace("{}", "validation: 0%, "), "utf-8")
     assert mechdsl.fit(path, models, store=tmp_path / "store")
-
-
-REJECTED = {
-    "das(dims: 2), prompts: ask, from: changed, maximise: logit(answer)": (
-        "llava_next",
-        "trainings in the vision encoder are probes",
-    ),
-}
-
-
-@pytest.mark.parametrize(("call", "problem"), REJECTED.items())
-def test_training_that_the_encoder_lacks_reports_e0342(call: str, problem: tuple[str, str]) -> None:
-    name, reason = problem
-    text = f"basis b = fit({call}) at resid_post vision layer 0 at photo tokens\n"
-    text += experiment("e", "observe value feature 1 of b at photo tokens", measure="")
-    with pytest.raises(AssertionError) as raised:
-        run_text(name, text)
-    assert "error[E0342]" in str(raised.value)
-    assert reason in " ".join(str(raised.value).split())
