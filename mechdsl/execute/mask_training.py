@@ -105,7 +105,6 @@ from mechdsl.resolve.circuits import (
     PathGraph,
     PlacedGraph,
     has_two_streams,
-    in_stack,
 )
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import (
@@ -128,7 +127,7 @@ from mechdsl.resolve.types import (
     count_numbers,
 )
 from mechdsl.resolve.types import Training as DeclaredTraining
-from mechdsl.vocab.sites import SITES
+from mechdsl.vocab.sites import SITES, in_stack
 
 UNDECIDED = 0.1, 0.9
 """A gate is decided that is chosen with a larger probability, or isn't with a smaller one."""

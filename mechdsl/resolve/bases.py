@@ -130,7 +130,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite
-from mechdsl.vocab.sites import SITES, CoordinateOperation, write_order
+from mechdsl.vocab.sites import SITES, CoordinateOperation, in_stack, write_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -1459,12 +1459,14 @@ def _defined_members(
                 f"`{definition.name}` has no basis for layer {point.layer}",
                 f"it has layers {layers}",
             )
-        if members[key].reads and point.site != "mlp_out":
+        reads = members[key].reads
+        output = in_stack("mlp_out", SITES[reads].stack) if reads else point.site
+        if point.site != output:
             raise BasisError(
                 site,
-                f"`{definition.name}` is a transcoder, which reconstructs `mlp_out`, not "
+                f"`{definition.name}` is a transcoder, which reconstructs `{output}`, not "
                 f"`{point.site}`",
-                f"write `mlp_out layer {point.layer or 0}`",
+                f"write `{output} layer {point.layer or 0}`",
             )
         width = count_numbers(point, work.model.shape)
         if members[key].width != width and not work.model.shape.stands_in:
@@ -1542,7 +1544,7 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
         size = width if stands_in and size == most else size
         made = f"{method.describe(text, options)}, at {sites.labels[key]}"
         made += f"; {count_noun(size, 'coordinate')}"
-        reads = find_encoded_site(what) if isinstance(what, DictionaryFile) else ""
+        reads = find_encoded_site(what, point) if isinstance(what, DictionaryFile) else ""
         made += "" if labels is None else f"; {count_noun(len(labels.texts), 'label')}"
         found[point] = BasisMember(name, call.name, options, what, width, size, made, reads, labels)
     _check_layers(definition, found, work)
@@ -2192,7 +2194,7 @@ def _dictionary(
             reason += ", whose features aren't those of the vectors it writes"
             hint = f'write `transcoder("{written}") at mlp_out layer {point.layer or 0}`'
         raise BasisError(call, reason, hint)
-    shape, reads = work.model.shape, find_encoded_site(file)
+    shape, reads = work.model.shape, find_encoded_site(file, point)
     _check_transcoder(call, file, point, work)
     widths = [(file.width_in, vector_width(shape, reads) if reads else count_numbers(point, shape))]
     widths += [(file.width_out, count_numbers(point, shape))] if reads else []
@@ -2210,12 +2212,17 @@ def _dictionary(
     return file, file.features, text
 
 
-def find_encoded_site(file: DictionaryFile) -> str:
-    """Return the site that a transcoder encodes, by default the MLP's input; "" for others."""
+def find_encoded_site(file: DictionaryFile, point: SitePoint) -> str:
+    """Return the site that a transcoder encodes, by default the MLP's input; "" for others.
+
+    Args:
+        point: The site that it writes to.
+    """
     if not file.transcodes:
         return ""
     named = None if file.hook is None else site_of_hook(file.hook)
-    return named[0] if named is not None and named[0] in ENCODED_SITES else ENCODED_SITES[0]
+    found = named[0] if named is not None and named[0] in ENCODED_SITES else ENCODED_SITES[0]
+    return in_stack(found, SITES[point.site].stack)
 
 
 def _check_transcoder(
@@ -2224,14 +2231,14 @@ def _check_transcoder(
     """Check that a transcoder has the sites that it reads and writes. Raises BasisError."""
     if not file.transcodes:
         return
-    if point.site != "mlp_out":
+    if point.site not in ("mlp_out", "mlp_out vision"):
         of = "an MLP of the decoder" if work.model.shape.encodes_apart else "an MLP"
         raise BasisError(
             call,
             f"a transcoder reconstructs the output of {of}, not `{point.site}`",
             f"write `at mlp_out layer {point.layer or 0}`",
         )
-    reads = SitePoint(find_encoded_site(file), point.layer, None)
+    reads = SitePoint(find_encoded_site(file, point), point.layer, None)
     missing = find_missing_point([reads], work.model.shape, work.model.name, call.span)
     if missing is not None:
         reason = (
@@ -2244,7 +2251,7 @@ def _trained_elsewhere(
     call: ast.Call, file: DictionaryFile, point: SitePoint
 ) -> Iterator[Diagnostic]:
     """Yield W0733 for each recorded hook point that is another site of the stream."""
-    own = SitePoint(find_encoded_site(file) or point.site, point.layer, None)
+    own = SitePoint(find_encoded_site(file, point) or point.site, point.layer, None)
     for hook, read in ((file.hook, own), (file.hook_out, point)):
         named = None if hook is None else site_of_hook(hook)
         same = {(read.site, read.layer)}

@@ -88,7 +88,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.printer import format_position
 from mechdsl.syntax.traversal import number_names, walk
 from mechdsl.vocab.effects import CircuitBaseline
-from mechdsl.vocab.sites import SITES, TokenSide, write_order
+from mechdsl.vocab.sites import SITES, TokenSide, in_stack, write_order
 
 SENDER_WORDS = "`embed`, `L0H1`, `L0.mlp`, `L0N3` or `feature 3 of f`"
 
@@ -1108,11 +1108,6 @@ def keep_baseline(rule: ResolvedRule, which: CircuitBaseline) -> ResolvedRule:
 def has_two_streams(shape: ModelShape) -> bool:
     """Whether circuits have edges in an encoder, and in the decoder that attends to it."""
     return {"encoder", "cross"} <= shape.others.keys()
-
-
-def in_stack(site: str, stack: str) -> str:
-    """Return the name of a site in a stack: `z cross`."""
-    return f"{site} {stack}" if stack else site
 
 
 def list_edges(

@@ -512,10 +512,6 @@ def resolve_samples(
     return {cell.label: FitSample(table, run, cell, targets) for cell in cells}
 
 
-TRAINERS_ON_ACTIVATIONS = ("sae", "nmf", "semi_nmf", "ica", "mixture")
-"""Trainings that read one activation of each token."""
-
-
 def _check_trainer_in_vision(call: ast.Call) -> None:
     """Check that a training writes or reads patches. Raises DirectionError."""
     name = trainer_call(call).name
@@ -527,7 +523,11 @@ _NOT_IN_VISION = {
     "soft_prompt": (
         "`soft_prompt(…)` replaces tokens of the prompt, and the vision encoder reads patches",
         "train it at `embed` at tokens of the image, or train `vector` here",
-    )
+    ),
+    "cross_layer_transcoder": (
+        "features that write to several layers of the vision encoder aren't computed yet",
+        "train `transcoder(…)` at one layer",
+    ),
 } | dict.fromkeys(
     ("cca", "sparse_cca"),
     (

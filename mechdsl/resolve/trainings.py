@@ -78,7 +78,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.printer import format_position
-from mechdsl.vocab.sites import SITES
+from mechdsl.vocab.sites import SITES, in_stack
 
 if TYPE_CHECKING:
     import numpy as np
@@ -409,7 +409,9 @@ def _describe_training(
         layers = range(model.shape.n_layers)
         outputs = tuple(replace(point, layer=layer) for layer in layers)
         point = outputs[0]
-    encoded = replace(point, site=ENCODED_SITES[0]) if transcodes else point
+    encoded = point
+    if transcodes:
+        encoded = replace(point, site=in_stack(ENCODED_SITES[0], SITES[point.site].stack))
     run_by = source.run.model if isinstance(source, FitSample) else None
     name = _name(definition, point.site, point.layer, point.unit, run_by, model.key)
     seed = definition.seed

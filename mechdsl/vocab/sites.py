@@ -487,6 +487,11 @@ _BLOCK_ORDER = 1000
 """Difference of the ranks of equal sites in consecutive blocks of an encoder."""
 
 
+def in_stack(site: str, stack: str) -> str:
+    """Return the name of a site in a stack: `z cross`."""
+    return f"{site} {stack}" if stack else site
+
+
 def stop_layer(name: str, layer: int | None, n_layers: int) -> int | None:
     """Return the number of blocks to run before this site can be read.
 

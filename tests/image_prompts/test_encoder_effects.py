@@ -303,6 +303,11 @@ def test_held_out_rows_with_images_of_other_rows_report_an_error(code: str) -> N
 
 
 REJECTED = {
+    "basis d = fit(cross_layer_transcoder(features: 6, k: 2)": (
+        "steps: 3",
+        f"observe value feature 1 of d at {CELL}",
+        "features that write to several layers of the vision encoder aren't computed yet",
+    ),
     "direction d = fit(soft_prompt(tokens: 1)": (
         MEASURE,
         f"add d to {SITE} at {CELL}",
@@ -320,7 +325,8 @@ REJECTED = {
 def test_training_that_the_encoder_lacks_reports_its_reason(start: str) -> None:
     options, rule, reason = REJECTED[start]
     measure = "" if rule.startswith("observe") else "measure logit(answer) as raw"
-    line = f"{start}, {ROWS}{options}) at {SITE} at {CELL}\n"
+    site = "mlp_out vision layer *" if "layer" in start else SITE
+    line = f"{start}, {ROWS}{options}) at {site} at {CELL}\n"
     [found] = errors_of(line + experiment("e", rule, measure=measure))
     assert found.code in ("E0341", "E0342")
     assert reason in found.message

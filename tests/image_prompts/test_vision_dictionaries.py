@@ -78,15 +78,18 @@ def _under(name: str, n: int, edit: Edit) -> float:
         return difference(bare(name).run(inputs(name, n, other(n))))
 
 
-def record_rows(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The held-out vectors of trainings and those that they learn from, [vector, width] each."""
+def record_rows(monkeypatch: pytest.MonkeyPatch, which: int = 0) -> list[Tensor]:
+    """The held-out vectors of trainings and those that they learn from, [vector, width] each.
+
+    which: 0 for those that are encoded, 1 for those that are reconstructed.
+    """
     given: list[Tensor] = []
     kind: Any = training_vectors.RowVectors
     read = kind._read
 
     def keep(self: Any, rows: Any) -> tuple[Tensor, Tensor]:
         found = read(self, rows)
-        given.append(found[0])
+        given.append(found[which])
         return found
 
     monkeypatch.setattr(kind, "_read", keep)
@@ -166,3 +169,42 @@ def test_held_out_rows_with_images_of_other_rows_are_an_error(tmp_path: Path) ->
     assert "have the same image, so it can't be held out" in str(problem.value)
     path.write_text(whole.replace("{}", "validation: 0%, "), "utf-8")
     assert mechdsl.fit(path, models, store=tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", some(NAMES, ["gemma3"]))
+def test_transcoder_of_patches_reads_the_input_and_writes_the_output_of_an_mlp(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = record_rows(monkeypatch, 1)
+    at, own = "mlp_out vision layer 0", tower(name)
+    text = f"basis b = fit(transcoder(features: 6, k: 2), {OPTIONS}) at {at} at photo tokens\n"
+    text += experiment("patched", "from changed into clean", f"patch feature * of b at {CELL}")
+    text += experiment("read", f"observe value feature * of b at {CELL}", measure="")
+    folder, (rule, observed) = fit_and_run(name, text, tmp_path)
+    before, after = Place("mlp_norm", 0), Place("mlp_out", 0)
+    expected = torch.cat([seen(name, after, n, n)[own.every(n)] for n in ALL])
+    rows = np.array(sorted(torch.cat(given).tolist()))
+    np.testing.assert_allclose(rows, sorted(expected.tolist()), atol=2e-5)
+    stored = load_file(folder / "sae.safetensors")
+    weights = {"W_enc": stored["encoder.weight"].T, "b_enc": stored["encoder.bias"]}
+    weights["b_dec"] = torch.zeros(())  # only added to what is decoded
+
+    def encode(n: int, image: int) -> Tensor:
+        return features(weights, seen(name, before, n, image)[own.cell(image, 1, 2)])
+
+    def run(n: int, feature: int) -> float:
+        change = (encode(n, other(n)) - encode(n, n))[:, feature]
+
+        def edit(value: Tensor) -> Tensor:
+            value[own.cell(n, 1, 2)] += torch.outer(change, stored["W_dec"][feature])
+            return value
+
+        with edited(name, after, edit):
+            return difference(bare(name).run(inputs(name, n, n)))
+
+    for n in ALL:
+        active = encode(n, n).mean(0)
+        np.testing.assert_allclose(observed.measures[0].patched[:, n], active, atol=1e-4)
+        values = [run(n, feature) for feature in range(6)]
+        np.testing.assert_allclose(rule.measures[0].patched[:, n], values, atol=2e-4)
+    assert np.abs(rule.measures[0].patched - rule.measures[0].base).max() > 0.02
