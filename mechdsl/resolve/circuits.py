@@ -472,12 +472,13 @@ def _explain_different_nodes(first: CircuitEdges, second: CircuitEdges) -> str |
 
 
 def _without_empty_classes(tokens: _TokenClasses, work: ExperimentContext) -> _TokenClasses:
-    """Return classes of tokens without that of tokens at no position, if no row has such tokens."""
+    """Return the classes of tokens that some row has."""
     rows = work.table.runs[work.experiment.base].rows
-    found = zip(list_token_places(tokens.places), rows, strict=True)
-    if any(len(own) < len(row.ids) for own, row in found):
-        return tokens
-    return replace(tokens, classes=tuple(own for own in tokens.classes if own))
+    found = list_token_places(tokens.places)
+    there = {at for own in found for at in own.values()}
+    if any(len(own) < len(row.ids) for own, row in zip(found, rows, strict=True)):
+        there.add(frozenset())
+    return replace(tokens, classes=tuple(at for at in tokens.classes if at in there))
 
 
 def _divide_edges(

@@ -844,6 +844,7 @@ _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
     "observe features", "observe rank", "observe effective_rank", "observe similarity",
     "observe cka", "observe probe", "observe prediction",
     "observe logit_lens", "observe tuned_lens", "path", "allow", "replace block",
+    "observe overlap", "observe edge_auroc",
 ))  # fmt: skip
 """Rules and observations that act on the stacks of an encoder-decoder."""
 

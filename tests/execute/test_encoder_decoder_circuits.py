@@ -262,6 +262,44 @@ def test_edges_with_positions_in_both_streams_equal_hooks(family: str, tmp_path:
         np.testing.assert_allclose(found[f"e{n}"].measures[0].patched[0], own, atol=1e-4)
 
 
+@pytest.mark.parametrize("encoded", ["subject tokens", "tokens *"])
+def test_overlap_at_positions_counts_edges_of_both_streams(encoded: str, tmp_path: Path) -> None:
+    """Edges of the encoder at groups of its tokens, edges of the decoder at groups of those."""
+    placed = {**PLACED, "embed encoder -> k cross layers * heads *": encoded}
+    edges = ", ".join(f"{edge} at {placed[edge]}" if edge in placed else edge for edge in SOME)
+    other = ["embed encoder -> k cross layers * heads *", "L2.mlp -> logits"]
+    lines = f"circuit c = {edges}\ncircuit d = {', '.join(other)}\n"
+    lines += "experiment e {\n model m\n prompts p\n observe overlap c with d as both\n}\n"
+    found = ran("t5", lines, tmp_path)["e"]
+    values = {each.label: float(each.patched[0, 0]) for each in found.measures}
+    groups: set[tuple[bool, frozenset[str]]] = set()
+    for record in ROWS:
+        of, last = text(record), len(starts("t5"))
+        every = range(len(of.ids))
+        at = {"subject tokens": of.subject, "token 2": [2], "tokens *": every}
+        for n in every:
+            groups.add((True, frozenset(p for p in {encoded, "token 2"} if n in at[p])))
+        groups |= {(False, frozenset(["last token"] * (n == last - 1))) for n in range(last)}
+
+    def place(edge: Edge, position: str | None) -> set[Any]:
+        encoder = edge[0] == ENCODED or "encoder" in edge[0][0]
+        return {
+            (edge, own)
+            for own in groups
+            if own[0] == encoder and (position is None or position in own[1])
+        }
+
+    def join(names: Collection[str], at: Mapping[str, str]) -> set[Any]:
+        each = (place(edge, at.get(name)) for name in names for edge in SOME[name])
+        return set().union(*each)
+
+    first, second = join(SOME, placed), join(other, {})
+    total = sum(len(place(edge, None)) for edge in list_edges(opened("t5")))
+    assert values["both"] == len(first & second)
+    assert values["both jaccard"] == pytest.approx(len(first & second) / len(first | second))
+    assert values["both expected"] == pytest.approx(len(first) * len(second) / total)
+
+
 def placed_values(
     family: str,
     some: Mapping[str, list[Edge]],
