@@ -929,8 +929,8 @@ NO_EDGES = {
     "z cross layer 0 head 2 -> logits": "`z cross layer 0` has 2 heads",
     "z cross layer 0 -> logits": "`z cross layer 0` has 2 heads",
     "z cross head 0 -> logits": "has no layer",
-    "embed cross -> logits": "`embed cross` is no sender",
-    "embed -> z cross layer 0 head 0": "is no receiver",
+    "embed cross -> logits": "`embed cross` isn't a valid sender",
+    "embed -> z cross layer 0 head 0": "isn't a valid receiver",
     "mlp_out encoder layer 0 head 1 -> v cross layer 0 head 0": "`mlp_out encoder` has no heads",
     "z cross layer 0 head 0 - logits": "which isn't an edge",
 }

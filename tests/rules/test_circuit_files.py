@@ -218,7 +218,7 @@ WRONG_FILES: dict[str, tuple[object, str]] = {
     "no input": ({"edges": ["input->a1.h1"]}, "and `a1.h1` has three inputs: q, k and v"),
     "input of an MLP": ({"edges": ["input->m1<q>"]}, "and `m1` has one input"),
     "sends an input": ({"edges": ["L0H1.q -> logits"]}, "and `L0H1.q` is an input"),
-    "logits send": ({"edges": ["logits->m1"]}, "and `logits` is no sender"),
+    "logits send": ({"edges": ["logits->m1"]}, "and `logits` isn't a valid sender"),
     "backwards": ({"edges": ["m1->a0.h1<q>"]}, "but the receiver reads before or at the sender"),
     "empty": (graph("llama", ()), "has no edge in the circuit"),
     "no edges": ({"cfg": {}}, "has no circuit: `edges` maps names to `score` and `in_graph`"),
