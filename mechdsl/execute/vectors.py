@@ -270,13 +270,11 @@ class FittedDirections:
             mode: The write to the layer of the features.
             layer: That layer.
         """
-        system = mode.system
-        if not isinstance(system, Dictionary) or system.file.decoders is None:
-            return {}
         if mode not in self._later:
+            systems = list_later_decoders(mode.system, layer)
             self._later[mode] = {
-                layer + n: replace(mode, system=LaterDecoder(system, n), reads_layer=layer)
-                for n in range(1, system.file.written_layers)
+                later: replace(mode, system=own, reads_layer=layer)
+                for later, own in systems.items()
             }
         return self._later[mode]
 
@@ -297,6 +295,20 @@ class FittedDirections:
         """Norms by name, except those of edits."""
         vectors = self.vectors.items()
         return {name: float(vector.norm()) for name, vector in vectors if vector.ndim == 1}
+
+
+def list_later_decoders(system: CoordinateSystem, layer: int) -> dict[int, CoordinateSystem]:
+    """Return the bases that decode features at the layers after theirs, by layer; none but for
+    features of a cross-layer transcoder.
+
+    Args:
+        system: Their basis.
+        layer: Their layer.
+    """
+    if not isinstance(system, Dictionary) or system.file.decoders is None:
+        return {}
+    count = system.file.written_layers
+    return {layer + n: LaterDecoder(system, n) for n in range(1, count)}
 
 
 def _has_decoders(member: BasisMember) -> bool:

@@ -85,6 +85,11 @@ class HeldSublayers:
     )
     """By stack and layer, [row] whether neurons there are senders: each neuron is held instead of
     the output of the MLP."""
+    attention: Mapping[tuple[str, int | None], NDArray[np.bool_]] = field(
+        default_factory=dict[tuple[str, int | None], NDArray[np.bool_]]
+    )
+    """By stack and layer, [row] whether the output of attention is held instead of its heads, so
+    that its value before that can be read."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -434,7 +434,7 @@ def resolve_rule(
             bases.append(members)
         if not looks:
             _check_rule(rule, found, bases)
-            bases = [_with_decoders(rule, found.sites, points, work) for points in bases]
+            bases = [_with_decoders(rule.site, rule, found.sites, each, work) for each in bases]
         _check_separable(rule.site, bases, "read" if looks else "change")
         _check_all_features(rule, features, bases)
         _check_bases(rule, found, bases)
@@ -1140,7 +1140,9 @@ def _check_sending_features(
 _SENDING_SITES = ("mlp_out", "attn_out")
 """Sites of dictionaries whose features can send along a path."""
 
-_RECEIVING_SITES = ("resid_pre", "attn_norm", "resid_mid", "mlp_norm", "mlp_out", "resid_post")
+_RECEIVING_SITES = (
+    *("resid_pre", "attn_norm", "attn_out", "resid_mid", "mlp_norm", "mlp_out", "resid_post"),
+)
 """Sites of dictionaries whose features can receive the change of a path."""
 
 
@@ -1172,6 +1174,7 @@ def resolve_receiving_features(
         if members is None:
             return None
         _check_receiving_features(site, written, members)
+        members = _with_decoders(site, None, written, members, work)
         own, sweep, coordinates, empty = _coordinates(site, members, work)
         if empty:
             raise BasisError(site, *_NO_FEATURE)
@@ -1198,17 +1201,10 @@ def _check_receiving_features(site: ast.Site, written: SiteTargets, members: Poi
         reason = f"`{name}` isn't a dictionary, and a path ends at features of a dictionary"
         raise BasisError(site, reason, 'use `sae("folder")` or `transcoder("folder")`')
     if other is not None:
-        reason = f"`{name}` describes `{other}`, "
+        reason = f"`{name}` describes `{other}`, and a path ends at features of an output of "
+        reason += "attention or an MLP, of what they read, or of the residual stream"
         hint = "name the receiver without features: `path … -> q layer 2 head 0`"
-        if SITES[other].component == "attn_out":
-            reason += "the sum of heads that a path holds"
-            hint = "use a dictionary `at mlp_out layer 0` or `at resid_post layer 0`"
-        else:
-            reason += "and a path ends at features of an MLP's output or of the residual stream"
         raise BasisError(site, reason, hint)
-    if any(isinstance(own, DictionaryFile) and own.crosses_layers for own in operands):
-        reason = f"the features of `{name}` write to several layers, and a path ends in one layer"
-        raise BasisError(site, reason, "use a transcoder of one layer")
     _check_separable(site, [members], "change")
 
 
@@ -1235,9 +1231,17 @@ _OF_ONE_LAYER: Mapping[str, str] = {
 
 
 def _with_decoders(
-    rule: spec.Rule, sites: SiteTargets, bases: PointBases, work: ExperimentContext
+    site: ast.Site,
+    rule: spec.Rule | None,
+    sites: SiteTargets,
+    bases: PointBases,
+    work: ExperimentContext,
 ) -> PointBases:
     """Add the decoders of cross-layer transcoders, whose features write to all later layers.
+
+    Args:
+        site: The site with the features.
+        rule: The rule that changes them; None for the receivers of a path.
 
     Raises BasisError.
     """
@@ -1248,39 +1252,44 @@ def _with_decoders(
         if not isinstance(own, DictionaryFile) or not own.crosses_layers:
             continue
         for layer in layers if key is None else {key[0] or 0}:
-            found[key] = _with_decoder(rule, member, own, layer, work)
+            found[key] = _with_decoder(site, rule, member, own, layer, work)
     return found
 
 
 def _with_decoder(
-    rule: spec.Rule, member: BasisMember, own: DictionaryFile, layer: int, work: ExperimentContext
+    site: ast.Site,
+    rule: spec.Rule | None,
+    member: BasisMember,
+    own: DictionaryFile,
+    layer: int,
+    work: ExperimentContext,
 ) -> BasisMember:
     shape = work.model.shape
-    assert rule.site is not None
-    word = "exchange" if rule.exchanged is not None else rule.verb
     name = member.name.partition("[")[0]
-    reason = _OF_ONE_LAYER.get(word, "")
-    if word == "set" and not is_reconstruction(rule.fill):
-        reason = ""
-    if rule.drops_error:
-        reason = "the error of an MLP's output depends on the features of all layers"
+    reason = ""
+    if rule is not None:
+        word = "exchange" if rule.exchanged is not None else rule.verb
+        is_number = word == "set" and not is_reconstruction(rule.fill)
+        reason = "" if is_number else _OF_ONE_LAYER.get(word, "")
+        if rule.drops_error:
+            reason = "the error of an MLP's output depends on the features of all layers"
     if reason:
         hint = f"change named features: `clamp mlp_out layer 0 feature 3 of {name} at … to 2`"
-        raise BasisError(rule.site, f"`{name}` is a cross-layer transcoder, and {reason}", hint)
+        raise BasisError(site, f"`{name}` is a cross-layer transcoder, and {reason}", hint)
     where = site_of_hook(own.hook or "")
     if where is not None and where[1] != layer:
         reason = f"its features are those of layer {where[1]}, and the rule writes layer {layer}"
-        raise BasisError(rule.site, reason, f"write `mlp_out layer {where[1]}`")
+        raise BasisError(site, reason, f"write `mlp_out layer {where[1]}`")
     lacking = next((n for n in range(layer, shape.n_layers) if not shape.has("mlp_out", n)), None)
     if lacking is not None:
         reason = f"`{name}` writes to the MLPs of all later layers, and layer {lacking} has none"
-        raise BasisError(rule.site, reason, "use a transcoder of one layer")
+        raise BasisError(site, reason, "use a transcoder of one layer")
     if isinstance(own, TrainedDictionary) and not own.is_trained:
         return member
     try:
         decoders = read_cross_decoder(own, layer, shape.n_layers)
     except UnreadableFile as problem:
-        raise BasisError(rule.site, problem.reason, problem.hint) from problem
+        raise BasisError(site, problem.reason, problem.hint) from problem
     return replace(member, operand=own.with_decoders(decoders))
 
 

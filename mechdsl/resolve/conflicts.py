@@ -36,7 +36,7 @@ from mechdsl.resolve.types import (
     ResolvedSave,
     SitePoint,
     SiteTargets,
-    is_neuron,
+    find_inner_sender,
     name_neurons,
 )
 from mechdsl.syntax import ast
@@ -453,13 +453,13 @@ def _adds_up(senders: Sequence[SitePoint], path: PathTargets) -> bool:
 
 
 def _find_computed_output(senders: SiteTargets, path: PathTargets) -> SitePoint | None:
-    """Return a receiver whose features are computed from the output of an MLP whose neurons send in
-    some cell: one pass, with the senders of all cells, serves all cells."""
+    """Return a receiver whose features are computed from the output of an MLP or attention whose
+    neurons or heads send in some cell: one pass, with the senders of all cells, serves all."""
     if path.basis is None:
         return None
-    layers = {point.layer for here in senders.points.values() for point in here if is_neuron(point)}
+    points = [point for here in senders.points.values() for point in here]
     ends = (path.reads(point) for here in path.receivers.points.values() for point in here)
-    return next((end for end in ends if end.site == "mlp_out" and end.layer in layers), None)
+    return next((end for end in ends if find_inner_sender(points, end)), None)
 
 
 def _of_path(
@@ -485,10 +485,11 @@ def _of_path(
     computed = _find_computed_output(rule.sites, path)
     if computed is not None:
         assert path.basis is not None
-        reason = f"neurons of layer {computed.layer} are senders, too, and held in the pass with "
-        reason += "gradients, so their MLP doesn't compute the output that "
+        what, module = ("neurons", "MLP") if computed.site == "mlp_out" else ("heads", "attention")
+        reason = f"{what} of layer {computed.layer} are senders, too, and held in the pass with "
+        reason += f"gradients, so the {module} doesn't compute the output that "
         reason += f"`{path.basis.definition}` encodes"
-        hint = f"name senders without neurons of layer {computed.layer}"
+        hint = f"name senders without {what} of layer {computed.layer}"
         yield _no_estimate(said, own.receiver.span, "these receivers", reason, hint)
     if not all(_adds_up(here, path) for here in rule.sites.points.values()):
         what, reason = "these senders together", "the value of one replaces the change of another"
@@ -1045,8 +1046,8 @@ def check_cross_layer_rules(experiment: ResolvedExperiment) -> Iterator[Diagnost
     together with a circuit or with replaced blocks."""
     runs = [experiment, *experiment.derived.values()]
     rules = [rule for run in runs for rule in run.rules]
-    writing = (rule for rule in rules if rule.does.changes == "sites" and rule.basis is not None)
-    written = next((each for each in writing if each.basis and each.basis.crosses_layers), None)
+    writing = (rule for rule in rules if rule.does.changes == "sites")
+    written = next((r for r in writing if any(own.crosses_layers for own in r.bases)), None)
     if written is None:
         return
     other = ""

@@ -1426,6 +1426,13 @@ def is_neuron(node: SitePoint) -> bool:
     return SITES[node.site].component == "mlp_hidden"
 
 
+def find_inner_sender(senders: Iterable[SitePoint], output: SitePoint) -> SitePoint | None:
+    """Return a sender among the neurons of an MLP or the heads of attention with this output."""
+    unit = {"mlp_out": "neuron", "attn_out": "head"}.get(output.site)
+    own = (point for point in senders if point.layer == output.layer)
+    return next((p for p in own if unit is not None and SITES[p.site].unit == unit), None)
+
+
 def name_neurons(mlp: SitePoint) -> SiteLayer:
     """Return the site and layer of an MLP's neurons."""
     stack = SITES[mlp.site].stack

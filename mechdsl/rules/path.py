@@ -28,7 +28,7 @@ from mechdsl.resolve.types import (
     ResolvedRule,
     SitePoint,
     SiteTargets,
-    is_neuron,
+    find_inner_sender,
     precedes,
     select_reached,
 )
@@ -298,20 +298,20 @@ def _check_held_neurons(
     basis: BasisTargets,
     work: ExperimentContext,
 ) -> bool:
-    """Report E0334 for senders among the neurons of the MLP whose output features are computed
-    from: neurons that don't send are held there, so the MLP can't compute it."""
+    """Report E0334 for senders among the neurons or heads whose output features are computed from:
+    those that don't send are held there, so the output isn't computed."""
     assert rule.receiver is not None
     computed = {point for here in receivers.points.values() for point in here}
-    computed = {p for p in computed if p.site == "mlp_out" and not basis.at(p).reads}
+    computed = {p for p in computed if not basis.at(p).reads}
     for of, to in _cells(senders, receivers):
-        layers = {point.layer for point in of if is_neuron(point)}
-        late = next((p for p in to if p in computed and p.layer in layers), None)
+        late = next((p for p in to if p in computed and find_inner_sender(of, p)), None)
         if late is None or not select_reached(of, to, parallel=work.sites.shape.parallel_block):
             continue
         layer, site = late.layer, " ".join(rule.receiver.span.written.split())
-        reason = f"neurons of layer {layer} are senders, so the others are held, and their MLP "
+        what, module = ("neurons", "MLP") if late.site == "mlp_out" else ("heads", "attention")
+        reason = f"{what} of layer {layer} are senders, so the others are held, and the {module} "
         reason += f"can't compute the output that `{basis.definition}` encodes"
-        hint = f"leave out the neurons of layer {layer}, which have no path to these features"
+        hint = f"leave out the {what} of layer {layer}, which have no path to these features"
         work.diagnostics.append(
             NotOnAPath(span=rule.receiver.span, verb="end", site=site, reason=reason, hint=hint)
         )
@@ -331,6 +331,7 @@ def _describe_receiving_features(path: PathTargets, basis: BasisTargets) -> str:
     return (
         f"features of `{basis.definition}` are then computed from {of}, and set in the base run: "
         f"each changes {where} by the change of the feature times its decoder vector"
+        f"{', in its layer and in all later ones' if basis.crosses_layers else ''}"
     )
 
 
@@ -338,7 +339,7 @@ def _has_computed_site(path: PathTargets) -> bool:
     """Return whether receivers read vectors that packed passes don't compute in held sublayers."""
     points = (path.reads(p) for here in path.receivers.points.values() for p in here)
     sites = ("mlp_hidden",) if path.basis is None else ("mlp_hidden", "resid_mid", "mlp_out")
-    sites += () if path.basis is None else ("resid_post",)
+    sites += () if path.basis is None else ("resid_post", "attn_out")
     return any(point.site in sites for point in points)
 
 

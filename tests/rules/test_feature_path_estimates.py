@@ -196,6 +196,7 @@ def test_plan_counts_backward_passes_of_features(data: Path) -> None:
     ("rule", "reason"),
     [
         ("path mlp_hidden layer 0..1 neuron 3 -> feature * of f", "neurons of layer 1 are senders"),
+        ("path z layer 0..2 head 1 -> feature 3 of attn", "heads of layer 2 are senders, too"),
         ("path several -> feature 3 of f", "the value of one replaces the change of another"),
     ],
 )

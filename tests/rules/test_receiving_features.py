@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from mechdsl.diagnostics.rendering import render_full
 
 from .circuits import Features
+from .models import double
 from .support import (
     MODES,
     difference,
@@ -27,6 +28,7 @@ from .support import (
     try_file,
 )
 from .test_feature_circuits import write_dictionaries
+from .test_feature_paths import Across
 from .test_joint_paths import (
     FAMILIES,
     LAYERS,
@@ -41,6 +43,7 @@ from .test_joint_paths import (
     copied,
     setting,
 )
+from .test_transcoders import CROSS_HOOKS, make_cross_layer
 
 FEATURES = 12
 """Features of each dictionary."""
@@ -55,9 +58,11 @@ BASES: dict[str, Tap] = {
     "pre": ("resid_pre", 2),
     "mid": ("resid_mid", 1),
     "norm": ("mlp_norm", 1),
+    "attn": ("attn_out", 2),
+    "clt": ("mlp_out", 1),
 }
 """The site of each basis."""
-TRANSCODERS = ("t", "u")
+TRANSCODERS = ("t", "u", "clt")
 PARALLEL = ("gpt_neox",)
 """Families whose blocks have no stream between the sublayers."""
 
@@ -191,6 +196,40 @@ CASES = {
     "to_norm": Case("mlp_out layer 0 -> feature 0..3 of norm", "norm", [
         (MLP, [n]) for n in range(4)
     ]),
+    "attention_sweep": Case("z layer 0 head 1 -> feature * of attn", "attn", [
+        (HEAD, [n]) for n in ALL
+    ]),
+    "attention_joined": Case(
+        "mlp_out layer 1 -> features 0..6 of attn", "attn", [([("mlp_out", 1, None)], MANY)],
+        "cue token",
+    ),
+    "attention_through_mlps": Case(
+        "z layer 0 head 1 -> features 0..6 of attn", "attn", [(HEAD, MANY)], more="through mlps"
+    ),
+    "attention_from_swept_heads": Case(
+        "z layer 0..1 head 1 -> features 0..6 of attn", "attn",
+        [([("z", layer, 1)], MANY) for layer in range(2)],
+    ),
+    "attention_then_scaled_mlps": Case(
+        "mlp_out layer 0 -> features 0..6 of attn", "attn", [(MLP, MANY)],
+        other_rules=OTHERS["held_mlps"],
+    ),
+    "features_to_attention": Case(
+        "feature 3, 5 of f -> feature 0..3 of attn", "attn",
+        [([of], [to]) for to in range(4) for of in (3, 5)],
+    ),
+    "cross_layer_sweep": Case("z layer 0 head 1 -> feature * of clt", "clt", [
+        (HEAD, [n]) for n in ALL
+    ]),
+    "cross_layer_joined": Case(
+        "mlp_out layer 0 -> features 0..6 of clt", "clt", [(MLP, MANY)], "cue token"
+    ),
+    "cross_layer_through_mlps": Case(
+        "z layer 0 head 1 -> features 0..6 of clt", "clt", [(HEAD, MANY)], more="through mlps"
+    ),
+    "cross_layer_with_scaled_norm": Case(
+        "mlp_out layer 0 -> features 0..6 of clt", "clt", [(MLP, MANY)], other_rules=SCALED
+    ),
 }  # fmt: skip
 
 GROUPS = """group several = L0H1, mlp_out layer 0, L0N5
@@ -208,7 +247,8 @@ def cases(name: str) -> dict[str, Case]:
 def definitions(name: str, kind: str) -> str:
     return (
         "".join(
-            f'basis {basis} = transcoder("{name}_{kind}/of_mlp") at {site} layer {layer}\n'
+            f'basis {basis} = transcoder("{name}_{kind}/{"clt" if basis == "clt" else "of_mlp"}") '
+            f"at {site} layer {layer}\n"
             if basis in TRANSCODERS
             else f'basis {basis} = sae("{name}_{kind}/sae") at {site} layer {layer}\n'
             for basis, (site, layer) in BASES.items()
@@ -221,11 +261,14 @@ def definitions(name: str, kind: str) -> str:
 def dictionaries(data: Path, name: str, kind: str) -> dict[str, Features]:
     """Write the dictionaries of a model."""
     first, second = write_dictionaries(data, name, kind)
+    width = double(name).config.hidden_size
+    parts = make_cross_layer(data / f"{name}_{kind}", width, CROSS_HOOKS["mlp_norm"], len(LAYERS))
+    across = [Features(Across(parts[1], n), {}, "mlp_norm") for n in range(2)]
     return {
         basis: Features(second, {}, "mlp_norm") if basis in TRANSCODERS
         else Features(first, {}, site)
         for basis, (site, _) in BASES.items()
-    }  # fmt: skip
+    } | {"clt": across[0], "clt in the next layer": across[1]}  # fmt: skip
 
 
 @cache
@@ -253,7 +296,8 @@ def run_senders(
     held: list[tuple[Tap, Change]] = []
     for layer in LAYERS:
         mlp = "mlp_hidden" if layer in neurons else "mlp_out"
-        for site in ("z",) if "through mlps" in case.more else ("z", mlp):
+        heads = "attn_out" if BASES[case.basis] == ("attn_out", layer) else "z"
+        for site in (heads,) if "through mlps" in case.more else (heads, mlp):
             vectors = model.before[site, layer]
             held.append(((site, layer), lambda now, vectors=vectors: vectors))
     if isinstance(of[0], int):
@@ -302,7 +346,7 @@ def patched(
         read["x"] = now[here, 0].clone()
         return now
 
-    def receive(now: Tensor) -> Tensor:
+    def receive(now: Tensor, of: Features = of) -> Tensor:
         x = now[here, 0] if of.reads == site else read["x"]
         x = x + read["x"] if site == "resid_mid" else x
         features = of.of.encode(x)
@@ -311,11 +355,16 @@ def patched(
         now[here, 0] += of.of.decode(changed, x) - of.of.decode(features, x)
         return now
 
+    writes: list[tuple[Tap, Change]] = [((site, layer), receive)]
+    if case.basis == "clt":
+        later = own["clt in the next layer"]
+        writes.append(((site, layer + 1), partial(receive, of=later)))
+
     if site == "resid_mid":
         got = [(("resid_pre", layer), look), (("attn_out", layer), receive)]
         return case.other_rules(name, base, [*rules, *got]).logits
     late = [] if of.reads == site else [((of.reads, layer), look)]
-    return case.other_rules(name, base, [((site, layer), receive), *rules, *late]).logits
+    return case.other_rules(name, base, [*writes, *rules, *late]).logits
 
 
 EACH = [
@@ -372,11 +421,32 @@ def test_path_to_features_in_a_run_with_rules_equals_the_path_after_these_rules(
     np.testing.assert_allclose(cells(found)[0], values, atol=1e-6, rtol=1e-5)
 
 
+def test_paths_to_attention_of_two_layers_equal_those_to_each(data: Path) -> None:
+    """Heads of layer 1 send to layer 2; in the same pass, others send to layer 1."""
+    dictionaries(data, "gpt2", "standard")
+    rule = "path z layer 0..1 head 1 -> {} at last token"
+    text = 'basis h = sae("gpt2_standard/sae") at attn_out layer 1..2\n'
+    text += 'basis f = sae("gpt2_standard/sae") at attn_out layer 1\n'
+    text += 'basis g = sae("gpt2_standard/sae") at attn_out layer 2\n'
+    ends = {
+        "both": "attn_out layer 1..2 features 0..6 of h",
+        "one": "features 0..6 of f",
+        "two": "features 0..6 of g",
+    }
+    for key, end in ends.items():
+        text += experiment(key, "from longer into clean", rule.format(end))
+    found = run_file(text, data, "gpt2", "planned", precise=True)
+    values = {key: cells(own) for key, own in found.items()}
+    each = [values["one"][0], *values["two"]]
+    np.testing.assert_allclose(values["both"], each, atol=1e-9)
+    assert np.ptp(np.array(each), axis=0).min() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("rule", "code", "reason"),
     [
         ("path L0H1 -> feature 3 of q", "E0342", "isn't a dictionary"),
-        ("path L0H1 -> feature 3 of heads_sum", "E0342", "the sum of heads that a path holds"),
+        ("path layers 0..2 heads 1 -> feature 3 of heads_sum", "E0334", "heads of layer 2 are"),
         ("path L0H1 -> feature 3 of first", "E0342", "describes `embed`"),
         ("path L0H1 -> mlp_out layer 1 dims 0..3", "E0108", "`dims`"),
         ("path L1H1 -> feature 99 of f", "E0301", "does not exist"),

@@ -607,7 +607,8 @@ class GradientEstimates:
         if paths is not None and paths.at_the_end and paths.frozen_norms:
             rules = self.kind.backward or BackwardRules()
             run = replace(run, backward=replace(rules, fixed_norms=True))
-        received, adds = run.add_zeros(edges.sites, *edges.tokens)
+        systems = self.means_and_donors.directions.systems
+        received, adds = run.add_zeros(edges.list_written(systems), *edges.tokens)
         moves = self._moved_inputs(edges.rule, lanes)
         given = (run, list(received.values()), adds, moves, lanes, environments)
         of_inputs = self._mean_gradients(*given)
@@ -615,7 +616,6 @@ class GradientEstimates:
         sent = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
         wheres = dict.fromkeys(where for each in written for where in each.reads)
         given = (run.model, run.runs.norms, lanes.batch, run.noise(lanes), sent, [*wheres])
-        systems = self.means_and_donors.directions.systems
         held = HeldPass.run(edges, *given, systems, self.kind.backward)
         bases = [each.base(held.senders, lanes.batch) for each in written]
         found = np.zeros((len(self.readout.measures), len(environments)))

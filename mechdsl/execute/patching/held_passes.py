@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
+from mechdsl.execute.vectors import list_later_decoders
 from mechdsl.forward.hooks.batch import (
     Batch,
     RuleWrites,
@@ -43,20 +44,25 @@ def hold_rows(plan: RulePlan, count: int, cells: Ints | None = None) -> HeldSubl
     """
     assert plan.paths is not None
     paths = plan.paths
+    every = np.ones(count, dtype=np.bool_)
     neurons: dict[tuple[str, int | None], Bools] = {}
+    heads: dict[tuple[str, int | None], Bools] = {}
     for number, point in enumerate(plan.point_table):
-        if is_neuron(point):
-            sends = np.ones(count, dtype=np.bool_)
+        own = neurons if is_neuron(point) else heads if SITES[point.site].unit == "head" else None
+        if own is not None:
+            sends = every
             if cells is not None:
                 row, sender = plan.points.expand(plan.site_of_cell[cells])
                 sends = np.isin(np.arange(count), row[sender == number])
             place = SITES[point.site].stack, point.layer
-            neurons[place] = sends | neurons.get(place, False)
+            own[place] = sends | own.get(place, False)
+    read = [("", point.layer) for point in paths.reads if point.site == "attn_out"]
     return HeldSublayers(
-        np.ones(count, dtype=np.bool_),
+        every,
         np.full(count, not paths.through_mlps, dtype=np.bool_),
         np.full(count, paths.frozen_norms, dtype=np.bool_),
         neurons,
+        {place: every & ~heads.get(place, ~every) for place in read},
     )
 
 
@@ -127,7 +133,9 @@ def _list_held_sites(
             if (of_block, layer) in removed:
                 continue
             heads = [site for site in ("z", "mixer_out", "attn_out") if own.has(site, layer)]
-            wanted += [(SiteRead(site, layer, stack, before=True), rows) for site in heads[:1]]
+            whole = held.attention.get((stack, layer), np.zeros_like(held.rows))[rows]
+            for site, here in ((heads[0], ~whole), ("attn_out", whole)) if heads else ():
+                wanted.append((SiteRead(site, layer, stack, before=True), rows[here]))
             sends = held.neurons.get((stack, layer), np.zeros_like(held.rows))[without_mlps]
             for mlp, here in (("mlp_hidden", sends), ("mlp_out", ~sends)):
                 if own.has(mlp, layer):
@@ -243,6 +251,16 @@ class PathEdges:
             found[site, layer] = SiteRead(of.site, of.layer, before=of.site != "resid_post")
         return found
 
+    def list_written(self, systems: Mapping[str, CoordinateSystem]) -> list[SiteLayer]:
+        """List the sites that receivers change: features of a cross-layer transcoder change the
+        outputs of later MLPs, too."""
+        found = [*self.sites]
+        for (site, layer), member in self.list_members().items():
+            assert layer is not None
+            later = list_later_decoders(systems[member.name], layer)
+            found += [(site, number) for number in later]
+        return list(dict.fromkeys(found))
+
     def list_members(self) -> dict[SiteLayer, BasisMember]:
         """Return the dictionary of each receivers' site at which features receive."""
         basis = self.rule.rule.receiving_basis
@@ -260,9 +278,11 @@ class ReceivingFeatures:
     """[token, width] vectors that are encoded, in at least 32 bits."""
     written: Tensor
     """[token, width] vectors of the base run that the features change."""
+    decoders: Mapping[SiteLayer, CoordinateSystem]
+    """The sites that the features change, with the bases that decode them there."""
 
-    def change(self, which: tuple[int, ...]) -> Tensor:
-        """Return [token, width]: the change of the written vectors by the change of features.
+    def changes(self, which: tuple[int, ...]) -> dict[SiteLayer, Tensor]:
+        """Return [token, width] by site: the change of its vectors by the change of features.
 
         It is 0, with the gradients of the features.
 
@@ -272,7 +292,11 @@ class ReceivingFeatures:
         named = torch.tensor(which, device=self.read.device).expand(len(self.read), -1)
         index = named if which else None
         found = self.system.encode(self.read, index)
-        return self.system.shift(self.written, found - found.detach(), index) - self.written
+        change = found - found.detach()
+        return {
+            place: decoder.shift(self.written, change, index) - self.written
+            for place, decoder in self.decoders.items()
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,8 +368,12 @@ class HeldPass:
             written = vectors.detach()
             if member.reads:  # the change of a transcoder's output doesn't depend on the output
                 written = vectors.new_zeros(len(vectors), vector_width(model.shape, *place))
-            system = systems[member.name]
-            features[place] = ReceivingFeatures(system, vectors, written)
+            (site, layer), system = place, systems[member.name]
+            assert layer is not None
+            decoders = {place: system}
+            for later, decoder in list_later_decoders(system, layer).items():
+                decoders[site, later] = decoder
+            features[place] = ReceivingFeatures(system, vectors, written, decoders)
         return HeldPass(edges, {where: found[where] for where in wheres}, inputs, features)
 
     def gradients(
@@ -363,10 +391,11 @@ class HeldPass:
         for point in own.points:
             place = point.site, point.layer
             units = slice(None) if point.unit is None else point.unit
-            slope = slopes[place][:, units]
-            if own.features is None:
-                values = self.inputs[place][:, units]
-            else:
-                values = self.features[place].change(own.features)[:, None]
-            total = total.to(values.device) + (values.to(slope) * slope).sum().double()
+            parts = {place: self.inputs[place][:, units]}
+            if own.features is not None:
+                changes = self.features[place].changes(own.features)
+                parts = {to: change[:, None] for to, change in changes.items()}
+            for to, values in parts.items():
+                slope = slopes[to][:, units]
+                total = total.to(values.device) + (values.to(slope) * slope).sum().double()
         return compute_gradients(total, leaves, keep=True)

@@ -43,6 +43,7 @@ from mechdsl.execute.patching.writes import (
     build_rule_writes,
     find_pass_ends,
     join_writes,
+    list_later_writes,
     select_prefill_rules,
     write_receiving_features,
 )
@@ -138,13 +139,20 @@ class PassRows:
             none = np.zeros(len(self), dtype=np.bool_)
             held = HeldSublayers(none, none, none) if held is None else held
             neurons = {**dict.fromkeys(part.held.neurons, none), **held.neurons}
-            neurons = {place: own.copy() for place, own in neurons.items()}
-            held = HeldSublayers(held.rows.copy(), held.mlps.copy(), held.norms.copy(), neurons)
+            attention = {**dict.fromkeys(part.held.attention, none), **held.attention}
+            held = HeldSublayers(
+                held.rows.copy(),
+                held.mlps.copy(),
+                held.norms.copy(),
+                {place: own.copy() for place, own in neurons.items()},
+                {place: own.copy() for place, own in attention.items()},
+            )
             for every, own in (
                 (held.rows, part.held.rows),
                 (held.mlps, part.held.mlps),
                 (held.norms, part.held.norms),
-                *((neurons[place], own) for place, own in part.held.neurons.items()),
+                *((held.neurons[place], own) for place, own in part.held.neurons.items()),
+                *((held.attention[place], own) for place, own in part.held.attention.items()),
             ):
                 every[at] = own
         return replace(
@@ -342,8 +350,9 @@ def compute_receiver_writes(
         values = found[read_of[place]]
         vectors = values[arrays_to_device((index, unit), values.device)]
         part = RuleWrite(wanted.row[own], wanted.token[own], unit, vectors)
-        every = write_receiving_features(plan, part, place, rows.cell, directions)
-        writes += [join_writes(place, [each]) for each in every]
+        for each in write_receiving_features(plan, part, place, rows.cell, directions):
+            every = [(place, each), *list_later_writes(each, place, directions)]
+            writes += [join_writes(to, [own]) for to, own in every]
     return writes, added
 
 

@@ -397,7 +397,7 @@ def list_rule_writes(
             if mode == "coordinates":
                 for write in _write_coordinates(asked, spots, to, rows):
                     parts[to].append(write)
-                    for later, own in _list_later_writes(write, to, means_and_donors):
+                    for later, own in list_later_writes(write, to, means_and_donors.directions):
                         parts[later].append(own)
                 continue
             if mode == "edit":
@@ -524,14 +524,14 @@ def write_receiving_features(
         yield RuleWrite(*spots, values, mode, which, plan.number)
 
 
-def _list_later_writes(
-    write: RuleWrite, place: SiteLayer, inputs: RuleInputs
+def list_later_writes(
+    write: RuleWrite, place: SiteLayer, directions: FittedDirections
 ) -> Iterator[tuple[SiteLayer, RuleWrite]]:
     """Yield the writes of features of a cross-layer transcoder to the layers after theirs."""
     site, layer = place
     if layer is None or not isinstance(write.mode, CoordinateWrite):
         return
-    for later, mode in inputs.directions.later_modes(write.mode, layer).items():
+    for later, mode in directions.later_modes(write.mode, layer).items():
         yield (site, later), replace(write, mode=mode)
 
 
