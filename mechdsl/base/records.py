@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, cached_property
+from operator import attrgetter
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, dataclass_transform
 
@@ -91,7 +92,7 @@ class Record:
         self.__dict__.update(state)
 
     def _key(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in _compared(type(self)))
+        return _compared(type(self))(self)
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
@@ -108,8 +109,12 @@ class Record:
 
 
 @cache
-def _compared(kind: type[Record]) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(kind) if f.compare)  # type: ignore[arg-type]
+def _compared(kind: type[Record]) -> Callable[[Record], tuple[Any, ...]]:
+    """Return a function that reads the compared fields of a record."""
+    names = [f.name for f in fields(kind) if f.compare]  # type: ignore[arg-type]
+    if len(names) > 1:
+        return attrgetter(*names)  # of one name, it wouldn't return a tuple
+    return lambda own: tuple(getattr(own, name) for name in names)
 
 
 @cache

@@ -609,7 +609,11 @@ def _against_axes(
     axes = list(dict.fromkeys([*own, *aliases, *sorted(perhaps)]))
     tables = list({id(each.table): each.table for each in variants}.values())
     rows = [row for table in tables for row in table.runs["clean"].rows]
-    values = [n for n in rows[0].values if all(n in row.values for row in rows)] if rows else []
+    of_all = rows[0].values if rows else {}
+    for row in rows:
+        if not of_all.keys() <= row.values.keys():
+            of_all = {name: value for name, value in of_all.items() if name in row.values}
+    values = list(of_all)
     columns_unknown = any(table.columns_unknown for table in tables)
     measures = _measures(experiment)
     found: list[Diagnostic] = [*_effects_of_categories(measures, said)]

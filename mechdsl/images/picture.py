@@ -274,7 +274,7 @@ class Picture(Record):
         changed = "".join(f", {change.how}" for change in self.changes)
         return f"{self.words}{changed} #{self.content()}"
 
-    @property
+    @cached_property
     def marker(self) -> str:
         """The text that stands for the image in a longer prompt; equal exactly for equal images."""
         said, (height, width, *frames) = self.text.translate(_NO_BRACKETS), self.extent

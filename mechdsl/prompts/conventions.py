@@ -259,11 +259,13 @@ def _by_turn(
     words: dict[int, dict[str, None]] = {}
     rows: dict[int, int] = {}
     for rich, tokens in zip(riches, encoded, strict=True):
+        if unknown not in tokens.ids:
+            continue
         # Without the decoder's first tokens, which have no text.
         decodes = any(first < last for first, last in tokens.offsets[tokens.source :])
         read = tokens.ids if decodes else tokens.ids[: tokens.source or None]
         places = [i for i, token in enumerate(read) if token == unknown and not tokens.special[i]]
-        if unknown is None or not places:
+        if not places:
             continue
         turns = list(find_turns(rich, roles))
         seen: set[int] = set()

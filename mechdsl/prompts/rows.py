@@ -378,7 +378,8 @@ def shared_draw_key(row: Row, path: str) -> int:
 
     path: the drawn value, as in the key's path.
     """
-    return tile_key(row) if path.split(".")[0] == f"{row.run}:{TILE}" else row.draw_key
+    of_tile = row.block.spec.tiles is not None and path.split(".")[0] == f"{row.run}:{TILE}"
+    return tile_key(row) if of_tile else row.draw_key
 
 
 def source_image_name(row: Row) -> str:

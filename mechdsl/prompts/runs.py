@@ -251,7 +251,8 @@ class PlacedPicture(Record):
         chosen = (tuple(cells),) if name in (self.name, self.video) else own.regions[name]
         if tiles is not None:
             chosen = [[each for each in own if cells[each].tile in tiles] for own in chosen]
-        return [tuple(self.first + token for token in tokens) for tokens in chosen if tokens]
+        first = self.first
+        return [tuple([first + token for token in tokens]) for tokens in chosen if tokens]
 
 
 def list_places(

@@ -115,8 +115,8 @@ def join_cells(
 ) -> list[CellKey]:
     """Join the cells of all variants, one variant after the other."""
     return [
-        replace(cell, coords={axis: _coord(axis, dict(labels), cell) for axis in axes})
-        for labels, cells in parts
+        replace(cell, coords={axis: _coord(axis, own, cell) for axis in axes})
+        for own, cells in ((dict(labels), cells) for labels, cells in parts)
         for cell in cells
     ]
 

@@ -772,12 +772,11 @@ def check_rankable_tokens(
     rows = experiment.table.runs[experiment.spec.base].rows
     ends = [len(row.ids) for row in rows]
     for cell in select_ranked_positions(rule)[0].written.values():
-        # Inlined: cells times rows are the most frequent test of a check.
-        if all(
-            len(hits) == 1 and len(hits[0]) == 1 and hits[0][0] < end
-            for hits, end in zip(cell.hits, ends, strict=True)
-            if hits
-        ):
+        # A loop: cells times rows are the most frequent test of a check.
+        for hits, end in zip(cell.hits, ends, strict=True):
+            if hits and not (len(hits) == 1 and len(hits[0]) == 1 and hits[0][0] < end):
+                break
+        else:
             continue
         if is_after_prompts(cell, rows):
             raise PickError(

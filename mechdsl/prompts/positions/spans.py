@@ -330,12 +330,11 @@ class SpanFinder:
             return [
                 SpanOccurrence(0, 0, (i,)) for i, token in enumerate(m.row.ids) if token == special
             ]
-        around = [s for s in m.row.spans if s.name == ref.of]
-        return [
-            m.place(s.start, s.end)
-            for s in m.row.spans
-            if s.name == ref.name and (ref.of is None or ref.of in s.within or _lies_in(s, around))
-        ]
+        own = [s for s in m.row.spans if s.name == name]
+        if ref.of is not None:
+            around = [s for s in m.row.spans if s.name == ref.of]
+            own = [s for s in own if ref.of in s.within or _lies_in(s, around)]
+        return [m.place(s.start, s.end) for s in own]
 
     def special_id(self, ref: ast.SpanRef) -> int | None:
         """Return the id of `bos`, `cls`, `sep` or `eos`, unless the prompt has a span of that name.

@@ -812,18 +812,20 @@ class ImagePromptTokenizer(TextTokenizer):
         texts = [self.text_of(extent) for extent in extents]
         around = _MarkerOffsets(markers, [len(text.written) for text in texts])
         ranges = [text.token_range(first) for first, text in zip(around.starts, texts, strict=True)]
-        due = dict(zip(self._places(encoded, ranges), markers, strict=True))
+        pairs = zip(markers, extents, strict=True)
+        due = dict(zip(self._places(encoded, ranges), pairs, strict=True))
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         special: list[bool] = []
         for number, (token, offset) in enumerate(zip(encoded.ids, encoded.offsets, strict=True)):
-            if (marker := due.get(number)) is None:
+            if number not in due:
                 own = None if encoded.special[number] else around.of(*offset)
                 ids.append(token)
                 offsets.append(own or (0, 0))
                 special.append(own is None)
                 continue
-            expansion = self.expansion(marker_extent(marker))
+            marker, extent = due[number]
+            expansion = self.expansion(extent)
             vectors = iter(self.vector_tokens(marker[0], expansion))
             span, is_image = marker.span(), expansion.is_image
             pairs = zip(expansion.ids, is_image, strict=True)
@@ -951,6 +953,8 @@ class _MarkerOffsets:
 
     def of(self, start: int, end: int) -> tuple[int, int] | None:
         """Return the characters of a token; None if it lies within the text of an image."""
+        if start < self.starts[0] >= end:
+            return start, end
         for first, last, _, _ in self._places:
             if first <= start and end <= last:
                 return None
