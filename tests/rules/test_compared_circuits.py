@@ -125,7 +125,7 @@ PLACED = {
 }
 
 
-@pytest.mark.parametrize(("name", "key"), in_turn(("gpt2", "llama", "gpt_neox"), PLACED))
+@pytest.mark.parametrize(("name", "key"), in_turn(("gpt2", "llama", "gpt_neox"), list(PLACED)))
 def test_overlap_at_positions_counts_edges_at_each_group_of_tokens(
     data: Path, name: str, key: str
 ) -> None:
