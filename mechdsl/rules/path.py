@@ -328,6 +328,9 @@ def _describe_receiving_features(path: PathTargets, basis: BasisTargets) -> str:
     of = f"`{', '.join(read)}`"
     if read == ["mlp_out"]:
         of += ", which the MLP computes from its changed input"
+    elif read == ["attn_out"]:
+        of += ", which attention computes from its changed input, as its output is held there "
+        of += "instead of its heads"
     return (
         f"features of `{basis.definition}` are then computed from {of}, and set in the base run: "
         f"each changes {where} by the change of the feature times its decoder vector"

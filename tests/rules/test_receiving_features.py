@@ -491,6 +491,17 @@ def test_features_that_receive_are_labelled_and_explained_in_conventions(data: P
     assert said in found.conventions["path"]
 
 
+def test_conventions_state_that_attention_is_held_at_its_output(data: Path) -> None:
+    dictionaries(data, "gpt2", "standard")
+    text = definitions("gpt2", "standard")
+    rule = "path L0H1 -> feature 3 of attn at last token"
+    found = run_file(
+        text + experiment("e", "from longer into clean", rule), data, "gpt2", "planned"
+    )
+    said = "as its output is held there instead of its heads, and set in the base run"
+    assert said in found["e"].conventions["path"]
+
+
 def test_rule_on_received_features_of_a_transcoder_acts_on_their_new_values(data: Path) -> None:
     own = dictionaries(data, "gpt2", "standard")["t"]
     rule = "scale feature 3 of t at last token by 2"
