@@ -51,7 +51,7 @@ from mechdsl.planner.rows import (
     iter_basis_fits,
     number_edge_ends,
 )
-from mechdsl.prompts.runs import PromptRun, ReplyPosition, share_beginnings
+from mechdsl.prompts.runs import PromptRun, ReplyPosition, count_worthwhile_copies, share_beginnings
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.conflicts import QUERIES_AND_KEYS
@@ -1454,6 +1454,8 @@ class PanelWork:
         """Whether unpatched runs stop above their highest read."""
         self.settles = False
         """Whether nodes of circuits aren't computed that give what ablated edges carry."""
+        self.shares = False
+        """Whether rows of a prompt share equal tokens, if blocks attend to images."""
         self.keeps_tokens = False
         self.joins = False
         self.narrows = False
@@ -1547,6 +1549,7 @@ class PanelWork:
 
     def share(self) -> None:
         """Run equal rows, and equal beginnings of unpatched prompts, once."""
+        self.shares = True
         shared = self.panel.sharer.of(self.rows)
         own = [np.flatnonzero(shared.owner == n) for n in range(len(self.panel.plans))]
         self.rows = [shared.rows.take(rows) for rows in own]
@@ -1589,9 +1592,41 @@ class PanelWork:
         if self.patched.rows:
             passes = -(-sum(one.width for one in self.shapes) // self.panel.pass_tokens)
             forwards = min(self.patched.forwards, max(passes, self.batches))
-            self.patched = replace(self.patched, forwards=forwards)
+            saved = self._count_row_copies(forwards) if self.shares else Cost()
+            self.patched = replace(
+                self.patched,
+                forwards=forwards,
+                tokens=self.patched.tokens - saved.tokens,
+                multiply_adds=self.patched.multiply_adds - saved.multiply_adds,
+            )
         if self.first:
             self.unpatched = replace(self.unpatched, forwards=self.panel.batches())
+
+    def _count_row_copies(self, passes: int) -> Cost:
+        """Return the cost of the equal tokens of a prompt's rows, except the first of each in a
+        pass, if blocks attend to images."""
+        shape = self.panel.shape
+        if shape.takes != "attended image":
+            return Cost()
+        pairs = [*zip(self.panel.plans, self.rows, strict=True)]
+        equal = np.concatenate(
+            [np.repeat(count_unchanged_tokens(*own), own[0].draws, axis=1) for own in pairs], axis=1
+        )
+        prompt = np.concatenate([np.repeat(rows.prompt, plan.draws) for plan, rows in pairs])
+        lengths = [plan.lengths(rows) - plan.sources(rows) for plan, rows in pairs]
+        tokens = sum(
+            int(own.sum()) * plan.draws for own, (plan, _) in zip(lengths, pairs, strict=True)
+        )
+        first = np.zeros((shape.n_layers, int(prompt.max(initial=0)) + 1), dtype=np.int64)
+        for layer in range(shape.n_layers):
+            np.maximum.at(first[layer], prompt, equal[layer])
+        times = max(1, passes // self.batches)
+        copies = equal.sum(axis=1) - times * first.sum(axis=1)
+        few = copies < passes * count_worthwhile_copies(tokens // passes)
+        count = int(np.where(few, 0, copies).sum())
+        return Cost(
+            tokens=count, multiply_adds=float(count * self.panel.block.saved_by_copy(experts=False))
+        )
 
     def _whole(self) -> Cost:
         """Return the cost of every row as a full forward pass."""
@@ -1607,6 +1642,30 @@ class PanelWork:
         # The first prompts suffice, because all prompts have the same cells.
         cells = sum(len(np.unique(one.cell)) for one in self.rows) if self.first else 0
         return Cost(cells, count, count, tokens, adds)
+
+
+def count_unchanged_tokens(plan: ExperimentPlan, rows: RowTable) -> Ints:
+    """Return [block, row]: the tokens before the first one that a row has changed when a block
+    begins, in a model whose blocks attend to an image."""
+    shape, sources = plan.experiment.model.shape, plan.sources(rows)
+    first = np.repeat(plan.lengths(rows)[None], shape.n_layers + 1, axis=0)
+    if plan.path is not None or plan.ablates_circuits:  # their passes share no tokens
+        first[0] = sources
+    for rule in plan.rules:
+        if rule.rule.does.changes == "nothing":
+            continue
+        row, token = rule.written.tokens.expand(rule.written_runs(rows))
+        index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
+        for number in np.unique(point):
+            place, own = rule.point_table[number], index[point == number]
+            site = SITES[place.site]
+            layer = 0 if place.layer is None or site.stack == "vision" else place.layer
+            layer += site.component == "resid_post" and site.stack != "vision"
+            of_image = site.stack == "vision" or place.site in ("k cross", "v cross")
+            at = sources[row[own]] if of_image else token[own]
+            if place.layer is not None or place.site == "embed":
+                np.minimum.at(first[layer], row[own], at)
+    return np.minimum.accumulate(first, axis=0)[:-1] - sources
 
 
 def _blocks(table: Sequence[SitePoint], points: RaggedColumn) -> Ints:

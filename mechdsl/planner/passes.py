@@ -122,7 +122,8 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         name="share",
         leaves_out="duplicate rows, within and across experiments; in unpatched runs and before "
         "generated text, the linear maps of equal beginnings of prompts, such as an image before "
-        "several questions",
+        "several questions; if blocks attend to an image, those of tokens that rows of a prompt "
+        "haven't changed",
         why="duplicate rows start from the same run of the same prompt and write the same vectors "
         "to the same positions; in a causal model, equal beginnings have equal activations",
         does="rows shared by several cells or experiments are run once, and so are equal "

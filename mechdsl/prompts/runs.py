@@ -590,7 +590,12 @@ def extend_row(row: RunRow, moved: tuple[int, ...], text: str) -> RunRow:
 
 
 MIN_SHARED_TOKENS = 512
-"""Fewest copies of tokens in a batch of unpatched prompts that are worth sharing."""
+"""Fewest copies of tokens in a pass that are worth sharing."""
+
+
+def count_worthwhile_copies(tokens: int) -> int:
+    """Return the fewest copies that are worth sharing in a pass with a number of tokens."""
+    return max(MIN_SHARED_TOKENS, tokens // 4)
 
 
 def share_beginnings(prompts: Sequence[tuple[int, ...]], groups: Ints) -> Ints | None:
@@ -623,4 +628,4 @@ def share_beginnings(prompts: Sequence[tuple[int, ...]], groups: Ints) -> Ints |
         state[rows[order]] = group
         found[rows[order], position] = rows[order][begins][group]
     copies = int((found != numbers[:, None]).sum() - (found < 0).sum())
-    return found if copies >= max(MIN_SHARED_TOKENS, lengths.sum() // 4) else None
+    return found if copies >= count_worthwhile_copies(int(lengths.sum())) else None

@@ -68,6 +68,7 @@ from mechdsl.execute.unpatched_runs import (
 from mechdsl.execute.vectors import FittedDirections
 from mechdsl.forward.generation.rules import GenerationRules
 from mechdsl.forward.hooks.batch import (
+    Batch,
     CircuitWrite,
     RowPositions,
     RuleWrites,
@@ -86,6 +87,7 @@ from mechdsl.forward.hooks.model import (
     select_row_logits,
 )
 from mechdsl.forward.hooks.settled import CircuitSettler
+from mechdsl.forward.hooks.token_copies import RowCopies, find_row_copies
 from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.models.restart import HeldSublayers
 from mechdsl.models.shape import ModelShape, unit_count
@@ -788,6 +790,8 @@ class Patcher:
             alone = not (added or reads or rows.held is not None)
             if rows.acting.circuits and self.plan.fuses_kernels:
                 stack.enter_context(fuse_activations(self.model.module))
+            if (copies := self._find_copies(rows, batch, lane, added)) is not None:
+                stack.enter_context(copies.shared(self.model))
             lengths = batch.lengths.numpy()
             result = run_full(
                 self.model,
@@ -812,6 +816,17 @@ class Patcher:
         if has_single_output(self.model):
             return result.logits[row], found
         return result.logits[row, columns], found
+
+    def _find_copies(
+        self, rows: PassRows, batch: Batch, lane: Ints, added: Sequence[SiteWrite]
+    ) -> RowCopies | None:
+        """Return the equal tokens of rows of a prompt, if blocks of the model attend to an image;
+        rows of other models share them with an unpatched run."""
+        attends = self.model.shape.takes == "attended image" and self.plan.shares_rows
+        if not attends or rows.acting.circuits or rows.held is not None:
+            return None
+        writes = [*added, *rows.acting.writes]
+        return find_row_copies(self.model, batch, lane, writes, rows.acting.edges)
 
     def _settled_circuits(
         self, rows: PassRows, lengths: Ints, *, alone: bool

@@ -1,8 +1,9 @@
-"""Prompts that begin alike: the linear maps of all blocks run once for their equal tokens."""
+"""Prompts that begin alike, and rows of one prompt: the linear maps of blocks run once for their
+equal tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.arrays import Bools, Ints
-from mechdsl.forward.hooks.batch import Batch, indices_to_device
+from mechdsl.forward.hooks.batch import Batch, EdgeWrite, SiteWrite, indices_to_device
 from mechdsl.forward.hooks.model import IMAGE_TOKENS, LoadedModel
 from mechdsl.forward.hooks.module_exchange import replace_forward
 from mechdsl.models.block import is_transposed
-from mechdsl.prompts.runs import share_beginnings
+from mechdsl.prompts.runs import count_worthwhile_copies, share_beginnings
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +30,12 @@ class TokenCopies:
     """[B * T]: index in `computed` of the token that each token equals."""
 
     @contextmanager
-    def shared(self, model: LoadedModel) -> Generator[None]:
-        """Compute the linear maps of blocks once for equal tokens while the context is open."""
+    def shared(self, model: LoadedModel, layer: int | None = None) -> Generator[None]:
+        """Compute the linear maps of blocks, or of one, once for equal tokens while the context is
+        open."""
+        layers = range(model.shape.n_layers) if layer is None else (layer,)
         with ExitStack() as stack:
-            for module in _list_shared_maps(model):
+            for module in _list_shared_maps(model, layers):
                 stack.enter_context(replace_forward(module, self._once(module.forward)))
             yield
 
@@ -45,6 +48,89 @@ class TokenCopies:
             return found[self.of].unflatten(0, given.shape[:-1])
 
         return compute
+
+
+@dataclass(frozen=True, eq=False)
+class RowCopies:
+    """Tokens of rows whose activations are equal, because no row has changed them."""
+
+    by_block: Sequence[TokenCopies | None]
+    """Of each block; None if it shares no tokens."""
+
+    @contextmanager
+    def shared(self, model: LoadedModel) -> Generator[None]:
+        """Compute the linear maps of blocks once for equal tokens while the context is open."""
+        with ExitStack() as stack:
+            for layer, copies in enumerate(self.by_block):
+                if copies is not None:
+                    stack.enter_context(copies.shared(model, layer))
+            yield
+
+
+def find_row_copies(
+    model: LoadedModel,
+    batch: Batch,
+    lanes: Ints,
+    writes: Sequence[SiteWrite],
+    edges: Sequence[EdgeWrite],
+) -> RowCopies:
+    """Find the tokens that rows of full forward passes have not changed when a block begins.
+
+    Args:
+        model: A causal model, or one whose blocks attend to images.
+        batch: The rows.
+        lanes: [row] a number; rows with the same number have the same tokens and the same image.
+        writes, edges: Everything that changes the rows.
+    """
+    count, width = batch.ids.shape
+    changed = np.full((model.shape.n_layers + 1, count), width, dtype=np.int64)
+    for write in writes:
+        first = 0 if write.layer is None else write.layer + (write.site == "resid_post")
+        if write.stack == "vision":
+            first = 0
+        if write.layer is None and write.site != "embed":  # after the last block
+            continue
+        columns = _list_columns(batch, write.rows, write.positions, write.site, write.stack)
+        np.minimum.at(changed[first], write.rows.numpy(), columns)
+    for edge in edges:
+        first = 0 if edge.stack == "vision" else edge.layer
+        columns = _list_columns(batch, edge.rows, edge.queries, "q", edge.stack)
+        np.minimum.at(changed[first], edge.rows.numpy(), columns)
+    found: list[TokenCopies | None] = []
+    _, prompt = np.unique(lanes, return_inverse=True)
+    column, row = np.arange(width), np.arange(count)[:, None]
+    padding = column >= (batch.starts + batch.lengths).cpu().numpy()[:, None]
+    before: Ints | None = None
+    for layer in range(model.shape.n_layers):
+        own = changed[: layer + 1].min(axis=0)
+        if before is None or not np.array_equal(own, before):
+            equal = (column < own[:, None]) | padding
+            key = np.where(equal, prompt[:, None], count + row) * width + column
+            found.append(_share_tokens(model, key))
+        else:
+            found.append(found[-1])
+        before = own
+    return RowCopies(found)
+
+
+def _list_columns(batch: Batch, rows: Tensor, positions: Tensor, site: str, stack: str) -> Ints:
+    """Return [K] columns of the first tokens that changes at positions of a site reach: all tokens
+    attend to an image."""
+    if stack == "vision" or batch.of_site(site, stack) is not batch:
+        return np.zeros(len(rows), dtype=np.int64)
+    return batch.columns(rows, positions).numpy()
+
+
+def _share_tokens(model: LoadedModel, key: Ints) -> TokenCopies | None:
+    """Return the copies of tokens [row, column] with equal keys; None if they are few."""
+    _, computed, of = np.unique(key, return_index=True, return_inverse=True)
+    if key.size - len(computed) < count_worthwhile_copies(key.size):
+        return None
+    order = np.argsort(computed)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    index = torch.from_numpy(computed[order]), torch.from_numpy(rank[of.reshape(-1)])
+    return TokenCopies(*indices_to_device([*index], model.device))
 
 
 def find_copies(
@@ -110,15 +196,15 @@ def find_batch_copies(
     return find_copies(model, prompts, starts, batch.ids.shape[1], groups=groups)
 
 
-def _list_shared_maps(model: LoadedModel) -> list[nn.Module]:
-    """List the linear maps of all blocks that read its tokens, without those of experts, which see
+def _list_shared_maps(model: LoadedModel, layers: Iterable[int]) -> list[nn.Module]:
+    """List the linear maps of blocks that read its tokens, without those of experts, which see
     some tokens only."""
     paths: list[str] = []
-    for block in model.anatomy.blocks:
+    for block in (model.anatomy.blocks[layer] for layer in layers):
         paths += [*block.projections, *([block.output] if block.output else [])]
         paths += [] if model.shape.n_experts else block.mlp
     if model.shape.takes == "attended image":  # keys and values are of tokens of the image
-        for block in model.others["cross"].anatomy.blocks:
+        for block in (model.others["cross"].anatomy.blocks[layer] for layer in layers):
             paths += [*block.projections[:1], *([block.output] if block.output else [])]
     modules = [each for path in paths for each in model.module.get_submodule(path).modules()]
     return [each for each in modules if isinstance(each, nn.Linear) or is_transposed(each)]
