@@ -836,7 +836,8 @@ _IN_VISION = frozenset((
 
 _IN_VISION_OF_PROMPTS = _IN_VISION | frozenset((
     "observe probe", "observe prediction", "observe similarity", "observe cka", "observe rank",
-    "observe effective_rank", "observe clusters", "observe value", "replace block", "path",
+    "observe effective_rank", "observe clusters", "observe value", "observe features",
+    "replace block", "path",
 ))  # fmt: skip
 """Rules and observations in vision encoders whose output is inserted into prompts as tokens."""
 

@@ -119,12 +119,14 @@ each patch, and `observe norm` and `observe value` are means over the patches. `
 `cka`, `rank`, `effective_rank` and `clusters` read the means over the patches of tokens. Such means
 are the vectors from which a direction, a basis or a probe is computed. `fit(sae(…))`, `transcoder`
 (of `mlp_out vision`), `nmf`, `semi_nmf`, `ica` and `mixture` read each patch instead, and rules
-`in basis b` or on features of `b` act on each patch. Trainings on a measure also edit each patch:
-`das`, `vector`, `reft`, `scales`, and groups that `fit` chooses from heads, neurons, dimensions or
-positions. Class tokens, row ends and tile tags have no patch (E0310). In `qwen3_vl`, the vectors
-that the model adds after its first blocks change too. A value that is read in the encoder and
-written in the language model (`value(resid_post vision layer 4)`), or the reverse, needs a model
-with one patch for each token; others are E0108.
+`in basis b` or on features of `b` act on each patch. `observe features of b` encodes each patch,
+and its values are means over the patches of a position; `density` is the share of patches.
+Trainings on a measure also edit each patch: `das`, `vector`, `reft`, `scales`, and groups that
+`fit` chooses from heads, neurons, dimensions or positions. Class tokens, row ends and tile tags
+have no patch (E0310). In `qwen3_vl`, the vectors that the model adds after its first blocks change
+too. A value that is read in the encoder and written in the language model
+(`value(resid_post vision layer 4)`), or the reverse, needs a model with one patch for each token;
+others are E0108.
 
 `replace block vision layer 4 with identity` skips a block for all images of a row, with all of
 their patches, class tokens and tiles. `with block vision layer 3` runs another block in its place.

@@ -14,11 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mechdsl
+from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.execute import training_vectors
 
 from ..execute.support import as_in_the_data
 from ..images import prompts_of_images as vlm
 from ..quick import some
+from . import test_attended_encoder as encoder
+from . import test_attended_images as attended
 from . import test_resampled_encoder as resampled
 from .reference import Edit
 from .support import experiment, write_data
@@ -118,6 +121,105 @@ def test_dictionary_reads_each_patch_and_its_features_act_on_each(
             rule.measures[0].patched[:, n], [run(feature) for feature in range(6)], atol=2e-4
         )
     assert np.abs(rule.measures[0].patched - rule.measures[0].base).max() > 0.02
+
+
+@pytest.mark.parametrize("name", some(NAMES, QUICK))
+def test_observed_features_equal_those_of_each_patch(name: str, tmp_path: Path) -> None:
+    """Of all features, of the strongest, and compared with another run."""
+    text = f"basis b = fit(sae(features: 6, k: 2), {OPTIONS}) at {AT} at photo tokens\n"
+    text += experiment("one", f"observe features of b at {CELL}", measure="")
+    text += experiment("all", "observe features of b at photo tokens", measure="")
+    text += experiment("top", "observe features of b at photo tokens top 2", measure="")
+    ranked = f"observe features of b at {CELL} top 6 by difference(changed)"
+    text += experiment("changed", ranked, measure="")
+    folder, (one, every, top, changed) = fit_and_run(name, text, tmp_path)
+    weights, own = load_file(folder / "sae_weights.safetensors"), tower(name)
+
+    def active(n: int, image: int, patches: list[int]) -> Tensor:
+        return features(weights, seen(name, PLACE, n, image)[patches])
+
+    cells = torch.stack([active(n, n, own.cell(n, 1, 2)).mean(0) for n in ALL], 1)
+    images = [active(n, n, own.every(n)) for n in ALL]
+    means = torch.stack([each.mean(0) for each in images], 1)
+    shares = torch.stack([(each != 0).double().mean(0) for each in images], 1)
+    others = [active(n, other(n), own.cell(other(n), 1, 2)).mean(0) for n in ALL]
+    moved = cells - torch.stack(others, 1)
+    np.testing.assert_allclose(one.measures[0].patched, cells, atol=1e-4)
+    np.testing.assert_allclose(every.measures[0].patched, means, atol=1e-4)
+    np.testing.assert_allclose(every.measures[1].patched, shares, atol=1e-5)
+    best = means.mean(1).argsort(descending=True)[:2]
+    np.testing.assert_allclose(top.measures[0].patched, means[best], atol=1e-4)
+    np.testing.assert_allclose(changed.measures[0].patched, moved, atol=1e-4)
+    count = sum(map(len, images))
+    assert f"at {count} patches" in every.conventions["features of b"]
+    check_shown_patches(name, every.active, images)
+
+
+def check_shown_patches(name: str, shown: Any, images: list[Tensor]) -> None:
+    """Each listed prompt has the name and the activation of each patch."""
+    each = len(tower(name).cell(0, 1, 2))
+    assert any(shown)
+    for feature, texts in enumerate(shown):
+        for text in texts:
+            values = [float(value) for value in text.values]
+            expected = images[text.row][:, feature].tolist()
+            np.testing.assert_allclose(sorted(values), sorted(expected), atol=1e-4)
+            assert len(set(text.tokens)) == len(values)
+            first = " photo row 1 col 2" + (" patch 2" if each > 1 else "")
+            assert first in text.tokens
+
+
+def test_observed_features_of_a_resampled_encoder_are_those_of_patches(tmp_path: Path) -> None:
+    text = f"basis b = fit(sae(features: 6, k: 2), {OPTIONS}) at {AT} at photo tokens\n"
+    text += experiment("e", "observe features of b at photo tokens", measure="")
+    source = resampled.source(text, "mixed")
+    Path(source.name).write_text(source.text, "utf-8")
+    models = {"m": (resampled.bare(splits=True).model, resampled.bare(splits=True).processor)}
+    [trained] = mechdsl.fit(source.name, models, store=tmp_path / "store")
+    [found] = map(as_in_the_data, mechdsl.run(source.name, models, store=tmp_path / "store"))
+    weights = load_file(trained.folder / "sae_weights.safetensors")
+    for n in ALL:
+        prompt = resampled.inputs("mixed", n, n)
+        vectors = resampled.state("resid_pre", 1, prompt)[resampled.patches(prompt)]
+        expected = features(weights, vectors).mean(0)
+        np.testing.assert_allclose(found.measures[0].patched[:, n], expected, atol=1e-4)
+    [text, *_] = next(each for each in found.active if each)
+    assert " photo thumbnail row 1 col 1" in text.tokens
+
+
+def test_observed_features_of_patches_that_blocks_attend_to_equal_the_encoder(
+    tmp_path: Path,
+) -> None:
+    text = f"basis b = fit(sae(features: 6, k: 2), {OPTIONS}) at {AT} at photo tokens\n"
+    text += experiment("e", f"observe features of b at {CELL}", measure="")
+    path = attended.folder() / "features.mech"
+    path.write_text(f'mech 1\nmodel m = local("handed over")\n{attended.BLOCK}\n{text}', "utf-8")
+    models = {"m": (attended.bare(), attended.processor())}
+    [trained] = mechdsl.fit(path, models, store=tmp_path / "store")
+    [found] = map(as_in_the_data, mechdsl.run(path, models, store=tmp_path / "store"))
+    weights = load_file(trained.folder / "sae_weights.safetensors")
+    for n in ALL:
+        vectors = encoder.state("resid_pre", 1, n, n)[encoder.column(n, 1, 2)]
+        [expected] = features(weights, vectors[None])
+        np.testing.assert_allclose(found.measures[0].patched[:, n], expected, atol=1e-4)
+    assert np.ptp(found.measures[0].patched) > 0.1
+
+
+def test_features_that_depend_on_preceding_tokens_report_e0207(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a dictionary that is marked as a temporal SAE."""
+    text = f"basis b = fit(sae(features: 6, k: 2), {OPTIONS}) at {AT} at photo tokens\n"
+    text += experiment("e", f"observe features of b at {CELL}", measure="")
+    kind: Any = DictionaryFile
+    fit_and_run("llava_class", text, tmp_path)
+    marked = property(lambda _: 1, lambda _, value: None)
+    monkeypatch.setattr(kind, "context_layers", marked)
+    models = {"m": (bare("llava_class").model, bare("llava_class").processor)}
+    with pytest.raises(mechdsl.MechdslError) as problem:
+        mechdsl.run(tmp_path / "file.mech", models, store=tmp_path / "store")
+    assert "E0207" in str(problem.value)
+    assert "patches of an image have no order" in " ".join(str(problem.value).split())
 
 
 def test_dictionary_of_a_resampled_encoder_reads_each_patch(

@@ -415,11 +415,12 @@ def _iter_tokens(
     """(cells of the same sites, all tokens of these cells), of those that have any.
 
     Args:
-        encoding: As in `read_token_vectors`.
+        encoding: As in `read_token_vectors`. Patches of a token are then read one by one.
     """
     rule, runs, known = gatherer.rule, gatherer.runs, gatherer.known
     base = runs.named(gatherer.plan.experiment.spec.base)
-    spot = join_positions(rule.positions)
+    patches = _count_patches(gatherer) if encoding is not None else 1
+    spot = join_positions([each.in_patches(patches) for each in rule.positions])
     rows = gatherer.kept[[bool(spot.hits[row]) for row in gatherer.kept.tolist()]]
     due = [cell for cell in range(gatherer.plan.n_cells) if cell not in known]
     size = sum(len(tokens) for row in rows.tolist() for tokens in spot.hits[row])
@@ -429,12 +430,19 @@ def _iter_tokens(
         other: dict[SiteCombination, TokenVectors] = {}
         if rule.rule.does.reads == "run":
             read = runs.named(rule.rule.run)
-            sources = join_positions(rule.sources)
+            sources = join_positions([each.in_patches(patches) for each in rule.sources])
             other = _read_run(gatherer, wanted, sources, read, rows, encoding)
         training = _read_training(gatherer, wanted)
         for sites in wanted:
             cells = [cell for cell in some if gatherer.sites[cell] == sites]
             yield cells, ObservedTokens(own[sites], other.get(sites), training.get(sites))
+
+
+def _count_patches(gatherer: VectorGatherer) -> int:
+    """Return the number of patches of a token at a rule's sites in a vision encoder, otherwise
+    1."""
+    rule = gatherer.rule.rule
+    return gatherer.plan.experiment.model.shape.merged_side**2 if rule.in_vision else 1
 
 
 def _read_run(
@@ -679,8 +687,9 @@ def _iter_feature_cells(
             if rank >= len(features):
                 continue
             if place not in at:
-                source = rule.sources[place] if does.reads == "run" else None
-                at[place] = found.at(rule.positions[place], source)
+                each = _count_patches(gatherer)
+                source = rule.sources[place].in_patches(each) if does.reads == "run" else None
+                at[place] = found.at(rule.positions[place].in_patches(each), source)
             there, values, density = at[place]
             if not len(there):
                 continue

@@ -36,7 +36,9 @@ from mechdsl.images.picture import Picture
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.program.significance import MIN_UNITS
+from mechdsl.prompts.rows import row_in_patches
 from mechdsl.prompts.runs import PlacedPicture, PromptRun, RunRow
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.cells import CellKey
@@ -474,11 +476,17 @@ def _collect_active_texts(
     table = experiment.table
     rows = table.runs[experiment.spec.base].rows
 
+    observed = (rule for rule in experiment.rules if rule.spec.observed is not None)
+    in_vision = any(rule.in_vision for rule in observed)
+
     @cache
     def tokens_of(row: int) -> tuple[str, ...]:
         return _spaced_texts(rows[row], experiment)
 
     def text(active: ActiveRow) -> ActiveText:
+        if in_vision:
+            names = _name_patches(experiment, rows[active.row], active.tokens)
+            return ActiveText(table.row_ids[active.row], names, active.values)
         values = dict(zip(active.tokens, active.values, strict=True))
         tokens = tokens_of(active.row)
         marks = tuple(values.get(token) for token in range(len(tokens)))
@@ -488,6 +496,28 @@ def _collect_active_texts(
     names = [axis.name for axis in experiment.axes]
     ranks = plan.coordinates[names.index(FEATURE_AXIS)][there]
     return tuple(found[rank] for rank in ranks.tolist())
+
+
+def _name_patches(
+    experiment: ResolvedExperiment, row: RunRow, patches: Sequence[int]
+) -> tuple[str, ...]:
+    """Return the name of each patch, with a space before it.
+
+    Args:
+        experiment: The experiment.
+        row: The row of the prompt.
+        patches: Numbers of patches, those of a token next to each other.
+    """
+    shape, reader = experiment.model.shape, experiment.model.tokenizer
+    each = shape.merged_side**2
+    if shape.resamples and isinstance(reader, ImagePromptTokenizer):
+        row, each = row_in_patches(reader, row), 1
+
+    def name(patch: int) -> str:
+        label = row.image_label(patch // each) or ""
+        return f" {label}" if each == 1 else f" {label} patch {patch % each + 1}"
+
+    return tuple(map(name, patches))
 
 
 def _collect_replies(

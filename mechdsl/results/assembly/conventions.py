@@ -393,6 +393,8 @@ def _of_features(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionIt
     if found is None or rule is None or rule.rule.basis is None:
         return
     at = f"at {count_noun(found.tokens, 'token')}"
+    if rule.rule.in_vision:
+        at = "at 1 patch" if found.tokens == 1 else f"at {found.tokens:,} patches"
     said = f"{found.active:,} of {found.size:,} features are active {at}"
     if found.explained is not None:
         said += f"; the reconstruction explains {found.explained:.4g} of their variance"

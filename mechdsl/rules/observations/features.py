@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.diagnostics.core import has_errors
+from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.program import spec
 from mechdsl.resolve.bases import resolve_observed_basis
 from mechdsl.resolve.observations import evaluate_rows
@@ -102,6 +103,8 @@ class FeatureActivations(SiteRowSetObservation):
         if basis is None or not self._reads_plain_runs(rule, found.run, work):
             return None
         (member,), ((key, points),) = basis.members, found.sites.points.items()
+        if found.in_vision and not _encodes_patches(member, rule, work):
+            return None
         count = min(said.top or member.size, member.size)
         selects = count < member.size
         kind = FeatureDifferences if said.ranked_by == "difference" else FeatureActivations
@@ -117,7 +120,7 @@ class FeatureActivations(SiteRowSetObservation):
             one_token=all(
                 len(tokens) == 1
                 for cell in found.positions.written.values()
-                for row in cell.hits
+                for row in cell.in_patches(shape.merged_side**2 if found.in_vision else 1).hits
                 for tokens in row
             ),
         )
@@ -227,3 +230,16 @@ def correlate(values: Floats, targets: Floats) -> tuple[float, Floats]:
     x, y = (values - values.mean()) / spread[0], (targets - targets.mean()) / spread[1]
     r = float((x * y).mean())
     return r, r + x * y - r * (x**2 + y**2) / 2
+
+
+def _encodes_patches(member: BasisMember, rule: spec.Rule, work: ExperimentContext) -> bool:
+    """Report E0207 for a basis whose features depend on the order of patches."""
+    own = member.operand
+    if not isinstance(own, DictionaryFile) or not own.context_layers:
+        return True
+    report_bad_observation(
+        rule, work, "reads a temporal SAE, whose features depend on preceding tokens, but patches "
+        "of an image have no order",
+        "name a site of the language model, or another dictionary",
+    )  # fmt: skip
+    return False
