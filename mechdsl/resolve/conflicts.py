@@ -340,13 +340,28 @@ def _explain_no_vision_estimate(
     if kind.backward is not None and kind.backward.in_attention and shape.resampler_attends:
         reason = "it doesn't change derivatives of the resampler's attention"
         return reason, OTHER_ESTIMATOR_HINT
-    if rule.path is not None or rule.edge is not None:
-        return "paths and attention between patches have no estimates", NO_ESTIMATE_HINT
+    if rule.edge is not None:
+        reason = "gradients of attention weights between patches aren't computed yet"
+        return reason, NO_ESTIMATE_HINT
+    if rule.path is not None and (reason := _explain_no_path_of_patches(said, shape)):
+        hint = NO_ESTIMATE_HINT if shape.takes == "attended image" else "write `using eap`"
+        return reason, hint
     points = () if rule.sites is None else rule.sites.points.values()
     if kind.fixes_attention and any(_is_query_or_key(p.site) for own in points for p in own):
         reason = "it recomputes the attention of queries and keys of the language model only"
         return reason, OTHER_ESTIMATOR_HINT
     return None
+
+
+def _explain_no_path_of_patches(said: spec.Estimator, shape: ModelShape) -> str:
+    """Return why a path in a vision encoder isn't estimated, or an empty text."""
+    if shape.takes == "attended image":
+        return "paths in an encoder whose images blocks attend to aren't estimated yet"
+    if said.steps is not None:
+        return "it moves the tokens of the language model, not the patches of images"
+    if said.kind.backward is not None:
+        return "its derivatives aren't computed along paths between patches yet"
+    return ""
 
 
 def _of_changed_attention(

@@ -573,9 +573,13 @@ REJECTED = {
         "E0608",
         "it recomputes the attention of queries and keys of the language model only",
     ),
-    (f"path z vision layer 0 head 0 -> attn_norm vision layer 1 at {CELL}", "eap"): (
+    (f"path z vision layer 0 head 0 -> attn_norm vision layer 1 at {CELL}", "eap_ig"): (
         "E0608",
-        "paths and attention between patches have no estimates",
+        "it moves the tokens of the language model, not the patches of images",
+    ),
+    (f"path z vision layer 0 head 0 -> attn_norm vision layer 1 at {CELL}", "relp"): (
+        "E0608",
+        "its derivatives aren't computed along paths between patches yet",
     ),
     ("block attention vision layer 0 from photo tokens to last token", "gradient_attention"): (
         "E0310",
@@ -583,7 +587,7 @@ REJECTED = {
     ),
     (f"block attention vision layer 0 from photo tokens to {CELL}", "gradient_attention"): (
         "E0608",
-        "paths and attention between patches have no estimates",
+        "gradients of attention weights between patches aren't computed yet",
     ),
     (f"patch resid_post vision layer 0 at {CELL}", "eap"): (
         "E0608",
