@@ -289,6 +289,14 @@ class CoordinateChange(Intervention):
     mode = "coordinates"
 
     @property
+    def at_newest(self) -> str:
+        if self.operation == "set":
+            return "the newest token receives the coordinates written at the final prompt token"
+        if self.operation == "add":
+            return "the newest token's own coordinates receive the rule's addition"
+        return super().at_newest
+
+    @property
     def leaves_no_error(self) -> bool:
         """Whether what the basis doesn't represent is dropped."""
         return self.drops_error or self.operation == "reconstruct"
@@ -344,6 +352,9 @@ VECTOR_AMOUNT = 2.0
 """Factor of coordinates for which their contribution is added once."""
 
 
+CHANGED_WEIGHTS = "the newest token uses the changed weights"
+
+
 class WeightScaling(Intervention):
     """A factor of output weights, or vectors that are added to them."""
 
@@ -382,6 +393,10 @@ class WeightChange(CoordinateChange):
 
     def __init__(self, verb: str) -> None:
         super().__init__(WeightScaling(verb))
+
+    @property
+    def at_newest(self) -> str:
+        return CHANGED_WEIGHTS
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -1190,6 +1190,16 @@ class Intervention:
         return False
 
     @property
+    def at_newest(self) -> str:
+        """What it does at the newest token of a reply, in words: its values stay those of the final
+        prompt token, and `mode` says how they combine with the current vector."""
+        if self.mode == "set":
+            return "the newest token receives the value written at the final prompt token"
+        if self.mode == "add":
+            return "the newest token receives the addition made at the final prompt token"
+        return "the newest token's own vector is changed"
+
+    @property
     def of_all_rows(self) -> bool:
         """Whether the values for a row depend on the other rows."""
         return self.over_rows or self.reads == "cell"

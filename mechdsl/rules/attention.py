@@ -66,6 +66,10 @@ class EdgeIntervention(Intervention):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield Convention("edges", self.said, closing="sinks count as part of the rest")
 
+    @property
+    def at_newest(self) -> str:
+        return "the newest token's own attention is changed"
+
     def possible(
         self, rule: spec.Rule, amounts: Amounts, keys: PositionTargets, work: ExperimentContext
     ) -> bool:

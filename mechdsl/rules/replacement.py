@@ -250,6 +250,10 @@ class ReplaceBlockRule(RuleKind, Intervention):
     whole = True
     drawn_positions = False
 
+    @property
+    def at_newest(self) -> str:
+        return "the newest token passes through the replaced blocks in the steps of their rules"
+
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.site is not None
         stack = _find_stack(rule, work)

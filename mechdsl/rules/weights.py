@@ -17,7 +17,13 @@ from mechdsl.base.text import HintedError
 from mechdsl.diagnostics.rules import BadDirection, BadWeights
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
-from mechdsl.resolve.bases import MAPPED_SITES, NEXT_MAPS, VECTOR_AMOUNT, WeightChange
+from mechdsl.resolve.bases import (
+    CHANGED_WEIGHTS,
+    MAPPED_SITES,
+    NEXT_MAPS,
+    VECTOR_AMOUNT,
+    WeightChange,
+)
 from mechdsl.resolve.conflicts import ADD_TO_WEIGHTS, PROJECT_OUT_OF_WEIGHTS
 from mechdsl.resolve.directions import resolve_direction
 from mechdsl.resolve.runs import RuleKind
@@ -423,6 +429,10 @@ class ProjectOutOfWeightsRule(DirectionRule):
     mode = "along"
     drawn_positions = False
     whole_text = True
+
+    @property
+    def at_newest(self) -> str:
+        return CHANGED_WEIGHTS
 
     def where(
         self, rule: spec.Rule, work: ExperimentContext

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 
+import mechdsl
 from mechdsl.base import limits
 
 from .. import fruit
@@ -121,7 +123,7 @@ def test_run_states_the_generation_settings(command: Command, drawn: Path) -> No
     assert 'replies end before "Part" or "\\n", or after 6 tokens' in said
     assert "samples 2 per row; a row's value is their mean" in said
     assert "`last token` and `tokens *` extend to the newest token" in said
-    assert "positions of the prompt are written in step 0" in said
+    assert "positions of the prompt are changed in step 0" in said
     edit = "`scale k layer 2 head 0 at last-item token by 3 after prefill` edits the prompt's cache"
     assert edit in said
     assert "prompt end metrics that don't read the reply are measured in step 0" in said
@@ -132,7 +134,7 @@ def test_run_without_prompt_writes_omits_the_step_0_note(command: Command, file:
     file.write_text(text.replace("at last token by 2", "at tokens * by 2"), "utf-8")
     said = flat(command("run", file, "--no-store").out)
     assert "extend to the newest token" in said
-    assert "are written in step 0" not in said
+    assert "are changed in step 0" not in said
 
 
 def test_run_of_greedy_generation_omits_sampling_notes(command: Command, file: Path) -> None:
@@ -143,6 +145,97 @@ def test_run_of_greedy_generation_omits_sampling_notes(command: Command, file: P
     assert "up to 6 tokens after each prompt, the most likely token at each step" in said
     for absent in ("samples 2", "prompt end", "newest token", "edits the prompt's cache"):
         assert absent not in said
+
+
+LATER = (
+    fruit.FRUIT
+    + """
+direction d = unembedding(" 2")
+basis p = random(dims: 3) at resid_post layer 0
+experiment e {
+  prompts fruit limit 2
+  from clean into fewer
+  generate 3
+RULES
+  measure length as raw
+}
+"""
+)
+VALUE = "the newest token receives the value written at the final prompt token"
+OWN = "the newest token's own vector is changed"
+EXTENDS = "`last token` and `tokens *` extend to the newest token"
+BLOCKS = "the newest token passes through the replaced blocks in the steps of their rules"
+WEIGHTS = "the newest token uses the changed weights"
+AT = "resid_post layer 0 at last token"
+
+
+@pytest.mark.parametrize(
+    ("rule", "effect"),
+    [
+        (f"patch {AT}", VALUE),
+        (f"ablate {AT} with zero", VALUE),
+        (f"set {AT} to 2 * d", VALUE),
+        (f"set {AT} to value(resid_post layer 1) of clean", VALUE),
+        ("clamp mlp_hidden layer 0 neuron 1 at last token to 3", VALUE),
+        (f"add 2 * d to {AT}", "the newest token receives the addition made at the final prompt"),
+        (f"scale {AT} by -2", OWN),
+        (f"project out d from {AT}", OWN),
+        (f"project {AT} onto d", OWN),
+        (f"clamp d of {AT} to 3", OWN),
+        (f"add step(resid_post) to {AT}", OWN),
+        (f"set {AT} to reconstruction of p", OWN),
+        ("scale feature 1 of p at last token by 2", OWN),
+        ("ablate feature 1 of p at last token with zero", "receives the coordinates written at"),
+        ("add 3 to feature 1 of p at last token", "own coordinates receive the rule's addition"),
+        (
+            "block attention layer 0 head * from last token to first token",
+            "the newest token's own attention is changed",
+        ),
+    ],
+)
+def test_steps_state_the_effect_of_a_rule_at_the_newest_token(
+    rule: str, effect: str, tmp_path: Path
+) -> None:
+    said = _steps(tmp_path, rule)
+    assert EXTENDS in said
+    assert effect in said
+    assert sum(each in said for each in (VALUE, OWN)) == (effect in (VALUE, OWN))
+    assert f"(`{rule}`)" not in said
+
+
+def _steps(tmp_path: Path, *rules: str) -> str:
+    path = tmp_path / "file.mech"
+    path.write_text(LATER.replace("RULES", "\n".join(rules)), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mechdsl.MechdslWarning)
+        return mechdsl.run(path, store=False)["e"].conventions["steps"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "effect"),
+    [
+        ("replace block layer 1 with block layer 0 during step 1..2", BLOCKS),
+        ("replace block layer 1 with identity", BLOCKS),
+        ("scale weights of z layer 0 head 1 by 2", WEIGHTS),
+        ("project out d from weights", WEIGHTS),
+    ],
+)
+def test_steps_of_a_rule_without_positions_omit_last_token(
+    rule: str, effect: str, tmp_path: Path
+) -> None:
+    prefill = f"scale {AT} by 2 during prefill"
+    for rules in ((rule,), (rule, prefill)):
+        said = _steps(tmp_path, *rules)
+        assert effect in said
+        assert "last token`" not in said
+        assert OWN not in said
+        assert (f"(`{rule}`)" in said) == (len(rules) > 1)
+
+
+def test_steps_name_the_rules_of_each_effect(tmp_path: Path) -> None:
+    rules = f"patch {AT}", f"scale {AT} by 2", f"scale {AT} by 3 during step 2..2"
+    said = _steps(tmp_path, *rules)
+    assert f"{VALUE} (`{rules[0]}`); {OWN} (`{rules[1]}`, `{rules[2]}`)" in said
 
 
 ALONE = (

@@ -120,17 +120,27 @@ def _reply_lengths(plan: ExperimentPlan, measured: MeasuredValues) -> Iterator[s
 def _rule_steps(rules: Sequence[ResolvedRule]) -> Iterator[str]:
     """Yield the passes in which rules act."""
     yield "step 0 is the pass over the prompt; each later step adds one token of the reply"
-    if any(rule.acts_later for rule in rules):
-        yield (
-            "`last token` and `tokens *` extend to the newest token; there a rule writes "
-            "what it writes at the final prompt token"
-        )
+    later = [rule for rule in rules if rule.acts_later]
+    if any(_names_positions(rule) for rule in later):
+        yield "`last token` and `tokens *` extend to the newest token"
+    effects: dict[str, dict[str, None]] = {}
+    for rule in later:
+        text = f"`{' '.join(rule.spec.span.written.split())}`"
+        effects.setdefault(rule.does.at_newest, {})[text] = None
+    for effect, texts in effects.items():
+        yield effect + (f" ({', '.join(texts)})" if len(rules) > 1 else "")
     if any(rule.in_prefill and not _is_newest_only(rule) for rule in rules):
-        yield "positions of the prompt are written in step 0, and later tokens attend to the result"
+        yield "positions of the prompt are changed in step 0, and later tokens attend to the result"
     for rule in rules:
         if rule.after_prefill:
             text = " ".join(rule.spec.span.written.split())
             yield f"`{text}` edits the prompt's cache after step 0, which doesn't see the edit"
+
+
+def _names_positions(rule: ResolvedRule) -> bool:
+    """Whether the file names the rule's positions: `replace block` and edits of weights may not."""
+    at = rule.spec.at
+    return at is not None and at.span.start > rule.spec.span.start
 
 
 def _is_newest_only(rule: ResolvedRule) -> bool:
