@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from mechdsl.base.limits import CHAT_DATE
 from mechdsl.base.text import count_noun, quote
@@ -10,7 +11,9 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoTokenFor
 from mechdsl.diagnostics.prompts import EmptyPrompt, PromptTooLong, UnknownWords
 from mechdsl.images.baselines import GRAY_LEVEL
+from mechdsl.images.layouts import PromptPicture
 from mechdsl.images.picture import PictureChange, Video
+from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.block import PromptsBlock
 from mechdsl.prompts.rows import PromptTable
@@ -80,12 +83,12 @@ def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> di
     videos = {each.video for each in placed}
     for name in dict.fromkeys(each.video or each.name for each in placed):
         every = [each.picture for row in rows for each in row.pictures_of(name)]
-        grids = sorted({each.expansion.size for each in every})
-        shown = ", ".join(f"{height} x {width}" for height, width in grids[:3])
-        shown += f" and {len(grids) - 3} more sizes" if len(grids) > 3 else ""
-        said = f"{shown} tokens, rows and columns counted from 1 at the top left"
+        said = f"{_list_grids(every)} tokens, {_COUNTED}"
         if every[0].expansion.is_sound:
-            said = f"{grids[-1][1]} frames, counted from 1; those after its end are silence"
+            frames = max(each.expansion.size for each in every)[1]
+            said = f"{frames} frames, counted from 1; those after its end are silence"
+        elif every[0].expansion.layout.cells and not every[0].expansion.grid:
+            said = _resampled_tokens(every, tokenizer)
         joined = name in videos and tokenizer.reads_videos
         if isinstance(tokenizer, ImagePromptTokenizer) and not joined:
             said = f"prepared by the model's `{tokenizer.processor_name}`; {said}"
@@ -105,6 +108,28 @@ def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> di
             )
             out[f"regions of `{name}`"] = f"{', '.join(regions)}: {share}"
     return out
+
+
+_COUNTED = "rows and columns counted from 1 at the top left"
+
+
+def _list_grids(pictures: Sequence[PromptPicture]) -> str:
+    """List the rows and columns of images, without repetitions."""
+    grids = sorted({each.expansion.size for each in pictures})
+    shown = ", ".join(f"{height} x {width}" for height, width in grids[:3])
+    return shown + (f" and {count_noun(len(grids) - 3, 'more size')}" if len(grids) > 3 else "")
+
+
+def _resampled_tokens(pictures: Sequence[PromptPicture], tokenizer: TextTokenizer) -> str:
+    """Describe tokens that a resampler computes, and the patches of the encoder if known."""
+    counts = sorted({len(each.expansion.layout.cells) for each in pictures})
+    shown = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    said = f"{shown} tokens without rows and columns, each computed from all patches of a tile"
+    if isinstance(tokenizer, ImagePromptTokenizer):
+        with suppress(UnsupportedProcessor):
+            grids = _list_grids([tokenizer.in_encoder(each) for each in pictures])
+            said += f"; {grids} patches in the vision encoder, {_COUNTED}"
+    return said
 
 
 def _joined_frames(name: str, rows: Sequence[RunRow], tokenizer: TextTokenizer) -> str:

@@ -39,7 +39,7 @@ from mechdsl.resolve.circuits import (
     list_drawn_edges,
     replace_circuit,
 )
-from mechdsl.resolve.conflicts import check_removed_blocks
+from mechdsl.resolve.conflicts import check_other_stacks, check_removed_blocks
 from mechdsl.resolve.findings import FindingPicker, PickError, check_rankable_features
 from mechdsl.resolve.matched_draws import (
     UNIT_WORDS,
@@ -618,6 +618,19 @@ def resolve_control(
         return None, []  # the final picks or the real model may have alternatives
     text = asked.span.written
     return None, [BadControl(span=span, text=text, reason=reason, hint=hint)]
+
+
+def accepts_control(experiment: ResolvedExperiment) -> bool:
+    """Whether `against random(…)` is valid in an experiment without it."""
+    asked = spec.Control(span=experiment.spec.span, draws=1)
+    own = replace(experiment, spec=experiment.spec.model_copy(update={"against": asked}))
+    if any(check_other_stacks(own)):
+        return False
+    try:
+        _build_control(own, asked, (), (), asked.draws, FindingPicker())
+    except _NoDraws:
+        return False
+    return True
 
 
 def _build_control(

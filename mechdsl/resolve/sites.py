@@ -431,6 +431,12 @@ def _bound(bound: ast.Bound, axis: ast.Axis, size: int, context: SiteContext) ->
         given = context.parameters.get(bound.name)
         if not isinstance(given, int):
             reason, hint = _unknown_name(bound.name, context)
+            if bound.name in STACKS and given is None:
+                reason = f"it is a stack, and `{axis.word}` needs a number"
+                hint = (
+                    f"write the component before it: `{_UNIT_SITES.get(axis.word, 'z {} layer 1')}`"
+                )
+                hint = hint.format(bound.name)
             if given is not None:
                 reason = f"it is {given!r}, not a whole number"
                 hint = f"{axis.word}s are counted from 0"
@@ -441,6 +447,14 @@ def _bound(bound: ast.Bound, axis: ast.Axis, size: int, context: SiteContext) ->
         value = given + bound.offset
     assert value is not None
     return size + value if -size <= value < 0 else value
+
+
+_UNIT_SITES = {
+    "neuron": "mlp_hidden {} layer 1 neuron 3",
+    "head": "z {} layer 1 head 3",
+    "expert": "expert_out {} layer 1 expert 3",
+}
+"""A site of one unit in a stack, by the word of the unit's axis; sites of layers by default."""
 
 
 def _unknown_name(name: str, context: SiteContext) -> tuple[str, str]:

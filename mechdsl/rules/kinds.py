@@ -171,6 +171,8 @@ def resolve_targets(
         return None, None
     if sites is not None and not check_one_side(rule, sites, work):
         return None, None
+    if sites is None and work.model.shape.resamples:
+        return None, None  # whether images have rows and columns depends on the stack
     found = resolve_rule_positions(rule, run, work.reading(sites), apart, exchanged=exchanged)
     return fill_empty_picks(sites, found)
 

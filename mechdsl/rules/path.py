@@ -168,7 +168,8 @@ class PathPatching(RuleKind, Intervention):
             return None
         does: Intervention = FULL_PASS_PATH if whole else self
         if work.model.shape.encodes_apart:
-            does = ENCODER_DECODER_PATH
+            attends = work.model.shape.takes == "attended image"
+            does = ATTENDED_IMAGE_PATH if attends else ENCODER_DECODER_PATH
         if _has_stack(senders, "vision"):
             does = VISION_PATH
         return ResolvedRule(
@@ -249,6 +250,15 @@ class EncoderDecoderPath(PathPatching, Intervention):
         del path, last
         heads = "the heads of the encoder (z encoder) and of the decoder (z, z cross)"
         return heads, "the MLPs of both (mlp_out encoder, mlp_out)"
+
+
+class AttendedImagePath(EncoderDecoderPath):
+    """Path patching in a language model whose blocks attend to an image; it has no encoder of
+    text."""
+
+    def _held(self, path: PathTargets, last: int) -> tuple[str, ...]:
+        del path
+        return "the heads (z, z cross)", f"the MLPs (mlp_out) of layers 0 to {last}"
 
 
 class VisionPath(PathPatching, Intervention):
@@ -562,5 +572,7 @@ def _describe_missing_path(
 FULL_PASS_PATH = FullPassPath()
 
 ENCODER_DECODER_PATH = EncoderDecoderPath()
+
+ATTENDED_IMAGE_PATH = AttendedImagePath()
 
 VISION_PATH = VisionPath()

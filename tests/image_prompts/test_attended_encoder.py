@@ -328,7 +328,9 @@ def test_planned_cost_is_near_the_counted_products(line: str) -> None:
 
 def test_conventions_describe_the_effect_of_a_changed_image() -> None:
     [found] = run_text(experiment("e", SCALED))
-    assert found.conventions["vision encoder"].endswith("vectors blocks of `cross` then read")
+    assert found.conventions["vision encoder"].endswith(
+        "; blocks of `cross` read the vectors of the changed image"
+    )
 
 
 ERRORS = {

@@ -780,8 +780,21 @@ def test_layout_of_huge_tiles_is_rejected_before_they_are_counted(sizes: dict[st
 
 def test_conventions_name_the_image_token_and_full_forward_passes() -> None:
     [found] = run_text(experiment("e", ZERO))
-    assert found.conventions["image"].startswith("blocks of `cross` attend to it, from `<|image|>`")
+    assert found.conventions["image"] == (
+        "blocks of `cross` attend to it, from `<|image|>` and later tokens; earlier tokens attend "
+        "to all tiles of all images, also to tiles that an image doesn't fill"
+    )
     assert "a full forward pass" in found.conventions["planner"]
+
+
+def test_text_before_the_image_attends_to_it() -> None:
+    """The token before the image depends on it in the first block that attends to it."""
+    own = BLOCK.replace("{photo} how many", "how many {photo}")
+    rule = "observe norm z cross layer 1 head * at token 1"
+    kept = experiment("e", rule, measure="")
+    other = own.replace('image photo = "{file}"', 'image photo = "{other}"')
+    [first], [second] = (run_text(kept, block=each) for each in (own, other))
+    assert np.abs(first.measures[0].patched - second.measures[0].patched).max() > 0.01
 
 
 def test_masked_and_gray_images_equal_the_bare_model_on_their_pixels() -> None:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.rendering import render_full
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.images.layouts import IMAGE_LAYOUTS
 from mechdsl.images.processing import UnsupportedProcessor
@@ -439,6 +440,24 @@ def test_invalid_line_reports_e0108_before_anything_runs(line: str, reason: str)
     assert reason in problem.message, problem.message
 
 
+@pytest.mark.parametrize(
+    ("site", "code", "hint"),
+    [
+        ("neuron vision layer 1 dim 3", "E0322", "`mlp_hidden vision layer 1 neuron 3`"),
+        ("head vision layer 1", "E0322", "`z vision layer 1 head 3`"),
+        ("z layer vision", "E0322", "`z vision layer 1`"),
+        ("z vision layer 9", "E0302", ""),
+    ],
+)
+def test_site_with_an_error_reports_no_position(site: str, code: str, hint: str) -> None:
+    """Whether an image has rows and columns depends on the site's stack."""
+    text = experiment("e", f"ablate {site} at photo row 1 col 1 token with zero")
+    found: Sequence[Diagnostic] = run_on(source(text, "mixed"), {"m": loaded(splits=True)})[1]
+    [problem] = [each for each in found if each.severity == "error"]
+    assert problem.code == code, problem
+    assert hint in render_full([problem], color=False, width=200)
+
+
 UNEQUAL = (
     "set resid_pre vision layer 1 at photo tokens to "
     "value(resid_pre vision layer 1 at photo tokens) of clean",
@@ -454,6 +473,40 @@ def test_images_with_different_numbers_of_patches_report_an_error(line: str) -> 
     [problem] = [each for each in found if each.severity == "error"]
     assert problem.code in ("E0307", "E0108"), problem
     assert "patch" in f"{problem.message} {problem}", problem
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_conventions_count_tokens_and_patches_of_an_image(splits: bool) -> None:
+    """The model's processor gives the number of tokens, and its masks the patches."""
+    text = experiment("e", "scale resid_post vision layer 0 at photo tokens by 2")
+    [found] = run_text(text, "mixed", splits=splits)
+    count = 0
+    grids: set[tuple[int, int]] = set()
+    for n in ALL:
+        given = inputs("mixed", n, n, splits=splits)
+        count = int((given["input_ids"] == bare(splits=splits).model.config.image_token_id).sum())
+        [mask] = given["pixel_attention_mask"]
+        grid = mask.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).float().mean((-1, -2)) == 1
+        rows, cols = grid.any(2).sum(1).tolist(), grid.any(1).sum(1).tolist()
+        grids.add((rows[0] + rows[2], cols[0] + cols[1]) if splits else (rows[0], cols[0]))
+    shown = ", ".join(f"{high} x {wide}" for high, wide in sorted(grids)[:3])
+    shown += " and 1 more size" if len(grids) == 4 else ""
+    assert found.conventions["image `photo`"].endswith(
+        f"; {count} tokens without rows and columns, each computed from all patches of a tile; "
+        f"{shown} patches in the vision encoder, rows and columns counted from 1 at the top left"
+    )
+
+
+def test_conventions_recommend_controls_only_where_they_are_valid() -> None:
+    for rule in (
+        "scale resid_post vision layer 0 at photo tokens by 2",
+        "scale z layer 0 at last token by 2",
+    ):
+        lines = (rule, "against random(3)")
+        asked = run_on(source(experiment("e", *lines), "mixed"), {"m": loaded(splits=True)})[1]
+        [found] = run_text(experiment("e", rule), "mixed")
+        rejected = any(each.severity == "error" for each in asked)
+        assert ("against" in found.conventions["controls"]) != rejected
 
 
 def test_rows_and_columns_of_the_language_model_report_e0310() -> None:

@@ -3022,7 +3022,8 @@ _experiment(
     "takes precedence. `absolute_error(1..9, count)` is the distance of the most likely numeral "
     "from a whole number of the row: a value, also one of another run (`count of fewer`), an "
     "expression, `item.index` or a `for` variable; without it, from the answer. The mean is the "
-    "mean absolute error. The mean error in tables of `argmax` refers to the answer.",
+    "mean absolute error. In tables of `argmax`, `distance to answer` is the mean absolute "
+    "difference from the answer.",
     "tests/execute/test_metrics.py",
     "Hanna et al. 2023, arXiv 2305.00586",
 )

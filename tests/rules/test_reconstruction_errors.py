@@ -90,6 +90,25 @@ def test_reconstruction_error_of_a_transcoder_is_that_of_its_output(kind: str, d
     check(found.conventions["error of t"], *expected, KEPT)
 
 
+@pytest.mark.parametrize("verify", ["", " verify top 2"])
+def test_reconstruction_error_of_an_estimate_is_at_its_sites(verify: str, data: Path) -> None:
+    """No rule changes a vector, except in cells that `verify` runs."""
+    of = make(data, "standard", width_of("llama"))
+    rule = "ablate feature * of f at last token with zero"
+    text = BASIS + experiment("e", rule, f"using gradient_input{verify}")
+    found = run_file(text, data, "llama", "planned")["e"]
+
+    def reconstruct(name: str, n: int, token: int) -> Tensor:
+        x = plain(name, rows()[n])["resid_post", LAYER][token, 0]
+        return of.decode(of.encode(x), x)
+
+    error, count = mean_error("llama", "last token", reconstruct)
+    number, _, rest = found.conventions["error of f"].partition(" of a vector's length, ")
+    assert float(number) == pytest.approx(error, rel=5e-3)
+    kept = KEPT if verify else "it is held fixed"
+    assert rest == f"the mean over {count} vectors of clean at the rules' sites; {kept}"
+
+
 def test_reconstruction_error_averages_over_the_layers_of_a_family(data: Path) -> None:
     of = make(data, "standard", width_of("llama"))
     text = 'basis f = sae("sae") at resid_post layer *\n'

@@ -104,6 +104,19 @@ def test_verified_effects_and_intervals_equal_those_of_the_sweep(tmp_path: Path)
         np.testing.assert_allclose(each.high, own.high[each.cells], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ("top 2, random 1", "absolute estimates and 1 other drawn at random with the seed"),
+        ("top 2, random 3", "absolute estimates and 3 others drawn at random with the seed"),
+        ("random 1", "of each measure, 1 cell drawn at random with the seed"),
+    ],
+)
+def test_conventions_count_the_cells_drawn_at_random(cells: str, said: str, tmp_path: Path) -> None:
+    text = experiment("e", *HEADS, f"using gradient_input verify {cells}")
+    assert said in run_file(text, tmp_path, bare("llama"))["e"].conventions["verified"]
+
+
 def test_random_verified_cells_exclude_cells_without_an_effect(tmp_path: Path) -> None:
     """No head of the last layer can change the answer at an earlier token."""
     text = experiment(

@@ -373,7 +373,10 @@ class ImagePromptTokenizer(TextTokenizer):
         out: dict[str, str] = {}
         if self.layout.attended:
             token = quote(self.token_text(self.image_id))
-            out["image"] = f"blocks of `cross` attend to it, from {token} and later tokens"
+            out["image"] = (
+                f"blocks of `cross` attend to it, from {token} and later tokens; earlier tokens "
+                "attend to all tiles of all images, also to tiles that an image doesn't fill"
+            )
         if self.bos_after_images is not None and not self.written:
             bos = quote(self.token_text(self.bos_after_images))
             by = "the model's processor"

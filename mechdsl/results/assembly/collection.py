@@ -1031,8 +1031,8 @@ def _verification_text(
         )
     parts = [f"the {found.top} with the largest absolute estimates"] if found.top else []
     drawn = len(found.cells) - found.ranked
-    others = "others" if parts else "cells"
-    parts += [f"{drawn} {others} drawn at random with the seed"] if drawn else []
+    drawn_cells = count_noun(drawn, "other" if parts else "cell")
+    parts += [f"{drawn_cells} drawn at random with the seed"] if drawn else []
     text = f"of each measure, {' and '.join(parts)} were also run, on the same rows"
     if len(found.cells) < asked.top + asked.random:
         text += ": no other cell can have an effect"

@@ -25,6 +25,7 @@ from mechdsl.program.spec import CLEAN, Estimator, Generation
 from mechdsl.prompts.insertion import has_inserted_tokens
 from mechdsl.resolve.bases import CoordinateChange
 from mechdsl.resolve.class_outputs import describe_pooling
+from mechdsl.resolve.controls import accepts_control
 from mechdsl.resolve.experiment import find_omitted_answers
 from mechdsl.resolve.findings import MAX_LISTED_SITES
 from mechdsl.resolve.runs import reads_any_reply
@@ -377,7 +378,8 @@ def _of_controls(plan: ExperimentPlan) -> ConventionItems:
     elif experiment.without_control:
         yield "controls", f"none: {experiment.without_control}"
     elif any(rule.rule.does.changes != "nothing" for rule in plan.rules):
-        yield "controls", "none (`against random(39)` adds matched random targets)"
+        hint = " (`against random(39)` adds matched random targets)"
+        yield "controls", "none" + (hint if accepts_control(experiment) else "")
 
 
 def _of_errors(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:
@@ -388,9 +390,12 @@ def _of_errors(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItem
         drops = [isinstance(does, CoordinateChange) and does.leaves_no_error for does in own]
         kept = "some rules keep it" if not all(drops) and any(drops) else "rules keep it"
         kept = "it is dropped" if all(drops) else kept
+        estimator = plan.experiment.spec.estimator
+        if estimator is not None and estimator.verify is None and not all(drops):
+            kept = "it is held fixed"
         prompts = "" if plan.experiment.generation is None else "the prompts of "
         vectors = f"{count_noun(count, 'vector')} of {prompts}{plan.experiment.spec.base}"
-        vectors += " that rules change"
+        vectors += " at the rules' sites" if estimator is not None else " that rules change"
         yield (
             f"error of {name}",
             f"{error:.3g} of a vector's length, the mean over {vectors}; {kept}",
@@ -440,9 +445,10 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
     if plan.experiment.in_vision:
         shape = plan.experiment.model.shape
         replaced = (
-            "blocks of `cross` then read"
+            "blocks of `cross` read the vectors of the changed image"
             if shape.takes == "attended image"
-            else "replace `embed` of all its tokens, before other rules act there"
+            else "a changed image's vectors replace `embed` of all its tokens, before other rules "
+            "act there"
         )
         writes = any(rule.writes_vision for rule in plan.experiment.every_rule)
         patches = _describe_patches(shape)
@@ -454,7 +460,7 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
                 "them are blocked; weights are sums over the patches of keys"
             )
         if writes:
-            patches += f"; a changed image's vectors {replaced}"
+            patches += f"; {replaced}"
         yield "vision encoder", patches
         why = "change images" if writes else "read its vectors"
         yield "planner", f"every row is a full forward pass: rules in the vision encoder {why}"

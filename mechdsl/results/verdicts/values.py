@@ -511,7 +511,7 @@ class ComparisonSample:
         unit = "prompt" if self.mine.groups is None else self.mine.sampling.unit_word(self.units)
         words = [
             f"`{name}` has {len(own & theirs) or 'none'} of these {count_noun(len(own), unit)}"
-            + f" and {len(theirs - own)} others" * bool(theirs - own)
+            + f" and {count_noun(len(theirs - own), 'other')}" * bool(theirs - own)
             for name, theirs in others
             if theirs != own
         ]

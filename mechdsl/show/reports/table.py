@@ -456,7 +456,9 @@ def _category_columns(result: ExperimentResult, measure: int, order: Sequence[in
         Column("share", [share(found.share[i]) for i in order], True),
     ]
     if np.isfinite(found.mean_error[order]).any():
-        columns.append(Column("mean error", [error(found.mean_error[i]) for i in order], True))
+        columns.append(
+            Column("distance to answer", [error(found.mean_error[i]) for i in order], True)
+        )
     return columns
 
 
