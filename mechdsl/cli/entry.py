@@ -179,6 +179,17 @@ def _status() -> int | str | None:
         return INVALID_INPUT if isinstance(error, OSError) else status
 
 
+OTHER_NAMES = {
+    "check": "validate",
+    "lint": "validate",
+    "format": "fmt",
+    "train": "fit",
+    "show": "runs",
+    "list": "runs",
+}
+"""Names that other tools give to commands."""
+
+
 def _usage(error: click.ClickException) -> Diagnostic:
     """Convert an error of the command line to a diagnostic."""
     from mechdsl.cli.arguments import MalformedSetting
@@ -197,7 +208,7 @@ def _usage(error: click.ClickException) -> Diagnostic:
         word = error.message.split("'")[1]
         group = context.command if context is not None else app
         known = group.list_commands(context) if isinstance(group, click.Group) and context else []
-        hint = did_you_mean(word, known, hint)
+        hint = did_you_mean(OTHER_NAMES.get(word, word), known, hint)
     elif isinstance(error, MalformedSetting):
         hint = error.hint
     reason = error.format_message().partition(" Did you mean")[0].rstrip(".")

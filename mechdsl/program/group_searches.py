@@ -84,11 +84,16 @@ def expand_searches(tree: ast.File) -> Searches:
         if not isinstance(each, ast.ExperimentDef) or not due:
             found.append(each)
             continue
-        wrong = [*_problems(each, due), *_unknown_sizes(due, tree)]
+        lacks_rule = _lost_its_rule(each, tree)
+        wrong = [*_problems(each, due, lacks_rule=lacks_rule), *_unknown_sizes(due, tree)]
         problems += wrong
-        if wrong:
+        if wrong or lacks_rule:
             wrongly_tested |= unsplit & list_blocks(each)
-        if not wrong and _is_complete(each) and may_exist(each, blocks, imports=imports):
+        if (
+            not (wrong or lacks_rule)
+            and _is_complete(each)
+            and may_exist(each, blocks, imports=imports)
+        ):
             group, each = _expanded(each, due[0], unsplit)
             names.add(group.name.id)
             found.append(group)
@@ -99,6 +104,14 @@ def expand_searches(tree: ast.File) -> Searches:
 
 def _searches_of(experiment: ast.ExperimentDef) -> list[ast.Search]:
     return [each for each in experiment.statements if isinstance(each, ast.Search)]
+
+
+def _lost_its_rule(experiment: ast.ExperimentDef, tree: ast.File) -> bool:
+    """Whether an experiment has no rule, and lines that can't be parsed."""
+    if any(isinstance(each, ast.Rule) for each in experiment.statements):
+        return False
+    span = experiment.span
+    return any(span.start <= lost.span.start < span.end for lost in tree.lost)
 
 
 def _expanded(
@@ -146,8 +159,14 @@ def _other_values(experiment: ast.ExperimentDef, body: ast.Ablate | ast.Patch) -
 # --- errors ---------------------------------------------------------------------------------------
 
 
-def _problems(experiment: ast.ExperimentDef, due: Sequence[ast.Search]) -> Iterator[Diagnostic]:
-    """Yield E0207 for what keeps an experiment from searching for a group."""
+def _problems(
+    experiment: ast.ExperimentDef, due: Sequence[ast.Search], *, lacks_rule: bool
+) -> Iterator[Diagnostic]:
+    """Yield E0207 for what keeps an experiment from searching for a group.
+
+    Args:
+        lacks_rule: Whether its rule is a line that can't be parsed.
+    """
     line = due[0]
     for more in due[1:]:
         yield _wrong(more, "is the second one of its experiment", "write an experiment for each")
@@ -168,7 +187,7 @@ def _problems(experiment: ast.ExperimentDef, due: Sequence[ast.Search]) -> Itera
             )
             yield _wrong(each, reason, hint)
     rules = [each for each in experiment.statements if isinstance(each, ast.Rule)]
-    if len(rules) != 1:
+    if len(rules) != 1 and not lacks_rule:
         reason = "needs one rule, which it tries on each candidate"
         example = f"`ablate {EXAMPLES[line.what.id]} at last token with zero`"
         hint = "keep one of them" if rules else f"add a line such as {example}"

@@ -587,6 +587,10 @@ def lower_program(
         rule_functions=tuple(parts.rule_functions),
         seed=parts.seed,
         lost=tuple(lost for file, _ in files for lost in file.lost),
+        failed=(
+            *(name for name in scope.names("direction") if name not in parts.directions),
+            *(name for name in scope.names("basis") if name not in parts.bases),
+        ),
     )
     return split_by_seed(whole, scope), _without_missing_names(scope.diagnostics)
 

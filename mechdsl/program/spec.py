@@ -928,6 +928,8 @@ class Program(Spec):
     seed: int = 0
     lost: Losses = ()
     """Statements of the file and its imports that can't be parsed."""
+    failed: Names = ()
+    """Directions and bases whose definitions have errors."""
     trained: TrainedFiles = field(default_factory=dict)
     """Trainings of `fit(…)` that were found in the store, by name: the file of a dictionary, of a
     rotation or of a mask, and how well it was trained."""

@@ -996,7 +996,7 @@ def _named_bases(
         if definition is not None:
             found.append(definition)
             continue
-        if name in work.sites.loops:
+        if name in work.sites.loops and each not in work.program.failed:
             span = work.sites.words.get((name, each), node.span)
             reason, hint = f"`{each}` isn't a basis", "let the `for` loop over bases only"
             if (name, each) not in work.sites.words:  # a number

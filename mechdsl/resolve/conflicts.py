@@ -559,7 +559,8 @@ def _of_moved_inputs(
     pairs = zip(runs[base].rows, runs[source].rows, strict=True)
     for number, (first, second) in enumerate(pairs):
         if len(first.ids) != len(second.ids):
-            counts = f"row {number} has {len(first.ids)} tokens in `{base}`"
+            row = experiment.table.row_ids[number]
+            counts = f"row {row} has {len(first.ids)} tokens in `{base}`"
             reason = f"{counts} and {len(second.ids)} in `{source}`, and each token moves"
             fix = f"choose texts with as many tokens, or {hint}"
             yield _no_estimate(said, own.span, "prompts of different lengths", reason, fix)

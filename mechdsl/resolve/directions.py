@@ -1153,6 +1153,8 @@ def _resolve_looped_family(
     labels = work.loops[name]
     parts: list[DirectionFamily] = []
     for label in map(str, labels):
+        if label in work.program.failed:
+            return None
         if label not in work.program.directions:
             hint = "let the `for` loop over directions only"
             hint = did_you_mean(label, work.program.directions, hint)

@@ -1512,9 +1512,9 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
             isinstance(each, BadLoopValue) and each.name == word.id for each in context.diagnostics
         ):
             return None  # a stand-in for values that are reported
-        if kind is None and name in context.bases and word.id not in context.loops:
+        if kind is None and name in context.bases:
             reason = "is a basis, and rules name its features"
-            hint = f"write `features * of {name}`"
+            hint = f"write `features * of {word.id}`"
             bad = BadArgument(span=word.span, name=str(name), reason=reason, hint=hint)
             context.diagnostics.append(bad)
             return None

@@ -438,7 +438,8 @@ def _select_token(
     if row is not None and not (work.table.stands_in or work.model.stands_in):
         cell, which, there = row
         has = count_noun(there, "token") if cell.reply is None else "tokens of a reply"
-        reason = f"it has {count} directions, and `{cell.label}` has {has} in row {which}"
+        reason = f"it has {count} directions, and `{cell.label}` has {has} in row "
+        reason += f"{work.table.row_ids[which]}"
         hint = "list one direction for each token: `set embed at inserted tokens to [a, b]`"
         problem = BadDirection(span=rule.span, text=rule.span.written, reason=reason, hint=hint)
         work.diagnostics.extend([] if problem in work.diagnostics else [problem])

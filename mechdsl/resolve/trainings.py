@@ -1051,8 +1051,8 @@ def _check_position(objective: ResolvedExperiment, cell: PositionCell) -> Diagno
     rule, table, said = objective.rules[0], objective.table, objective.spec.trains
     repeated = next((row for row, hits in enumerate(cell.hits) if len(hits) > 1), None)
     if repeated is not None:
-        many = len(cell.hits[repeated])
-        reason = f"row {repeated} has `{cell.label}` {many} times, and `{said}` trains at one"
+        row, many = table.row_ids[repeated], len(cell.hits[repeated])
+        reason = f"row {row} has `{cell.label}` {many} times, and `{said}` trains at one"
         hint = "name one of them: `item 1 token`"
     elif is_after_prompts(cell, table.runs[objective.spec.base].rows):
         reason = f"`{said}` trains at tokens of the prompt, not of the answer"
@@ -1074,8 +1074,10 @@ def explain_shared_images(training: Training) -> tuple[str, str] | None:
         for image in sorted(row.images_at(cell.tokens(number))):
             first = row_of.setdefault(image, number)
             if first != number:
-                reason = f"rows {first} and {number} of `{training.sample.table.name}` have the "
-                reason += "same image, so it can't be held out"
+                table = training.sample.table
+                one, two = sorted(table.row_ids[row] for row in (first, number))
+                reason = f"rows {one} and {two} of `{table.name}` have the same image, so it can't "
+                reason += "be held out"
                 hint = "train on a block with one row for each image, or write `validation: 0%`"
                 return reason, hint
     return None

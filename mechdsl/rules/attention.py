@@ -489,7 +489,7 @@ def _check_keys_left(
         text = "of the answer"
         if token < len(ids):
             text = f"`{work.model.tokenizer.token_text(ids[token]).strip()}`"
-        whose = f"in row {row}, all keys of token {token} ({text})"
+        whose = f"in row {work.table.row_ids[row]}, all keys of token {token} ({text})"
         whose = whose if prefill else "all keys of each generated token"
         work.diagnostics.append(
             BadEdit(

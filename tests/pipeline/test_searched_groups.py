@@ -278,6 +278,17 @@ ERRORS = {
 }
 
 
+@pytest.mark.parametrize("lines", ["", "against random(3)"])
+@pytest.mark.parametrize(
+    "rule", [f"{HEADS}".replace("with zero", "with"), HEADS.replace("with zero", "zero")]
+)
+def test_search_whose_rule_cannot_be_parsed_reports_only_the_rule(
+    rule: str, lines: str, tmp_path: Path
+) -> None:
+    found = mechdsl.validate(write(tmp_path, searches("greedy heads up to 2", rule, lines))).errors
+    assert [each.code for each in found] == ["E0101"], found.render()
+
+
 @pytest.mark.parametrize("case", ERRORS)
 def test_invalid_search_reports_code_and_fix(case: str, tmp_path: Path) -> None:
     text, code, said = ERRORS[case]

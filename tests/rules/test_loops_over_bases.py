@@ -178,6 +178,36 @@ def test_invalid_loops_over_bases_are_errors(loop: str, code: str, data: Path) -
     assert code in codes(DEFINED + experiment("e", FROM + loop), data)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        FROM + "for v in [wrong, a] { patch resid_post layer 1 in basis v at last token }",
+        FROM + "for v in [a, wrong] { patch feature 0 of v at last token }",
+        "for v in [up, down] { add v to resid_post layer 1 at last token }",
+    ],
+)
+def test_loop_over_a_definition_with_an_error_reports_only_the_definition(
+    rule: str, data: Path
+) -> None:
+    write_files(data, "llama")
+    text = "basis wrong = random(dims: 3, size: 3) at resid_post layer 1\n"
+    if "up" in rule:
+        at = "at resid_post layer 1 at last token\n"
+        text = f"direction up = mean(p, folds: 3) {at}direction down = mean(p) {at}"
+    assert codes(DEFINED + text + experiment("e", rule), data) == ["E0207"]
+
+
+@pytest.mark.parametrize("verb", ["scale c at last token by 2", "ablate c at last token with zero"])
+def test_rule_on_a_basis_of_a_loop_names_its_features(verb: str, data: Path) -> None:
+    write_files(data, "llama")
+    text = DEFINED + experiment("e", f"for c in [a, b] {{ {verb} }}")
+    _, found = try_file(text, data, "llama")
+    [error] = [each for each in found if each.severity == "error"]
+    assert error.code == "E0207"
+    assert "`a` is a basis, and rules name its features" in error.message
+    assert "write `features * of c`" in str(error.help_text)
+
+
 GROUPS = """
 group starts = L1H0, L1H1
 group ends = L0H2, mlp_out layer 2, top 1 of found
