@@ -587,12 +587,16 @@ def lower_program(
         rule_functions=tuple(parts.rule_functions),
         seed=parts.seed,
         lost=tuple(lost for file, _ in files for lost in file.lost),
-        failed=(
-            *(name for name in scope.names("direction") if name not in parts.directions),
-            *(name for name in scope.names("basis") if name not in parts.bases),
-        ),
+        failed=_list_failed(parts, scope),
     )
     return split_by_seed(whole, scope), _without_missing_names(scope.diagnostics)
+
+
+def _list_failed(parts: Definitions, scope: Namespace) -> tuple[str, ...]:
+    """List the directions and bases whose definitions have errors."""
+    defined = parts.directions.keys() | parts.bases.keys()
+    names = (*scope.names("direction"), *scope.names("basis"))
+    return tuple(name for name in names if name not in defined)
 
 
 def _mark_pools(files: Sequence[tuple[ast.File, bool]], scope: Namespace) -> None:

@@ -109,7 +109,7 @@ def test_verified_effects_and_intervals_equal_those_of_the_sweep(tmp_path: Path)
     [
         ("top 2, random 1", "absolute estimates and 1 other drawn at random with the seed"),
         ("top 2, random 3", "absolute estimates and 3 others drawn at random with the seed"),
-        ("random 1", "of each measure, 1 cell drawn at random with the seed"),
+        ("random 1", "of each measure, 1 cell drawn at random with the seed was also run"),
     ],
 )
 def test_conventions_count_the_cells_drawn_at_random(cells: str, said: str, tmp_path: Path) -> None:

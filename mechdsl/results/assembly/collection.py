@@ -1033,7 +1033,8 @@ def _verification_text(
     drawn = len(found.cells) - found.ranked
     drawn_cells = count_noun(drawn, "other" if parts else "cell")
     parts += [f"{drawn_cells} drawn at random with the seed"] if drawn else []
-    text = f"of each measure, {' and '.join(parts)} were also run, on the same rows"
+    verb = "was" if len(found.cells) == 1 else "were"
+    text = f"of each measure, {' and '.join(parts)} {verb} also run, on the same rows"
     if len(found.cells) < asked.top + asked.random:
         text += ": no other cell can have an effect"
     if not drawn or drawn == found.others:
