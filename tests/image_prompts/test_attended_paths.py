@@ -294,7 +294,7 @@ def test_paths_equal_hooks_on_the_bare_model(paths: dict[str, list[Path]], mode:
             shown = shown[: len(expected)]
         np.testing.assert_allclose(shown, expected, atol=2e-4, err_msg=rule)
         assert np.abs(expected - base).max() > 0.05, rule
-        heads, mlps = "the heads (z, z cross)", "the MLPs (mlp_out) of layers 0 to 4"
+        heads, mlps = "the heads (z, z cross)", "the MLPs (mlp_out) of layers 0 to 3"
         if paths is IN_TOWER:
             heads, mlps = "the heads of the vision encoder (z vision)", "its MLPs (mlp_out vision)"
         held = heads if "through mlps" in rule else f"{heads} and {mlps}"
