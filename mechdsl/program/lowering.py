@@ -557,7 +557,6 @@ def lower_program(
         _define(statement, imported, parts, scope)
     _note_splits(automatic, parts)
     check_bases(trees, parts, scope)
-    check_averaged_images(parts, scope)
     _mark_pools(files, scope)
     _refer_to_images(parts, scope)
     _directions_and_bases(files, parts, scope)
@@ -859,7 +858,8 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
 
 
 def _refer_to_images(parts: Definitions, scope: Namespace) -> None:
-    """Check or join the blocks of images that prompts are scored with or contain."""
+    """Check or join the blocks of images that prompts average, are scored with or contain."""
+    check_averaged_images(parts, scope)
     for name, block in parts.prompts.items():
         _scored_with(block, parts, scope)
         if block.contains is not None:
