@@ -2288,7 +2288,7 @@ def _trained_elsewhere(
         yield DictionaryElsewhere(
             span=call.span,
             hook=hook,
-            site=f"{read.site} layer {read.layer}",
+            site=read.site if read.layer is None else f"{read.site} layer {read.layer}",
             own=f"{named[0]} layer {named[1]}",
         )
 

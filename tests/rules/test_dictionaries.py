@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mechdsl.diagnostics.rendering import render_full
 from mechdsl.resolve.cells import Coord
 
 from ..reference.forward import Changes, Write
@@ -26,6 +27,7 @@ from .support import (
     rows,
     run_file,
     tokens,
+    try_file,
     unpatched,
     worked_out,
 )
@@ -343,3 +345,13 @@ def test_basis_of_one_layer_applies_at_each_written_layer(data: Path) -> None:
     expected = worked_out("llama", product(range(3)), changes, rows(), records())
     found = run_file(text, data, "llama", "planned")["e"]
     agree(found, ("layer",), expected, unpatched("llama"), most=False)
+
+
+def test_dictionary_at_the_embedding_is_reported_at_a_site_without_layer(data: Path) -> None:
+    width = plain("llama", rows()[0])["resid_post", LAYER].shape[-1]
+    make(data, "standard", width)
+    rule = "from other into clean  patch feature 0 of f at last token"
+    text = 'basis f = sae("sae") at embed\n' + experiment("e", rule)
+    _, problems = try_file(text, data, "llama")
+    (found,) = (each for each in problems if each.code == "W0733")
+    assert "used at `embed`\n" in render_full([found], color=False)

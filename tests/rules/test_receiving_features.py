@@ -447,7 +447,7 @@ def test_paths_to_attention_of_two_layers_equal_those_to_each(data: Path) -> Non
     [
         ("path L0H1 -> feature 3 of q", "E0342", "isn't a dictionary"),
         ("path layers 0..2 heads 1 -> feature 3 of heads_sum", "E0334", "heads of layer 2 are"),
-        ("path L0H1 -> feature 3 of first", "E0342", "describes `embed`"),
+        ("path L0H1 -> feature 3 of embedded", "E0342", "describes `embed`"),
         ("path L0H1 -> mlp_out layer 1 dims 0..3", "E0108", "`dims`"),
         ("path L1H1 -> feature 99 of f", "E0301", "does not exist"),
         ("path L2H1 -> feature 3 of f", "E0335", "no path leads"),
@@ -471,13 +471,14 @@ def test_path_that_cannot_end_at_features_is_an_error(
     text += "circuit c = L0H1 -> L1H1.q\n"
     text += "basis q = pca(p, dims: 3) at resid_post layer 0 at last token\n"
     text += 'basis heads_sum = sae("llama_standard/sae") at attn_out layer 2\n'
-    text += 'basis first = sae("llama_standard/sae") at embed\n'
+    text += 'basis embedded = sae("llama_standard/sae") at embed\n'
     line = rule if rule.endswith("}") else f"{rule} at last token"
     text += experiment("e", "from longer into clean", line)
     result, diagnostics = try_file(text, data, "llama")
     assert result is None
-    found = [each for each in diagnostics if each.code == code]
-    assert reason in render_full(found), [each.code for each in diagnostics]
+    errors = [each for each in diagnostics if each.severity == "error"]
+    assert {each.code for each in errors} == {code}
+    assert reason in render_full(errors)
 
 
 def test_features_that_receive_are_labelled_and_explained_in_conventions(data: Path) -> None:
