@@ -1043,6 +1043,15 @@ def _is_in_encoder(edge: CircuitEdge) -> bool:
     return SITES[edge[0].site].stack == "encoder"
 
 
+def list_sender_sites(edges: Iterable[CircuitEdge]) -> tuple[SitePoint, ...]:
+    """Return the distinct sites of the senders of edges. The site of a feature has no unit."""
+    senders = dict.fromkeys(of for of, _ in edges)
+    sites = (
+        SitePoint(of.site, of.layer, None) if isinstance(of, FeatureNode) else of for of in senders
+    )
+    return tuple(dict.fromkeys(sites))
+
+
 def _target_senders(
     axes: tuple[str, ...],
     edges: Mapping[AxisIndices, tuple[tuple[CircuitEdge, ...], ...]],
@@ -1054,12 +1063,7 @@ def _target_senders(
     points = dict[AxisIndices, tuple[SitePoint, ...]]()
     sources = dict[AxisIndices, tuple[SitePoint, ...]]()
     for key, own in edges.items():
-        senders = dict.fromkeys(of for of, _ in chain.from_iterable(own))
-        sites = [
-            SitePoint(of.site, of.layer, None) if isinstance(of, FeatureNode) else of
-            for of in senders
-        ]
-        points[key] = sources[key] = tuple(dict.fromkeys(sites))
+        points[key] = sources[key] = list_sender_sites(chain.from_iterable(own))
         for point in points[key]:
             split = features.get((point.site, point.layer))
             if split is not None and split.member.reads:

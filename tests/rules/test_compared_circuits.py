@@ -208,6 +208,37 @@ def test_overlap_divides_the_rest_of_an_output_into_the_features_of_the_other_ci
     expect_overlap(found, frozenset(first), frozenset(second), total)
 
 
+ALONE = {
+    "edges": "embed -> L0H1.q, L0H1 -> L1H0.v, L0.mlp -> logits",
+    "positions": "embed -> L0H1.q at cue token, L0H1 -> L1H0.v at last token, L1.mlp -> logits",
+    "neurons": "embed -> L0N3, L0N3 -> L1H0.q, L1.mlp -> logits",
+    "features": "embed -> feature 3 of f, feature 5 of f -> logits, L0.mlp -> L1H0.q",
+    "features at positions": "feature 3 of f -> L1H0.q at cue token, L0.mlp -> logits",
+}
+
+
+@pytest.mark.parametrize("key", ALONE)
+def test_overlap_of_a_circuit_with_itself_is_complete(data: Path, key: str) -> None:
+    """Also with the same edges under another name."""
+    dictionaries(data, "gpt2", "standard")
+    text = definitions("gpt2", "standard")
+    text += f"circuit c = {ALONE[key]}\ncircuit d = {ALONE[key]}\n"
+    for own in "cd":
+        text += f"experiment {own}_{own} {{\n  model m\n  prompts p\n"
+        text += f"  observe overlap c with {own} as of_{own}\n}}\n"
+    found = run_file(text, data, "gpt2", "planned")
+    for own in "cd":
+        each = found[f"{own}_{own}"]
+        values = {one.label: float(one.patched[0, 0]) for one in each.measures}
+        shared = values.pop(f"of_{own}")
+        said = f"{shared:,.0f} and {shared:,.0f} edges, of "
+        assert said in each.conventions["observed"]
+        shares = [values[f"of_{own} {word}"] for word in ("jaccard", "precision", "recall")]
+        assert shares == [1.0] * 3
+        assert shared >= ALONE[key].count("->")
+        assert 0 < values[f"of_{own} p"] < 0.01
+
+
 def test_overlap_of_circuits_with_different_types_of_nodes_is_an_error(data: Path) -> None:
     dictionaries(data, "gpt2", "standard")
     text = (

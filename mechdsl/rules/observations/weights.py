@@ -20,6 +20,7 @@ from mechdsl.resolve.circuits import (
     ComparedCircuits,
     compare_circuits,
     find_circuit_edges,
+    list_sender_sites,
 )
 from mechdsl.resolve.observations import RowSetObservation
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
@@ -570,7 +571,7 @@ class CircuitComparison(WeightObservation):
         if not untrained and not self.scores_fit(first, rule, work):
             return None
         edges_of_first, edges_of_second = (
-            SiteTargets((), {(): tuple(dict.fromkeys(of for of, _ in own.edges))}, {(): name})
+            SiteTargets((), {(): list_sender_sites(own.edges)}, {(): name})
             for own, name in ((first, one.name), (second, other.name))
         )
         does = type(self)((first, second), edges)
