@@ -935,6 +935,12 @@ class Program(Spec):
     rotation or of a mask, and how well it was trained."""
 
     @property
+    def position_groups(self) -> frozenset[str]:
+        """Names of the groups of positions, which a training chooses or a file lists."""
+        chosen = (name for name, mask in self.masks.items() if mask.chooses_positions)
+        return frozenset((*chosen, *self.positions))
+
+    @property
     def numbers(self) -> dict[str, int | float]:
         """The parameters that are numbers."""
         return {k: v for k, v in self.parameters.items() if isinstance(v, int | float)}

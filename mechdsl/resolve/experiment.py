@@ -536,6 +536,7 @@ def _build_context(
         },
         circuits=program.circuits,
         bases=program.bases,
+        positions=program.position_groups,
     )
     named = {*SITES, *program.groups, *program.circuits}
     diagnostics.extend(_find_component_loops(experiment, loops, named))

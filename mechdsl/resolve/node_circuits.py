@@ -128,8 +128,7 @@ def suggest_node_rule(experiment: spec.Experiment, effect: str, program: spec.Pr
 
 def _find_named_positions(rules: Sequence[spec.Rule], program: spec.Program) -> str | None:
     """Return the first group of positions that rules are at."""
-    places = {mask.name for mask in program.masks.values() if mask.chooses_positions}
-    places |= {*program.positions}
+    places = program.position_groups
     spans = (node.name for rule in rules for node in walk(rule.at) if isinstance(node, ast.SpanRef))
     return next((name for name in spans if name in places), None)
 

@@ -102,6 +102,8 @@ class SiteContext:
     """Names of circuits, which only ablations take."""
     bases: Collection[str] = ()
     """Names of bases, whose features are sites."""
+    positions: Collection[str] = ()
+    """Names of groups of positions, which aren't sites."""
     partial_layers: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Each `*` of layers that leaves out blocks without the site, as written, with the layers."""
 
@@ -1519,9 +1521,7 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
             context.diagnostics.append(bad)
             return None
         if kind is None:
-            others = (*context.groups, *context.circuits, *context.loops)
-            span = context.words.get((word.id, str(name)), word.span)
-            context.diagnostics.append(unknown_component(str(name), span, others))
+            context.diagnostics.append(_report_no_component(str(name), word, context))
             return None
         found = _in_stack(kind, stack, word.span, context)
         if found is None:
@@ -1531,6 +1531,16 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
         report_unknown_stack(words[1], context)
         return None
     return kinds
+
+
+def _report_no_component(name: str, word: ast.Name, context: SiteContext) -> Diagnostic:
+    """Return E0207 for a group of positions as a site, and E0203 for an unknown word."""
+    span = context.words.get((word.id, name), word.span)
+    if name not in context.positions:
+        others = (*context.groups, *context.circuits, *context.loops)
+        return unknown_component(name, span, others)
+    hint = f"name sites here, and write `at {name} tokens` in a rule"
+    return BadArgument(span=span, name=name, reason="chooses positions, not sites", hint=hint)
 
 
 def _report_group(name: str, word: ast.Name, site: ast.Site, context: SiteContext) -> None:

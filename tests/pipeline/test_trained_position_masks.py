@@ -508,6 +508,21 @@ def test_group_that_lists_a_position_mask_reports_it_once(tmp_path: Path) -> Non
     assert [each.code for each in errors] == ["E0207"]
 
 
+@pytest.mark.parametrize("edge", ["g -> logits", "embed -> g", "L0H1 -> L1H0.q, g -> logits"])
+def test_edge_of_a_position_mask_is_an_error_that_states_the_type(
+    edge: str, tmp_path: Path
+) -> None:
+    rule = experiment("from turned into clean", "ablate c at tokens * with turned")
+    with pytest.raises(mechdsl.MechdslError) as found:
+        train(write(tmp_path, fit(), f"circuit c = {edge}\n", rule))
+    (error,) = (each for each in found.value.diagnostics if each.severity == "error")
+    assert error.code == "E0207"
+    assert error.span is not None
+    assert error.span.written == "g"
+    assert "`g` chooses positions, not sites" in error.message
+    assert "write `at g tokens` in a rule" in error.help_text
+
+
 @pytest.mark.parametrize("name", USES)
 def test_position_mask_in_unsupported_places_is_rejected(name: str, tmp_path: Path) -> None:
     rule, code, text = USES[name]
