@@ -235,7 +235,7 @@ class FileRun:
                 self._lose(experiment.name, [lacking])
                 return None
         has_store = self.options.store is not None
-        untrained = find_untrained(experiment, self.checked.program.discovered, has_store=has_store)
+        untrained = find_untrained(experiment, self.checked.program, has_store=has_store)
         if untrained:
             self._lose(experiment.name, untrained)
             return None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -60,6 +60,7 @@ from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.plugins import hash_extension_code
 from mechdsl.program.prompts import texts_within
 from mechdsl.program.python_functions import block_functions
+from mechdsl.program.spec import Program
 from mechdsl.program.trainers import (
     ChoosingTrainer,
     RotationTrainer,
@@ -204,15 +205,24 @@ def fits_of_file(checked: CheckedFile, *, discovered: bool = False) -> dict[str,
     """
     found = find_fits([*checked.experiments, *checked.saving])
     if discovered:
-        masks, names = checked.program.masks, {*checked.program.discovered}
-        nodes = (name_nodes(masks[name]) for name in tuple(names) if name in masks)
-        names |= {each.id for each in nodes if each is not None}
+        names = list_searched(checked.program)
         found = {name: fit for name, fit in found.items() if fit.training.definition in names}
     for name, fit in found.items():
         if isinstance(fit.file, TrainedRotation | TrainedVector | TrainedMask):
             key = fit.training.definition, fit.experiment.model.name
             found[name] = replace(fit, objective=checked.objectives[key])
     return found
+
+
+def list_searched(program: Program) -> dict[str, str | None]:
+    """Return what a run trains for `search` and `discover`, each with the name of the trained
+    group whose members are its nodes."""
+    found: dict[str, str | None] = {}
+    for name in program.discovered:
+        nodes = name_nodes(program.masks[name]) if name in program.masks else None
+        found[name] = None if nodes is None else nodes.id
+    groups = [name for name in found.values() if name is not None]
+    return found | dict.fromkeys(groups)
 
 
 def list_training_costs(checked: CheckedFile) -> list[TrainingCost]:
@@ -599,29 +609,32 @@ def check_again(
 
 
 def find_untrained(
-    experiment: ResolvedExperiment, tried: Collection[str] = (), *, has_store: bool
+    experiment: ResolvedExperiment, program: Program | None = None, *, has_store: bool
 ) -> list[Diagnostic]:
     """Return E0642 for each basis of an experiment that isn't trained.
 
+    A training that the run itself tried isn't reported if it needs another one that failed, or if
+    a basis isn't trained that the run didn't try.
+
     Args:
-        tried: Those that the run itself searched for, as for `search` and `discover`. They aren't
-            reported if another basis isn't trained: either they need it, or E0643 reports them.
+        program: The file, if the run trains what its `search` and `discover` lines need.
     """
     missing = [fit for fit in find_fits([experiment]).values() if not fit.file.is_trained]
-    found = [fit for fit in missing if has_store and fit.basis in tried]
+    tried = list_searched(program) if has_store and program is not None else {}
+    found = [fit for fit in missing if fit.training.definition in tried]
     others = [fit for fit in missing if fit not in found]
     if others:
         return [report_untrained(fit, has_store=has_store) for fit in others]
-    return [report_untrained(fit, has_store=True, was_tried=True) for fit in found]
+    failed = {fit.training.definition for fit in found}
+    causes = [fit for fit in found if tried[fit.training.definition] not in failed]
+    return [report_untrained(fit, has_store=True, was_tried=True) for fit in causes]
 
 
 def list_untrained(checked: CheckedFile, *, has_store: bool) -> list[Diagnostic] | None:
     """Return E0642 for all experiments of a file if none of them has what it needs; then the model
     isn't loaded. None otherwise."""
     every = [*checked.experiments, *checked.saving]
-    found = [
-        find_untrained(each, checked.program.discovered, has_store=has_store) for each in every
-    ]
+    found = [find_untrained(each, checked.program, has_store=has_store) for each in every]
     if not found or not all(found):
         return None
     return list({(each.code, each.span): each for own in found for each in own}.values())
@@ -631,7 +644,7 @@ def report_untrained(fit: DeclaredFit, *, has_store: bool, was_tried: bool = Fal
     """Return E0642 for a training that the store doesn't have.
 
     Args:
-        was_tried: Whether the run itself searched for it, and failed.
+        was_tried: Whether the run itself tried it, and failed.
     """
     source = fit.training.span.source
     file = source.name if source.path is not None else "FILE"
@@ -640,7 +653,7 @@ def report_untrained(fit: DeclaredFit, *, has_store: bool, was_tried: bool = Fal
         hint = "trainings are in the store: run with one, such as `--store FOLDER`"
     reason = " for these rows, options and model" if has_store else ": the run has no store"
     if was_tried:
-        reason, hint = ": its search failed", "an error before this one reports the cause"
+        reason, hint = ": its training failed", "an error before this one reports the cause"
     return NotTrained(
         span=fit.training.span,
         basis=fit.basis,

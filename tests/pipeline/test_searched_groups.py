@@ -168,7 +168,7 @@ def test_experiment_of_a_failed_search_reports_no_command(tmp_path: Path, comman
     assert shown.status != 0
     for name in ("e_heads", "d"):
         assert f"error[E0643]: `{name}` can't be trained" in shown.err
-        assert f"error[E0642]: `{name}` isn't trained: its search failed" in shown.err
+        assert f"error[E0642]: `{name}` isn't trained: its training failed" in shown.err
     assert "an error before this one reports the cause" in shown.err
     assert "mechdsl fit" not in shown.err
 

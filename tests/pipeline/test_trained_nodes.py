@@ -210,6 +210,28 @@ def test_run_trains_the_nodes_of_a_discovered_circuit(tmp_path: Path, command: C
     assert "`g`, `c` are trained on part `train`" in " ".join(shown.out.split())
 
 
+@pytest.mark.parametrize("fails", ["group", "circuit"])
+def test_run_of_a_failed_discovery_reports_the_failed_training(
+    fails: str, tmp_path: Path, command: Command
+) -> None:
+    """Not the circuit that needs a failed group, nor a command that would fail in the same way."""
+    flat, aim = "logit(answer) - logit(answer)", "logit(answer) - logit(wrong)"
+    group = (
+        f"group g = fit(atp(size: 4), prompts: ioi, from: abc, maximise: "
+        f"{flat if fails == 'group' else aim}) at mlp_hidden layer 0 neurons * at tokens *\n"
+    )
+    using = "acdc(threshold: 99)" if fails == "circuit" else "eap top 4 edges"
+    path = write_names(tmp_path, group, discovers(using, nodes="heads, mlps, g"))
+    shown = command("run", path, "--store", tmp_path / "s")
+    name = {"group": "g", "circuit": "c"}[fails]
+    assert shown.status == 2
+    assert shown.err.count("error[") == 2
+    assert f"error[E0643]: `{name}` can't be trained" in shown.err
+    assert f"error[E0642]: `{name}` isn't trained: its training failed" in shown.err
+    assert "an error before this one reports the cause" in shown.err
+    assert "mechdsl fit" not in shown.err
+
+
 def test_group_of_more_nodes_than_the_limit_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
