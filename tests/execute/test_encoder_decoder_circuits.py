@@ -300,6 +300,32 @@ def test_overlap_at_positions_counts_edges_of_both_streams(encoded: str, tmp_pat
     assert values["both expected"] == pytest.approx(len(first) * len(second) / total)
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_edge_auroc_counts_pairs_of_edges_of_both_streams(family: str, tmp_path: Path) -> None:
+    """Absolute scores, some of them equal; an equal pair counts one half."""
+    every = list_edges(opened(family))
+    true = {edge for name in SOME for edge in SOME[name]}
+    scores = np.random.default_rng(0).integers(-9, 10, len(every)) / 2
+    content = {
+        names_of(edge): {"score": float(score), "in_graph": n % 2 == 0}
+        for n, (edge, score) in enumerate(zip(every, scores, strict=True))
+    }
+    (tmp_path / "graph.json").write_text(json.dumps({"edges": content}), encoding="utf-8")
+    lines = f'circuit s = saved("graph.json")\n{CIRCUIT}'
+    lines += "experiment e {\n  model m\n  observe edge_auroc s with c as ranks\n}\n"
+    found = ran(family, lines, tmp_path)["e"].measures[0].patched[0, 0]
+    sizes = {edge: abs(score) for edge, score in zip(every, scores, strict=True)}
+    wins = [
+        1.0 if sizes[own] > sizes[other] else 0.5 if sizes[own] == sizes[other] else 0.0
+        for own in true
+        for other in every
+        if other not in true
+    ]
+    assert 0.5 in wins
+    assert len(wins) == len(true) * (len(every) - len(true))
+    assert found == pytest.approx(sum(wins) / len(wins))
+
+
 def placed_values(
     family: str,
     some: Mapping[str, list[Edge]],
