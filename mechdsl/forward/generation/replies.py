@@ -374,7 +374,8 @@ class CachedPasses:
                 lowest -= lowest % 2
         self._texts = number_distinct(prompts)
         """[row] the number of its prompt."""
-        self._whole = Batch.of(list(dict.fromkeys(prompts)), model.pad_id, "left", model.device)
+        self._distinct = list(dict.fromkeys(prompts))
+        self._whole = Batch.of(self._distinct, model.pad_id, "left", model.device)
         """Distinct prompts."""
         own = _count_own_tokens(prompts, prefill)
         mixes = mixes_images(model, self._whole)
@@ -613,7 +614,7 @@ class CachedPasses:
         for first in range(0, len(batch), each):
             part = slice(first, min(first + each, len(batch)))
             tokens = self._tokens(batch.part(part), slice(columns))
-            with self._sharing(tokens):
+            with self._sharing(self._distinct[part], columns):
                 if whole:
                     found.append(run_cached_pass(self.model, tokens, keys, part, acting))
                 else:
@@ -624,13 +625,15 @@ class CachedPasses:
         self.keys.fill(keys, every, self._common, columns)
         return torch.cat(found)[to_device(index[:whole], self.model.device)] if whole else None
 
-    def _sharing(self, tokens: NewTokens) -> AbstractContextManager[None]:
-        """Share the linear maps of equal beginnings in a pass of prompts without rules."""
-        width, starts = tokens.ids.shape[1], tokens.starts.cpu()
-        every: list[list[int]] = tokens.ids.tolist()
-        begins: list[int] = starts.tolist()
-        prompts = [tuple(ids[start:]) for ids, start in zip(every, begins, strict=True)]
-        copies = find_copies(self.model, prompts, starts, width) if self._shares else None
+    def _sharing(
+        self, prompts: Sequence[tuple[int, ...]], columns: int
+    ) -> AbstractContextManager[None]:
+        """Share the linear maps of equal beginnings in a pass of the first columns of prompts,
+        without rules."""
+        starts = [self.columns - len(prompt) for prompt in prompts]
+        begun = [p[: max(0, columns - start)] for p, start in zip(prompts, starts, strict=True)]
+        shares = self._shares
+        copies = find_copies(self.model, begun, torch.tensor(starts), columns) if shares else None
         return nullcontext() if copies is None else copies.shared(self.model)
 
     def _suffix(self, rows: Ints, part: slice, count: int) -> Tensor:

@@ -140,8 +140,7 @@ def _rule_steps(rules: Sequence[ResolvedRule]) -> Iterator[str]:
 
 def _names_positions(rule: ResolvedRule) -> bool:
     """Whether the file names the rule's positions: `replace block` and edits of weights may not."""
-    at = rule.spec.at
-    return at is not None and at.span.start > rule.spec.span.start
+    return rule.spec.at.span.start > rule.spec.span.start
 
 
 def _is_newest_only(rule: ResolvedRule) -> bool:
