@@ -203,15 +203,26 @@ def fits_of_file(checked: CheckedFile, *, discovered: bool = False) -> dict[str,
         discovered: Whether to return only the trainings of circuits that experiments discover, and
             of the nodes of these circuits.
     """
-    found = find_fits([*checked.experiments, *checked.saving])
-    if discovered:
-        names = list_searched(checked.program)
-        found = {name: fit for name, fit in found.items() if fit.training.definition in names}
-    for name, fit in found.items():
-        if isinstance(fit.file, TrainedRotation | TrainedVector | TrainedMask):
-            key = fit.training.definition, fit.experiment.model.name
-            found[name] = replace(fit, objective=checked.objectives[key])
-    return found
+    found: dict[str, DeclaredFit] = {}
+    for fit in find_fits([*checked.experiments, *checked.saving]).values():
+        _add_fit(fit, checked, found)
+    if not discovered:
+        return found
+    names = list_searched(checked.program)
+    return {name: fit for name, fit in found.items() if fit.training.definition in names}
+
+
+def _add_fit(fit: DeclaredFit, checked: CheckedFile, found: dict[str, DeclaredFit]) -> None:
+    """Add a training with its objective, after the trainings that the objective needs, such as that
+    of the dictionary whose features are nodes of a circuit."""
+    training = fit.training
+    if isinstance(fit.file, TrainedRotation | TrainedVector | TrainedMask):
+        objective = checked.objectives[training.definition, fit.experiment.model.name]
+        fit = replace(fit, objective=objective)
+        for own in find_fits([objective]).values():
+            if own.training.definition != training.definition:
+                _add_fit(replace(own, experiment=fit.experiment), checked, found)
+    found.setdefault(training.name, fit)
 
 
 def list_searched(program: Program) -> dict[str, str | None]:

@@ -210,6 +210,28 @@ def test_run_trains_the_nodes_of_a_discovered_circuit(tmp_path: Path, command: C
     assert "`g`, `c` are trained on part `train`" in " ".join(shown.out.split())
 
 
+def test_dictionary_of_a_circuit_that_is_only_compared_is_trained(tmp_path: Path) -> None:
+    """No experiment has a rule on the circuit. Some of its features send."""
+    known = ("feature 3 of f -> logits", "feature 5 of f -> L2H0.q", "L0H1 -> logits")
+    lines = f"group g = features 3, 5 of f\n{CIRCUIT}circuit d = {', '.join(known)}\n"
+    compare = "experiment e { model m observe edge_auroc c with d as ranks }\n"
+    path = write(tmp_path, BASIS, lines, compare)
+    trained = train(path)
+    assert [each.basis for each in trained] == ["f", "c"]
+    content = json.loads((trained[-1].folder / "mask.json").read_text("utf-8"))
+    sizes = {
+        label: abs(own) for label, own in zip(content["labels"], content["scores"], strict=True)
+    }
+    wins = [
+        (sizes[own] > size) + (sizes[own] == size) / 2
+        for own in known
+        for other, size in sizes.items()
+        if other not in known
+    ]
+    found = run(path).files[0].experiments[0].measures[0]
+    assert found.patched[0, 0] == pytest.approx(sum(wins) / len(wins))
+
+
 @pytest.mark.parametrize("fails", ["group", "circuit"])
 def test_run_of_a_failed_discovery_reports_the_failed_training(
     fails: str, tmp_path: Path, command: Command
