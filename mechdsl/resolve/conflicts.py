@@ -244,9 +244,8 @@ def explain_missing_rule(rules: BackwardRules | None, shape: ModelShape) -> str:
 
 def _computes_attention(shape: ModelShape) -> bool:
     """Return whether attention of each block can be computed here."""
-    crossing = shape.others.get("cross", shape)
     return all(
-        shape.has("pattern", layer) or (shape.attending and crossing.has("pattern cross", layer))
+        shape.has("pattern", layer) or (shape.attending and shape.has("pattern cross", layer))
         for layer in range(shape.n_layers)
     )
 

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute import unpatched_runs
 from mechdsl.execute.image_vectors import provide_images
@@ -717,11 +718,38 @@ def test_model_in_a_folder_equals_the_one_passed_from_python(tmp_path: Path) -> 
     processor().save_pretrained(tmp_path / "model")
     for file in folder().iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    text = experiment("e", "from clean into changed", RULES[3])
-    [expected] = run_text(text)
+    lines = {"run": RULES[3], **{each: f"{QUERIES} using {each}" for each in ("gim", "atp_qk")}}
+    text = "".join(experiment(n, "from clean into changed", each) for n, each in lines.items())
     whole = f'mech 1\nmodel m = local("model")\n{BLOCK}\n{text}'
-    found = succeeded(*run_source(Source(whole, tmp_path / "file.mech")))["e"]
-    np.testing.assert_allclose(found.measures[0].patched, expected.measures[0].patched, atol=1e-6)
+    found = succeeded(*run_source(Source(whole, tmp_path / "file.mech")))
+    for expected in run_text(text):
+        [measure], [other] = expected.measures, found[expected.name].measures
+        np.testing.assert_allclose(other.patched, measure.patched, atol=1e-6)
+
+
+QUERIES = "patch q cross layer * head * at last token"
+
+
+def test_estimates_at_queries_need_only_the_config_of_a_model(tmp_path: Path) -> None:
+    bare().config.save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    named = {"architectures": [type(bare()).__name__], **json.loads(config.read_text("utf-8"))}
+    config.write_text(json.dumps(named), "utf-8")
+    processor().save_pretrained(tmp_path / "model")
+    for file in folder().iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = "".join(
+        experiment(
+            name,
+            "from clean into changed",
+            f"{QUERIES} using {name}",
+            measure=f"measure logit(answer) as {effect}",
+        )
+        for name, effect in (("gim", "delta"), ("atp_qk", "delta"), ("atp_star", "raw"))
+    )
+    whole = f'mech 1\nmodel m = local("model")\n{BLOCK}\n{text}'
+    found = check_source(Source(whole, tmp_path / "file.mech")).diagnostics
+    assert [each.code for each in found if each.severity == "error"] == []
 
 
 ZERO = "ablate v cross layer 1 heads * at photo tokens with zero"
