@@ -10,7 +10,8 @@ with `measure M as faithfulness`. As for every circuit, the rows of a block with
 split.
 
 `over heads, mlps, features of f` also stands for `group c_nodes = features * of f`; the training
-then has `nodes: c_nodes`. `over heads, mlps, g` names the group `g` of neurons or features.
+then has `nodes: c_nodes`. `over heads, mlps, g` names the group `g` of neurons or features. With
+several groups or dictionaries, `c_nodes` has all their sites.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mechdsl.program.bases import NODES_EXAMPLE
 from mechdsl.program.effect_trainers import NODE_EXAMPLE
 from mechdsl.program.references import all_tokens
 from mechdsl.program.spec import CLEAN
-from mechdsl.program.trainers import BOTH_NODES, TRAINERS, EdgeScoreTrainer, EdgeSearchTrainer
+from mechdsl.program.trainers import TRAINERS, EdgeScoreTrainer, EdgeSearchTrainer
 from mechdsl.program.trainings import DISCOVERED_SHARE, find_unsplit_blocks, with_split
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite
@@ -49,6 +50,8 @@ class Discoveries(NamedTuple):
     circuits: frozenset[str]
     """Names of the circuits that its experiments discover."""
     problems: list[Diagnostic]
+    groups: frozenset[str]
+    """Names of the groups whose sites another group has, which joins the nodes of a circuit."""
 
 
 def expand_discoveries(tree: ast.File) -> Discoveries:
@@ -63,8 +66,9 @@ def expand_discoveries(tree: ast.File) -> Discoveries:
         each.name.id: each.value for each in tree.statements if isinstance(each, ast.MetricDef)
     }
     imports = any(isinstance(each, ast.Use) for each in tree.statements)
-    groups = {each.name.id for each in tree.statements if isinstance(each, ast.GroupDef)}
+    groups = {each.name.id: each for each in tree.statements if isinstance(each, ast.GroupDef)}
     names: set[str] = set()
+    joined: set[str] = set()
     wrongly_tested: set[str] = set()
     problems: list[Diagnostic] = []
     found: list[ast.TopLevel] = []
@@ -73,17 +77,20 @@ def expand_discoveries(tree: ast.File) -> Discoveries:
             found.append(each)
             continue
         due = [line for line in each.statements if isinstance(line, ast.Discover)]
-        wrong = list(_problems(each, due, None if imports else groups)) if due else []
+        wrong = list(_problems(each, due, groups, imports=imports)) if due else []
         problems += wrong
         if due and not wrong and may_exist(each, own, imports=imports):
             names.add(due[0].what.id)
-            found += _expanded(each, due[0], unsplit, metrics)
+            joined |= {own.id for own in _named_groups(due[0])}
+            found += _expanded(each, due[0], unsplit, metrics, groups)
         else:
             found.append(each)
         if wrong:
             wrongly_tested |= unsplit & list_blocks(each)
     statements = tuple(split_blocks(found, wrongly_tested))
-    return Discoveries(replace(tree, statements=statements), frozenset(names), problems)
+    return Discoveries(
+        replace(tree, statements=statements), frozenset(names), problems, frozenset(joined)
+    )
 
 
 def list_blocks(experiment: ast.ExperimentDef) -> set[str]:
@@ -109,12 +116,14 @@ def _expanded(
     line: ast.Discover,
     unsplit: Collection[str],
     metrics: Mapping[str, ast.Expr],
+    groups: Mapping[str, ast.GroupDef],
 ) -> Iterator[ast.TopLevel]:
     """Yield the definition of the circuit, and the experiment that tests it.
 
     Args:
         unsplit: Blocks that aren't split yet.
         metrics: Metrics that the file defines.
+        groups: Groups that the file defines.
     """
     [into] = (each for each in experiment.statements if isinstance(each, ast.FromInto))
     [use] = (each for each in experiment.statements if isinstance(each, ast.UsePrompts))
@@ -129,7 +138,7 @@ def _expanded(
     ]
     if use.limit is not None:
         arguments.append(ast.Argument("limit", amount_of(use.limit, use), span=use.span))
-    nodes, own = _further_nodes(line)
+    nodes, own = _further_nodes(line, groups)
     if own is not None:
         yield own
     if nodes is not None:
@@ -143,22 +152,37 @@ def _expanded(
     yield replace(experiment, statements=tuple(lines))
 
 
-def _further_nodes(line: ast.Discover) -> tuple[ast.Name | None, ast.GroupDef | None]:
+def _further_nodes(
+    line: ast.Discover, groups: Mapping[str, ast.GroupDef]
+) -> tuple[ast.Name | None, ast.GroupDef | None]:
     """Return the name of the group of neurons or features that are nodes, and the definition of
-    this group if the statement names dictionaries."""
-    named = [each for each in line.over if isinstance(each, ast.Name) and each.id not in NODES]
-    if named:
-        return named[0], None
-    of = [each for each in line.over if isinstance(each, ast.FeaturesOf)]
-    if not of:
+    this group if the statement names dictionaries or several groups."""
+    further = _list_further(line)
+    if not further:
         return None, None
+    if len(further) == 1 and isinstance(further[0], ast.Name):
+        return further[0], None
     sites: list[ast.Site] = []
-    for each in of:
+    for each in further:
+        if isinstance(each, ast.Name):
+            sites += groups[each.id].sites
+            continue
         star = ast.Star(span=each.span)
         every = ast.Axis("feature", True, (star,), of=each.basis.id, span=each.span)
         sites.append(ast.Site((), (every,), span=each.span))
-    name = ast.Name(f"{line.what.id}_nodes", span=of[0].span)
+    span = further[0].span if len(further) == 1 else line.what.span
+    name = ast.Name(f"{line.what.id}_nodes", span=span)
     return name, ast.GroupDef(name, tuple(sites), span=line.span)
+
+
+def _list_further(line: ast.Discover) -> list[ast.Name | ast.FeaturesOf]:
+    """Return the groups and dictionaries whose neurons or features are nodes."""
+    return [each for each in line.over if not isinstance(each, ast.Name) or each.id not in NODES]
+
+
+def _named_groups(line: ast.Discover) -> list[ast.Name]:
+    """Return the names of the groups that are nodes."""
+    return [each for each in _list_further(line) if isinstance(each, ast.Name)]
 
 
 def _aim(metric: ast.Expr, metrics: Mapping[str, ast.Expr]) -> str:
@@ -232,11 +256,17 @@ def amount_of(amount: int | str, of: ast.Node) -> ast.Number | ast.Name:
 
 
 def _problems(
-    experiment: ast.ExperimentDef, due: Sequence[ast.Discover], groups: Collection[str] | None
+    experiment: ast.ExperimentDef,
+    due: Sequence[ast.Discover],
+    groups: Mapping[str, ast.GroupDef],
+    *,
+    imports: bool,
 ) -> Iterator[Diagnostic]:
     """Yield E0207 for what keeps an experiment from discovering a circuit.
 
-    groups: names of the groups of the file; None if imported files may have some.
+    Args:
+        groups: Groups that the file defines.
+        imports: Whether imported files may define others.
     """
     line = due[0]
     for more in due[1:]:
@@ -246,16 +276,18 @@ def _problems(
             reason = "tests its circuit alone, without further rules, loops or replies"
             hint = f"move this line to another experiment, which may use `{line.what.id}` too"
             yield _wrong(each, reason, hint)
-    yield from _candidate_problems(line, groups)
+    yield from _candidate_problems(line, groups, imports=imports)
     yield from _size_problems(line)
     yield from _run_problems(experiment, line)
     yield from _effect_problems(experiment, line)
 
 
-def _candidate_problems(line: ast.Discover, groups: Collection[str] | None) -> Iterator[Diagnostic]:
-    further = [each for each in line.over if not isinstance(each, ast.Name) or each.id not in NODES]
-    for each in further:
-        if isinstance(each, ast.Name) and groups is not None and each.id not in groups:
+def _candidate_problems(
+    line: ast.Discover, groups: Mapping[str, ast.GroupDef], *, imports: bool
+) -> Iterator[Diagnostic]:
+    further, named = _list_further(line), _named_groups(line)
+    for each in named:
+        if not imports and each.id not in groups:
             reason = f"can't use `{each.id}`: it is neither a type of node nor a group of the file"
             hint = f"define a group, such as {NODES_EXAMPLE}, or write `features of f`; to choose "
             hint = did_you_mean(
@@ -267,10 +299,13 @@ def _candidate_problems(line: ast.Discover, groups: Collection[str] | None) -> I
         reason = "always chooses from the edges of heads and MLPs, the embedding and the logits"
         more = "".join(f", {each.span.written}" for each in further)
         yield _wrong(line.over[0], reason, f"write `over heads, mlps{more}`")
-    if len(further) > 1 and any(isinstance(each, ast.Name) for each in further):
-        reason = "takes either dictionaries or one group of neurons or features"
-        hint = "define one group that has all neurons, or all features, and name it alone; "
-        yield _wrong(further[1], reason, f"{hint}{BOTH_NODES}")
+    for each in named if len(further) > 1 else ():
+        if each.id not in groups or groups[each.id].source is not None:
+            name = each.span.written
+            reason = f"joins `{name}` with other nodes, and this file doesn't list its sites"
+            hint = f"write `over heads, mlps, {name}`, or list the sites in a group of this file: "
+            hint += "`group g = L0N3, features 3, 12 of f`"
+            yield _wrong(each, reason, hint)
     written = [each.span.written for each in line.over]
     if len(set(written)) < len(written):
         twice = next(each for n, each in enumerate(line.over) if written[n] in written[:n])

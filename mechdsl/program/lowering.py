@@ -521,7 +521,7 @@ def _expand_circuits(
 ) -> tuple[ast.File, frozenset[str], dict[str, tuple[str, ...]]]:
     """Return a file without `discover` and `search` whose trained circuits have rows for a test,
     the circuits and groups that are found, and those that blocks are split for."""
-    tree, discovered, problems = expand_discoveries(tree)
+    tree, discovered, problems, scope.joined = expand_discoveries(tree)
     tree, groups, others = expand_searches(tree)
     scope.diagnostics.extend([*problems, *others])
     discovered |= groups
@@ -609,6 +609,8 @@ def _warn_unused_names(tree: ast.File, scope: Namespace) -> None:
     """Report W0730, unless an unsupported statement may be the only user of a name."""
     supported = not any(isinstance(d, NotSupported) for d in scope.diagnostics)
     if supported and any(isinstance(s, ast.ExperimentDef) for s in tree.statements):
+        for name in scope.joined:
+            scope.has("group", name)
         scope.warn_unused()
         scope.diagnostics.extend(warn_unused_block_names(tree))
 

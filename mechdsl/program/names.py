@@ -40,6 +40,8 @@ class Namespace:
     definitions: dict[str, DefinedName] = field(default_factory=dict)
     derived: frozenset[str] = frozenset()
     """Names of runs with rules, each of which only its experiment can use."""
+    joined: frozenset[str] = frozenset()
+    """Names of groups whose sites are nodes of a discovered circuit, in another group."""
 
     def define(self, kind: str, name: ast.Name, *, imported: bool) -> bool:
         """Define a name; report E0202 and return False if it is taken."""

@@ -57,12 +57,6 @@ STEP_OPTIONS = ("batch", "rate", "patience", "accumulate", "precision")
 Statement = Literal["basis", "direction", "group", "circuit", "lens", "probe"]
 """First words of statements with `fit(…)`."""
 
-BOTH_NODES = (
-    "to have both, define a circuit by its edges: "
-    "`circuit c = L0N3 -> logits, feature 3 of f -> logits`"
-)
-"""Help for neurons and features as the nodes of one training."""
-
 EFFECT_DEFAULTS: Mapping[str, Constant] = {
     "steps": 500,
     "batch": 32,

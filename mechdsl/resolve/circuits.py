@@ -33,7 +33,7 @@ from mechdsl.program import spec
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.spec import constant_value
 from mechdsl.program.statements import join_features
-from mechdsl.program.trainers import BOTH_NODES, SearchLevel
+from mechdsl.program.trainers import SearchLevel
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.cells import counts_from_end, list_token_places
 from mechdsl.resolve.circuit_files import (
@@ -692,15 +692,37 @@ def _resolve_named_nodes(
         if reason and not has_errors(work.diagnostics[before:]):
             hint = "name neurons or features only: `group g = L0N3, L0N97`, "
             hint += "`group g = features 3, 12 of f`"
-            hint += f"; {BOTH_NODES}" if reason == _MIXED_NODES else ""
             bad = BadArgument(span=site.span, name=name, reason=reason, hint=hint)
             work.diagnostics.append(bad)
             return _NamedNodes()
         found += points
-    return _NamedNodes(list_neurons([(each, each) for each in found]), _list_features(found, parts))
+    nodes = list_neurons([(each, each) for each in found])
+    both = _find_divided_twice(found, nodes)
+    if both is not None:
+        neuron, feature = map(label_node, both)
+        reason = f"divides the same MLP as `{feature}`"
+        hint = f"name either neurons or features of layer {both[0].layer}"
+        [site] = circuit.nodes
+        bad = BadArgument(span=site.span, name=neuron, reason=reason, hint=hint)
+        work.diagnostics.append(bad)
+        return _NamedNodes()
+    return _NamedNodes(nodes, _list_features(found, parts))
 
 
-_MIXED_NODES = "has features and other sites, and a training chooses neurons or features"
+def _find_divided_twice(
+    points: Iterable[SitePoint], neurons: Mapping[SiteLayer, tuple[int, ...]]
+) -> tuple[SitePoint, SitePoint] | None:
+    """Return a neuron and a feature that are nodes of one MLP; None without such nodes.
+
+    Args:
+        neurons: The neurons that are nodes.
+    """
+    for point in points:
+        if isinstance(point, FeatureNode) and find_split_output(point)[0] == "mlp_out":
+            where = name_neurons(point)
+            if where in neurons:
+                return SitePoint(*where, neurons[where][0]), point
+    return None
 
 
 def _explain_no_nodes(name: str, groups: Mapping[str, spec.Group]) -> str:
@@ -708,8 +730,6 @@ def _explain_no_nodes(name: str, groups: Mapping[str, spec.Group]) -> str:
     if name not in groups:
         return "is a group of positions"
     sites = groups[name].sites
-    if any(site.coordinates is not None for site in sites) and not groups[name].names_features:
-        return _MIXED_NODES
     for site in sites:
         if any(isinstance(node, ast.RankedSelection) for node in walk(site)):
             return "depends on the results of an experiment, and a training can't"
@@ -850,15 +870,12 @@ def _check_one_split(
         ("start", node.source, [of for of, _ in edges]),
         ("end", node.target, [to for _, to in edges]),
     ):
-        nodes = (each for each in points if isinstance(each, FeatureNode))
-        nodes = (each for each in nodes if find_split_output(each)[0] == "mlp_out")
-        point = next((each for each in nodes if name_neurons(each) in neurons), None)
-        if point is None:
+        both = _find_divided_twice(points, neurons)
+        if both is None:
             continue
-        where = name_neurons(point)
-        named = label_node(SitePoint(*where, neurons[where][0]))
+        named = label_node(both[0])
         reason = f"the circuit names `{named}`, a neuron of the same MLP"
-        hint = f"name either neurons or features of layer {point.layer}"
+        hint = f"name either neurons or features of layer {both[0].layer}"
         bad = NotOnAPath(span=site.span, verb=verb, site="feature", reason=reason, hint=hint)
         if bad not in work.diagnostics:
             work.diagnostics.append(bad)
@@ -1293,12 +1310,18 @@ def _resolve_nodes(
         work.diagnostics.append(NotSupported(span=site.span, what=what, later="name the sites"))
         return []
     group = None if site.bare is None else work.program.groups.get(site.bare.id)
-    if group is not None and group.names_features:
-        every = join_features(group.sites, site)
-        return [p for own in every for p in _resolve_features(own, verb, parts, work)]
+    context, found = work.sites.of_definitions(), list[SitePoint]()
+    if group is not None:
+        named = [each for each in group.sites if each.coordinates is not None]
+        every = join_features(named, site)
+        found += [p for own in every for p in _resolve_features(own, verb, parts, work)]
+        if group.names_features:
+            return found
+        others = tuple(each for each in group.sites if each.coordinates is None)
+        context.groups = {**context.groups, group.name: group.model_copy(update={"sites": others})}
     if site.basis_name is not None:
         return _resolve_features(site, verb, parts, work)
-    targets, axes = resolve_site(site, work.sites.of_definitions())
+    targets, axes = resolve_site(site, context)
     if targets is None:
         return []
     if axes or targets.axes:
@@ -1322,7 +1345,7 @@ def _resolve_nodes(
     ends = {point.site: _find_end(point.site, words) for point in points}
     wrong = next((site for site, end in ends.items() if not end), None)
     if wrong is None:
-        return [
+        return found + [
             END if ends[point.site] == END.site else SitePoint(ends[point.site], layer, unit)
             for point in points
             for layer in (point.layer or 0,)  # `embed encoder` has none

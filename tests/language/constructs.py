@@ -382,6 +382,16 @@ _file(
     "Marks et al. 2024, arXiv 2403.19647",
 )
 _file(
+    "circuit: of neurons and features that a training scores",
+    'basis b = sae("sae") at mlp_out layer 1\ngroup g = L0N3, features 3, 5 of b\n'
+    "circuit c = fit(eap(size: 2), nodes: g, prompts: fruit, with: zero, minimise: loss)",
+    "A group of neurons and features: each of them is a node, as in the rows on either. A listed "
+    "edge names the group, too (`circuit c = g -> logits`). Neurons and features of one MLP are "
+    "E0207, and so is a group in another one.",
+    "tests/pipeline/test_neuron_and_feature_scores.py",
+    "Marks et al. 2024, arXiv 2403.19647; Syed et al. 2023, arXiv 2310.10348",
+)
+_file(
     "circuit: discovered",
     "experiment e { prompts fruit from clean into other discover c over heads, mlps using "
     "eap_ig(steps: 5) top 20 edges measure logit(answer) as recovery }",
@@ -397,7 +407,9 @@ _file(
     "(E0207). Other experiments may use the circuit. `over heads, mlps, features of f` also makes "
     "every feature of a dictionary at `mlp_out` or `attn_out` a node, as `nodes: c_nodes` with "
     "`group c_nodes = features * of f` does; several dictionaries are possible. "
-    "`over heads, mlps, g` names a group of features or neurons.",
+    "`over heads, mlps, g` names a group of features, neurons or both. Several groups and "
+    "dictionaries are joined; a group that a training chooses or that is read from a file is "
+    "named alone (E0207).",
     "tests/pipeline/test_discovered_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997; Hanna et al. 2024, arXiv 2403.17806",
 )
@@ -1037,7 +1049,7 @@ _file(
     "dictionary are one node, which is printed as `L1.mlp`. All edges between these nodes, heads "
     "and other MLPs are scored: the scores of edges from a layer's nodes to a receiver add up to "
     "that of its MLP, as do those into them. Searches and masks take `nodes`, too. A basis that "
-    "isn't a dictionary at `mlp_out` is E0342, and a group with features and neurons is E0207. "
+    "isn't a dictionary at `mlp_out` is E0342. "
     "`relp` and `gim` of a dictionary that normalises vectors is E0608.",
     "tests/pipeline/test_feature_edge_scores.py",
     "Marks et al. 2024, arXiv 2403.19647; Syed et al. 2023, arXiv 2310.10348",

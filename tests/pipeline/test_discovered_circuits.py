@@ -105,12 +105,17 @@ FEATURES = {
     "features of f, features of t": "group own = features * of f, features * of t",
     "few": "group own = features 1, 4, 6 of f, feature 2 of t",
     "cells": "group own = mlp_hidden layer 0 neurons 0..5",
+    "cells, features of t": "group own = mlp_hidden layer 0 neurons 0..5, features * of t",
+    "cells, late": "group own = mlp_hidden layer 0 neurons 0..5, features 2, 5 of t",
+    "both": "group own = features 2, 5 of t, mlp_hidden layer 0 neurons 0..5",
 }
 GROUPS = """
 basis f = sae("sae") at mlp_out layer 0
 basis t = sae("sae") at mlp_out layer 1
 group few = features 1, 4, 6 of f, feature 2 of t
 group cells = mlp_hidden layer 0 neurons 0..5
+group late = features 2, 5 of t
+group both = mlp_hidden layer 0 neurons 0..5, features 2, 5 of t
 """
 
 
@@ -118,6 +123,9 @@ group cells = mlp_hidden layer 0 neurons 0..5
     ("nodes", "using"),
     [
         ("few", EAP),
+        ("cells, late", EAP),
+        pytest.param("both", "eap_ig(steps: 3) until faithfulness > 0.8", marks=pytest.mark.slow),
+        pytest.param("cells, features of t", SEARCH, marks=pytest.mark.slow),
         pytest.param("features of f, features of t", EAP, marks=pytest.mark.slow),
         pytest.param("features of f", EAP, marks=pytest.mark.slow),
         pytest.param("cells", "eap_ig(steps: 3) until faithfulness > 0.8", marks=pytest.mark.slow),
@@ -242,7 +250,11 @@ TRAINED = (
     "basis a = fit(sae(features: 8, k: 2), prompts: ioi.train, limit: 12, steps: 4) "
     "at mlp_out layer 0 at tokens *\n"
 )
-NODES = {"features": ("features of a", ""), "group": ("g", "group g = features 1..5 of a\n")}
+NODES = {
+    "features": ("features of a", ""),
+    "group": ("g", "group g = features 1..5 of a\n"),
+    "joined": ("features of a, g", "group g = mlp_hidden layer 1 neurons 0..3\n"),
+}
 
 
 @pytest.mark.parametrize("kind", some(NODES, ["features"]))
@@ -352,25 +364,33 @@ ERRORS = {
         "E0201",
         "did you mean `f`?",
     ),
-    "two groups": (
+    "neurons and features of one MLP": (
         GROUPS + discovers(nodes="heads, mlps, few, cells"),
         "E0207",
-        "define one group that has all neurons, or all features, and name it alone",
+        "name either neurons or features of layer 0",
     ),
-    "group and dictionary": (
-        GROUPS + discovers(nodes="heads, mlps, features of f, few"),
+    "neurons and heads": (
+        GROUPS + "group hs = L0H1, L0H2\n" + discovers(nodes="heads, mlps, cells, hs"),
         "E0207",
-        "define one group that has all neurons, or all features, and name it alone",
+        "`c` has `L0H1`, and `nodes` are neurons or features",
     ),
-    "neurons and a dictionary": (
+    "trained group and dictionary": (
+        GROUPS
+        + "group own = fit(atp(size: 2), prompts: ioi, limit: 12, from: abc, maximise: "
+        + "logit(answer)) at mlp_hidden layer 0 neurons * at tokens *\n"
+        + discovers(nodes="heads, mlps, own, features of t"),
+        "E0207",
+        "joins `own` with other nodes, and this file doesn't list its sites",
+    ),
+    "neurons and a dictionary of one MLP": (
         GROUPS + discovers(nodes="heads, mlps, features of f, cells"),
         "E0207",
-        "to have both, define a circuit by its edges",
+        "name either neurons or features of layer 0",
     ),
-    "features and neurons in one group": (
-        GROUPS + "group both = cells, features 1 of t\n" + discovers(nodes="heads, mlps, both"),
+    "group of another group": (
+        GROUPS + "group g = cells, features 1 of t\n" + discovers(nodes="heads, mlps, g"),
         "E0207",
-        "to have both, define a circuit by its edges",
+        "is a group, and a group lists only sites",
     ),
     "twice": (
         GROUPS + discovers(nodes="heads, mlps, features of f, features of f"),

@@ -236,12 +236,12 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "E0342",
         "`f` isn't a dictionary, and nodes of circuits are features of dictionaries",
     ),
-    "features and neurons": (
+    "features and neurons of one MLP": (
         SOME,
         "basis f = fit(sae(features: 8, k: 2), prompts: p, steps: 1) at mlp_out layer 1\n"
-        "group g = L0N3, features 0, 2 of f",
+        "group g = L1N3, features 0, 2 of f",
         "E0207",
-        "has features and other sites, and a training chooses neurons or features",
+        "`L1N3` divides the same MLP as `feature 0 of f`",
     ),
     "another site": (SOME, "group g = resid_post layer 0", "E0334", "resid_post"),
     "picks": (
