@@ -151,8 +151,14 @@ def _named_bases(call: ast.Call | None, work: Statements) -> tuple[str, ...]:
 
 
 def _listed_count(statement: ast.Observe | ast.ObserveFeatures, work: Statements) -> int | None:
-    """Read the number after `top`; E0207 if it isn't a whole number above 0."""
+    """Read the number after `top`; E0207 if it isn't a whole number above 0.
+
+    A name after a word that the parser read as a misspelt `top` is reported there.
+    """
     top = whole_number_value(statement.top, work.parts.parameters)
+    misspelt = "top" not in statement.span.written.split()
+    if isinstance(statement.top, str) and top is None and misspelt:
+        return None
     if statement.top is not None and (top is None or top < 1):
         reason, hint = "must be a whole number above 0", "write `top 5`"
         found = BadArgument(span=statement.span, name="top", reason=reason, hint=hint)

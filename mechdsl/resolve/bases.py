@@ -460,7 +460,7 @@ def resolve_rule(
         return None
     if coordinates is None or (exchange is None and rule.exchanged is not None):
         return None
-    within = _label_suffix(rule.site, name, axes, work)
+    within = _label_suffix(rule.site, name, axes, work, group=_searched_group(rule, work))
     within += "" if rule.exchanged is None else f" with {_written_words(rule.exchanged)}"
     labels = {key: f"{label}{within}" for key, label in found.sites.labels.items()}
     every = {key: Coordinates(which) for key, which in coordinates.items()}
@@ -864,14 +864,29 @@ def _argument_basis(
     return member
 
 
-def _label_suffix(site: ast.Site, name: str, axes: Sequence[str], work: ExperimentContext) -> str:
-    """Return what labels of sites say about coordinates: ` in axes`, ` feature i of axes`."""
+def _label_suffix(
+    site: ast.Site, name: str, axes: Sequence[str], work: ExperimentContext, group: str = ""
+) -> str:
+    """Return what labels of sites say about coordinates: ` in axes`, ` feature i of axes`.
+
+    Args:
+        group: The group of the coordinates, if a `search` has chosen it.
+    """
     features = site.coordinates
     within = "" if name == ast.STANDARD_BASIS else f" in {name}"
     if features is not None and all(axis in work.loops for axis in axes):
-        own = f" {_coordinate_names(site, features, work)}"
+        own = f" {group or _coordinate_names(site, features, work)}"
         within = own if features.of is not None else within + own
     return within
+
+
+def _searched_group(rule: spec.Rule, work: ExperimentContext) -> str:
+    """Return the group of coordinates that the `search` of a rule chooses, or an empty text. The
+    rule in the file names all candidates instead."""
+    assert rule.site is not None
+    written, found = rule.site.span.text, work.program.discovered
+    groups = (name for name, _ in rule.read_groups if name in found and name not in written)
+    return next(groups, "")
 
 
 def _number_bases(targets: BasisTargets, outer: Mapping[str, int]) -> BasisTargets:

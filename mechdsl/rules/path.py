@@ -555,6 +555,12 @@ def _describe_missing_path(
         where = "q vision" if of.stack == "vision" else "q"
         return reason, f"{where} layer {(sender.layer or 0) + 1} head *"
     reason = "every receiver reads before or at the site that the sender writes"
+    heads = of.component in ("z", "head_out") and of.stack == to.stack
+    if heads and to.component == "attn_out" and sender.layer == receiver.layer:
+        reason = (
+            "along a path, these features encode the output of attention for its changed input, "
+            f"and heads of layer {sender.layer} are part of that output"
+        )
     if of.stack != "encoder" and to.side == "source":
         reason, to = "the encoder doesn't read the decoder", SITES["q"]
     if to.component in ("mlp_out", "resid_mid", "resid_post"):  # of features

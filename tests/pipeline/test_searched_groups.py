@@ -101,8 +101,7 @@ def test_searched_group_equals_its_definition(name: str, tmp_path: Path) -> None
     assert np.abs(own.patched - own.base).max() > 1e-3
     group = f"e_{given[0]}"
     assert found.conventions[f"group {group}"] == expected.conventions[f"group {group}"]
-    if name in ("heads", "patch"):
-        assert found.cells[0].name == expected.cells[0].name == group
+    assert found.cells[0].name == expected.cells[0].name
 
 
 def test_search_maximises_the_first_measure_over_limited_rows() -> None:

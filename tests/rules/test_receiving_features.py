@@ -451,6 +451,7 @@ def test_paths_to_attention_of_two_layers_equal_those_to_each(data: Path) -> Non
         ("path L0H1 -> mlp_out layer 1 dims 0..3", "E0108", "`dims`"),
         ("path L1H1 -> feature 99 of f", "E0301", "does not exist"),
         ("path L2H1 -> feature 3 of f", "E0335", "no path leads"),
+        ("path L2H1 -> feature 3 of heads_sum", "E0335", "heads of layer 2 are part of"),
         ("path mlp_hidden layer 1 neuron 3 -> feature 3 of f", "E0335", "`q layer 2"),
         ("path feature 3 of f -> feature 3 of t", "E0335", "no path leads"),
         ("path mixed -> feature 3 of f", "E0334", "leave out the neurons of layer 1"),
