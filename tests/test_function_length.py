@@ -39,7 +39,6 @@ LONG_ELSEWHERE = {
     "pipeline/api.py:plan",
     "pipeline/api.py:run",
     "prompts/other_runs.py:pair_run",
-    "resolve/controls.py:_rules",
     "resolve/findings.py:check_rankable_tokens",
     "resolve/loops.py:_numbers",
     "resolve/targets.py:resolve_later_positions",

@@ -6,7 +6,7 @@ controls in every experiment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, product
 from typing import Any, Literal
@@ -43,6 +43,7 @@ from mechdsl.resolve.conflicts import check_other_stacks, check_removed_blocks
 from mechdsl.resolve.findings import FindingPicker, PickError, check_rankable_features
 from mechdsl.resolve.matched_draws import (
     UNIT_WORDS,
+    CellTargets,
     DrawOptions,
     ExchangeGroup,
     RowOptions,
@@ -1266,6 +1267,53 @@ class _CellDraws(Record):
         return self.picks[draw].get(part) if draw < len(self.picks) else None
 
 
+class _DrawnCells:
+    """Cells along the axes of the rules whose targets are drawn."""
+
+    def __init__(
+        self, experiment: ResolvedExperiment, kinds: Sequence[spec.ControlTarget | None]
+    ) -> None:
+        """Find the cells. `kinds`: the type of target that is drawn for each rule."""
+        self.rules, self.kinds = experiment.rules, kinds
+        self.chosen = [n for n, kind in enumerate(kinds) if kind is not None]
+        """Numbers of the rules whose targets are drawn."""
+        self.in_sites = [n for n in self.chosen if kinds[n] != "positions"]
+        """Those whose sites are drawn."""
+        used = {axis for n in self.in_sites for axis in _targets(self.rules[n]).axes}
+        for n in self.chosen:  # cells in which a rule writes nothing need no draws
+            at = self.rules[n].positions
+            if n not in self.in_sites or not all(map(_writes_any, at.written.values())):
+                used.update(at.axes)
+        axes = [axis for axis in experiment.axes if axis.name in used]
+        self.names = tuple(axis.name for axis in axes)
+        self.cells = list(product(*(range(len(axis)) for axis in axes)))
+
+    def key(self, axes: Sequence[str], cell: AxisIndices) -> AxisIndices:
+        """Return the indices of a cell along some axes."""
+        return tuple(cell[self.names.index(name)] for name in axes)
+
+    def points(self, n: int, cell: AxisIndices) -> tuple[SitePoint, ...]:
+        """Return the sites of a rule in a cell."""
+        targets = _targets(self.rules[n])
+        return targets.points[self.key(targets.axes, cell)]
+
+    def writes(self, n: int, cell: AxisIndices) -> bool:
+        """Whether a rule writes in a cell."""
+        at = self.rules[n].positions
+        return (
+            not self.names
+            or any(name not in self.names for name in at.axes)
+            or _writes_any(at.written[self.key(at.axes, cell)])
+        )
+
+    def label(self, n: int, cell: AxisIndices) -> str:
+        """Describe what a rule writes in a cell."""
+        rule = self.rules[n]
+        if self.kinds[n] == "positions":
+            return rule.positions.written[self.key(rule.positions.axes, cell)].label
+        return _targets(rule).labels[self.key(_targets(rule).axes, cell)]
+
+
 class _Draws:
     """Draws for all cells of one experiment."""
 
@@ -1495,116 +1543,94 @@ class _Draws:
         Returns:
             The rules with drawn targets, and the number of draws in each cell.
         """
-        rules = list(self.experiment.rules)
-        chosen = [n for n, kind in enumerate(kinds) if kind is not None]
-        in_sites = [n for n in chosen if kinds[n] != "positions"]
-        used = {axis for n in in_sites for axis in _targets(rules[n]).axes}
-        for n in chosen:  # cells in which a rule writes nothing need no draws
-            if n not in in_sites or not all(map(_writes_any, rules[n].positions.written.values())):
-                used.update(rules[n].positions.axes)
-        names = tuple(axis.name for axis in self.experiment.axes if axis.name in used)
-        cells = list(
-            product(*(range(len(axis)) for axis in self.experiment.axes if axis.name in used))
-        )
-
-        def key(axes: Sequence[str], cell: AxisIndices) -> AxisIndices:
-            return tuple(cell[names.index(name)] for name in axes)
-
-        def here(n: int, cell: AxisIndices) -> tuple[SitePoint, ...]:
-            targets = _targets(rules[n])
-            return targets.points[key(targets.axes, cell)]
-
-        def writes(n: int, cell: AxisIndices) -> bool:
-            at = rules[n].positions
-            return (
-                not names
-                or any(a not in names for a in at.axes)
-                or _writes_any(at.written[key(at.axes, cell)])
-            )
-
+        along = _DrawnCells(self.experiment, kinds)
         own = {
             cell: merge_targets(
-                self.others.own(kinds[n], here(n, cell)) for n in in_sites if writes(n, cell)
+                self.others.own(kinds[n], along.points(n, cell))
+                for n in along.in_sites
+                if along.writes(n, cell)
             )
-            for cell in cells
+            for cell in along.cells
         }
         everywhere = merge_targets(own.values())
-        tokens = {n: self._tokens(rules[n]) for n in chosen if n not in in_sites}
-        cell_draws: list[_CellDraws] = []
+        tokens = {n: self._tokens(along.rules[n]) for n in along.chosen if n not in along.in_sites}
+        drawn: dict[AxisIndices, _CellDraws] = {}
         whole = some = 0
-        there = self.experiment.cells_along(names)
-        for cell in cells:
-            written = [n for n in chosen if writes(n, cell)]
-            parts: dict[int, DrawOptions] = {}
-            fixed: list[int] = []
-            sites = [n for n in in_sites if n in written]
-            if sites:
-                found = find_site_options(
-                    own[cell],
-                    everywhere,
-                    self.others.without_units,
-                    self.others.fitting({n: here(n, cell) for n in sites}, kinds),
-                    draws=self.draws,
-                    seed=self.experiment.seed,
-                )
-                if found is None:
-                    fixed += sites
-                else:
-                    self.notes[found.without] = None
-                    parts[_SITES] = found
-            for n in written:
-                if n in tokens:
-                    options = tokens[n].get(key(rules[n].positions.axes, cell))
-                    if options is None:  # its positions are an error, which is reported
-                        continue
-                    if all(row.alone for row in options.rows):
-                        fixed.append(n)
-                    else:
-                        parts[n] = options
+        there = self.experiment.cells_along(along.names)
+        for cell in along.cells:
+            parts, fixed, sites = self._options(along, cell, (own[cell], everywhere), tokens)
             whole += 0 if parts else there[cell]
             some += there[cell] if parts and fixed else 0
             if not parts and fixed:
-                labels = dict.fromkeys(self._label_of(n, kinds[n], key, cell) for n in fixed)
+                labels = dict.fromkeys(along.label(n, cell) for n in fixed)
                 self.like.append(f"`{' + '.join(labels)}`")
             picks = draw_distinct(list(parts.values()), draws=self.draws) if parts else []
-            cell_draws.append(
-                _CellDraws([dict(zip(parts, each, strict=True)) for each in picks], sites)
-            )
+            drawn[cell] = _CellDraws([dict(zip(parts, each, strict=True)) for each in picks], sites)
         if whole == there.total():
             raise self._nothing_else(kinds)
         self._say_alone(whole, some)
         numbers = combine_draws(
-            {cell: len(each.picks) for cell, each in zip(cells, cell_draws, strict=True)},
-            names,
+            {cell: len(each.picks) for cell, each in drawn.items()},
+            along.names,
             self.experiment.combined_axis,
             self.draws,
             self.experiment.seed,
         )
-        cell_draws = [
-            replace(each, picks=[each.picks[n] for n in numbers[cell]])
-            for cell, each in zip(cells, cell_draws, strict=True)
-        ]
-        drawn = DrawCounts(names, {cell: len(own) for cell, own in numbers.items()})
-        for n in (*in_sites, *tokens):
+        drawn = {
+            cell: replace(each, picks=[each.picks[n] for n in numbers[cell]])
+            for cell, each in drawn.items()
+        }
+        rules = list(along.rules)
+        for n in (*along.in_sites, *tokens):
             word = kinds[n]
             assert word is not None
             self.drawn[word] = None
             moved = self._positions if n in tokens else self._sites
-            rules[n] = moved(n, word, names, dict(zip(cells, cell_draws, strict=True)))
-        return rules, drawn
+            rules[n] = moved(n, word, along.names, drawn)
+        counts = {cell: len(own) for cell, own in numbers.items()}
+        return rules, DrawCounts(along.names, counts)
 
-    def _label_of(
+    def _options(
         self,
-        n: int,
-        kind: spec.ControlTarget | None,
-        key: Callable[[Sequence[str], AxisIndices], AxisIndices],
+        along: _DrawnCells,
         cell: AxisIndices,
-    ) -> str:
-        """Describe what a rule writes in a cell."""
-        rule = self.experiment.rules[n]
-        if kind == "positions":
-            return rule.positions.written[key(rule.positions.axes, cell)].label
-        return _targets(rule).labels[key(_targets(rule).axes, cell)]
+        targets: tuple[CellTargets, CellTargets],
+        tokens: Mapping[int, Mapping[AxisIndices, TokenOptions]],
+    ) -> tuple[dict[int, DrawOptions], list[int], list[int]]:
+        """Return what is drawn in a cell by key, the rules without alternatives, and those whose
+        sites are drawn.
+
+        Args:
+            targets: Those of the cell, and of all cells.
+            tokens: Alternatives to the tokens of each cell, by rule.
+        """
+        written = [n for n in along.chosen if along.writes(n, cell)]
+        parts: dict[int, DrawOptions] = {}
+        fixed: list[int] = []
+        sites = [n for n in along.in_sites if n in written]
+        if sites:
+            found = find_site_options(
+                *targets,
+                self.others.without_units,
+                self.others.fitting({n: along.points(n, cell) for n in sites}, along.kinds),
+                draws=self.draws,
+                seed=self.experiment.seed,
+            )
+            if found is None:
+                fixed += sites
+            else:
+                self.notes[found.without] = None
+                parts[_SITES] = found
+        for n in written:
+            if n in tokens:
+                options = tokens[n].get(along.key(along.rules[n].positions.axes, cell))
+                if options is None:  # its positions are an error, which is reported
+                    continue
+                if all(row.alone for row in options.rows):
+                    fixed.append(n)
+                else:
+                    parts[n] = options
+        return parts, fixed, sites
 
     # --- sites ------------------------------------------------------------------------------------
 
