@@ -1359,7 +1359,14 @@ class _Draws:
         if not any(kinds):
             raise self._nothing()
         self._apart_is_drawn(kinds)
-        return (kinds, *self._rules(kinds))
+        rules, counts = self._rules(kinds)
+        if not any(counts.counts.values()):
+            over = self.experiment.combined_axis
+            raise _NoAlternatives(
+                f"each curve over `{over}` has a cell without other targets",
+                f"leave out the values of `{over}` at which nothing is written, or everything",
+            )
+        return kinds, rules, counts
 
     def control(self) -> ResolvedControl:
         kinds, rules, counts = self._drawn_rules()

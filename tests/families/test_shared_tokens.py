@@ -50,7 +50,7 @@ def test_logits_with_shared_tokens_equal_those_without(
         return
     assert len(copies.computed) < int(batch.mask.sum()) - 8
     plain = run_full(model, batch).logits
-    maps = token_copies._list_shared_maps(model)
+    maps = token_copies._list_shared_maps(model, range(model.shape.n_layers))
     with copies.shared(model):
         shared = run_full(model, batch).logits
     assert maps or model.shape.n_experts

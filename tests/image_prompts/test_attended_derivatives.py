@@ -288,6 +288,7 @@ def weighed(module: Any, leaves: list[Tensor]) -> Generator[None]:
         yield
     finally:
         bare().set_attn_implementation("sdpa")
+        del AttentionInterface._global_mapping["weighed"]
 
 
 def products(n: int, layer: int) -> Tensor:

@@ -615,8 +615,8 @@ def test_sound_of_another_rate_or_length_reports_e0459(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"RIFF", "no WAV file"),
-        (b"RIFF\xff\xff\xff\xffWAVEfmt \x10\x00\x00\x00\x03\x00", "no WAV file"),
+        (b"RIFF", "a WAV file"),
+        (b"RIFF\xff\xff\xff\xffWAVEfmt \x10\x00\x00\x00\x03\x00", "a WAV file"),
         ("8 bits", "8 bits, not 16"),
         ("cut", "shorter than its header says"),
         ("empty", "no samples"),

@@ -217,6 +217,20 @@ def test_auc_does_not_depend_on_the_order_of_values(tmp_path: Path) -> None:
     assert np.abs(one - found["in_sorted"].measures[0].base).min() > 1e-3
 
 
+def test_curve_with_a_cell_that_writes_nothing_has_no_random_targets(tmp_path: Path) -> None:
+    rule = "for k in [0, 2] { ablate embed at top k of caap tokens with zero }"
+    measure = "measure logit(answer) - logit(wrong) as raw auc over k"
+    text = CAAP + support.experiment("e", "against random(3)", rule, measure=measure)
+    write_boxes(tmp_path, "vit")
+    result, diagnostics = support.try_file(text, tmp_path, "vit", blocks=BLOCKS)
+    assert result is not None
+    assert "e" not in {each.name for each in result.experiments}
+    (error,) = (each for each in diagnostics if each.severity == "error")
+    assert "over `k` has a cell without other targets" in f"{error.message} {error.label_text}"
+    found = run("vit", tmp_path, text.replace("  against random(3)\n", ""))
+    assert found["e"].conventions["controls"] == "none"
+
+
 def test_map_of_part_of_the_image_equals_reference(tmp_path: Path) -> None:
     rule = "patch resid_post layer 0 at image row 1..2 col 2..4 token"
     text = support.experiment("part", "from scenes into neutral", rule)
