@@ -78,6 +78,15 @@ def logits_under(name: str, n: int, image: int, places: dict[Place, Edit]) -> Te
     return logits[vlm.WORDS["w1"]] - logits[vlm.WORDS["w2"]]
 
 
+def compare_gradients(values: Tensor, mine: Tensor, wanted: Tensor, theirs: Tensor) -> None:
+    """Compare the values of rows, and the gradients of their means by a trained tensor."""
+    (slope,) = torch.autograd.grad(values.mean(), mine)
+    (expected,) = torch.autograd.grad(wanted.mean(), theirs)
+    np.testing.assert_allclose(values.detach(), wanted.detach(), atol=1e-4)
+    np.testing.assert_allclose(slope, expected, atol=1e-4, rtol=1e-3)
+    assert expected.abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("at", [CELL, "photo tokens"])
 @pytest.mark.parametrize("name", some(NAMES, QUICK))
 def test_loss_and_gradient_of_a_vector_equal_autograd(name: str, at: str) -> None:
@@ -100,11 +109,7 @@ def test_loss_and_gradient_of_a_vector_equal_autograd(name: str, at: str) -> Non
     with torch.enable_grad():
         values = rows.values(np.arange(len(ids)), lambda own, other: own + mine)
         wanted = torch.stack([logits_under(name, n, n, {PLACE: add(n)}) for n in ids])
-        (slope,) = torch.autograd.grad(values.mean(), mine)
-        (expected,) = torch.autograd.grad(wanted.mean(), theirs)
-    np.testing.assert_allclose(values.detach(), wanted.detach(), atol=1e-4)
-    np.testing.assert_allclose(slope, expected, atol=1e-4, rtol=1e-3)
-    assert expected.abs().max() > 1e-3
+    compare_gradients(values, mine, wanted, theirs)
 
 
 @pytest.mark.parametrize("name", some(NAMES, QUICK))
@@ -180,11 +185,7 @@ def test_loss_and_gradient_of_gates_equal_autograd(name: str, fill: str) -> None
     with torch.enable_grad():
         values = rows.values(np.arange(len(ids)), mine)
         wanted = gated(name, ids, theirs.view(LAYERS, HEADS), fill)
-        (slope,) = torch.autograd.grad(values.mean(), mine)
-        (expected,) = torch.autograd.grad(wanted.mean(), theirs)
-    np.testing.assert_allclose(values.detach(), wanted.detach(), atol=1e-4)
-    np.testing.assert_allclose(slope, expected, atol=1e-4, rtol=1e-3)
-    assert expected.abs().max() > 1e-3
+    compare_gradients(values, mine, wanted, theirs)
 
 
 @pytest.mark.parametrize("name", some(NAMES, QUICK))
