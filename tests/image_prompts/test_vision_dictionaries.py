@@ -278,7 +278,9 @@ def test_held_out_rows_with_images_of_other_rows_are_an_error(tmp_path: Path) ->
     assert mechdsl.fit(path, models, store=tmp_path / "store")
 
 
-@pytest.mark.parametrize("name", some(NAMES, ["gemma3"]))
+@pytest.mark.parametrize(  # InternVL scales the output of the module
+    "name", some([name for name in NAMES if name != "internvl"], ["gemma3"])
+)
 def test_transcoder_of_patches_reads_the_input_and_writes_the_output_of_an_mlp(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
