@@ -701,9 +701,10 @@ def test_zero_width_note_counts_cells_with_equal_rows() -> None:
         "other values"
     )
     assert zero_width_note(alike, 0) == said
-    raw = finished(replace(alike, measures=(replace(alike.measures[0], effect="raw"),)))
-    raw_note = zero_width_note(raw, 0)
-    assert raw_note is None or "the same value in all rows" in raw_note
+    level = data.patched.copy()
+    level[5] = 0.5
+    raw = finished(replace(result, measures=(replace(data, patched=level, effect="raw"),)))
+    assert "1 cell has the same value in all rows" in str(zero_width_note(raw, 0))
     assert zero_width_note(finished(result), 0) is None, "inert cells aren't tested"
 
 
