@@ -4,7 +4,6 @@ one unpadded prompt at a time. Rows and columns of patches are computed here."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -35,9 +34,10 @@ from ..images import prompts_of_images as vlm
 from ..quick import some
 from . import test_video_processors as videos
 from .reference import Edit, at, edited_module, one_head, record_value
-from .support import RECORDS, experiment, succeeded
+from .support import experiment, succeeded
 from .test_encoder_attention import attended
 from .test_families import ALL, BLOCK, WORDS, bare, difference, loaded
+from .test_resampled_encoder import write_data
 
 LARGE, FRAMES = "llava_onevision", "llava_onevision_frames"
 """Families with 2 x 2 patches of a tile, and 4 x 4 of a frame."""
@@ -105,14 +105,7 @@ EQUAL = (Grid((3, 3), (0, 1)),) * 4
 
 @cache
 def folder(sizes: tuple[tuple[int, int], ...] = SIZES) -> Path:
-    made = Path(mkdtemp(prefix="mechdsl-interpolated-"))
-    for number, (height, width) in enumerate(sizes):
-        small = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-        image.save(made / f"{number}.png")
-    text = "\n".join(map(json.dumps, RECORDS)) + "\n"
-    (made / "data.jsonl").write_text(text, encoding="utf-8")
-    return made
+    return write_data(Path(mkdtemp(prefix="mechdsl-interpolated-")), sizes)
 
 
 @cache

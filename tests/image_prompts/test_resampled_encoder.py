@@ -52,16 +52,20 @@ SIZES = {"equal": [(21, 14)] * 4, "mixed": [(21, 14), (9, 16), (16, 16), (30, 9)
 """By name of a folder, (height, width) of its images."""
 
 
-@cache
-def folder(sizes: str) -> Path:
-    made = Path(mkdtemp(prefix="mechdsl-resampled-"))
-    for number, (height, width) in enumerate(SIZES[sizes]):
+def write_data(made: Path, sizes: Sequence[tuple[int, int]]) -> Path:
+    """Write an image of each size (height, width), and the records of the data."""
+    for number, (height, width) in enumerate(sizes):
         small = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
         image.save(made / f"{number}.png")
     text = "\n".join(map(json.dumps, RECORDS)) + "\n"
     (made / "data.jsonl").write_text(text, encoding="utf-8")
     return made
+
+
+@cache
+def folder(sizes: str) -> Path:
+    return write_data(Path(mkdtemp(prefix="mechdsl-resampled-")), SIZES[sizes])
 
 
 @cache
