@@ -49,7 +49,7 @@ from mechdsl.forward.hooks.model import (
 )
 from mechdsl.forward.hooks.module_exchange import get_activation, replace_activation
 from mechdsl.images.layouts import EncoderSize, ImageCell, ImageExpansion, PromptPicture
-from mechdsl.images.picture import Picture, Video
+from mechdsl.images.picture import Picture, Video, has_frames, is_grouped
 from mechdsl.images.pixels import render_pixels
 from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.images.sounds import Sound, render_samples
@@ -83,6 +83,10 @@ _TOLERANCE = 1e-4
 """Largest difference of logits in float32, relative to the largest logit."""
 
 
+ImageKey = tuple[str, bool]
+"""The marker of an image, and whether it is grouped: see `Picture.grouped`."""
+
+
 class ImageVectors:
     """The vectors of a model's images, returned by its embedding for the tokens of images."""
 
@@ -91,10 +95,9 @@ class ImageVectors:
         assert isinstance(reader, ImagePromptTokenizer)
         self.reader = reader
         self._weights = model.provenance.get("weights")
-        self._known: dict[str, PromptPicture] = {}
-        """The images by their markers."""
-        self._images: list[str] = []
-        """Their markers, by number."""
+        self._known: dict[ImageKey, PromptPicture] = {}
+        self._images: list[ImageKey] = []
+        """Their keys, by number."""
         self._places = torch.empty(0, 2, dtype=torch.long, device=model.device)
         """[N, 2]: number of the image, and index of the vector in it, of each token."""
         self._patches: dict[tuple[int, ...], _Patches | SiteNotOnModel] = {}
@@ -115,8 +118,8 @@ class ImageVectors:
         self._passing: Tensor | None = None
         """[B, T] tokens of the running pass."""
         self.apart: dict[str, float] = {}
-        """Difference from the model's own forward, relative to the largest logit, by the noun of
-        pictures (`image`, `video`)."""
+        """Difference from the model's own forward, relative to the largest logit, by `_name_form`
+        of pictures."""
         embedding: nn.Module = model.module.get_input_embeddings()  # type: ignore[operator]
         _remove_hooks(model.module)
         embedding.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -190,25 +193,25 @@ class ImageVectors:
     def provide(self, model: LoadedModel, rows: Iterable[RunRow]) -> None:
         """Compute the vectors of the rows' images that aren't known yet."""
         new = {
-            marker: each
+            key: each
             for row in rows
             for marker, each in row.pictures.items()
-            if marker not in self._known
+            if (key := (marker, each.picture.grouped)) not in self._known
         }
-        by_extent: dict[tuple[int, ...], list[tuple[str, PromptPicture]]] = {}
-        for marker, each in new.items():
-            by_extent.setdefault(each.picture.extent, []).append((marker, each))
+        by_extent: dict[tuple[int, ...], list[tuple[ImageKey, PromptPicture]]] = {}
+        for key, each in new.items():
+            by_extent.setdefault(each.picture.extent, []).append((key, each))
         for alike in by_extent.values():
             for start in range(0, len(alike), _AT_ONCE):
                 self._add(model, alike[start : start + _AT_ONCE])
 
-    def _add(self, model: LoadedModel, images: Sequence[tuple[str, PromptPicture]]) -> None:
+    def _add(self, model: LoadedModel, images: Sequence[tuple[ImageKey, PromptPicture]]) -> None:
         batch, own = prepare_images(model, self.reader, [each for _, each in images])
         with _record_later_vectors(model) as later:
             vectors = run_full(model, batch, stop=0, reads=[_EMBED]).reads[_EMBED][:, :, 0]
         tokens = [
             token
-            for marker, each in images
+            for (marker, _), each in images
             for token in self.reader.vector_tokens(marker, each.expansion)
         ]
         device = self._tokens.device
@@ -221,7 +224,7 @@ class ImageVectors:
             for index in range(sum(each.expansion.is_image))
         ]
         self._places = torch.cat([self._places, torch.tensor(new, device=device)])[places]
-        self._images += [marker for marker, _ in images]
+        self._images += [key for key, _ in images]
         self._vectors = torch.cat([self._vectors, vectors[own].to(self._vectors)])[places]
         layout = self.reader.layout
         if layout.several_layers:
@@ -274,15 +277,17 @@ class ImageVectors:
         within = [_number_edges(edge, batch, every, count) for edge in edges]
         written = {n for each in (*inside, *within) for n in each.rows.tolist()}
         changed = {*range(len(every))} if blocks else written
-        lanes: dict[tuple[str, int], list[int]] = {}  # equal images without writes share a lane
+        lanes: dict[
+            tuple[ImageKey, int], list[int]
+        ] = {}  # equal images without writes share a lane
         for n, each in enumerate(every):
             if n in changed or reads:
                 key = self._images[each.image], n if n in written else -1
                 lanes.setdefault(key, []).append(n)
-        by_extent: dict[tuple[int, ...], list[tuple[str, list[int]]]] = {}
-        for (marker, _), numbers in lanes.items():
-            extent = self._known[marker].picture.extent
-            by_extent.setdefault(extent, []).append((marker, numbers))
+        by_extent: dict[tuple[int, ...], list[tuple[ImageKey, list[int]]]] = {}
+        for (image, _), numbers in lanes.items():
+            extent = self._known[image].picture.extent
+            by_extent.setdefault(extent, []).append((image, numbers))
         vectors = _ImagesOfBatch(batch, every, changed, count)
         run = partial(run_full, stop=0, **derivatives)
         for alike in by_extent.values():
@@ -305,7 +310,7 @@ class ImageVectors:
         self,
         model: LoadedModel,
         run: Callable[..., FullPassResult],
-        lanes: Sequence[tuple[str, list[int]]],
+        lanes: Sequence[tuple[ImageKey, list[int]]],
         writes: Sequence[SiteWrite],
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
@@ -316,7 +321,7 @@ class ImageVectors:
         Args:
             model: The model.
             run: Runs it up to its first block.
-            lanes: The marker of each image, and the numbers that it has in the batch: a changed
+            lanes: The key of each image, and the numbers that it has in the batch: a changed
                 image has one.
             writes: Writes whose rows are numbers of images, and whose positions are patches.
             reads: Sites of the encoder.
@@ -329,8 +334,8 @@ class ImageVectors:
             [lane, patch, units, width] of other sites; the patches of a token are next to each
             other. [lane, token, d_model] for each of the blocks after which the model adds vectors.
         """
-        distinct = list(dict.fromkeys(marker for marker, _ in lanes))
-        pictures = [self._known[marker] for marker in distinct]
+        distinct = list(dict.fromkeys(image for image, _ in lanes))
+        pictures = [self._known[image] for image in distinct]
         patches = self.find_patches(model, pictures[0])
         if isinstance(patches, SiteNotOnModel):
             raise WriteMismatch(patches.reason)
@@ -338,7 +343,7 @@ class ImageVectors:
         batch, own = prepare_images(model, self.reader, pictures)
         grid = replace(Batch.grid(len(distinct), patches.count), pools=patches.pool())
         batch = batch.with_inputs(batch.extra, vision=grid)
-        batch = batch.take(torch.tensor([distinct.index(marker) for marker, _ in lanes]))
+        batch = batch.take(torch.tensor([distinct.index(image) for image, _ in lanes]))
         columns = own[0].nonzero()[:, 0]
         inside: list[SiteWrite] = []
         within: list[EdgeWrite] = []
@@ -369,7 +374,7 @@ class ImageVectors:
             UnsupportedProcessor: The two encoders differ in their modules.
         """
         names = self.reader.layout.video_encoder
-        if names is None or len(extent) == 2:
+        if names is None or not has_frames(extent):
             return model
         if self._video_stack is None:
             own = model.stack("vision")
@@ -403,11 +408,11 @@ class ImageVectors:
         read = self.reader.read_patches(image.picture.extent, image.expansion, size)
         sources = None if read is None else _list_sources(cells, read)
         patches = _Patches(count, of_token, tiles if model.shape.resamples else None, sources)
-        is_video = isinstance(image.picture, Video)
-        sizes = (is_video, count, tile, image.expansion.size, tuple(groups), tuple(read or ()))
+        form = _name_form(image)
+        sizes = (form, count, tile, image.expansion.size, tuple(groups), tuple(read or ()))
         if sizes in self._proved:
             return patches
-        is_first = all(each[0] != is_video for each in self._proved)
+        is_first = all(each[0] != form for each in self._proved)
         if not self._prove(model, batch, own, patches, every=is_first):
             reason = "a change of the patches of some of its tokens changes other tokens"
             return _report_patches(model, reason)
@@ -996,14 +1001,21 @@ def _encode_image(model: LoadedModel, made: Mapping[str, Any]) -> dict[str, Tens
 
 
 def prepare_images(
-    model: LoadedModel, reader: ImagePromptTokenizer, pictures: Sequence[PromptPicture]
+    model: LoadedModel,
+    reader: ImagePromptTokenizer,
+    pictures: Sequence[PromptPicture],
+    *,
+    copies: bool = False,
 ) -> tuple[Batch, Tensor]:
     """Return prompts of one image or video each, prepared by the model's processor.
+
+    It prepares an image with `Picture.grouped` in a prompt of two copies.
 
     Args:
         model: The model.
         reader: Its tokenizer.
         pictures: Images or videos of one extent.
+        copies: Whether the prompts keep the second copy.
 
     Returns:
         The batch with the processor's further inputs; [B, T] bool, the tokens of the images.
@@ -1012,13 +1024,28 @@ def prepare_images(
 
     extent = pictures[0].picture.extent
     every = [[Image.fromarray(render_pixels(own)) for own in _frames(each)] for each in pictures]
-    images, videos = (every, ()) if len(extent) == 2 else ((), every)
-    texts = [reader.text_of(extent).given] * len(pictures)
+    times = 2 if is_grouped(extent) else 1
+    images, videos = ((), every) if has_frames(extent) else ([own * times for own in every], ())
+    texts = [reader.text_of(extent).given * times] * len(pictures)
     made = reader.prepare(texts, images, videos, return_tensors="pt")
     rows: list[list[int]] = made["input_ids"].tolist()
-    batch = Batch.of(rows, model.pad_id, model.calling.side, model.device)
     extra = dict(_further_inputs(model, made))
+    if times > 1 and not copies:
+        rows = [_without_copy(own, reader.token_of(extent)) for own in rows]
+        count = times * len(pictures)
+        extra = {key: own[::times] if len(own) == count else own for key, own in extra.items()}
+    batch = Batch.of(rows, model.pad_id, model.calling.side, model.device)
     return batch.with_inputs(extra), batch.ids == reader.token_of(extent)
+
+
+def _without_copy(ids: Sequence[int], token: int) -> list[int]:
+    """Return the tokens of a prompt of two copies of an image without those of the second.
+
+    token: the token that each vector of an image replaces.
+    """
+    own = [at for at, each in enumerate(ids) if each == token]
+    second = {*own[len(own) // 2 :]}
+    return [each for at, each in enumerate(ids) if at not in second]
 
 
 def _frames(picture: PromptPicture) -> tuple[Picture, ...]:
@@ -1142,21 +1169,27 @@ def _are_in_vision(points: Iterable[SitePoint]) -> bool:
 def _check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> ImagesNotVectors | None:
     """Return E0458 if a model's images act by more than their vectors at the embedding.
 
-    The first image and the first video of a model decide.
+    The first picture of each form decides.
     """
     first = None if model.shape.encodes_apart else _first_image(model, rows)
     if first is None:
         return None
     row, vectors = first
     for marker, picture in row.pictures.items():
-        if (noun := picture.picture.noun) not in vectors.apart:
-            vectors.apart[noun] = _compare_forms(model, vectors.reader, row, marker)
-    apart = max(vectors.apart[each.picture.noun] for each in row.pictures.values())
+        if (form := _name_form(picture)) not in vectors.apart:
+            vectors.apart[form] = _compare_forms(model, vectors.reader, row, marker)
+    apart = max(vectors.apart[_name_form(each)] for each in row.pictures.values())
     if apart <= max(_TOLERANCE, 8 * torch.finfo(model.dtype).eps):
         return None
     return ImagesNotVectors(
         model=model.name, architecture=model.shape.architecture, apart=f"{apart:.2g}"
     )
+
+
+def _name_form(picture: PromptPicture) -> str:
+    """Return the name of the form in which the processor prepares a picture."""
+    own = picture.picture
+    return f"grouped {own.noun}" if own.grouped else own.noun
 
 
 def _check_patches(model: LoadedModel, rows: Iterable[RunRow]) -> SiteNotOnModel | None:
@@ -1233,14 +1266,14 @@ def _compare_forms(
     largest logit."""
     picture = row.pictures[marker]
     text = [token for token in row.ids if token < IMAGE_TOKEN][-_TEXT_AFTER:]
-    batch, own = prepare_images(model, reader, [picture])
+    batch, own = prepare_images(model, reader, [picture], copies=True)
     with torch.inference_mode():
         given = {"input_ids": batch.ids, "attention_mask": batch.mask, **batch.extra}
         given = _with_text(given, text, follows_prefix=reader.prefix_end is not None)
         expected = call_module(model, given).logits
         ids = given["input_ids"].clone()
-        tokens = reader.vector_tokens(marker, picture.expansion)
-        ids[:, : own.shape[1]][own] = torch.tensor(tokens, device=ids.device)
+        tokens = torch.tensor(reader.vector_tokens(marker, picture.expansion), device=ids.device)
+        ids[:, : own.shape[1]][own] = tokens.repeat(int(own.sum()) // len(tokens))
         mask = given["attention_mask"]
         lengths = mask.sum(1).cpu()
         plain = Batch(ids, mask, lengths, torch.zeros_like(lengths))

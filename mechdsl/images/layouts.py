@@ -127,6 +127,8 @@ class ImageExpansion(Record):
     """The parts of the image that they read; positions count from the first token."""
     is_sound: bool = False
     """Whether they stand for a sound, whose frames are tiles of one cell."""
+    grouped: bool = False
+    """As `Picture.grouped`: its vectors differ from those of the image alone."""
     vectors: int = 1
     """Number of positions of each token: those of the vision encoder, in a view of its patches."""
 
@@ -267,6 +269,8 @@ class ImagePrompt(Record):
     """The processor's output for one prompt."""
     sizes: tuple[Size, ...]
     """(height, width) of each image before preparation, in the order of the text."""
+    grouped: bool = False
+    """In a prompt without inputs, for one image: whether it is one of several in its prompt."""
 
     @property
     def images(self) -> Any:
@@ -412,6 +416,9 @@ class ImageLayout:
     """Names of the modules that encode images and videos, if each has an encoder."""
     video_token: ClassVar[str] = "video_token_id"
     """The config's attribute with the token that each vector of a video replaces."""
+    groups_images: ClassVar[bool] = False
+    """Whether the processor prepares several images of a prompt in another way than one alone: the
+    same for any other number and any other images of the prompt."""
     joins_images_and_videos: ClassVar[bool] = True
     """Whether the processor prepares images and videos of one prompt together."""
 
@@ -1042,6 +1049,7 @@ class LlavaOneVision(_AnyResolution):
     video_processors = ("LlavaOnevisionVideoProcessor",)
     resamples = True
     interpolates = True
+    groups_images = True
 
     def tile_cells(self, prompt: ImagePrompt) -> int:
         return math.isqrt(prompt.processor.num_image_tokens)
@@ -1153,6 +1161,9 @@ class LlavaOneVision(_AnyResolution):
         if tokens.thumbnail is not None:
             cells = self.anyres(prompt, size, is_merged=False)
             yield from (each for each in cells if not isinstance(each, str))
+            return
+        if prompt.grouped:  # one token for each patch
+            yield from ((each.tile, each.row, each.col, each.box) for each in tokens.cells)
             return
         side = self.tile_cells(prompt)
         view = prepared_view(prompt.processor.video_processor, size).resized(side, side)

@@ -106,6 +106,25 @@ MARKER = re.compile(
 """The marker of an image, a sound or a video, with its size: 0 x 0 if it takes the model's."""
 
 
+_GROUPED = 0
+"""In `Picture.extent`, in place of a number of frames, for one of several images of a prompt."""
+
+
+def group_extent(extent: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the extent of an image that is grouped; that of a video as it is."""
+    return extent if has_frames(extent) else (*extent[:2], _GROUPED)
+
+
+def is_grouped(extent: tuple[int, ...]) -> bool:
+    """Return whether an extent is that of a picture with `grouped`."""
+    return extent[2:] == (_GROUPED,)
+
+
+def has_frames(extent: tuple[int, ...]) -> bool:
+    """Return whether an extent is that of a video."""
+    return len(extent) == 3 and extent[2] != _GROUPED
+
+
 def marker_extent(marker: re.Match[str]) -> tuple[int, ...]:
     """Return `Picture.extent` of the picture that a marker stands for."""
     found = marker["height"], marker["width"], marker["frames"]
@@ -214,6 +233,9 @@ class Picture(Record):
     """For a tile, its name within the image."""
     cut: Box | None = None
     """For a tile, its box in the image; None for the whole image."""
+    grouped: bool = False
+    """Whether its prompt has other images, for which the model's processor prepares it in another
+    way than alone."""
 
     def content(self) -> str:
         """Return a digest of everything that the pixels depend on."""
@@ -283,8 +305,9 @@ class Picture(Record):
 
     @property
     def extent(self) -> tuple[int, ...]:
-        """(height, width), and the number of frames of a video: its tokens depend on them."""
-        return self.size
+        """(height, width), and the number of frames of a video or 0 if it is grouped: its tokens
+        depend on them."""
+        return group_extent(self.size) if self.grouped else self.size
 
     @property
     def uncut(self) -> Picture:

@@ -91,7 +91,10 @@ def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> di
             said = _resampled_tokens(every, tokenizer)
         joined = name in videos and tokenizer.reads_videos
         if isinstance(tokenizer, ImagePromptTokenizer) and not joined:
-            said = f"prepared by the model's `{tokenizer.processor_name}`; {said}"
+            by = f"prepared by the model's `{tokenizer.processor_name}`"
+            if any(each.picture.grouped for each in every):
+                by += " in the form for several images in a prompt, which differs from that for one"
+            said = f"{by}; {said}"
         if joined:
             said = f"{_joined_frames(name, rows, tokenizer)}; {said}"
         elif name in videos:

@@ -650,7 +650,9 @@ class _Builder:
                     values=row.values,
                     texts=kept,
                     **image_row_fields(row.image, row.regions, self.tokenizer),
-                    pictures=prompt_pictures(row.pictures, row.parts, self.tokenizer, tokens.ids)
+                    pictures=prompt_pictures(
+                        row.pictures, row.parts, self.tokenizer, tokens.ids, rich.text
+                    )
                     if row.pictures
                     else _NO_PICTURES,
                 )

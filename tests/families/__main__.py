@@ -98,6 +98,9 @@ Some models do more with images than read their vectors:
 - Tokens of an image attend to each other in both directions in `gemma3`. The line breaks that its
   processor writes around an image are part of the prompt. With pan and scan, images that it crops
   are E0459.
+- Without other images in its prompt, an image has a thumbnail and tiles in `llava_onevision`. With
+  others, each image is padded to a square and has neither; videos don't count. The conventions
+  name the form. One image can have both forms in a file, in prompts of two blocks.
 - All tokens of a prompt with an image attend to each other in `paligemma`, and tokens of answers
   and replies attend to earlier ones. Its processor puts the beginning-of-sequence token after the
   last image, and so does mechdsl. It also ends each prompt with a line break, so a template ends

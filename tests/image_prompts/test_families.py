@@ -318,9 +318,12 @@ def test_rules_at_tiles_and_thumbnails_equal_hooks(name: str) -> None:
 # --- several images and replies in families whose images aren't only vectors ----------------------
 
 EVERY_MODE = ("planned", "padded on the right", "plain", "small passes")
-PLACED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "paligemma2")
+PLACED = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "paligemma2"),
+    "llava_onevision",
+)
 """Families that number the tokens of images by row and column, add vectors of images in several
-layers, or let tokens of an image attend to later ones."""
+layers, let tokens of an image attend to later ones, or prepare several images in another way."""
 TWO = """
 prompts both {
   rows "data.jsonl"

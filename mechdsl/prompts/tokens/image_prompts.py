@@ -38,6 +38,9 @@ from mechdsl.images.picture import (
     MARKER,
     Picture,
     Region,
+    group_extent,
+    has_frames,
+    is_grouped,
     marker_extent,
 )
 from mechdsl.images.processing import (
@@ -266,7 +269,7 @@ class ImagePromptTokenizer(TextTokenizer):
 
     def text_of(self, extent: tuple[int, ...]) -> ImageText:
         """Return the texts that stand for a picture, given its `Picture.extent`."""
-        return self.image_text if len(extent) == 2 else self.video_text(extent[2])
+        return self.video_text(extent[2]) if has_frames(extent) else self.image_text
 
     @cached_property
     def video_id(self) -> int:
@@ -292,7 +295,7 @@ class ImagePromptTokenizer(TextTokenizer):
 
     def token_of(self, extent: tuple[int, ...]) -> int:
         """Return the token in whose place the model puts a vector of a picture."""
-        return self.image_id if len(extent) == 2 else self.video_id
+        return self.video_id if has_frames(extent) else self.image_id
 
     @cached_property
     def image_id(self) -> int:
@@ -437,7 +440,8 @@ class ImagePromptTokenizer(TextTokenizer):
         """Return an extent with the natural size in place of none (0, 0)."""
         if extent[:2] != (0, 0):
             return extent
-        return self.natural_size if len(extent) == 2 else (*self.natural_frame, *extent[2:])
+        size = self.natural_frame if has_frames(extent) else self.natural_size
+        return (*size, *extent[2:])
 
     @cached_property
     def _expansions(self) -> dict[tuple[int, ...], ImageExpansion]:
@@ -456,7 +460,7 @@ class ImagePromptTokenizer(TextTokenizer):
             self._expansions[own] = self._recall_layout(
                 " x ".join(map(str, (width, height, *frames))),
                 lambda: self._expand(own),
-                partial(self._parse_expansion, self.token_of(own)),
+                partial(self._parse_expansion, own),
             )
         return self._expansions[own]
 
@@ -464,25 +468,27 @@ class ImagePromptTokenizer(TextTokenizer):
         self, extent: tuple[int, ...], expansion: ImageExpansion, encoder: EncoderSize
     ) -> list[tuple[int, ...]]:
         """Return `ImageLayout.patches` of a picture's tokens. Raises UnsupportedProcessor."""
-        height, width = self.sized(extent)[:2]
-        prompt = ImagePrompt(*self._read, {}, ((height, width),))
-        return self.layout.patches(prompt, expansion.layout, encoder)
+        return self.layout.patches(self._lone_prompt(extent), expansion.layout, encoder)
 
     def read_patches(
         self, extent: tuple[int, ...], expansion: ImageExpansion, encoder: EncoderSize
     ) -> list[tuple[int, ...]] | None:
         """Return `ImageLayout.read_patches` of a picture; None if it isn't interpolated."""
-        height, width = self.sized(extent)[:2]
-        prompt = ImagePrompt(*self._read, {}, ((height, width),))
         own = self.layout
-        return own.read_patches(prompt, expansion.layout, encoder) if own.interpolates else None
+        if not own.interpolates:
+            return None
+        return own.read_patches(self._lone_prompt(extent), expansion.layout, encoder)
+
+    def _lone_prompt(self, extent: tuple[int, ...]) -> ImagePrompt:
+        """Return a prompt without inputs, for one picture."""
+        height, width = self.sized(extent)[:2]
+        return ImagePrompt(*self._read, {}, ((height, width),), is_grouped(extent))
 
     def encoded_patches(self, extent: tuple[int, ...]) -> int | None:
         """Return `ImageLayout.encoded_patches` of a picture."""
 
         def find() -> int | None:
-            height, width = self.sized(extent)[:2]
-            prompt = ImagePrompt(*self._read, {}, ((height, width),))
+            prompt = self._lone_prompt(extent)
             return self.layout.encoded_patches(prompt, self.expansion(extent).layout)
 
         return self._recall_layout(f"encoded patches of {extent}", find, lambda own: own)
@@ -498,10 +504,8 @@ class ImagePromptTokenizer(TextTokenizer):
         expansion = self.expansion(extent)
 
         def find() -> tuple[int, list[list[Any]]]:
-            height, width = self.sized(extent)[:2]
-            processor, config = self._read
-            prompt = ImagePrompt(processor, config, {}, ((height, width),))
-            tokens, side = expansion.layout, self.layout.merged_side(config.to_dict())
+            prompt = self._lone_prompt(extent)
+            tokens, side = expansion.layout, self.layout.merged_side(prompt.config.to_dict())
             count = self.layout.encoded_patches(prompt, tokens) or 0
             size = EncoderSize(count // max(1, len(tokens.tiles)), side)
             groups = self.layout.patches(prompt, tokens, size)
@@ -522,7 +526,8 @@ class ImagePromptTokenizer(TextTokenizer):
             ids = repeat_each(expansion.ids, vectors)
             layout = ImageTokens(0, len(ids), _parse_cells(rows), {})
             is_image = repeat_each(expansion.is_image, vectors)
-            return ImageExpansion(ids, is_image, layout, vectors=vectors)
+            grouped = expansion.grouped
+            return ImageExpansion(ids, is_image, layout, grouped=grouped, vectors=vectors)
 
         own = self.sized(extent)
         if own not in self._encoder_expansions:
@@ -545,12 +550,12 @@ class ImagePromptTokenizer(TextTokenizer):
         return replace(picture, expansion=expansion, regions=regions)
 
     def _parse_expansion(
-        self, token_id: int, found: tuple[list[int], list[list[Any]]]
+        self, extent: tuple[int, ...], found: tuple[list[int], list[list[Any]]]
     ) -> ImageExpansion:
         ids, rows = found
-        layout = ImageTokens(0, len(ids), _parse_cells(rows), {})
-        is_image, is_sound = (token == token_id for token in ids), self.layout.noun == "sound"
-        return ImageExpansion(tuple(ids), tuple(is_image), layout, is_sound)
+        layout, own = ImageTokens(0, len(ids), _parse_cells(rows), {}), self.token_of(extent)
+        is_image, is_sound = tuple(token == own for token in ids), self.layout.noun == "sound"
+        return ImageExpansion(tuple(ids), is_image, layout, is_sound, is_grouped(extent))
 
     def _expand(self, extent: tuple[int, ...]) -> tuple[list[int], list[list[Any]]]:
         """Return the tokens of a picture; of each cell, its token, tile, row, column and box."""
@@ -561,20 +566,23 @@ class ImagePromptTokenizer(TextTokenizer):
         text = self.text_of(extent)
         ids: list[int] = []
         given: dict[str, Any] = {}
-        first = 0
+        first, times = 0, 2 if is_grouped(extent) else 1
         moved = self.bos_after_images
         for before, after in (("", ""), ("a ", " b")):
-            written, found = self._written(f"{before}{text.given}{after}", extent)
+            written, found = self._written(
+                f"{before}{text.given * times}{after}", *(extent,) * times
+            )
             whole = f"{before}{text.written}{after}{self.layout.prefix_end}"
             [plain] = super()._raw([whole], add_special=moved is None)
             at = self._places(plain, [text.token_range(len(before))])[0]
             later = (*(() if moved is None else (moved,)), *plain.ids[at + 1 :])
             if not ids:
                 ids, given, first = written[at : len(written) - len(later)], found, at
-            if written != [*plain.ids[:at], *ids, *later]:
+                ids = ids[: len(ids) // times]
+            if written != [*plain.ids[:at], *ids * times, *later]:
                 raise UnsupportedProcessor("it changes the text around images")
-        layout_of = image_layout if len(extent) == 2 else video_layout
-        [layout] = layout_of(*self._read, given, [size])
+        layout_of = video_layout if has_frames(extent) else image_layout
+        layout, *_ = layout_of(*self._read, given, [size] * times)
         return ids, _cell_rows(layout, first)
 
     def _places(self, encoded: EncodedText, ranges: Sequence[tuple[int, int]]) -> list[int]:
@@ -589,12 +597,14 @@ class ImagePromptTokenizer(TextTokenizer):
         other outputs."""
         from PIL import Image
 
-        black = [
-            [Image.new("RGB", (width, height))] * (frames[0] if frames else 1)
-            for height, width, *frames in extents
-        ]
-        images = [own[0] for own, extent in zip(black, extents, strict=True) if len(extent) == 2]
-        videos = [own for own, extent in zip(black, extents, strict=True) if len(extent) == 3]
+        images: list[Any] = []
+        videos: list[list[Any]] = []
+        for extent in extents:
+            black = Image.new("RGB", (extent[1], extent[0]))
+            if has_frames(extent):
+                videos.append([black] * extent[2])
+            else:
+                images.append(black)
         options = {"return_tensors": "pt"} if videos else {}  # the text may depend on their shape
         given = self.prepare([text], [images] if images else [], videos, **options)
         return [int(token) for token in given["input_ids"][0]], given
@@ -655,17 +665,18 @@ class ImagePromptTokenizer(TextTokenizer):
         videos of equal numbers of frames have the tokens that each has alone.
         """
         each = tuple(map(self.sized, extents))
-        if not self.layout.joins_images_and_videos and len(set(map(len, each))) > 1:
+        is_video = [has_frames(own) for own in each]
+        if not self.layout.joins_images_and_videos and len(set(is_video)) > 1:
             unfit = UnsupportedProcessor("it prepares images or videos, not both in a prompt")
             unfit.hint = "write images and videos in prompts of different blocks"
             raise unfit
         if self.prepares_together(each):
             return
-        lengths = {own[2] for own in each if len(own) == 3}
+        lengths = {own[2] for own in each if has_frames(own)}
         if len(lengths) < 2:
             raise _prepared_otherwise(each)
         most = max(lengths)
-        self._check_several([own if len(own) == 2 else (*own[:2], most) for own in each])
+        self._check_several([(*own[:2], most) if has_frames(own) else own for own in each])
 
     def _write_joined(self, extents: Sequence[tuple[int, ...]]) -> list[int]:
         """Return the tokens that the processor writes for several pictures.
@@ -677,7 +688,7 @@ class ImagePromptTokenizer(TextTokenizer):
         try:
             return self._written(text, *extents)[0]
         except ValueError as error:
-            if len({own[2] for own in extents if len(own) == 3}) < 2:
+            if len({own[2] for own in extents if has_frames(own)}) < 2:
                 raise
             raise _DifferentFrames from error
 
@@ -810,6 +821,8 @@ class ImagePromptTokenizer(TextTokenizer):
         """Replace the token of each marker by the tokens of its image, and the last one also by the
         beginning-of-sequence token that follows it."""
         extents = [marker_extent(marker) for marker in markers]
+        if self._groups(extents):
+            extents = [group_extent(extent) for extent in extents]
         if len(markers) > 1:
             self._check_several(extents)
         texts = [self.text_of(extent) for extent in extents]
@@ -843,7 +856,16 @@ class ImagePromptTokenizer(TextTokenizer):
 
     def vector_tokens(self, marker: str, expansion: ImageExpansion) -> tuple[int, ...]:
         """Return the tokens that stand for the vectors of an image, in the order of the prompt."""
-        return _hash_vectors(self.hash, marker, expansion.is_image)
+        name = f"{marker}, grouped" if expansion.grouped else marker
+        return _hash_vectors(self.hash, name, expansion.is_image)
+
+    def groups_images(self, text: str) -> bool:
+        """Return whether the images in a text have `Picture.grouped`."""
+        return self._groups([marker_extent(marker) for marker in MARKER.finditer(text)])
+
+    def _groups(self, extents: Sequence[tuple[int, ...]]) -> bool:
+        several = sum(not has_frames(extent) for extent in extents) > 1
+        return several and self.layout.groups_images
 
     def token_text(self, token: int) -> str:
         """Return a readable token: decoded, special tokens by name."""
@@ -868,8 +890,7 @@ class _DifferentFrames(Exception):
 
 def _prepared_otherwise(extents: Sequence[tuple[int, ...]]) -> UnsupportedProcessor:
     """Return the error of a processor that gives several pictures other tokens than each alone."""
-    names = {2: "images", 3: "videos"}
-    what = " and ".join(sorted({names[len(own)] for own in extents}))
+    what = " and ".join(sorted({"videos" if has_frames(own) else "images" for own in extents}))
     unfit = UnsupportedProcessor(f"it prepares several {what} in a prompt in another way")
     unfit.hint = "write one image or video in the template"
     unfit.what = what
@@ -977,7 +998,7 @@ class _MarkerOffsets:
 def _hash_vectors(tokenizer: str, marker: str, is_image: tuple[bool, ...]) -> tuple[int, ...]:
     """Return the tokens of the vectors among an image's tokens."""
     match = MARKER.fullmatch(marker)
-    is_video = match is not None and len(marker_extent(match)) == 3
+    is_video = match is not None and has_frames(marker_extent(match))
     first = _VIDEO_TOKEN if is_video else IMAGE_TOKEN
     numbers = (number for number, is_vector in enumerate(is_image) if is_vector)
     hashes = stable_hashes(numbers, "image token", tokenizer, marker)
@@ -1005,6 +1026,7 @@ def prompt_pictures(
     regions: Mapping[str, Mapping[str, tuple[Region, ...]]],
     tokenizer: TextTokenizer,
     ids: Sequence[int],
+    text: str,
 ) -> dict[str, PromptPicture]:
     """Return the images of a prompt by their markers, with their tokens.
 
@@ -1013,19 +1035,24 @@ def prompt_pictures(
         regions: Name of an image → name of a region → its occurrences.
         tokenizer: The tokenizer of the model.
         ids: The tokens of the prompt.
+        text: The text of the prompt, with markers.
 
     Raises:
         UnsupportedProcessor: The model's processor would write another prompt.
     """
     found: dict[str, PromptPicture] = {}
+    grouped = False
     if pictures and isinstance(tokenizer, ImagePromptTokenizer):
         tokenizer.check_prompt(ids)
+        grouped = tokenizer.groups_images(text)
     for name, picture in pictures.items():
         expansion, sized = stand_in_expansion(is_sound=isinstance(picture, Sound)), picture
         if isinstance(tokenizer, ImagePromptTokenizer):
-            expansion = tokenizer.expansion(picture.extent)
             height, width, *_ = tokenizer.sized(picture.extent)
             sized = picture.sized((height, width))
+            if grouped and not has_frames(picture.extent):
+                sized = replace(sized, grouped=True)
+            expansion = tokenizer.expansion(sized.extent)
         shapes = dict(regions.get(name, {}))
         own = {
             region: tuple(_covered(each, sized, expansion.layout.cells) for each in occurrences)
