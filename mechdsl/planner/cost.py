@@ -1185,13 +1185,14 @@ def list_fitted_runs(
         layers = shape.n_layers
         # Passes for vectors of patches stop before the language model.
         stops = [
-            0 if SITES[p.site].stack == "vision" else stop_layer(p.site, p.layer, layers) or layers
+            0 if SITES[p.site].stack == "vision" else stop_layer(p.site, p.layer, layers)
             for p in points
         ]
+        blocks = [layers if stop is None else min(stop, layers) for stop in stops]
         for sample in samples:
             key = id(sample.run.rows), sample.run.model
             before = found.get(key, (sample.run, 0))
-            found[key] = sample.run, max(before[1], *(min(stop, layers) for stop in stops))
+            found[key] = sample.run, max(before[1], *blocks)
     return list(found.values())
 
 

@@ -703,7 +703,7 @@ def _stop(point: SitePoint, shape: ModelShape) -> int:
 
 def _blocks_above(point: SitePoint, shape: ModelShape) -> int:
     """Return the number of blocks that a gradient passes through down to a site."""
-    own = point.site not in ("resid_post", "mlp_out") and point.layer is not None
+    own = SITES[point.site].when == "inside" and point.site != "mlp_out"  # its block is passed, too
     return min(shape.n_layers, shape.n_layers - _stop(point, shape) + own)
 
 

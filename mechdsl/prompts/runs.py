@@ -147,12 +147,16 @@ class RunRow(Record):
     def images_at(self, hits: Iterable[Iterable[int]]) -> set[str]:
         """Return digests of the images in the prompt that have some of these tokens, without their
         changes."""
+        return {each.unchanged_content for each in self.pictures_at(hits)}
+
+    def pictures_at(self, hits: Iterable[Iterable[int]]) -> list[PlacedPicture]:
+        """Return the images in the prompt that have some of these tokens."""
         tokens = {token for run in hits for token in run}
-        return {
-            replace(each.picture.picture, changes=()).content()
+        return [
+            each
             for each in self.whole_pictures
             if any(token - each.first in each.picture.expansion.cell_of for token in tokens)
-        }
+        ]
 
     @cached_property
     def patch_tokens(self) -> frozenset[int]:
@@ -205,6 +209,11 @@ class PlacedPicture(Record):
     """Names of the spans around it, outermost first."""
     number: int | None = None
     """Its number among the images of the name in the prompt, from 1; None for the only one."""
+
+    @property
+    def unchanged_content(self) -> str:
+        """The digest of the image without its changes."""
+        return replace(self.picture.picture, changes=()).content()
 
     @property
     def video(self) -> str | None:

@@ -414,7 +414,8 @@ def _describe_training(
         encoded = replace(point, site=in_stack(ENCODED_SITES[0], SITES[point.site].stack))
     run_by = source.run.model if isinstance(source, FitSample) else None
     name = _name(definition, point.site, point.layer, point.unit, run_by, model.key)
-    seed = definition.seed
+    seed, objective = definition.seed, program.objectives.get(definition.name)
+    partner = None if objective is None else objective.source
     file = program.trained.get(name, (None, ""))[0]
     return Training(
         name=name,
@@ -438,6 +439,9 @@ def _describe_training(
         if isinstance(source, FitSample)
         else None,
         is_one_of_several=seed is not None,
+        partner=source.table.runs.get(partner)
+        if partner is not None and isinstance(source, FitSample)
+        else None,
     )
 
 
@@ -516,7 +520,7 @@ def count_training_rows(training: Training, experiment: spec.Experiment, table: 
 
     If the training reads files in parts, these are the records of these files, and, once it is
     trained, rows with a text that it has read. If it reads a vision encoder, they include rows with
-    an image of a training row.
+    an image of a training row or of its run in `from:`.
     """
     read = training.with_rows
     if read is None or not experiment.measures or experiment.trains:
@@ -529,7 +533,7 @@ def count_training_rows(training: Training, experiment: spec.Experiment, table: 
         for number, row in enumerate(table.runs[CLEAN].rows):
             same[number] |= _content(row) in seen
     if _is_in_vision(training):
-        images = _images_of_rows(read.sample)
+        images = _images_of_rows(read)
         for number, row in enumerate(table.runs[CLEAN].rows):
             same[number] |= not images.isdisjoint(row.images_at([range(len(row.ids))]))
     data = None if table.block_rows is None else table.block_rows.block.data
@@ -608,10 +612,18 @@ def _describe_overlap(training: Training) -> str:
     return "have images of training rows" if _is_in_vision(training) else "are training rows"
 
 
-def _images_of_rows(sample: FitSample) -> set[str]:
-    """Return digests of the images at the position of a training."""
-    rows = enumerate(sample.run.rows)
-    return {image for number, row in rows for image in row.images_at(sample.cell.tokens(number))}
+def _images_of_rows(training: Training) -> set[str]:
+    """Return digests of the images at the position of a training, and of those that replace them
+    in the run of `from:`."""
+    found: set[str] = set()
+    partner, cell = training.partner, training.sample.cell
+    for number, row in enumerate(training.sample.run.rows):
+        here = row.pictures_at(cell.tokens(number))
+        names = {each.name for each in here}
+        others = () if partner is None else partner.rows[number].whole_pictures
+        found |= {each.unchanged_content for each in here}
+        found |= {each.unchanged_content for each in others if each.name in names}
+    return found
 
 
 def _content(row: RunRow) -> tuple[object, ...]:

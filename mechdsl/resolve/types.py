@@ -321,6 +321,8 @@ class Training(Record):
     """What the vectors are correlated with."""
     is_one_of_several: bool = False
     """Whether it is one of the trainings of `fit(…, seeds: 3)`."""
+    partner: PromptRun | None = None
+    """The run of `from:`."""
 
     @property
     def inputs(self) -> tuple[SitePoint, ...]:

@@ -255,6 +255,22 @@ def test_training_cost_grows_about_linearly_with_steps(tmp_path: Path) -> None:
         assert long.memory == short.memory
 
 
+def test_vectors_of_one_stream_position_cost_the_same_under_both_names(tmp_path: Path) -> None:
+    """`resid_pre layer 2` is `resid_post layer 1`: their gradients pass through the same blocks."""
+    sites = ("resid_pre layer 2", "resid_post layer 1")
+    lines = [DECLARED["vector"].replace("resid_post layer 2", site) for site in sites]
+    first, second = (price(write(tmp_path, "vector", line)).cost for line in lines)
+    assert first == second
+
+
+def test_vectors_at_the_embedding_are_read_without_any_block(tmp_path: Path) -> None:
+    line = DECLARED["sae"].replace("resid_post layer 1", "embed")
+    path = write(tmp_path, "sae", line)
+    text = path.read_text("utf-8").replace("patch resid_post layer 1 in", "patch embed in")
+    path.write_text(text, "utf-8")
+    assert price(path).cost.tokens == 0
+
+
 def test_mixture_cost_counts_its_starts() -> None:
     assert MIXTURE_STARTS == factors.STARTS
 

@@ -24,6 +24,7 @@ from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.mask_training import SiteMaskRows
 from mechdsl.execute.objective_rows import ObjectiveRows
+from mechdsl.fits.vectors import BoundlessRotation
 from mechdsl.loading.devices import restore_models
 from mechdsl.pipeline.trained_files import fits_of_file
 from mechdsl.planner.training_cost import training_cost
@@ -31,7 +32,8 @@ from mechdsl.resolve.types import SitePoint, TrainedMask
 
 from ..execute.support import context
 from ..images import prompts_of_images as vlm
-from ..quick import some
+from ..pipeline.test_trained_rotations import orthonormal_by_hand
+from ..quick import in_turn, some
 from .reference import Edit
 from .support import experiment
 from .test_encoder_paths import SIZE, Place, edited, seen, tower
@@ -145,6 +147,137 @@ def test_trained_rotation_acts_on_each_patch(name: str, tmp_path: Path) -> None:
         values = [float(logits_under(name, n, n, {PLACE: turn(n)})) for n in ALL]
     np.testing.assert_allclose(found.measures[0].patched[0], values, atol=3e-4)
     assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.01
+
+
+def on_patches(name: str, n: int, at: str, change: Edit) -> dict[Place, Edit]:
+    """An edit of the vectors at the patches of a position, without a write in place."""
+    here = tower(name).every(n) if at == "photo tokens" else tower(name).cell(n, 1, 2)
+
+    def edit(value: Tensor) -> Tensor:
+        mask = torch.zeros(len(value), 1)
+        mask[here] = 1
+        return value + mask * (change(value) - value)
+
+    return {PLACE: edit}
+
+
+DIRECTIONS = {
+    "scales(penalty: 0.1)": "scale {} at {} by d",
+    "reft(rank: 2)": "add d to {} at {}",
+    'reft(rank: 2, kind: "direft")': "add d to {} at {}",
+}
+"""What is trained → its rule, without the site and the position."""
+
+
+@pytest.mark.parametrize(("name", "inner"), in_turn(NAMES, [*DIRECTIONS], QUICK))
+@pytest.mark.parametrize("at", [CELL, "photo tokens"])
+def test_loss_and_gradient_of_scales_and_edits_equal_autograd(
+    name: str, inner: str, at: str
+) -> None:
+    line = f"direction d = fit({inner}, {OPTIONS}) at {SITE} at {at}\n"
+    fit = declared(name, line + experiment("e", DIRECTIONS[inner].format(SITE, at)))
+    rows = ObjectiveRows(fit.training, fit.objective, loaded(name), None)
+    ids, width = fit.objective.table.row_ids, rows.first_vectors.shape[1]
+    start = 0.3 * torch.randn(5, width, generator=torch.Generator().manual_seed(5))
+    mine, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+
+    def edit(own: Tensor, tensor: Tensor) -> Tensor:
+        if inner[0] == "s":
+            return own * (1 + tensor[0])
+        return own + own @ tensor[:2].T @ tensor[2:4] + tensor[4]
+
+    with torch.enable_grad():
+        values = rows.values(np.arange(len(ids)), lambda own, other: edit(own, mine))
+        edits = [on_patches(name, n, at, lambda own: edit(own, theirs)) for n in ids]
+        pairs = zip(ids, edits, strict=True)
+        wanted = torch.stack([logits_under(name, n, n, each) for n, each in pairs])
+    compare_gradients(values, mine, wanted, theirs)
+
+
+@pytest.mark.parametrize(("name", "inner"), in_turn(NAMES, [*DIRECTIONS], QUICK[:1]))
+def test_trained_scales_and_edits_act_on_each_patch(name: str, inner: str, tmp_path: Path) -> None:
+    """And the report has the means of the same values."""
+    line = f"direction d = fit({inner}, {OPTIONS}) at {SITE} at {CELL}\n"
+    rule = DIRECTIONS[inner].format(SITE, CELL)
+    folder, [found] = fit_and_run(name, line + experiment("e", rule), tmp_path)
+    given = load_file(next(folder.glob("*.safetensors")))
+
+    def edit(own: Tensor) -> Tensor:
+        if inner[0] == "s":
+            return own * given["vector"]
+        return own + own @ given["edit.reads"].T @ given["edit.writes"] + given["edit.offset"]
+
+    with torch.no_grad():
+        every = [on_patches(name, n, CELL, edit) for n in ALL]
+        values = [float(logits_under(name, n, n, every[n])) for n in ALL]
+    [data] = found.measures
+    np.testing.assert_allclose(data.patched[0], values, atol=3e-4)
+    assert np.abs(data.patched - data.base).max() > 0.01
+    assert read_mean(folder) == pytest.approx(np.mean(values), abs=1e-3)
+
+
+def read_mean(folder: Path) -> float:
+    """The mean of the measure after a training, of its card."""
+    return float(json.loads((folder / "fit.json").read_text("utf-8"))["trained"])
+
+
+BOUNDLESS = (
+    f"basis d = fit(boundless_das(dims: 4), {OPTIONS}, from: changed) at {SITE} at {CELL}\n"
+    + experiment("e", "from changed into clean", f"patch {SITE} in basis d at {CELL}")
+)
+
+
+def exchanged(name: str, n: int, directions: Tensor, weight: Tensor) -> dict[Place, Edit]:
+    """Coordinates of the other image at the same patches, to the share of each direction."""
+    new = torch.zeros_like(seen(name, PLACE, n, n))
+    there = tower(name).cell(other(n), 1, 2)
+    new[tower(name).cell(n, 1, 2)] = seen(name, PLACE, n, other(n))[there]
+
+    def change(own: Tensor) -> Tensor:
+        parts = [torch.outer((new - own) @ row, row) for row in directions]
+        return own + sum(share * part for share, part in zip(weight, parts, strict=True))
+
+    return on_patches(name, n, CELL, change)
+
+
+@pytest.mark.parametrize("name", some(NAMES, QUICK))
+def test_loss_and_gradient_of_a_boundless_rotation_equal_autograd(name: str) -> None:
+    """By its directions and its boundary, in the middle of a training."""
+    fit = declared(name, BOUNDLESS)
+    rows = ObjectiveRows(fit.training, fit.objective, loaded(name), None)
+    ids, width = rows.objective.table.row_ids, rows.first_vectors.shape[1]
+    start = torch.randn(4, width, generator=torch.Generator().manual_seed(5))
+    mine, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    ends = [torch.tensor(0.6, requires_grad=True) for _ in range(2)]
+    trained = BoundlessRotation(mine, 0.0)
+    trained.matrix, trained.boundary = mine, ends[0]
+    every = np.arange(len(ids))
+    with torch.enable_grad():
+        directions = orthonormal_by_hand(theirs)
+        weight = torch.sigmoid((ends[1] * 4 - torch.arange(4) - 0.5) / (0.4 * 0.25**0.5))
+        values = rows.values(every, lambda own, new: trained.relaxed_edit(own, new, 0.5))
+        edits = [exchanged(name, n, directions, weight) for n in ids]
+        pairs = zip(ids, edits, strict=True)
+        wanted = torch.stack([logits_under(name, n, n, each) for n, each in pairs])
+        slopes = [torch.autograd.grad(own.mean(), end, retain_graph=True)[0].item()
+                  for own, end in zip((values, wanted), ends, strict=True)]  # fmt: skip
+    compare_gradients(values, mine, wanted, theirs)
+    assert slopes[0] == pytest.approx(slopes[1], abs=1e-4)
+    assert abs(slopes[1]) > 1e-3
+
+
+@pytest.mark.parametrize("name", some(NAMES, ["gemma3"]))
+def test_trained_boundless_rotation_acts_on_each_patch(name: str, tmp_path: Path) -> None:
+    folder, [found] = fit_and_run(name, BOUNDLESS, tmp_path)
+    rows = load_file(next(folder.glob("*.safetensors")))["rotation"]
+    whole = torch.ones(len(rows))
+    with torch.no_grad():
+        every = [exchanged(name, n, rows, whole) for n in ALL]
+        values = [float(logits_under(name, n, n, every[n])) for n in ALL]
+    [data] = found.measures
+    np.testing.assert_allclose(data.patched[0], values, atol=3e-4)
+    assert np.abs(data.patched - data.base).max() > 0.01
+    assert read_mean(folder) == pytest.approx(np.mean(values), abs=1e-3)
 
 
 def gated(name: str, ids: Any, shares: Tensor, fill: str) -> Tensor:
@@ -313,6 +446,23 @@ def test_held_out_rows_with_images_of_other_rows_report_an_error(code: str) -> N
     assert "have the same image, so it can't be held out" in found.message
     allowed = line.replace("prompts: ask", "prompts: ask, validation: 0%")
     assert not errors_of(f"{allowed} at {CELL}\n{used}", TWICE)
+
+
+REPLACED = BLOCK.replace("  words", "  where n = 1 or n = 3\n  words") + BLOCK.replace(
+    "prompts ask", "prompts seen"
+).replace("  words", "  where n = 2 or n = 4\n  words")
+"""Two prompts whose images are replaced by those of the second block."""
+
+
+@pytest.mark.parametrize(("fill", "shared"), [("from: changed", True), ("with: zero", False)])
+def test_images_of_the_other_run_are_images_of_training_rows(fill: str, shared: bool) -> None:
+    own = f"prompts: ask, steps: 3, batch: 2, rate: 0.03, validation: 0%, {MEASURE}, {fill}"
+    line = f"group g = fit(mask(size: 2), {own}) at {WHERE} at {CELL}\n"
+    used = experiment("e", f"ablate g at {CELL} with zero").replace("prompts ask", "prompts seen")
+    found = errors_of(line + used, REPLACED)
+    assert [each.code for each in found] == ["E0345"] * shared
+    if shared:
+        assert (found[0].shared, found[0].relation) == (2, "have images of training rows")
 
 
 REJECTED = {
