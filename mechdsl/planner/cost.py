@@ -510,9 +510,9 @@ def gradient_work(
 
 def list_dropped_layers(experiment: ResolvedExperiment) -> list[tuple[str, int | None]]:
     """Return the stacks and layers whose gradients `atp_star` leaves out, one by one: also those of
-    a vision encoder that rules are in."""
+    an encoder that rules are in."""
     shape = experiment.model.shape
-    stacks = {"": shape} | ({"vision": shape.others["vision"]} if experiment.in_vision else {})
+    stacks = {"": shape} | {stack: shape.others[stack] for stack in experiment.acted_stacks}
     return [(name, layer) for name, own in stacks.items() for layer in range(own.n_layers)]
 
 

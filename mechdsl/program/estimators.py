@@ -46,7 +46,8 @@ class BackwardRules:
     dropped_layer: int | None = None
     """Layer whose outputs of attention and MLP are constants."""
     dropped_stack: str = ""
-    """Its stack: `vision` for the vision encoder of prompts with images."""
+    """Its stack: `vision` for the vision encoder of prompts with images, `encoder` for that of an
+    encoder-decoder."""
 
     @property
     def of_functions(self) -> bool:
@@ -562,7 +563,7 @@ class AttributionPatchingOfPatterns(_FixedAttention):
         "saturated attention doesn't hide an effect. At other sites, values are those of "
         "`gradient_input`. Each site and layer of queries or keys needs two further forward "
         "passes. There, models whose attention can't be computed separately are rejected (E0608), "
-        "and answers of several tokens at `k`. Encoder-decoders are rejected at all sites."
+        "and answers of several tokens at `k` and `k cross`."
     )
     source = "Kramár et al. 2024, arXiv 2403.00745, section 3.1.1"
     convention = (
@@ -588,9 +589,10 @@ class AttributionPatchingStar(_FixedAttention):
         "layers, each with the gradient through the outputs of attention and MLP of one layer left "
         "out (GradDrop). Direct and indirect effects that cancel in a gradient remain visible. The "
         "value has no sign, so it isn't an effect: it needs `as raw` and has no p. The layer that "
-        "contains the site is left out of the mean. One forward pass, and one backward pass per "
-        "measure, for each layer serve all cells. Models with one layer and encoder-decoders are "
-        "rejected (E0608)."
+        "contains the site is left out of the mean. For sites of an encoder, the layers are those "
+        "of the encoder and of the language model or decoder. One forward pass, and one backward "
+        "pass per measure, for each layer serve all cells. Models with one layer are rejected "
+        "(E0608)."
     )
     source = "Kramár et al. 2024, arXiv 2403.00745"
     convention = (

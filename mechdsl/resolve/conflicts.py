@@ -72,8 +72,8 @@ _NO_BLOCK_ESTIMATE = (
 )
 """The reason and the hint for a rule that replaces a block."""
 
-QUERIES_AND_KEYS = ("q", "k", "q cross", "k cross")
-"""Sites of the language model that attention weights are computed from."""
+QUERIES_AND_KEYS = ("q", "k", "q cross", "k cross", "q encoder", "k encoder")
+"""Sites that attention weights are computed from, except those of vision encoders of prompts."""
 
 FLAT_UNITS = ("rank", "share")
 """Units of metrics that are piecewise constant."""
@@ -188,18 +188,13 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
         span, reason = own.generation.span, "a sampled or selected token has no gradient"
         yield _no_estimate(said, span, "generated text", reason, NO_ESTIMATE_HINT)
     rules, shape = said.kind.backward, experiment.model.shape
-    attends = shape.takes == "attended image"
-    stacks = [shape, *([shape.others["vision"]] if experiment.in_vision else [])]
+    stacks = [shape, *(shape.others[stack] for stack in experiment.acted_stacks)]
     if reason := next(filter(None, (explain_missing_rule(rules, own) for own in stacks)), ""):
         what = f"`{experiment.model.name}`"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
     elif rules is not None and rules.decomposed and shape.takes not in _DECOMPOSED:
         what = f"`{experiment.model.name}`"
         reason = f"`{said.name}` is computed for models of texts, and for encoder-decoders"
-        yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
-    elif shape.encodes_apart and said.kind.fixes_attention and not attends:
-        what = f"`{experiment.model.name}`"
-        reason = f"`{said.name}` is computed for one stack of blocks, without an encoder"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
     elif said.kind.drops_layers and (lacking := [*filter(None, map(_no_dropped_layers, stacks))]):
         what = f"`{experiment.model.name}`"
@@ -316,9 +311,7 @@ def _of_rule(
     within = sorted({p.site for here in points for p in here if _is_query_or_key(p.site)})
     if rules is not None and rules.decomposed and within:
         reason = "attention has the weights of the base run, so the estimate would be 0"
-        apart = experiment.model.shape.encodes_apart
-        hint = OTHER_ESTIMATOR_HINT if apart else "write `using atp_qk`"
-        yield _no_estimate(said, site.span, f"`{within[0]}`", reason, hint)
+        yield _no_estimate(said, site.span, f"`{within[0]}`", reason, "write `using atp_qk`")
     if any(len({(p.site, p.layer) for p in here}) > 1 for here in points):
         what, reason = "several layers together", "a gradient is for one site of one layer"
         hint = "sweep the layers: `layer *`, or `for l in 0..5`"
@@ -374,7 +367,9 @@ def _of_changed_attention(
         next(iter(sites.values())),
         f"{OTHER_ESTIMATOR_HINT}, without the query and key fix",
     )
-    if not _computes_attention(experiment.model.shape):
+    shape = experiment.model.shape
+    stacks = [shape, *(shape.others[stack] for stack in experiment.acted_stacks)]
+    if not all(map(_computes_attention, stacks)):
         reason = "its attention can't be computed separately"
         yield _no_estimate(said, span, f"`{experiment.model.name}`", reason, hint)
     elif rule.basis is not None:

@@ -1919,6 +1919,15 @@ class ResolvedExperiment(Record):
         return any(rule.in_vision for rule in self.every_rule)
 
     @cached_property
+    def acted_stacks(self) -> tuple[str, ...]:
+        """The encoders that its rules are in: `vision` of prompts with images, `encoder`."""
+        return tuple(
+            stack
+            for stack in ("vision", "encoder")
+            if any(rule.acts_in(stack) for rule in self.every_rule)
+        )
+
+    @cached_property
     def needs_full_passes(self) -> bool:
         """Whether images need full passes: its model adds their vectors after several blocks, or
         its rules are in the vision encoder."""

@@ -379,8 +379,6 @@ ERRORS = {
     "set resid_post encoder layer 0 at last-item token to value(mlp_out layer 0)": "E0317",
     "set resid_post layer 0 at last token to value(mlp_out layer 0 at item token)": "E0316",
     "add 2 * step(k) to q encoder layer 0 head 0 at last token": "E0341",
-    "patch z encoder layer 0 head 0 at last token\n  using atp_qk": "E0608",
-    "patch z encoder layer 0 head 0 at last token\n  using atp_star": "E0608",
     "patch q cross layer 0 head 0 at last token\n  using cdt": "E0608",
     "patch k encoder layer 0 head 0 at last token\n  using cdt": "E0608",
     "patch pattern cross layer 0 head 0 at last token\n  using atp": "E0608",

@@ -469,7 +469,7 @@ ERRORS = {
     ("allow attention cross layer 0 from last token to photo tokens", "", ""): "E0332",
     ("path z encoder layer 0 head 0 -> logits at photo tokens", "", ""): "E0335",
     ("patch resid_post encoder layer 0 at photo row 3 col 1 token", "", ""): "E0310",
-    ("patch resid_post encoder layer 0 at photo tokens\n  using atp_qk", "", ""): "E0608",
+    ("patch q encoder layer 0 head 0 at photo tokens\n  using cdt", "", ""): "E0608",
 }
 
 

@@ -22,6 +22,7 @@ from mechdsl.execute.patching.writes import (
     select_readable_rows,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.forward.hooks.attention import has_sinks
 from mechdsl.forward.hooks.attention_hooks import keys_of
 from mechdsl.forward.hooks.batch import (
     Batch,
@@ -233,6 +234,8 @@ class _ChangedPatterns:
     """… the index of its scores, …"""
     keys: Tensor | None
     """… and the position of a key; None for queries."""
+    has_sink: bool
+    """Whether the keys compete with a sink."""
 
     @staticmethod
     def of(
@@ -242,7 +245,8 @@ class _ChangedPatterns:
         where = vectors.where
         assert where.layer is not None
         reads = [replace(where, site=site) for site in ("scores", "pattern")]
-        stop = where.layer + 1
+        stop = 0 if where.stack == "encoder" else where.layer + 1
+        frame = batch.of_site("pattern", where.stack)
         read = run_full(model, batch, stop=stop, writes=noise, reads=reads).reads
         scores, pattern = (read[each] for each in reads)
         heads, tokens = pattern.shape[2], pattern.shape[1]
@@ -258,7 +262,7 @@ class _ChangedPatterns:
             found.append(given.reads[reads[0]])
         if where.site == "q":
             change = np.arange(len(vectors.row))
-            place = (lane, batch.columns(lane, position)[:, None], unit[:, None])
+            place = (lane, frame.columns(lane, position)[:, None], unit[:, None])
             row, keys = vectors.row, None
         else:
             shared = heads // unit_count(model.stack(where.stack).shape, "k", where.layer)
@@ -268,14 +272,15 @@ class _ChangedPatterns:
             queries = torch.arange(tokens).expand(len(row), -1)
             place = (lane, queries, unit[:, None] * shared + torch.arange(shared))
             keys = position
-        token_lane, token = (each.repeat_interleave(heads) for each in batch.tokens())
+        token_lane, token = (each.repeat_interleave(heads) for each in frame.tokens())
         spots = (token_lane, token, torch.arange(heads).repeat(len(token) // heads))
         places = (place[0][:, None, None], place[1][:, :, None], place[2][:, None, :])
-        columns = batch.columns(*spots[:2])
+        columns = frame.columns(*spots[:2])
         of_vector = change.reshape(-1)
-        return _ChangedPatterns(
-            where, found, pattern, spots, columns, row, places, of_vector, number, keys
-        )
+        block = model.stack(where.stack).anatomy.blocks[where.layer]
+        has_sink = has_sinks(model.module.get_submodule(block.path))
+        changes = (row, places, of_vector, number, keys)
+        return _ChangedPatterns(where, found, pattern, spots, columns, *changes, has_sink)
 
     def added(self, leaf: Tensor) -> SiteWrite:
         """Add [spot, key] to the weights."""
@@ -297,7 +302,8 @@ class _ChangedPatterns:
             base, weights, slope = (
                 value[place].double() for value in (self.scores[0], self.pattern, slopes)
             )
-            written = _renormalize(self._written(base, place, first), base, weights)
+            changed = self._written(base, place, first)
+            written = _renormalize(changed, base, weights, has_sink=self.has_sink)
             flat = [value.flatten(0, -2) for value in (written, weights, slope)]
             parts = kind.values(flat[0], flat[1], flat[2], {}).reshape(len(base), -1).sum(1)
             np.add.at(found, self.row[own], parts.cpu().numpy())
@@ -330,20 +336,24 @@ def _count_earlier(values: Ints) -> Ints:
     return found
 
 
-def _renormalize(scores: Tensor, base: Tensor, weights: Tensor) -> Tensor:
+def _renormalize(scores: Tensor, base: Tensor, weights: Tensor, *, has_sink: bool) -> Tensor:
     """Return weights of new scores, from scores and weights of the base run.
 
     All have the shape [..., key]. A sink keeps its score: its weight is what the others lack.
-    Keys that a query doesn't see have a score and a weight of 0.
+    Without a sink, they lack only rounding errors, which would count as much as keys with very low
+    new scores. Keys that a query doesn't see have a score and a weight of 0.
     """
     seen = (weights > 0) | (base != 0)
     largest = weights.argmax(-1, keepdim=True)
     size = base.gather(-1, largest) - weights.gather(-1, largest).log()
     scores = (scores - size).masked_fill(~seen, float("-inf"))
-    top = scores.amax(-1, keepdim=True).clamp(min=0)
+    top = scores.amax(-1, keepdim=True)
+    top = top.clamp(min=0) if has_sink else top.nan_to_num(neginf=0.0)  # -inf: sees no key
     shares = (scores - top).exp()
-    sink = (1 - weights.sum(-1, keepdim=True)).clamp(min=0) * (-top).exp()
-    return shares / (shares.sum(-1, keepdim=True) + sink)
+    total = shares.sum(-1, keepdim=True)
+    if has_sink:
+        total += (1 - weights.sum(-1, keepdim=True)).clamp(min=0) * (-top).exp()
+    return torch.where(total > 0, shares / total, 0.0)
 
 
 def draw_noise(key: Sequence[int], size: Sequence[int]) -> Floats:

@@ -307,6 +307,12 @@ def attend(
                 _attend_lanes(query, key, value, part, kept, out, how, masks, max(1, most))
 
 
+def has_sinks(block: nn.Module) -> bool:
+    """Return whether keys of a block's attention compete with a sink (`s_aux` of its calls), which
+    models keep as `sinks`."""
+    return any(getattr(part, "sinks", None) is not None for part in block.modules())
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionMethod:
     """Parameters of attention in one block."""

@@ -583,7 +583,8 @@ class SiteHooks:
         self._circuits = [open_circuit(model, frame, each, writes) for each in circuits]
         self._plan()
         dropped, encodes = changes.dropped_stack, reads_pixels(frame) and model.shape.encodes_apart
-        if changes.dropped_layer is not None and (dropped == stack or encodes):
+        is_passed = dropped in (stack, "encoder") or encodes
+        if changes.dropped_layer is not None and is_passed:
             self._drop_gradients(changes.dropped_layer, dropped)
 
     # --- planning -----------------------------------------------------------------------------
