@@ -1216,10 +1216,14 @@ def jacobian_cost(shape: ModelShape, basis: JacobianBasis) -> Cost:
 
 
 def reply_cost(shape: ModelShape, work: ReplyWork, stop: int | None = None) -> Cost:
-    """Return the cost after the prompts, through `stop` blocks; None is all."""
+    """Return the cost after the prompts, through `stop` blocks; None is all.
+
+    Blocks that attend to an image see its tokens instead of the keys of the text.
+    """
     block, blocks = BlockCost.of(shape), shape.n_layers if stop is None else stop
-    each = block.project + block.output + block.mlp
-    adds = blocks * float(work.tokens * each + work.keys * block.key)
+    keys = (1 - block.share) * work.keys + block.share * work.tokens * block.image
+    each = block.token - block.share * block.encode
+    adds = blocks * float(work.tokens * each + keys * block.key)
     adds += float(work.logits * shape.d_model * shape.outputs)
     return Cost(0, 0, work.forwards, work.tokens * blocks, adds)
 
@@ -1507,6 +1511,10 @@ class PanelWork:
         shape, given = self.panel.shape, (self.panel.plans, self.rows)
         if shape.encodes_apart:
             cost = decoder_reply_cost(shape, lengths, sources, said.tokens, said.samples)
+            if self._keeps_with_images:
+                texts, size = lengths - sources, self.panel.pass_tokens
+                work = reply_work(texts, said.tokens, said.samples, kept=True, pass_tokens=size)
+                cost = reply_cost(shape, work)
             read = self.readings.list_passes(*given, said.tokens, unpatched=self.first)
             return sum((read_pass_cost(shape, own, said.samples, together) for own in read), cost)
         work = reply_work(
@@ -1520,8 +1528,41 @@ class PanelWork:
         return reply_cost(shape, work + read)
 
     def keep_tokens(self) -> None:
-        """Compute only the newest token in each step of a reply, except of an encoder-decoder."""
+        """Compute only the newest token in each step of a reply, except of an encoder-decoder and
+        with rules in the encoder of images that blocks attend to."""
         self.keeps_tokens = True
+        saved = self._count_prefill_copies() if self._keeps_with_images else Cost()
+        self.patched = replace(
+            self.patched,
+            tokens=self.patched.tokens - saved.tokens,
+            multiply_adds=self.patched.multiply_adds - saved.multiply_adds,
+        )
+
+    @property
+    def _keeps_with_images(self) -> bool:
+        """Whether replies cache keys and values in a model whose blocks attend to an image."""
+        every = [plan.experiment for plan in self.panel.plans]
+        attends = self.panel.shape.takes == "attended image"
+        vision = any(each.in_vision for each in every)
+        return self.keeps_tokens and attends and not vision and every[0].generation is not None
+
+    def _count_prefill_copies(self) -> Cost:
+        """Return the cost of the tokens of prompts before the first one that a row changes, except
+        those of one row of each prompt."""
+        shape, block = self.panel.shape, self.panel.block
+        tokens, adds = 0, 0.0
+
+        def count(lengths: Ints) -> float:
+            return float(block.whole(lengths + block.image).sum() - block.image_maps * len(lengths))
+
+        for plan, rows in zip(self.panel.plans, self.rows, strict=True):
+            equal = count_unchanged_tokens(plan, rows)[-1]
+            first = np.zeros(int(rows.prompt.max(initial=0)) + 1, dtype=np.int64)
+            np.maximum.at(first, rows.prompt, equal)
+            first = first[first > 0]
+            tokens += int(equal.sum() - first.sum()) * plan.draws
+            adds += (count(equal) - count(first)) * plan.draws
+        return Cost(tokens=tokens * shape.n_layers, multiply_adds=adds * shape.n_layers)
 
     @cached_property
     def shapes(self) -> list[_Shapes]:
@@ -1607,7 +1648,8 @@ class PanelWork:
         """Return the cost of the equal tokens of a prompt's rows, except the first of each in a
         pass, if blocks attend to images."""
         shape = self.panel.shape
-        if shape.takes != "attended image":
+        generates = self.panel.plans[0].experiment.generation is not None
+        if shape.takes != "attended image" or generates:
             return Cost()
         pairs = [*zip(self.panel.plans, self.rows, strict=True)]
         equal = np.concatenate(

@@ -23,7 +23,6 @@ from mechdsl.execute.patching.writes import (
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.forward.hooks.attention import has_sinks
-from mechdsl.forward.hooks.attention_hooks import keys_of
 from mechdsl.forward.hooks.batch import (
     Batch,
     EdgeWrite,
@@ -851,7 +850,7 @@ def _iter_joint_writes(
 
 def _select_keys(edge: EdgeWrite, batch: Batch) -> SiteWrite:
     """Build vectors over keys: 1 at the keys of an edge, else 0."""
-    width = keys_of(batch, edge.stack).key_width
+    width = batch.keys_of(edge.stack).key_width
     values = torch.zeros(len(edge.rows), width, dtype=torch.float64)
     values[edge.entries, edge.keys] = 1
     given = edge.layer, edge.rows, edge.queries, edge.heads, values

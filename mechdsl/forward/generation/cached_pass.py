@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -14,6 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.forward.generation.attended_images import (
+    AttendedImages,
+    add_trial_images,
+    is_of_image,
+    list_image_layers,
+)
 from mechdsl.forward.generation.key_value_cache import (
     KeyValueCache,
     RowArguments,
@@ -25,8 +31,21 @@ from mechdsl.forward.generation.key_value_cache import (
     record_lengths,
 )
 from mechdsl.forward.generation.rules import RowLineup
-from mechdsl.forward.hooks.attention import AttentionCall, attend_full, replace_block_attention
-from mechdsl.forward.hooks.batch import Batch, EdgeWrite, PassStopped, RuleWrites, to_device
+from mechdsl.forward.hooks.attention import (
+    AttentionCall,
+    attend_across,
+    attend_full,
+    replace_block_attention,
+)
+from mechdsl.forward.hooks.batch import (
+    Batch,
+    EdgeWrite,
+    PassStopped,
+    RuleWrites,
+    SiteRead,
+    TokenFrame,
+    to_device,
+)
 from mechdsl.forward.hooks.full_pass import SiteHooks, run_full
 from mechdsl.forward.hooks.model import (
     IMAGE_TOKENS,
@@ -54,7 +73,8 @@ class NewTokens:
     ids: Tensor
     """[n, Q] long."""
     starts: Tensor
-    """[n] long, column of each prompt's first token; on the host."""
+    """[n] long, column of each prompt's first token; on the host. With images, the column that the
+    image's first token would have, as in `Batch`."""
     first: int
     numbers: Tensor | None = None
     """[n, Q] or [3, n, Q] long, position ids; None: tokens are counted."""
@@ -62,6 +82,8 @@ class NewTokens:
     """[n] long: by how much earlier tokens outnumber their position ids, because of images."""
     running: int | None = None
     """Number of rows in the running module, if it computes only the first ones."""
+    images: AttendedImages | None = None
+    """Images that some blocks attend to."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -77,6 +99,11 @@ class NewTokens:
         return len(self) if self.running is None else self.running
 
     @property
+    def text_starts(self) -> Tensor:
+        """[n] long, column of the first token of each text; on the host."""
+        return self.starts if self.images is None else self.starts + self.images.encoder.lengths
+
+    @property
     def lane_starts(self) -> Tensor:
         """[row that is currently computed] column of its first token."""
         return self.starts[: self.leading]
@@ -87,8 +114,14 @@ class NewTokens:
         return self.first + self.count
 
     def lengths_of(self, site: str, stack: str) -> Tensor:
-        """Return [n]: number of tokens up to now."""
+        """Return [n]: number of tokens up to now, or of the image."""
+        if self.images is not None and is_of_image(SiteRead(site, None, stack)):
+            return self.images.encoder.lengths
         return self.key_width - self.starts
+
+    def keys_of(self, stack: str) -> TokenFrame:
+        """Return the tokens that attention of a stack attends to."""
+        return self if self.images is None or not stack else self.images.encoder
 
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Return the columns of positions."""
@@ -101,7 +134,10 @@ class NewTokens:
             columns = self.columns(rows, positions).cpu()
             return (columns >= self.first) & (columns < self.key_width)
 
-        writes = (each.some(there(each.rows, each.positions)) for each in rules.writes)
+        writes = (
+            each if is_of_image(each) else each.some(there(each.rows, each.positions))
+            for each in rules.writes
+        )
         edges = (each.some(there(each.rows, each.queries)) for each in rules.edges)
         return replace(
             rules,
@@ -113,13 +149,15 @@ class NewTokens:
         self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return row and token of the pass, and whether the position is in the pass."""
+        if self.images is not None and is_of_image(SiteRead(site, layer, stack)):
+            return self.images.encoder.locate(site, layer, "", rows, positions)
         tokens = self.columns(rows, positions) - self.first
         return rows, tokens, tokens >= 0
 
     def inputs(self, model: LoadedModel) -> dict[str, Tensor]:
         """Build the inputs of the model."""
         column = torch.arange(self.key_width, device=self.ids.device)
-        starts = to_device(self.starts, self.ids.device)
+        starts = to_device(self.text_starts, self.ids.device)
         own = column[self.first :] - starts[:, None]
         if self.saved is not None:
             own = own - to_device(self.saved, own.device)[:, None]
@@ -130,6 +168,9 @@ class NewTokens:
             types = given["token_type_ids"]
             before = types.new_zeros(len(types), self.first)
             given["token_type_ids"] = torch.cat([before, types], 1)
+        if self.images is not None:
+            given |= self.images.build_arguments(self.first, self.count)
+            given["position_ids"] = numbers
         return {**given, "attention_mask": mask}
 
     def mixes_images(self, model: LoadedModel) -> bool:
@@ -222,6 +263,7 @@ class CachedPass:
             return False
         mine = self.tokens  # the frame of the hooks
         mine.ids, mine.starts, mine.first = tokens.ids, tokens.starts, tokens.first
+        mine.images = tokens.images
         mine.saved, mine.running = tokens.saved, None
         if not self._work.rewrite(acting.writes):
             return False
@@ -263,7 +305,8 @@ def store_keys(
     acting = _select_for_keys(acting.below(n_layers, n_layers), n_layers - 1)
     work = SiteHooks(model, tokens, acting.writes, (), n_layers, acting.edges)
     some = lineup if lineup is not None and lineup.shares else None
-    stop = None if acting.blocks or ("", n_layers - 1) in work.within else n_layers - 1
+    last = {("", n_layers - 1), ("cross", n_layers - 1)}
+    stop = None if acting.blocks or last & work.within else n_layers - 1
     with (
         _apply_rules(model, work, tokens, kept, acting, SingleQueryAttention(kept)),
         _limit_rows(model, tokens, some, places),
@@ -291,7 +334,9 @@ def _call_model(model: LoadedModel, tokens: NewTokens, kept: KeyValueCache) -> A
     assert argument is not None
     given = tokens.inputs(model)
     kept.holds_earlier = tokens.count == 1 or "token_type_ids" not in given
-    return model.module(**given, **{argument: kept}, use_cache=True)
+    shared = nullcontext() if tokens.images is None else tokens.images.shared_maps()
+    with shared:
+        return model.module(**given, **{argument: kept}, use_cache=True)
 
 
 @contextmanager
@@ -336,7 +381,7 @@ def _open_attention(
 ) -> Generator[None]:
     """Open attention as in full passes; keys written there are cached with their new values."""
     # A single query that sees nothing, such as padding, would give NaN in plain products.
-    sees = tokens.count == 1 and bool((tokens.starts <= tokens.first).all())
+    sees = tokens.count == 1 and bool((tokens.text_starts <= tokens.first).all())
     newest = kept.asked = sees and is_single_query_supported(model)
     if not work.within and not newest:
         yield
@@ -344,7 +389,7 @@ def _open_attention(
 
     def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         mine = kept.handed(call.layer, call.key, call.value)
-        if kept.marked and not mine:
+        if kept.marked and not mine and not call.across:
             raise ValueError(f"`{model.name}` transforms its cached keys")
         layer = work.layer(call.place, call.query)
         if layer is None and newest and mine and (found := one.attend(call)) is not None:
@@ -360,12 +405,13 @@ def _open_attention(
             call = replace(call, **dict(zip(("key", "value"), kept.every(call.layer), strict=True)))
         if layer is None:
             return call.unchanged()
+        attend = attend_across if call.across else attend_full
         whole = call.query, call.key, call.value, call.mask
-        return attend_full(*whole, layer, **call.arguments), None
+        return attend(*whole, layer, **call.arguments), None
 
     def sees_all() -> bool:
         # On a GPU, the library would wait for the device to find padding.
-        return tokens.ids.is_cpu and tokens.count == 1 and not bool(tokens.starts.any())
+        return tokens.ids.is_cpu and tokens.count == 1 and not bool(tokens.text_starts.any())
 
     with replace_block_attention(model, attention, masked=True, sees_all=sees_all):
         yield
@@ -409,9 +455,10 @@ def choose_method(model: LoadedModel, *, inside: bool = False) -> GenerationMeth
 
 
 def _test_methods(model: LoadedModel, inside: bool) -> GenerationMethod:
-    if model.shape.encodes_apart:
+    attends = model.shape.takes == "attended image"
+    if model.shape.encodes_apart and not attends:
         return GenerationMethod("whole", "only outputs of its encoder are cached")
-    if model.calling.side != "left":
+    if model.calling.side != "left" and not attends:
         return GenerationMethod(
             "whole",
             "its positions are columns of the batch, so prompts can't be aligned at their ends",
@@ -446,11 +493,25 @@ def _depends_on_length(kind: object) -> bool:
     return any("dynamic" in str(each) or each == "longrope" for each in kinds)
 
 
+def _build_trial(model: LoadedModel, prompts: Sequence[Sequence[int]], first: int = 0) -> Batch:
+    """Build a batch of prompts, with images if blocks attend to them; first: as in
+    `add_trial_images`."""
+    batch = Batch.of(prompts, model.pad_id, "left", model.device)
+    attends = model.shape.takes == "attended image"
+    return add_trial_images(model, batch, first) if attends else batch
+
+
+def _trial_tokens(model: LoadedModel, batch: Batch, columns: slice) -> NewTokens:
+    """Return some columns of the prompts as the tokens of a pass."""
+    images = AttendedImages(model, batch) if batch.frames else None
+    return NewTokens(batch.ids[:, columns], batch.starts, columns.start, images=images)
+
+
 def _run_full_passes(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Return [prompt, token, vocab]: logits of the last tokens."""
     found = [
-        run_full(model, Batch.of([prompt], model.pad_id, "left", model.device)).logits
-        for prompt in prompts
+        run_full(model, _build_trial(model, [prompt], row)).logits
+        for row, prompt in enumerate(prompts)
     ]
     last = _TRIAL_LENGTHS[0] - _SHARED_TOKENS - _SEPARATE_TOKENS + 1
     return torch.cat([each[:, -last:] for each in found if each is not None]).float()
@@ -512,25 +573,21 @@ def _run_cached_passes(
     by: rows that blocks compute, also in passes over several tokens if possible, and row
     dimensions.
     """
-    width, device = _TRIAL_LENGTHS[0], model.device
-    batch = Batch.of(prompts, model.pad_id, "left", device)
+    width, images = _TRIAL_LENGTHS[0], list_image_layers(model)
+    batch = _build_trial(model, prompts)
     every, found = slice(0, len(prompts)), list[Tensor]()
-    common = KeyValueCache(model.shape.n_layers, len(prompts), _SHARED_TOKENS)
-    store_keys(
-        model,
-        NewTokens(batch.ids[:, :_SHARED_TOKENS], batch.starts, 0),
-        common,
-        every,
-        RuleWrites(),
-    )
-    kept = KeyValueCache(model.shape.n_layers, len(prompts), width - _SHARED_TOKENS * shares)
+    size = model.shape.n_layers, len(prompts)
+    common = KeyValueCache(*size, _SHARED_TOKENS, images=images)
+    begun = _trial_tokens(model, batch, slice(0, _SHARED_TOKENS))
+    store_keys(model, begun, common, every, RuleWrites())
+    kept = KeyValueCache(*size, width - _SHARED_TOKENS * shares, images=images)
     if shares:
         kept.share(common, _SHARED_TOKENS, range(len(prompts)))
     rows = [np.arange(len(prompts))] * model.shape.n_layers
     kept.fill(common, rows, kept.common, _SHARED_TOKENS)
     first, end = _SHARED_TOKENS, _SHARED_TOKENS + _SEPARATE_TOKENS
     while end <= width:
-        tokens = NewTokens(batch.ids[:, first:end], batch.starts, first)
+        tokens = _trial_tokens(model, batch, slice(first, end))
         some = by if by is not None and (by[1].several or end == first + 1) else (None, None)
         acting = RuleWrites()
         if inside and len(found) % 2 == 0:

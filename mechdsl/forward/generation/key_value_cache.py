@@ -5,7 +5,7 @@ Blocks and attention can run on the first rows of a pass, whose results are copi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -270,12 +270,26 @@ class _CacheLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # as older libraries call it
 
 
+class _ImageLayer(_CacheLayer):
+    """Layer that attends to an image, whose keys and values each pass provides."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the pass, and cache nothing."""
+        if self.number == self.kept.stop:
+            raise PassStopped
+        return key_states, value_states
+
+
 class KeyValueCache(Cache):
     """Keys and values of some rows, left-padded to the same column."""
 
     layers: Any  # `_CacheLayer`; the library's type has layers without keys
 
-    def __init__(self, layers: int, rows: int, columns: int, later: int = 0) -> None:
+    def __init__(
+        self, layers: int, rows: int, columns: int, later: int = 0, images: Collection[int] = ()
+    ) -> None:
         """Create the cache.
 
         Args:
@@ -283,6 +297,7 @@ class KeyValueCache(Cache):
             rows: Number of rows with space.
             columns: Number of columns with space.
             later: Number of further columns that may be needed.
+            images: Layers that attend to an image in place of earlier tokens.
         """
         self.room = rows, columns + min(later, MIN_NEW_COLUMNS)
         self._most = columns + later
@@ -302,7 +317,8 @@ class KeyValueCache(Cache):
         """Whether attention in the current pass reads the cache itself."""
         self.holds_earlier = True
         """Whether the model may assume earlier tokens; otherwise it reads the token types."""
-        super().__init__(layers=[_CacheLayer(self, n) for n in range(layers)])
+        kinds = [_ImageLayer if n in images else _CacheLayer for n in range(layers)]
+        super().__init__(layers=[kind(self, n) for n, kind in enumerate(kinds)])
 
     @property
     def is_initialized(self) -> bool:

@@ -14,6 +14,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mechdsl.base.arrays import Ints
+from mechdsl.forward.generation.attended_images import (
+    AttendedImages,
+    align_ends,
+    is_of_image,
+    list_image_layers,
+)
 from mechdsl.forward.generation.cached_pass import (
     CachedPass,
     GenerationMethod,
@@ -338,6 +344,7 @@ class CachedPasses:
         *,
         way: GenerationMethod,
         shares: bool = True,
+        sources: Sequence[int] = (),
     ) -> None:
         """Prepare passes.
 
@@ -350,18 +357,22 @@ class CachedPasses:
             limit: Tokens of one pass.
             way: What rows may share.
             shares: Whether equal beginnings of prompts share linear maps.
+            sources: [row] number of tokens of an image that blocks attend to; empty without one.
         """
         self.model = model
         self.prompts = prompts
         self.prefill = prefill
-        self.kept = kept
+        self.kept = [write for write in kept if not is_of_image(write)]
+        self._of_images = [each for each in (*prefill.writes, *kept) if is_of_image(each)]
+        """Changes of the images' keys and values, which each pass applies again."""
+        self._sources = np.array(sources or [0] * len(prompts))
         self.steps = steps
         self.limit = limit
         self._shares = shares
-        self.columns = max(map(len, prompts))
-        """Width of all prompts, padded on the left."""
         self._lengths = np.array([len(prompt) for prompt in prompts])
         """[row] number of prompt tokens."""
+        self.columns = int((self._lengths - self._sources).max())
+        """Width of all texts, padded on the left."""
         table = IMAGE_TOKENS.get(model.module)
         self._saved = None if table is None else np.array(list(map(table.saved, prompts)))
         """[row] as `NewTokens.saved`."""
@@ -374,10 +385,11 @@ class CachedPasses:
                 lowest -= lowest % 2
         self._texts = number_distinct(prompts)
         """[row] the number of its prompt."""
-        self._distinct = list(dict.fromkeys(prompts))
-        self._whole = Batch.of(self._distinct, model.pad_id, "left", model.device)
+        distinct = dict(zip(prompts, self._sources.tolist(), strict=True))
+        self._distinct = list(distinct)
+        self._whole = align_ends(model, self._distinct, list(distinct.values()))
         """Distinct prompts."""
-        own = _count_own_tokens(prompts, prefill)
+        own = _count_own_tokens(prompts, prefill, self._sources)
         mixes = mixes_images(model, self._whole)
         if mixes:  # a pass contains all tokens that attend to each other
             own = np.where(own > 0, self._lengths, 0)
@@ -399,14 +411,14 @@ class CachedPasses:
         which read the preceding token, possibly from the preceding pass."""
         self.own = own = np.full_like(own, most) if self._together else own
         """[row] number of tokens that only its prefill computes."""
-        edited = _count_own_tokens(prompts, RuleWrites(kept))
+        edited = _count_own_tokens(prompts, RuleWrites(self.kept), self._sources)
         apart = int(np.maximum(own, edited).max())
         shares = (
             way.shares and 2 * len(self._whole) <= len(prompts) and is_single_query_supported(model)
         )
         self._common = self.columns - apart if shares else 0
         """Columns that rows of a prompt have in common throughout."""
-        self.keys = KeyValueCache(layers, len(prompts), self.columns - self._common, tokens - 1)
+        self.keys = self._make_cache(len(prompts), self.columns - self._common, tokens - 1)
         self._blocks = SharedBlocks(self._texts, acting, lowest, layers)
         self._way, self._places = way, way.places
         self._leaders = np.zeros(0, dtype=np.int64)
@@ -414,6 +426,8 @@ class CachedPasses:
         self._chosen: RowChoice | None = None
         self._starting = torch.zeros(0)
         """[state] columns of first tokens."""
+        self._images: AttendedImages | None = None
+        self._image_writes: Sequence[SiteWrite] = ()
         self._few: dict[tuple[bool, ...], Sequence[StepRules]] = {}
         """Merged rules, by which rules act."""
         self._before: tuple[bool, ...] | None = None
@@ -452,13 +466,16 @@ class CachedPasses:
         if self._chosen is None or not np.array_equal(rows, self._leaders):
             self._leaders, self._before = rows, None
             self._chosen, self._starting = RowChoice(len(self.prompts), rows), self._starts(rows)
+            self._images = self._images_of(self._batch(rows))
+            images = RuleWrites(self._of_images)
+            self._image_writes = self._chosen.rules(images).writes
             if self.keys.shared is not None:
                 self.keys.shared.stand(self._texts[rows])
         acts = tuple(rules.acts(step) for rules in self.steps)
         if self._open is not None and self._goes_on(self._open, acts):
             return self._open.run_on(newest)
         saved = None if self._saved is None else torch.from_numpy(self._saved[rows])
-        tokens = NewTokens(newest, self._starting, first, saved=saved)
+        tokens = NewTokens(newest, self._starting, first, saved=saved, images=self._images)
         acting = self._acting(self._chosen, step, acts)
         every, lineup = slice(0, len(states)), self._blocks.lineup
         if self._open is None or not self._open.takes(tokens, every, acting, lineup):
@@ -491,7 +508,7 @@ class CachedPasses:
             every = chosen.step(self._joined(acts), step, lengths, newest)
             self._before, self._acted = acts, merge_writes(every, len(chosen.rows))
         writes = [replace(each, positions=newest[each.rows]) for each in self._acted.writes]
-        return replace(self._acted, writes=writes)
+        return replace(self._acted, writes=[*self._image_writes, *writes])
 
     def _joined(self, acts: tuple[bool, ...]) -> Sequence[StepRules]:
         """Join the acting rules into few writes, cached because rows change more often."""
@@ -564,7 +581,7 @@ class CachedPasses:
         first = self.columns - int(self.own.max())
         host = Batch.of(list(dict.fromkeys(self.prompts)), self.model.pad_id, "left")
         end, texts = find_shared_end(host.ids.numpy(), host.starts.numpy(), first)
-        if end == first or acting.edges or self._saved is not None:
+        if end == first or acting.edges or self._saved is not None or self._sources.any():
             return first
         own = self._tokens(self._batch(rows), slice(end)).acting(acting)
         key = np.stack([texts[self._texts[rows]], number_rules(own.writes, len(rows))])
@@ -608,7 +625,7 @@ class CachedPasses:
         rows = states.leaders
         of: list[int] = self._texts[rows].tolist()
         batch = self._whole
-        keys = KeyValueCache(self.model.shape.n_layers, len(batch), columns)
+        keys = self._make_cache(len(batch), columns)
         acting, index = RuleWrites(blocks=self.prefill.blocks), torch.tensor(of)
         each, found = max(1, self.limit // columns), list[Tensor]()
         for first in range(0, len(batch), each):
@@ -648,7 +665,17 @@ class CachedPasses:
         """Return some columns of whole prompts as the tokens of a pass."""
         numbers = find_given_positions(self.model, batch)
         numbers = None if numbers is None else numbers[..., columns]
-        return NewTokens(batch.ids[:, columns], batch.starts, columns.start or 0, numbers)
+        given = batch.ids[:, columns], batch.starts, columns.start or 0, numbers
+        return NewTokens(*given, images=self._images_of(batch))
+
+    def _images_of(self, batch: Batch) -> AttendedImages | None:
+        """Return the images that blocks attend to; None if there are none."""
+        return AttendedImages(self.model, batch) if batch.frames else None
+
+    def _make_cache(self, rows: int, columns: int, later: int = 0) -> KeyValueCache:
+        """Create an empty cache; later: number of further columns that may be needed."""
+        images = list_image_layers(self.model)
+        return KeyValueCache(self.model.shape.n_layers, rows, columns, later, images)
 
     def _batch(self, rows: Ints) -> Batch:
         """Create a batch of whole prompts, as wide as the longest of all."""
@@ -684,7 +711,7 @@ class CachedPasses:
                 logits_at=(batch.lengths - 1)[:, None],
             ).reads
         standing = [_stored_edits(place, reads[place], batch, edits) for place in places]
-        scratch = KeyValueCache(self.model.shape.n_layers, len(some), self.columns)
+        scratch = self._make_cache(len(some), self.columns)
         tokens = self._tokens(batch, slice(self.columns))
         again = replace(acting, writes=[*acting.writes, *standing])
         store_keys(self.model, tokens, scratch, slice(0, len(some)), again)
@@ -743,8 +770,18 @@ def _split_rows(own: Ints, limit: int) -> Iterable[slice]:
         first = end
 
 
-def _count_own_tokens(prompts: Sequence[tuple[int, ...]], prefill: RuleWrites) -> Ints:
-    """Return [row]: number of tokens from the first one at which a rule acts in the prefill."""
+def _count_own_tokens(
+    prompts: Sequence[tuple[int, ...]], prefill: RuleWrites, sources: Ints
+) -> Ints:
+    """Return [row]: number of tokens from the first one at which a rule acts in the prefill.
+
+    All tokens of a text attend to its image.
+
+    Args:
+        prompts: [row] token ids.
+        prefill: Writes of the prefill.
+        sources: [row] number of tokens of an image, which precede the text.
+    """
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     first = lengths.copy()
     places = [
@@ -754,7 +791,7 @@ def _count_own_tokens(prompts: Sequence[tuple[int, ...]], prefill: RuleWrites) -
     ]
     for rows, positions in places:
         np.minimum.at(first, rows.cpu().numpy(), positions.cpu().numpy().clip(min=0))
-    return lengths - first
+    return lengths - np.maximum(first, sources)
 
 
 DEFAULT_PASS_TOKENS = 4096
@@ -813,7 +850,8 @@ def generate_replies(
     if decoding.sampled and (random is None or len(random) != len(prompts)):
         raise ValueError("sampled tokens need a key of random numbers for each row")
     given.check_blocks(decoding.tokens, model.shape)
-    way = choose_method(model, inside=given.inside) if cached and not given.looks_back else None
+    cached = cached and not (given.looks_back or given.encodes)
+    way = choose_method(model, inside=given.inside) if cached else None
     work = _GenerationJob(
         model,
         prompts,
@@ -884,6 +922,13 @@ class _GivenRules:
     def looks_back(self) -> bool:
         """Whether writes at the newest token depend on the value at the preceding token."""
         return any(write.mode == "step" for rules in self.steps for write in rules.writes)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether rules act in the encoder of images that blocks attend to."""
+        acting = (*self.prefill.writes, *self.prefill.edges)
+        blocks = (stack for (stack, _), _ in self.prefill.blocks)
+        return any(each.stack == "vision" for each in acting) or "vision" in blocks
 
     def check_blocks(self, tokens: int, shape: ModelShape) -> None:
         """Raise ValueError if a skipped block runs again, as it lacks keys of the tokens so far.

@@ -370,7 +370,7 @@ def build_attention_hooks(
             here = replace(write, values=values, to=to)
             work.rotated[write.site].append((token, head, here))
             continue
-        begin = _first_columns(keys_of(frame, write.stack), rows, positions)[there.cpu()]
+        begin = _first_columns(frame.keys_of(write.stack), rows, positions)[there.cpu()]
         none = torch.zeros(0, dtype=torch.long)
         kind = "scores" if write.site == "scores" else "pattern"
         change = _AttentionChange(
@@ -382,11 +382,6 @@ def build_attention_hooks(
         work.due += len(change.token)
         work.changes.append(change)
     return work
-
-
-def keys_of(frame: TokenFrame, stack: str) -> TokenFrame:
-    """Return the tokens that attention of a stack attends to."""
-    return frame.of_site("k", stack) if isinstance(frame, Batch) else frame
 
 
 def _first_columns(frame: TokenFrame, rows: Tensor, positions: Tensor) -> Tensor:
@@ -409,7 +404,7 @@ def _build_edge_change(
         edge.heads.cpu(),
         edge.change,
         edge.entries.cpu(),
-        keys_of(frame, edge.stack).columns(edge.rows[edge.entries], edge.keys).cpu(),
+        frame.keys_of(edge.stack).columns(edge.rows[edge.entries], edge.keys).cpu(),
         edge.amounts.cpu(),
     )
 

@@ -243,6 +243,10 @@ class Batch:
         """Return the tokens that a read has vectors for."""
         return self.of_site(read.site, read.stack)
 
+    def keys_of(self, stack: str) -> Batch:
+        """Return the tokens that attention of a stack attends to."""
+        return self.of_site("k", stack)
+
     def of_stack(self, stack: str) -> Batch:
         """Return the tokens of a stack other than the main one. Raises ValueError if unknown."""
         if stack not in self.frames:
@@ -528,6 +532,10 @@ class TokenFrame(Protocol):
     @property
     def key_width(self) -> int:
         """Number of columns of these prompts."""
+        ...
+
+    def keys_of(self, stack: str) -> TokenFrame:
+        """Return the tokens that attention of a stack attends to."""
         ...
 
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from mechdsl.forward.hooks.attention_hooks import (
     AttentionHooks,
     build_attention_hooks,
     group_by_layer,
-    keys_of,
 )
 from mechdsl.forward.hooks.backward_rules import RuledPass
 from mechdsl.forward.hooks.batch import (
@@ -808,7 +807,7 @@ class SiteHooks:
         stack, layer = place
         if place not in self.within:
             return None
-        keys, patched = keys_of(self.frame, stack), self.is_patched(stack)
+        keys, patched = self.frame.keys_of(stack), self.is_patched(stack)
         if place in self._layers:
             work = self._layers[place]
             if patched and work.passed < len(work.starts) * work.width:  # another tile or window

@@ -297,7 +297,7 @@ def call_with_batch(model: LoadedModel, batch: Batch) -> Tensor:
     """
     arguments = build_arguments(model, batch)
     blocks = _find_vision_blocks(model) if batch.extra else ()
-    with exchange_blocks(model, blocks), _map_images_once(model, batch, arguments):
+    with exchange_blocks(model, blocks), map_images_once(model, batch, arguments):
         return call_model(model, arguments)
 
 
@@ -616,6 +616,16 @@ def reads_pixels(frame: TokenFrame) -> bool:
     return isinstance(frame, Batch) and bool(frame.extra) and ATTENDED not in frame.extra
 
 
+def build_image_arguments(model: LoadedModel, batch: Batch) -> dict[str, Any]:
+    """Build the arguments that name the images of prompts, if blocks attend to them.
+
+    Returns:
+        The vectors or pixels of images, and the tiles that each token [B, T] attends to.
+    """
+    given = dict(batch.extra) or _find_inputs(model, batch.of_stack("encoder").ids)
+    return _attend_to_image(model, batch.ids, given)
+
+
 def _attend_to_image(model: LoadedModel, ids: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the vectors or pixels of images, and the tiles that each token [B, T] attends to.
 
@@ -640,11 +650,11 @@ _MEMORY_SHARE = 1 / 8
 
 
 @contextmanager
-def _map_images_once(
+def map_images_once(
     model: LoadedModel, batch: Batch, arguments: Mapping[str, Any]
 ) -> Generator[None]:
     """Compute the keys and values of each image once for all passes, if blocks attend to vectors of
-    images that were encoded before."""
+    images that were encoded before. Blocks may run on the first rows only."""
     states = arguments.get(ATTENDED)
     if states is None or batch.extra or "cross" not in model.others:
         yield
@@ -677,9 +687,9 @@ def _map_images_once(
 
     def share(path: str) -> Callable[[Tensor], Tensor]:
         def forward(given: Tensor) -> Tensor:
-            if given is not states:
+            if given.data_ptr() != states.data_ptr() or given.shape[1:] != states.shape[1:]:
                 return forwards[path](given)
-            return torch.stack([found[token][path] for token in tokens])
+            return torch.stack([found[token][path] for token in tokens[: len(given)]])
 
         return forward
 
@@ -701,8 +711,8 @@ def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Any]:
         case "image":
             return dict(batch.extra)
         case "attended image":
-            given = dict(batch.extra) or _find_inputs(model, batch.of_stack("encoder").ids)
-            given = _attend_to_image(model, ids, given)
+            given = build_image_arguments(model, batch)
+            given |= {"position_ids": batch.position_ids()}
             return given | {"input_ids": ids, "attention_mask": mask}
         case "two texts" | "audio" | "image to text" | "sound to text":
             given: dict[str, Any] = dict(batch.extra)

@@ -352,6 +352,10 @@ class PackedFrame:
         """Number of columns of the stored prompts."""
         return self.kept.columns
 
+    def keys_of(self, stack: str) -> PackedFrame:
+        """Return the pass itself: attention of every stack has the keys of stored prompts."""
+        return self
+
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Return the columns of the rows' positions in the stored prompts."""
         return torch.from_numpy(self.prompts.of(rows, positions))

@@ -67,7 +67,8 @@ def reply_conventions(
     yield "replies end", _reply_ends(said, experiment, model)
     yield "lengths", "; ".join(_reply_lengths(plan, measured))
     way = choose_method(model)
-    if model.shape.encodes_apart:
+    keeps = model.shape.takes == "attended image" and not experiment.in_vision
+    if model.shape.encodes_apart and not keeps:
         encoded = "runs in each pass" if experiment.in_vision else "runs once"
         yield (
             "kept keys",
