@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
 import scipy.special
-from scipy.cluster.vq import ClusterError, kmeans2
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.fits.regression import Standardiser, check_vectors, fit_standardiser
@@ -204,10 +202,15 @@ def _centred(x: Floats) -> Floats:
     return rows - rows.mean(axis=0)
 
 
-CLUSTER_STARTS = 5
+CLUSTER_STARTS = 50
 """Number of k-means starts, of which the one with the least squared distances is selected."""
 
-CLUSTER_STEPS = 50
+CLUSTER_STEPS = 300
+"""Maximum number of k-means iterations of a start; most starts converge in fewer than 30."""
+
+EQUAL_FITS = 1e-9
+"""Difference between the squared distances of two starts that count as equal, as a share of the
+vectors' total variance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +223,8 @@ class Mixture:
     shares: Floats
     """[cluster] share of the vectors that the mixture was fitted to."""
     variance: float
+    reached: int
+    """Number of starts of `CLUSTER_STARTS` that have the least sum of squared distances."""
 
     def __call__(self, vectors: Floats) -> Floats:
         """Compute the probability of each cluster for each vector: [vector, cluster]."""
@@ -230,7 +235,8 @@ class Mixture:
 def fit_mixture(vectors: Floats, count: int, seed: int) -> Mixture:
     """Fit `count` clusters to standardised vectors.
 
-    The method is k-means (Lloyd 1982) with the starts of Arthur and Vassilvitskii 2007.
+    The method is k-means (Lloyd 1982) with the greedy starts of Arthur and Vassilvitskii 2007,
+    section 5.
 
     Args:
         vectors: Vectors, [vector, width].
@@ -242,37 +248,71 @@ def fit_mixture(vectors: Floats, count: int, seed: int) -> Mixture:
     x = scale(vectors)
     if len(x) < count:
         raise ValueError(f"there are {len(x)} vectors for {count} clusters")
-    tried = list(_tries(x, count, seed))
-    if not tried:
+    starts = [_run_lloyd(x, count, np.random.default_rng([seed, n])) for n in range(CLUSTER_STARTS)]
+    fits = [each for each in starts if each is not None]
+    if not fits:
         raise ValueError(f"the vectors fall into fewer than {count} clusters")
-    wide, centres, label = min(tried, key=lambda each: each[0])
+    least, centres, label = min(fits, key=lambda each: each[0])
     counts = np.bincount(label, minlength=count)
     order = np.argsort(-counts, kind="stable")
     # Vectors that all equal their centres have no variance beyond rounding.
-    variance = max(wide / x.size, float(np.finfo(np.float64).eps))
-    return Mixture(scale, centres[order], counts[order] / len(x), variance)
+    variance = max(least / x.size, float(np.finfo(np.float64).eps))
+    limit = least + EQUAL_FITS * float((x**2).sum())
+    reached = sum(each[0] <= limit for each in fits)
+    return Mixture(scale, centres[order], counts[order] / len(x), variance, reached)
 
 
-def _tries(x: Floats, count: int, seed: int) -> Iterator[tuple[float, Floats, Ints]]:
-    """Run k-means from several starts, and yield the results without empty clusters.
+def _run_lloyd(
+    x: Floats, count: int, random: np.random.Generator
+) -> tuple[float, Floats, Ints] | None:
+    """Run k-means from one start until no vector changes its cluster.
 
-    Yields:
+    Returns:
         Sum of squared distances from the centres, the centres [cluster, width] and the clusters of
-        the vectors [vector].
+        the vectors [vector]. None if a cluster becomes empty.
     """
-    for start in range(CLUSTER_STARTS):
-        random = np.random.default_rng([seed, start])
-        try:
-            with np.errstate(invalid="ignore"):  # there may be fewer distinct vectors than clusters
-                centres, _ = kmeans2(
-                    x, count, iter=CLUSTER_STEPS, minit="++", missing="raise", seed=random
-                )
-        except ClusterError:  # a cluster became empty
-            continue
-        off = _squares(x, centres)
+    centres = x[choose_starts(x, count, random)]
+    off = _squares(x, centres)
+    label = off.argmin(axis=1)
+    for _ in range(CLUSTER_STEPS):
+        counts = np.bincount(label, minlength=count)
+        if not counts.all():
+            return None
+        firsts = np.cumsum(counts) - counts
+        sums = np.add.reduceat(x[np.argsort(label, kind="stable")], firsts)
+        centres = sums / counts[:, None]
+        off, before = _squares(x, centres), label
         label = off.argmin(axis=1)
-        if len(np.unique(label)) == count:
-            yield float(off.min(axis=1).sum()), centres, label
+        if (label == before).all():
+            break
+    if not np.bincount(label, minlength=count).all():
+        return None
+    return float(off.min(axis=1).sum()), centres, label
+
+
+def choose_starts(x: Floats, count: int, random: np.random.Generator) -> list[int]:
+    """Choose vectors as starting centres by greedy k-means++.
+
+    Each further centre leaves the least squared distances among 2 + ln(count) candidates, as in
+    scikit-learn. Candidates are drawn with probabilities proportional to the squared distances from
+    the nearest centre.
+
+    Args:
+        x: Vectors, [vector, width].
+
+    Returns:
+        Numbers of `count` vectors.
+    """
+    chosen = [int(random.integers(len(x)))]
+    off = _squares(x, x[chosen])[:, 0]
+    for _ in range(count - 1):
+        total = off.sum()
+        drawn = random.choice(len(x), 2 + int(np.log(count)), p=off / total if total > 0 else None)
+        left = np.minimum(off[:, None], _squares(x, x[drawn]))
+        best = int(left.sum(axis=0).argmin())
+        chosen.append(int(drawn[best]))
+        off = left[:, best]
+    return chosen
 
 
 def _squares(x: Floats, centres: Floats) -> Floats:

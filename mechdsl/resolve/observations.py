@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
@@ -17,6 +17,7 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.prompts.values import DrawKey, Refusal, to_plain
 from mechdsl.resolve.types import (
+    Convention,
     Intervention,
     ResolvedMeasure,
     ResolvedRule,
@@ -323,6 +324,10 @@ class RowSetObservation(Observation):
     keeps_cells: ClassVar[bool] = True
     """Whether the values of its cells may be stored."""
 
+    findings: ClassVar[tuple[str, ...]] = ()
+    """Words of further numbers of a cell, which conventions state. `per_token` returns them after
+    the values and controls."""
+
     trained_on: TrainingRows | None = None
     """Rows to fit on, if they differ from the rows to evaluate."""
 
@@ -343,6 +348,10 @@ class RowSetObservation(Observation):
     def reads_weights_only(self) -> bool:
         return not self.reads_vectors and self.spread == "none"
 
+    def describe_findings(self, found: Mapping[str, tuple[float, float]]) -> Iterator[Convention]:
+        """Describe the least and the largest of each finding over cells."""
+        yield from ()
+
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         """Compute the values of the observation and of each control, [row].
 
@@ -360,7 +369,7 @@ class TokenSetObservation(RowSetObservation):
     """
 
     def per_token(self, seen: ObservedTokens, seed: int) -> Sequence[Floats]:
-        """Compute the values of the observation and of each control, [value, token].
+        """Compute the values of the observation, each control and each finding, [value, token].
 
         There is one value, or one for each index of the `counts` axis. See `per_row` for the
         arguments and errors.

@@ -291,6 +291,9 @@ def test_observations_over_all_rows_are_stored_by_their_key(line: str, tmp_path:
     assert again is not None
     for a, b in zip(first.experiments[0].measures, again.experiments[0].measures, strict=True):
         assert a.patched.tobytes() == b.patched.tobytes()
+    told = [each.experiments[0].conventions for each in (first, again)]
+    assert told[0] == told[1]
+    assert ("k-means" in told[0]) == ("clusters" in line)
     cells = len(first.experiments[0].cells)
     assert done.passes == done.unpatched_passes == 0
     assert done.known == cells * len(rows)

@@ -2344,12 +2344,14 @@ _rule(
     "observe clusters",
     "observe clusters(4) resid_post layer 2 at each item token as concept",
     "The probability that a token's vector belongs to each of four clusters, along an axis "
-    "`cluster`; cluster 1 is the largest. The clusters come from k-means (the best of 5 seeded "
-    "starts) on the standardised vectors of all tokens of the line. The probabilities treat "
-    "them as Gaussians of equal variance. Joined tokens have their mean: the share of an image "
-    "that belongs to a cluster. `clusters(4, train: fruit.train)` fits on other rows, as for "
-    "`probe`.",
-    "Lloyd 1982, “Least squares quantization in PCM”; of patches: Wang, Tan and Wang 2024, "
+    "`cluster`; cluster 1 is the largest. The clusters come from k-means (the best of 50 seeded "
+    "starts) on the standardised vectors of all tokens of the line. The convention `k-means` has "
+    "the number of starts that reach this fit ([Observations](observations.md#find-clusters)). "
+    "The probabilities treat them as Gaussians of equal variance. Joined tokens have their mean: "
+    "the share of an image that belongs to a cluster. `clusters(4, train: fruit.train)` fits on "
+    "other rows, as for `probe`.",
+    "Lloyd 1982, “Least squares quantization in PCM”; starts: Arthur and Vassilvitskii 2007, "
+    "“k-means++: The advantages of careful seeding”; of patches: Wang, Tan and Wang 2024, "
     "arXiv 2406.12649",
     _TOKENS,
     "measure logit(answer) as raw",

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from mechdsl.base.hashing import digest
+from mechdsl.fits.geometry import CLUSTER_STARTS
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.observations import ObservedTokens, TokenVectors
 from mechdsl.rules.observations.rows import Clusters
@@ -233,6 +234,40 @@ def test_clusters_of_tokens_equal_the_reference(tmp_path: Path, name: str) -> No
     assert (np.diff(np.bincount(label)) <= 0).all()
     np.testing.assert_allclose(flat, probabilities(vectors, label), atol=1e-3)
     assert len(set(label.tolist())) == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "site", "text"),
+    [
+        (2, "resid_post layer * with turned", "{} to {} of them, depending on the site, reach {}"),
+        (4, "resid_post layer *", "1 of them reaches {}; another seed may find other clusters"),
+        (
+            4,
+            "attn_out layer *",
+            "1 to {1} of them, depending on the site, reach {2}; another seed may find other "
+            "clusters where only 1 reaches it",
+        ),
+    ],
+)
+def test_convention_states_how_many_starts_reach_the_best_clusters(
+    tmp_path: Path, count: int, site: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached: list[int] = []
+    fit = Clusters.fitted
+
+    def fitted(clusters: Clusters, seen: ObservedTokens, seed: int) -> Any:
+        found = fit(clusters, seen, seed)
+        reached.append(found.reached)
+        return found
+
+    monkeypatch.setattr(Clusters, "fitted", fitted)
+    line = f"observe clusters({count}) {site} at right tokens as concept"
+    found = run(tmp_path, "gpt2", line)
+    assert len(reached) == 3
+    numbers = (min(reached), max(reached))
+    told = text.format(*(numbers if len(set(numbers)) > 1 else ()), "its sum of squared distances")
+    assert found.conventions["k-means"] == f"best of {CLUSTER_STARTS} starts; {told}", reached
+    assert [each.label for each in found.measures] == ["concept"]
 
 
 @pytest.mark.parametrize("name", FAMILIES[:2])

@@ -261,6 +261,10 @@ class MeasuredValues:
     """(number of the measure, cell) → reason for a missing value; other cells have values."""
     lengths: Mapping[str, float] = field(default_factory=dict[str, float])
     """Norms of the directions that rules use, by name."""
+    findings: Mapping[str, tuple[float, float]] = field(
+        default_factory=dict[str, tuple[float, float]]
+    )
+    """Further numbers of an observation over all rows → the least and the largest over cells."""
     tokens: TokenMeans = field(default_factory=lambda: TokenMeans(0))
     """Sums that determine the listed tokens."""
     listed: dict[int, list[ListedToken]] = field(default_factory=dict[int, list[ListedToken]])

@@ -381,7 +381,8 @@ def compute_token_cells(
 ) -> Iterator[tuple[int, Ints, Callable[[], Mapping[str, Floats]]]]:
     """(cell, its columns among the kept rows, what gives [column] by the words of what is
     observed): the mean over a row's tokens there. What cells share is made once."""
-    plan, rule, words = gatherer.plan, gatherer.rule, (does.word, *does.controls)
+    plan, rule = gatherer.plan, gatherer.rule
+    words = (does.word, *does.controls, *does.findings)
     names = [axis.name for axis in plan.experiment.axes]
     value = np.zeros(plan.n_cells, dtype=np.int64)
     value = plan.coordinates[names.index(does.counts)] if does.counts in names else value
@@ -529,6 +530,8 @@ def observe_jointly(
         for measure, each in zip(experiment.measures, base, strict=True)
     ]
     looked = [values for m, values in zip(experiment.measures, found, strict=True) if m.observed]
+    findings = {word: np.full(shape, np.nan) for word in observed[1].findings}
+    looked += findings.values()
     kept = open_joint_cache(store, plan, observed[0], measured.kept, runs.table)
     known = {} if kept is None else kept.known()
     for cell, (there, own) in known.items():
@@ -550,6 +553,11 @@ def observe_jointly(
             kept.made(cell, there, made)
     if kept is not None:
         kept.flush()
+    measured.findings = {
+        word: (float(np.nanmin(each)), float(np.nanmax(each)))
+        for word, each in findings.items()
+        if not np.isnan(each).all()
+    }
     return JointObservation(measured.kept, found, set(known))
 
 
@@ -582,7 +590,9 @@ def _iter_cells(
     if isinstance(does, TokenSetObservation):
 
         def read(numbers: Callable[[], Mapping[str, Floats]]) -> list[Floats]:
-            return _evaluate_measures(measures, numbers())
+            made = numbers()
+            values = _evaluate_measures(measures, made)
+            return [*values, *(made[word] for word in does.findings)]
 
         for cell, there, numbers in compute_token_cells(gatherer, does):
             yield cell, there, partial(read, numbers)

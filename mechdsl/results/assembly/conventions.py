@@ -28,6 +28,7 @@ from mechdsl.resolve.class_outputs import describe_pooling
 from mechdsl.resolve.controls import accepts_control
 from mechdsl.resolve.experiment import find_omitted_answers
 from mechdsl.resolve.findings import MAX_LISTED_SITES
+from mechdsl.resolve.observations import RowSetObservation
 from mechdsl.resolve.runs import reads_any_reply
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
@@ -208,6 +209,7 @@ def run_conventions(
         **dict(_of_controls(plan)),
         **dict(_of_errors(plan, measured)),
         **dict(_of_features(plan, measured)),
+        **dict(_of_findings(plan, measured)),
         **dict(_of_inert(plan, measured)),
         **dict(_of_text_before_image(experiment, model)),
     }
@@ -414,6 +416,14 @@ def _of_features(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionIt
     if found.explained is not None:
         said += f"; the reconstruction explains {found.explained:.4g} of their variance"
     yield f"features of {rule.rule.basis.definition}", said
+
+
+def _of_findings(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:
+    """Describe further numbers of an observation over all rows."""
+    for rule in plan.rules:
+        if isinstance(rule.rule.does, RowSetObservation):
+            for each in rule.rule.does.describe_findings(measured.findings):
+                yield each.key, each.text
 
 
 def _describe_patches(shape: ModelShape) -> str:

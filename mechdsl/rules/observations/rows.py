@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -653,6 +653,7 @@ class Clusters(SiteTokenSetObservation):
 
     takes: ClassVar = ("arguments", "with site")
     counts = "cluster"
+    findings: ClassVar = ("starts",)
 
     def __init__(
         self, count: int = 0, trained_on: TrainingRows | None = None, train: str = ""
@@ -713,12 +714,31 @@ class Clusters(SiteTokenSetObservation):
         return fit_mixture(of.vectors[order], self.count, seed)
 
     def per_token(self, seen: ObservedTokens, seed: int) -> Sequence[Floats]:
-        return [self.fitted(seen, seed)(seen.own.vectors).T]
+        import numpy as np
+
+        fit = self.fitted(seen, seed)
+        likely = fit(seen.own.vectors).T
+        return [likely, np.full(likely.shape, fit.reached)]
+
+    def describe_findings(self, found: Mapping[str, tuple[float, float]]) -> Iterator[Convention]:
+        """Describe how many starts have the least sum of squared distances."""
+        from mechdsl.fits.geometry import CLUSTER_STARTS
+
+        for least, most in found.values():
+            reached = f"{least:.0f} to {most:.0f} of them, depending on the site,"
+            if least == most:
+                reached = "1 of them" if most == 1 else f"{most:.0f} of them"
+            verb = "reaches" if most == 1 else "reach"
+            text = f"best of {CLUSTER_STARTS} starts; {reached} {verb} its sum of squared distances"
+            if least == 1:
+                where = "" if most == 1 else " where only 1 reaches it"
+                text += f"; another seed may find other clusters{where}"
+            yield Convention("k-means", text)
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
         yield (
-            f"k-means of {self.count} clusters, the best of 5 starts, on standardised vectors of "
-            "all tokens of the line; the largest cluster is the first"
+            f"k-means of {self.count} clusters on standardised vectors of all tokens of the line; "
+            "the largest cluster is the first"
         )
         yield f"fitted on `{self.train}`" if self.trained_on else "fitted on the same rows"
         yield from self.told()
@@ -735,10 +755,13 @@ class ClusterAgreement(Clusters):
     counts = ""
 
     def per_token(self, seen: ObservedTokens, seed: int) -> Sequence[Floats]:
+        import numpy as np
+
         assert seen.other is not None
         fit = self.fitted(seen, seed)
         own, other = (_likeliest_cluster(fit, each) for each in (seen.own, seen.other))
-        return [(own == other).astype(float)[None]]
+        same = (own == other).astype(float)[None]
+        return [same, np.full(same.shape, fit.reached)]
 
     def told(self) -> Iterator[str]:
         yield "whether the most likely cluster is the same at the same position of the other run"
