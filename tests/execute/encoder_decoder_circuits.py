@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.ruled import multiply_gate
 from .encoder_decoders import LIKE_T5, Place, name_of, place
 
 Node = tuple[str, int, int]
@@ -125,7 +126,7 @@ class Family:
             return block.activation_fn(module.forward(x))
         if hasattr(module, "wi"):
             return module.act(module.wi.forward(x))
-        return module.act(module.wi_0.forward(x)) * module.wi_1.forward(x)
+        return multiply_gate(module, module.act(module.wi_0.forward(x)), module.wi_1.forward(x))
 
     def neurons(self, site: str, layer: int) -> int:
         """The number of an MLP's neurons that are nodes; 0 for other sublayers."""

@@ -179,7 +179,7 @@ def test_gradient_times_attention_equals_autograd(family: str, stack: str, tmp_p
             products = (leaves[0] * slope).clamp(min=0)[:, query, own]
             row.append(float(products.sum(-1).mean()))
         expected.append(row)
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,8 +208,9 @@ def test_saved_vectors_and_gradients_equal_autograd(family: str, site: str, tmp_
                 key = f"{name}.layer{layer}" + ("" if head is None else f".head{head}")
                 part = columns(Place(own.path, head=head), vectors.shape[-1])
                 for given, every in ((vectors, saved), (wanted, slopes)):
+                    near = 5e-5 * max(1.0, float(given.abs().max()))  # of T5Gemma's large vectors
                     np.testing.assert_allclose(
-                        every[key][number].flatten(), given[0, part], atol=2e-5
+                        every[key][number].flatten(), given[0, part], atol=near
                     )
 
 

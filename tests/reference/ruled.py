@@ -29,6 +29,7 @@ def ruled(model: nn.Module, kind: str) -> nn.Module:
         elif hasattr(part, "gate_proj"):
             part.forward = _gated(part.act_fn, part.gate_proj, part.up_proj, part.down_proj)
         elif hasattr(part, "wi_1"):  # T5
+            vars(part)["product_in_reference"] = _product
             part.forward = _gated(part.act, part.wi_0, part.wi_1, part.wo)
     if kind == "gim":
         AttentionInterface.register("flattened", _attend)
@@ -63,10 +64,19 @@ def _ratio(own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 def _gated(act: Any, gate_proj: Any, up_proj: Any, down_proj: Any) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        gate, up = act(gate_proj(x)), up_proj(x)
-        return down_proj((gate * up.detach() + gate.detach() * up) / 2)
+        return down_proj(_product(act(gate_proj(x)), up_proj(x)))
 
     return forward
+
+
+def _product(gate: Tensor, up: Tensor) -> Tensor:
+    return (gate * up.detach() + gate.detach() * up) / 2
+
+
+def multiply_gate(module: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """The product of a gated MLP's activated gate and its other factor, in a copy of a model with
+    its derivatives."""
+    return getattr(module, "product_in_reference", torch.mul)(gate, up)
 
 
 class FlatSoftmax(torch.autograd.Function):
