@@ -1215,7 +1215,8 @@ class SaveLayout:
     widths: Mapping[str, int]
     """Length of the vectors of each tensor."""
     columns: tuple[str, ...]
-    """Additional integer tensors: the row, token, position, draw and sample of each vector."""
+    """Additional integer tensors: the row, token, position, draw, sample and patch of each
+    vector."""
 
     at_most: bool = False
     """Whether the counts are maxima, because replies may be shorter."""
@@ -1239,9 +1240,10 @@ class SaveLayout:
             also: Additional columns.
             written: Settings of replies whose tokens are saved but not generated yet.
         """
-        counts = np.zeros(len(run.rows), dtype=np.int64)
+        counts, patches = np.zeros(len(run.rows), dtype=np.int64), save.count_patches(shape)
         for cell in save.cells:
             each = 1 if cell.reply is None or written is None else cell.reply.most(written.tokens)
+            each *= patches // cell.vectors if patches > 1 else 1
             counts += each * np.array([sum(map(len, hits)) for hits in cell.hits], dtype=np.int64)
         counts *= 1 if written is None else written.samples
         keys = int(run.lengths.max())
@@ -1249,6 +1251,7 @@ class SaveLayout:
         if save.spec.mean:
             return SaveLayout(counts * run.draws, widths, (), means=len(save.cells))
         names = ("row", "token", "position", *(("draw",) if run.draws > 1 else ()), *also)
+        names = (*names, *(("patch",) if patches > 1 else ()))
         return SaveLayout(counts * run.draws, widths, names, written is not None)
 
     @property

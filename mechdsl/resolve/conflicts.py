@@ -665,8 +665,6 @@ def check_other_stacks(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         yield from _check_vision(experiment, attends=attends)
     elif shape.encodes_apart:
         yield from _check_encoder_decoder(experiment)
-    else:
-        yield from _check_vision_saves(experiment)
     if shape.encodes_apart:
         yield from _check_decoder_measures(experiment)
 
@@ -716,39 +714,15 @@ def _check_vision(experiment: ResolvedExperiment, *, attends: bool) -> Iterator[
     if experiment.model.shape.resamples:
         yield from _check_resampled_rules(experiment)
     if attends and not experiment.in_vision:
-        yield from _check_vision_saves(experiment)
         return
     of = _WITH_VISION
     for mask in experiment.masks:
         what = f"the group `{mask.training.definition}`, which is trained, {of}"
         yield NotSupported(span=own.span, what=what, later="name its sites")
-    if own.against is not None:
-        yield NotSupported(span=own.against.span, what=f"`against` {of}", later="remove `against`")
-    for save in (*own.saves, *own.saved_directions):
-        yield NotSupported(span=save.span, what=f"`save` {of}", later="observe vectors instead")
 
 
 _WITH_VISION = "together with sites in the vision encoder"
 _WITH_ATTENDING_BLOCKS = "in a model whose blocks attend to an image"
-
-
-def _check_vision_saves(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
-    """Yield E0108 for saved gradients by patches, and for saved vectors of patches if a token of an
-    image stands for several."""
-    shape = experiment.model.shape
-    merged, attends = shape.merged_side != 1, shape.takes == "attended image"
-    for save in experiment.saves:
-        if all(SITES[point.site].stack != "vision" for point in save.points):
-            continue
-        if save.gradient is not None and not attends:
-            what = "`save gradient` by sites in the vision encoder"
-            later = "save the gradient by `embed` at the tokens of the image"
-        elif merged:
-            what = "`save` of the patches that a token of an image is made from"
-            later = "save `embed` at the tokens of the image"
-        else:
-            continue
-        yield NotSupported(span=save.spec.span, what=what, later=later)
 
 
 def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnostic | None:

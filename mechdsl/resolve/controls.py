@@ -30,7 +30,9 @@ from mechdsl.dictionaries.folder import (
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
-from mechdsl.prompts.runs import Hits, PositionCell
+from mechdsl.prompts.rows import row_in_patches
+from mechdsl.prompts.runs import Hits, PositionCell, RunRow
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.resolve.bases import CoordinateChange, WeightChange
 from mechdsl.resolve.circuits import (
     ask_circuits,
@@ -1681,17 +1683,11 @@ class _Draws:
         other = self.experiment.table.runs[rule.run].rows
         if not across and any(a.ids != b.ids for a, b in zip(base, other, strict=True)):
             self.notes["read at the same token of the other run"] = None
-        points = [] if rule.sites is None else chain(*rule.sites.points.values())
-        side = find_side(list(points), self.shape)
         allowed = [
-            tuple(
-                token
-                for token, special in enumerate(row.special)
-                if side in ("", "target" if token >= row.source else "source")
-                and not special
-                and (across or (token < len(there.ids) and not there.special[token]))
+            tuple(sorted(own if across else own & there))
+            for own, there in zip(
+                self._alternatives(rule, base), self._alternatives(rule, other), strict=True
             )
-            for row, there in zip(base, other, strict=True)
         ]
         row_keys, seed = self.experiment.table.row_keys, self.experiment.seed
         found: dict[AxisIndices, TokenOptions] = {}
@@ -1708,6 +1704,25 @@ class _Draws:
                 self.notes["rows without alternatives unchanged"] = None
         return found
 
+    def _alternatives(self, rule: ResolvedRule, rows: Sequence[RunRow]) -> list[set[int]]:
+        """Return the tokens of each row at which a rule can act, without special tokens; in a
+        vision encoder of prompts, those that read a part of an image, or their patches."""
+        reader = self.experiment.model.tokenizer
+        if rule.in_vision:
+            if self.shape.resamples and isinstance(reader, ImagePromptTokenizer):
+                rows = [row_in_patches(reader, row) for row in rows]
+            return [set(row.patch_tokens) for row in rows]
+        points = [] if rule.sites is None else chain(*rule.sites.points.values())
+        side = find_side(list(points), self.shape)
+        return [
+            {
+                token
+                for token, special in enumerate(row.special)
+                if side in ("", "target" if token >= row.source else "source") and not special
+            }
+            for row in rows
+        ]
+
     def _positions(
         self,
         n: int,
@@ -1716,8 +1731,12 @@ class _Draws:
         cells: Mapping[AxisIndices, _CellDraws],
     ) -> ResolvedRule:
         """Replace the tokens of a rule by others of the same rows."""
-        self.matched["the same number of tokens of the same row, special tokens excluded"] = None
         rule = self.experiment.rules[n]
+        like = "the same number of tokens of the same row, special tokens excluded"
+        if rule.in_vision:
+            what = "patches" if self.shape.resamples else "image tokens"
+            like = f"the same number of {what} of the same row"
+        self.matched[like] = None
         own, across = rule.positions, _reads_elsewhere(rule)
         written: dict[AxisIndices, PositionCell] = {}
         read: dict[AxisIndices, PositionCell] = {}

@@ -1717,6 +1717,12 @@ class ResolvedSave(Record):
         """Whether it saves tokens that its run generates."""
         return any(cell.reply is not None for cell in self.cells)
 
+    def count_patches(self, shape: ModelShape) -> int:
+        """Return the largest number of vectors of a token of an image: its patches in a vision
+        encoder of prompts, otherwise 1."""
+        in_vision = any(SITES[point.site].stack == "vision" for point in self.points)
+        return shape.merged_side**2 if in_vision else 1
+
 
 class ResolvedDirectionFile(Record):
     """A `save direction` line with the directions that it writes."""

@@ -338,8 +338,6 @@ ERRORS = {
     "patch resid_post vision layer 0 at photo row 9 col 1 token": "E0310",
     "patch resid_post vision layer 3 at photo tokens": "E0302",
     "patch pattern vision layer 0 head 0 at photo tokens": "E0413",
-    'save resid_post vision layer 0 of clean at photo row 1 col 2 token to "x.safetensors"\n'
-    "  patch resid_post vision layer 0 at photo row 1 col 2 token": "E0108",
 }
 
 

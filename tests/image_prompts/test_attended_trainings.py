@@ -335,10 +335,6 @@ ERRORS = {
         "E0207",
         "is in the vision encoder",
     ),
-    f"patch resid_post vision layer 0 at {ONE}\n  against random(2)": (
-        "E0108",
-        "`against` together with sites in the vision encoder",
-    ),
 }
 
 

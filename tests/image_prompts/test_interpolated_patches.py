@@ -464,8 +464,6 @@ ERRORS = {
     "scale resid_post layer 0 at photo row 5 col 1 token by 2": ("E0310", "4 rows and 4 columns"),
     "set resid_post layer 0 at last token to value(resid_post vision layer 0 at photo row 1 "
     "col 1 token)": ("E0108", "read `embed` at a token of the image"),
-    "save resid_post vision layer 0 of clean at photo row 1 col 1 token to "
-    '"x.safetensors"\n  patch resid_post layer 0 at last token': ("E0108", "save `embed`"),
 }
 
 

@@ -428,8 +428,6 @@ def vision_products(given: dict[str, Tensor]) -> int:
 
 ERRORS = {
     "observe random resid_post vision layer 0 at photo tokens": "`observe random` in the vision",
-    'save resid_post vision layer 0 of clean at photo tokens to "x.safetensors"\n'
-    "  patch resid_post layer 0 at last token": "`save` of the patches",
 }
 
 

@@ -754,8 +754,8 @@ def errors(name: str, text: str) -> tuple[list[str], list[str]]:
 
 VISION = "ablate resid_post vision layer 0 at photo tokens with zero"
 ERRORS = {
-    ("gemma3", "save resid_post vision layer 0 of clean at photo row 1 col 1 token to "
-               '"x.safetensors"\n  patch resid_post layer 0 at last token'): "E0108",
+    ("gemma3", "save resid_post vision layer 0 of clean at last token to "
+               '"x.safetensors"\n  patch resid_post layer 0 at last token'): "E0310",
     ("gemma3", "ablate resid_post vision layer 0 at tokens 2..6 with zero"): "E0310",
     ("llava_next", "ablate resid_post vision layer 0 at tokens 3..25 with zero"): "E0310",
 }  # fmt: skip

@@ -408,9 +408,7 @@ ERRORS = {
     "ablate resid_post vission layer 1 at photo tokens with zero": "E0203",
     "ablate pattern vision layer 0 head 0 at photo tokens with zero": "E0413",
     "patch resid_post vision layer 0 at photo tokens\n  using cdt": "E0608",
-    "save gradient of logit(answer) by resid_post vision layer 0 of clean at photo tokens to "
-    '"g.safetensors"\n  patch resid_post layer 0 at last token': "E0108",
-    f"{VISION}\n  against random(5)": "E0108",
+    f"{VISION}\n  against random(5, neurons)": "E0630",
     "path z layer 0 head 0 -> logits at last token\n  " + VISION: "E0108",
     "ablate resid_post encoder layer 0 at photo tokens with zero": "E0413",
 }

@@ -3511,7 +3511,9 @@ _in_prompt(
     "`using gradient_input` and other estimators estimate cells "
     "of `patch` and `ablate` ([Estimators](estimators.md#sites-that-can-be-estimated), "
     "`tests/image_prompts/test_vision_estimates.py`). "
-    "Without such rules, `save` writes vectors of tokens with a single patch, but no gradients. "
+    "`save` writes the vectors of patches and their gradients "
+    "(`tests/image_prompts/test_encoder_saves.py`), and `against random` draws other heads, layers "
+    "or image tokens (`tests/image_prompts/test_encoder_controls.py`). "
     "Class tokens, row ends and tile tags have no patch. At frames of a video, rules change "
     "Video-LLaVA's video encoder. In Llama 3.2 Vision, blocks of `cross` read the changed image.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?" '

@@ -257,7 +257,8 @@ def read_gradients(
         As `read_vectors`, at least in 32 bits. Raises AutogradFailed.
     """
     (readout,) = runs.readouts
-    hits = [TokenHits.of([cell]) for cell in save.cells]
+    count = save.count_patches(runs.model_of(run).shape)
+    hits = [TokenHits.of([cell], count) for cell in save.cells]
     for number, batch in enumerate(batches):
         lanes = DrawLanes.of(runs.reader(run, ())(batch), batch, run.draws)
         named = [list_tokens(hit, batch, run.draws) for hit in hits]
@@ -269,11 +270,13 @@ def read_gradients(
         found = _gradients(differentiated, lanes, spots, save.points)
         for position, (rows, draws, token) in enumerate(named):
             own = torch.from_numpy(of_position[position])
+            each = count // save.cells[position].vectors
             for place, point in enumerate(save.points):
                 every = found[point.site, point.layer]
                 every = every[own.to(every.device)]
                 vectors = every.flatten(1) if point.unit is None else every[:, point.unit]
-                yield SiteVectors(number, place, position, rows, draws, token, vectors)
+                of_token = (rows, draws, token // each, vectors, each)
+                yield SiteVectors(number, place, position, *of_token)
 
 
 def _gradients(

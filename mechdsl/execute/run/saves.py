@@ -38,12 +38,15 @@ from mechdsl.forward.hooks.batch import try_pass
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.models.shape import ModelShape
 from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import PROMPT_TOKENS, SaveLayout, build_save_panel, split_gradient_batches
 from mechdsl.program import spec
 from mechdsl.program.paths import path_to_write
 from mechdsl.prompts.positions.cells import find_reply_tokens
+from mechdsl.prompts.rows import row_in_patches
 from mechdsl.prompts.runs import Hits, PositionCell, PromptRun, RunRow
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.resolve.observations import join_positions
 from mechdsl.resolve.runs import name_tensor
 from mechdsl.resolve.trainings import name_edit_tensors
@@ -382,10 +385,14 @@ class _SavedRun:
             bytes=size,
         )
 
+    @property
+    def _shape(self) -> ModelShape:
+        return self.runs.model_of(self.run).shape
+
     @cached_property
     def layout(self) -> SaveLayout:
-        shape, also = self.runs.model_of(self.run).shape, tuple(self.rows.told_apart)
-        return SaveLayout.of(self.save, self.run, shape, also)
+        also = tuple(self.rows.told_apart)
+        return SaveLayout.of(self.save, self.run, self._shape, also)
 
     def _dtype(self) -> torch.dtype:
         computed = str(self.runs.model_of(self.run).dtype).removeprefix("torch.")
@@ -409,6 +416,8 @@ class _SavedRun:
                 for name, of in (("row", "prompts"), ("token", "tokens"), ("draw", "draws"))
             } | {"position": position}
             order = np.lexsort((columns["draw"], position, columns["row"]))
+            if "patch" in self.layout.columns:
+                columns |= self._number_patches(own)
             columns |= {name: which[columns["row"]] for name, which in told_apart.items()}
             columns["row"] = row_ids[self.rows.of[columns["row"]]]
             for name, values in columns.items():
@@ -418,6 +427,34 @@ class _SavedRun:
                 vectors = torch.cat([p.vectors for p in parts if p.point == number])
                 file.put(name_tensor(point), begin, _pack_bytes(vectors, order, self._dtype()))
             begin += len(order)
+
+    def _number_patches(self, parts: Sequence[SiteVectors]) -> dict[str, Ints]:
+        """Return the token and the patch of each vector.
+
+        Patches are numbered within their token, or within their image if its tokens are resampled
+        from patches: the token is then the first one of the image.
+        """
+        reader, count = self.experiment.model.tokenizer, self.save.count_patches(self._shape)
+        if not self._shape.resamples:
+            patches = [np.arange(len(part.tokens)) % count for part in parts]
+            return {"patch": np.concatenate(patches)}
+        assert isinstance(reader, ImagePromptTokenizer)
+        numbers: dict[int, dict[int, tuple[int, int]]] = {}
+        for row in np.unique(np.concatenate([part.prompts for part in parts])).tolist():
+            numbers[row] = {}
+            for own in row_in_patches(reader, self.run.rows[row]).whole_pictures:
+                expansion = own.picture.expansion
+                token = (own.first + expansion.is_image.index(True)) // count
+                places = sorted(own.first + cell.position for cell in expansion.layout.cells)
+                numbers[row] |= {place: (token, n) for n, place in enumerate(places)}
+        found = np.array(
+            [
+                numbers[row][token]
+                for part in parts
+                for row, token in zip(part.prompts.tolist(), part.tokens.tolist(), strict=True)
+            ]
+        ).reshape(-1, 2)
+        return {"token": found[:, 0], "patch": found[:, 1]}
 
     def _read(self, batches: Sequence[Ints]) -> Iterator[list[SiteVectors]]:
         """Yield the vectors of each batch, and forget the batch's runs afterwards."""
@@ -478,7 +515,7 @@ class _SavedMeans(_SavedRun):
 
     def written(self, batches: Sequence[Ints]) -> SavedFile:
         """Write the file. Raises OSError if that fails, and _NoMean."""
-        counts = self._counts()
+        counts = self._counts(self.save.count_patches(self._shape))
         rows = [int((own > 0).sum()) for own in counts]
         labels = [cell.label for cell in self.save.cells]
         for label, count in zip(labels, rows, strict=True):
@@ -496,10 +533,15 @@ class _SavedMeans(_SavedRun):
         size = write_tensors(path, tensors, {**self._metadata(), "rows": json.dumps(rows)})
         return self._summary(path, "means", size, None)
 
-    def _counts(self) -> list[Ints]:
-        """[position][row of the table]: the number of its vectors at the position."""
+    def _counts(self, patches: int) -> list[Ints]:
+        """[position][row of the table]: the number of its vectors at the position.
+
+        patches: The number of vectors of a token.
+        """
         found: list[Ints] = []
-        for cell in self.save.cells:
+        for cell in (
+            each if patches == 1 else each.in_patches(patches) for each in self.save.cells
+        ):
             own = np.array([sum(map(len, hits)) for hits in cell.hits], dtype=np.int64)
             counts = np.zeros(len(self.experiment.table), dtype=np.int64)
             np.add.at(counts, self.rows.of, own * self.run.draws)
