@@ -23,6 +23,8 @@ def decompose(
     model: nn.Module, call: Callable[[nn.Module], Tensor], at: Where, written: Vectors
 ) -> float:
     """The metric of irrelevant parts minus that of the whole, with these vectors written."""
+    config: Any = model.config
+    heads = config.num_attention_heads
     taken: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
     parts = {
@@ -41,7 +43,7 @@ def decompose(
 
     def replace(name: str) -> Any:
         def hook(part: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            return _irrelevant(name, part, args[0], taken[name], given[name])
+            return _irrelevant(name, part, args[0], taken[name], given[name], heads)
 
         return hook
 
@@ -74,7 +76,9 @@ def decompose(
     return found - whole
 
 
-def _irrelevant(name: str, part: Any, now: Tensor, before: Tensor, whole: Tensor) -> Tensor:
+def _irrelevant(
+    name: str, part: Any, now: Tensor, before: Tensor, whole: Tensor, heads: int
+) -> Tensor:
     """The irrelevant part of a module's output."""
     last = name.rsplit(".", 1)[-1]
     if last in QUERIES_AND_KEYS:
@@ -97,4 +101,7 @@ def _irrelevant(name: str, part: Any, now: Tensor, before: Tensor, whole: Tensor
     if last == "c_attn":
         width = mapped.shape[-1] // 3
         mapped = torch.cat([whole[..., : 2 * width], mapped[..., 2 * width :]], -1)
+    if last == "query_key_value":  # of GPT-NeoX, by head
+        parts = [each.unflatten(-1, (heads, 3, -1)) for each in (whole, mapped)]
+        mapped = torch.cat([parts[0][..., :2, :], parts[1][..., 2:, :]], -2).flatten(-3)
     return mapped

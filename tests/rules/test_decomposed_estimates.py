@@ -3,6 +3,7 @@ bits, one unpadded prompt at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import BertForSequenceClassification
 
 import mechdsl
@@ -19,7 +21,7 @@ from mechdsl.forward.hooks import backward_rules
 from mechdsl.results.experiment_result import ExperimentResult
 from zoo import MODELS
 
-from ..execute.support import MODES, ROWS, experiment, prompt, run_file, try_file
+from ..execute.support import MODES, ROWS, Prompt, experiment, prompt, run_file, try_file
 from ..reference.decomposed import decompose
 from ..reference.gradients import Where
 from .models import bare, double
@@ -82,6 +84,68 @@ def test_cdt_of_heads_and_mlps_equals_plain_hooks(family: str, mode: str, tmp_pa
     for name, site, cells in (("heads", "z", heads_at_last), ("mlps", "mlp_out", two_places)):
         for layer in LAYERS:
             expected = decomposed(family, site, layer, cells)
+            largest = max(largest, compare(found[name], expected, layer))
+    assert largest > 0.3
+
+
+def changed_head(family: str, layer: int, own: Prompt, source: Prompt, head: int | None,
+                 places: Sequence[int]) -> dict[tuple[int, int], Tensor]:  # fmt: skip
+    """Return attention's outputs at positions, with the source's head, or all of its heads."""
+    inside = where(family, "z", layer)
+    outside = Where(inside.path, "out")
+    projection = double(family).get_submodule(inside.path)
+    weight = projection.weight if family == "gpt2" else projection.weight.T
+    z, theirs, out = (
+        read(family, tuple(each.ids), at)
+        for each, at in ((own, inside), (source, inside), (own, outside))
+    )
+    change = (theirs - z).unflatten(1, (inside.units, -1)) if theirs.dim() == 2 else theirs - z
+    if head is not None:
+        change = change * (torch.arange(inside.units) == head)[:, None]
+    return {(at, 0): out[at, 0] + change[at].flatten() @ weight for at in places}
+
+
+HEAD_OUTPUTS: dict[str, tuple[str, Callable[[Prompt], Sequence[int]], bool]] = {
+    "heads": ("patch head_out layer * head * at last token", lambda own: [own.last], False),
+    "joined": ("patch head_out layer * heads * at last token", lambda own: [own.last], True),
+    "places": ("patch head_out layer * head * at subject tokens", lambda own: own.subject, False),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens"),
+    [
+        ("gpt2", 4096),
+        pytest.param("gpt2", 1, marks=pytest.mark.slow),
+        *(
+            pytest.param(family, tokens, marks=pytest.mark.slow)
+            for family in ("llama", "gpt_neox")
+            for tokens in (4096, 80, 1)
+        ),
+    ],
+)
+def test_cdt_of_outputs_of_heads_equals_plain_hooks(
+    family: str, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output projections have a bias; passes have from one to all four prompts."""
+    monkeypatch.setattr(estimates, "DECOMPOSED_TOKENS", tokens)
+    text = "".join(
+        experiment(name, *LINES, rule, "using cdt") for name, (rule, _, _) in HEAD_OUTPUTS.items()
+    )
+    found, largest = run_file(text, tmp_path, bare(family)), 0.0
+    for name, (_, places, joined) in HEAD_OUTPUTS.items():
+        heads = [None] if joined else range(double(family).config.num_attention_heads)
+        for layer in LAYERS:
+            at = Where(where(family, "z", layer).path, "out")
+            expected: dict[Key, list[float]] = {}
+            for record in ROWS:
+                own, source = prompt(record, "clean"), prompt(record, "other")
+                last = logits_at_the_end(family, tuple(source.ids))
+                call = call_metric(family, ONE, own, record, last)
+                for head in heads:
+                    written = changed_head(family, layer, own, source, head, places(own))
+                    value = decompose(double(family), call, at, written)
+                    expected.setdefault(() if joined else (head,), []).append(value)
             largest = max(largest, compare(found[name], expected, layer))
     assert largest > 0.3
 
@@ -151,7 +215,9 @@ def test_cdt_of_a_bert_classifier_equals_plain_hooks(tmp_path: Path) -> None:
         for values, cell in zip(data.patched - data.base, found.cells, strict=True):
             at = Where(f"bert.encoder.layer.{cell.coords['layer']}.attention.output.dense", "in", 4)
             position = 0 if cell.coords["position"] in ("0", "token 0") else len(ids) - 1
-            written = {(position, cell.coords["head"]): torch.zeros(16, dtype=torch.float64)}
+            written = {
+                (position, int(str(cell.coords["head"]))): torch.zeros(16, dtype=torch.float64)
+            }
             expected = decompose(model, call, at, written)
             assert abs(values[row] - expected) <= 1e-4, (text, cell.coords)
             largest = max(largest, abs(expected))

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,  # pyright: ignore[reportPrivateUsage]
+    _pop_mode_temporarily,  # pyright: ignore[reportPrivateUsage]
+)
 
 from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
@@ -136,6 +140,16 @@ class _DecomposedFunctions(TorchFunctionMode):
         if rule is None:
             return func(*args, **(kwargs or {}))
         return rule(func, *args, **(kwargs or {}))
+
+
+@contextmanager
+def suspend_decomposition() -> Generator[None]:
+    """Let functions of torch act on all lanes alike while hooks compute written values."""
+    if not isinstance(_get_current_function_mode(), _DecomposedFunctions):
+        yield
+        return
+    with _pop_mode_temporarily():
+        yield
 
 
 _UNDECOMPOSED: frozenset[Callable[..., Any]] = frozenset(

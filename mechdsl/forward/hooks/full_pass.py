@@ -24,7 +24,7 @@ from mechdsl.forward.hooks.attention_hooks import (
     build_attention_hooks,
     group_by_layer,
 )
-from mechdsl.forward.hooks.backward_rules import RuledPass
+from mechdsl.forward.hooks.backward_rules import RuledPass, suspend_decomposition
 from mechdsl.forward.hooks.batch import (
     Batch,
     CircuitRead,
@@ -169,7 +169,8 @@ class PlacedWrite:
         inputs = None if inputs is None else inputs.to(now.device)
         values = to_device(self.values, now.device)
         earlier = [each.to(now.device) for each in self.earlier]
-        return apply_write(self.write.mode, now, values, to, before, inputs, earlier)
+        with suspend_decomposition():  # encoders and plugins call layers
+            return apply_write(self.write.mode, now, values, to, before, inputs, earlier)
 
     def find_earlier(self, others: Sequence[PlacedWrite]) -> Iterator[EarlierChange]:
         """Yield the changes of the same transcoder's features by earlier writes to the site.
@@ -375,6 +376,7 @@ class SiteSteps:
     ) -> HookStep:
         """Build a step for `head_out`: it replaces outputs of heads in the projection's output."""
 
+        @suspend_decomposition()
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             if places:
                 value = value.clone()
