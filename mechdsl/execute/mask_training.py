@@ -878,8 +878,9 @@ def open_rows(
     """Return the rows that a mask is trained on."""
     given = mask.training, objective, model, side
     edges = [each for each in mask.candidates if isinstance(each, tuple)]
-    if edges:  # a mask has edges at all of its tokens
-        return EdgeMaskRows(*given, edges, cache=cache)
+    placed = [each for each in mask.candidates if isinstance(each, PlacedEdge)]
+    if edges or placed:
+        return EdgeMaskRows(*given, edges or placed, cache=cache)
     sites = [each for each in mask.candidates if isinstance(each, SitePoint)]
     if sites:
         return SiteMaskRows(*given, sites, cache=cache)
@@ -1136,14 +1137,14 @@ class EdgeRows(EdgeMaskRows):
         return MovedEdgeRows(**own, scored=self, moved=cells)
 
     def describe_rest(self) -> str:
-        """Describe the tokens at no position, if edges are scored at several."""
+        """Describe the tokens at no position, if there are several positions."""
         here, run = self.trained, self._runs[0]
         total = sum(len(run.rows[row].ids) for row in here.tolist())
         rest = total - len(self._vectors_of(here)[0])
         if self._size[0] == 1 or not rest:
             return ""
         text = f"{rest:,} of {count_noun(total, 'token')} of the training rows"
-        return f"; {text} are at no position: edges there weren't scored or ablated"
+        return f"; {text} are at no position: edges there aren't candidates, and weren't ablated"
 
     def describe_path(self, trainer: EdgeScoreTrainer) -> str:
         """Describe the tokens at which senders move along a path, if edges are scored at some."""
@@ -1528,7 +1529,7 @@ def _search_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) 
     if not chosen:
         reason = "no edge makes the measure worse by the threshold when it is ablated"
         raise NoCircuit(reason, "write a smaller `threshold`")
-    made = f"{made}; {count_noun(search.measured, 'circuit')} measured"
+    made = f"{made}; {count_noun(search.measured, 'circuit')} measured{rows.describe_rest()}"
     return FoundCircuit(chosen, search.scores, search.measured, len(chosen), made)
 
 
@@ -1650,11 +1651,11 @@ class EdgeSearch:
         """[edge] the change of the measure when an edge was last ablated, alone or in a group; 0
         for edges that were dropped because they led only to ablated ones."""
         self._meter = CircuitMeter(rows)
-        self._rows, self._graph = rows, rows.model_graph
+        self._rows = rows
         self._value = math.nan
         options = rows.declared.of_trainer
         self.threshold, self._size = trainer.threshold(options), trainer.size(options)
-        self._steps = self._graph.list_search_steps(trainer.levels)
+        self._steps = rows.model_graph.list_search_steps(trainer.levels, rows.candidates)
         self._numbers = {edge: number for number, edge in enumerate(rows.candidates)}
         self._decided = 0
 
@@ -1717,7 +1718,7 @@ class EdgeSearch:
 
     def _drop_dead(self) -> None:
         """Ablate the edges that lead only to ablated ones."""
-        edges = self._rows.edges
+        edges = self._rows.candidates
         left = {edge for edge, kept in zip(edges, self.kept.tolist(), strict=True) if kept}
         dead = left - self._rows.graph.keep_leading(left)
         numbers = [self._numbers[edge] for edge in dead]

@@ -556,7 +556,7 @@ def _circuit_cost(
     else:
         assert isinstance(trainer, EdgeSearchTrainer)
         graph = EdgeGraph(shape, circuit.neurons, circuit.features)
-        tried = len(graph.list_search_steps(trainer.levels))
+        tried = len(graph.list_search_steps(trainer.levels, made.candidates))
         if (left := trainer.size(training.of_trainer)) is not None:
             tried = (tried * (tried + 1) - left * (left + 1)) // 2
     size = count_scored_rows(len(senders), max(tokens, default=1), batch, shape)

@@ -11,7 +11,6 @@ from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.rules import BadBasis
-from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.program.activation_trainers import (
     LENS_EXAMPLE,
@@ -69,7 +68,6 @@ from mechdsl.program.trainers import (
     TRAINERS,
     ChoosingTrainer,
     DictionaryTrainer,
-    EdgeScoreTrainer,
     EdgeSearchTrainer,
     EditTrainer,
     EffectTrainer,
@@ -561,13 +559,6 @@ def lower_circuit_mask(
     call, at = statement.source, statement.at
     assert call is not None
     if not _check_mask(call, "circuit", parts, scope):
-        return None
-    trainer = find_trainer(trainer_call(call))
-    if at is not None and lists_positions(at) and not isinstance(trainer, EdgeScoreTrainer):
-        name = trainer_call(call).name
-        what = f"`fit({name}(…))` of a circuit with several positions"
-        later = "join them: `at {A, B}`; `eap` and `eap_ig` score edges at each of several"
-        scope.diagnostics.append(NotSupported(span=at.span, what=what, later=later))
         return None
     nodes = next((each.value for each in call.arguments if each.name == "nodes"), None)
     if nodes is not None and not _are_nodes(nodes, parts, scope):

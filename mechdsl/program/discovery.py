@@ -11,7 +11,8 @@ split.
 
 `over heads, mlps, features of f` also stands for `group c_nodes = features * of f`; the training
 then has `nodes: c_nodes`. `over heads, mlps, g` names the group `g` of neurons or features. With
-several groups or dictionaries, `c_nodes` has all their sites.
+several groups or dictionaries, `c_nodes` has all their sites. `over heads, mlps at P, Q` names the
+positions of the training; the rule then is `ablate all but c at {P, Q} with abc`.
 """
 
 from __future__ import annotations
@@ -143,13 +144,23 @@ def _expanded(
         yield own
     if nodes is not None:
         arguments.append(ast.Argument("nodes", nodes, span=nodes.span))
-    yield ast.CircuitDef(line.what, source=ast.Call("fit", tuple(arguments), span=span), span=span)
+    fit = ast.Call("fit", tuple(arguments), span=span)
+    yield ast.CircuitDef(line.what, source=fit, at=line.at, span=span)
     site = ast.Site((line.what,), span=span)
     fill = ast.Name(other.name, span=other.span)
-    rule = ast.Rule(ast.Ablate(site, all_tokens(), fill, all_but=True, span=span), span=span)
+    at = all_tokens() if line.at is None else _joined(line.at)
+    rule = ast.Rule(ast.Ablate(site, at, fill, all_but=True, span=span), span=span)
     changed = {id(line): rule, id(into): _swapped(into), id(use): tested}
     lines = (changed.get(id(each)) or _with_faithfulness(each) for each in experiment.statements)
     yield replace(experiment, statements=tuple(lines))
+
+
+def _joined(at: ast.Positions) -> ast.Positions:
+    """Return the tokens of all positions as one position."""
+    if len(at.items) == 1:
+        return at
+    point = ast.Point(ast.PositionUnion(at, span=at.span), span=at.span)
+    return ast.Positions((ast.Position(point, span=at.span),), span=at.span)
 
 
 def _further_nodes(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from heapq import heappop, heappush
-from itertools import chain, product
+from itertools import chain, groupby, product
 from random import Random
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
@@ -69,6 +69,7 @@ from mechdsl.resolve.types import (
     EdgeAtPlace,
     FeatureNode,
     FeatureNodes,
+    MaskCandidate,
     NamedEdge,
     PlacedEdge,
     PlacedEdges,
@@ -1607,7 +1608,17 @@ class SearchStep(Record):
     unit: SitePoint
     """What the search is at. The ablation of the edges of a step can't cut those of other steps
     with the same unit off from the end of the model."""
-    edges: tuple[CircuitEdge, ...]
+    edges: tuple[CircuitEdge | PlacedEdge, ...]
+
+
+def _place_steps(steps: Iterable[SearchStep], places: Sequence[PlacedEdge]) -> Iterator[SearchStep]:
+    """Yield the steps of a level at each position: those of a unit at the last position first."""
+    for unit, own in groupby(steps, lambda step: step.unit):
+        listed = list(own)
+        for place in reversed(places):
+            for step in listed:
+                edges = (each for each in step.edges if not isinstance(each, PlacedEdge))
+                yield SearchStep(unit, tuple(replace(place, edge=edge) for edge in edges))
 
 
 EdgeT = TypeVar("EdgeT", bound=Hashable)
@@ -1839,11 +1850,23 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
         first = receiver.unit * shared
         yield from (SitePoint(output, receiver.layer, n) for n in range(first, first + shared))
 
-    def list_search_steps(self, levels: Sequence[SearchLevel]) -> list[SearchStep]:
+    def list_search_steps(
+        self, levels: Sequence[SearchLevel], candidates: Sequence[MaskCandidate] = ()
+    ) -> list[SearchStep]:
         """List the steps of a search, level after level, each from the end of the model
-        backwards."""
-        steps = {"blocks": self._list_nodes, "heads": self._list_nodes}
-        return [step for each in levels for step in steps.get(each, self._list_inputs)(each)]
+        backwards.
+
+        Args:
+            candidates: Edges that it decides on. If they have positions, each step is tried at each
+                position, that of a unit at the last position first.
+        """
+        places = {each.place: each for each in candidates if isinstance(each, PlacedEdge)}
+        by_level = {"blocks": self._list_nodes, "heads": self._list_nodes}
+        found: list[SearchStep] = []
+        for level in levels:
+            steps = by_level.get(level, self._list_inputs)(level)
+            found += _place_steps(steps, [*places.values()]) if places else steps
+        return found
 
     def _list_nodes(self, level: SearchLevel) -> Iterator[SearchStep]:
         """Yield steps that ablate the outputs of all nodes of a module, or of one of several."""

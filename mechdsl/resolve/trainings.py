@@ -1001,14 +1001,14 @@ def _check_coordinates(objective: ResolvedExperiment) -> Diagnostic | None:
 
 
 def _check_streams(objective: ResolvedExperiment) -> Diagnostic | None:
-    """Return E0108 for edges of an encoder-decoder that are scored at several positions, or only at
-    tokens of the encoder, where no edge into `logits` is."""
+    """Return E0108 for a circuit of an encoder-decoder at several positions, or only at tokens of
+    the encoder, where no edge into `logits` is."""
     rule = objective.rules[0]
     if rule.circuit is None or rule.circuit.encoder is None:
         return None
     place = "in an encoder-decoder"
     if len(rule.spec.at.items) > 1:
-        what, later = f"a circuit {place} with scores at several positions", "write `at tokens *`"
+        what, later = f"training a circuit {place} at several positions", "write `at tokens *`"
     elif _has_only_encoded_positions(objective):
         what = f"training a circuit {place} only at tokens of the encoder"
         later = "write `at tokens *`, the tokens of both texts"
@@ -1030,7 +1030,7 @@ def _has_only_encoded_positions(objective: ResolvedExperiment) -> bool:
 
 
 def _check_places(objective: ResolvedExperiment) -> Diagnostic | None:
-    """Return E0304 for a sweep among the positions at which edges are scored separately, and E0310
+    """Return E0304 for a sweep among several positions of a circuit's candidates, and E0310
     for one that some row lacks."""
     cells, rule = paired_cells(objective), objective.rules[0]
     items = rule.spec.at.items
@@ -1040,7 +1040,7 @@ def _check_places(objective: ResolvedExperiment) -> Diagnostic | None:
         return AxisDoesNotFit(
             span=rule.spec.at.span,
             site=rule.spec.at.span.written,
-            reason="sweeps inside a circuit, whose edges are scored at the named positions",
+            reason="sweeps inside a circuit, whose candidates are edges at the named positions",
             hint="name each position: `item 1 token, item 2 token, last token`",
         )
     for item, (written, _) in zip(items, cells, strict=True):

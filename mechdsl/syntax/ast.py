@@ -1056,7 +1056,7 @@ class FeaturesOf(Node):
 
 
 @statement(
-    "discover {what:name} over {over:nodes} using {using:call_or_name} [until "
+    "discover {what:name} over {over:nodes} [at {at:positions}] using {using:call_or_name} [until "
     "{until:condition} | top {top:count} {unit:name}]",
     "discover",
 )
@@ -1064,6 +1064,7 @@ class Discover(Node):
     what: Name
     over: tuple[Name | FeaturesOf, ...]
     using: Call | Name
+    at: Positions | None = None
     until: Expr | None = None
     top: int | str | None = None
     unit: Name | None = None

@@ -409,7 +409,10 @@ _file(
     "`group c_nodes = features * of f` does; several dictionaries are possible. "
     "`over heads, mlps, g` names a group of features, neurons or both. Several groups and "
     "dictionaries are joined; a group that a training chooses or that is read from a file is "
-    "named alone (E0207).",
+    "named alone (E0207). `over heads, mlps at P using …` adds `at P` to the definition and to the "
+    "rule. With several positions, `over heads, mlps at P, Q using …` chooses from each edge at "
+    "each position, and the rule is `ablate all but c at {P, Q} with other`: all other edges at "
+    "these tokens carry the values of `other`, and the edges at all other tokens aren't ablated.",
     "tests/pipeline/test_discovered_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997; Hanna et al. 2024, arXiv 2403.17806",
 )
@@ -1012,9 +1015,20 @@ _file(
     "positions. Edges at tokens outside all positions keep their values in training and can't be "
     "chosen. Each selected edge leads to `logits` from its tokens; keys and values also act at "
     "later tokens. A position that some row lacks is E0310, positions with a common token are "
-    "E0342, sweeps are E0304; other trainers with several positions are E0108.",
+    "E0342, sweeps are E0304. Encoder-decoders take one position, such as `tokens *` (E0108).",
     "tests/pipeline/test_placed_edge_scores.py",
     "Haklay et al. 2025, arXiv 2502.04577",
+)
+_file(
+    "circuit: by a search over edges at positions",
+    "circuit c = fit(acdc(threshold: 1), prompts: fruit, with: zero, minimise: loss) "
+    "at item 1 token, last token",
+    "`acdc`, `greedy`, `coarse_to_fine` and `mask` choose from each edge at each position, too. A "
+    "search tries the edges or groups of one receiver or module at the last position of the list "
+    "first, then at the position before it. Heads or inputs that `coarse_to_fine` ablates together "
+    "are at one position. For positions and errors, see the preceding row.",
+    "tests/pipeline/test_placed_edge_searches.py",
+    "Conmy et al. 2023, arXiv 2304.14997, algorithm 1; Haklay et al. 2025, arXiv 2502.04577",
 )
 _file(
     "circuit: of neurons that a training scores",

@@ -100,6 +100,34 @@ def test_discovered_circuit_equals_its_definition(using: str, tmp_path: Path) ->
     assert found.to_text(200).count("random circuits, 8 draws") == 1
 
 
+AT = "s2 token, last token"
+
+
+@pytest.mark.parametrize(
+    ("using", "at", "joined"),
+    [
+        (EAP, AT, f"{{{AT}}}"),
+        (SEARCH, "last token", "last token"),
+        pytest.param(SEARCH, AT, f"{{{AT}}}", marks=pytest.mark.slow),
+        pytest.param("greedy top 100 edges", AT, f"{{{AT}}}", marks=pytest.mark.slow),
+    ],
+)
+def test_circuit_at_positions_equals_its_definition(
+    using: str, at: str, joined: str, tmp_path: Path
+) -> None:
+    """The rule ablates all other edges at the tokens of all positions."""
+    found = run(write(tmp_path, discovers(using, nodes=f"heads, mlps at {at}")))
+    block, rest = defined(METHODS[using])
+    rest = rest.replace(f"{DIFFERENCE})", f"{DIFFERENCE}) at {at}", 1)
+    rest = rest.replace("at tokens * with", f"at {joined} with")
+    expected = run(write(tmp_path, rest, block=block), fit=True)
+    own, other = found.measures[0], expected.measures[0]
+    np.testing.assert_array_equal(own.patched, other.patched)
+    assert np.abs(own.patched - own.base).max() > 0.1
+    assert found.conventions["circuit"] == expected.conventions["circuit"]
+    assert (" at s2 token" in found.conventions["circuit c"]) == (at == AT)
+
+
 FEATURES = {
     "features of f": "group own = features * of f",
     "features of f, features of t": "group own = features * of f, features * of t",
@@ -338,7 +366,9 @@ def test_plan_counts_the_training(tmp_path: Path) -> None:
     assert "training" in str(mechdsl.plan(write(tmp_path, discovers())))
 
 
-@pytest.mark.parametrize("nodes", ["heads, mlps", "heads, mlps, features of f, few"])
+@pytest.mark.parametrize(
+    "nodes", ["heads, mlps", "heads, mlps, features of f, few", f"heads, mlps at {AT}"]
+)
 def test_formatted_statement_parses_to_itself(nodes: str, tmp_path: Path, command: Command) -> None:
     path = write(tmp_path, discovers(nodes=nodes))
     assert command("fmt", path).status == 0
@@ -433,6 +463,23 @@ ERRORS = {
     "second": (discovers(EAP, f"discover d over heads, mlps using {EAP}"), "E0207", "for each"),
     "replies": (discovers(EAP, "generate 3"), "E0207", "another experiment"),
     "name": (discovers(circuit="lm"), "E0202", "rename"),
+    "positions at the end": (discovers(f"{EAP} at last token"), "E0101", "after the nodes"),
+    "positions before the nodes": (
+        change("c over", "c at last token over"),
+        "E0101",
+        "after the nodes",
+    ),
+    "sweep": (discovers(nodes="heads, mlps at token *"), "E0304", "name each position"),
+    "common token": (
+        discovers(nodes="heads, mlps at last token, tokens *"),
+        "E0342",
+        "write `tokens except …`",
+    ),
+    "misspelt position": (
+        discovers(nodes="heads, mlps at s3 token, last token"),
+        "E0308",
+        "`s1`, `s2`",
+    ),
     "loop": (
         discovers().replace("discover", "for l in 0..1 { discover").replace("edges\n", "edges }\n"),
         "E0108",

@@ -368,10 +368,6 @@ MISTAKES = {
     "all": ("tokens *, last token", "eap(size: 3)", "E0342", "are both token"),
     "sweep": ("each item token, last token", "eap(size: 3)", "E0304", "name each position"),
     "sweep of one": ("token 1..2", "eap(size: 3)", "E0304", "name each position"),
-    "search": ("cue token, last token", "acdc(threshold: 0.1)", "E0108", "at {A, B}"),
-    "greedy": ("cue token, last token", "greedy(size: 3)", "E0108", "fit(greedy(…))"),
-    "coarse": ("cue token, last token", "coarse_to_fine(threshold: 0.1)", "E0108", "join them"),
-    "mask": ("cue token, last token", "mask(size: 3)", "E0108", "join them"),
     "answer": ("cue token, tokens * and answer", "eap(size: 3)", "E0342", "not of the answer"),
     "size": ("cue token, last token", "eap(size: 20000)", "E0342", "`size` is 20,000"),
 }

@@ -742,6 +742,11 @@ HINTS: tuple[Hint, ...] = (
         r"(?:and|\+|&)\s*(\w+)",
         "write a comma: `over {0}, {1}`",
     ),
+    Hint(
+        r"^discover\b(?:(?!\bat\b).)*$",
+        r"at\b",
+        "write positions after the nodes: `over heads, mlps at last token using …`",
+    ),
     Hint(r"^discover\b.*\btop\s+(\w+)\s*$", r"$", "write `top {0} edges`"),
     Hint(r"^(?:circuit|path)\b", r"(?:=+>|→|⇒)", "write `->` between sender and receiver"),
     Hint(
