@@ -40,6 +40,9 @@ WITHHELD_TEXTS: Mapping[str, str] = {
     "picked": "sites were picked on the same rows (W0721)",
 }
 
+ABLATED_EFFECTS = ("faithfulness", "completeness")
+"""Effects that are 0 in the run with everything ablated."""
+
 CHANGE_FORMULA = "m(patched) − m(base)"
 
 
@@ -79,6 +82,13 @@ def statistics_conventions(
                 "differ there from a counted cell"
             )
         found["correction"] += _withheld_text(result)
+    equal = [
+        f"{data.called}: {text}"
+        for number, data in enumerate(result.measures)
+        if (text := describe_equal_draws(result, number))
+    ]
+    if equal:
+        found["equal draws"] = "; ".join(equal)
     small = sum(int(np.count_nonzero(each.at_rounding)) for each in result.statistics)
     said = []
     if small:
@@ -99,6 +109,31 @@ def statistics_conventions(
         found["rounding"] = f"{', '.join(said)}; {result.rounding}"
     found["seed"] = str(result.seed)
     return found
+
+
+def describe_equal_draws(result: ExperimentResult, measure: int) -> str:
+    """Describe the cells whose random controls all have the same effect; empty if there are none.
+
+    Random circuits with few edges often equal the fully ablated run: being better than all of them
+    is then being better than one run.
+    """
+    band = result.control(measure)
+    if band is None or band.title == "untrained":
+        return ""
+    found = result.statistics[measure]
+    equal = np.flatnonzero(band.is_one_value(found.rounding))
+    if not len(equal):
+        return ""
+    ablated = ""
+    if result.measures[measure].effect in ABLATED_EFFECTS:
+        at_zero = np.maximum(np.abs(band.low), np.abs(band.high)) <= found.rounding
+        ablated = ", that of the run with everything ablated" if at_zero[equal].all() else ""
+    cells = len(result.cells)
+    which = "" if cells == 1 else f" in {len(equal):,} of {count_noun(cells, 'cell')}"
+    return (
+        f"all draws have the same effect{which}{ablated}: their range has no width, so it doesn't "
+        f"show how much {band.what} differ"
+    )
 
 
 def _withheld_text(result: ExperimentResult) -> str:

@@ -212,6 +212,16 @@ class NullBand:
         """Whether there are enough draws to decide if the effect is in the band, shape [cell]."""
         return self.draws >= self.fewest
 
+    def is_one_value(self, rounding: Floats) -> Bools:
+        """Return whether the draws of the band are equal within rounding, shape [cell]: they don't
+        show how much random targets differ.
+
+        Args:
+            rounding: Maximum effect of rounding on the mean, shape [cell].
+        """
+        width = self.high - self.low
+        return (self.draws > 1) & (width <= 2 * np.nan_to_num(rounding))
+
 
 @dataclass(frozen=True)
 class Interval:

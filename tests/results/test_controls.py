@@ -11,6 +11,10 @@ import pytest
 from mechdsl.base.records import Registry
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.statistics_conventions import (
+    describe_equal_draws,
+    statistics_conventions,
+)
 from mechdsl.show.reports.text import (
     is_significant,
     null_band_text,
@@ -317,6 +321,27 @@ def test_null_band_text_states_draws_and_probability() -> None:
     assert trimmed is not None
     assert "39 draws of random heads without the 1 lowest and highest; " in trimmed
     assert said(draws=np.zeros(cells, dtype=np.int64)) == "none of the random heads has a value"
+
+
+def test_equal_draws_are_reported() -> None:
+    """In the text below the table, and in the stored conventions."""
+    heads_of = banded()
+    band, cells = ends(heads_of), len(heads_of.cells)
+    assert "same effect" not in (null_band_text(heads_of, 0) or "")
+    assert describe_equal_draws(heads_of, 0) == ""
+    low = band.low.copy()
+    low[:2] = band.high[:2]
+    said = null_band_text(banded(low=low), 0) or ""
+    equal = f"all draws have the same effect in 2 of {cells} cells: their range has no width, so it"
+    assert f"; {equal} doesn't show how much random heads differ" in said
+    conventions = statistics_conventions(banded(low=low), EFFECTS)
+    assert conventions["equal draws"].startswith(f"recovery: {equal}")
+    rounding = np.full(cells, 1e-3)
+    near = replace(band, low=band.high - 1.9e-3).is_one_value(rounding)
+    assert near.tolist() == [True] * cells
+    assert not replace(band, low=band.high - 2.1e-3).is_one_value(rounding).any()
+    one = banded(low=low, draws=np.ones(cells, dtype=np.int64))
+    assert describe_equal_draws(one, 0) == ""
 
 
 def test_null_p_at_its_floor_is_printed_as_a_bound() -> None:

@@ -692,6 +692,29 @@ def test_the_control_ablates_random_circuits_of_the_same_size(data: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("listed", "are_equal"),
+    [("embed -> logits, L0H1 -> logits", True), ("embed -> L0H1.v, L0H1 -> logits", False)],
+)
+def test_random_circuits_that_equal_the_ablated_run_are_reported(
+    listed: str, are_equal: bool, data: Path
+) -> None:
+    """Of two edges that needn't be on paths, few draws have one to `logits`."""
+    rule = "ablate all but c at tokens * with zero"
+    measures = "\n".join(f"measure kl(clean) as {name}" for name in ("faithfulness", "delta"))
+    text = experiment("e", rule, "against random(4)", measure=measures)
+    found = run_file(f"circuit c = {listed}\n{text}", data, "gpt2", "planned", precise=True)["e"]
+    for number in range(2):
+        band = found.control(number)
+        assert band is not None
+        assert (band.high[0] - band.low[0] < 1e-6) == are_equal
+    said = found.conventions.get("equal draws", "")
+    assert said.count("all draws have the same effect") == 2 * are_equal
+    assert said.count("that of the run with everything ablated") == are_equal
+    table = " ".join(found.to_text(200).split())
+    assert table.count("all draws have the same effect") == 4 * are_equal
+
+
 def test_complete_circuits_are_compared_with_draws_of_small_completeness(data: Path) -> None:
     """The completeness of a distance from the base run is 1 minus its share of the largest one, so
     the draws that are more complete are those with a larger effect."""

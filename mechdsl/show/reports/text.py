@@ -15,7 +15,11 @@ from mechdsl.base.text import count_noun
 from mechdsl.program import spec
 from mechdsl.program.significance import CORRECTION_NAMES
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, LostExperiment
-from mechdsl.results.statistics_conventions import WITHHELD_TEXTS, selection_text
+from mechdsl.results.statistics_conventions import (
+    WITHHELD_TEXTS,
+    describe_equal_draws,
+    selection_text,
+)
 from mechdsl.statistics.measurements import (
     CellStatistics,
     MeasureData,
@@ -572,7 +576,9 @@ def null_band_text(result: ExperimentResult, measure: int) -> str | None:
     needs = ""
     if not band.decides[some].all() and result.settings is not None:
         needs = f"; a verdict at {result.settings.confidence:g} % needs {band.fewest:,} draws"
-    return f"range of {draws} draws of {band.what}{there}{but}; {states}{without}{needs}"
+    equal = describe_equal_draws(result, measure)
+    equal = equal and f"; {equal}"
+    return f"range of {draws} draws of {band.what}{there}{but}; {states}{without}{needs}{equal}"
 
 
 def null_band_note(result: ExperimentResult, measure: int) -> str | None:
