@@ -1015,20 +1015,13 @@ _file(
     "positions. Edges at tokens outside all positions keep their values in training and can't be "
     "chosen. Each selected edge leads to `logits` from its tokens; keys and values also act at "
     "later tokens. A position that some row lacks is E0310, positions with a common token are "
-    "E0342, sweeps are E0304. Encoder-decoders take one position, such as `tokens *` (E0108).",
-    "tests/pipeline/test_placed_edge_scores.py",
-    "Haklay et al. 2025, arXiv 2502.04577",
-)
-_file(
-    "circuit: by a search over edges at positions",
-    "circuit c = fit(acdc(threshold: 1), prompts: fruit, with: zero, minimise: loss) "
-    "at item 1 token, last token",
+    "E0342, sweeps are E0304. Encoder-decoders take one position, such as `tokens *` (E0108). "
     "`acdc`, `greedy`, `coarse_to_fine` and `mask` choose from each edge at each position, too. A "
     "search tries the edges or groups of one receiver or module at the last position of the list "
     "first, then at the position before it. Heads or inputs that `coarse_to_fine` ablates together "
-    "are at one position. For positions and errors, see the preceding row.",
-    "tests/pipeline/test_placed_edge_searches.py",
-    "Conmy et al. 2023, arXiv 2304.14997, algorithm 1; Haklay et al. 2025, arXiv 2502.04577",
+    "are at one position (`tests/pipeline/test_placed_edge_searches.py`).",
+    "tests/pipeline/test_placed_edge_scores.py",
+    "Haklay et al. 2025, arXiv 2502.04577",
 )
 _file(
     "circuit: of neurons that a training scores",
