@@ -82,13 +82,7 @@ def statistics_conventions(
                 "differ there from a counted cell"
             )
         found["correction"] += _withheld_text(result)
-    equal = [
-        f"{data.called}: {text}"
-        for number, data in enumerate(result.measures)
-        if (text := describe_equal_draws(result, number))
-    ]
-    if equal:
-        found["equal draws"] = "; ".join(equal)
+    found |= _equal_draws(result)
     small = sum(int(np.count_nonzero(each.at_rounding)) for each in result.statistics)
     said = []
     if small:
@@ -109,6 +103,12 @@ def statistics_conventions(
         found["rounding"] = f"{', '.join(said)}; {result.rounding}"
     found["seed"] = str(result.seed)
     return found
+
+
+def _equal_draws(result: ExperimentResult) -> dict[str, str]:
+    texts = {n: describe_equal_draws(result, n) for n in range(len(result.measures))}
+    said = [f"{result.measures[n].called}: {text}" for n, text in texts.items() if text]
+    return {"equal draws": "; ".join(said)} if said else {}
 
 
 def describe_equal_draws(result: ExperimentResult, measure: int) -> str:

@@ -372,7 +372,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "noise": ("from: other", "from: noised", "E0342"),
     "early stopping": (f"maximise: {LOSS}", f"maximise: {LOSS}, patience: 3", "E0342"),
     "common token": (f"at {PAIR}", "at last token, tokens *", "E0342"),
-    "each token": (f"at {PAIR}", "at token *", "E0304"),
+    "each token": (f"at {PAIR}", "at token 1..2", "E0304"),
     "all of uneven prompts": (f"at {PAIR}", "", "E0307"),
     "rotation": ("mask(size: 3)", "das(dims: 2)", "E0342"),
     "no training": (CALL, "pca(p, dims: 2)", "E0342"),
