@@ -278,9 +278,7 @@ def _run_lloyd(
         counts = np.bincount(label, minlength=count)
         if not counts.all():
             return None
-        firsts = np.cumsum(counts) - counts
-        sums = np.add.reduceat(x[np.argsort(label, kind="stable")], firsts)
-        centres = sums / counts[:, None]
+        centres = np.array([x[label == number].mean(axis=0) for number in range(count)])
         off, before = _squares(x, centres), label
         label = off.argmin(axis=1)
         if (label == before).all():
@@ -317,8 +315,8 @@ def choose_starts(x: Floats, count: int, random: np.random.Generator) -> list[in
 
 def _squares(x: Floats, centres: Floats) -> Floats:
     """Compute squared distances: [vector, cluster]."""
-    off = (x**2).sum(axis=1)[:, None] - 2 * x @ centres.T + (centres**2).sum(axis=1)
-    return np.maximum(off, 0.0)
+    own, others = (np.einsum("ij,ij->i", each, each) for each in (x, centres))
+    return np.maximum(own[:, None] - x @ (2 * centres.T) + others, 0.0)
 
 
 def split_by_rows(vectors: Floats, weights: Floats) -> tuple[Floats, Floats]:
