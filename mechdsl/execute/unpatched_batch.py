@@ -378,20 +378,23 @@ def compute_prompt_loss(
 ) -> Tensor:
     """Return [lane]: the loss over the prompts' own tokens, without special ones and continuations.
 
-    The first token of the input is not predicted.
+    The first token of the input is not predicted, and an image's token in a text has no logit.
     """
     mask = torch.zeros(batch.mask.shape, dtype=torch.bool)
     for lane, prompt in enumerate(lanes):
         row = run.rows[prompt]
         start = int(batch.starts[lane])
-        own = torch.tensor([not special for special in row.special])
-        mask[lane, start + 1 : start + len(row.ids)] = own[1:]
-    return atom.form.function(logits, batch.ids, to_device(mask, batch.ids.device))
+        own, first = torch.tensor([not special for special in row.special]), row.source + 1
+        mask[lane, start + first : start + len(row.ids)] = own[first:]
+    known = batch.ids < logits.shape[-1]
+    ids, mask = batch.ids.where(known, 0), to_device(mask, known.device) & known
+    return atom.form.function(logits, ids, mask)
 
 
 def has_loss(run: PromptRun, prompts: Ints) -> Bools:
     """Return [prompt]: whether one of its own tokens follows another, so that a loss exists."""
-    own = [[not special for special in run.rows[prompt].special] for prompt in prompts]
+    rows = [run.rows[prompt] for prompt in prompts]
+    own = [[not special for special in row.special[row.source :]] for row in rows]
     return np.array([any(a and b for a, b in pairwise(one)) for one in own], dtype=np.bool_)
 
 

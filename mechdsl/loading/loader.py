@@ -1073,6 +1073,8 @@ def _check_attention_maps(rule: ResolvedRule, model: LoadedModel) -> Diagnostic 
 def _check_position_ids(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
     """Report E0108 if the model takes no position ids, E0207 for ids beyond its last position."""
     first, last = model.calling.first_position, model.shape.max_positions
+    if model.shape.takes == "attended image":
+        first = 0
     if first is None:
         what = f"`renumber` in a model that computes its own positions, as `{model.name}` does,"
         return NotSupported(span=rule.spec.span, what=what)

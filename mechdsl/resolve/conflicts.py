@@ -683,13 +683,14 @@ def _check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnosti
 def _check_decoder_measures(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0108 for measures of the prompt, which an encoder doesn't predict, and for noise."""
     own, of = experiment.spec, "of an encoder-decoder"
-    if experiment.model.shape.takes == "attended image":
-        of = _WITH_ATTENDING_BLOCKS
+    unread = {"prompt", "own", "activations"}
+    if experiment.model.shape.takes == "attended image":  # its prompts are read by the decoder
+        of, unread = _WITH_ATTENDING_BLOCKS, {"activations"}
     for measure, said in zip(experiment.measures, own.measures, strict=True):
         takes = {atom.form.takes for atom in measure.atoms}
         if said.at is not None and refers_to_reply(said.at, experiment.table):
             takes.discard("own")  # all tokens of a reply are predicted in the decoder
-        if takes & {"prompt", "own", "activations"}:
+        if takes & unread:
             what = f"`{measure.text}` {of}"
             hint = "measure the answer: `logit(answer)` or `logprob(answer)`, or tokens of a reply"
             yield NotSupported(span=measure.expression.span, what=what, later=hint)
@@ -741,7 +742,7 @@ def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnos
         what = f"a change after the prompt {of}"
     else:
         what = f"`{inside[0]}` {of}" if inside and rule.edge is None and not attends else ""
-    hint = _ATTENDED_IMAGE_HINT if attends else VISION_HINT
+    hint = _ATTENDED_IMAGE_HINTS.get(verb, _ATTENDED_IMAGE_HINT) if attends else VISION_HINT
     return NotSupported(span=rule.spec.span, what=what, later=hint) if what else None
 
 
@@ -839,7 +840,7 @@ _WITH_ATTENDED_IMAGES = _IN_VISION | frozenset((
     "observe value", "observe rank", "observe effective_rank", "observe similarity",
     "observe probe", "observe prediction", "path", "observe cka", "observe clusters",
     "observe features", "observe logit_lens", "observe tuned_lens", "observe direct_logit",
-    "observe rank_correlation",
+    "observe rank_correlation", "renumber",
 ))  # fmt: skip
 """Rules and observations in language models whose blocks attend to an image."""
 
@@ -851,11 +852,26 @@ _ATTENDED_IMAGE_HINT = (
     "docs/load-models.md lists what is computed in models whose blocks attend to an image"
 )
 
+_WEIGHT_RULES = ("scale weights", "set weights", "add to weights", "project out of weights")
+
+_UNREAD_GATES = (
+    "gates multiply the outputs of blocks that attend to an image, and edits of weights don't read "
+    "them yet: "
+)
+
+_ATTENDED_IMAGE_HINTS = {
+    "scale weights": f"{_UNREAD_GATES}write `scale z layer 0 head 1 at tokens * by 2`",
+} | dict.fromkeys(
+    _WEIGHT_RULES[1:], f"{_UNREAD_GATES}write `add 2 * d to mlp_out layer 0 at tokens *`"
+)
+"""Rules that aren't computed in a model whose blocks attend to an image → the reason and what to
+write."""
+
 _OTHER_STACK_HINTS = {
     "observe rollout": "it multiplies the patterns of one text, but the decoder also attends to "
     "the encoder: write `observe attention cross …` or `observe attention encoder …`",
 } | dict.fromkeys(
-    ("scale weights", "set weights", "add to weights", "project out of weights"),
+    _WEIGHT_RULES,
     "edits of weights aren't computed in a stack that another one attends to: change what they "
     "write, as in `scale z layer 0 head 1 at last token by 2`",
 )

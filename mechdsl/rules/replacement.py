@@ -535,7 +535,7 @@ def _check_position_ids(
         how = ""
         if has_additive_positions(shape.family, shape.config):
             how = "that adds positions to scores"
-        elif shape.takes != "text":
+        elif shape.takes not in ("text", "attended image"):
             how = "that takes more than a text"
         if how:
             what = f"`renumber` in a model {how}"

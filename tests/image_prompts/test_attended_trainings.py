@@ -349,11 +349,3 @@ def test_line_without_a_meaning_reports_its_reason(line: str) -> None:
     problem = next(each for each in found if each.severity == "error")
     assert problem.code == code
     assert reason in problem.message
-
-
-def test_loss_of_the_prompt_reports_e0108() -> None:
-    rule = "ablate z layer 0 head 1 at last token with zero"
-    _, found = try_text(experiment("e", rule, measure="measure loss as delta"), block=MARKED)
-    problem = next(each for each in found if each.severity == "error")
-    assert problem.code == "E0108"
-    assert "`loss` in a model whose blocks attend to an image" in problem.message

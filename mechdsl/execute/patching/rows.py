@@ -230,8 +230,11 @@ def plan_reads(
         rows.append(np.repeat(member.at, spots))
         positions.append(np.stack(columns, axis=1).reshape(-1))
     if readout.loss is not None:
-        rows.append(np.repeat(member.at, own))
-        positions.append(np.concatenate([np.arange(n) for n in own]))
+        first = np.array([run.rows[prompt].source for prompt in member.rows.prompt])
+        rows.append(np.repeat(member.at, own - first))
+        positions.append(
+            np.concatenate([np.arange(*pair) for pair in zip(first, own, strict=True)])
+        )
     empty = np.zeros(0, dtype=np.int64)
     inside = {
         number: (SiteRead(atom.point.site, atom.point.layer), (member.at, columns[spot]))
@@ -826,7 +829,8 @@ class Patcher:
         if not attends or rows.acting.circuits or rows.held is not None:
             return None
         writes = [*added, *rows.acting.writes]
-        return find_row_copies(self.model, batch, lane, writes, rows.acting.edges)
+        others = rows.acting.edges, rows.acting.numbers
+        return find_row_copies(self.model, batch, lane, writes, *others)
 
     def _settled_circuits(
         self, rows: PassRows, lengths: Ints, *, alone: bool

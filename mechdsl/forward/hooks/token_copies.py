@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.arrays import Bools, Ints
-from mechdsl.forward.hooks.batch import Batch, EdgeWrite, SiteWrite, indices_to_device
+from mechdsl.forward.hooks.batch import (
+    Batch,
+    EdgeWrite,
+    PositionIdWrite,
+    SiteWrite,
+    indices_to_device,
+)
 from mechdsl.forward.hooks.model import IMAGE_TOKENS, LoadedModel
 from mechdsl.forward.hooks.module_exchange import replace_forward
 from mechdsl.models.block import is_transposed
@@ -73,6 +79,7 @@ def find_row_copies(
     lanes: Ints,
     writes: Sequence[SiteWrite],
     edges: Sequence[EdgeWrite],
+    numbers: Sequence[PositionIdWrite] = (),
 ) -> RowCopies:
     """Find the tokens that rows of full forward passes have not changed when a block begins.
 
@@ -80,7 +87,7 @@ def find_row_copies(
         model: A causal model, or one whose blocks attend to images.
         batch: The rows.
         lanes: [row] a number; rows with the same number have the same tokens and the same image.
-        writes, edges: Everything that changes the rows.
+        writes, edges, numbers: Everything that changes the rows.
     """
     count, width = batch.ids.shape
     changed = np.full((model.shape.n_layers + 1, count), width, dtype=np.int64)
@@ -96,6 +103,9 @@ def find_row_copies(
         first = 0 if edge.stack == "vision" else edge.layer
         columns = _list_columns(batch, edge.rows, edge.queries, "q", edge.stack)
         np.minimum.at(changed[first], edge.rows.numpy(), columns)
+    for number in numbers:
+        columns = _list_columns(batch, number.rows, number.positions, "embed", "")
+        np.minimum.at(changed[0], number.rows.numpy(), columns)
     found: list[TokenCopies | None] = []
     _, prompt = np.unique(lanes, return_inverse=True)
     column, row = np.arange(width), np.arange(count)[:, None]
