@@ -206,6 +206,8 @@ def hold_base(found: ExperimentResult, family: str) -> None:
     for measure in found.measures:
         if measure.label != "entropy" or "samples" in str(found.conventions):
             continue
+        if "step" not in found.axes:  # at a position of the reply
+            continue
         for cell, each in enumerate(found.cells):
             for row, (reply, *more) in found.replies.cells[cell].items():
                 step, at = int(str(each.coords["step"])), found.row_ids.index(row)
