@@ -959,9 +959,10 @@ def _provide_pixels(model: LoadedModel, rows: Iterable[RunRow]) -> None:
     """Prepare the images or sounds that an encoder reads, each one once."""
     known = IMAGE_INPUTS.setdefault(model.module, ImageInputs())
     for row in rows:
-        [prompt_picture] = row.pictures.values()
-        known.add(row.ids[0], partial(_prepare_input, prompt_picture.picture))
-        known.find(model, row.ids[0])
+        for placed in row.whole_pictures:
+            token = row.ids[placed.first]
+            known.add(token, partial(_prepare_input, placed.picture.picture))
+            known.find(model, token)
 
 
 def _prepare_input(picture: Picture | Sound | Video, model: LoadedModel) -> dict[str, Tensor]:
@@ -984,7 +985,8 @@ def _prepare_input(picture: Picture | Sound | Video, model: LoadedModel) -> dict
 
 
 def _encode_image(model: LoadedModel, made: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the vectors of an image that blocks attend to, the tiles that it fills, and pixels."""
+    """Return the vectors of an image that blocks attend to, [tokens, d_model], the tiles that it
+    fills, [1, tiles], and pixels, whose first dimension is 1."""
     module: Any = model.module
     own = module.model
     names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
@@ -995,7 +997,7 @@ def _encode_image(model: LoadedModel, made: Mapping[str, Any]) -> dict[str, Tens
         vectors = own.multi_modal_projector(encoded)
     return {
         ATTENDED: vectors.reshape(-1, vectors.shape[-1]).cpu(),
-        TILES: made["aspect_ratio_mask"][0, 0].cpu(),
+        TILES: made["aspect_ratio_mask"][0].cpu(),
         **{name: each[0].cpu() for name, each in given.items()},
     }
 

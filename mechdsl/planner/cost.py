@@ -51,7 +51,13 @@ from mechdsl.planner.rows import (
     iter_basis_fits,
     number_edge_ends,
 )
-from mechdsl.prompts.runs import PromptRun, ReplyPosition, count_worthwhile_copies, share_beginnings
+from mechdsl.prompts.runs import (
+    PromptRun,
+    ReplyPosition,
+    RunRow,
+    count_worthwhile_copies,
+    share_beginnings,
+)
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.conflicts import QUERIES_AND_KEYS
@@ -1161,6 +1167,11 @@ def count_picture_work(
     return tokens, tiles * float(block.whole(np.array([tokens // tiles])).sum())
 
 
+def list_first_tokens(row: RunRow, shape: ModelShape) -> tuple[int, ...]:
+    """Return the first token of each image of a prompt that blocks of the model attend to."""
+    return row.ids[: row.source : shape.attended]
+
+
 def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
     """Return the cost of all prompts of a run, each in a separate pass through `stop` blocks (None:
     all blocks and the logits of one token)."""
@@ -1171,8 +1182,9 @@ def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
     products = int(adds.sum()) * run.draws + logits
     if shape.attended:  # keys and values of an image are computed once
         blocks = shape.n_layers if stop is None else min(stop, shape.n_layers)
-        copies = prompts - len({row.ids[0] for row in run.rows})
-        products -= copies * each.block.image_maps * blocks
+        every = [image for row in run.rows for image in list_first_tokens(row, shape)]
+        copies = np.array((len(every) * run.draws - len({*every})) * shape.attended)
+        products -= int(each.block.image_maps(copies)) * blocks
     return Cost(0, 0, prompts, int(tokens.sum()) * run.draws, products)
 
 
@@ -1209,7 +1221,8 @@ def jacobian_cost(shape: ModelShape, basis: JacobianBasis) -> Cost:
     times = count_numbers(basis.target, shape)
     blocks = last + times * (last - first)
     run = basis.sample.run
-    adds = float((BlockCost.of(shape).whole(run.lengths) * counts).sum()) * blocks
+    each = BlockCost.of(shape).whole(run.lengths, run.sources)
+    adds = float((each * counts).sum()) * blocks
     tokens = int((run.lengths * counts).sum()) * blocks
     spots = int(counts.sum())
     return Cost(0, 0, spots, tokens, adds, backwards=spots * times)
@@ -1388,7 +1401,9 @@ class PanelCount:
         for first in range(0, len(run.rows), size):
             rows = run.rows[first : first + size]
             ids = [row.ids[row.source :] for row in rows]
-            images = np.array([row.ids[0] if attends else 0 for row in rows], dtype=np.int64)
+            shown = [list_first_tokens(row, self.shape) if attends else () for row in rows]
+            numbers = {own: number for number, own in enumerate(dict.fromkeys(shown))}
+            images = np.array([numbers[own] for own in shown], dtype=np.int64)
             owner = share_beginnings(ids, images)
             if owner is not None:
                 own = (owner < 0) | (owner == np.arange(len(ids))[:, None])
@@ -1552,16 +1567,19 @@ class PanelWork:
         shape, block = self.panel.shape, self.panel.block
         tokens, adds = 0, 0.0
 
-        def count(lengths: Ints) -> float:
-            return float(block.whole(lengths + block.image).sum() - block.image_maps * len(lengths))
+        def count(lengths: Ints, sources: Ints) -> float:
+            each = block.whole(lengths + sources, sources) - block.image_maps(sources)
+            return float(each.sum())
 
         for plan, rows in zip(self.panel.plans, self.rows, strict=True):
             equal = count_unchanged_tokens(plan, rows)[-1]
-            first = np.zeros(int(rows.prompt.max(initial=0)) + 1, dtype=np.int64)
+            sources = plan.sources(rows)
+            first, images = np.zeros((2, int(rows.prompt.max(initial=0)) + 1), dtype=np.int64)
             np.maximum.at(first, rows.prompt, equal)
-            first = first[first > 0]
+            np.maximum.at(images, rows.prompt, sources)
+            first, images = first[first > 0], images[first > 0]
             tokens += int(equal.sum() - first.sum()) * plan.draws
-            adds += (count(equal) - count(first)) * plan.draws
+            adds += (count(equal, sources) - count(first, images)) * plan.draws
         return Cost(tokens=tokens * shape.n_layers, multiply_adds=adds * shape.n_layers)
 
     @cached_property

@@ -25,7 +25,7 @@ class BlockCost:
     causal: bool
     """Queries see no later keys."""
     image: int = 0
-    """Number of tokens, before each text, of an image that some blocks attend to."""
+    """Number of tokens of each image that some blocks attend to, before a text."""
     share: float = 0
     """The share of these blocks."""
     encode: int = 0
@@ -50,11 +50,10 @@ class BlockCost:
         """Multiply-adds of a token, without attention's products with keys."""
         return self.project + self.output + self.mlp
 
-    @property
-    def image_maps(self) -> int:
-        """Multiply-adds of the keys and values of an image that some blocks attend to, on average
-        over all blocks."""
-        return int(self.share * self.image * self.encode)
+    def image_maps(self, sources: Ints) -> Ints:
+        """Return the multiply-adds of the keys and values of images that some blocks attend to, on
+        average over all blocks. sources: tokens of the images, in any shape."""
+        return (self.share * self.encode * sources).astype(np.int64)
 
     def saved_by_copy(self, *, experts: bool) -> float:
         """Multiply-adds of a token that equals one of another prompt, whose linear maps are shared,
@@ -70,15 +69,21 @@ class BlockCost:
         """Count the pairs of a query and a key that it sees, in prompts of these lengths."""
         return lengths * (lengths + 1) // 2 if self.causal else lengths**2
 
-    def whole(self, lengths: Ints) -> Ints:
-        """Count all tokens of a prompt in one block, on average if some blocks attend to an image
-        in place of earlier tokens. Shape [row]."""
-        own = lengths - self.image
+    def whole(self, lengths: Ints, sources: Ints | None = None) -> Ints:
+        """Count all tokens of a prompt in one block, on average if some blocks attend to images in
+        place of earlier tokens. Shape [row].
+
+        Args:
+            lengths: Tokens of each prompt.
+            sources: Of these, the tokens of images that blocks attend to; None for one image.
+        """
+        if not self.image:
+            return lengths * self.token + self.pairs(lengths) * self.key
+        images = np.full_like(lengths, self.image) if sources is None else sources
+        own = lengths - images
         pairs = self.pairs(own)
         found = own * self.token + pairs * self.key
-        if not self.image:
-            return found
-        more = (self.image - own) * self.encode + (own * self.image - pairs) * self.key
+        more = (images - own) * self.encode + (own * images - pairs) * self.key
         return found + (self.share * more).astype(np.int64)
 
     def of_work(self, work: BlockWork, lengths: Ints, counts: Ints) -> tuple[int, int]:
@@ -229,7 +234,7 @@ class PassCost:
         """
         blocks = self.n_layers if stop is None else min(stop, self.n_layers)
         if self.cross is None:
-            return lengths * blocks, self.block.whole(lengths) * blocks
+            return lengths * blocks, self.block.whole(lengths, sources) * blocks
         own = lengths - sources
         each = self.block.whole(own) + self._attend(own, own * sources, sources)
         tokens = sources * self.cross.blocks + own * blocks
@@ -243,7 +248,7 @@ class PassCost:
         """
         if self.cross is None:
             tokens, adds = self.whole(lengths, sources)
-            return tokens, adds - self.block.image_maps * self.n_layers
+            return tokens, adds - self.block.image_maps(sources) * self.n_layers
         (tokens, adds), (fewer, encoder) = (self.whole(lengths, sources, n) for n in (None, 0))
         return tokens - fewer, adds - encoder + sources * self.cross.exit
 
@@ -276,7 +281,8 @@ class PassCost:
         later, source = np.arange(1, steps + 1, dtype=np.int64), sources[:, None]
         own = lengths[:, None] - source + later
         if self.cross is None:  # blocks attend to an image, which `lengths` include
-            each = self.block.whole(own + source) - self.block.image_maps
+            maps = self.block.image_maps(source)
+            each = self.block.whole(own + source, np.broadcast_to(source, own.shape)) - maps
         else:
             each = self.block.whole(own) + self._attend(own, own * source, source)
         return int(own.sum()) * self.n_layers, float(each.sum()) * self.n_layers

@@ -753,9 +753,7 @@ def test_estimates_at_queries_need_only_the_config_of_a_model(tmp_path: Path) ->
 
 
 ZERO = "ablate v cross layer 1 heads * at photo tokens with zero"
-TWO = 'image more = "{other}"\n  template "{photo} {more} how'
 ERRORS = {
-    (ZERO, 'template "{photo} how', TWO): "E0459",
     ("ablate resid_post layer 0 at photo row 1 col 1 token with zero", "", ""): "E0316",
     ("patch z cross layer 1 head 0 at photo tokens", "", ""): "E0316",
     ("patch v cross layer 0 heads * at photo row 1 col 1 token", "", ""): "E0414",
@@ -809,8 +807,9 @@ def test_layout_of_huge_tiles_is_rejected_before_they_are_counted(sizes: dict[st
 def test_conventions_name_the_image_token_and_full_forward_passes() -> None:
     [found] = run_text(experiment("e", ZERO))
     assert found.conventions["image"] == (
-        "blocks of `cross` attend to it, from `<|image|>` and later tokens; earlier tokens attend "
-        "to all tiles of all images, also to tiles that an image doesn't fill"
+        "blocks of `cross` attend to it, from its `<|image|>` up to the next image; tokens before "
+        "the first image attend to all tiles of all images, also to tiles that an image doesn't "
+        "fill"
     )
     assert "a full forward pass" in found.conventions["planner"]
 

@@ -220,6 +220,29 @@ def test_image_alone_and_in_groups_in_one_file_equals_the_bare_model(mode: str) 
         np.testing.assert_allclose(own, patched, atol=1e-4)
 
 
+def test_prompts_of_one_to_three_images_in_one_block_equal_the_bare_model() -> None:
+    """The same image has both forms in one batch of prompts."""
+    templates = ", ".join(
+        f'"{TEXTS[block].replace("<image>", "{}").format(*names, words="{words}")}"'
+        for block, names in (("single", ["{one}"]), ("three", ["{one}", "{two}", "{one}"]))
+    )
+    block = f"prompts mixed {{\n  template in [{templates}]\n{VALUES}}}\n"
+    rule = "ablate resid_post layer 0 at last token with zero"
+    text = of_block("mixed", "e", rule)
+    whole = f'mech 1\nmodel m = local("handed over")\n{block}\n{text}'
+    source = Source(whole, folder() / "f.mech")
+    [found] = succeeded(*run_on(source, {"m": loaded(NAME)}, MODES["planned"])).values()
+    measure = found.measures[0]
+    rows = [(n, name) for name in ("single", "three") for n in ALL]
+    base = [difference(bare(NAME).run(inputs(n, block=name))) for n, name in rows]
+    np.testing.assert_allclose(measure.base[0], base, atol=1e-4)
+    patched = [
+        difference(bare(NAME).run(inputs(n, block=name), blocks={0: at([-1], zero(n))}))
+        for n, name in rows
+    ]
+    np.testing.assert_allclose(measure.patched[0], patched, atol=1e-4)
+
+
 def test_image_written_twice_next_to_another_equals_hooks() -> None:
     positions: dict[str, Callable[[int], list[int]]] = {
         "one tokens": lambda n: every(n, 0, "three") + every(n, 2, "three"),

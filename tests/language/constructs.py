@@ -3566,7 +3566,8 @@ _in_prompt(
     "patch v cross layer 13 heads * at photo tokens",
     "Some blocks of Llama 3.2 Vision attend to an image instead of earlier tokens. `k cross` and "
     "`v cross` of these blocks, and sites of `vision`, are at its patches, and other sites at "
-    "tokens of the text. Prompts contain one image.",
+    "tokens of the text. With several images in a prompt, text attends to the last one before it "
+    "(`tests/image_prompts/test_several_attended_images.py`).",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?" '
     "corrupt hidden { mask photo }",
     test="test_attended_images.py",

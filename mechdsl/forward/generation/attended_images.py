@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,17 +17,18 @@ from mechdsl.forward.hooks.model import (
     TILES,
     LoadedModel,
     build_image_arguments,
+    hide_missing_images,
     map_images_once,
 )
 
 
 @dataclass(frozen=True, eq=False)
 class AttendedImages:
-    """The images of some prompts, which every pass over tokens of these rows attends to."""
+    """The images of some prompts, which passes over tokens of these rows attend to."""
 
     model: LoadedModel
     prompts: Batch
-    """[row] whole prompts, whose encoder reads an image."""
+    """[row] whole prompts, whose encoder reads images."""
 
     @property
     def encoder(self) -> Batch:
@@ -53,9 +54,13 @@ class AttendedImages:
         own = seen[:, first : first + count] if first < width else seen[:, -1:]
         return found | {"cross_attention_mask": own}
 
-    def shared_maps(self) -> AbstractContextManager[None]:
-        """Compute the keys and values of each image once for all passes."""
-        return map_images_once(self.model, self.prompts, self._arguments)
+    @contextmanager
+    def opened(self) -> Generator[None]:
+        """Compute the keys and values of each image once for all passes, and let no token attend
+        to images that its prompt doesn't have, while the context is open."""
+        once = map_images_once(self.model, self.prompts, self._arguments)
+        with once, hide_missing_images(self.model, self.prompts):
+            yield
 
 
 def list_image_layers(model: LoadedModel) -> tuple[int, ...]:
@@ -104,7 +109,7 @@ def add_trial_images(model: LoadedModel, batch: Batch, first: int) -> Batch:
     which = (first + torch.arange(len(batch), device=device)) % 2
     extra: dict[str, Any] = {
         ATTENDED: vectors[which],
-        TILES: torch.ones(len(batch), shape.tiles, dtype=torch.long, device=device),
+        TILES: torch.ones(len(batch), 1, shape.tiles, dtype=torch.long, device=device),
     }
     moved = batch.after(Batch.grid(len(batch), shape.attended, device))
     return moved.with_inputs(extra, **moved.frames)

@@ -334,8 +334,7 @@ def _call_model(model: LoadedModel, tokens: NewTokens, kept: KeyValueCache) -> A
     assert argument is not None
     given = tokens.inputs(model)
     kept.holds_earlier = tokens.count == 1 or "token_type_ids" not in given
-    shared = nullcontext() if tokens.images is None else tokens.images.shared_maps()
-    with shared:
+    with nullcontext() if tokens.images is None else tokens.images.opened():
         return model.module(**given, **{argument: kept}, use_cache=True)
 
 

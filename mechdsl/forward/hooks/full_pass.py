@@ -60,6 +60,7 @@ from mechdsl.forward.hooks.hook_points import (
 from mechdsl.forward.hooks.model import (
     Derivatives,
     LoadedModel,
+    VisionColumns,
     call_with_batch,
     narrow_unembedding,
     reads_pixels,
@@ -832,8 +833,11 @@ class SiteHooks:
 
     def is_patched(self, stack: str) -> bool:
         """Return whether attention of a stack may run tile by tile, in a vision encoder. If blocks
-        attend to an image, all of its tiles attend to each other."""
-        return stack == "vision" and self.model.shape.takes != "attended image"
+        attend to images, all tiles of an image attend to each other."""
+        if stack != "vision" or self.model.shape.takes != "attended image":
+            return stack == "vision"
+        assert isinstance(self.frame, Batch)
+        return self.frame.of_stack(stack).key_width > VisionColumns.of(self.model.shape).count
 
     def _add_site(self, where: SiteRead, places: list[PlacedWrite], read: bool) -> None:
         reads = [where] if read else []

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from mechdsl.base.arrays import Ints
@@ -243,7 +244,8 @@ def build_batch(
     if "vision" not in model.others:
         return batch
     columns = VisionColumns.of(model.shape)
-    vision = Batch.grid(len(batch), columns.count, model.device)
+    images = source.ids.shape[1] // model.shape.attended
+    vision = Batch.grid(len(batch), images * columns.count, model.device)
     vision = replace(vision, tiles=(columns.tokens, columns.padded))
     return batch.with_inputs(batch.extra, **batch.frames, vision=vision)
 
@@ -261,7 +263,7 @@ class VisionColumns:
     padded: int
     """Columns of a tile."""
     count: int
-    """Columns of all tiles."""
+    """Columns of all tiles of an image."""
 
     @staticmethod
     def of(shape: ModelShape) -> VisionColumns:
@@ -297,7 +299,8 @@ def call_with_batch(model: LoadedModel, batch: Batch) -> Tensor:
     """
     arguments = build_arguments(model, batch)
     blocks = _find_vision_blocks(model) if batch.extra else ()
-    with exchange_blocks(model, blocks), map_images_once(model, batch, arguments):
+    once, hidden = map_images_once(model, batch, arguments), hide_missing_images(model, batch)
+    with exchange_blocks(model, blocks), once, hidden:
         return call_model(model, arguments)
 
 
@@ -587,17 +590,36 @@ def _encode(model: LoadedModel, token: int) -> dict[str, Tensor]:
         return {ENCODED: module.get_encoder().forward(**inputs).last_hidden_state[0].cpu()}
 
 
-def _find_inputs(model: LoadedModel, ids: Tensor, *, encoded: bool = True) -> dict[str, Any]:
-    """Return the inputs [B, …] for the images whose tokens [B, T] an encoder reads.
+def list_images(model: LoadedModel, source: Batch) -> list[tuple[int, ...]]:
+    """Return the first token of each image that an encoder reads, by prompt."""
+    each = model.shape.attended or source.ids.shape[1]
+    pairs = zip(source.ids.tolist(), source.lengths.tolist(), strict=True)
+    return [tuple(ids[:count:each]) for ids, count in pairs]
 
-    encoded: whether to prefer vectors that were computed before to pixels.
+
+def _find_inputs(model: LoadedModel, source: Batch, *, encoded: bool = True) -> dict[str, Any]:
+    """Return the inputs [B, …] for the images or sounds that an encoder reads.
+
+    Blocks that attend to images need all of a prompt, one after the other. Prompts with fewer of
+    them than others have images of zeros without tiles.
+
+    Args:
+        model: The model.
+        source: The tokens of the images.
+        encoded: Whether to prefer vectors that were computed before to pixels.
     """
     known = IMAGE_INPUTS[model.module]
-    found = [known.find(model, token) for token in ids[:, 0].tolist()]
-    names = [name for name in found[0] if name == TILES or (name == ATTENDED) == encoded]
-    if ATTENDED not in found[0]:
-        names = list(found[0])
-    return {name: torch.stack([own[name] for own in found]).to(model.device) for name in names}
+    found = [[known.find(model, each) for each in own] for own in list_images(model, source)]
+    first = found[0][0]
+    names = [name for name in first if name == TILES or (name == ATTENDED) == encoded]
+    if ATTENDED not in first:
+        return {
+            name: torch.stack([own[name] for [own] in found]).to(model.device) for name in first
+        }
+    joined = {name: [torch.cat([each[name] for each in own]) for own in found] for name in names}
+    return {
+        name: pad_sequence(own, batch_first=True).to(model.device) for name, own in joined.items()
+    }
 
 
 def _open_vision(model: LoadedModel, batch: Batch) -> Batch:
@@ -607,8 +629,7 @@ def _open_vision(model: LoadedModel, batch: Batch) -> Batch:
         return batch
     if batch.extra:
         return without_vectors(batch)
-    ids = batch.of_stack("encoder").ids
-    return replace(batch, extra=_find_inputs(model, ids, encoded=False))
+    return replace(batch, extra=_find_inputs(model, batch.of_stack("encoder"), encoded=False))
 
 
 def reads_pixels(frame: TokenFrame) -> bool:
@@ -622,19 +643,29 @@ def build_image_arguments(model: LoadedModel, batch: Batch) -> dict[str, Any]:
     Returns:
         The vectors or pixels of images, and the tiles that each token [B, T] attends to.
     """
-    given = dict(batch.extra) or _find_inputs(model, batch.of_stack("encoder").ids)
+    given = dict(batch.extra) or _find_inputs(model, batch.of_stack("encoder"))
     return _attend_to_image(model, batch.ids, given)
 
 
 def _attend_to_image(model: LoadedModel, ids: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the vectors or pixels of images, and the tiles that each token [B, T] attends to.
 
-    Tokens attend to the image from its token on; without one, all tokens do.
+    Tokens attend to an image from its token to the next image, and to all images whose tokens
+    follow each other; without a token of an image, all tokens attend to it.
     """
     module: Any = model.module
-    seen = (ids == module.config.image_token_index).cumsum(1) > 0
-    seen |= ~seen.any(1, keepdim=True)
-    mask = seen.long()[:, :, None, None] * given[TILES][:, None, None]
+    tiles: Tensor = given[TILES]  # [B, images, tiles]
+    is_image = ids == module.config.image_token_index
+    # Images whose tokens follow each other have one number. It doesn't matter that columns wrap.
+    group = (is_image & ~is_image.roll(1, 1)).cumsum(1)
+    mask = tiles.new_zeros(*ids.shape, *tiles.shape[1:])
+    count = is_image.cumsum(1)
+    for number in range(tiles.shape[1]):
+        own = is_image & (count == number + 1)
+        its_group = (group * own).sum(1, keepdim=True)
+        seen = (count > number) & (group == its_group)
+        mask[:, :, number] = seen[..., None] * tiles[:, None, number]
+    mask += ~is_image.any(1)[:, None, None, None] * tiles[:, None]
     if ATTENDED in given:
         return {ATTENDED: given[ATTENDED], "cross_attention_mask": mask}
     pixels = {name: each for name, each in given.items() if name != TILES}
@@ -665,13 +696,16 @@ def map_images_once(
     if any("forward" in vars(each) for each in modules.values()):  # it computes something else
         yield
         return
-    tokens: list[int] = batch.of_stack("encoder").ids[:, 0].tolist()
-    distinct = {token: row for row, token in reversed([*enumerate(tokens)])}
+    images = list_images(model, batch.of_stack("encoder"))
+    each = model.shape.attended
+    distinct = {
+        token: (row, number) for row, own in enumerate(images) for number, token in enumerate(own)
+    }
     forwards = {path: each.forward for path, each in modules.items()}
 
-    def compute(row: int) -> dict[str, Tensor]:
+    def compute(row: int, number: int) -> dict[str, Tensor]:
         with torch.inference_mode(False), torch.no_grad():
-            one = states[row : row + 1].clone()
+            one = states[row : row + 1, number * each : (number + 1) * each].clone()
             return {path: forward(one)[0] for path, forward in forwards.items()}
 
     known = ATTENDED_MAPS.get(model.module)
@@ -681,15 +715,16 @@ def map_images_once(
     # Blocks may have the weights of other blocks in a pass.
     weights = tuple(id(own) for each in modules.values() for own in each.parameters())
     found = {
-        token: known.find((token, weights), partial(compute, row))
-        for token, row in distinct.items()
+        token: known.find((token, weights), partial(compute, *place))
+        for token, place in distinct.items()
     }
 
     def share(path: str) -> Callable[[Tensor], Tensor]:
         def forward(given: Tensor) -> Tensor:
             if given.data_ptr() != states.data_ptr() or given.shape[1:] != states.shape[1:]:
                 return forwards[path](given)
-            return torch.stack([found[token][path] for token in tokens[: len(given)]])
+            every = [torch.cat([found[token][path] for token in own]) for own in images]
+            return pad_sequence(every, batch_first=True)[: len(given)]
 
         return forward
 
@@ -697,6 +732,38 @@ def map_images_once(
         for path, module in modules.items():
             stack.enter_context(replace_forward(module, share(path)))
         yield
+
+
+@contextmanager
+def hide_missing_images(model: LoadedModel, batch: Batch) -> Generator[None]:
+    """Hide the images that prompts with fewer of them than others of the batch don't have, while
+    the context is open.
+
+    The library's mask hides them from all tokens except those before the first image, which attend
+    to everything.
+    """
+    lengths = None
+    if model.shape.takes == "attended image" and "encoder" in batch.frames:
+        lengths = batch.of_stack("encoder").lengths
+    if lengths is None or bool((lengths == lengths.max()).all()):
+        yield
+        return
+    missing = torch.arange(int(lengths.max())) >= lengths[:, None]
+
+    def hide(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask: Tensor = kwargs["cross_attention_mask"]
+        where = missing.to(mask.device)[:, None, None]
+        hidden = mask.masked_fill(where, torch.finfo(mask.dtype).min)
+        return args, {**kwargs, "cross_attention_mask": hidden}
+
+    module: Any = model.module
+    handle = module.model.language_model.register_forward_pre_hook(hide, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 ENCODED = "encoder_outputs"
@@ -722,7 +789,7 @@ def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Any]:
             elif model.shape.takes == "two texts":
                 given = {"input_ids": encoder.ids}
             elif not given:
-                given = _find_inputs(model, encoder.ids)
+                given = _find_inputs(model, encoder)
             if model.shape.takes == "two texts":
                 given["attention_mask"] = encoder.mask
             return given | {"decoder_input_ids": ids, "decoder_attention_mask": mask}

@@ -20,7 +20,7 @@ from mechdsl.forward.hooks.batch import (
     SiteWrite,
     indices_to_device,
 )
-from mechdsl.forward.hooks.model import IMAGE_TOKENS, LoadedModel
+from mechdsl.forward.hooks.model import IMAGE_TOKENS, LoadedModel, list_images
 from mechdsl.forward.hooks.module_exchange import replace_forward
 from mechdsl.models.block import is_transposed
 from mechdsl.prompts.runs import count_worthwhile_copies, share_beginnings
@@ -187,7 +187,7 @@ def find_batch_copies(
 ) -> TokenCopies | None:
     """Find the tokens of a batch whose prompts begin alike; None if they aren't shared.
 
-    If blocks attend to images, the prompts must also have the same image.
+    If blocks attend to images, the prompts must also have the same images.
 
     Args:
         model: The model.
@@ -199,7 +199,9 @@ def find_batch_copies(
     if model.shape.takes == "attended image":
         counts = batch.of_stack("encoder").lengths.cpu()
         starts = starts + counts
-        groups = np.array([ids[0] for ids in prompts], np.int64)  # each image has separate tokens
+        images = list_images(model, batch.of_stack("encoder"))  # each has separate tokens
+        numbers = {own: number for number, own in enumerate(dict.fromkeys(images))}
+        groups = np.array([numbers[own] for own in images], np.int64)
         pairs = zip(prompts, counts.tolist(), strict=True)
         prompts = [ids[count:] for ids, count in pairs]
     groups = np.where(noised, -1 - np.arange(len(prompts)), groups)

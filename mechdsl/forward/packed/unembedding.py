@@ -162,7 +162,7 @@ class ModelUnembedding:
         if not model.shape.encodes_apart:
             return own
         if model.shape.takes == "attended image":
-            tiles = torch.ones(1, model.shape.tiles, dtype=torch.long, device=model.device)
+            tiles = torch.ones(1, 1, model.shape.tiles, dtype=torch.long, device=model.device)
             size = 1, model.shape.attended, model.shape.d_model
             image = torch.zeros(size, dtype=model.dtype, device=model.device)
             return replace(own, extra={ATTENDED: image, TILES: tiles})

@@ -96,7 +96,7 @@ class MllamaWithImages(Family):
         mask = [1] * filled + [0] * (tiles - filled)
         return {
             ATTENDED: (1, tiles * patches, width),
-            TILES: [mask],
+            TILES: [[mask]],
             "pixel_values": (1, 1, tiles, vision["num_channels"], side, side),
             "aspect_ratio_ids": [[largest + 1]],
             "aspect_ratio_mask": [[mask]],

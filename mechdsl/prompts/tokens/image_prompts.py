@@ -377,8 +377,9 @@ class ImagePromptTokenizer(TextTokenizer):
         if self.layout.attended:
             token = quote(self.token_text(self.image_id))
             out["image"] = (
-                f"blocks of `cross` attend to it, from {token} and later tokens; earlier tokens "
-                "attend to all tiles of all images, also to tiles that an image doesn't fill"
+                f"blocks of `cross` attend to it, from its {token} up to the next image; tokens "
+                "before the first image attend to all tiles of all images, also to tiles that an "
+                "image doesn't fill"
             )
         if self.bos_after_images is not None and not self.written:
             bos = quote(self.token_text(self.bos_after_images))
@@ -778,42 +779,51 @@ class ImagePromptTokenizer(TextTokenizer):
     def _with_image(
         self, text: str, markers: Sequence[Match[str]], *, add_special: bool
     ) -> EncodedText:
-        """Return the tokens of a text and of its image, if it has one, which precede it.
+        """Return the tokens of a text and of its images, if it has any, which precede it.
 
         As the processor does, it writes a beginning-of-sequence token into texts without one: after
-        the token that stands for the image if they begin with it, otherwise in front.
-
-        Raises:
-            UnsupportedProcessor: The text has several images.
+        the tokens that stand for images if they begin with them, otherwise in front.
         """
         if not markers:
             return super()._raw([text], add_special)[0]
-        if len(markers) > 1:
-            unfit = UnsupportedProcessor("prompts of several images aren't supported for it")
-            unfit.hint = "write one image in the template"
-            raise unfit
-        [marker] = markers
         token, bos = self.image_text.written, self._written_bos
-        before, after = text[: marker.start()], text[marker.end() :]
         if not (add_special or self.written) or self.bos is False or bos in text:
             bos = ""
-        shift = 0 if not before else len(bos)
-        plain = f"{bos}{before}{token}{after}" if before else f"{token}{bos}{after}"
-        [encoded] = super()._raw([plain], add_special)
-        self._places(encoded, [self.image_text.token_range(marker.start() + shift)])
-        # The beginning-of-sequence token counts as a part of the image's text, without characters.
-        around = _MarkerOffsets(markers, [len(token) + (len(bos) if not before else 0)])
+        leading = 0  # number of images that the text begins with, without anything between
+        while leading < len(markers) and markers[leading].start() == (
+            markers[leading - 1].end() if leading else 0
+        ):
+            leading += 1
+        lengths = [len(token)] * len(markers)
+        shift = len(bos)
+        if leading:  # the token counts as a part of the last one's text, without characters
+            lengths[leading - 1] += len(bos)
+            shift = 0
+        plain = "" if leading else bos
+        end = 0
+        for number, marker in enumerate(markers, 1):
+            plain += text[end : marker.start()] + token + (bos if number == leading else "")
+            end = marker.end()
+        [encoded] = super()._raw([plain + text[end:]], add_special)
+        around = _MarkerOffsets(markers, lengths)
+        self._places(
+            encoded, [self.image_text.token_range(start + shift) for start in around.starts]
+        )
         kept = [
             None if special or end <= shift else around.of(start - shift, end - shift)
             for (start, end), special in zip(encoded.offsets, encoded.special, strict=True)
         ]
         ids, special = encoded.ids, tuple(each is None for each in kept)
         offsets = tuple(each or (0, 0) for each in kept)
-        expansion = self.expansion(marker_extent(marker))
-        vectors = self.vector_tokens(marker[0], expansion)
-        count = len(vectors)
-        image = EncodedText(vectors, (marker.span(),) * count, (False,) * count)
-        return _after_image(image, EncodedText(ids, offsets, special))
+        text_only = EncodedText(ids, offsets, special)
+        vectors: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for marker in markers:
+            own = self.vector_tokens(marker[0], self.expansion(marker_extent(marker)))
+            vectors += own
+            spans += [marker.span()] * len(own)
+        images = EncodedText(tuple(vectors), tuple(spans), (False,) * len(vectors))
+        return _after_image(images, text_only)
 
     def _expanded(
         self, encoded: EncodedText, markers: Sequence[Match[str]], bos: int | None = None
@@ -917,7 +927,7 @@ def _cut(encoded: EncodedText, part: slice) -> EncodedText:
 
 
 def _after_image(image: EncodedText, text: EncodedText) -> EncodedText:
-    """Return the tokens of an image, which the source consists of, and of the text after them."""
+    """Return the tokens of images, which the source consists of, and of the text after them."""
     return EncodedText(
         image.ids + text.ids,
         image.offsets + text.offsets,
