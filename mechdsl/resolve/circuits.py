@@ -99,6 +99,10 @@ STACK_SENDERS = "`L0H1`, `L0.mlp`, `z cross layer 0 head 1` or `mlp_out encoder 
 
 STACK_RECEIVERS = "`L1H0.q`, `logits`, `q cross layer 1 head 0` or `v cross layer 1 head 0`"
 
+_VISION_EDGES_HINT = (
+    "patch the edge: `path z vision layer 0 head 1 -> q vision layer 1 head 0 at photo tokens`"
+)
+
 _SENDERS = {
     "embed": "resid_pre",
     "z": "z",
@@ -1230,6 +1234,10 @@ def _resolve_edge(
     edge: ast.SiteMap, parts: _CircuitParts, work: ExperimentContext
 ) -> list[CircuitEdge]:
     """Resolve `A -> B` to the edges between these components; E0335 if the model has none."""
+    if _is_in_vision(edge, work):
+        what = "an edge of the vision encoder of prompts in a `circuit`"
+        work.diagnostics.append(NotSupported(span=edge.span, what=what, later=_VISION_EDGES_HINT))
+        return []
     senders = _resolve_nodes(edge.source, "start", parts, work)
     receivers = _resolve_nodes(edge.target, "end", parts, work)
     shape = work.sites.shape
@@ -1256,6 +1264,16 @@ def _resolve_edge(
         if problem not in work.diagnostics:
             work.diagnostics.append(problem)
     return found
+
+
+def _is_in_vision(edge: ast.SiteMap, work: ExperimentContext) -> bool:
+    """Return whether an end of an edge, or a site of a group there, is in the vision encoder of
+    prompts."""
+    ends = (edge.source, edge.target)
+    groups = [work.program.groups.get(end.bare.id) for end in ends if end.bare is not None]
+    sites = [*ends, *(site for group in groups if group is not None for site in group.sites)]
+    named = any(name.id == "vision" for site in sites for name in site.names)
+    return named and "vision" in work.sites.shape.others
 
 
 def _explain_no_edge(sender: SitePoint, receiver: SitePoint) -> str:

@@ -300,11 +300,11 @@ _file(
     "such a path leads through keys or values that later tokens read. Biases that are added after "
     "heads belong to no sender, except in layers with features of attention. "
     "Each row is a full forward pass. Not in a `run`, with `generate` "
-    "or together with a second circuit (E0108), nor in image classifiers (E0108). If norms follow "
-    "attention, as in Gemma 2, or the sums of the stream, as in BERT, a receiver reads the stream "
-    "that is "
-    "recomputed from the outputs of components through these norms. In classifiers of texts, "
-    "`logits` reads the end of the stream through the classification head.",
+    "or together with a second circuit (E0108). If norms follow attention, as in Gemma 2, or the "
+    "sums of the stream, as in BERT, a receiver reads the stream that is recomputed from the "
+    "outputs of components through these norms. In classifiers and vision transformers, `logits` "
+    "reads the end of the stream, of all tokens, through the head of the model. Edges of the "
+    "vision encoder of prompts are E0108; `path` patches them.",
     "tests/rules/test_ablated_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997",
 )

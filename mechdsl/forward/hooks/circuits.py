@@ -110,8 +110,9 @@ def explain_no_circuits(model: LoadedModel) -> str:
     if "cross" in model.others and "encoder" not in model.others:
         return "its blocks also attend to an image"
     anatomy, shape = model.anatomy, model.shape
-    of_text = shape.task != "tokens" and shape.takes != "image"
-    headed = of_text and (has_normed_sums(model) or anatomy.final_norm is not None)
+    headed = shape.takes == "image" or (
+        shape.task != "tokens" and (has_normed_sums(model) or anatomy.final_norm is not None)
+    )
     if "logits" not in shape.sites or (anatomy.unembedding is None and not headed):
         return "its output isn't computed from the residual stream by an unembedding"
     stacks = ("encoder", "") if "cross" in model.others else ("",)
@@ -532,6 +533,9 @@ class CircuitHooks(ABC):
             if each.output_norm or (each.sum_norm and each.senders.site == "z")
         }
         self._norms_follow_sums = any(each.sum_norm for each in self._sublayers)
+        self._ends_before_norm = self._norms_follow_sums or "final_norm" not in self._anatomy.taps
+        """Whether the end of the model is the stream after the last block, because no norm of each
+        token follows."""
         self._outputs: list[Tensor] = []
         """[K, d_model]: what entered the first block, then the outputs of sublayers so far; only
         with `_sublayers`."""
@@ -975,8 +979,9 @@ class CircuitHooks(ABC):
         """
         anatomy = self._anatomy
         after = layer is not None and self._mlp_norm(layer) is None
-        path = anatomy.final_norm if layer is None else self._mlp_norm(layer)
-        path = None if self._norms_follow_sums else path
+        path = None if self._norms_follow_sums or layer is None else self._mlp_norm(layer)
+        if layer is None and not self._ends_before_norm:
+            path = anatomy.final_norm
         spot: tuple[str, HookSide, int] = (path or "", "in", 0)
         if path is None:
             tap = self._input_tap(layer)
@@ -994,7 +999,7 @@ class CircuitHooks(ABC):
         """Return the hook point of the input of an MLP, or of the end of the model."""
         if layer is not None:
             return self.model.tap("mlp_norm", layer, self._stack)
-        if self._norms_follow_sums:
+        if self._ends_before_norm:
             return self.model.tap("resid_post", self.model.shape.n_layers - 1)
         return self.model.tap("final_norm", None)
 
@@ -1071,7 +1076,7 @@ class _WriteHooks(CircuitHooks):
         if self._stack:  # the end reads the decoder
             return ()
         where = SiteRead("final_norm")
-        if self._norms_follow_sums:
+        if self._ends_before_norm:
             where = SiteRead("resid_post", self._shape.n_layers - 1, self._stack)
         given = where.site, where.layer, where.stack, write.rows, write.positions
         rows, columns, present = frame.locate(*given)

@@ -853,6 +853,11 @@ HINTS: tuple[Hint, ...] = (
     ),
     Hint(r"^measure\b", r"", "name the effect: `as recovery`, `as delta` or `as raw`", "AS"),
     Hint(
+        r"^discover\b[\s\S]*\bover\b[^=]*$",
+        r"(?:vision|text|encoder|decoder|cross)\b",
+        "name the nodes alone, of all stacks of the circuit: `over heads, mlps`",
+    ),
+    Hint(
         r"\b([a-z]\w*)\s+((?:layers?|heads?|neurons?)\s[^=,]*?)\s*$",
         r"(vision|text|encoder|decoder|cross)\b",
         "write the stack before the axes: `{0} {2} {1}`",
