@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -38,6 +37,7 @@ from mechdsl.forward.packed.activation_cache import ActivationCache, record_acti
 from mechdsl.images.pixels import model_input
 from mechdsl.models.shape import PaddingSide
 from mechdsl.prompts.runs import PromptRun, RunNoise, RunRow
+from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.types import MetricTerm, ResolvedMeasure, SiteLayer
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
@@ -376,26 +376,30 @@ def find_continuation_positions(atom: MetricTerm, lanes: Ints, lengths: Ints) ->
 def compute_prompt_loss(
     atom: MetricTerm, logits: Tensor, batch: Batch, run: PromptRun, lanes: Ints
 ) -> Tensor:
-    """Return [lane]: the loss over the prompts' own tokens, without special ones and continuations.
-
-    The first token of the input is not predicted, and an image's token in a text has no logit.
-    """
+    """Return [lane]: the loss over the prompts' own tokens of text, without special ones, tokens of
+    images and continuations. An image's token in a text has no logit."""
     mask = torch.zeros(batch.mask.shape, dtype=torch.bool)
     for lane, prompt in enumerate(lanes):
         row = run.rows[prompt]
         start = int(batch.starts[lane])
-        own, first = torch.tensor([not special for special in row.special]), row.source + 1
-        mask[lane, start + first : start + len(row.ids)] = own[first:]
+        own = torch.tensor(_predicted(row)[row.source :])
+        mask[lane, start + row.source : start + len(row.ids)] = own
     known = batch.ids < logits.shape[-1]
     ids, mask = batch.ids.where(known, 0), to_device(mask, known.device) & known
     return atom.form.function(logits, ids, mask)
 
 
+def _predicted(row: RunRow) -> list[bool]:
+    """Return [token]: whether it is text that a preceding token of the decoder's predicts."""
+    return [
+        n > row.source and not special and token < IMAGE_TOKEN
+        for n, (token, special) in enumerate(zip(row.ids, row.special, strict=True))
+    ]
+
+
 def has_loss(run: PromptRun, prompts: Ints) -> Bools:
-    """Return [prompt]: whether one of its own tokens follows another, so that a loss exists."""
-    rows = [run.rows[prompt] for prompt in prompts]
-    own = [[not special for special in row.special[row.source :]] for row in rows]
-    return np.array([any(a and b for a, b in pairwise(one)) for one in own], dtype=np.bool_)
+    """Return [prompt]: whether one of its own tokens is predicted, so that a loss exists."""
+    return np.array([any(_predicted(run.rows[prompt])) for prompt in prompts], dtype=np.bool_)
 
 
 def build_noise_writes(

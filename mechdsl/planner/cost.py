@@ -1391,7 +1391,7 @@ class PanelCount:
     def _count_copies(self, run: PromptRun) -> int:
         """Count the tokens that equal those of another prompt in their batch."""
         experiment = self.plans[0].experiment
-        layout = find_image_layout(experiment.model, self.table)
+        layout = find_image_layout(experiment.model.tokenizer, self.table)
         ahead = layout is not None and bool(layout.prefix_end)
         differs = run.derived is not None or run.noise is not None
         attends = self.shape.takes == "attended image"

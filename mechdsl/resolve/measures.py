@@ -33,6 +33,7 @@ from mechdsl.prompts.answers import (
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, ReplyPosition, TextTokens
+from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN, ImagePromptTokenizer
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.class_outputs import (
     check_class,
@@ -57,7 +58,13 @@ from mechdsl.resolve.sites import (
     report_unreadable,
     resolve_site,
 )
-from mechdsl.resolve.types import AxisLabels, ItemNumber, MetricTerm, ResolvedMeasure
+from mechdsl.resolve.types import (
+    AxisLabels,
+    ItemNumber,
+    MetricTerm,
+    ResolvedMeasure,
+    find_image_layout,
+)
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite, walk
 from mechdsl.vocab.metrics import FIRST, LAST, METRICS, MetricArgument, MetricForm, check_pattern
@@ -1053,6 +1060,8 @@ def resolve_measure_positions(
     found = tuple(atoms.values())
     if not _can_be_read(expression, found, at, context):
         return None
+    if not _predicts_tokens(expression, found, places, context):
+        return None
     positions: Mapping[str, tuple[int, ...]] | None = None
     if shape.output_at != "every token" and _of_logits(found):
         if at is not None:
@@ -1108,6 +1117,38 @@ def _can_be_read(
     if unread is not None:
         context.diagnostics.append(unread)
     return unread is None
+
+
+def _predicts_tokens(
+    expression: ast.Expr,
+    atoms: Sequence[MetricTerm],
+    places: Sequence[ReadPosition],
+    context: MeasureContext,
+) -> bool:
+    """Check that a model of prompts with images predicts the tokens whose loss is measured."""
+    takes = {atom.form.takes for atom in atoms} & {"prompt", "own"}
+    written = [place for place in places if place.reply is None]
+    if not takes or not written:
+        return True
+    reader, runs = context.tokenizer, context.table.runs
+    layout = find_image_layout(reader, context.table)
+    image = reader.image_id if layout and isinstance(reader, ImagePromptTokenizer) else None
+    if layout is not None and layout.prefix_end:
+        reason = "each token of these prompts attends to later ones, so none of them is predicted"
+        hint = "measure the answer: `logprob(answer)`"
+    elif "own" in takes and any(
+        runs[run].rows[row].ids[token] >= IMAGE_TOKEN or runs[run].rows[row].ids[token] == image
+        for place in written
+        for run, tokens in place.at.items()
+        for row, token in enumerate(tokens)
+        if row not in place.absent
+    ):
+        reason = "the position includes a token of an image, which the model doesn't predict"
+        hint = "name tokens of text, such as `last token`"
+    else:
+        return True
+    report_unreadable(context, expression.span, reason, hint)
+    return False
 
 
 def _read_alike(expression: ast.Expr, atoms: Sequence[MetricTerm], context: MeasureContext) -> bool:

@@ -1743,16 +1743,15 @@ class ResolvedDirectionFile(Record):
         return iter_fit_models(self.members.values())
 
 
-def find_image_layout(model: ModelContext, table: PromptTable) -> ImageLayout | None:
-    """Return how the model reads the images in its prompts; None without images."""
-    reader = model.tokenizer
+def find_image_layout(reader: TextTokenizer, table: PromptTable) -> ImageLayout | None:
+    """Return how a model with this tokenizer reads the images in its prompts; None without them."""
     seen = any(row.pictures for run in table.runs.values() for row in run.rows)
     return reader.layout if seen and isinstance(reader, ImagePromptTokenizer) else None
 
 
 def mixes_images(model: ModelContext, table: PromptTable) -> bool:
     """Return whether tokens of the prompts' images attend to later tokens of the image."""
-    layout = find_image_layout(model, table)
+    layout = find_image_layout(model.tokenizer, table)
     return layout is not None and layout.mixes
 
 
@@ -1937,7 +1936,7 @@ class ResolvedExperiment(Record):
     def needs_full_passes(self) -> bool:
         """Whether images need full passes: its model adds their vectors after several blocks, or
         its rules are in the vision encoder."""
-        layout = find_image_layout(self.model, self.table)
+        layout = find_image_layout(self.model.tokenizer, self.table)
         return self.in_vision or (layout is not None and layout.several_layers)
 
     @property

@@ -424,7 +424,7 @@ def loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
     Each token is predicted from the preceding tokens. The first token of the text counts only if
     the tokenizer adds a special token before it. This is the loss of the model library, without
-    special tokens after the text.
+    special tokens after the text and tokens of images.
 
     logits: [row, token, vocab], of the whole prompt
     ids: [row, token], the prompt's token ids

@@ -132,6 +132,14 @@ def test_loss_excludes_the_token_of_an_image_within_the_text() -> None:
         np.testing.assert_allclose(found.measures[0].base[0, n], expected, atol=2e-4)
 
 
+def test_loss_of_the_token_of_an_image_within_the_text_is_e0612() -> None:
+    block = BLOCK.replace("{photo} how many {what}", "how many {photo} {what}")
+    rule = "ablate z layer 2 head 0 at last token with zero"
+    text = experiment("e", rule, measure="measure loss at token 2..4 as raw")
+    _, found = try_text(text, block=block)
+    assert [each.code for each in found if each.severity == "error"] == ["E0612"]
+
+
 def test_estimate_of_a_loss_equals_its_derivative_in_the_bare_model() -> None:
     rule = "patch resid_post layer 1 at what tokens using gradient_input"
     [found] = run_text(experiment("e", FROM, rule, measure="measure loss as delta"))

@@ -407,6 +407,65 @@ def test_blocked_attention_in_merged_frames_of_a_video_equals_the_bare_encoder(n
     assert np.abs(np.array(values) - found.measures[0].base[0]).max() > 0.01
 
 
+FRAME_RULES: dict[str, tuple[Sequence[int], Sequence[int], Change]] = {
+    "block attention vision layer 0 from frame 2 tokens to frame 2 row 1 col 1 token": (
+        range(6, 10),
+        [6],
+        blocked,
+    ),
+    "reweight attention vision layer 0 from clip tokens to frame 3 row 1 col 2 token by 50": (
+        [n for n in range(20) if n % 5],
+        [12],
+        multiplied(50),
+    ),
+    "set attention vision layer 0 from frame 1 tokens to frame 1 row 2 col * tokens to 0.03": (
+        range(1, 5),
+        [3, 4],
+        fixed(0.03),
+    ),
+}
+"""Rule → queries and keys among the tokens of four frames, each with a class token before 2 x 2
+patches, and the new weights."""
+
+
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+def test_attention_in_the_encoder_of_frames_equals_the_bare_encoder(mode: str) -> None:
+    """Video-LLaVA, which passes other arguments to the attention of its encoders."""
+    seen = (
+        "observe attention vision layer 1 head * from frame 2 row 1 col 2 token to frame 2 tokens"
+    )
+    patched = "from clean into changed"
+    text = experiment("seen", seen, measure="") + "".join(
+        experiment(f"e{n}", patched, rule) for n, rule in enumerate(FRAME_RULES)
+    )
+    observed, *found = videos.run(text, "video_llava", mode).values()
+    model = videos.bare("video_llava").model
+    first, second = (
+        model.get_submodule(f"model.video_tower.encoder.layers.{layer}.self_attn")
+        for layer in range(2)
+    )
+    values, weights = list[list[float]](), list[list[float]]()
+    for n in ALL:
+        kept = dict[int, Tensor]()
+
+        def keep(start: int, own: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept[start] = own
+            return own
+
+        with attended(second, keep):
+            own = videos.inputs("video_llava", n, videos.record(n)["a"])
+            videos.bare("video_llava").run(own)
+        weights.append(kept[5][:, 2, 1:].sum(-1).tolist())
+        values.append([])
+        for change in FRAME_RULES.values():
+            with attended(first, between(*change)):
+                values[-1].append(videos.changed("video_llava", n))
+    np.testing.assert_allclose(observed.measures[0].patched, np.transpose(weights), atol=1e-5)
+    for rule, each, expected in zip(FRAME_RULES, found, np.transpose(values), strict=True):
+        np.testing.assert_allclose(each.measures[0].patched[0], expected, atol=1e-4, err_msg=rule)
+        assert np.abs(expected - each.measures[0].base[0]).max() > 0.01, rule
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
 def test_blocked_keys_in_another_image_change_nothing(name: str) -> None:

@@ -513,6 +513,30 @@ def test_changed_derivatives_in_the_encoder_equal_modules_with_them(case: tuple[
     assert np.abs(found).max() > 0.05
 
 
+@pytest.mark.slow
+def test_changed_derivatives_in_the_encoder_of_frames_equal_modules_with_them() -> None:
+    """Video-LLaVA, which passes other arguments to the attention of its encoders."""
+    rule = "patch z vision layer * head * at frame 2 tokens"
+    found = videos.run(estimate(rule, "gim"), "video_llava")["e"]
+    model: Any = ruled(copy.deepcopy(videos.bare("video_llava").model).double(), "gim")
+    for path, part in model.named_modules():
+        if "tower" in path:
+            vars(part)["causal_in_reference"] = False
+    for row, place in zip(values_of(found), heads("z", 0, 1), strict=True):
+        path, want = f"model.video_tower.encoder.layers.{place.layer}.self_attn.out_proj", []
+        for n in ALL:
+            runs = (videos.inputs("video_llava", n, videos.record(n)[key]) for key in ("b", "a"))
+            wide = (
+                {k: each.double() if each.is_floating_point() else each for k, each in own.items()}
+                for own in runs
+            )
+            (base, slope), (clean, _) = (slopes_at(model, path, given) for given in wide)
+            here = range(6, 10)  # after the class tokens of two frames and the patches of one
+            want.append(float((changes(place, base, here, place.own(clean)[here]) * slope).sum()))
+        np.testing.assert_allclose(row, want, atol=2e-4, rtol=1e-3)
+    assert np.abs(values_of(found)).max() > 0.05
+
+
 @contextmanager
 def constant(*modules: Any) -> Generator[None]:
     """Let no gradient pass the outputs of modules."""

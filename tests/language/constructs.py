@@ -3462,6 +3462,15 @@ _in_prompt(
     test="test_families.py",
 )
 _in_prompt(
+    "loss of a prompt with an image",
+    "measure loss as raw",
+    "The mean over the prompt's own tokens of text; tokens of images don't count, and `loss at` "
+    "one of them is an error (E0612). The first token of text after an image is predicted from the "
+    "image. In PaliGemma, whose prompts see their later tokens, no prompt has a loss (E0612).",
+    context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
+    test="test_prompt_loss.py",
+)
+_in_prompt(
     "image in a chat",
     'chat { user "{photo} What is this?" }',
     "An image in a turn. If the model's chat template takes lists of texts and images, mechdsl "

@@ -495,7 +495,10 @@ def in_image_prompts(entry: Construct) -> str:
     block = 'images circles { kind in ["circle", "square"] image shapes(n: 1, kind: kind) }'
     run = entry.example.split()[1] if entry.example.startswith("corrupt") else ""
     at, line, rule = "last token", entry.example, ""
-    if line.startswith("patch"):
+    measure = "measure logit(answer) as delta"
+    if line.startswith("measure"):
+        measure, line = line, ""
+    elif line.startswith("patch"):
         run, rule, line = "hidden", line, ""
     elif line.startswith("region"):
         at = f"{line.split()[1]} tokens"
@@ -511,7 +514,7 @@ def in_image_prompts(entry: Construct) -> str:
         "  prompts ask limit 8",
         f"  from clean into {run}" if run else "",
         f"  {rule or f'ablate resid_post layer 1 at {at} with zero'}",
-        "  measure logit(answer) as delta",
+        f"  {measure}",
         "}",
     ]
     return "\n".join(line for line in lines if line) + "\n"

@@ -43,6 +43,8 @@ _IGNORED_ARGUMENTS = frozenset(
         "logits_to_keep",
         "attention_chunk_size",
         "deterministic",  # of flash kernels
+        "vision_feature_layer",  # of Video-LLaVA, which passes them on to its vision encoders
+        "vision_feature_select_strategy",
     }
 )
 """Arguments of attention functions that have no effect with an explicit mask."""

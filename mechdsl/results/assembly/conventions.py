@@ -23,6 +23,7 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan
 from mechdsl.program.spec import CLEAN, Estimator, Generation
 from mechdsl.prompts.insertion import has_inserted_tokens
+from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN, ImagePromptTokenizer
 from mechdsl.resolve.bases import CoordinateChange
 from mechdsl.resolve.class_outputs import describe_pooling
 from mechdsl.resolve.controls import accepts_control
@@ -604,18 +605,31 @@ _PROBABILITY = {
 """Meaning of metrics on the labels of a classifier."""
 
 
+def _counted_tokens(experiment: ResolvedExperiment) -> str:
+    """Describe the tokens of prompts over which `loss` is a mean."""
+    row = experiment.table.runs[experiment.spec.base].rows[0]
+    reader, own = experiment.model.tokenizer, enumerate(zip(row.ids, row.special, strict=True))
+    image = reader.image_id if row.pictures and isinstance(reader, ImagePromptTokenizer) else None
+    text = [
+        n
+        for n, (token, special) in own
+        if n >= row.source and not special and token < IMAGE_TOKEN and token != image
+    ]
+    counted = "except the first, which nothing predicts: no special token precedes it"
+    if text and text[0] > row.source:
+        before = reader.token_text(row.ids[text[0] - 1])
+        counted = f"including the first, which `{before}` predicts"
+    if not row.pictures:
+        return f"mean over the prompt's own tokens {counted}"
+    return f"mean over the prompt's own tokens of text {counted}; tokens of images don't count"
+
+
 def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
     """Describe the targets and positions of metrics, unless their labels include them."""
     found: dict[str, str] = {}
     every = [*experiment.measures, *experiment.keep]
     if any(atom.form.takes == "prompt" for measure in every for atom in measure.atoms):
-        row = experiment.table.runs[experiment.spec.base].rows[0]
-        counted = "except the first, which nothing predicts: no special token precedes it"
-        if row.special[0]:
-            before = row.ids[row.special.index(False) - 1]
-            token = experiment.model.tokenizer.token_text(before)
-            counted = f"including the first, which `{token}` predicts"
-        found["loss"] = f"mean over the prompt's own tokens {counted}"
+        found["loss"] = _counted_tokens(experiment)
     said = [
         said for measure in every for atom in measure.atoms for said in _of_sets(atom, experiment)
     ]
