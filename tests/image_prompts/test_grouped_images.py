@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mechdsl.base.source import Source
@@ -394,3 +396,25 @@ def test_images_next_to_a_video_are_grouped_without_it(images: int) -> None:
             measure = found[f"e{k}"].measures[0]
             np.testing.assert_allclose(measure.base[0, n], difference(own.run(given)), atol=1e-4)
             np.testing.assert_allclose(measure.patched[0, n], difference(logits), atol=1e-4)
+
+
+def test_saved_patches_of_one_of_two_images_equal_the_bare_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = 'save resid_post vision layer 0 of {} at two tokens to "{}/{}.safetensors"'
+    lines = [line.format(run, tmp_path, run) for run in ("clean", "swapped")]
+    rule = "ablate resid_post layer 0 at one tokens with zero"
+    run_text(of_block("pair", "e", "from clean into swapped", rule, *lines))
+    for run in ("clean", "swapped"):
+        saved = load_file(tmp_path / f"{run}.safetensors")
+        order = torch.argsort(saved["row"], stable=True)
+        found = saved["resid_post.vision.layer0"][order].reshape(len(ALL), CELLS, -1)
+        numbers = saved["patch"][order].reshape(len(ALL), CELLS)
+        tokens = saved["token"][order].reshape(len(ALL), CELLS)
+        for n in ALL:
+            given = inputs(n, "" if run == "clean" else run)
+            expected = state("resid_post", 0, given, NAME)[CELLS : 2 * CELLS]
+            np.testing.assert_allclose(found[n], expected, atol=1e-5)
+            assert numbers[n].tolist() == [*range(CELLS)]
+            assert set(tokens[n].tolist()) == {first(n, 1)}

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -450,6 +451,44 @@ def test_replies_and_observations_at_patches_of_frames_equal_hooks() -> None:
         vectors = state("resid_post", 0, given, FRAMES)[frame_patches(3)]
         np.testing.assert_allclose(norms[:, n], vectors.norm(dim=-1), 1e-5)
     assert differ
+
+
+def test_patches_of_videos_of_different_lengths_equal_hooks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks with videos of three and of four frames in one file, with rules, replies and files of
+    saved vectors."""
+    monkeypatch.chdir(tmp_path)
+    file = videos.BLOCK.replace(', "{size}-{a}.png"]', "]")
+    assert file != videos.BLOCK
+    block = videos.BLOCK + file.replace("prompts ask", "prompts short")
+    rule = "scale resid_post vision layer 0 at frame 3 row 3 col * tokens by -9"
+    own = [patch(3, 3, col) for col in range(1, 5)]
+    saved = 'save resid_post vision layer 1 of clean at frame 3 tokens to "{}/{}.safetensors"'
+    text = "".join(
+        experiment(f"e{count}", rule, saved.format(tmp_path, count)).replace(
+            "prompts ask", f"prompts {name}"
+        )
+        for name, count in (("ask", 4), ("short", 3))
+    )
+    found = videos.run(text, FRAMES, block=block)
+    for count in (3, 4):
+        vectors = load_file(tmp_path / f"{count}.safetensors")
+        order = torch.argsort(vectors["row"], stable=True)
+        written = vectors["resid_post.vision.layer1"][order].reshape(len(videos.ALL), 16, -1)
+        measure, effects = found[f"e{count}"].measures[0], list[float]()
+        for n in videos.ALL:
+            given = videos.inputs(FRAMES, n, videos.record(n)["a"], count)
+            with edited(FRAMES, "resid_post", 0, times(own, -9)):
+                value = difference(videos.bare(FRAMES).run(given))
+            np.testing.assert_allclose(measure.patched[0, n], value, atol=1e-4)
+            base = difference(videos.bare(FRAMES).run(given))
+            np.testing.assert_allclose(measure.base[0, n], base, atol=1e-4)
+            effects.append(value - base)
+            inner = state("resid_post", 1, given, FRAMES)[frame_patches(3)]
+            np.testing.assert_allclose(written[n], inner, atol=1e-5)
+        assert np.abs(effects).max() > 0.05
+        assert vectors["patch"][order][:16].tolist() == frame_patches(3)
 
 
 # --- errors ---------------------------------------------------------------------------------------

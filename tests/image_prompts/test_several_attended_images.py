@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -766,3 +767,34 @@ def test_patches_of_the_second_image_equal_those_of_the_image_alone() -> None:
     found = run_text(text)
     second, alone = (found[name].measures[0].patched[0] for name in ("two", "one"))
     np.testing.assert_allclose(second, [alone[other(n)] for n in ALL], rtol=1e-5)
+
+
+def test_saved_vectors_at_one_of_two_images_equal_the_bare_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sites = {"vision": "resid_post vision layer 1", "cross": "v cross layer 1"}
+    lines = [
+        f'save {site} of clean at two row 1 col * tokens to "{tmp_path}/{name}.safetensors"'
+        for name, site in sites.items()
+    ]
+    run_text(
+        of_block("pair", "e", "ablate z cross layer 3 heads * at last token with zero", *lines)
+    )
+    for name in sites:
+        saved = load_file(tmp_path / f"{name}.safetensors")
+        [key] = (each for each in saved if "layer1" in each)
+        order = torch.argsort(saved["row"], stable=True)
+        found, rows = saved[key][order], saved["row"][order]
+        tokens = saved["token"][order]
+        for n in ALL:
+            cols = range(1, 2 * GRIDS[other(n)][1] + 1)
+            spots = [spot(n, 1, 1, col, swapped=False) for col in cols]
+            if name == "vision":
+                own = [encoder.column(other(n), 1, col) for col in cols]
+                expected = encoded(n, "resid_post", 1)[1, own]
+            else:
+                value = state("pair", n, "v cross", 1)
+                expected = value.reshape(-1, value.shape[-1])[spots]
+            np.testing.assert_allclose(found[rows == n].flatten(1), expected, atol=1e-5)
+            assert tokens[rows == n].tolist() == spots
