@@ -79,7 +79,7 @@ def token_conventions(
 def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> dict[str, str]:
     """Describe the images within prompts: their preparation and their tokens."""
     out: dict[str, str] = {}
-    placed = [each for row in rows[:1] for each in row.placed_pictures]
+    placed = [each for row in rows if row.pictures for each in row.placed_pictures]
     videos = {each.video for each in placed}
     for name in dict.fromkeys(each.video or each.name for each in placed):
         every = [each.picture for row in rows for each in row.pictures_of(name)]
@@ -92,8 +92,12 @@ def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> di
         joined = name in videos and tokenizer.reads_videos
         if isinstance(tokenizer, ImagePromptTokenizer) and not joined:
             by = f"prepared by the model's `{tokenizer.processor_name}`"
-            if any(each.picture.grouped for each in every):
-                by += " in the form for several images in a prompt, which differs from that for one"
+            forms = {each.picture.grouped for each in every}
+            if True in forms:
+                where = (
+                    " in the form for several images in a prompt, which differs from that for one"
+                )
+                by += where if len(forms) == 1 else ", in another form in prompts of several images"
             said = f"{by}; {said}"
         if joined:
             said = f"{_joined_frames(name, rows, tokenizer)}; {said}"

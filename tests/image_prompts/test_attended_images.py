@@ -811,6 +811,10 @@ def test_conventions_name_the_image_token_and_full_forward_passes() -> None:
         "the first image attend to all tiles of all images, also to tiles that an image doesn't "
         "fill"
     )
+    assert found.conventions["bos"] == (
+        "`<s>` before the text, or after the tokens of images that it begins with, by the "
+        "model's processor"
+    )
     assert "a full forward pass" in found.conventions["planner"]
 
 

@@ -381,6 +381,18 @@ class ImagePromptTokenizer(TextTokenizer):
                 "before the first image attend to all tiles of all images, also to tiles that an "
                 "image doesn't fill"
             )
+            by = (
+                "the chat template or the model's processor"
+                if self.written
+                else "the model's processor"
+            )
+            if self._written_bos:
+                out["bos"] = (
+                    "none (bos: false)"
+                    if self.bos is False
+                    else f"{quote(self._written_bos)} before the text, or after the tokens of "
+                    f"images that it begins with, by {by}"
+                )
         if self.bos_after_images is not None and not self.written:
             bos = quote(self.token_text(self.bos_after_images))
             by = "the model's processor"
