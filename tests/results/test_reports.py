@@ -706,6 +706,16 @@ def test_zero_width_note_counts_cells_with_equal_rows() -> None:
     raw = finished(replace(result, measures=(replace(data, patched=level, effect="raw"),)))
     assert "1 cell has the same value in all rows" in str(zero_width_note(raw, 0))
     assert zero_width_note(finished(result), 0) is None, "inert cells aren't tested"
+    strata = np.arange(level.shape[1]) % 2
+    level[5] = strata
+    dealt = replace(result, measures=(replace(data, patched=level, effect="raw"),), strata=strata)
+    assert zero_width_note(finished(dealt), 0) == (
+        "1 cell has the same value in all rows that share their evenly dealt values: its interval "
+        "doesn't cover rows with other values"
+    )
+    level[5] = 0.5
+    alike = replace(result, measures=(replace(data, patched=level, effect="raw"),), strata=strata)
+    assert "the same value in all rows: " in str(zero_width_note(finished(alike), 0))
 
 
 @pytest.mark.parametrize(

@@ -495,14 +495,22 @@ def _agreement_text(found: Agreement) -> str:
 def zero_width_note(result: ExperimentResult, measure: int) -> str | None:
     """Count the cells with an interval of zero width, because their rows are equal."""
     data, found = result.measures[measure], result.statistics[measure]
-    count = int(np.count_nonzero((found.low == found.high) & ~data.inert))
+    equal = (found.low == found.high) & ~data.inert
+    count = int(np.count_nonzero(equal))
     if not count:
         return None
     cells, their = ("1 cell has", "its") if count == 1 else (f"{count} cells have", "their")
     what = "value" if data.effect == "raw" else data.effect
+    rows = data.patched if data.effect == "raw" else data.patched - data.base
+    rows = rows[equal]
+    where = "all rows"
+    if (np.nanmax(rows, axis=1) > np.nanmin(rows, axis=1)).any():
+        if result.strata is not None:
+            where = "all rows that share their evenly dealt values"
+        elif result.groups is not None:
+            where = "all groups"
     return (
-        f"{cells} the same {what} in all rows: {their} interval doesn't cover rows with "
-        "other values"
+        f"{cells} the same {what} in {where}: {their} interval doesn't cover rows with other values"
     )
 
 
