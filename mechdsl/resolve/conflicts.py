@@ -329,9 +329,6 @@ def _explain_no_vision_estimate(
 ) -> tuple[str, str] | None:
     """Return why a rule in a vision encoder isn't estimated, and a hint."""
     kind = said.kind
-    if kind.backward is not None and kind.backward.in_attention and shape.resampler_attends:
-        reason = "it doesn't change derivatives of the resampler's attention"
-        return reason, OTHER_ESTIMATOR_HINT
     if rule.edge is not None:
         reason = "gradients of attention weights between patches aren't computed yet"
         return reason, NO_ESTIMATE_HINT
@@ -340,7 +337,7 @@ def _explain_no_vision_estimate(
         return reason, hint
     points = () if rule.sites is None else rule.sites.points.values()
     if kind.fixes_attention and any(_is_query_or_key(p.site) for own in points for p in own):
-        reason = "it recomputes the attention of queries and keys of the language model only"
+        reason = "it recomputes attention of tokens, not of the patches of images"
         return reason, OTHER_ESTIMATOR_HINT
     return None
 
@@ -822,7 +819,7 @@ _IN_VISION = frozenset((
 _IN_VISION_OF_PROMPTS = _IN_VISION | frozenset((
     "observe probe", "observe prediction", "observe similarity", "observe cka", "observe rank",
     "observe effective_rank", "observe clusters", "observe value", "observe features",
-    "replace block", "path",
+    "observe random", "replace block", "path",
 ))  # fmt: skip
 """Rules and observations in vision encoders whose output is inserted into prompts as tokens."""
 
@@ -881,8 +878,8 @@ VISION_HINT = (
     "rules in the vision encoder are `patch`, `ablate`, `add`, `set`, `scale`, `clamp`, `swap`, "
     "`freeze`, `project out`, `project … onto`, `replace block`, `path`, those on attention "
     "between patches, and observations of `norm`, `value`, `similarity`, `cka`, `rank`, "
-    "`effective_rank`, `clusters`, `probe` and `prediction`; others act in the language model, "
-    "such as on `embed` at the tokens of an image"
+    "`effective_rank`, `clusters`, `probe`, `prediction`, `features` and `random`; others act in "
+    "the language model, such as on `embed` at the tokens of an image"
 )
 
 

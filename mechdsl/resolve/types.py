@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from math import isnan, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
@@ -1341,6 +1341,13 @@ class ResolvedRule(Record):
         """Return whether some of its sites are in a stack other than the main one."""
         found = self.sites
         return found is not None and (_are_in(stack, found.points) or _are_in(stack, found.sources))
+
+    @property
+    def only_in_vision(self) -> bool:
+        """Whether it is in the vision encoder of prompts with images, and so are the sites that it
+        compares there."""
+        beside = () if self.beside is None else chain(*self.beside.points.values())
+        return self.in_vision and all(SITES[point.site].stack == "vision" for point in beside)
 
     @property
     def writes_vision(self) -> bool:

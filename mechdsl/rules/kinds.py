@@ -192,9 +192,11 @@ def check_same_side(rule: spec.Rule, every: Sequence[SitePoint], work: Experimen
     by_side = {SITES[point.site].side: point.site for point in every}
     if "image" in by_side:
         what = "a rule on sites in the vision encoder and in the language model"
-        work.diagnostics.append(
-            NotSupported(span=rule.span, what=what, later="write a rule for each of them")
-        )
+        hint = "write a rule for each of them"
+        if rule.observed is not None and rule.receiver is not None:
+            hint = "`cka` compares them, with the site in the vision encoder first, except in "
+            hint += "models that resample patches to tokens or attend to an image"
+        work.diagnostics.append(NotSupported(span=rule.span, what=what, later=hint))
         return False
     work.diagnostics.append(
         StacksDiffer(span=rule.span, source=by_side["source"], target=by_side["target"])

@@ -14,6 +14,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats
+from mechdsl.images.layouts import image_layout
 
 from ..images import prompts_of_images as vlm
 from ..quick import some
@@ -150,14 +151,66 @@ def test_observed_vectors_of_patches_equal_those_of_the_bare_encoder(name: str, 
 
 
 WRONG = {
-    f"observe cka resid_post vision layer 0 with resid_post layer 0 at {TOKEN}": "E0108",
+    f"observe cka resid_post layer 0 with resid_post vision layer 0 at {TOKEN}": "E0108",
+    f"observe similarity z vision layer 0 head 0 with z layer 0 head 0 at {TOKEN}": "E0108",
     "observe rank resid_post vision layer 0 at last token": "E0310",
     f"observe value resid_post vision layer 0 at {TOKEN}": "E0207",
     f"observe logit_lens resid_post vision layer 0 at {TOKEN}": "E0207",
-    f"observe random resid_post vision layer 0 at {TOKEN}": "E0108",
 }
 
 
 @pytest.mark.parametrize(("line", "code"), WRONG.items())
 def test_invalid_line_reports_the_code_before_anything_runs(line: str, code: str) -> None:
     assert {each.code for each in try_line("llava_next", line)} == {code}
+
+
+def in_language(name: str, n: int, more: str) -> Floats:
+    """[width] of a token of an image after the first block of the language model."""
+    path = folder() / f"more-{n}.png"
+    picture = Image.open(path).convert("RGB")
+    marker, end = vlm.FAMILIES[name].marker, vlm.FAMILIES[name].before_end
+    given = bare(name).with_pictures(f"w3 {more} {marker} w1 w3{end}", [picture])
+    sizes = [(picture.height, picture.width)]
+    [layout] = image_layout(bare(name).processor, bare(name).model.config, given, sizes)
+    tiles = [cell for cell in layout.cells if cell.tile != 0] or layout.cells
+    [token] = [cell.position for cell in tiles if (cell.row, cell.col) == (1, 2)]
+    return bare(name).states(given)["blocks"][0][token].double().numpy()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", some(NAMES[:-1], ["gemma3"]))
+def test_cka_of_patches_with_tokens_of_the_language_model_equals_hooks(
+    name: str, mode: str
+) -> None:
+    """Rows with one image and different texts are distinct."""
+    write_images()
+    line = f"observe cka resid_pre vision layer * with resid_post layer 0 at {TOKEN}"
+    [found] = run_text(name, experiment("e", line, measure=""), mode, BLOCK)
+    y = np.stack([in_language(name, n, more) for more in ("w1", "w2 w3") for n in IMAGES])
+    for layer in (0, 1):
+        x = np.tile(vectors(name, Place("resid_pre", layer)), (2, 1))
+        np.testing.assert_allclose(found.measures[0].patched[layer].mean(), cka(x, y), atol=1e-4)
+    assert np.abs(found.measures[0].patched).max() > 0.1
+    assert "the mean over its patches" in found.conventions["observed"]
+
+
+@pytest.mark.parametrize("name", some(NAMES, ["gemma3", "idefics2_wide"]))
+def test_random_numbers_in_the_encoder_depend_on_image_and_position(name: str) -> None:
+    write_images()
+    places = f"{TOKEN}, photo row 1 col 1 token"
+    lines = [f"observe random(2) {site} vision layer * at {places}" for site in ("z", "mlp_out")]
+    text = "".join(experiment(f"e{n}", line, measure="") for n, line in enumerate(lines))
+    first, second = (each.measures[0].patched for each in run_text(name, text, block=BLOCK))
+    np.testing.assert_array_equal(first, second)
+    values = first.reshape(2, -1, 2, 8)  # layer; draw and position; text; image
+    np.testing.assert_array_equal(values[0], values[1])
+    np.testing.assert_array_equal(values[:, :, 0], values[:, :, 1])
+    assert len(np.unique(values[0, :, 0])) == 4 * 8
+    assert 0 <= values.min() < 0.3 < 0.7 < values.max() <= 1
+
+
+def test_random_number_of_a_row_is_even_for_all_tokens_of_an_image() -> None:
+    write_images()
+    line = "observe random resid_post vision layer 0 at each token of photo"
+    [found] = run_text("gemma3", experiment("e", line, measure=""), block=BLOCK)
+    assert len(np.unique(found.measures[0].patched[:, :8])) == found.measures[0].patched[:, :8].size

@@ -427,7 +427,9 @@ def vision_products(given: dict[str, Tensor]) -> int:
 # --- errors ---------------------------------------------------------------------------------------
 
 ERRORS = {
-    "observe random resid_post vision layer 0 at photo tokens": "`observe random` in the vision",
+    "observe cka resid_post vision layer 0 with resid_post layer 0 at photo tokens": (
+        "a rule on sites in the vision encoder and in the language model"
+    ),
 }
 
 

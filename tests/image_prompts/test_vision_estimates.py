@@ -15,25 +15,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from mechdsl.execute.patching import estimates
 from mechdsl.execute.run.panel import execute
 from mechdsl.execute.run_record import ExecutionOptions
 from mechdsl.forward.hooks import full_pass
+from mechdsl.loading.loader import adopt_model
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.passes import make_plan, plan_cost
 from mechdsl.results.assembly.collection import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult
 
-from ..execute.support import MODES, check_file
+from ..execute.support import MODES, check_file, run_on
 from ..images import prompts_of_images as vlm
 from ..quick import some
-from ..reference.ruled import ruled
+from ..reference.ruled import attend_flattened, ruled
 from . import test_resampled_encoder as resampled
 from . import test_resampled_patches as grids
 from . import test_video_processors as videos
 from .reference import edited_module, followed
-from .support import experiment
+from .support import experiment, succeeded
 from .test_encoder_paths import CELL, SIZE, Place, find_module, seen, tower
 from .test_encoder_paths import NAMES as PATH_NAMES
 from .test_families import ALL, BLOCK, TWO, bare, both, folder, inputs, loaded, run_text
@@ -591,11 +594,11 @@ REJECTED = {
     ),
     (f"patch q vision layer 0 head 0 at {CELL}", "atp_qk"): (
         "E0608",
-        "it recomputes the attention of queries and keys of the language model only",
+        "it recomputes attention of tokens, not of the patches of images",
     ),
     (f"patch k vision layer 0 head 0 at {CELL}", "atp_star"): (
         "E0608",
-        "it recomputes the attention of queries and keys of the language model only",
+        "it recomputes attention of tokens, not of the patches of images",
     ),
     (f"path z vision layer 0 head 0 -> attn_norm vision layer 1 at {CELL}", "eap_ig"): (
         "E0608",
@@ -638,9 +641,43 @@ def test_invalid_estimate_in_the_encoder_reports_the_code(
     assert problem[1] in " ".join(str(raised.value).split())
 
 
-def test_gim_in_an_encoder_with_a_resampler_reports_e0608() -> None:
-    with pytest.raises(AssertionError) as raised:
-        resampled.run_text(estimate("patch z vision layer 0 at photo tokens", "gim"), "equal")
-    assert "error[E0608]" in str(raised.value)
-    reason = "it doesn't change derivatives of the resampler's attention"
-    assert reason in " ".join(str(raised.value).split())
+@cache
+def with_padding(kind: str) -> Any:
+    """The same for Idefics2, whose encoder and resampler don't attend to padding."""
+    AttentionInterface.register("ruled, with masks", attend_flattened)
+    AttentionMaskInterface.register("ruled, with masks", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    model: Any = ruled(copy.deepcopy(resampled.bare(splits=True).model).double(), kind)
+    model.set_attn_implementation("ruled, with masks")
+    for path, part in model.named_modules():
+        if "vision" in path or "perceiver" in path:
+            vars(part)["causal_in_reference"] = False
+    return model
+
+
+@pytest.mark.parametrize("sizes", some(["equal and uneven", "equal"], ["equal and uneven"]))
+def test_gim_changes_derivatives_of_a_resampler(sizes: str) -> None:
+    """Which reads padded tiles of different sizes."""
+    text = estimate("patch z vision layer * head * at photo tokens", "gim")
+    own = resampled.bare(splits=True)
+    model, problems = adopt_model("m", copy.deepcopy(own.model).double(), own.processor)
+    assert model is not None, problems
+    ran = run_on(resampled.source(text, sizes), {"m": model}, MODES["planned"])
+    [found] = succeeded(*ran).values()
+    for row, place in zip(values_of(found), heads("z", 0, 1), strict=True):
+        want: list[float] = []
+        for n in ALL:  # in 64 bits, because the measure changes quickly with the patches
+            given, theirs = (
+                {
+                    key: each.double() if each.is_floating_point() else each
+                    for key, each in resampled.inputs(sizes, n, image).items()
+                }
+                for image in (other(n), n)
+            )
+            part = f"model.vision_model.encoder.layers.{place.layer}.self_attn.out_proj"
+            base, gradient = slopes_at(with_padding("gim"), part, given)
+            clean, _ = slopes_at(with_padding("gim"), part, theirs)
+            to, of = (list(grids.spots(each).values()) for each in (given, theirs))
+            change = changes(place, base, to, place.own(clean)[of])
+            want.append(float((change * gradient).sum()))
+        np.testing.assert_allclose(row, want, atol=2e-4, rtol=1e-3, err_msg=str(place))
+    assert np.abs(values_of(found)).max() > 0.01

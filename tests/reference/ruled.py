@@ -32,7 +32,7 @@ def ruled(model: nn.Module, kind: str) -> nn.Module:
             vars(part)["product_in_reference"] = _product
             part.forward = _gated(part.act, part.wi_0, part.wi_1, part.wo)
     if kind == "gim":
-        AttentionInterface.register("flattened", _attend)
+        AttentionInterface.register("flattened", attend_flattened)
         AttentionMaskInterface.register("flattened", lambda *_, **__: None)
         model.set_attn_implementation("flattened")  # pyright: ignore[reportCallIssue]
     return model
@@ -94,7 +94,7 @@ class FlatSoftmax(torch.autograd.Function):
         return (jacobian @ grad[..., None])[..., 0]
 
 
-def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **given: Any) -> Any:
+def attend_flattened(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **given: Any) -> Any:
     shared = q.shape[1] // k.shape[1]
     k, v = (each.repeat_interleave(shared, 1) for each in (k, v))
     for part, divisor in ((q, 4), (k, 4), (v, 2)):

@@ -165,7 +165,7 @@ class VectorGatherer:
         them is told on others."""
         whole = self.does.of_whole_text
         causal = [self.runs.model_of(run).shape.reads_prefix and not whole for run in runs]
-        in_vision = self.rule.rule.in_vision
+        in_vision = self.rule.rule.only_in_vision
         by_image = self.does.keeps_images_together
         given = spots, prompts, runs, table, causal
         return digest_inputs(*given, in_vision=in_vision, by_image=by_image)

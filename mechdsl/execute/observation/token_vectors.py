@@ -186,7 +186,7 @@ def average_rows(
         prompts: Rows, ascending.
     """
     sums = [np.zeros((len(prompts), width)) for width in widths]
-    counts = np.zeros(len(prompts))
+    counts = [np.zeros(len(prompts)) for _ in widths]
     for read in found:
         row = np.searchsorted(prompts, read.prompts)
         vectors = read.vectors.double().cpu().numpy()
@@ -195,7 +195,6 @@ def average_rows(
             vectors = vectors.reshape(len(row), read.patches, vectors.shape[1]).mean(1)
             vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         np.add.at(sums[read.point], row, vectors)
-        if read.point == 0:
-            np.add.at(counts, row, 1)
-    over = np.ones_like(counts) if of_directions else counts
-    return [(total / over[:, None]).astype(np.float32) for total in sums]
+        np.add.at(counts[read.point], row, 1)
+    over = [np.ones_like(each) if of_directions else each for each in counts]
+    return [(sums[n] / each[:, None]).astype(np.float32) for n, each in enumerate(over)]

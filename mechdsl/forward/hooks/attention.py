@@ -583,19 +583,20 @@ def attend_across(
     key: Tensor,
     value: Tensor,
     mask: Any,
-    work: AttentionHooks,
+    work: AttentionHooks | None,
     *,
     position_bias: Tensor | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """Compute attention of a decoder to its encoder, with reads and writes within it.
+    """Compute attention of a decoder to its encoder, or of a resampler to patches, with reads and
+    writes within it.
 
     Args:
         query: [B, heads, T, d_head].
         key: [B, key-value heads, S, d_head].
         value: [B, key-value heads, S, d_head].
         mask: The model's mask of keys.
-        work: Reads and writes within attention.
+        work: Reads and writes within attention, if there are any.
         position_bias: Summand of scores.
         arguments: Further arguments of the model's attention call.
 
@@ -613,7 +614,8 @@ def attend_across(
         columns=DeviceIndex.of(asking, query.device),
         queries=DeviceIndex.of(asking, query.device),
     )
-    work.prepared(lanes * count, query.shape[1], value)
+    if work is not None:
+        work.prepared(lanes * count, query.shape[1], value)
     asked = query.to(how.kind).unflatten(1, (-1, how.shared))[:, :, :, None]
     scores = asked @ key.to(how.kind)[:, :, None, None].transpose(-1, -2) * how.scale
     if how.cap is not None:

@@ -1236,20 +1236,24 @@ def open_rules(model: LoadedModel, backward: BackwardRules | None) -> Generator[
 def open_attention(
     model: LoadedModel, work: SiteHooks, ruled: RuledPass | None = None
 ) -> Generator[None]:
-    """Compute attention here in layers with reads or writes within attention."""
+    """Compute attention here in layers with reads or writes within attention; with changed
+    derivatives of attention, also that of a resampler of patches, which is in no layer."""
     if not work.within:
         yield
         return
 
+    is_read = model.shape.resampler_attends
+
     def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         layer = work.layer(call.place, call.query)
-        if layer is None:
+        in_resampler = ruled is not None and ruled.rules.in_attention and is_read
+        if layer is None and not in_resampler:
             return call.unchanged()
-        attend = attend_across if call.across else attend_full
-        if work.is_patched(call.place[0]):
-            attend = attend_tiles
         given = call.query, call.key, call.value
         with nullcontext(given) if ruled is None else ruled.attention(*given) as given:
+            if layer is None or call.across:
+                return attend_across(*given, call.mask, layer, **call.arguments), None
+            attend = attend_tiles if work.is_patched(call.place[0]) else attend_full
             return attend(*given, call.mask, layer, **call.arguments), None
 
     with replace_block_attention(model, attention, masked=True):

@@ -161,6 +161,15 @@ def _compares_one_side(found: ResolvedRule, others: SiteTargets, work: Experimen
     return check_same_side(found.spec, [point for here in every for point in here], work)
 
 
+def _compares_encoder(found: ResolvedRule, others: SiteTargets, work: ExperimentContext) -> bool:
+    """Return whether patches of image tokens are compared with the vectors of these tokens in the
+    language model."""
+    shape = work.sites.shape
+    if not found.in_vision or shape.resamples or shape.encodes_apart:
+        return False
+    return all(not SITES[point.site].stack for here in others.points.values() for point in here)
+
+
 def repeat_sites(sites: SiteTargets, axis: str, count: int) -> SiteTargets:
     """Repeat each combination `count` times along a new axis."""
     return replace(
@@ -559,7 +568,9 @@ class Cka(SiteRowSetObservation):
         )
         if found is None or others is None or not self.sites_fit(rule, others, work):
             return None
-        if not _compares_one_side(found, others, work):
+        if not _compares_encoder(found, others, work) and not _compares_one_side(
+            found, others, work
+        ):
             return None
         return replace(found, beside=others)
 
@@ -584,6 +595,8 @@ class Cka(SiteRowSetObservation):
         return [shared[index]]
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
+        if rule.in_vision and not rule.only_in_vision:
+            yield "in the vision encoder, the vector of a token is the mean over its patches"
         yield "the estimator without bias for few rows (Song et al. 2012), over distinct rows"
         yield "its interval is that of the jackknife over rows"
 
