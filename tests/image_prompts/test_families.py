@@ -3,6 +3,7 @@ hooks on the bare model with its processor."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from functools import cache, cached_property
@@ -213,6 +214,21 @@ def run_text(
     source = Source(f'mech 1\nmodel m = local("handed over")\n{block}\n{text}', folder() / "f.mech")
     models = {"m": loaded(name) if model is None else model}
     return list(succeeded(*run_on(source, models, MODES[mode])).values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_image_processor_draws_no_random_numbers(name: str) -> None:
+    """Pixels, which are stored by the content of the image, don't depend on a seed."""
+    picture = Image.open(folder() / "1.png").convert("RGB")
+    marker, end = vlm.FAMILIES[name].marker, vlm.FAMILIES[name].before_end
+
+    def states() -> tuple[object, ...]:
+        numbers = np.random.get_state()
+        return torch.get_rng_state().tolist(), str(numbers), random.getstate()
+
+    before = states()
+    vlm.processor(name)(text=[f"w1 {marker} w2{end}"], images=[[picture]], return_tensors="pt")
+    assert states() == before
 
 
 @pytest.mark.parametrize("mode", ["planned", "padded on the right"])
