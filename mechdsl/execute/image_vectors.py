@@ -277,12 +277,12 @@ class ImageVectors:
         within = [_number_edges(edge, batch, every, count) for edge in edges]
         written = {n for each in (*inside, *within) for n in each.rows.tolist()}
         changed = {*range(len(every))} if blocks else written
-        lanes: dict[
-            tuple[ImageKey, int], list[int]
-        ] = {}  # equal images without writes share a lane
+        first = _find_first_equal(() if within else writes, every)
+        # Equal images without writes, or with equal ones, share a lane.
+        lanes: dict[tuple[ImageKey, int], list[int]] = {}
         for n, each in enumerate(every):
             if n in changed or reads:
-                key = self._images[each.image], n if n in written else -1
+                key = self._images[each.image], first[n] if n in written else -1
                 lanes.setdefault(key, []).append(n)
         by_extent: dict[tuple[int, ...], list[tuple[ImageKey, list[int]]]] = {}
         for (image, _), numbers in lanes.items():
@@ -322,7 +322,7 @@ class ImageVectors:
             model: The model.
             run: Runs it up to its first block.
             lanes: The key of each image, and the numbers that it has in the batch: a changed
-                image has one.
+                image has several if they all get the same vectors.
             writes: Writes whose rows are numbers of images, and whose positions are patches.
             reads: Sites of the encoder.
             blocks: Replaced blocks.
@@ -457,6 +457,25 @@ class ImageVectors:
             if not bool((found == expected).all()):
                 return False
         return True
+
+
+def _find_first_equal(writes: Sequence[SiteWrite], images: Sequence[_Occurrence]) -> list[int]:
+    """Return the number of the first image that gets the same vectors as each image of a batch.
+
+    Args:
+        writes: Writes at rows of the batch.
+        images: The images of the batch; equal rows have equal ones.
+    """
+    alike = [write.alike for write in writes if write.alike is not None]
+    if not alike or len(alike) < len(writes) or any(each is not alike[0] for each in alike):
+        return list(range(len(images)))
+    of_row: dict[int, list[int]] = {}
+    for number, image in enumerate(images):
+        of_row.setdefault(image.row, []).append(number)
+    return [
+        of_row[int(alike[0][image.row])][of_row[image.row].index(number)]
+        for number, image in enumerate(images)
+    ]
 
 
 def _have_equal_modules(module: nn.Module, first: str, second: str) -> bool:

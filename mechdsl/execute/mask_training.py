@@ -376,6 +376,9 @@ class SiteMaskRows(VectorMaskRows):
     def _written(self) -> Sequence[SiteLayer]:
         return list(self._gates)
 
+    def _is_of_vectors(self, edit: Tensor) -> bool:
+        return edit.dim() == 1 or edit.shape[-2] == 1  # all rows have the same gates
+
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[SiteWrite]:
         """Return what the gates write at each site."""
         shares, at = self._shares(rows, edit), self._places(rows, lanes)

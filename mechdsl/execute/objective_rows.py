@@ -8,7 +8,7 @@ are trained; the loss is a measure of the file, or its negative, as a mean over 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Generic, Protocol, TypeVar
@@ -34,7 +34,12 @@ from mechdsl.program import spec
 from mechdsl.program.estimators import BackwardRules
 from mechdsl.program.images import IMAGE_SPAN, INSERTED_SPAN
 from mechdsl.prompts.runs import PositionCell, PromptRun
-from mechdsl.resolve.trainings import count_held_out, order_objective_rows, paired_positions
+from mechdsl.resolve.trainings import (
+    count_held_out,
+    list_edited_images,
+    order_objective_rows,
+    paired_positions,
+)
 from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave, SitePoint, count_numbers
 from mechdsl.resolve.types import Training as DeclaredTraining
 
@@ -252,6 +257,8 @@ class EffectRows(ABC, Generic[EditT]):
         lanes = self._lanes(rows)
         writes = [] if edit is None else self._writes(rows, lanes, edit)
         circuits = [] if edit is None else self._circuits(rows, lanes, edit)
+        if edit is not None and self._is_of_vectors(edit):
+            writes = self._share_images(rows, writes)
         values = self._measure(rows, lanes, writes, circuits)
         self._unpatched.forget()
         return values
@@ -282,6 +289,26 @@ class EffectRows(ABC, Generic[EditT]):
     @abstractmethod
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: EditT) -> list[SiteWrite]:
         """Return what the edit writes in some rows, in ascending order of the rows."""
+
+    def _is_of_vectors(self, edit: EditT) -> bool:
+        """Return whether rows with equal vectors at equal tokens in both runs get equal vectors."""
+        return False
+
+    @cached_property
+    def _edited_images(self) -> list[Hashable]:
+        return list_edited_images(self.objective)
+
+    def _share_images(self, rows: Ints, writes: Sequence[SiteWrite]) -> list[SiteWrite]:
+        """Let rows that get the same vectors in the same images share a pass of the vision encoder,
+        forward and backward."""
+        if all(write.stack != "vision" for write in writes):
+            return list(writes)
+        keys = [self._edited_images[row] for row in rows.tolist()]
+        first = {key: lane for lane, key in reversed([*enumerate(keys)])}
+        alike = torch.tensor([first[key] for key in keys])
+        return [
+            replace(write, alike=alike) if write.stack == "vision" else write for write in writes
+        ]
 
     def _circuits(self, rows: Ints, lanes: DrawLanes, edit: EditT) -> list[CircuitWrite]:
         """Return the edges that the edit changes in some rows: none."""
@@ -353,6 +380,9 @@ class ObjectiveRows(EffectRows[Edit]):
             mean = len(own) / count * (other - own).mean(0)
             found = mean if found is None else found + mean
         return found
+
+    def _is_of_vectors(self, edit: Edit) -> bool:
+        return True
 
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Edit) -> list[SiteWrite]:
         """Return the edited vectors of some rows."""

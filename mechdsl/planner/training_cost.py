@@ -5,9 +5,11 @@ Costs are upper bounds: early stopping ends a training before its last step.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import comb
 from typing import TypeAlias
 
 import numpy as np
@@ -38,7 +40,12 @@ from mechdsl.program.trainers import (
 from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.circuits import EdgeGraph
-from mechdsl.resolve.trainings import count_held_out, mask_points, moved_positions
+from mechdsl.resolve.trainings import (
+    count_held_out,
+    list_edited_images,
+    mask_points,
+    moved_positions,
+)
 from mechdsl.resolve.types import (
     CircuitTargets,
     PlacedEdge,
@@ -153,7 +160,8 @@ class _VisionCost:
     images: Cost
     """Of all distinct images of the rows, which passes for vectors run."""
     row: Cost
-    """Of the images of a row, on average: each edited row runs its own."""
+    """Of the images of a row of a batch, on average: edited rows share equal images that get the
+    same vectors."""
     above: float
     """Share of the encoder that a gradient passes through down to the lowest site."""
     saved: int
@@ -178,13 +186,16 @@ class _VisionCost:
             [work[p.picture.content()] for p in row.pictures.values()] for row in runs[0].rows
         ]
         patches = [sum(count for count, _ in each) for each in per_row]
+        shared = 1.0
+        if objective is not None and not isinstance(training.trainer, ScoringTrainer):
+            shared = _share_of_images(training, objective)
         above = max(
             _blocks_above(replace(point, site=SITES[point.site].component), shape)
             for point in points
         )
         return _VisionCost(
             _encode(shape, work.values()),
-            _times(_encode(shape, chain(*per_row)), 1 / max(1, len(per_row))),
+            _times(_encode(shape, chain(*per_row)), shared / max(1, len(per_row))),
             above / shape.n_layers,
             max(patches, default=0) * above * _saved_numbers(shape, max(patches, default=0)),
         )
@@ -201,6 +212,16 @@ class _VisionCost:
             back: Number of rows of backward passes.
         """
         return replace(_times(self.row, forward + back * self.above), forwards=0)
+
+
+def _share_of_images(training: Training, objective: ResolvedExperiment) -> float:
+    """Return the number of different edited images, per row, in a random batch of rows."""
+    keys, hits = list_edited_images(objective), training.sample.cell.hits
+    groups = Counter(key for key, own in zip(keys, hits, strict=True) if own)
+    rows = groups.total()
+    batch = min(int(training.options["batch"]), rows)
+    without = (comb(rows - count, batch) / comb(rows, batch) for count in groups.values())
+    return sum(1 - each for each in without) / max(1, batch)
 
 
 def _encode(shape: ModelShape, work: Iterable[tuple[int, float]]) -> Cost:

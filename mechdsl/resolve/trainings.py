@@ -3,7 +3,8 @@ trained, the measure that it is trained on, and whether training rows differ fro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import chain, product
 from pathlib import Path
@@ -45,7 +46,7 @@ from mechdsl.program.trainings import constant_options, list_seeds, used_saved_g
 from mechdsl.prompts.positions.cells import is_after_prompts, resolve_positions
 from mechdsl.prompts.record_files import StreamedRecords
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.runs import PositionCell, RunRow
+from mechdsl.prompts.runs import PositionCell, PromptRun, RunRow
 from mechdsl.resolve.conflicts import (
     explain_missing_rule,
     find_flat_part,
@@ -852,6 +853,28 @@ def paired_positions(objective: ResolvedExperiment) -> tuple[PositionCell, Posit
         return pairs[0]
     written, read = (_join(cells, label) for cells in zip(*pairs, strict=True))
     return written, read
+
+
+def list_edited_images(objective: ResolvedExperiment) -> list[Hashable]:
+    """Return the images of each row, with the patches that a training in a vision encoder writes
+    and those that it reads in the source run: rows with equal ones get the same vectors."""
+    rule, table = objective.rules[0], objective.table
+    count = objective.model.shape.merged_side**2
+    runs = table.runs[objective.spec.base], table.runs[rule.run]
+    if any(run.derived is not None for run in runs):
+        return list(range(len(table)))
+
+    def describe(run: PromptRun, cell: PositionCell, number: int) -> Hashable:
+        pictures = run.rows[number].whole_pictures
+        firsts = [each.first * count for each in pictures]
+        tokens = [token for tokens in cell.hits[number] for token in tokens]
+        places = [bisect_right(firsts, token) - 1 for token in tokens]
+        inside = [token - firsts[at] for token, at in zip(tokens, places, strict=True)]
+        contents = tuple(each.picture.picture.content() for each in pictures)
+        return contents, tuple(places), tuple(inside)
+
+    pairs = list(zip(runs, paired_positions(objective), strict=True))
+    return [tuple(describe(*own, number) for own in pairs) for number in range(len(table))]
 
 
 def moved_positions(objective: ResolvedExperiment) -> tuple[PositionCell, PositionCell]:

@@ -5,7 +5,8 @@ at a time."""
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.mask_training import SiteMaskRows
-from mechdsl.execute.objective_rows import ObjectiveRows
+from mechdsl.execute.objective_rows import EffectRows, ObjectiveRows
 from mechdsl.fits.vectors import BoundlessRotation
 from mechdsl.loading.devices import restore_models
 from mechdsl.pipeline.trained_files import fits_of_file
@@ -382,31 +383,129 @@ def test_search_chooses_the_candidate_with_the_largest_effect(
     assert np.ptp(alone.mean(axis=1)) > 1e-3
 
 
+QUESTIONS = BLOCK.replace("  words = ", '  words in ["w1", "w2 w1", "w3"]\n  former = ')
+"""Three prompts for each image."""
+
+
 # --- cost -----------------------------------------------------------------------------------------
 
 
-def price(name: str, options: str) -> float:
+def price(name: str, options: str, block: str = BLOCK) -> float:
     lines = f"direction d = fit(vector, {options}) at {SITE} at {CELL}\n"
-    fit = declared(name, lines + experiment("e", f"add d to {SITE} at {CELL}"))
+    checked = check(name, lines + experiment("e", f"add d to {SITE} at {CELL}"), block)
+    (fit,) = fits_of_file(checked).values()
     shape, reader = loaded(name).shape, loaded(name).tokenizer
     return training_cost("d", fit.file, fit.objective, shape, reader).cost.multiply_adds
 
 
+@pytest.mark.parametrize("prompts", [1, 3])
 @pytest.mark.parametrize("name", some(NAMES, QUICK))
-def test_planned_cost_of_a_step_is_near_the_counted_products(name: str) -> None:
-    lines = f"direction d = fit(vector, {OPTIONS}) at {SITE} at {CELL}\n"
-    fit = declared(name, lines + experiment("e", f"add d to {SITE} at {CELL}"))
+def test_planned_cost_of_a_step_is_near_the_counted_products(name: str, prompts: int) -> None:
+    """With one or several prompts for each image."""
+    block, count = (BLOCK, 4) if prompts == 1 else (QUESTIONS, 12)
+    options = OPTIONS.replace("batch: 4", f"batch: {count}")
+    lines = f"direction d = fit(vector, {options}) at {SITE} at {CELL}\n"
+    checked = check(name, lines + experiment("e", f"add d to {SITE} at {CELL}"), block)
+    (fit,) = fits_of_file(checked).values()
+    assert fit.objective is not None
     rows = ObjectiveRows(fit.training, fit.objective, loaded(name), None)
     vector = torch.zeros(rows.first_vectors.shape[1], requires_grad=True)
-    every = np.arange(len(ALL))
+    every = np.arange(count)
     rows.values(every, None)
     counter, counted = FlopCounterMode(display=False), sdpa_kernel(SDPBackend.MATH)
     with counted, counter, torch.enable_grad():
         values = rows.values(every, lambda own, other: own + vector)
         torch.autograd.grad(values.mean(), vector)
-    longer = OPTIONS.replace("steps: 3", "steps: 4")
-    step = price(name, longer) - price(name, OPTIONS)
-    assert 0.6 < step / (counter.get_total_flops() / 2) < 1.25  # passes are padded
+    longer = options.replace("steps: 3", "steps: 4")
+    step = price(name, longer, block) - price(name, options, block)
+    assert 0.55 < step / (counter.get_total_flops() / 2) < 1.25  # passes are padded
+
+
+SHARED = {
+    "vector": (
+        f"direction d = fit(vector, {OPTIONS}) at {SITE} at {CELL}\n",
+        f"add d to {SITE} at {CELL}",
+    ),
+    "rotation": (
+        f"basis d = fit(das(dims: 2), {OPTIONS}, from: changed) at {SITE} at {CELL}\n",
+        f"patch {SITE} in basis d at {CELL}",
+    ),
+    "mask": (
+        f"group d = fit(mask(size: 2), {OPTIONS}, from: changed) at {WHERE} at {CELL}\n",
+        f"ablate d at {CELL} with zero",
+    ),
+}
+
+
+CASES = ["two sources", "mask", "vector", "rotation"]
+
+
+def open_rows(name: str, what: str) -> tuple[int, int, Callable[[Tensor], Tensor]]:
+    """The number of rows, that of the trained numbers, and the measure of all rows by them."""
+    line, rule = SHARED["rotation" if what == "two sources" else what]
+    block = QUESTIONS
+    if what == "two sources":
+        block = block.replace("file = other", 'file = if words = "w1" then other else "3.png"')
+    source = "from changed into clean" if "basis" in line else ""
+    checked = check(name, line + experiment("e", source, rule), block)
+    assert not has_errors(checked.diagnostics), checked.diagnostics
+    (fit,) = fits_of_file(checked).values()
+    assert fit.objective is not None
+    given = fit.training, fit.objective, loaded(name), None
+    every = np.arange(len(fit.objective.table))
+    if isinstance(fit.file, TrainedMask):
+        points = [each for each in fit.file.candidates if isinstance(each, SitePoint)]
+        gated_rows = SiteMaskRows(*given, candidates=points)
+        return len(every), len(points), lambda leaf: gated_rows.values(every, leaf.sigmoid())
+    rows = ObjectiveRows(*given)
+
+    def measure(leaf: Tensor) -> Tensor:
+        if what == "vector":
+            return rows.values(every, lambda own, new: own + leaf)
+        return rows.values(every, lambda own, new: own + leaf * (new - own))
+
+    return len(every), rows.first_vectors.shape[1], measure
+
+
+@pytest.mark.parametrize(("name", "what"), in_turn(NAMES, CASES, QUICK))
+def test_rows_that_edit_one_image_equally_share_its_pass(
+    name: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three prompts for each image: a third of the activations, forward and backward."""
+    count, size, measure = open_rows(name, what)
+    counts = Counter[str]()
+
+    def seen(module: Any, args: Any, output: Any) -> None:
+        found = output[0] if isinstance(output, tuple) else output
+        counts["forward"] += found.numel()
+        if found.requires_grad:
+            found.register_hook(lambda slope: counts.update(backward=slope.numel()))
+
+    def run() -> tuple[Tensor, Tensor, Counter[str]]:
+        leaf = torch.linspace(-0.5, 0.5, size, requires_grad=True)
+        with torch.enable_grad():
+            values = measure(leaf)
+            counts.clear()
+            values = measure(leaf)
+            (slope,) = torch.autograd.grad(values.mean(), leaf)
+        return values.detach(), slope, Counter(counts)
+
+    block = bare(name).model.get_submodule(tower(name).blocks)[1]
+    hook = block.register_forward_hook(seen)
+    shared = run()
+    monkeypatch.setattr(EffectRows, "_share_images", lambda self, rows, writes: list(writes))
+    apart = run()
+    hook.remove()
+    np.testing.assert_allclose(shared[0], apart[0], atol=1e-4)
+    np.testing.assert_allclose(shared[1], apart[1], atol=1e-5, rtol=1e-3)
+    assert apart[1].abs().max() > 1e-3
+    assert shared[2].keys() == {"forward", "backward"}
+    if what == "two sources":  # the same image, with vectors of two others
+        assert count == 10
+        assert apart[2]["backward"] / 3 < shared[2]["backward"] < apart[2]["backward"]
+    else:
+        assert count == 12
+        assert {key: 3 * number for key, number in shared[2].items()} == apart[2]
 
 
 def test_cost_of_vectors_of_patches_has_no_block_of_the_language_model() -> None:

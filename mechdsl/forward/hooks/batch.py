@@ -406,6 +406,9 @@ class SiteWrite:
     holds: bool = False
     """Whether it is the first write of its site and replaces all vectors of the pass, so that no
     gradient passes what the model computed."""
+    alike: Tensor | None = None
+    """[row of the batch] long, the first row that gets the same vectors in the same images, for a
+    site of a vision encoder; the others share its pass. None: each row has a separate pass."""
 
     def __post_init__(self) -> None:
         split_stack(self)
@@ -417,7 +420,7 @@ class SiteWrite:
 
     def moved(self, rows: Tensor) -> SiteWrite:
         """Renumber rows: row i becomes row `rows[i]`."""
-        return replace(self, rows=rows[self.rows])
+        return replace(self, rows=rows[self.rows], alike=None)
 
     def some(self, there: Tensor, rows: Tensor | None = None) -> SiteWrite:
         """Select some of the vectors, by [K] bool; rows: as in `moved`."""
@@ -432,6 +435,7 @@ class SiteWrite:
             units=self.units[index],
             values=self.values[to_device(index, self.values.device)],
             to=None if self.to is None else self.to[to_device(index, self.to.device)],
+            alike=None,
         )
 
 
