@@ -423,3 +423,19 @@ def test_saved_patches_of_one_of_two_images_equal_the_bare_encoder(
             np.testing.assert_allclose(found[n], expected, atol=1e-5)
             assert numbers[n].tolist() == [*range(CELLS)]
             assert set(tokens[n].tolist()) == {first(n, 1)}
+
+
+@pytest.mark.parametrize("block", ["pair", "three"])
+def test_loss_of_text_between_images_equals_the_bare_model(block: str) -> None:
+    rule = "ablate resid_post layer 0 at two row 1 col 2 token with zero"
+    [found] = run_text(of_block(block, "e", rule, measure="measure loss as raw")).values()
+    patched = found.measures[0].patched[0]
+    for n in ALL:
+        given = inputs(n, block=block)
+        edit = at([cell(n, 1, 1, 2, block)], zero(n))
+        logs = bare(NAME).run(given, blocks={0: edit}).log_softmax(-1)
+        ids = given["input_ids"][0].tolist()
+        text = [k for k in range(1, len(ids)) if ids[k] != bare(NAME).image_id]
+        losses = [-float(logs[k - 1, ids[k]]) for k in text]
+        np.testing.assert_allclose(patched[n], np.mean(losses), atol=2e-4)
+    assert np.abs(patched - found.measures[0].base[0]).max() > 0.01

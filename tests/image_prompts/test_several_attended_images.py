@@ -798,3 +798,28 @@ def test_saved_vectors_at_one_of_two_images_equal_the_bare_model(
                 expected = value.reshape(-1, value.shape[-1])[spots]
             np.testing.assert_allclose(found[rows == n].flatten(1), expected, atol=1e-5)
             assert tokens[rows == n].tolist() == spots
+
+
+@pytest.mark.parametrize("block", some([*TEXTS], ["close"]))
+def test_loss_of_text_between_images_equals_the_bare_model(block: str) -> None:
+    """Tokens of images and the beginning-of-sequence token aren't counted."""
+    rule = "ablate v cross layer 1 heads * at one tokens with zero"
+    [found] = run_text(of_block(block, "e", rule, measure="measure loss as raw")).values()
+    patched = found.measures[0].patched[0]
+    for n in ALL:
+        given, images = inputs(block, n), TEXTS[block][1]
+        shown = [number for number, image in enumerate(images) if image == 0]
+        cells = [patch(n, row, col) for row, col in spots_of(n)]
+        tokens = [number * WHOLE + own for number in shown for own in cells]
+        logs = outputs(given, [at("v cross", 1, tokens, None, torch.zeros_like)]).log_softmax(-1)
+        ids = given["input_ids"][0].tolist()
+        skipped = {processor().image_token_id, token("<s>")}
+        losses = [-float(logs[k - 1, ids[k]]) for k in range(1, len(ids)) if ids[k] not in skipped]
+        np.testing.assert_allclose(patched[n], np.mean(losses), atol=2e-4)
+    assert np.abs(patched - found.measures[0].base[0]).max() > 0.01
+
+
+def spots_of(image: int) -> list[tuple[int, int]]:
+    """Rows and columns of an image's patches."""
+    rows, cols = (2 * count for count in GRIDS[image])
+    return [(row, col) for row in range(1, rows + 1) for col in range(1, cols + 1)]
