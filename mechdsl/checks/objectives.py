@@ -228,7 +228,7 @@ def _check_place(found: ResolvedExperiment) -> Iterator[Diagnostic]:
     for cell in save.cells:
         many = next((n for n, hits in enumerate(cell.hits) if len(hits) > 1), None)
         if many is not None:
-            reason = f"is in row {many} {len(cell.hits[many])} times"
+            reason = f"is in row {found.table.row_ids[many]} {len(cell.hits[many])} times"
             yield _bad_place(said.at.span, reason, "name one of them: `item 1 token`")
 
 

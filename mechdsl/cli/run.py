@@ -482,6 +482,7 @@ def run(
             allow_nan=allow_nan,
         ),
         fresh=stores.fresh,
+        fits=fits,
         hashes=_shows_hashes(everything, form, out, asked),
     )
     status = _train_first(everything, options, stores, discovered=not fits)

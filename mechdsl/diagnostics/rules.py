@@ -357,9 +357,10 @@ class NotOnAPath(ReasonedDiagnostic):
     """A site that a path can't start or end at."""
 
     code = "E0334"
-    title = "a path can't {verb} at `{site}`"
+    title = "{what} can't {verb} at `{site}`"
     verb: str
     site: str
+    what: str = "a path"
 
 
 class NoPath(Diagnostic):
@@ -368,7 +369,7 @@ class NoPath(Diagnostic):
     code = "E0335"
     title = "no path leads from `{sender}` to `{receiver}`"
     label = "{reason}"
-    help = "name a receiver in a later layer, for example `{example}`"
+    help = "name a receiver that reads the sender, for example `{example}`"
     sender: str
     receiver: str
     reason: str

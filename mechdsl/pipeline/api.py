@@ -340,6 +340,7 @@ def run(
             on_profile=(lambda *done: profiles.append(done)) if profile else None,
             store=store_folder(source.path, named, untrusted=untrusted),
             fresh=fresh,
+            fits=fit,
         )
         problems: list[Diagnostic] = []
         finds = "discover" in source.text or "search" in source.text

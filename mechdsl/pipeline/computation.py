@@ -235,7 +235,9 @@ class FileRun:
                 self._lose(experiment.name, [lacking])
                 return None
         has_store = self.options.store is not None
-        untrained = find_untrained(experiment, self.checked.program, has_store=has_store)
+        untrained = find_untrained(
+            experiment, self.checked.program, has_store=has_store, tried_all=self.options.fits
+        )
         if untrained:
             self._lose(experiment.name, untrained)
             return None

@@ -91,6 +91,7 @@ EXCLUDED_FIELDS: Mapping[type, Mapping[str, str]] = {
         "ends": "whether experiments run one by one goes in; a run that was ended isn't archived",
         "store": "where it lies changes nothing",
         "fresh": "asks for the same",
+        "fits": "changes only the message on a training that failed",
         "hashes": "a run with a key has them",
     },
     ExecutionOptions: {"on_progress": "only looks on"},
@@ -346,7 +347,7 @@ class _Run:
         errors = [each for each in self._checked.diagnostics if each.severity == "error"]
         if errors:  # such as measured texts that a training has read
             return RunOutcome(None, errors)
-        untrained = list_untrained(self._checked, has_store=self._options.store is not None)
+        untrained = list_untrained(self._checked, self._options)
         if untrained is not None:
             return RunOutcome(None, untrained)
         folder = self._options.store

@@ -46,6 +46,8 @@ class RunOptions:
     because its keys need them."""
     fresh: bool = False
     """Recompute everything, and replace the stored values."""
+    fits: bool = False
+    """Whether all trainings of the file were tried before the run, as with `run --fit`."""
 
 
 def to_names(names: Sequence[str]) -> frozenset[str]:

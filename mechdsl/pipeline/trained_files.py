@@ -225,11 +225,15 @@ def _add_fit(fit: DeclaredFit, checked: CheckedFile, found: dict[str, DeclaredFi
     found.setdefault(training.name, fit)
 
 
-def list_searched(program: Program) -> dict[str, str | None]:
+def list_searched(program: Program, more: Sequence[str] = ()) -> dict[str, str | None]:
     """Return what a run trains for `search` and `discover`, each with the name of the trained
-    group whose members are its nodes."""
+    group whose members are its nodes.
+
+    Args:
+        more: Further groups and circuits.
+    """
     found: dict[str, str | None] = {}
-    for name in program.discovered:
+    for name in (*program.discovered, *more):
         nodes = name_nodes(program.masks[name]) if name in program.masks else None
         found[name] = None if nodes is None else nodes.id
     groups = [name for name in found.values() if name is not None]
@@ -620,7 +624,11 @@ def check_again(
 
 
 def find_untrained(
-    experiment: ResolvedExperiment, program: Program | None = None, *, has_store: bool
+    experiment: ResolvedExperiment,
+    program: Program | None = None,
+    *,
+    has_store: bool,
+    tried_all: bool = False,
 ) -> list[Diagnostic]:
     """Return E0642 for each basis of an experiment that isn't trained.
 
@@ -629,9 +637,14 @@ def find_untrained(
 
     Args:
         program: The file, if the run trains what its `search` and `discover` lines need.
+        tried_all: Whether the run trained everything, with `--fit`.
     """
     missing = [fit for fit in find_fits([experiment]).values() if not fit.file.is_trained]
-    tried = list_searched(program) if has_store and program is not None else {}
+    tried: dict[str, str | None] = {}
+    if has_store and program is not None:
+        masks = [*program.masks] if tried_all else []
+        tried = dict.fromkeys(each.training.definition for each in missing if tried_all)
+        tried |= list_searched(program, masks)
     found = [fit for fit in missing if fit.training.definition in tried]
     others = [fit for fit in missing if fit not in found]
     if others:
@@ -641,11 +654,12 @@ def find_untrained(
     return [report_untrained(fit, has_store=True, was_tried=True) for fit in causes]
 
 
-def list_untrained(checked: CheckedFile, *, has_store: bool) -> list[Diagnostic] | None:
+def list_untrained(checked: CheckedFile, options: RunOptions) -> list[Diagnostic] | None:
     """Return E0642 for all experiments of a file if none of them has what it needs; then the model
     isn't loaded. None otherwise."""
     every = [*checked.experiments, *checked.saving]
-    found = [find_untrained(each, checked.program, has_store=has_store) for each in every]
+    given = {"has_store": options.store is not None, "tried_all": options.fits}
+    found = [find_untrained(each, checked.program, **given) for each in every]
     if not found or not all(found):
         return None
     return list({(each.code, each.span): each for own in found for each in own}.values())

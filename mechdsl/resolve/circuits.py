@@ -814,7 +814,9 @@ def _check_nodes(
             reason = f"the circuit names `{named}`, a neuron of this MLP"
             mlp = label_node(SitePoint(*where, None))
             hint = f"name neurons of layer {point.layer} only, or `{mlp}` only"
-            bad = NotOnAPath(span=site.span, verb=verb, site=point.site, reason=reason, hint=hint)
+            bad = NotOnAPath(
+                what="an edge", span=site.span, verb=verb, site=point.site, reason=reason, hint=hint
+            )
             if bad not in work.diagnostics:
                 work.diagnostics.append(bad)
 
@@ -861,7 +863,9 @@ def _check_attention_nodes(
 
 
 def _not_on_a_path(site: ast.Site, verb: str, name: str, reason: str, hint: str) -> NotOnAPath:
-    return NotOnAPath(span=site.span, verb=verb, site=name, reason=reason, hint=hint)
+    return NotOnAPath(
+        what="an edge", span=site.span, verb=verb, site=name, reason=reason, hint=hint
+    )
 
 
 def _check_one_split(
@@ -881,7 +885,9 @@ def _check_one_split(
         named = label_node(both[0])
         reason = f"the circuit names `{named}`, a neuron of the same MLP"
         hint = f"name either neurons or features of layer {both[0].layer}"
-        bad = NotOnAPath(span=site.span, verb=verb, site="feature", reason=reason, hint=hint)
+        bad = NotOnAPath(
+            what="an edge", span=site.span, verb=verb, site="feature", reason=reason, hint=hint
+        )
         if bad not in work.diagnostics:
             work.diagnostics.append(bad)
 
@@ -1395,7 +1401,9 @@ def _report_wrong_end(site: ast.Site, verb: str, wrong: str, shape: ModelShape) 
             hint = f"write one such as {examples}"
     elif has_two_streams(shape):
         hint = f"write one of its inputs, such as {STACK_RECEIVERS}"
-    return NotOnAPath(span=site.span, verb=verb, site=wrong, reason=reason, hint=hint)
+    return NotOnAPath(
+        what="an edge", span=site.span, verb=verb, site=wrong, reason=reason, hint=hint
+    )
 
 
 def _find_end(site: str, ends: Mapping[str, str]) -> str:

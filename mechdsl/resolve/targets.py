@@ -228,6 +228,8 @@ def _reject_edge_place(position: ast.Position, work: ExperimentContext) -> Diagn
         what, later = "a pick from another experiment", "name the tokens"
     elif any(isinstance(node, ast.Position) and node.and_answer for node in walk(position)):
         what, later = "`and answer`", "name tokens of the prompt"
+    elif (chosen := _find_chosen_positions(position, work)) is not None:
+        what, later = f"`{chosen}`, a group of positions,", "name the tokens, such as `last token`"
     elif (name := next(unknown, None)) is not None:
         reason = "isn't a `param`, and circuits are outside of every `for`"
         hint = f"write a number, or define it: `param {name} = 1`"
@@ -236,6 +238,14 @@ def _reject_edge_place(position: ast.Position, work: ExperimentContext) -> Diagn
         return None
     what += " in the position of an edge"
     return NotSupported(span=position.span, what=what, later=later)
+
+
+def _find_chosen_positions(position: ast.Position, work: ExperimentContext) -> str | None:
+    """Return the name of a group of positions that a position names, as `movers tokens` does."""
+    program = work.program
+    groups = {name for name, mask in program.masks.items() if mask.chooses_positions}
+    names = (node.name for node in walk(position) if isinstance(node, ast.SpanRef))
+    return next((name for name in names if name in groups or name in program.positions), None)
 
 
 def _check_edge_place(

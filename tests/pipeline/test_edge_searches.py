@@ -382,6 +382,20 @@ def test_invalid_edge_search_argument_is_rejected(name: str, tmp_path: Path) -> 
     assert said in f"{errors[0].message} {errors[0].help_text}", errors
 
 
+def test_training_that_fails_in_the_run_is_not_suggested_again(tmp_path: Path) -> None:
+    """With `fit=True`, E0642 refers to the cause; without, it suggests the training."""
+    path = write(tmp_path, fit(call="acdc(threshold: 1000)", at=PAIR), PATCHES)
+    for trains in (True, False):
+        with pytest.raises(mechdsl.MechdslError) as found:
+            run(path, fit=trains)
+        codes = [each.code for each in found.value.diagnostics]
+        assert codes == (["E0643", "E0642"] if trains else ["E0642"])
+        last = found.value.diagnostics[-1]
+        text = f"{last.message} {last.help_text}"
+        assert ("its training failed" in text) == trains
+        assert ("mechdsl fit" in text) == (not trains)
+
+
 def test_random_circuits_are_not_counted_before_training(tmp_path: Path) -> None:
     """Before the training, the circuit has one edge as a placeholder, and there is no other one."""
     text = PATCHES.replace("measure", "against random(9)\n  measure", 1)

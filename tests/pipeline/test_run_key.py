@@ -131,6 +131,7 @@ def test_run_key_ignores_excluded_options(name: str, file: Path) -> None:
         "on_profile": print,
         "store": Path("store"),
         "fresh": True,
+        "fits": True,
         "hashes": False,
     }
     assert key(file) == key(file, replace(RunOptions(), **{name: values[name]}))

@@ -743,6 +743,11 @@ HINTS: tuple[Hint, ...] = (
         "write a comma: `over {0}, {1}`",
     ),
     Hint(
+        r"^observe\s+\w*lens\b.*\bat\b.*$",
+        r"to(?:ward)?\b",
+        "a lens is read by measures: leave out the target, and add `measure logit(answer) as raw`",
+    ),
+    Hint(
         r"^discover\b(?:(?!\bat\b).)*$",
         r"at\b",
         "write positions after the nodes: `over heads, mlps at last token using …`",
@@ -856,6 +861,11 @@ HINTS: tuple[Hint, ...] = (
         r"^discover\b[\s\S]*\bover\b[^=]*$",
         r"(?:vision|text|encoder|decoder|cross)\b",
         "name the nodes alone, of all stacks of the circuit: `over heads, mlps`",
+    ),
+    Hint(
+        r"\b(?:ablate|patch|freeze|scale|clamp|project)\s+(neurons?\s+[\w.*]+)\s+$",
+        r"(vision|text|encoder|decoder)\b",
+        "name the site before its stack: `mlp_hidden {1} layer 1 {0}`",
     ),
     Hint(
         r"\b([a-z]\w*)\s+((?:layers?|heads?|neurons?)\s[^=,]*?)\s*$",
