@@ -1334,7 +1334,8 @@ class PanelCount:
         if key not in self._circuit_adds:
             given, circuit = (self.block, self.shape), rule.rule.circuit
             assert circuit is not None
-            if circuit.encoder is not None or circuit.neurons or circuit.features:
+            attends = self.shape.takes == "attended image"
+            if attends or circuit.encoder is not None or circuit.neurons or circuit.features:
 
                 def count(ends: tuple[EdgeEnds, EdgeEnds]) -> int:
                     split = _count_split_work(ends, circuit.features, *given)

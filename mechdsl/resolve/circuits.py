@@ -536,10 +536,6 @@ def _find_missing_edges(
         every: The edges that the model should have.
     """
     shape = work.sites.shape
-    if shape.takes == "attended image":
-        what = "a circuit in a model whose blocks attend to an image"
-        later = "patch its edges: `path z cross layer 3 head 0 -> q layer 4 head 1 at last token`"
-        return NotSupported(span=span, what=what, later=later)
     points = [point for edge in every for point in edge if point != END]
     missing = find_missing_point(points, shape, work.sites.model, span)
     if missing is not None:
@@ -596,6 +592,8 @@ class _CircuitParts:
         side: TokenSide = ""
         if has_two_streams(self._work.sites.shape):
             side = "source" if _is_in_encoder(edge) else "target"
+        elif attends_to_image(self._work.sites.shape):
+            side = "target"
         if (at, side) not in self._cells:
             self._cells[at, side] = self._resolve(at, side, source)
         return self._cells[at, side]
@@ -1143,6 +1141,11 @@ def has_two_streams(shape: ModelShape) -> bool:
     return {"encoder", "cross"} <= shape.others.keys()
 
 
+def attends_to_image(shape: ModelShape) -> bool:
+    """Whether heads of some blocks read the stream of a text and a fixed image."""
+    return shape.takes == "attended image"
+
+
 def list_edges(
     shape: ModelShape,
     neurons: Mapping[SiteLayer, tuple[int, ...]] | None = None,
@@ -1190,7 +1193,7 @@ def _list_nodes(
     """
     senders, receivers = [ENCODER_EMBEDDING if stack else EMBEDDING], list[SitePoint]()
     own = shape.others[stack] if stack else shape
-    two = not stack and has_two_streams(shape)
+    two = not stack and (has_two_streams(shape) or attends_to_image(shape))
     for layer in range(own.n_layers):
         for part in (stack, "cross") if two else (stack,):
             for site in ("q",) if part == "cross" else ("q", "k", "v"):
@@ -1225,6 +1228,9 @@ def _list_nodes(
 
 
 def _list_units(site: str, layer: int, shape: ModelShape) -> Iterator[SitePoint]:
+    own, name = shape.in_stack(site)
+    if attends_to_image(shape) and not own.has(name, layer):  # other blocks have these heads
+        return
     yield from (SitePoint(site, layer, n) for n in range(unit_count(shape, site, layer)))
 
 
@@ -1264,7 +1270,7 @@ def _resolve_edge(
             span=edge.span,
             sender=edge.source.span.written,
             receiver=edge.target.span.written,
-            reason=_explain_no_edge(senders[0], receivers[0]),
+            reason=_explain_no_edge(senders[0], receivers[0], shape),
             example="`, `".join(examples),
         )
         if problem not in work.diagnostics:
@@ -1282,8 +1288,10 @@ def _is_in_vision(edge: ast.SiteMap, work: ExperimentContext) -> bool:
     return named and "vision" in work.sites.shape.others
 
 
-def _explain_no_edge(sender: SitePoint, receiver: SitePoint) -> str:
+def _explain_no_edge(sender: SitePoint, receiver: SitePoint, shape: ModelShape) -> str:
     """Return why a model has no edge between these ends."""
+    if attends_to_image(shape) and SITES[receiver.site].side == "source":
+        return "the receiver reads the image, which doesn't depend on the text"
     if receiver.site == "attn_out":
         return f"the receiver reads only the heads of layer {receiver.layer}"
     sends = SITES[sender.site].side == "source"
@@ -1586,7 +1594,7 @@ def find_circuit_side(
     for spans together with these.
     """
     if circuit.encoder is None:
-        return work.side
+        return "target" if attends_to_image(work.sites.shape) else work.side
     sides = {
         circuit.encoder in places
         for own in circuit.edges.values()
@@ -1844,7 +1852,10 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
         self._entrances = dict.fromkeys(
             of for of, _ in self.every if of in (EMBEDDING, ENCODER_EMBEDDING)
         )
-        self.starts = frozenset(self._entrances)
+        heads = {of for of, _ in self.every if of.site == "z cross"}
+        of_image = heads if attends_to_image(shape) else ()
+        self.starts = frozenset((*self._entrances, *of_image))
+        """Nodes that depend on the prompt without edges into them."""
         self._shared: dict[tuple[str, int | None], int] = {
             (to.site, to.layer): unit_count(shape, _name_output(to), to.layer)
             // unit_count(shape, to.site, to.layer)
@@ -1898,7 +1909,7 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
         """Yield steps that ablate the outputs of all nodes of a module, or of one of several."""
         modules: dict[SitePoint, list[list[CircuitEdge]]] = defaultdict(list)
         for of, edges in reversed(self.after.items()):
-            if of not in self.starts:
+            if of not in self._entrances:
                 modules[SitePoint(of.site, of.layer, None)].append(edges)
         for module, nodes in modules.items():
             if level == "blocks":

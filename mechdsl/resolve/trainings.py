@@ -1203,6 +1203,10 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
         assert rule.spec.site is not None
         hint = "use `eap`, `eap_ig` or a search such as `acdc`"
         found = rule.spec.site.span, f"`{objective.model.name}`", reason, hint
+    if found is None and (reason := _explain_fixed_image(objective)):
+        assert rule.spec.site is not None
+        hint = "use `eap`, `relp`, `gim` or a search such as `acdc`"
+        found = rule.spec.site.span, f"`{objective.model.name}`", reason, hint
     normalising = _find_normalising_dictionary(objective)
     if found is None and normalising is not None:
         span = (rule.spec.nodes or said).span
@@ -1228,6 +1232,15 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
             reason=reason,
             hint=hint,
         )
+
+
+def _explain_fixed_image(objective: ResolvedExperiment) -> str:
+    """Return why edges aren't scored at points between two runs, if blocks attend to an image that
+    these runs may not share; empty if they are."""
+    moves = objective.spec.trains in ("fit(eap_ig(…))", "fit(eap_ig_activations(…))")
+    if not moves or objective.model.shape.takes != "attended image":
+        return ""
+    return "points between two runs move the text, but not the image that blocks attend to"
 
 
 def _find_normalising_dictionary(objective: ResolvedExperiment) -> str | None:

@@ -345,12 +345,3 @@ def test_path_with_another_rule_and_a_derived_run_equal_hooks() -> None:
             expected.append(run(n, True, [*own, part(q(2), slice(None), [-1], read)]))
         np.testing.assert_allclose(found.measures[0].patched[0], expected, atol=2e-4)
         assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.05
-
-
-@pytest.mark.parametrize("verb", ["ablate c", "ablate all but c"])
-def test_circuit_reports_that_blocks_attend_to_an_image(verb: str) -> None:
-    text = "circuit c = L0H1 -> L2H1.q, L2H1 -> logits\n"
-    _, found = try_text(text + experiment("e", f"{verb} at tokens * with zero"))
-    problem = next(each for each in found if each.severity == "error")
-    assert problem.code == "E0108"
-    assert "whose blocks attend to an image" in problem.message

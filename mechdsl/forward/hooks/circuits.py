@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.forward.hooks.batch import (
+    Batch,
     CircuitRead,
     CircuitWrite,
     EdgeTap,
@@ -63,7 +64,7 @@ from mechdsl.forward.hooks.hook_points import (
     undo_scale,
     view_layout,
 )
-from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.model import LoadedModel, find_image_readers
 from mechdsl.forward.hooks.module_exchange import load_weights, replace_forward, suspend_hooks
 from mechdsl.models.anatomy import BlockAnatomy, HookPoint, HookSide, TensorLayout
 from mechdsl.models.block import linear_sizes, unwrap_adapter
@@ -107,15 +108,13 @@ largest number."""
 
 def explain_no_circuits(model: LoadedModel) -> str:
     """Return why edges between the components of a model can't be separated; empty if they can."""
-    if "cross" in model.others and "encoder" not in model.others:
-        return "its blocks also attend to an image"
     anatomy, shape = model.anatomy, model.shape
     headed = shape.takes == "image" or (
         shape.task != "tokens" and (has_normed_sums(model) or anatomy.final_norm is not None)
     )
     if "logits" not in shape.sites or (anatomy.unembedding is None and not headed):
         return "its output isn't computed from the residual stream by an unembedding"
-    stacks = ("encoder", "") if "cross" in model.others else ("",)
+    stacks = ("encoder", "") if "encoder" in model.others and "cross" in model.others else ("",)
     for stack in stacks:
         after = has_normed_sums(model, stack)
         for number in range(model.stack(stack).shape.n_layers):
@@ -134,12 +133,20 @@ def _explain_joined_block(model: LoadedModel, stack: str, number: int, *, after:
     Args:
         after: Whether norms follow the sums of the stream.
     """
-    block = model.stack(stack).anatomy.blocks[number]
-    if not block.adds_up or block.stream_scale != 1 or block.fed:
+    block, attends = model.stack(stack).anatomy.blocks[number], _attends_to_image(model, number)
+    adds_up = block.adds_up
+    if attends:
+        adds_up = model.stack("cross").anatomy.blocks[number].adds_up and "mlp_out" in block.taps
+    if not adds_up or block.stream_scale != 1 or block.fed:
         return "the stream isn't the sum of the outputs of heads and MLPs"
     if not after and (block.middle or block.end):
         return "the stream isn't the sum of the outputs of heads and MLPs"
-    return _explain_joined_attention(model, stack, number)
+    return _explain_joined_attention(model, "cross" if attends else stack, number)
+
+
+def _attends_to_image(model: LoadedModel, layer: int) -> bool:
+    """Return whether a block attends to an image instead of to earlier tokens of its stream."""
+    return model.shape.takes == "attended image" and model.stack("cross").shape.has("q", layer)
 
 
 def _explain_joined_attention(model: LoadedModel, stack: str, number: int) -> str:
@@ -155,7 +162,8 @@ def _explain_joined_attention(model: LoadedModel, stack: str, number: int) -> st
     entrance = () if stack == "cross" else ("resid_pre",)
     if not all(own.shape.has(site, number) for site in (*ATTENTION_INPUTS, "z", *entrance)):
         return "there are no heads with queries, keys and values"
-    for site in ATTENTION_INPUTS:
+    of_image = stack == "cross" and model.shape.takes == "attended image"
+    for site in ATTENTION_INPUTS[:1] if of_image else ATTENTION_INPUTS:
         where = SiteRead(site, number, stack)
         if _find_projection(model, where) is None:
             stream = "the encoder's stream" if reads_encoder(where) else "the stream"
@@ -175,6 +183,8 @@ def explain_no_neurons(model: LoadedModel, places: Iterable[tuple[str, int | Non
         stack = SITES[site].stack
         where, block = f"in block {layer}", model.stack(stack).anatomy.blocks[layer]
         where += " of the encoder" if stack else ""
+        if not stack and _attends_to_image(model, layer):
+            return f"{where}, a gate follows the MLP, whose neurons can't be nodes yet"
         if block.mlp_output_norm is not None:
             return f"{where}, a norm follows the MLP, so that its neurons don't add up"
         if block.down is None or not {"mlp_norm", "mlp_hidden", "mlp_out"} <= block.taps.keys():
@@ -238,6 +248,8 @@ def explain_no_features(model: LoadedModel, outputs: Iterable[tuple[str, int | N
             if tap is None or (tap.side, tap.layout.axes) != ("out", "flat"):
                 return f"{where}, the output of attention isn't one tensor that a module returns"
             continue
+        if _attends_to_image(model, layer):
+            return f"{where}, a gate follows the MLP, whose features can't be nodes yet"
         if not {"mlp_norm", "mlp_out"} <= block.taps.keys() or not is_plain_mlp(model, layer):
             return f"{where}, the MLP isn't one module whose output is added to the stream"
         if not _reads_alone(model.module.get_submodule(block.mlp[0])):
@@ -349,8 +361,10 @@ def _list_projections(
     found: dict[str, dict[str, TensorLayout]] = {}
     for site in ATTENTION_INPUTS:
         where = SiteRead(site, attention.layer, attention.stack)
+        if reads_encoder(where) != (stack == "encoder"):
+            continue
         projection = _find_projection(model, where)
-        if projection is not None and reads_encoder(where) == (stack == "encoder"):
+        if projection is not None:
             path, layout = projection
             found.setdefault(path, {})[site] = layout
     return found
@@ -498,6 +512,18 @@ def open_circuit(
     return _WriteHooks(model, frame, circuit, adds_up=adds_up)
 
 
+def _find_image_tokens(
+    model: LoadedModel, frame: TokenFrame, circuit: CircuitWrite | CircuitRead
+) -> Tensor | None:
+    """Return [K]: 1 for tokens that attend to an image, 0 for others; None if no block does."""
+    if model.shape.takes != "attended image":
+        return None
+    assert isinstance(frame, Batch)
+    index = circuit.rows, frame.columns(circuit.rows, circuit.positions)
+    rows, columns = indices_to_device(index, frame.ids.device)
+    return find_image_readers(model, frame.ids)[rows, columns].to(model.dtype)
+
+
 class CircuitHooks(ABC):
     """The steps of one circuit, in the order in which a pass reaches them."""
 
@@ -542,6 +568,8 @@ class CircuitHooks(ABC):
         self._like = torch.empty(0)
         """A tensor of the precision and device of the stream, with `_sublayers`."""
         self._due = self._done = 0
+        self._sees_image = _find_image_tokens(model, frame, circuit)
+        """[K] 1 for tokens that attend to an image, 0 for others; None without images."""
 
     def _join_sublayer(self, sublayer: Sublayer) -> Sublayer:
         """Return a sublayer with the nodes of the output of attention as senders instead of heads,
@@ -680,7 +708,7 @@ class CircuitHooks(ABC):
                 self._remember_bias(where, module, value.new_zeros(1, 1, width), scale)
             else:
                 gained = (values - apply_scale(now, scale)).transpose(0, 1)
-            self._remember_change(where, gained)
+            self._remember_change(where, self._without_skipped(where, gained))
             return value
 
         layer, order = _rank(where)
@@ -688,6 +716,14 @@ class CircuitHooks(ABC):
         return self._add(
             (tap.path, tap.side, tap.item), (layer, order + 1), step, by_heads=by_heads
         )
+
+    def _without_skipped(self, where: SiteRead, gained: Tensor) -> Tensor:
+        """Return [unit, K, d_model] without the tokens at which a block that attends to an image
+        skips its MLP."""
+        sees, layer = self._sees_image, where.layer
+        if sees is None or layer is None or where.site not in ("mlp_out", "mlp_hidden"):
+            return gained
+        return gained * sees[:, None].to(gained) if _attends_to_image(self.model, layer) else gained
 
     def _seen(self, value: Tensor) -> Tensor:
         """Return the output of senders as changes are computed from it."""
@@ -755,6 +791,8 @@ class CircuitHooks(ABC):
             return SiteRead("resid_pre", attention.layer, self._stack)
         if self._stack == "encoder":
             return SiteRead("resid_post", self._shape.n_layers - 1, self._stack)
+        if self.model.shape.takes == "attended image":  # in place of other attention
+            return SiteRead("resid_pre", attention.layer)
         return SiteRead("resid_mid", attention.layer)
 
     def _attention_norm(self, attention: Attention) -> str | None:
@@ -1252,6 +1290,8 @@ class _WriteHooks(CircuitHooks):
             return len(self._features[where.site, layer].nodes)
         if where.site == "mlp_out":
             return int(shape.has("mlp_out", layer))
+        if where.site == "z" and not shape.has("z", layer):  # the block attends to an image
+            return 0
         return unit_count(shape, where.site, layer)
 
     def _stream_of(self, mask: Tensor) -> Tensor:

@@ -647,6 +647,14 @@ def build_image_arguments(model: LoadedModel, batch: Batch) -> dict[str, Any]:
     return _attend_to_image(model, batch.ids, given)
 
 
+def find_image_readers(model: LoadedModel, ids: Tensor) -> Tensor:
+    """Return [B, T]: whether each token is not before the image of its prompt, in a model whose
+    blocks attend to images. In a prompt without the image's token, all tokens are."""
+    module: Any = model.module
+    seen = (ids == module.config.image_token_index).cumsum(1) > 0
+    return seen | ~seen.any(1, keepdim=True)
+
+
 def _attend_to_image(model: LoadedModel, ids: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the vectors or pixels of images, and the tiles that each token [B, T] attends to.
 

@@ -68,6 +68,8 @@ class CircuitSettler:
                 neurons.
             lengths: [row of the batch] tokens.
         """
+        if self.model.shape.takes == "attended image":  # its graph has other heads
+            return write
         rows = np.unique(write.rows.numpy())
         if len(write.rows) != lengths[rows].sum() or not self._has_separate_heads:
             return write
