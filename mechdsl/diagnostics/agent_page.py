@@ -103,7 +103,7 @@ experiment knockout {
 """,
     ),
     (
-        "Which heads write to the logits directly? Path patching",
+        "Which heads write to logits? Path patching",
         """\
 experiment paths {
   prompts fruit limit 16
@@ -130,7 +130,7 @@ experiment steer {
 """,
     ),
     (
-        "At which layer is the count linearly readable? A probe",
+        "At which layer is the count readable? A probe",
         """\
 experiment probe_count {
   prompts fruit limit 64

@@ -470,8 +470,7 @@ def gradient_work(
     run = experiment.table.runs[experiment.spec.base]
     present = plan.present(prompts)
     times = np.where(present.any(axis=0), run.draws, 0)
-    rules = said.kind.backward
-    decomposed = rules is not None and rules.decomposed
+    decomposed = said.kind.backward is not None and said.kind.backward.decomposed
     if decomposed:  # two lanes for each row
         times = 2 * run.draws * present.sum(axis=0)
     own = np.repeat(prompts, times)
@@ -489,7 +488,8 @@ def gradient_work(
     if decomposed:
         kinds, each = 0, DECOMPOSED_TOKENS
     joined = -(-int(lengths.sum() + patches.sum() // n_layers) // each)
-    points = 1 if plan.path is None or said.steps is None else said.steps
+    senders = _count_moved_senders(plan)
+    points = (said.steps or 1) * max(1, senders) if said.between_runs else 1
     plain, found = False, GradientWork()
     for measure in experiment.measures:
         texts = [atom.appended for atom in measure.atoms if any(atom.appended)]
@@ -502,16 +502,24 @@ def gradient_work(
     if plan.path is not None:
         found = sum((found for _ in range(points - 1)), found)
         times = kinds * len(experiment.measures)
-        return found + _held_work(plan.path, lengths, joined, whole, times, n_layers)
-    if said.steps is None and not said.kind.adds_noise:
-        rounds = len(list_dropped_layers(experiment)) if said.kind.drops_layers else 1
+        return found + _held_work(plan.path, lengths, joined, whole, times, n_layers, 2 * senders)
+    if not said.joins_cells and not said.kind.adds_noise:
+        rounds = len(list_dropped_layers(experiment)) if said.kind.drops_layers else points
         times = 2 * len(_list_changed_attention(experiment) if said.kind.fixes_attention else ())
-        scores = _pass(lengths, joined, whole, forwards=times, backwards=0)
+        scores = _pass(lengths, joined, whole, forwards=times + said.between_runs, backwards=0)
         return sum((found for _ in range(rounds)), scores)
     copies = said.steps or int(dict(said.options)["samples"])
     times = copies * len(set(cell_sites(plan).tolist()))
     first = _pass(lengths, joined, whole, forwards=1, backwards=0)
     return sum((found for _ in range(times)), first)
+
+
+def _count_moved_senders(plan: ExperimentPlan) -> int:
+    """Return the number of sites and layers of senders that move between runs."""
+    said = plan.experiment.spec.estimator
+    if said is None or plan.path is None or said.kind.moves != "senders":
+        return 0
+    return len({(point.site, point.layer) for point in plan.path.point_table})
 
 
 def list_dropped_layers(experiment: ResolvedExperiment) -> list[tuple[str, int | None]]:
@@ -536,6 +544,7 @@ def _held_work(
     whole: CountPasses,
     gradients: int,
     n_layers: int,
+    more: int,
 ) -> GradientWork:
     """Count the work of the passes in which heads and MLPs are held.
 
@@ -545,6 +554,7 @@ def _held_work(
 
     Args:
         gradients: Number of gradients of metrics by the receivers.
+        more: Number of further forward passes, which read the senders of both runs.
     """
     assert rule.paths is not None
     paths = rule.paths
@@ -557,7 +567,7 @@ def _held_work(
     backwards = gradients * len(receivers) if paths.through_mlps else 0
     if not paths.through_mlps and any(of.site == "mlp_out" for of in paths.reads):
         backwards = -(-gradients * len(receivers) // n_layers)
-    return _pass(lengths, joined, whole, forwards=2, backwards=backwards)
+    return _pass(lengths, joined, whole, forwards=2 + more, backwards=backwards)
 
 
 def _pass(

@@ -83,9 +83,14 @@ class GradientEstimator:
     steps: ClassVar[int | None] = None
     """If set, gradients are taken at this number of points, and averaged. The argument `steps`
     changes the number. Estimators of sites take the midpoints of steps on the line from the base
-    run's vectors to the written ones. Estimators of paths take points k/m of the line on which the
-    stream that enters block 0 moves from the source run to the base run, k = 1 … m.
+    run's vectors to the written ones, unless `moves` is set. Others, and estimators of paths, take
+    points k/m of the line on which activations move from the source run to the base run,
+    k = 1 … m.
     """
+    moves: ClassVar[Literal["", "inputs", "senders"]] = ""
+    """What moves between runs with `steps`: the stream that enters block 0 of each stack at all
+    tokens, or the senders of a path, with all heads or neurons of their layer, at all tokens. Empty
+    for the written vectors of sites, and for `inputs` of paths."""
     value_name: ClassVar[str] = ""
     """Column name of values that aren't effects of the rule; empty for estimates of effects."""
     value_said: ClassVar[str] = ""
@@ -181,11 +186,11 @@ def _class_problem(name: str, entry: type[GradientEstimator]) -> str | None:
         return "`options` must not contain `steps`: set the attribute `steps`"
     if entry.value_name and not (entry.formula and entry.value_said):
         return "values that aren't effects need the texts `formula` and `value_said`"
-    on_line = entry.steps is not None and entry.place != "paths"
+    on_line = entry.steps is not None and entry.place != "paths" and not entry.moves
     if (entry.place == "paths" or entry.takes_paths) and (on_line or _is_of_sites(entry)):
         return (
             "estimators of paths have no `fixes_attention`, `drops_layers`, `adds_noise`; if they "
-            "also estimate sites, no `steps`"
+            "also estimate sites, no `steps` without `moves`"
         )
     if entry.values is GradientEstimator.values:
         return "it has no `values(self, written, base, gradient, options)`"
@@ -388,33 +393,64 @@ class EdgeAttributionPatching(_GradientTimesChange):
 
 
 @estimator("eap_ig")
-class IntegratedEdgeAttributionPatching(EdgeAttributionPatching):
-    """Edge attribution patching with integrated gradients over the model's input.
+class IntegratedEdgeAttributionPatching(_GradientTimesChange):
+    """Attribution patching with integrated gradients over the model's input.
 
-    As `eap`, but the derivative of the metric by a receiver's input is the mean over k = 1 … m of
-    that in the base run with x' + k/m (x − x') as the stream that enters block 0, where x is the
-    stream of the base run and x' that of the source run (Hanna et al. 2024, equation 4). In an
-    encoder-decoder, x is the stream of both stacks.
+    As `gradient_input`, or `eap` for a path, but the derivative of the metric by a site or by a
+    receiver's input is the mean over k = 1 … m of that in the base run with x' + k/m (x − x') as
+    the stream that enters block 0, where x is the stream of the base run and x' that of the source
+    run (Hanna et al. 2024, equation 4). In an encoder-decoder, x is the stream of both stacks.
     """
 
-    example = "path L0H1 -> logits at last token using eap_ig"
+    example = "using eap_ig"
     documentation = (
-        "Estimates the effect of each cell of a `path` like `eap`, with the mean gradient of the "
-        "metric at `steps` points (5 by default). At point k, the stream that enters block 0 is "
+        "Estimates the effect of each cell of a `path` like `eap`, and of a `patch` like "
+        "`gradient_input`, with the mean gradient of the metric at `steps` points (5 by default). "
+        "At point k, the stream that enters block 0 is "
         "x' + k/steps (x − x') at all tokens, where x is that of the base run and x' that of the "
         "source run: the last point is the base run. In an encoder-decoder, this is the stream of "
         "both stacks. Both prompts of a row must have the same "
-        "number of tokens (E0608). The derivative along the edge is that of the base run. Not "
+        "number of tokens (E0608). The derivative along the edge is that of the base run. Not for "
+        "`ablate`, which has no source run, and not "
         "with frozen norms at the end of the model, where `eap` equals the effect (E0608). Each "
         "point needs a forward pass, and a backward pass per measure."
     )
     source = "Hanna et al. 2024, arXiv 2403.17806"
     convention = (
+        "estimates, no cell was run: {change}, times the mean gradient of the metric{by} at "
+        "{steps} points (Hanna et al. 2024, arXiv 2403.17806, EAP-IG inputs)"
+    )
+    takes_paths = True
+    steps = 5
+    moves = "inputs"
+
+
+@estimator("eap_ig_activations")
+class IntegratedSenderAttributionPatching(EdgeAttributionPatching):
+    """Edge attribution patching with integrated gradients over activations.
+
+    As `eap`, but the derivative of the metric by a receiver's input is the mean over k = 1 … m of
+    that in the base run with u' + k/m (u − u') at the sender's site and layer, with all of its
+    heads or neurons, at all tokens. u is the value of the base run and u' that of the source run.
+    """
+
+    example = "path L0H1 -> logits at last token using eap_ig_activations"
+    documentation = (
+        "Estimates the effect of each cell of a `path` like `eap_ig`, but the sender moves from "
+        "the source run to the base run instead of the stream that enters block 0: at point k of "
+        "`steps` (5 by default), it is u' + k/steps (u − u') at all tokens. All heads or neurons "
+        "of the sender's site and layer move together; senders of several layers move separately, "
+        "and their estimates are added. Each site and layer of senders needs `steps` forward "
+        "passes, and as many backward passes per measure. Errors are those of `eap_ig`."
+    )
+    source = "Mueller et al. 2025, arXiv 2504.13151"
+    convention = (
         "estimates, no cell was run: the change of the senders, times the derivative of the "
         "receivers' inputs while all else is held, times the mean gradient of the metric by these "
-        "inputs at {steps} points (Hanna et al. 2024, arXiv 2403.17806, EAP-IG inputs)"
+        "inputs at {steps} points (Mueller et al. 2025, arXiv 2504.13151, EAP-IG activations)"
     )
     steps = 5
+    moves = "senders"
 
 
 @estimator("integrated_gradients")

@@ -719,7 +719,12 @@ class Estimator(Spec):
     @property
     def joins_cells(self) -> bool:
         """Whether all cells of a site move together on the line to what they write."""
-        return self.steps is not None and self.kind.place == "sites"
+        return self.steps is not None and self.kind.place == "sites" and not self.kind.moves
+
+    @property
+    def between_runs(self) -> bool:
+        """Whether gradients are taken at points between the source run and the base run."""
+        return self.steps is not None and not self.joins_cells
 
     @property
     def text(self) -> str:

@@ -316,8 +316,10 @@ def _of_rule(
         what, reason = "several layers together", "a gradient is for one site of one layer"
         hint = "sweep the layers: `layer *`, or `for l in 0..5`"
         yield _no_estimate(said, site.span, what, reason, hint)
-    if said.steps is not None:
+    if said.joins_cells:
         yield from _check_joint_moves(rule, said)
+    if said.between_runs:
+        yield from _of_moved_inputs(rule, experiment, said)
     inside = {p.site: site.span for here in points for p in here if p.site in QUERIES_AND_KEYS}
     if said.kind.fixes_attention and inside:
         yield from _of_changed_attention(rule, inside, experiment, said)
@@ -332,6 +334,10 @@ def _explain_no_vision_estimate(
     if rule.edge is not None:
         reason = "gradients of attention weights between patches aren't computed yet"
         return reason, NO_ESTIMATE_HINT
+    if rule.path is None and said.between_runs:
+        return "it moves the tokens of the language model, not the patches of images", (
+            OTHER_ESTIMATOR_HINT
+        )
     if rule.path is not None and (reason := _explain_no_path_of_patches(said, shape)):
         hint = NO_ESTIMATE_HINT if shape.takes == "attended image" else "write `using eap`"
         return reason, hint
@@ -384,7 +390,7 @@ def _of_basis(
 ) -> Iterator[Diagnostic]:
     """Yield the conflict of a rule on coordinates."""
     hint = f"{OTHER_ESTIMATOR_HINT}, which estimates each cell separately"
-    apart = _explain_separate_moves(rule, basis) if said.steps is not None else ""
+    apart = _explain_separate_moves(rule, basis) if said.joins_cells else ""
     if apart:
         reason = f"all cells of a site move together, {apart}"
         hint += "; or name the coordinates of one cell: `patch … in basis b`"
@@ -524,22 +530,32 @@ def _of_path(
         if reason := explain_missing_rule(frozen, experiment.model.shape):
             hint = f"remove `with frozen norms`, or {NO_ESTIMATE_HINT}"
             yield _no_estimate(said, own.span, f"`{verb} … with frozen norms`", reason, hint)
-    if said.steps is not None:
-        yield from _of_moved_inputs(rule, path, experiment, said)
+    if said.between_runs:
+        yield from _of_moved_inputs(rule, experiment, said)
     yield from _of_answers(rule.positions, own.at.span, experiment, said)
 
 
 def _of_moved_inputs(
-    rule: ResolvedRule, path: PathTargets, experiment: ResolvedExperiment, said: spec.Estimator
+    rule: ResolvedRule, experiment: ResolvedExperiment, said: spec.Estimator
 ) -> Iterator[Diagnostic]:
-    """Yield conflicts of a path whose gradients are taken between two runs."""
-    own, runs, hint = rule.spec, experiment.table.runs, "write `using eap`"
+    """Yield conflicts of a rule whose gradients are taken between two runs."""
+    own, runs, path = rule.spec, experiment.table.runs, rule.path
+    hint = OTHER_ESTIMATOR_HINT if path is None else "write `using eap`"
+    if path is None and own.verb != "patch":
+        reason = "gradients are taken between two runs, and the rule writes no value of the other"
+        other = "write `patch` with `from RUN into RUN`, or write `using integrated_gradients`"
+        yield _no_estimate(said, own.span, f"`{own.verb}`", reason, other)
+        return
+    if len({each.run for each in experiment.rules}) > 1:
+        what, reason = "rules with several source runs", "the base run moves from one run"
+        yield _no_estimate(said, own.span, what, reason, hint)
+        return
     if experiment.model.shape.takes == "attended image":
         reason = "it moves the stream of the text, but not the image that blocks attend to"
         yield _no_estimate(said, own.span, f"`{own.verb}`", reason, hint)
         return
-    ends = [p for here in path.receivers.points.values() for p in here]
-    if path.frozen_norms and all(SITES[p.site].when == "output" for p in ends):
+    ends = [] if path is None else [p for r in path.receivers.points.values() for p in r]
+    if path is not None and path.frozen_norms and all(SITES[p.site].when == "output" for p in ends):
         what, reason = "a path to the end with frozen norms", "norms of other runs aren't frozen"
         yield _no_estimate(said, own.span, what, reason, hint)
     if rule.apart is not None:
@@ -613,7 +629,7 @@ def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterat
         flat = find_flat_part(
             measure,
             experiment.spec.base,
-            at_base=said.steps is None,
+            at_base=said.steps is None or (said.between_runs and said.steps == 1),
             along_path=", or write `using integrated_gradients`"
             if said.kind.place == "sites"
             else "",

@@ -1505,8 +1505,9 @@ _site(
     "end at its heads and MLPs, at its output (`final_norm encoder`), or at the keys and values "
     "that the decoder reads: `path z encoder layer 0 head * -> v cross layers * heads * at "
     "capital tokens`. They don't go on to `logits`, because the decoder's heads are held (E0335). "
-    "`using eap`, `eap_ig`, `relp` and `gim` estimate such paths. It is also an end of an edge of "
-    "a `circuit`. In the decoder, heads that attend to the encoder (`z cross layer 0 head 1`) are "
+    "`using eap`, `eap_ig`, `eap_ig_activations`, `relp` and `gim` estimate such paths. It is also "
+    "an end of an edge of a `circuit`. In the decoder, heads that attend to the encoder (`z cross "
+    "layer 0 head 1`) are "
     "senders, and their queries receivers. In the encoder, senders are `embed encoder` (the "
     "stream that enters block 0), `z encoder layer 0 head 1` and `mlp_out encoder layer 0`; "
     "receivers are `q encoder layer 1 head 0`, `k encoder …`, `v encoder …`, `mlp_norm encoder "
@@ -2884,6 +2885,8 @@ def _estimator_test(kind: GradientEstimator) -> str:
         return "tests/rules/test_atp_star.py"
     if kind.backward is not None:
         return "tests/rules/test_ruled_estimates.py"
+    if kind.moves == "inputs":
+        return "tests/rules/test_estimates_between_runs.py"
     files = {"attention": "test_gradient_attention", "paths": "test_path_estimates"}
     return f"tests/rules/{files.get(kind.place, 'test_estimates')}.py"
 

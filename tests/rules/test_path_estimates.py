@@ -141,17 +141,17 @@ def metric(run: Run, record: Record, at: int) -> Tensor:
 
 def received(
     name: str, ids: Sequence[int], runs: tuple[Run, Run], ways: Sequence[Way], record: Record,
-    at: int, points: int,
+    at: int, points: int, moving: tuple[str, int | None] = ("resid_pre", 0),
 ) -> list[Tensor]:  # fmt: skip
     """The mean gradients of a metric by the receivers of all paths. At each point, the stream that
-    enters block 0 is nearer to that of the base run, which is the last point."""
+    enters block 0, or another site, is nearer to that of the base run, which is the last point."""
     reads = [moved(way.receivers, runs[0], way.written) for way in ways]
     flat = [leaf for _, leaves in reads for leaf in leaves]
     total = torch.zeros(())
-    base, source = (run["resid_pre", 0] for run in runs)
+    base, source = (run[moving] for run in runs)
     for point in range(1, points + 1):
         far = 1 - point / points
-        more = [Write("resid_pre", 0, lambda value, far=far: value + far * (source - base))]
+        more = [Write(*moving, lambda value, far=far: value + far * (source - base))]
         before = [*runs[0].writes, *(more if far else ())]
         writes = [([*before, *own], ()) for own, _ in reads]
         for run in with_gradients(name, ids, writes):
@@ -161,7 +161,7 @@ def received(
 
 def estimated(
     name: str, ids: Sequence[int], runs: tuple[Run, Run], ways: Sequence[Way], case: Case,
-    record: Record, at: int, points: int = 1,
+    record: Record, at: int, points: int = 1, moving: tuple[str, int | None] = ("resid_pre", 0),
 ) -> list[float]:  # fmt: skip
     """The estimate of each path: the gradient by its receivers' inputs, and that of these inputs by
     its senders while all else is held. Each path has a separate copy of the prompt."""
@@ -172,7 +172,7 @@ def estimated(
         ways = [replace(way, receivers=own) for way, own in zip(ways, onto, strict=True)]
     ended = [any(to.site in LAST for to in way.receivers) for way in ways]
     inner = [way for way, end in zip(ways, ended, strict=True) if not end]
-    slopes = iter(received(name, ids, runs, inner, record, at, points))
+    slopes = iter(received(name, ids, runs, inner, record, at, points, moving))
     layers = range(double(name).config.num_hidden_layers)
     sent = [moved(way.senders, base, way.written) for way in ways]
     kept = [held(base, way.senders, len(layers), mlps=case.mlps) for way in ways]
@@ -192,13 +192,16 @@ def estimated(
         for of in way.senders:
             change = source[of.site, of.layer][list(way.read)]
             change = change - base[of.site, of.layer][list(way.written)]
-            value += float((change * next(gradients)).sum())
+            estimate = float((change * next(gradients)).sum())
+            value += estimate if moving in (("resid_pre", 0), (of.site, of.layer)) else 0
         values.append(value)
     return values
 
 
 @cache
-def expected(name: str, key: str, points: int = 1) -> dict[Key, list[float]]:
+def expected(
+    name: str, key: str, points: int = 1, *, senders_move: bool = False
+) -> dict[Key, list[float]]:
     case = aligned(OWN[key]) if points > 1 else OWN[key]
     found: dict[Key, list[float]] = {}
     cells: list[Cell] = []
@@ -211,7 +214,13 @@ def expected(name: str, key: str, points: int = 1) -> dict[Key, list[float]]:
     for record, base, source, ways in ways_of_prompts(case, cells):
         runs = plain(name, model, base.ids), plain(name, model, source.ids)
         at = tokens(base, case.measured)[0]
-        own = estimated(name, base.ids, runs, ways, case, record, at, points)
+        given = name, base.ids, runs, ways, case, record, at, points
+        if senders_move:
+            sites = dict.fromkeys((of.site, of.layer) for way in ways for of in way.senders)
+            each = [estimated(*given, moving=site) for site in sites]
+            own = [sum(parts) for parts in zip(*each, strict=True)]
+        else:
+            own = estimated(*given)
         whole = float(metric(runs[0], record, at))
         for values, value in zip(found.values(), own, strict=True):
             values.append(whole + value)
@@ -233,10 +242,10 @@ def measure(case: Case) -> str:
 
 @cache
 def results(
-    data: Path, name: str, mode: str, keys: tuple[str, ...], points: int = 1
+    data: Path, name: str, mode: str, keys: tuple[str, ...], points: int = 1, word: str = "eap_ig"
 ) -> dict[str, ExperimentResult]:
     """The cases in one file."""
-    using = "using eap" if points == 1 else f"using eap_ig(steps: {points})"
+    using = "using eap" if points == 1 else f"using {word}(steps: {points})"
     groups = (line for line in GROUPS.splitlines() if name != "gpt_oss" or "mixed" not in line)
     text = "\n".join(groups) + "\n" + INPUTS
     for key in keys:
@@ -246,13 +255,13 @@ def results(
 
 
 def equal_autograd(
-    data: Path, name: str, mode: str, keys: tuple[str, ...], points: int = 1
+    data: Path, name: str, mode: str, keys: tuple[str, ...], points: int = 1, word: str = "eap_ig"
 ) -> None:
     fine = precise(name)
     large = 1e-3 if fine else 1e-2
-    for key, found in results(data, name, mode, keys, points).items():
+    for key, found in results(data, name, mode, keys, points, word).items():
         base = unpatched(name, "clean" if points > 1 else OWN[key].base, at=OWN[key].measured)
-        values = expected(name, key, points)
+        values = expected(name, key, points, senders_move=word == "eap_ig_activations")
         agree(found, OWN[key].axes, values, base, large=large, most=False, precise=fine)
 
 
@@ -299,6 +308,31 @@ def test_estimates_of_all_cases_with_moved_inputs_equal_autograd(
     quiet = ["neurons_receive"] if family == "gemma2" else []
     keys = [key for key in OWN if key not in quiet]
     equal_autograd(data, family, mode, tuple(keys), points=4)
+
+
+SENDERS = {
+    "llama": ("heads_to_queries", "a_group_to_logits"),
+    "gpt2": ("mlps_to_mlps",),
+    "gpt_neox": ("windows_of_senders",),
+}
+"""Cases of `eap_ig_activations` in each family; senders of two of them are in several layers."""
+
+
+@pytest.mark.parametrize("family", list(SENDERS))
+def test_estimates_with_moved_senders_equal_autograd(data: Path, family: str) -> None:
+    keys, word = SENDERS[family], "eap_ig_activations"
+    equal_autograd(data, family, "small passes", keys, points=2, word=word)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["planned", "plain", "padded on the right"])
+@pytest.mark.parametrize("family", [*PARTS, "gemma2", "gpt_neox_sequential", "qwen3"])
+def test_estimates_of_all_cases_with_moved_senders_equal_autograd(
+    data: Path, family: str, mode: str
+) -> None:
+    quiet = ["neurons_receive"] if family == "gemma2" else []
+    keys = [key for key in OWN if key not in quiet]
+    equal_autograd(data, family, mode, tuple(keys), points=3, word="eap_ig_activations")
 
 
 def test_estimates_at_one_point_are_those_of_the_base_run(data: Path) -> None:
@@ -622,6 +656,14 @@ WRONG = {
     "two rules": (f"{EDGE}\n  ablate L0H1 at last token with zero", "eap", "remove `using"),
     "answer": ("path layer 0 head * -> logits at answer token", "eap", "name tokens of the prompt"),
     "lengths": (f"from longer into clean\n  {EDGE}", "eap_ig", "texts with as many tokens"),
+    "senders": (f"from longer into clean\n  {EDGE}", "eap_ig_activations", "as many tokens"),
+    "ablation": ("ablate L0H1 at last token with zero", "eap_ig", "write `patch` with"),
+    "node": ("patch L0H1 at last token", "eap_ig_activations", "or `using atp`"),
+    "node lengths": (
+        "from longer into clean\n  patch L0H1 at last token",
+        "eap_ig",
+        "or write `using gradient_input`",
+    ),
     "norms": (
         "path layer 0 head * -> logits at last token with frozen norms",
         "eap_ig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -378,7 +379,7 @@ class GradientEstimates:
         assert said is not None
         self.plan = plan
         self.kind, self.steps, self.options = said.kind, said.steps, dict(said.options)
-        self.joins_cells = said.joins_cells
+        self.joins_cells, self.between_runs = said.joins_cells, said.between_runs
         self.readout = readout
         self.means_and_donors = means_and_donors
         self.model = runs.model
@@ -442,6 +443,8 @@ class GradientEstimates:
         environments = self._environments(drawn)
         if self.kind.adds_noise:
             sums = self._near_base(written, lanes, environments)
+        elif self.between_runs:
+            sums = self._between_runs(written, lanes, environments)
         elif self.steps is None:
             sums = self._at_base(written, lanes, environments)
         else:
@@ -618,9 +621,14 @@ class GradientEstimates:
             run = replace(run, backward=replace(rules, fixed_norms=True))
         systems = self.means_and_donors.directions.systems
         received, adds = run.add_zeros(edges.list_written(systems), *edges.tokens)
-        moves = self._moved_inputs(edges.rule, lanes)
-        given = (run, list(received.values()), adds, moves, lanes, environments)
-        of_inputs = self._mean_gradients(*given)
+        slopes_of = partial(
+            self._mean_gradients,
+            run,
+            list(received.values()),
+            adds,
+            lanes=lanes,
+            environments=environments,
+        )
         leaves = [run.zeros(len(each.lane), each.width(self.model)) for each in written]
         sent = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
         wheres = dict.fromkeys(where for each in written for where in each.reads)
@@ -628,17 +636,25 @@ class GradientEstimates:
         held = HeldPass.run(edges, *given, systems, self.kind.backward)
         bases = [each.base(held.senders, lanes.batch) for each in written]
         found = np.zeros((len(self.readout.measures), len(environments)))
-        for measure, own, slopes in of_inputs:
-            by_site = dict(zip(received, slopes, strict=True))
-            for number in np.unique(edges.receivers_of_row[own]).tolist():
-                rows = own[edges.receivers_of_row[own] == number]
-                gradients = held.gradients(number, by_site, leaves)
-                parts = zip(written, bases, gradients, strict=True)
-                sums = np.zeros(len(senders))
-                for each in parts:
-                    sums += self._sums(*each, len(senders))
-                found[measure, rows] = sums[edges.sender[rows]]
+        for moved in self._list_moved_senders(written):
+            moves = self._moved_inputs(edges.rule, lanes, moved)
+            for measure, own, slopes in slopes_of(moves=moves):
+                by_site = dict(zip(received, slopes, strict=True))
+                for number in np.unique(edges.receivers_of_row[own]).tolist():
+                    rows = own[edges.receivers_of_row[own] == number]
+                    gradients = held.gradients(number, by_site, leaves)
+                    sums = np.zeros(len(senders))
+                    for each in zip(written, bases, gradients, strict=True):
+                        if moved is None or each[0].where == moved:
+                            sums += self._sums(*each, len(senders))
+                    found[measure, rows] += sums[edges.sender[rows]]
         return found
+
+    def _list_moved_senders(self, written: Sequence[_WrittenVectors]) -> Sequence[SiteRead | None]:
+        """List the sites of senders that move separately; None if the model's input moves."""
+        if self.kind.moves != "senders":
+            return [None]
+        return list(dict.fromkeys(each.where for each in written))
 
     def _near_base(
         self,
@@ -660,6 +676,28 @@ class GradientEstimates:
             for number, own, (gradient,) in self._mean_gradients(*given):
                 sums = self._sums(each, base, gradient, len(environments))
                 found[number, own] += sums[own]
+        return self.kind.finish(found)
+
+    def _between_runs(
+        self,
+        written: Sequence[_WrittenVectors],
+        lanes: DrawLanes,
+        environments: Sequence[ItemNumber],
+    ) -> Floats:
+        """Return [measure, row]: values by the mean gradient as the model's input moves from the
+        source run to the base run."""
+        run = self.differentiated
+        reads = [*dict.fromkeys(where for each in written for where in each.reads)]
+        read = run_full(self.model, lanes.batch, writes=run.noise(lanes), reads=reads).reads
+        bases = [each.base(read, lanes.batch) for each in written]
+        leaves = [run.zeros(len(each.lane), each.width(self.model)) for each in written]
+        adds = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
+        moves = self._moved_inputs(self.plan.rules[0], lanes)
+        found = np.zeros((len(self.readout.measures), len(environments)))
+        given = (run, leaves, adds, moves, lanes, environments)
+        for number, own, gradients in self._mean_gradients(*given):
+            for each in zip(written, bases, gradients, strict=True):
+                found[number, own] += self._sums(*each, len(environments))[own]
         return self.kind.finish(found)
 
     def _mean_gradients(
@@ -689,9 +727,15 @@ class GradientEstimates:
             count, total = count + 1, found
         return [(number, own, [each / count for each in sums]) for number, own, sums in total]
 
-    def _moved_inputs(self, rule: RulePlan, lanes: DrawLanes) -> Iterator[list[SiteWrite]]:
-        """Yield the writes that move the streams that enter block 0 of each stack toward the source
-        run, for each point; none for the base run, which comes first."""
+    def _moved_inputs(
+        self, rule: RulePlan, lanes: DrawLanes, moved: SiteRead | None = None
+    ) -> Iterator[list[SiteWrite]]:
+        """Yield the writes that move activations toward the source run at all tokens, for each
+        point; none for the base run, which comes first.
+
+        Args:
+            moved: The site that moves; None for the streams that enter block 0 of each stack.
+        """
         yield []
         steps = self.steps or 1
         if steps == 1:
@@ -700,8 +744,11 @@ class GradientEstimates:
         other = DrawLanes.of(self.lanes_of(rule), np.unique(lanes.prompts), self.plan.draws)
         stacks = ["", *({"encoder"} & self.model.shape.others.keys())]
         wheres = [SiteRead("resid_pre", 0, stack) for stack in stacks]
+        wheres = wheres if moved is None else [moved]
+        stop = 1 if moved is None or moved.layer is None else moved.layer + 1
+        stop = 0 if moved is not None and moved.stack == "encoder" else stop
         found = [
-            run_full(self.model, own.batch, stop=1, writes=run.noise(own), reads=wheres).reads
+            run_full(self.model, own.batch, stop=stop, writes=run.noise(own), reads=wheres).reads
             for run, own in ((self.differentiated, lanes), (source, other))
         ]
         moves: list[SiteWrite] = []
@@ -710,10 +757,12 @@ class GradientEstimates:
             streams: list[Tensor] = []
             for own, reads in zip((lanes, other), found, strict=True):
                 index = lane, own.batch.of_read(where).columns(lane, token)
-                streams.append(reads[where][indices_to_device(index, reads[where].device)][:, 0])
-            place = lane, token, torch.zeros_like(lane)
-            change = streams[1] - streams[0]
-            moves.append(SiteWrite("resid_pre", 0, *place, change, mode="add", stack=where.stack))
+                streams.append(reads[where][indices_to_device(index, reads[where].device)])
+            change, units = (streams[1] - streams[0]).flatten(0, 1), streams[0].shape[1]
+            place = lane.repeat_interleave(units), token.repeat_interleave(units)
+            unit = torch.arange(units).repeat(len(lane))
+            given = (where.site, where.layer, *place, unit, change)
+            moves.append(SiteWrite(*given, mode="add", stack=where.stack))
         for point in range(1, steps):
             share = 1 - point / steps
             yield [replace(move, values=share * move.values) for move in moves]

@@ -284,17 +284,27 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
     where = f"gradients of the {base} run"
     if said.joins_cells:
         where = f"gradients between the {base} run and the written values"
+    elif said.kind.moves == "senders":
+        where = (
+            "gradients as all heads or neurons of the senders' site and layer move at all tokens "
+            f"from the {experiment.spec.source} run to the {base} run, which is the last point"
+        )
     elif said.steps is not None:
         stacks = " of both stacks" if experiment.model.shape.encodes_apart else ""
         where = (
             f"gradients as the stream that enters block 0{stacks} moves from the "
             f"{experiment.spec.source} run to the {base} run, which is the last point"
         )
-    change = "what is written less what is there"
+    change, by = "what is written less what is there", ""
     if experiment.has_path:
         change = "the change of the senders"
+    along = experiment.has_path and said.kind.place == "sites"
+    if along and said.between_runs:
+        change += ", times the derivative of the receivers' inputs while all else is held"
+        by = " by these inputs"
     text = said.kind.convention
-    for name, value in {"steps": said.steps, "change": change, **dict(said.options)}.items():
+    terms = {"steps": said.steps, "change": change, "by": by, **dict(said.options)}
+    for name, value in terms.items():
         text = text.replace(f"{{{name}}}", str(value))
     if said.verify is not None:
         text = text.replace("estimates, no cell was run: ", "")
@@ -310,7 +320,7 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
     alias = "" if said.name == said.kind.name else f"`{said.name}` is "
     decomposed = said.kind.backward is not None and said.kind.backward.decomposed
     where = "" if decomposed else f"; {where}, by autograd"
-    if experiment.has_path and said.kind.place == "sites":
+    if along and not said.between_runs:
         where = (
             "; the same along the edges, while all else is held, and from the inputs of the "
             f"receivers to the metric{where}"
