@@ -13,6 +13,7 @@ from mechdsl.base.text import count_noun, quote
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.prompts import EndingMismatch, PartnerMissing, RowsNotPaired
+from mechdsl.images.layouts import PromptPicture
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.answers import (
@@ -117,8 +118,9 @@ def pair_run(
     how = "paired by a seeded shuffle with those" if shuffled else how
     there_run = _aligned(found, table, run, name, index)
     if single is not None and own.spec.regions and not other.spec.regions:
-        there_run = _with_regions(there_run, table)
-        how = "its only row, with the regions of each paired row, paired with those"
+        there_run, has_regions = _with_regions(there_run, table)
+        if has_regions:
+            how = "its only row, with the regions of each paired row, paired with those"
     return PairedRun(there_run, how, found.python, found.data_hash), diagnostics
 
 
@@ -212,14 +214,36 @@ def _aligned(
     )
 
 
-def _with_regions(run: PromptRun, table: PromptTable) -> PromptRun:
-    """Give the one image of all rows the table's regions.
+def _with_regions(run: PromptRun, table: PromptTable) -> tuple[PromptRun, bool]:
+    """Give the images of the one row the table's regions; returns whether it has any then.
 
-    In each row, `object tokens` are then the object's positions in the row's input image.
+    In each row, `object tokens` are then the object's positions in the row's own image.
     """
-    pairs = zip(run.rows, table.runs[CLEAN].rows, strict=True)
-    rows = (replace(row, places={**beside.places, **row.places}) for row, beside in pairs)
-    return replace(run, rows=tuple(rows))
+    rows: list[RunRow] = []
+    for row, paired in zip(run.rows, table.runs[CLEAN].rows, strict=True):
+        pictures = _with_picture_regions(row, paired)
+        rows.append(replace(row, places={**paired.places, **row.places}, pictures=pictures))
+    has_regions = any(row.places or _region_names(row) for row in rows)
+    return replace(run, rows=tuple(rows)), has_regions
+
+
+def _region_names(row: RunRow) -> set[str]:
+    return {name for each in row.pictures.values() for name in each.regions}
+
+
+def _with_picture_regions(row: RunRow, paired: RunRow) -> Mapping[str, PromptPicture]:
+    """Return the images of a prompt with the regions of those of the same name in another prompt,
+    if their tokens have the same rows and columns, and no other image is equal."""
+    found = dict(row.pictures)
+    for own in row.whole_pictures:
+        marker = own.picture.picture.marker
+        equal = {each.name for each in row.whole_pictures if each.picture.picture.marker == marker}
+        for other in paired.whole_pictures:
+            alike = own.picture.expansion.labels == other.picture.expansion.labels
+            if equal == {other.name} and other.picture.regions and alike:
+                regions = {**other.picture.regions, **own.picture.regions}
+                found[marker] = replace(own.picture, regions=regions)
+    return found
 
 
 REPLY_PLACEHOLDER = "…"

@@ -457,6 +457,8 @@ class SpanFinder:
                 continue
             if name in SPECIAL_ROLES and ref.of is None:
                 self._no_special(ref, "the tokenizer has none")
+            elif self._defined_elsewhere(ref, name):
+                pass
             else:
                 names = {span.name for span in self._all_spans()}
                 hint = unknown_span_hint(name, names, self.table)
@@ -466,6 +468,25 @@ class SpanFinder:
                     UnknownSpan(span=ref.span, name=name, prompts=blocks, hint=hint)
                 )
             return False
+        return True
+
+    def _defined_elsewhere(self, ref: ast.SpanRef, name: str) -> bool:
+        """Add E0308 for a region that only images of another prompt set have; return whether it is
+        one."""
+        table = self.table
+        others = [
+            run.prompts or table.name
+            for run in table.runs.values()
+            if any(row.pictures and row.pictures_of(name) for row in run.rows)
+        ]
+        if not others:
+            return False
+        mine = table.runs[self.run].prompts or table.name
+        hint = f"define it in `{mine}`, too: `box = [0, 0, 8, 8]` and `region {name} = box`, or "
+        hint += "take a prompt set of one row whose image has the same name and rows and columns"
+        what = f"a region of images in `{others[0]}` only"
+        problem = UnknownSpan(span=ref.span, name=name, prompts=mine, hint=hint, what=what)
+        self.diagnostics.append(problem)
         return True
 
     def pictures_of(self, n: int, ref: ast.SpanRef) -> list[PlacedPicture]:
