@@ -665,6 +665,20 @@ def test_processor_without_torchvision_names_the_extra(tmp_path: Path) -> None:
     assert 'pip install "mechdsl[video]"' in shown
 
 
+def test_torchvision_for_another_torch_is_named(tmp_path: Path) -> None:
+    """transformers reports only that a module can't be imported."""
+    write_processor(tmp_path)
+    reader, found = read_prompt_tokenizer(tmp_path, None)
+    assert reader is not None, found
+    missing = ModuleNotFoundError("Could not import module 'AutoProcessor'.")
+    missing.__cause__ = RuntimeError("operator torchvision::nms does not exist")
+    with patch("transformers.AutoProcessor.from_pretrained", side_effect=missing):
+        [error] = check_processor(reader, model="m", span=None)
+    assert error.code == "E0459"
+    shown = render_full([error], color=False, width=1000)
+    assert "the installed torchvision doesn't fit the installed torch" in shown
+
+
 def test_processor_without_num2words_names_the_extra(tmp_path: Path) -> None:
     write_processor(tmp_path)
     reader, found = read_prompt_tokenizer(tmp_path, None)

@@ -179,9 +179,9 @@ class ImagePromptTokenizer(TextTokenizer):
             return self.given
         if self.folder is None:
             raise UnsupportedProcessor("there is none")
-        from transformers import AutoConfig, AutoProcessor  # takes seconds
-
         try:
+            from transformers import AutoConfig, AutoProcessor  # takes seconds
+
             return (
                 AutoProcessor.from_pretrained(self.folder, local_files_only=True),
                 AutoConfig.from_pretrained(self.folder, local_files_only=True),
@@ -922,7 +922,13 @@ def _prepared_otherwise(extents: Sequence[tuple[int, ...]]) -> UnsupportedProces
 def _unreadable(error: Exception) -> UnsupportedProcessor:
     """Return the error of a processor that transformers can't load."""
     told = str(error).lower() if isinstance(error, ImportError) else ""
-    if "torchvision" in told:
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    if any("torchvision::" in str(each) for each in causes):  # a name of a compiled operator
+        unfit = UnsupportedProcessor("the installed torchvision doesn't fit the installed torch")
+        unfit.hint = 'install the version for your torch: `pip install "mechdsl[video]"`'
+    elif "torchvision" in told:
         unfit = UnsupportedProcessor("it also prepares videos, for which it needs torchvision")
         unfit.hint = 'install the version for your torch: `pip install "mechdsl[video]"`'
     elif "num2words" in told:
