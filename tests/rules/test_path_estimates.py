@@ -141,17 +141,21 @@ def metric(run: Run, record: Record, at: int) -> Tensor:
 
 def received(
     name: str, ids: Sequence[int], runs: tuple[Run, Run], ways: Sequence[Way], record: Record,
-    at: int, points: int, moving: tuple[str, int | None] = ("resid_pre", 0),
+    at: int, points: int, moving: tuple[str, int | None] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """The mean gradients of a metric by the receivers of all paths. At each point, the stream that
     enters block 0, or another site, is nearer to that of the base run, which is the last point."""
     reads = [moved(way.receivers, runs[0], way.written) for way in ways]
     flat = [leaf for _, leaves in reads for leaf in leaves]
     total = torch.zeros(())
-    base, source = (run[moving] for run in runs)
+    base, source = (run[moving or ("resid_pre", 0)] for run in runs)
     for point in range(1, points + 1):
         far = 1 - point / points
-        more = [Write(*moving, lambda value, far=far: value + far * (source - base))]
+        more = [
+            Write(
+                *(moving or ("resid_pre", 0)), lambda value, far=far: value + far * (source - base)
+            )
+        ]
         before = [*runs[0].writes, *(more if far else ())]
         writes = [([*before, *own], ()) for own, _ in reads]
         for run in with_gradients(name, ids, writes):
@@ -161,7 +165,7 @@ def received(
 
 def estimated(
     name: str, ids: Sequence[int], runs: tuple[Run, Run], ways: Sequence[Way], case: Case,
-    record: Record, at: int, points: int = 1, moving: tuple[str, int | None] = ("resid_pre", 0),
+    record: Record, at: int, points: int = 1, moving: tuple[str, int | None] | None = None,
 ) -> list[float]:  # fmt: skip
     """The estimate of each path: the gradient by its receivers' inputs, and that of these inputs by
     its senders while all else is held. Each path has a separate copy of the prompt."""
@@ -193,7 +197,7 @@ def estimated(
             change = source[of.site, of.layer][list(way.read)]
             change = change - base[of.site, of.layer][list(way.written)]
             estimate = float((change * next(gradients)).sum())
-            value += estimate if moving in (("resid_pre", 0), (of.site, of.layer)) else 0
+            value += estimate if moving in (None, (of.site, of.layer)) else 0
         values.append(value)
     return values
 
