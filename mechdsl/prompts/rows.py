@@ -268,19 +268,14 @@ def _of_grid(row: Row, node: ast.Call, image: str) -> Picture:
     if "rows" not in given:
         raise _wrong(node, "needs `rows`", 'write `grid(rows: "red circle, - / -, blue cross")`')
     rows = _drawn_text(row, given["rows"], "rows", "red circle, - / -, blue cross")
-    cells = ([each.strip() for each in line.split(",")] for line in rows.split("/"))
-    told: dict[str, Any] = {}
+    marks, cell, noise = None, GridLayout.cell, None
     if "marks" in given:
-        told["marks"] = tuple(_drawn_text(row, given["marks"], "marks", "@ #").split())
+        marks = _drawn_text(row, given["marks"], "marks", "@ #")
     if "cell" in given:
-        told["cell"] = _number(row, node, given["cell"], "pixels of a cell", 7, limits.IMAGE_SIDE)
+        cell = _number(row, node, given["cell"], "pixels of a cell", 7, limits.IMAGE_SIDE)
     if "noise" in given:
-        told["noise"] = _number(row, node, given["noise"], "a level of noise", 0, 255)
-    empty = (EMPTY_CELL, "")
-    layout = GridLayout(
-        tuple(tuple("" if x in empty else x for x in line) for line in cells), **told
-    )
-    problem, meant = _cannot_draw_grid(layout)
+        noise = _number(row, node, given["noise"], "a level of noise", 0, 255)
+    layout, problem, meant = _grid_layout(rows, marks, cell, noise)
     if problem:
         hint = f"did you mean {meant!r}?" if meant else "change what is drawn"
         raise bad_value(node.span, problem, hint)
@@ -291,12 +286,22 @@ def _of_grid(row: Row, node: ast.Call, image: str) -> Picture:
 
 
 @cache
-def _cannot_draw_grid(layout: GridLayout) -> tuple[str, str]:
-    """Return the reason that a grid can't be drawn, empty if it can, and the cell that is probably
-    meant."""
+def _grid_layout(
+    rows: str, marks: str | None, cell: int, noise: int | None
+) -> tuple[GridLayout, str, str]:
+    """Return a grid, the reason that it can't be drawn, empty if it can, and the cell that is
+    probably meant."""
     from mechdsl.images.pixels import grid_problem, suggest_cell
 
-    return grid_problem(layout), suggest_cell(layout)
+    cells = ([each.strip() for each in line.split(",")] for line in rows.split("/"))
+    empty = (EMPTY_CELL, "")
+    layout = GridLayout(
+        tuple(tuple("" if each in empty else each for each in line) for line in cells),
+        marks=None if marks is None else tuple(marks.split()),
+        cell=cell,
+        noise=noise,
+    )
+    return layout, grid_problem(layout), suggest_cell(layout)
 
 
 def _expr(node: object) -> ast.Expr:
