@@ -28,6 +28,7 @@ from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.hook_points import fuse_activations
 from mechdsl.forward.hooks.model import (
     LoadedModel,
+    apply_position_ids,
     build_batch,
     has_single_output,
     replace_blocks,
@@ -163,7 +164,7 @@ def compute_unpatched(
     acting = rules or RuleWrites()
     rows = [part.run.rows[p] for part in parts for p in part.lanes]
     batch = build_batch(model, ids, [row.source for row in rows], side or model.calling.side)
-    batch = acting.numbered(add_images(model, batch, rows))
+    batch = apply_position_ids(model, add_images(model, batch, rows), acting)
     begins = np.cumsum([0, *(len(part.ids) for part in parts)]).tolist()
     noise: list[SiteWrite] = []
     for part, begin in zip(parts, begins, strict=False):

@@ -53,7 +53,12 @@ from mechdsl.forward.hooks.batch import (
 )
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
-from mechdsl.forward.hooks.model import LoadedModel, build_batch, replace_blocks
+from mechdsl.forward.hooks.model import (
+    LoadedModel,
+    apply_position_ids,
+    build_batch,
+    replace_blocks,
+)
 from mechdsl.forward.hooks.weight_maps import FrozenNorms
 from mechdsl.forward.packed.unembedding import ModelUnembedding
 from mechdsl.models.restart import Shortcuts
@@ -390,7 +395,7 @@ class _ReplyPasses:
         provide_images(model, (run.rows[prompt] for prompt in prompts.tolist()))
         acting = self._acting(asked.run, chunk)
         sources = [run.rows[prompt].source for prompt in prompts.tolist()]
-        batch = acting.numbered(build_batch(model, texts, sources, side))
+        batch = apply_position_ids(model, build_batch(model, texts, sources, side), acting)
         wanted = asked.wanted[chunk].copy()
         wanted[:, 0] |= ~wanted.any(1)
         slots = np.where(wanted, wanted.cumsum(1) - 1, 0)

@@ -842,7 +842,7 @@ _IN_VISION_OF_PROMPTS = _IN_VISION | frozenset((
 _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
     "replace", "observe entropy", "observe distance", "observe received", "observe value",
     "observe features", "observe rank", "observe effective_rank", "observe similarity",
-    "observe cka", "observe probe", "observe prediction",
+    "observe cka", "observe clusters", "observe probe", "observe prediction",
     "observe logit_lens", "observe tuned_lens", "path", "allow", "replace block",
     "observe overlap", "observe edge_auroc",
 ))  # fmt: skip

@@ -535,8 +535,10 @@ def _check_position_ids(
         how = ""
         if has_additive_positions(shape.family, shape.config):
             how = "that adds positions to scores"
-        elif shape.takes not in ("text", "attended image"):
-            how = "that takes more than a text"
+        elif shape.encodes_apart and shape.takes != "attended image":
+            how = "whose encoder and decoder count their tokens themselves"
+        elif shape.takes in ("image", "audio"):
+            how = f"that counts its {'patches' if shape.takes == 'image' else 'frames'} itself"
         if how:
             what = f"`renumber` in a model {how}"
             work.diagnostics.append(NotSupported(span=rule.span, what=what))

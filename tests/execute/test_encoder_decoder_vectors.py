@@ -74,6 +74,28 @@ def test_observations_of_vectors_equal_hooks(family: str, site: str, tmp_path: P
         np.testing.assert_allclose(np.unique(rank[layer]), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("family", some(FAMILIES, ("t5",)))
+def test_clusters_equal_the_reference(family: str, site: str, tmp_path: Path) -> None:
+    """Gaussians of equal variance around the means of the most likely clusters, in each layer."""
+    line = f"observe clusters(2) {site} layer * at last token"
+    found = run(family, experiment("e", "prompts p", line), tmp_path)["e"]
+    for layer in layers(site):
+        cells = [n for n, cell in enumerate(found.cells) if int(cell.coords["layer"]) == layer]
+        shares = found.measures[0].patched[cells]  # [cluster, row]
+        own = vectors(family, site, layer).numpy()
+        own = own - own.mean(0)
+        spread = own.std(0)
+        own = own / np.where(spread > 0, spread, 1)
+        label = shares.argmax(0)
+        centres = np.stack([own[label == n].mean(0) for n in range(2)])
+        variance = ((own - centres[label]) ** 2).mean()
+        off = ((own[:, None] - centres) ** 2).sum(2)
+        scores = np.log(np.bincount(label) / len(label)) - off / (2 * variance)
+        expected = torch.tensor(scores).softmax(1).T
+        np.testing.assert_allclose(shares, expected, atol=1e-3)
+
+
 @pytest.mark.parametrize("family", some(FAMILIES, ("bart",)))
 @pytest.mark.parametrize("site", SITES)
 def test_clamped_components_equal_hooks(family: str, site: str, tmp_path: Path) -> None:

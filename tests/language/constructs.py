@@ -2011,8 +2011,9 @@ _rule(
     "renumber last-item token from 5",
     "Gives these tokens the position ids 5, 6, … in text order; the first token of a prompt "
     "has id 0. Other tokens keep their ids, and the attention mask doesn't change. Each row is "
-    "a full forward pass. Models that compute position ids themselves, or add positions to "
-    "scores, aren't supported.",
+    "a full forward pass. In models that number image tokens by frame, row and column, a "
+    "renumbered token gets its id for all three (`tests/image_prompts/test_renumbered_tokens.py`). "
+    "Models that compute position ids themselves, or add positions to scores, aren't supported.",
     "Wang et al. 2024, arXiv 2407.01100",
     "tests/rules/test_allow_attention.py",
 )

@@ -82,6 +82,7 @@ from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.hook_points import fuse_activations
 from mechdsl.forward.hooks.model import (
     LoadedModel,
+    apply_position_ids,
     has_single_output,
     replace_blocks,
     select_row_logits,
@@ -771,15 +772,12 @@ class Patcher:
     ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
         added: list[SiteWrite] = []
         if rows.run.noise is not None:
-            added = build_noise_writes(
-                self.model,
-                rows.run.noise,
-                rows.prompts,
-                self.runs.table.row_keys,
-                self.runs.seed,
-            )
-        batch = rows.acting.numbered(lanes.batch.take(torch.from_numpy(lane)))
-        slots, at = arrange_by_row(final, len(rows), batch.lengths.numpy())
+            keys, seed = self.runs.table.row_keys, self.runs.seed
+            added = build_noise_writes(self.model, rows.run.noise, rows.prompts, keys, seed)
+        own = lanes.batch.take(torch.from_numpy(lane))
+        batch = apply_position_ids(self.model, own, rows.acting)
+        lengths = batch.lengths.numpy()
+        slots, at = arrange_by_row(final, len(rows), lengths)
         every = rows.all_logits or has_single_output(self.model)
         logits_at = None if every else torch.from_numpy(at)
         with ExitStack() as stack:
@@ -795,7 +793,6 @@ class Patcher:
                 stack.enter_context(fuse_activations(self.model.module))
             if (copies := self._find_copies(rows, batch, lane, added)) is not None:
                 stack.enter_context(copies.shared(self.model))
-            lengths = batch.lengths.numpy()
             result = run_full(
                 self.model,
                 batch,

@@ -65,6 +65,7 @@ from mechdsl.forward.hooks.model import (
     ENCODED,
     IMAGE_TOKENS,
     LoadedModel,
+    apply_position_ids,
     build_batch,
     find_given_positions,
     mixes_images,
@@ -188,7 +189,7 @@ class FullPasses:
             blocks = {to: of for to, of in blocks.items() if to[0] == "vision"}
             blocks |= collect_blocks(self.steps, step)
         acting = replace(acting, blocks=tuple(sorted(blocks.items())))
-        batch = acting.numbered(batch)
+        batch = apply_position_ids(self.model, batch, acting)
         if not self.model.shape.encodes_apart:
             return self._run(acting, batch, held, sources)
         if self.model.shape.takes == "attended image":  # it was encoded before all passes
@@ -658,7 +659,8 @@ class CachedPasses:
         rows = rows[part]
         acting = self._prefilled(RowChoice(len(self.prompts), rows))
         first = self.columns - count
-        tokens = self._tokens(acting.numbered(self._batch(rows)), slice(first, self.columns))
+        batch = apply_position_ids(self.model, self._batch(rows), acting)
+        tokens = self._tokens(batch, slice(first, self.columns))
         return run_cached_pass(self.model, tokens, self.keys, part, acting)
 
     def _tokens(self, batch: Batch, columns: slice) -> NewTokens:
@@ -699,7 +701,7 @@ class CachedPasses:
         here[touched] = torch.arange(len(touched))
         edits = [edit.moved(here) for edit in edits]
         acting = RowChoice(len(self.prompts), some).rules(self.prefill)
-        batch = acting.numbered(self._batch(some))
+        batch = apply_position_ids(self.model, self._batch(some), acting)
         places = list(dict.fromkeys(edit.where for edit in edits))
         with replace_blocks(self.model, acting.blocks):
             reads = run_full(

@@ -153,7 +153,8 @@ class Batch:
     """Tokens of stacks other than the main one: `encoder`, `vision`. Without those of `vision`, the
     patches of images are tokens of the prompts."""
     numbers: Tensor | None = None
-    """[B, T] long, position ids; None: tokens are counted."""
+    """[B, T] long, position ids, or [3, B, T] of frames, rows and columns; None: the model's
+    own."""
     inserted: int = 0
     """Number of tokens after each image for which the model's embedding returns no vector."""
     tiles: tuple[int, int] | None = None
@@ -225,7 +226,9 @@ class Batch:
                 for name, tensor in self.extra.items()
             },
             frames={name: frame._rows(of) for name, frame in self.frames.items()},
-            numbers=None if self.numbers is None else of(self.numbers),
+            numbers=(
+                None if self.numbers is None else of(self.numbers.movedim(-2, 0)).movedim(0, -2)
+            ),
             inserted=self.inserted,
             tiles=self.tiles,
             pools=self.pools,
@@ -309,7 +312,7 @@ class Batch:
         return rows, columns, torch.ones_like(rows, dtype=torch.bool)
 
     def position_ids(self) -> Tensor:
-        """Return [B, T] position ids: the given ones, or counted from 0 at the first real token."""
+        """Return the given position ids, or [B, T] counted from 0 at the first real token."""
         if self.numbers is not None:
             return self.numbers
         return (self.mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -319,7 +322,7 @@ class Batch:
         ids = self.position_ids().clone()
         index = rows, self.columns(rows, positions), numbers
         rows, columns, numbers = indices_to_device(index, ids.device)
-        ids[rows, columns] = numbers
+        ids[..., rows, columns] = numbers
         return replace(self, numbers=ids)
 
 

@@ -21,6 +21,7 @@ from mechdsl.forward.hooks.batch import (
     BlockPairs,
     BlockPlace,
     EdgeWrite,
+    RuleWrites,
     SiteRead,
     SiteWrite,
     TokenFrame,
@@ -449,6 +450,13 @@ def number_positions(model: LoadedModel, batch: Batch) -> Tensor:
     """Return [B, T] position ids; [3, B, T] with images that have rows and columns."""
     given = find_given_positions(model, batch)
     return batch.position_ids() if given is None else given
+
+
+def apply_position_ids(model: LoadedModel, batch: Batch, rules: RuleWrites) -> Batch:
+    """Apply the position ids that rules give to tokens; other tokens keep those of the model."""
+    if not rules.numbers:
+        return batch
+    return rules.numbered(replace(batch, numbers=number_positions(model, batch)))
 
 
 def split_vision(
