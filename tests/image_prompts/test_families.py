@@ -4,6 +4,7 @@ hooks on the bare model with its processor."""
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from functools import cache, cached_property
@@ -758,3 +759,15 @@ def test_facts_of_a_processor_depend_on_its_files_the_libraries_and_the_code(
     assert len(set(seen)) == len(seen) > 6
     monkeypatch.setenv("MECHDSL_CACHE", "")
     assert place() is None
+
+
+def test_cached_facts_depend_on_every_imported_module_that_reads_images_or_tokens() -> None:
+    """No fact depends on values of pixels, on sounds or on chat templates of texts."""
+    unrelated = {"images/baselines.py", "images/pixels.py", "images/sounds.py"}
+    unrelated.add("prompts/tokens/chat.py")
+    imported = set[str]()
+    for name in image_prompts._CODE:
+        text = (image_prompts.PACKAGE_FOLDER / name).read_text(encoding="utf-8")
+        for module in re.findall(r"^\s*from mechdsl\.(images|prompts)(\S*) import", text, re.M):
+            imported.add("".join(module).replace(".", "/") + ".py")
+    assert {*image_prompts._CODE} == (imported | {"prompts/tokens/image_prompts.py"}) - unrelated

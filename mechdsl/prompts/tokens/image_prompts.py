@@ -73,7 +73,10 @@ _VIDEO_FILE = "video_preprocessor_config.json"
 _SETTINGS = (".json", ".jinja", ".model", ".txt")
 """Endings of the files that a processor is read from; weights have others."""
 
-_CODE = ("images/layouts.py", "images/processing.py", "prompts/tokens/image_prompts.py")
+_CODE = (
+    *("images/layouts.py", "images/picture.py", "images/processing.py"),
+    *("prompts/tokens/image_prompts.py", "prompts/tokens/tokenizer.py"),
+)
 """Modules of this package on which the facts of a processor depend."""
 
 _LIBRARIES = ("transformers", "tokenizers", "torch", "torchvision", "pillow", "numpy")
