@@ -231,11 +231,12 @@ class NullDocument(DocumentPart):
     )
     draws: int = Field(description="different random targets that have a value")
     p: float | None = Field(
-        description="rank p, (1 + b)/(1 + draws), where b draws are at least as large in size"
+        description="rank p, (1 + b)/(1 + draws), where b draws are at least as large in size, up "
+        "to rounding"
     )
     inside: bool | None = Field(
-        description="whether the cell's mean is in the band; null if the draws are too few for a "
-        "band at the experiment's confidence (39 at 95 %)"
+        description="whether the cell's mean is in the band, up to rounding; null if the draws are "
+        "too few for a band at the experiment's confidence (39 at 95 %)"
     )
     what: str = Field(description="the type of random target")
 

@@ -83,8 +83,20 @@ def statistics_conventions(
             )
         found["correction"] += _withheld_text(result)
     found |= _equal_draws(result)
+    found |= _rounding(result)
+    found["seed"] = str(result.seed)
+    return found
+
+
+def _equal_draws(result: ExperimentResult) -> dict[str, str]:
+    texts = {n: describe_equal_draws(result, n) for n in range(len(result.measures))}
+    said = [f"{result.measures[n].called}: {text}" for n, text in texts.items() if text]
+    return {"equal draws": "; ".join(said)} if said else {}
+
+
+def _rounding(result: ExperimentResult) -> dict[str, str]:
     small = sum(int(np.count_nonzero(each.at_rounding)) for each in result.statistics)
-    said = []
+    said: list[str] = []
     if small:
         said.append(
             f"{count_noun(small, 'cell')} with a mean effect no larger than rounding alone can "
@@ -97,18 +109,22 @@ def statistics_conventions(
             f"{count_noun(changing, 'cell')} in which rounding may change single prompts of "
             "the base run"
         )
+    if near := _count_inside_by_rounding(result):
+        said.append(
+            f"{count_noun(near, 'cell')} outside of the null band by no more than rounding, "
+            "counted as inside"
+        )
     moved = {run: result.accuracy_bound(run) for run in result.accuracy}
     said += [f"the accuracy of {run} by up to {by:.2g}" for run, by in moved.items() if by]
-    if said:
-        found["rounding"] = f"{', '.join(said)}; {result.rounding}"
-    found["seed"] = str(result.seed)
-    return found
+    return {"rounding": f"{', '.join(said)}; {result.rounding}"} if said else {}
 
 
-def _equal_draws(result: ExperimentResult) -> dict[str, str]:
-    texts = {n: describe_equal_draws(result, n) for n in range(len(result.measures))}
-    said = [f"{result.measures[n].called}: {text}" for n, text in texts.items() if text]
-    return {"equal draws": "; ".join(said)} if said else {}
+def _count_inside_by_rounding(result: ExperimentResult) -> int:
+    pairs = zip(result.controls, result.statistics, strict=False)  # no controls, or one a measure
+    decided = [
+        band.decides & band.is_inside_by_rounding(found.mean) for band, found in pairs if band
+    ]
+    return sum(int(np.count_nonzero(each)) for each in decided)
 
 
 def describe_equal_draws(result: ExperimentResult, measure: int) -> str:

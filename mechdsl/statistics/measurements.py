@@ -174,6 +174,15 @@ class RandomControlValues:
     title: ControlTitle = "null"
 
 
+def rounding_slack(rounding: Floats) -> Floats:
+    """Return the largest difference of two means that rounding alone explains; 0 if unknown.
+
+    Args:
+        rounding: Maximum effect of rounding on one mean, of any shape; NaN if unknown.
+    """
+    return 2 * np.nan_to_num(rounding)
+
+
 @dataclass(frozen=True, eq=False)
 class NullBand:
     """The same effect on random targets: arrays over cells, NaN if there are no draws."""
@@ -189,9 +198,10 @@ class NullBand:
     rank: Ints
     p: Floats
     """(1 + b)/(1 + k), with b draws at least as large in absolute value as the effect, or at least
-    as small if values near 0 show it; NaN if an effect of 0 doesn't mean "no effect"."""
+    as small if values near 0 show it; sizes that differ by no more than rounding are equal. NaN if
+    an effect of 0 doesn't mean "no effect"."""
     inside: Bools
-    """Whether the effect is in the band."""
+    """Whether the effect is in the band, or outside of it by no more than rounding."""
     weaker: Bools
     """Whether the effect is between 0 and the band: random targets have more of it. If values near
     0 show it: whether the effect is beyond the band, away from 0."""
@@ -220,7 +230,16 @@ class NullBand:
             rounding: Maximum effect of rounding on the mean, shape [cell].
         """
         width = self.high - self.low
-        return (self.draws > 1) & (width <= 2 * np.nan_to_num(rounding))
+        return (self.draws > 1) & (width <= rounding_slack(rounding))
+
+    def is_inside_by_rounding(self, means: Floats) -> Bools:
+        """Return whether the effect counts as inside only because its distance from the band is no
+        larger than rounding, shape [cell].
+
+        Args:
+            means: Printed means, shape [cell].
+        """
+        return self.inside & ((means < self.low) | (means > self.high))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,13 @@ import numpy as np
 
 from mechdsl.base.arrays import Floats
 from mechdsl.base.records import Registry
-from mechdsl.statistics.measurements import MeasureData, NullBand, RandomControlValues, effect_parts
+from mechdsl.statistics.measurements import (
+    MeasureData,
+    NullBand,
+    RandomControlValues,
+    effect_parts,
+    rounding_slack,
+)
 from mechdsl.vocab.effects import EffectKind
 
 
@@ -27,6 +33,7 @@ def compute_null_bands(
     drawn: RandomControlValues,
     *,
     means: Sequence[Floats],
+    rounding: Sequence[Floats],
     confidence: float,
     effects: Registry[EffectKind],
 ) -> tuple[NullBand | None, ...]:
@@ -36,15 +43,17 @@ def compute_null_bands(
     Args:
         measures: Measures of the experiment itself.
         means: Printed means of each measure, shape [cell]. If one is missing (a ratio whose
-            denominator
-            can't be distinguished from 0), draws have none either, and there is no band.
+            denominator can't be distinguished from 0), draws have none either, and there is no
+            band.
+        rounding: Maximum effect of rounding on each mean, shape [cell]; NaN if unknown. Effects
+            that differ by no more than rounding are equal.
         confidence: In percent.
     """
     return tuple(
-        _band(data, own, values, drawn, confidence, effects[data.effect])
+        _band(data, (own, rounding_slack(bound)), values, drawn, confidence, effects[data.effect])
         if data.kind == "number" and data.missing is None and effects[data.effect].of_intervention
         else None
-        for data, own, values in zip(measures, means, drawn.values, strict=True)
+        for data, own, bound, values in zip(measures, means, rounding, drawn.values, strict=True)
     )
 
 
@@ -70,24 +79,29 @@ def band_level(draws: int, rank: int) -> float:
     return max(0, draws + 1 - 2 * rank) / (draws + 1)
 
 
-def rank_p(own: float, draws: Floats, *, near_zero: bool = False) -> float:
+def rank_p(own: float, draws: Floats, *, near_zero: bool = False, slack: float = 0.0) -> float:
     """Return two-sided p by absolute value: (1 + b)/(1 + k), where b of the k draws, shape [k], are
     at least as far from 0 as the effect, or with `near_zero` at least as near. At least 1/(1 + k).
+
+    Args:
+        slack: Sizes that differ by no more than this are equal.
     """
     sizes, size = np.abs(draws), abs(own)
-    beyond = sizes <= size if near_zero else sizes >= size
+    beyond = sizes <= size + slack if near_zero else sizes >= size - slack
     return (1 + int(np.count_nonzero(beyond))) / (1 + len(draws))
 
 
 def _band(
     data: MeasureData,
-    own: Floats,
+    printed: tuple[Floats, Floats],
     values: Floats,
     drawn: RandomControlValues,
     confidence: float,
     effect: EffectKind,
 ) -> NullBand:
-    """Compute one band. `own`: [cell]; `values`: [draw, cell, prompt]."""
+    """Compute one band. `printed`: means and their `rounding_slack`, both [cell]; `values`: [draw,
+    cell, prompt]."""
+    own, slack = printed
     cells = len(data.patched)
 
     def means(patched: Floats) -> Floats:
@@ -108,11 +122,13 @@ def _band(
         low[cell], high[cell], mean[cell] = here[r - 1], here[k - r], here.mean()
         level[cell] = band_level(k, r)
         if effect.tested and drawn.title != "untrained":
-            p[cell] = rank_p(float(own[cell]), here, near_zero=effect.is_shown_by_zero)
+            near_zero, size = effect.is_shown_by_zero, float(own[cell])
+            p[cell] = rank_p(size, here, near_zero=near_zero, slack=float(slack[cell]))
     with np.errstate(invalid="ignore"):
-        inside = (low <= own) & (own <= high)
-        nearer = ((own >= 0) & (own < low)) | ((own <= 0) & (own > high))
-        farther = ((own >= 0) & (own > high)) | ((own <= 0) & (own < low))
+        below, above = own < low - slack, own > high + slack
+        inside = ~(below | above) & ~np.isnan(own) & (draws > 0)
+        nearer = ((own >= 0) & below) | ((own <= 0) & above)
+        farther = ((own >= 0) & above) | ((own <= 0) & below)
     return NullBand(
         low=low,
         high=high,

@@ -22,7 +22,7 @@ from mechdsl.show.reports.text import (
     significance_marks,
     significance_note,
 )
-from mechdsl.statistics.measurements import NullBand, RandomControlValues
+from mechdsl.statistics.measurements import MeasureData, NullBand, RandomControlValues
 from mechdsl.statistics.null_bands import (
     band_level,
     band_rank,
@@ -33,6 +33,19 @@ from mechdsl.statistics.null_bands import (
 from mechdsl.vocab.effects import EFFECTS, EffectKind
 
 from .synthetic import finished, heads, measure, report, with_controls
+
+
+def band_of(
+    data: MeasureData,
+    drawn: RandomControlValues,
+    means: list[np.ndarray],
+    rounding: float = float("nan"),
+    effects: Registry[EffectKind] = EFFECTS,
+) -> tuple[NullBand | None, ...]:
+    bounds = [np.full(len(each), rounding) for each in means]
+    return compute_null_bands(
+        [data], drawn, means=means, rounding=bounds, confidence=95.0, effects=effects
+    )
 
 
 def test_null_band_spans_ranked_effects_of_the_draws() -> None:
@@ -49,7 +62,12 @@ def test_null_band_spans_ranked_effects_of_the_draws() -> None:
     values = RandomControlValues((drawn,) * 3, np.array([25, 25, 0]), 25, "heads")
     means = [(patched - base).mean(1) / (source - base).mean(), np.full(3, np.nan), np.ones(3)]
     band, *others = compute_null_bands(
-        [data, category, total], values, means=means, confidence=80.0, effects=EFFECTS
+        [data, category, total],
+        values,
+        means=means,
+        rounding=[np.zeros(3)] * 3,
+        confidence=80.0,
+        effects=EFFECTS,
     )
     assert others == [None, None], "one has no mean, one doesn't depend on what is patched"
     assert band is not None
@@ -75,7 +93,7 @@ def test_raw_metric_has_a_null_band_without_p() -> None:
     data = measure(values[0], np.zeros((1, 6)), effect="raw")
     drawn = RandomControlValues((values,), np.array([9]), 9, "heads")
     means = [values[0].mean(1)]
-    (band,) = compute_null_bands([data], drawn, means=means, confidence=95.0, effects=EFFECTS)
+    (band,) = band_of(data, drawn, means)
     assert band is not None
     assert np.isnan(band.p[0])
     assert band.inside[0]
@@ -155,9 +173,7 @@ def test_null_band_covers_a_further_draw_at_its_level(draws: int, repetitions: i
         values = RandomControlValues(
             (np.reshape(others, (-1, 1, 1)),), np.array([draws]), draws, "heads"
         )
-        (band,) = compute_null_bands(
-            [data], values, means=[np.array([own])], confidence=95.0, effects=EFFECTS
-        )
+        (band,) = band_of(data, values, [np.array([own])])
         assert band is not None
         inside += bool(band.inside[0])
         ps.append(float(band.p[0]))
@@ -174,6 +190,60 @@ def test_rank_p_counts_ties_as_larger() -> None:
     assert rank_p(-2.0, np.array([2.0, -2.0, 1.0])) == 0.75
     assert rank_p(0.0, np.array([0.0, 0.0])) == 1.0
     assert rank_p(3.0, np.array([2.0, -2.0, 1.0])) == 0.25
+
+
+@pytest.mark.parametrize("rounding", [float("nan"), 1e-6])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("by_zero", [False, True])
+def test_effects_within_rounding_of_the_band_are_inside(
+    rounding: float, sign: float, by_zero: bool
+) -> None:
+    """Two means may differ by twice the bound. All draws are 0.5 or, in the last cell, 0."""
+    kinds = Registry[EffectKind]("effect")
+    kinds.add("delta", replace(EFFECTS["delta"], is_shown_by_zero=by_zero))
+    ends = np.array([0.5, 0.5, 0.5, 0.5, 0.0])
+    moved = np.array([1.9e-6, -1.9e-6, 2.1e-6, -2.1e-6, 1e-9])
+    values = sign * (ends + moved)
+    data = measure(values[:, None], np.zeros((1, 1)), effect="delta")
+    draws = np.broadcast_to(sign * ends[:, None], (39, 5, 1))
+    drawn = RandomControlValues((draws,), np.full(5, 39), 39, "heads")
+    (band,) = band_of(data, drawn, [values], rounding, kinds)
+    assert band is not None
+    is_near = np.array([True, True, False, False, True]) & np.isfinite(rounding)
+    assert band.inside.tolist() == is_near.tolist()
+    assert band.is_inside_by_rounding(values).tolist() == is_near.tolist()
+    is_beyond = moved > 0 if by_zero else moved < 0
+    assert band.weaker.tolist() == (~is_near & is_beyond).tolist()
+    reached = is_near | is_beyond
+    assert band.p == pytest.approx(np.where(reached, 1.0, 1 / 40))
+
+
+def test_rounding_convention_counts_cells_that_rounding_moves_inside() -> None:
+    plain = finished(with_controls(heads()))
+    (found,), band = plain.statistics, ends(plain)
+    out = np.flatnonzero(~band.inside & band.decides)
+    assert len(out) > 1
+    distance = np.maximum(band.low - found.mean, found.mean - band.high)[out]
+    (data,) = plain.measures
+    assert data.source is not None
+    base = (data.source - data.base).mean()
+    bound = float(np.median(distance)) * abs(base) / 2
+    made = with_controls(heads())
+    (own,) = made.measures
+    given = replace(own, rounding=np.full_like(own.base, bound))
+    result = finished(replace(made, measures=(given,)))
+    (found,), band = result.statistics, ends(result)
+    beyond = (found.mean < band.low) | (found.mean > band.high)
+    count = int(np.count_nonzero(beyond & band.inside))
+    slack = 2 * np.where(np.isnan(found.rounding), 0, found.rounding)
+    expected = (band.low - slack <= found.mean) & (found.mean <= band.high + slack)
+    assert band.inside.tolist() == expected.tolist()
+    assert 0 < count < len(out)
+    said = result.conventions["rounding"]
+    assert (
+        f"{count} cell{'s' * (count > 1)} outside of the null band by no more than rounding" in said
+    )
+    assert "outside of" not in plain.conventions.get("rounding", "")
 
 
 # --- marks and notes ------------------------------------------------------------------------------
@@ -244,8 +314,9 @@ def test_effects_that_zero_shows_are_weaker_beyond_the_band() -> None:
     assert made.drawn is not None
     means = [each.mean for each in finished(made).statistics]
     given = (made.measures, made.drawn)
+    none = [np.zeros_like(each) for each in means]
     bands = [
-        compute_null_bands(*given, means=means, confidence=95, effects=effects)[0]
+        compute_null_bands(*given, means=means, rounding=none, confidence=95, effects=effects)[0]
         for effects in (EFFECTS, kinds)
     ]
     plain, zero = (band for band in bands if band is not None)

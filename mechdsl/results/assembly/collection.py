@@ -1087,6 +1087,7 @@ def _null_bands(result: ExperimentResult) -> tuple[NullBand | None, ...]:
         result.measures,
         result.drawn,
         means=[each.mean for each in result.statistics],
+        rounding=[each.rounding for each in result.statistics],
         confidence=result.settings.confidence,
         effects=EFFECTS,
     )
