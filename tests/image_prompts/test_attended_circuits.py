@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.diagnostics.rendering import render_full
+from mechdsl.execute import mask_training
+from mechdsl.execute.mask_training import MaskRows
 
 from .support import BLOCK, MEASURE, RECORDS, experiment
 from .test_attended_images import (
@@ -124,7 +127,7 @@ def run(
             fill = torch.zeros_like(value) if fills is None else fills[of]
             found = found + (torch.where(here, fill, value) if ablated(of, to) else value)
             if shares is not None:
-                found = found + shares[of, to] * (fill - value.detach()) * here
+                found = found + shares[of, to] * (fill - value) * here
         return found
 
     for layer, block in enumerate(layers):
@@ -316,10 +319,12 @@ def derivatives(n: int, tokens: Collection[int] | None) -> dict[tuple[Node, Node
     return {edge: float(own) for edge, own in zip(every, found, strict=True)}
 
 
-def trained(to: Path, call: str, at: str, **more: Any) -> dict[tuple[Node, Node], float]:
-    """The scores of all edges that a training writes."""
+def trained(
+    to: Path, call: str, at: str, further: str = "", **more: Any
+) -> dict[tuple[Node, Node], float]:
+    """The scores of all edges that a training writes, or the probabilities of their gates."""
     options = "prompts: ask, from: changed, validation: 0%, measure_on_training_rows: true"
-    options += ", maximise: logit(answer) - logit(wrong)"
+    options += f", maximise: logit(answer) - logit(wrong){further}"
     text = f"circuit c = fit({call}, {options}) at {at}\n"
     text += experiment("e", FROM, f"ablate all but c at {at} with clean")
     for file in folder().iterdir():
@@ -330,7 +335,8 @@ def trained(to: Path, call: str, at: str, **more: Any) -> dict[tuple[Node, Node]
     content = json.loads((found.folder / "mask.json").read_text("utf-8"))
     ends = (label.split(" -> ") for label in content["labels"])
     edges = [(node_of(of, "of"), node_of(to, "to")) for of, to in ends]
-    return dict(zip(edges, content["scores"], strict=True))
+    values = content["probabilities"] if call.startswith("mask") else content["scores"]
+    return dict(zip(edges, values, strict=True))
 
 
 @pytest.mark.parametrize(("at", "tokens"), [("tokens *", None), ("last token", [-1])])
@@ -396,3 +402,122 @@ def test_scores_with_changed_derivatives_equal_estimates_of_paths(
         effect = (measure.patched[0] - measure.base[0]).mean()
         np.testing.assert_allclose(scores[edge], effect, atol=1e-4, rtol=1e-4)
         assert abs(effect) > 1e-3
+
+
+# --- searches and masks ---------------------------------------------------------------------------
+
+
+@cache
+def other_vectors(n: int) -> dict[Node, Tensor]:
+    return run(n, other(n))[1]
+
+
+def mean_without(ablated: Collection[tuple[Node, Node]]) -> float:
+    """The mean measure on the clean run while edges carry vectors of the other run."""
+    values = list[float]()
+    for n in ALL:
+        logits, _ = run(n, n, lambda of, to: (of, to) in ablated, other_vectors(n))
+        values.append(logit_difference(n, logits))
+    return float(np.mean(values))
+
+
+def list_steps() -> list[list[tuple[Node, Node]]]:
+    """List the edges that each step of `coarse_to_fine` tries together, last blocks first."""
+    every = list_all()
+    heads = {at: [("z", at, head) for head in reversed(range(HEADS))] for at in range(LAYERS)}
+    groups = list[Collection[Node]]()
+    for layer in reversed(range(LAYERS)):
+        groups += [[("mlp", layer, 0)], heads[layer]]
+    groups += [[head] for layer in reversed(range(LAYERS)) for head in heads[layer]]
+    steps = [[edge for edge in every if edge[0] in senders] for senders in groups]
+    for layer in reversed(range(LAYERS)):
+        for site in "vkq":
+            steps.append([edge for edge in every if edge[1][:2] == (site, layer)])
+    receivers = dict.fromkeys(to for _, to in every)
+    for to in reversed(receivers):
+        steps += [[edge] for edge in reversed(every) if edge[1] == to]
+    return steps
+
+
+def keep_leading(edges: Collection[tuple[Node, Node]]) -> set[tuple[Node, Node]]:
+    """Remove edges from which no path leads to the logits."""
+    kept = {edge for edge in edges if edge[1] == LOGITS}
+    for _ in range(2 * LAYERS):
+        senders = {of for of, _ in kept}
+        for of, (site, layer, head) in edges:
+            each = len({to for _, to in list_all() if to[:2] == (site, layer)})
+            heads = range(HEADS // each * head, HEADS // each * (head + 1))
+            reads = [("mlp", layer, 0)] if site == "mlp" else [("z", layer, h) for h in heads]
+            if not senders.isdisjoint(reads):
+                kept.add((of, (site, layer, head)))
+    return kept
+
+
+def read_chosen(to: Path) -> set[tuple[Node, Node]]:
+    [path] = (to / "store").rglob("mask.json")
+    content = json.loads(path.read_text("utf-8"))
+    ends = (content["labels"][number].split(" -> ") for number in content["chosen"])
+    return {(node_of(of, "of"), node_of(to, "to")) for of, to in ends}
+
+
+@pytest.mark.slow
+def test_search_from_blocks_to_edges_equals_a_group_by_group_reference(tmp_path: Path) -> None:
+    scores = trained(tmp_path, "coarse_to_fine(threshold: 0.1)", "tokens *")
+    ablated, changes = set[tuple[Node, Node]](), dict[tuple[Node, Node], float]()
+    value = mean_without(())
+    for step in list_steps():
+        if left := {*step} - ablated:
+            change = mean_without(ablated | left) - value
+            changes |= dict.fromkeys(left, change)
+            if -change < 0.1:
+                ablated |= left
+                value += change
+    chosen = read_chosen(tmp_path)
+    assert chosen == keep_leading({*list_all()} - ablated)
+    assert any(to[1] in CROSS for _, to in chosen)
+    for edge in chosen:
+        assert scores[edge] == pytest.approx(changes[edge], abs=2e-4)
+
+
+@pytest.mark.slow
+def test_greedy_search_ablates_the_least_important_edge(tmp_path: Path) -> None:
+    """Checks the first step against all edges; edges to ablated ones are dropped."""
+    every = list_all()
+    trained(tmp_path, f"greedy(size: {len(every) - 1})", "tokens *")
+    dropped = {*every} - read_chosen(tmp_path)
+    means = {edge: mean_without([edge]) for edge in every}
+    best = max(means.values())
+    assert any(means[edge] == pytest.approx(best, abs=1e-4) for edge in dropped)
+    assert keep_leading({*every} - dropped) == {*every} - dropped
+    assert len(dropped) < len(every) / 2
+
+
+@pytest.mark.slow
+def test_mask_has_the_loss_and_gradient_of_the_bare_model(tmp_path: Path) -> None:
+    """For rows of different lengths in one batch, each with other shares."""
+    opened, unpatched = list[MaskRows](), mask_training.open_rows
+
+    def spy(*given: Any) -> MaskRows:
+        opened.append(unpatched(*given))
+        return opened[-1]
+
+    with patch("mechdsl.execute.mask_training.open_rows", spy):
+        every = [*trained(tmp_path, "mask(size: 30)", "tokens *", ", steps: 1, batch: 2")]
+    [found] = opened
+    assert {*every} == {*list_all()}
+    batch, ids = [0, 2], found.objective.table.row_ids
+    draws = torch.Generator().manual_seed(5)
+    mine = torch.rand(2, len(every), generator=draws).requires_grad_()
+    theirs = mine.detach().clone().requires_grad_()
+    values, expected = found.values(np.array(batch), mine), list[Tensor]()
+    follow: Any = vars(run)["__wrapped__"]
+    for row, own in zip(batch, theirs, strict=True):
+        n, shares = ids[row], dict(zip(every, own, strict=True))
+        logits, _ = follow(n, n, lambda of, to: False, other_vectors(n), None, shares)
+        right, wrong = (token(str(RECORDS[n][key])) for key in ("n", "m"))
+        expected.append(logits[right] - logits[wrong])
+    np.testing.assert_allclose(values.detach(), torch.stack(expected).detach(), atol=1e-4)
+    (gradient,) = torch.autograd.grad(values.sum(), mine)
+    (reference,) = torch.autograd.grad(torch.stack(expected).sum(), theirs)
+    np.testing.assert_allclose(gradient, reference, atol=1e-4, rtol=1e-4)
+    assert (reference.abs().amax(1) > 0.05).all()
