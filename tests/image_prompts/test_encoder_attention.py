@@ -544,10 +544,12 @@ LINES = {
     "block attention vision layer 0 from photo tokens to photo row 1 col 1 token\n  using atp": (
         "E0608"
     ),
-    "ablate pattern vision layer 0 head 0 at photo tokens with zero": "E0413",
-    "ablate scores vision layer 0 head 0 at photo tokens with zero": "E0413",
+    "ablate pattern vision layer 0 head 0 at photo tokens with zero": "E0108",
+    "ablate scores vision layer 0 head 0 at photo tokens with zero": "E0108",
+    "ablate q_rot vision layer 0 head 0 at photo tokens with zero": "E0108",
+    "scale k_rot vision layer 0 head * at photo tokens by 2": "E0108",
     "observe attention vision layer 0 from photo tokens to photo tokens by value_norm": "E0108",
-    "observe entropy pattern vision layer 0 head 0 at photo tokens": "E0413",
+    "observe entropy pattern vision layer 0 head 0 at photo tokens": "E0108",
 }
 
 
