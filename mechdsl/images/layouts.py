@@ -190,6 +190,9 @@ class PromptPicture(Record):
     """By name of a region, the tokens of each occurrence, counted from the image's first."""
     shapes: Mapping[str, tuple[Region, ...]] = field(default_factory=dict[str, tuple[Region, ...]])
     """By name of a region, its occurrences in pixels."""
+    equal: Mapping[str, PromptPicture] = field(default_factory=dict[str, "PromptPicture"])
+    """If images of several names are equal in the prompt but have different regions: by name, the
+    image with its own regions. Otherwise empty."""
 
 
 def _tile(number: int, cells: Sequence[ImageCell]) -> ImageTile:

@@ -133,6 +133,7 @@ class RunRow(Record):
             if own is not None and span.start not in found:
                 at = self.offsets.index((span.start, span.end))
                 first = at - own.expansion.is_image.index(True)
+                own = own.equal.get(span.name, own)
                 found[span.start] = PlacedPicture(span.name, own, first, span.within)
         return tuple(found[start] for start in sorted(found))
 

@@ -196,9 +196,9 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
         what = f"`{experiment.model.name}`"
         reason = f"`{said.name}` is computed for models of texts, and for encoder-decoders"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
-    elif said.kind.drops_layers and (lacking := [*filter(None, map(_no_dropped_layers, stacks))]):
+    elif said.kind.drops_layers and (lacking := _no_dropped_layers(stacks)):
         what = f"`{experiment.model.name}`"
-        yield _no_estimate(said, said.span, what, lacking[0], "write `using atp_qk`")
+        yield _no_estimate(said, said.span, what, lacking, "write `using atp_qk`")
     if experiment.derived:
         what = f"an experiment with the run `{next(iter(experiment.derived))}`"
         span = own.derived[0].span
@@ -209,18 +209,18 @@ _DECOMPOSED = frozenset({"text", "two texts", "image to text", "sound to text"})
 """What models read that `cdt` is computed for."""
 
 
-def _no_dropped_layers(shape: ModelShape) -> str:
-    """Return why gradients of a model's layers can't be left out one by one, or an empty text."""
-    if shape.n_layers < 2:
+def _no_dropped_layers(stacks: Sequence[ModelShape]) -> str:
+    """Return why gradients of the layers of all stacks can't be left out one by one, or an empty
+    text."""
+    if sum(shape.n_layers for shape in stacks) < 2:
         return "it has one layer, and no other gradient is left without it"
-    lacking = (
-        layer
-        for layer in range(shape.n_layers)
-        if not any(shape.has(site, layer) for site in _attention_sites(shape))
-        or not shape.has("mlp_out", layer)
-    )
-    layer = next(lacking, None)
-    return "" if layer is None else f"layer {layer} has no `attn_out` or no `mlp_out`"
+    for shape in stacks:
+        sites = _attention_sites(shape)
+        for layer in range(shape.n_layers):
+            has_attention = any(shape.has(site, layer) for site in sites)
+            if not has_attention or not shape.has("mlp_out", layer):
+                return f"layer {layer} has no `attn_out` or no `mlp_out`"
+    return ""
 
 
 def _attention_sites(shape: ModelShape) -> Sequence[str]:

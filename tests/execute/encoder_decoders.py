@@ -90,6 +90,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "t5gemma": T5GEMMA,
 }
 
+SHALLOW: dict[str, dict[str, Any]] = {"t5 shallow": {**T5, "num_layers": 1}}
+"""Models with one layer in the encoder."""
+
 LIKE_T5 = ("t5", "mt5", "umt5")
 SLOW = ("umt5", "m2m_100")
 """Families whose code differs little from that of others."""
@@ -126,7 +129,7 @@ def cases(families: Iterable[str]) -> list[Any]:
 def model(family: str) -> Any:
     """A model whose heads all matter."""
     seed = SEEDS.get(family, 0)
-    config = WRITERS[family] if family in WRITERS else CONFIGS[name_of(family)]
+    config = {**CONFIGS, **WRITERS, **SHALLOW}.get(family, CONFIGS[name_of(family)])
     made = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(name_of(family), **config))
     families.draw(made, seed)
     for name, parameter in made.named_parameters():

@@ -1,10 +1,11 @@
-"""Regions of images in prompts that are written into a single prompt whose image has none, against
-plain hooks on the bare model, one unpadded prompt at a time."""
+"""Regions of images in prompts that are written into a single prompt whose image has none, and of
+one of two equal images, against plain hooks on the bare model, one unpadded prompt at a time."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mechdsl.base.source import Source
@@ -48,7 +49,13 @@ NAMES = ("llava_class", "vipllava", "video_llava", "gemma3")
 
 
 def experiment(sides: str, rule: str) -> str:
-    lines = ("model m", "prompts ask", sides, rule, "measure logit(answer) - logit(wrong) as raw")
+    lines = (
+        "model m",
+        "prompts ask",
+        *[sides] * bool(sides),
+        rule,
+        "measure logit(answer) - logit(wrong) as raw",
+    )
     return "experiment e {\n" + "\n".join(f"  {line}" for line in (*lines, STATS)) + "\n}\n"
 
 
@@ -127,3 +134,62 @@ def test_region_of_images_with_other_rows_and_columns_is_rejected(other: str) ->
     error = rejected("qwen2_5_vl", BLANK.replace("0.png", other))
     assert error.code in ("E0308", "E0309", "E0310")
     assert "blank" in str(error.message)
+
+
+TWINS = """
+prompts ask {
+  rows "data.jsonl"
+  PART
+  image photo = "{file}"
+  image twin = "{file}"
+  region object of photo = part
+  template "w1 {photo} w2 {twin} w3 w1"
+  answer " w1"
+  wrong " w2"
+}
+""".replace("  PART", HALVES)
+
+
+def twins(name: str, n: int, which: int) -> float:
+    """The measure of a prompt with two equal images whose tokens of a region are 0 after block 0.
+
+    which: The image with the region.
+    """
+    own, picture = bare(name), Image.open(folder() / f"{n}.png").convert("RGB")
+    given = own.with_pictures(
+        "w1 {0} w2 {0} w3 w1".format(vlm.FAMILIES[name].marker), [picture, picture]
+    )
+    size = picture.height, picture.width
+    cells = image_layout(own.processor, own.model.config, given, [size, size])[which].cells
+    edit = at([cells[each].position for each in covered(name, n)], torch.zeros(()))
+    return difference(own.run(given, blocks={0: edit}))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+@pytest.mark.parametrize("name", some(NAMES, ("llava_class", "gemma3")))
+def test_region_of_one_of_two_equal_images_is_in_this_image(
+    name: str, mode: str, which: int
+) -> None:
+    block = TWINS if which == 0 else TWINS.replace("object of photo", "object of twin")
+    rule = "ablate resid_post layer 0 at object tokens with zero"
+    [found] = run_text(name, experiment("", rule), mode, block)
+    expected = [twins(name, n, which) for n in ALL]
+    np.testing.assert_allclose(found.measures[0].patched[0], expected, atol=1e-4)
+    others = [twins(name, n, 1 - which) for n in ALL]
+    assert np.abs(np.array(expected) - others).max() > 0.1
+
+
+def test_region_of_equal_images_at_a_renamed_placeholder_is_ambiguous() -> None:
+    """`second` may be the image with the region or the other one."""
+    block = TWINS.replace("{twin}", "{second = twin}")
+    lines = experiment("", "ablate resid_post layer 0 at object tokens with zero")
+    text = f'mech 1\nmodel m = local("handed over")\n{block}\n{lines}'
+    result, found = run_on(Source(text, folder() / "f.mech"), {"m": loaded("llava_class")})
+    assert result is None
+    [error] = [each for each in found if each.severity == "error"]
+    assert error.code == "E0306"
+    assert error.message == (
+        "`object` is ambiguous: it is a region of `photo`, and the placeholder `second` may also "
+        "stand for `twin`, which is equal"
+    )

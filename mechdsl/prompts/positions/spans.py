@@ -444,7 +444,7 @@ class SpanFinder:
         if self.is_answer(ref):
             return True
         if self.is_picture(ref):
-            return True
+            return not self._of_equal_images(ref)
         special = self.special_id(ref)
         if special is not None:
             if any(special in m.row.ids for m in self.maps):
@@ -469,6 +469,27 @@ class SpanFinder:
                 )
             return False
         return True
+
+    def _of_equal_images(self, ref: ast.SpanRef) -> bool:
+        """Add E0306 for a region of one of several equal images, if a placeholder with another name
+        stands for one of them; return whether it is one."""
+        region, several = ref.name or "", list[int]()
+        renamed: list[PlacedPicture] = []
+        for n in range(self.total):
+            pictures = self.pictures_of(n, ref)
+            own = [p for p in pictures if p.picture.equal and region in p.picture.regions]
+            several += [n] * bool(own)
+            renamed += own
+        if several:
+            equal = renamed[0].picture.equal
+            owner = next(name for name, each in equal.items() if region in each.regions)
+            others = " or ".join(f"`{name}`" for name in equal if name != owner)
+            what = f"is a region of `{owner}`, and the placeholder `{renamed[0].name}` may also "
+            what += f"stand for {others}, which is equal"
+            ways = [f"`{{{name}}}`" for name in equal]
+            ways[-1] += " in the template, without another name"
+            self._ambiguous(ref, region, several, what, ways)
+        return bool(several)
 
     def _defined_elsewhere(self, ref: ast.SpanRef, name: str) -> bool:
         """Add E0308 for a region that only images of another prompt set have; return whether it is

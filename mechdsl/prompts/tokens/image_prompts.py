@@ -563,7 +563,8 @@ class ImagePromptTokenizer(TextTokenizer):
             assert isinstance(picture.picture, Picture)
             covered = (_covered(each, picture.picture, cells) for each in shapes)
             regions[name] = tuple(covered)
-        return replace(picture, expansion=expansion, regions=regions)
+        equal = {name: self.in_encoder(own) for name, own in picture.equal.items()}
+        return replace(picture, expansion=expansion, regions=regions, equal=equal)
 
     def _parse_expansion(
         self, extent: tuple[int, ...], found: tuple[list[int], list[list[Any]]]
@@ -1071,7 +1072,7 @@ def prompt_pictures(
     Raises:
         UnsupportedProcessor: The model's processor would write another prompt.
     """
-    found: dict[str, PromptPicture] = {}
+    equal: dict[str, dict[str, PromptPicture]] = {}
     grouped = False
     if pictures and isinstance(tokenizer, ImagePromptTokenizer):
         tokenizer.check_prompt(ids)
@@ -1089,11 +1090,20 @@ def prompt_pictures(
             region: tuple(_covered(each, sized, expansion.layout.cells) for each in occurrences)
             for region, occurrences in shapes.items()
         }
-        known = found.get(picture.marker)
-        if known is not None:
-            own, shapes = {**own, **known.regions}, {**shapes, **known.shapes}
-        found[picture.marker] = PromptPicture(sized, expansion, own, shapes)
-    return found
+        made = PromptPicture(sized, expansion, own, shapes)
+        equal.setdefault(picture.marker, {})[name.partition(" ")[0]] = made  # `clip 2`: of `clip`
+    return {marker: _unite_regions(named) for marker, named in equal.items()}
+
+
+def _unite_regions(named: Mapping[str, PromptPicture]) -> PromptPicture:
+    """Return one of several equal images, with the regions of all."""
+    first, *others = named.values()
+    if all(each.shapes == first.shapes for each in others):
+        return first
+    regions, shapes = dict(first.regions), dict(first.shapes)
+    for each in others:
+        regions, shapes = {**each.regions, **regions}, {**each.shapes, **shapes}
+    return replace(first, regions=regions, shapes=shapes, equal=named)
 
 
 _PARTS = 8
