@@ -3450,7 +3450,8 @@ _in_prompt(
     "Defines a region as in an `images` block, for images in prompts. `object tokens` are the "
     "tokens that read part of it: if a token's part of the image is divided into 8 x 8 squares, "
     "at least one square is at least half in the region. `of photo` is needed only for prompts "
-    "with several images; an equal image of another name doesn't have the region. With `from scenes into blank`, where `blank` has one row, and its image "
+    "with several images; an equal image of another name doesn't have the region. "
+    "With `from scenes into blank`, where `blank` has one row, and its image "
     "no regions, `object tokens` are the positions in the image of each row of `scenes`; the "
     "images have the same name and the same rows and columns of tokens.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
