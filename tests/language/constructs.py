@@ -339,9 +339,9 @@ _file(
     "further input needs another pass through the first maps of the MLP. `against random(39)` "
     "draws edges between the same nodes. Neither a `path` nor a rule on the MLP of such a "
     "layer can be in one experiment with them. Models can't have a norm after the MLP, and their "
-    "MLP is one module or two linear maps with `activation_fn` between them (all E0108). Layers "
-    "of experts have no neurons (E0413). In a file for `saved(…)`, the MLP of such a layer is the "
-    "node of its other neurons. `report graph to "
+    "MLP is one module, or two linear maps with a function of their module between them, as in "
+    "BART and BERT (all E0108). Layers of experts have no neurons (E0413). In a file for "
+    "`saved(…)`, the MLP of such a layer is the node of its other neurons. `report graph to "
     '"circuit.json"` writes such a file, with the names of this language.',
     "tests/rules/test_neuron_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997; Marks et al. 2024, arXiv 2403.19647",

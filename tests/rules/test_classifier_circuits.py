@@ -20,10 +20,10 @@ import mechdsl
 from ..execute import support
 from ..models import families
 from ..shared_models import unchanged
-from .circuits import EMBED, LOGITS, head, mlp
+from .circuits import EMBED, LOGITS, head, mlp, neuron
 
 Edge = tuple[str, str]
-LAYERS, HEADS, WIDTH = 3, 4, 24
+LAYERS, HEADS, WIDTH, NEURONS = 3, 4, 24, 28
 PROMPTS = support.PROMPTS.replace('answer " {a}"', 'answer "LABEL_1"').replace(
     'wrong " {b}"', 'wrong "LABEL_0"'
 )
@@ -39,16 +39,26 @@ def double() -> Any:
     return unchanged(copy.deepcopy(bare()).double())
 
 
-def list_edges() -> list[Edge]:
+def list_edges(split: Collection[int] = ()) -> list[Edge]:
+    """The edges of the model, in the order of senders.
+
+    Args:
+        split: Layers whose neurons are nodes.
+    """
     found: list[Edge] = []
     before = [EMBED]
     for layer in range(LAYERS):
         heads = [head(layer, n) for n in range(HEADS)]
         found += [(of, f"{to}.{letter}") for letter in "qkv" for to in heads for of in before]
-        found += [(of, mlp(layer)) for of in (*before, *heads)]
-        before += [*heads, mlp(layer)]
+        inner = nodes_of_mlp(layer, split)
+        found += [(of, to) for to in inner for of in (*before, *heads)]
+        before += [*heads, *inner]
     found += [(of, LOGITS) for of in before]
     return sorted(found, key=lambda edge: before.index(edge[0]))
+
+
+def nodes_of_mlp(layer: int, split: Collection[int]) -> list[str]:
+    return [neuron(layer, n) for n in range(NEURONS)] if layer in split else [mlp(layer)]
 
 
 def classify(
@@ -57,6 +67,7 @@ def classify(
     shares: Mapping[Edge, Tensor | float] | None = None,
     positions: Collection[int] | None = None,
     moved: Tensor | None = None,
+    split: Collection[int] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The difference of the logits of one text, and the outputs of all components, [T, width].
 
@@ -66,6 +77,7 @@ def classify(
         fills: By sender, the output that ablated edges carry; with `moved`, its change.
         shares: By edge, the share of the fill.
         moved: Added to the embeddings.
+        split: Layers whose neurons are nodes.
     """
     bert, given = double().bert, dict[str, Tensor]()
     shares = shares or {}
@@ -91,7 +103,9 @@ def classify(
             added = added + block.attention.output.dense.bias
             seen = block.attention.output.LayerNorm(seen + added)
             if layer < layers:
-                seen = block.output.LayerNorm(seen + of(mlp(layer), receiver))
+                sent = sum(of(sender, receiver) for sender in nodes_of_mlp(layer, split))
+                sent = sent + (block.output.dense.bias if layer in split else 0)
+                seen = block.output.LayerNorm(seen + sent)
         return seen
 
     for layer in range(LAYERS):
@@ -107,8 +121,12 @@ def classify(
             pattern = (q @ k.T / size**0.5).softmax(-1)
             weight = block.attention.output.dense.weight[:, n * size : (n + 1) * size]
             given[head(layer, n)] = pattern @ v @ weight.T
-        inner = block.intermediate(seen_by(mlp(layer), layer, middle=True))
-        given[mlp(layer)] = block.output.dense(inner)
+        for n, node in enumerate(nodes_of_mlp(layer, split)):
+            inner = block.intermediate(seen_by(node, layer, middle=True))
+            if layer in split:
+                given[node] = inner[:, n, None] * block.output.dense.weight[:, n]
+            else:
+                given[node] = block.output.dense(inner)
     final = seen_by(LOGITS, LAYERS)
     logits = double().classifier(torch.tanh(bert.pooler.dense(final[0])))
     return logits[1] - logits[0], given
@@ -163,6 +181,55 @@ def test_circuit_of_bert_classifier_equals_a_loop(
         assert abs(float(expected - plain)) > 1e-3
 
 
+NAMED = ("L0N3", "L0N5", "L1N2")
+SPLIT = (0, 1)
+GROUP = f"group g = {', '.join(NAMED)}\n"
+OF_NEURONS: dict[str, list[Edge]] = {
+    "embed -> L0N3": [(EMBED, "L0N3")],
+    "layer 0 heads * -> L0N5": [(head(0, n), "L0N5") for n in range(HEADS)],
+    "L0N3 -> L1N2": [("L0N3", "L1N2")],
+    "L0N5 -> L1H0.k": [("L0N5", "L1H0.k")],
+    "L1H2 -> L1N2": [("L1H2", "L1N2")],
+    "L1N2 -> L2.mlp": [("L1N2", mlp(2))],
+    "L0N3 -> logits, L1N2 -> logits": [("L0N3", LOGITS), ("L1N2", LOGITS)],
+    "L2.mlp -> logits": [(mlp(2), LOGITS)],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["planned", "padded on the right"])
+@pytest.mark.parametrize(
+    ("rule", "fill", "at"),
+    [
+        ("c", "other", "tokens *"),
+        ("all but c", "other", "{cue token, subject token}"),
+        ("all but c", "zero", "tokens *"),
+        ("c", "zero", "tokens *"),
+    ],
+)
+def test_neurons_of_bert_classifier_equal_a_loop(
+    rule: str, fill: str, at: str, mode: str, tmp_path: Path
+) -> None:
+    """The dense layers before and after the neurons are in two modules."""
+    lines = ("prompts p", f"ablate {rule} at {at} with {fill}")
+    measure = "measure logit(class answer) - logit(class wrong) as raw"
+    text = f"circuit c = {', '.join(OF_NEURONS)}\n" + support.experiment("e", *lines, measure)
+    found = support.run_file(text, tmp_path, bare(), support.MODES[mode], prompts=PROMPTS)
+    named = {edge for edges in OF_NEURONS.values() for edge in edges}
+    ablated = named if rule == "c" else set(list_edges(SPLIT)) - named
+    both = zip(support.prompts(), support.prompts("other"), strict=True)
+    for row, (own, other) in enumerate(both):
+        _, filled = classify(other.ids, split=SPLIT)
+        plain, _ = classify(own.ids)
+        if fill == "zero":
+            filled = {name: torch.zeros(len(own.ids), WIDTH).double() for name in filled}
+        positions = None if at == "tokens *" else [own.cue, own.subject[-1]]
+        shares = dict.fromkeys(ablated, 1.0)
+        expected, _ = classify(own.ids, filled, shares, positions, split=SPLIT)
+        assert found["e"].measures[0].patched[0, row] == pytest.approx(float(expected), abs=1e-4)
+        assert abs(float(expected - plain)) > 1e-3
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rule", ["c", "all but c"])
 def test_circuit_of_bert_classifier_with_positions_equals_a_loop(rule: str, tmp_path: Path) -> None:
@@ -191,14 +258,16 @@ def test_circuit_of_bert_classifier_with_positions_equals_a_loop(rule: str, tmp_
 
 
 @pytest.mark.slow
-def test_edge_scores_of_bert_classifier_equal_derivatives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("neurons", [False, True])
+def test_edge_scores_of_bert_classifier_equal_derivatives(tmp_path: Path, *, neurons: bool) -> None:
     """EAP: the derivative by the share of each edge. EAP-IG moves the embeddings to the fill."""
-    edges = list_edges()
+    split, group, nodes = (SPLIT, GROUP, ", nodes: g") if neurons else ((), "", "")
+    edges = list_edges(split)
     given = {"m": (bare(), support.word_tokenizer())}
     makers = (("eap(size: 40)", 1), ("eap_ig(size: 40, steps: 3)", 3))
     for maker, steps in makers:
         line = (
-            f"circuit c = fit({maker}, prompts: p, from: other, validation: 0%, "
+            f"{group}circuit c = fit({maker}{nodes}, prompts: p, from: other, validation: 0%, "
             "measure_on_training_rows: true, maximise: logit(class answer) - logit(class wrong))\n"
         )
         rule = ("prompts p", "ablate all but c at tokens * with other")
@@ -211,15 +280,29 @@ def test_edge_scores_of_bert_classifier_equal_derivatives(tmp_path: Path) -> Non
         total = torch.zeros(len(edges)).double()
         for own, other in zip(support.prompts(), support.prompts("other"), strict=True):
             with torch.no_grad():
-                _, filled = classify(other.ids)
-                _, plain = classify(own.ids)
+                _, filled = classify(other.ids, split=split)
+                _, plain = classify(own.ids, split=split)
             for step in range(1, steps + 1):
                 moved = (1 - step / steps) * (filled[EMBED] - plain[EMBED])
-                total += derivatives(own.ids, plain, filled, edges, moved) / steps
-        expected = total / len(support.prompts())
-        scores = content["scores"]
-        np.testing.assert_allclose(scores, expected, atol=1e-4)
-        assert np.ptp(expected) > 0.01
+                total += derivatives(own.ids, plain, filled, edges, moved, split) / steps
+        expected = add_other_neurons(edges, total / len(support.prompts()))
+        scores = dict(zip(content["labels"], content["scores"], strict=True))
+        assert len(scores) == len(expected)
+        for name, value in scores.items():
+            assert value == pytest.approx(expected[name], abs=1e-4), name
+        assert np.ptp([*expected.values()]) > 0.01
+
+
+def add_other_neurons(edges: Sequence[Edge], scores: Tensor) -> dict[str, float]:
+    """Scores by label, those of the neurons that the circuit doesn't name added up."""
+    found: dict[str, float] = {}
+    for edge, score in zip(edges, scores, strict=True):
+        label = " -> ".join(
+            f"{end.partition('N')[0]}.mlp" if "N" in end and end not in NAMED else end
+            for end in edge
+        )
+        found[label] = found.get(label, 0.0) + float(score)
+    return found
 
 
 def derivatives(
@@ -228,11 +311,12 @@ def derivatives(
     filled: Mapping[str, Tensor],
     edges: Sequence[Edge],
     moved: Tensor,
+    split: Collection[int] = (),
 ) -> Tensor:
     """[edge] derivatives by the shares of constant changes, on embeddings that are moved."""
     shares = {edge: torch.zeros((), dtype=torch.double, requires_grad=True) for edge in edges}
     changes = {sender: filled[sender] - value for sender, value in plain.items()}
-    value, _ = classify(ids, changes, shares, moved=moved)
+    value, _ = classify(ids, changes, shares, moved=moved, split=split)
     return torch.stack(torch.autograd.grad(value, list(shares.values())))
 
 
@@ -240,7 +324,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": families.VOCABULARY,
     "num_hidden_layers": LAYERS,
     "hidden_size": WIDTH,
-    "intermediate_size": 28,
+    "intermediate_size": NEURONS,
     "num_attention_heads": HEADS,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
@@ -251,7 +335,7 @@ SIZES: dict[str, Any] = {
 def bare_family(name: str) -> Any:
     sizes = dict(SIZES)
     if name == "distilbert":
-        sizes |= {"dim": WIDTH, "hidden_dim": 28, "n_layers": LAYERS, "n_heads": HEADS}
+        sizes |= {"dim": WIDTH, "hidden_dim": NEURONS, "n_layers": LAYERS, "n_heads": HEADS}
     if name == "gpt2":
         sizes |= {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
         sizes |= {"bos_token_id": 1, "eos_token_id": 1}

@@ -517,7 +517,18 @@ def test_other_experiments_of_a_file_do_not_make_circuits_compute_settled_mlps(
 
 
 @pytest.mark.parametrize("rule", ["c", "all but c"])
-def test_all_neurons_equal_the_mlp_where_norms_follow_sums(tmp_path: Path, rule: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "distilbert",
+        "bert",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("roberta", "electra", "roberta-prelayernorm", "mpnet", "camembert")
+        ),
+    ],
+)
+def test_all_neurons_equal_the_mlp_of_an_encoder(tmp_path: Path, name: str, rule: str) -> None:
     measure = "measure logit(class answer) - logit(class wrong) as raw"
     text = SAME + "".join(
         of_files.experiment(
@@ -525,7 +536,7 @@ def test_all_neurons_equal_the_mlp_where_norms_follow_sums(tmp_path: Path, rule:
         )
         for own, line in (("c", rule), ("d", rule.replace("c", "d")))
     )
-    model = classifiers.bare_family("distilbert")
+    model = classifiers.bare_family(name)
     found = of_files.run_file(text, tmp_path, model, prompts=classifiers.PROMPTS)
     neurons, mlps = (found[key].measures[0].patched for key in ("xc", "xd"))
     np.testing.assert_allclose(neurons, mlps, atol=1e-5)

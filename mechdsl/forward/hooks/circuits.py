@@ -95,6 +95,9 @@ other senders."""
 _IN_THE_STREAM = ("resid_pre", "attn_out", "mixer_out", "resid_mid", "resid_post")
 """Sites whose writes change the stream, but no sender."""
 
+_ACTIVATIONS = ("activation_fn", "intermediate_act_fn")
+"""Attributes of modules with the function between two linear maps of an MLP."""
+
 _NEURON_NUMBERS = 1 << 23
 """Number of activations of neurons that are differentiated together."""
 
@@ -199,16 +202,17 @@ def explain_no_neurons(model: LoadedModel, places: Iterable[tuple[str, int | Non
 
 
 def _find_activation(model: LoadedModel, block: BlockAnatomy) -> Callable[[Tensor], Tensor] | None:
-    """Return the function between the two linear maps of an MLP that isn't a module (BART); None
-    for other MLPs."""
+    """Return the function between the two linear maps of an MLP that isn't a module (BART, BERT);
+    None for other MLPs."""
     if len(block.mlp) != 2 or block.down != block.mlp[1]:
         return None
     up, down = (linear_sizes(model.module.get_submodule(path)) for path in block.mlp)
     if up is None or down is None or up != down[::-1]:
         return None
     parent = model.module.get_submodule(block.mlp[0].rpartition(".")[0])
-    found: Any = getattr(parent, "activation_fn", None)
-    return cast("Callable[[Tensor], Tensor]", found) if callable(found) else None
+    named = (getattr(parent, name, None) for name in _ACTIVATIONS)
+    found: Any = next(filter(callable, named), None)
+    return cast("Callable[[Tensor], Tensor] | None", found)
 
 
 def _reads_alone(mlp: nn.Module) -> bool:
