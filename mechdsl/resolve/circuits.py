@@ -1258,24 +1258,30 @@ def _resolve_edge(
         counts_from_end(node) for node in walk(edge) if isinstance(node, ast.Bound)
     )
     if not found and senders and receivers and not open_ends:
-        first = senders[0]
-        if first.site == "attn_out":
-            first = SitePoint("z", first.layer, 0)  # the same receivers
-        elif isinstance(first, FeatureNode):
-            first = SitePoint(first.site, first.layer, None)
-        later = [to for of, to in list_edges(shape) if of == first]
-        last = later[-1] if later else END
-        examples = dict.fromkeys(map(label_node, (*later[:2], last)))
         problem = NoPath(
             span=edge.span,
             sender=edge.source.span.written,
             receiver=edge.target.span.written,
             reason=_explain_no_edge(senders[0], receivers[0], shape),
-            example="`, `".join(examples),
+            example="`, `".join(_list_example_receivers(senders[0], shape)),
         )
         if problem not in work.diagnostics:
             work.diagnostics.append(problem)
     return found
+
+
+def _list_example_receivers(sender: SitePoint, shape: ModelShape) -> list[str]:
+    """List names of some receivers after a sender: the first two, and the last one."""
+    first = sender
+    if is_neuron(sender):
+        site = in_stack("mlp_out", SITES[sender.site].stack)
+        first = SitePoint(site, sender.layer, None)  # the same receivers
+    elif sender.site == "attn_out":
+        first = SitePoint("z", sender.layer, 0)  # the same receivers
+    elif isinstance(sender, FeatureNode):
+        first = SitePoint(sender.site, sender.layer, None)
+    later = [to for of, to in list_edges(shape) if of == first]
+    return list(dict.fromkeys(map(label_node, (*later[:2], *later[-1:]))))
 
 
 def _is_in_vision(edge: ast.SiteMap, work: ExperimentContext) -> bool:

@@ -37,7 +37,9 @@ from mechdsl.resolve.types import (
     SitePoint,
     SiteTargets,
     find_inner_sender,
+    list_end_pairs,
     name_neurons,
+    select_reached,
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
@@ -464,13 +466,19 @@ def _adds_up(senders: Sequence[SitePoint], path: PathTargets) -> bool:
     return not (path.through_mlps and sites & {*_MLP_OUTPUTS})
 
 
-def _find_computed_output(senders: SiteTargets, path: PathTargets) -> SitePoint | None:
+def _find_computed_output(
+    senders: SiteTargets, path: PathTargets, *, parallel: bool
+) -> SitePoint | None:
     """Return a receiver whose features are computed from the output of an MLP or attention whose
-    neurons or heads send in some cell: one pass, with the senders of all cells, serves all."""
+    neurons or heads send in some cell: one pass, with the senders of all cells, serves all. Cells
+    without a path aren't in it."""
     if path.basis is None:
         return None
-    points = [point for here in senders.points.values() for point in here]
-    ends = (path.reads(point) for here in path.receivers.points.values() for point in here)
+    points, ends = list[SitePoint](), list[SitePoint]()
+    for of, to in list_end_pairs(senders, path.receivers):
+        if reached := select_reached(of, to, parallel=parallel):
+            points += of
+            ends += map(path.reads, reached)
     return next((end for end in ends if find_inner_sender(points, end)), None)
 
 
@@ -494,7 +502,8 @@ def _of_path(
     assert rule.sites is not None
     assert own.site is not None
     assert own.receiver is not None
-    computed = _find_computed_output(rule.sites, path)
+    parallel = experiment.model.shape.parallel_block
+    computed = _find_computed_output(rule.sites, path, parallel=parallel)
     if computed is not None:
         assert path.basis is not None
         what, module = ("neurons", "MLP") if computed.site == "mlp_out" else ("heads", "attention")

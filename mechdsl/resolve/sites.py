@@ -1836,14 +1836,12 @@ def _axes_fit(site: ast.Site, kind: SiteKind, context: SiteContext) -> bool:
     if kind.has_layer and "layer" not in words:
         name = kind.name if site.names else site.span.written
         every = f"{name} layer *" if site.names else f"layer * {name}"
-        context.diagnostics.append(
-            AxisDoesNotFit(
-                span=site.span,
-                site=name,
-                reason="needs a layer",
-                hint=f"write `{every}` for every layer, one run each",
-            )
-        )
+        reason, hint = "needs a layer", f"write `{every}` for every layer, one run each"
+        if site.names and site.names[0].id in context.loops and site.names[0].id in SITES:
+            reason = "is a component here, not the variable of the loop, and needs a layer"
+            hint = "rename the variable: `for s in …`"
+        problem = AxisDoesNotFit(span=site.span, site=name, reason=reason, hint=hint)
+        context.diagnostics.append(problem)
         return False
     return True
 

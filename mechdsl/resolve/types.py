@@ -1388,6 +1388,17 @@ class ResolvedRule(Record):
         return own if self.only is None else own | {self.only.axis}
 
 
+def list_end_pairs(
+    senders: SiteTargets, receivers: SiteTargets
+) -> Iterator[tuple[tuple[SitePoint, ...], tuple[SitePoint, ...]]]:
+    """Yield the senders and the receivers of each cell of a path; a `for` over both has one value
+    in a cell."""
+    for (of, sending), (to, receiving) in product(senders.points.items(), receivers.points.items()):
+        at = dict(zip(senders.axes, of, strict=True))
+        if all(at.get(axis, n) == n for axis, n in zip(receivers.axes, to, strict=True)):
+            yield sending, receiving
+
+
 def select_reached(
     senders: tuple[SitePoint, ...], receivers: tuple[SitePoint, ...], *, parallel: bool
 ) -> tuple[SitePoint, ...]:

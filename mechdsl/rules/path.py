@@ -29,6 +29,7 @@ from mechdsl.resolve.types import (
     SitePoint,
     SiteTargets,
     find_inner_sender,
+    list_end_pairs,
     precedes,
     select_reached,
 )
@@ -313,7 +314,7 @@ def _check_held_neurons(
     assert rule.receiver is not None
     computed = {point for here in receivers.points.values() for point in here}
     computed = {p for p in computed if not basis.at(p).reads}
-    for of, to in _cells(senders, receivers):
+    for of, to in list_end_pairs(senders, receivers):
         late = next((p for p in to if p in computed and find_inner_sender(of, p)), None)
         if late is None or not select_reached(of, to, parallel=work.sites.shape.parallel_block):
             continue
@@ -447,7 +448,7 @@ def _check_sums_at_end(
         parallel = work.sites.shape.parallel_block
         found = (
             find_end_conflict(of, to, parallel=parallel)
-            for of, to in _cells(senders, path.receivers)
+            for of, to in list_end_pairs(senders, path.receivers)
         )
         why = next((each for each in found if each is not None), None)
     if why is not None:
@@ -458,16 +459,6 @@ def _check_sums_at_end(
             NotOnAPath(span=rule.receiver.span, verb="end", site=site, reason=reason, hint=hint)
         )
     return why is None
-
-
-def _cells(
-    senders: SiteTargets, receivers: SiteTargets
-) -> Iterator[tuple[tuple[SitePoint, ...], tuple[SitePoint, ...]]]:
-    """Yield the senders and receivers of each cell; a `for` over both has one value in a cell."""
-    for (of, sending), (to, receiving) in product(senders.points.items(), receivers.points.items()):
-        at = dict(zip(senders.axes, of, strict=True))
-        if all(at.get(axis, n) == n for axis, n in zip(receivers.axes, to, strict=True)):
-            yield sending, receiving
 
 
 def _check_no_observation(rule: spec.Rule, work: ExperimentContext) -> bool:

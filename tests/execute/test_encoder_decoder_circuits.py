@@ -527,6 +527,7 @@ def test_circuit_with_another_rule_equals_hooks(tmp_path: Path) -> None:
 
 ERRORS = {
     "z encoder layer 1 head 0 -> logits": ("E0335", "only through `k cross` and `v cross`"),
+    "mlp_hidden encoder layer 1 neuron 3 -> logits": ("E0335", "example `k cross layer 0 head 0`"),
     "z cross layer 0 head 0 -> k cross layer 1 head 0": ("E0335", "doesn't read the decoder"),
     "z cross layer 1 head 0 -> q cross layer 1 head 0": ("E0335", "before or at the sender"),
     "L1.mlp -> q cross layer 1 head 0": ("E0335", "before or at the sender"),

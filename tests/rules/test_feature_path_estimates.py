@@ -178,6 +178,35 @@ def test_estimates_of_features_equal_runs_of_linear_paths(data: Path, name: str)
     assert "in cells that `verify` runs, features of `f`" in found["verified"].conventions["path"]
 
 
+NO_PATH = {
+    "heads": ("z layer 0..2 head 1 -> feature 0..2 of attn", 2),
+    "neurons": ("mlp_hidden layer 0..1 neuron 3 -> feature 0..2 of f", 1),
+}
+"""Paths with senders in the layer of their receivers, by the layer without a path."""
+
+
+@pytest.mark.parametrize("using", ["eap", "eap_ig(steps: 2)", "eap_ig_activations(steps: 2)"])
+@pytest.mark.parametrize("key", NO_PATH)
+def test_senders_without_a_path_to_features_leave_other_estimates_unchanged(
+    data: Path, key: str, using: str
+) -> None:
+    receiving.dictionaries(data, "llama", "standard")
+    path, last = NO_PATH[key]
+    text = receiving.definitions("llama", "standard")
+    for name, own in (("swept", path), ("less", path.replace(f"0..{last}", f"0..{last - 1}", 1))):
+        lines = "from other into clean", f"path {own} at last token"
+        text += experiment(name, *lines, f"using {using}")
+        text += experiment(f"runs_{name}", *lines)
+    found = run_file(text, data, "llama", "small passes", precise=True)
+    for kind in ("", "runs_"):
+        swept, less = (found[f"{kind}{name}"] for name in ("swept", "less"))
+        expected = cells(less) - less.measures[0].base
+        effects = cells(swept) - swept.measures[0].base
+        np.testing.assert_allclose(effects, expected, atol=1e-9, rtol=1e-9)
+        assert len(expected) == 3 * last
+        assert np.abs(expected).max() > 1e-4
+
+
 def test_plan_counts_backward_passes_of_features(data: Path) -> None:
     """From each feature; passes from features of a transcoder pass no sublayer."""
     sending.dictionaries(data, "gpt2", "standard")
@@ -195,8 +224,7 @@ def test_plan_counts_backward_passes_of_features(data: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "reason"),
     [
-        ("path mlp_hidden layer 0..1 neuron 3 -> feature * of f", "neurons of layer 1 are senders"),
-        ("path z layer 0..2 head 1 -> feature 3 of attn", "heads of layer 2 are senders, too"),
+        ("path z layer 0..2 head 1 -> attn_out layer 1..2 feature 3 of h", "heads of layer 1 are"),
         ("path several -> feature 3 of f", "the value of one replaces the change of another"),
     ],
 )
@@ -205,6 +233,7 @@ def test_path_with_features_that_cannot_be_estimated_names_the_reason(
 ) -> None:
     receiving.dictionaries(data, "llama", "standard")
     text = receiving.definitions("llama", "standard")
+    text += 'basis h = sae("llama_standard/sae") at attn_out layer 1..2\n'
     text += experiment("e", "from longer into clean", f"{rule} at last token", "using eap")
     result, diagnostics = try_file(text, data, "llama")
     assert result is None

@@ -40,17 +40,20 @@ def hold_rows(plan: RulePlan, count: int, cells: Ints | None = None) -> HeldSubl
     Args:
         plan: The plan of the rule.
         count: Number of rows.
-        cells: [row] cell of each row; None for rows in which the senders of all cells send.
+        cells: [row] cell of each row; None for rows in which the senders of all cells send that
+            have a path.
     """
     assert plan.paths is not None
     paths = plan.paths
     every = np.ones(count, dtype=np.bool_)
+    with_path = np.flatnonzero(paths.points.counts(paths.pair_of_cell))
+    _, sending = plan.points.expand(np.unique(plan.site_of_cell[with_path]))
     neurons: dict[tuple[str, int | None], Bools] = {}
     heads: dict[tuple[str, int | None], Bools] = {}
     for number, point in enumerate(plan.point_table):
         own = neurons if is_neuron(point) else heads if SITES[point.site].unit == "head" else None
         if own is not None:
-            sends = every
+            sends = every & (number in sending)
             if cells is not None:
                 row, sender = plan.points.expand(plan.site_of_cell[cells])
                 sends = np.isin(np.arange(count), row[sender == number])
