@@ -3,6 +3,7 @@ hooks on the bare model: one unpadded prompt at a time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -366,10 +367,102 @@ def test_every_rule_at_a_token_of_a_frame_equals_hooks(name: str, mode: str) -> 
     check_every_rule(Prompts(name, of_videos=True), mode)
 
 
-RESAMPLED = [*(Prompts(name) for name in NAMES), *(Prompts(name, True) for name in videos.LAYOUTS)]
+def with_identity(of: Prompts, n: int) -> float:
+    """Block 1 returns its input."""
+    given = list[Tensor]()
+
+    def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        given.append(args[0] if args else kwargs["hidden_states"])
+
+    def skip(module: Any, args: Any, output: Any) -> Any:
+        return (given[0], *output[1:]) if isinstance(output, tuple) else given[0]
+
+    block = bare(of).block(1)
+    handles = [
+        block.register_forward_pre_hook(keep, with_kwargs=True),
+        block.register_forward_hook(skip),
+    ]
+    try:
+        return of.run(n, n)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-@pytest.mark.parametrize("of", some(RESAMPLED, (Prompts("qwen3_vl"),)), ids=str)
+@contextmanager
+def added_to_scores(of: Prompts, added: Tensor) -> Generator[None]:
+    """Add to the scores of layer 1: [query, key] or [head, query, key]; hidden keys stay hidden."""
+
+    def change(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        lowest = torch.finfo(torch.float32).min
+        mask = torch.full(added.shape[-2:], lowest).triu(1)[None, None]
+        if (own := kwargs.get("attention_mask")) is not None:
+            is_bool = own.dtype == torch.bool
+            mask = torch.zeros(own.shape).masked_fill(~own, lowest) if is_bool else own
+        return args, {**kwargs, "attention_mask": mask + added}
+
+    attention = bare(of).block(1).self_attn
+    handle = attention.register_forward_pre_hook(change, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def reweighted(of: Prompts, n: int) -> float:
+    """A factor of 20 on weights adds its logarithm to scores."""
+    count = of.inputs(n, n)["input_ids"].shape[1]
+    added = torch.zeros(count, count)
+    added[-1, of.every_token(n, n)] = math.log(20)
+    with added_to_scores(of, added):
+        return of.run(n, n)
+
+
+def with_weight(of: Prompts, n: int) -> float:
+    """The last query of layer 1 has a weight of 0.6 on a token, in each head."""
+    attention, found = bare(of).block(1).self_attn, list[Tensor]()
+    config = attention.config
+    plain = config._attn_implementation_internal
+    config._attn_implementation_internal = "eager"
+    handle = attention.register_forward_hook(lambda *given: found.append(given[2][1][0].clone()))
+    try:
+        of.run(n, n)
+    finally:
+        handle.remove()
+        config._attn_implementation_internal = plain
+    [token] = of.tokens(n, n)
+    old, added = found[0][:, -1, token], torch.zeros_like(found[0])
+    added[:, -1, token] = math.log(0.6 / 0.4) - torch.log(old / (1 - old))
+    with added_to_scores(of, added):
+        return of.run(n, n)
+
+
+OF_BLOCKS: dict[str, Callable[[Prompts, int], float]] = {
+    "replace block layer 1 with identity": with_identity,
+    "reweight attention layer 1 heads * from last token to EVERY by 20": reweighted,
+    "set attention layer 1 heads * from last token to AT to 0.6": with_weight,
+}
+"""Rules on whole blocks and on weights of attention to tokens → their values in a record."""
+EVERY_PROMPTS = [
+    *(Prompts(name) for name in NAMES),
+    *(Prompts(name, True) for name in videos.LAYOUTS),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["planned", "padded on the right"])
+@pytest.mark.parametrize("of", EVERY_PROMPTS, ids=str)
+def test_replaced_blocks_and_attention_to_image_tokens_equal_hooks(of: Prompts, mode: str) -> None:
+    own = {rule: run for rule, run in OF_BLOCKS.items() if "AT to" not in rule or of.has_cells}
+    lines = [rule.replace("AT", of.position).replace("EVERY", of.all_tokens) for rule in own]
+    text = "".join(experiment(f"e{n}", line) for n, line in enumerate(lines))
+    for found, line, run in zip(of.run_text(text, mode), lines, own.values(), strict=True):
+        expected, measure = [run(of, n) for n in ALL], found.measures[0]
+        np.testing.assert_allclose(measure.patched[0], expected, atol=2e-4, err_msg=line)
+        assert np.abs(np.array(expected) - measure.base[0]).max() > 0.1, line
+
+
+@pytest.mark.parametrize("of", some(EVERY_PROMPTS, (Prompts("qwen3_vl"),)), ids=str)
 def test_resampled_token_of_an_image_or_a_frame_is_that_of_another_row(of: Prompts) -> None:
     rule = f"ablate resid_post layer 0 at {of.position} with resample"
     [found] = of.run_text(experiment("e", rule))
