@@ -101,19 +101,23 @@ def compare_scores(
 # --- circuits -------------------------------------------------------------------------------------
 
 
+@cache
+def fills_of(family: str, source: str) -> list[dict[str, Tensor]]:
+    """By prompt and sender, the vectors that ablated edges carry."""
+    return fills(family, Case("c", source.split()[1], "tokens *"), {})
+
+
 def circuit_value(
     family: str, row: int, chosen: Sequence[PlacedEdge], places: Sequence[str], source: str
 ) -> float:
     """The measure while all edges but some carry other values at all tokens of the positions."""
     text = rows("clean")[row]
-    given = fills(family, Case("c", source.split()[1], "tokens *"), {})[row]
+    given = fills_of(family, source)[row]
     every = {at for place in places for at in tokens(text, place)}
-    ablated = dict[tuple[str, str], Tensor]()
-    for edge in edges(family)[2]:
-        own = (tokens(text, places[e.place]) for e in chosen if named(e.edge) == edge)
-        kept = {at for each in own for at in each}
-        ablated[edge] = torch.ones(len(text.ids), 1, dtype=torch.double)
-        ablated[edge][sorted(kept)] = 0
+    ones = torch.ones(len(text.ids), 1, dtype=torch.double)
+    ablated = {edge: ones.clone() for edge in edges(family)[2]}
+    for each in chosen:
+        ablated[named(each.edge)][tokens(text, places[each.place])] = 0
     logits = circuit_pass(family, double(family), text.ids, given, ablated, sorted(every))
     return float(loss_by_hand(logits[-1], row))
 
