@@ -294,6 +294,8 @@ class KnownNames(Record):
     """Axes that the experiment may not have, because it isn't fully known."""
     open_axes: Collection[str] = ()
     """Axes along which a cell may have any value, because its value isn't known yet."""
+    averaged: Collection[str] = ()
+    """Names of the axis that the measures average over, or take the area over."""
     name: str = ""
     """The experiment's own name."""
     others: Mapping[str, KnownNames] = field(default_factory=dict[str, "KnownNames"])

@@ -321,6 +321,11 @@ class _ConditionReader(CellReader):
             raise unreadable_expectation(node.span, reason, "measure `… as faithfulness`")
         axis = named.id if isinstance(named, ast.Name) else named.span.written
         axis = self.known.aliases.get(axis, axis)
+        if axis in self.known.averaged:
+            reason = f"each measure is already one number for all values of `{axis}`"
+            label = self.known.measures[measure].label
+            hint = f"remove `… over {axis}` from the measures, or test this number: `{label} > 0.5`"
+            raise unreadable_expectation(named.span, reason, hint)
         if axis not in self.known.axes:
             listed = name_list(self.known.axes)
             sweep = "add a sweep, for example `for k in 0%..100% step 5% { … }`"
@@ -764,6 +769,7 @@ def _known(variants: Sequence[ExperimentOutline], program: spec.Program) -> Know
     undecided = _undecided(variants, program)
     own, aliases, perhaps = _axes(variants)
     over = _check_over(variants)
+    seconds = {a.alias for e in variants for a in e.axes if a.alias is not None and a.name == over}
     resolved = [e.resolved for e in variants if e.resolved is not None]
     cells = None
     if len(resolved) == len(variants):
@@ -780,6 +786,7 @@ def _known(variants: Sequence[ExperimentOutline], program: spec.Program) -> Know
         cells,
         perhaps,
         undecided,
+        () if over is None else {over, *seconds},
         experiment.name,
     )
 

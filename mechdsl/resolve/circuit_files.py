@@ -608,8 +608,11 @@ def _read_graph(parts: Mapping[str, Any], digest: str, written: str) -> CircuitF
         return CircuitFile(digest, config, dict.fromkeys(names), frozenset(names))
     for name, node in parts.get("nodes", {}).items():
         if isinstance(node, dict) and not all(cast("dict[str, Any]", node).get("neurons", ())):
-            reason = f"`{written}` chooses neurons of `{name}`, and a circuit has whole components"
-            raise UnreadableFile(reason, "name a circuit of edges")
+            reason = (
+                f"`{written}` chooses `neurons` of `{name}`: these are coordinates of its output, "
+            )
+            reason += "and edges carry whole outputs"
+            raise UnreadableFile(reason, 'choose edges in EAP-IG: `apply_topn(…, level="edge")`')
     scores: dict[str, float | None] = {}
     chosen: set[str] = set()
     for name, own in edges.items():

@@ -1011,6 +1011,13 @@ _JOINED = ("head_out", "attn_out", "mixer_out")
 """Sites of the sum of the heads of a layer."""
 
 
+def _have_same_fill(one: ResolvedRule, other: ResolvedRule) -> bool:
+    """Return whether two rules ablate the edges of their circuits with the same values."""
+    written = [own.spec.fill and own.spec.fill.span.written for own in (one, other)]
+    alike = one.does == other.does and one.run == other.run and written[0] == written[1]
+    return alike and not (one.spec.all_but or other.spec.all_but)
+
+
 def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0108 for rules that can't act together with an ablated circuit."""
     rules = [rule for rule in experiment.rules if rule.circuit is not None]
@@ -1055,7 +1062,9 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
             what += "output are nodes of a circuit"
             later = "write an experiment for each, or change single heads: `z layer 0 head 1`"
         elif rule.circuit is not None and rule is not rules[0] and rule.only is None:
-            what, later = "a second circuit", "join the edges of both in one `circuit`"
+            what = "a second circuit"
+            if _have_same_fill(rule, rules[0]):
+                later = "join the edges of both in one `circuit`"
         elif rule.circuit is None and rule.does.changes == "sites" and read:
             what = f"a rule on `{min(read)}` together with a circuit"
         elif rule.does.changes == "blocks":

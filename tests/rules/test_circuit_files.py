@@ -98,6 +98,16 @@ def test_file_with_neurons_equals_the_listed_edges(data: Path, family: str) -> N
     assert found.conventions[key] == expected.conventions[key]
 
 
+def test_edges_of_a_graph_count_without_their_nodes(data: Path) -> None:
+    """As in EAP-IG, whose evaluation recomputes the nodes from the edges."""
+    content = graph("llama", NAMES)
+    content["nodes"] = {name: {"in_graph": False} for name in content["nodes"]}
+    (data / "unmarked.json").write_text(json.dumps(content), "utf-8")
+    found = values(data, "llama", 'saved("unmarked.json")').measures[0].patched
+    expected = values(data, "llama", ", ".join(LISTED)).measures[0].patched
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_size_chooses_the_edges_with_the_largest_absolute_scores(data: Path, family: str) -> None:
     scores = dict(zip(NAMES, (0.5, -0.7, 0.3, 0.2, -0.1), strict=True))
@@ -231,7 +241,7 @@ WRONG_FILES: dict[str, tuple[object, str]] = {
     "parallel": ({**graph("llama", NAMES), "cfg": {"parallel_attn_mlp": True}}, "parallel blocks"),
     "neurons": (
         {**graph("llama", NAMES), "nodes": {"m0": {"in_graph": True, "neurons": [True, False]}}},
-        "chooses neurons of `m0`",
+        "chooses `neurons` of `m0`: these are coordinates of its output",
     ),
 }  # fmt: skip
 

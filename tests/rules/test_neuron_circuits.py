@@ -621,3 +621,22 @@ def test_circuits_with_equal_ablated_edges_and_other_neurons_differ(data: Path) 
             assert value == pytest.approx(difference(logits, record), abs=1e-5)
     values = [found[f"x{n}"].measures[0].patched for n in (3, 4)]
     assert np.abs(values[0] - values[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "advice"),
+    [
+        ("ablate c at tokens * with zero", "ablate d at tokens * with zero", "join the edges"),
+        ("ablate c at tokens * with other", "ablate d at tokens * with zero", "an experiment for"),
+        ("ablate all but c at tokens * with zero", "ablate d at tokens * with zero", "an experi"),
+    ],
+)
+def test_second_circuit_is_joined_only_with_the_same_fill(
+    data: Path, first: str, second: str, advice: str
+) -> None:
+    text = "circuit c = embed -> L0H1.q\ncircuit d = embed -> L1H1.q\n"
+    result, problems = try_file(text + experiment("e", first, second), data, "llama")
+    assert result is None
+    (problem,) = (each for each in problems if each.severity == "error")
+    assert problem.code == "E0108"
+    assert advice in render_full([problem], color=False, width=200)
