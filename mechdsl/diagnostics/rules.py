@@ -29,11 +29,13 @@ class LayerOutOfRange(Diagnostic):
     code = "E0302"
     depends_on = frozenset({"shape"})
     title = "layer {index} does not exist in `{model}`"
-    label = "`{model}` has layers 0..{last}"
+    label = "`{model}` has layers 0..{last}{where}"
     help = "write `layer *` for all of them, or a relative depth such as `layer 50%..80%`"
     index: int
     last: int
     model: str
+    where: str = ""
+    """ in the stack `vision`; empty for the main one."""
 
 
 class NoComponent(Diagnostic):

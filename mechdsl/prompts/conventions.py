@@ -94,10 +94,8 @@ def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> di
             by = f"prepared by the model's `{tokenizer.processor_name}`"
             forms = {each.picture.grouped for each in every}
             if True in forms:
-                where = (
-                    " in the form for several images in a prompt, which differs from that for one"
-                )
-                by += where if len(forms) == 1 else ", in another form in prompts of several images"
+                where = " in prompts of several images" if len(forms) > 1 else ""
+                by += f", padded to a square and not cut into tiles{where}"
             said = f"{by}; {said}"
         if joined:
             said = f"{_joined_frames(name, rows, tokenizer)}; {said}"

@@ -508,8 +508,10 @@ def check_layer(
     count = count_layers(kinds, context.shape)
     if 0 <= layer < count:
         return True
+    stack = kinds[0].name.partition(" ")[2] if kinds else ""
+    where = f" in its stack `{stack}`" if stack else ""
     context.diagnostics.append(
-        LayerOutOfRange(span=span, index=layer, last=count - 1, model=context.model)
+        LayerOutOfRange(span=span, index=layer, last=count - 1, model=context.model, where=where)
     )
     return False
 

@@ -339,10 +339,11 @@ def test_control_with_few_alternatives_uses_each_once() -> None:
         check_band(result, 4 + head, np.delete(values, head))
     printed = result.to_text(120)
     assert (
-        "null: range of 3 draws of random heads, all that exist; a further draw falls in this range"
-        in printed
+        "null: range of 3 draws of random heads, all that exist; a target like these falls in this "
+        "range" in printed
     )
     assert "with probability 50 %" in printed
+    assert "needs 39 draws, more than exist" in printed
 
 
 def test_control_reports_when_all_alternatives_are_used() -> None:

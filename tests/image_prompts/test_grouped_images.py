@@ -235,10 +235,8 @@ def test_prompts_of_one_to_three_images_in_one_block_equal_the_bare_model() -> N
     source = Source(whole, folder() / "f.mech")
     [found] = succeeded(*run_on(source, {"m": loaded(NAME)}, MODES["planned"])).values()
     said = [found.conventions[f"image `{name}`"] for name in ("one", "two")]
-    assert "`, in another form in prompts of several images; " in said[0]
-    assert (
-        "` in the form for several images in a prompt, which differs from that for one; " in said[1]
-    )
+    assert "`, padded to a square and not cut into tiles in prompts of several images; " in said[0]
+    assert "`, padded to a square and not cut into tiles; " in said[1]
     measure = found.measures[0]
     rows = [(n, name) for name in ("single", "three") for n in ALL]
     base = [difference(bare(NAME).run(inputs(n, block=name))) for n, name in rows]

@@ -483,8 +483,8 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
         if writes:
             patches += f"; {replaced}"
         yield "vision encoder", patches
-        why = "change images" if writes else "read its vectors"
-        yield "planner", f"every row is a full forward pass: rules in the vision encoder {why}"
+        why = "rules change images" if writes else "vectors are read"
+        yield "planner", f"every row is a full forward pass: {why} in the vision encoder"
     elif plan.experiment.needs_full_passes:
         said = "every row is a full forward pass: the model adds vectors of images after its first "
         yield "planner", f"{said}blocks, outside their outputs"

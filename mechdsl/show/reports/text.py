@@ -578,12 +578,14 @@ def null_band_text(result: ExperimentResult, measure: int) -> str | None:
     level = _null_ends([f"{100 * level:.3g} %" for level in sorted(band.level[some].tolist())])
     cut = sorted((band.rank[some] - 1).tolist())
     but = f" without the {_null_ends([f'{n}' for n in cut])} lowest and highest" if cut[-1] else ""
-    states = f"a further draw falls in this range with probability {level}"
+    further = "a target like these" if fewer.all() else "a further draw"
+    states = f"{further} falls in this range with probability {level}"
     if band.draws.max() == 1:
         return f"one draw of {band.what}{without}"
     needs = ""
     if not band.decides[some].all() and result.settings is not None:
         needs = f"; a verdict at {result.settings.confidence:g} % needs {band.fewest:,} draws"
+        needs += ", more than exist" if fewer.all() else ""
     equal = describe_equal_draws(result, measure)
     equal = equal and f"; {equal}"
     return f"range of {draws} draws of {band.what}{there}{but}; {states}{without}{needs}{equal}"
