@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
@@ -938,6 +938,8 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
         *roles,
         *(span.name.id for span in block.spec.spans),
         *lacking,
+        *_list_placeholders(block),
+        *(each.name for each in block.spec.regions if block.spec.kind != "images"),
         INSERTED_SPAN,
     ]
     known = (n for n in dict.fromkeys(columns) if n not in constant)
@@ -967,6 +969,18 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
     assert table is not None
     table = replace(table, columns_unknown=block.columns_unknown)
     return add_stand_in_runs(table, [corruption.name for corruption in block.spec.corruptions])
+
+
+_OPENED = re.compile(r"(?<!\{)(?:\{\{)*\{\s*([^\W\d]\w*)(?![\w(])")
+"""The start of a placeholder that begins with a name."""
+
+
+def _list_placeholders(block: PromptsBlock) -> Iterator[str]:
+    """Yield the names that begin placeholders of the templates, also of placeholders with errors,
+    whose spans aren't known."""
+    for template in block.templates:
+        for text in template.texts:
+            yield from _OPENED.findall(text.span.written)
 
 
 def _gray_frames(picture: spec.PictureDef) -> ast.Expr:

@@ -260,3 +260,39 @@ def test_invalid_prompts_block_with_images_is_rejected(
     assert code != "E0101" or len(errors) == 1, errors  # the line isn't divided at `photo =`
     shown = " ".join(render_full(errors, color=False, width=1000).split())
     assert said in shown, shown
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "code"),
+    [
+        ("{photo} how", "{photo} {new = } how", "E0113"),
+        ("{photo} how", "{photo} {new = how", "E0113"),
+        ('"{file}"', '"{file}.gif"', "E0560"),
+    ],
+)
+def test_broken_prompts_with_images_cause_no_errors_of_positions(
+    before: str, after: str, code: str
+) -> None:
+    """Regions, and placeholders with errors, count as spans; misspelt names are still reported."""
+    named = "new token, " if "new" in after else ""
+    lines = f"ablate embed at {named}object tokens, each token of object, objct tokens with zero"
+    region = "  part = [0, 0, 8, 8]\n  region object of photo = part\n  image photo"
+    whole = support.BLOCK.replace("  image photo", region, 1) + experiment("e", lines)
+    assert before in whole
+    result, found = try_file("", NAME, block=whole.replace(before, after, 1))
+    assert result is None
+    errors = [each for each in found if each.severity == "error"]
+    assert [each.code for each in errors] == [code, "E0308"], errors
+    assert "called `objct`" in errors[1].message
+
+
+def test_maps_of_windows_in_prompts_with_images_are_rejected() -> None:
+    window = "photo row r..r + 1 col 1..2 tokens"
+    lines = f"for r in 1..2 {{ ablate embed at {window} with zero }}"
+    text = experiment("windows", lines)
+    text += experiment("total", "observe sum of windows at each token of photo", measure="")
+    result, found = try_file("", NAME, block=support.BLOCK + text)
+    assert result is None
+    [error] = [each for each in found if each.severity == "error"]
+    assert error.code == "E0207"
+    assert "`windows` doesn't sweep positions" in error.message

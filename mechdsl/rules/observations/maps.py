@@ -309,7 +309,7 @@ def check_map(part: VariantFinding, work: ExperimentContext) -> None:
     hint = (
         f"let it sweep {'tokens: `at token *`' if texts else 'patches: `at each token of image`'}"
     )
-    check_rankable_tokens(part.experiment, work.table, reader, hint, windows=True)
+    check_rankable_tokens(part.experiment, work.table, reader, hint, windows=not texts)
     fixed = part.window_axes.intersection(part.chosen)
     if fixed:
         name = part.experiment.name
