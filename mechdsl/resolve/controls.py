@@ -701,6 +701,8 @@ def _build_circuit_control(
         hint = f"write `against random({asked.draws})`"
         raise _NoDraws("edges are drawn, and an experiment has one type of random target", hint)
     _check_no_exceptions(apart, "edges")
+    if experiment.model.shape.stands_in:
+        raise _NoAlternatives("the edges of a missing model are unknown", "install the model")
     rules: list[ResolvedRule] = []
     like, numbers = "", DrawCounts((), {(): draws})
     for rule in experiment.rules:

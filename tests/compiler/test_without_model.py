@@ -451,6 +451,27 @@ NEEDS_MODEL = {
 }  # fmt: skip
 
 
+def test_random_circuits_of_a_missing_encoder_decoder_cause_no_error() -> None:
+    """Its edges are unknown, so no random ones are drawn."""
+    text = """mech 1
+model t5 = hf("nobody/nothing")
+prompts facts {
+  capital in ["Paris", "Rome"]
+  template "We went to {capital}"
+  answer "{capital}"
+}
+circuit c = z encoder layers * heads * -> v cross layers * heads *, L5.mlp -> logits
+experiment e {
+  prompts facts
+  ablate all but c at tokens * with zero
+  measure logit(answer) as faithfulness
+  against random(39)
+}
+"""
+    found = check_source(Source(text, Path("f.mech")))
+    assert [each.code for each in found.diagnostics] == ["W0710"]
+
+
 @pytest.mark.parametrize("case", NEEDS_MODEL.values(), ids=NEEDS_MODEL)
 def test_errors_that_depend_on_the_model_are_not_reported_without_it(
     tmp_path: Path, case: tuple[str, str]
