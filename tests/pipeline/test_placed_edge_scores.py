@@ -56,9 +56,11 @@ def scored(path: Path, model: Any, side: Any = None) -> dict[Placed, float]:
 
 
 WHERE = ((PLACES, "left"), (COVERED, "right"))
+# In float64, padding gives NaN in the library's eager attention of gemma2: its softmax has 32 bits.
+PADDED = tuple(family for family in HERE if family != "gemma2")
 
 
-@pytest.mark.parametrize(("family", "source"), in_turn(HERE, ("from: other", "with: zero")))
+@pytest.mark.parametrize(("family", "source"), in_turn(PADDED, ("from: other", "with: zero")))
 @pytest.mark.parametrize(("call", "where"), in_turn((*CALLS, *RULED), WHERE))
 def test_placed_scores_equal_sums_of_products_at_each_position(
     call: str, where: tuple[tuple[str, ...], Any], family: str, source: str, tmp_path: Path
