@@ -176,8 +176,9 @@ def _band(drawn: Floats, found: Floats) -> NullBand:
     values = RandomControlValues((drawn,), np.full(cells, draws), draws, "random heads")
     data = measured(found, effect="delta")
     means = [found.mean(axis=1)]
+    rounding = [np.zeros(cells)]
     (band,) = compute_null_bands(
-        [data], values, means=means, confidence=CONFIDENCE, effects=EFFECTS
+        [data], values, means=means, rounding=rounding, confidence=CONFIDENCE, effects=EFFECTS
     )
     assert band is not None
     return band

@@ -977,10 +977,11 @@ _OPENED = re.compile(r"(?<!\{)(?:\{\{)*\{\s*([^\W\d]\w*)(?![\w(])")
 
 def _list_placeholders(block: PromptsBlock) -> Iterator[str]:
     """Yield the names that begin placeholders of the templates, also of placeholders with errors,
-    whose spans aren't known."""
+    whose spans aren't known; those of images aren't texts."""
+    pictures = {each.name for each in block.spec.pictures}
     for template in block.templates:
         for text in template.texts:
-            yield from _OPENED.findall(text.span.written)
+            yield from (each for each in _OPENED.findall(text.span.written) if each not in pictures)
 
 
 def _gray_frames(picture: spec.PictureDef) -> ast.Expr:

@@ -90,6 +90,7 @@ blocks of the language model attend to the image
 Some models do more with images than read their vectors:
 
 - Position ids of image tokens are rows and columns in `qwen2_vl`, `qwen2_5_vl` and `qwen3_vl`.
+  There, `renumber` gives a token one number for frame, row and column; other tokens keep theirs.
   mechdsl puts the start and end tokens of these models around each image, so a template contains
   only `{photo}`.
 - `qwen3_vl` adds vectors of images to the stream after its first blocks, outside their outputs. At
@@ -150,7 +151,8 @@ position names. In `qwen2_5_vl`, most blocks have windows, and in videos, each f
 merged frames) attends to itself. Rules whose keys are all in other tiles or images than the queries
 are E0332; other keys that a patch doesn't see have a weight of 0, which no rule changes. A patch
 whose keys are all blocked attends to nothing. In `mllama`, patches attend to those of all tiles, to
-class tokens and to padding. `allow` and `by value_norm` are E0108, and estimates are E0608.
+class tokens and to padding. The sites `scores`, `pattern`, `q_rot` and `k_rot` of the encoder,
+`allow` and `by value_norm` are E0108, and estimates are E0608.
 
 The resampler of `idefics2` reads all patches of a tile for each token. In the language model, its
 tokens have no rows and columns (E0310). In the encoder, positions are patches:
@@ -162,7 +164,7 @@ one patch per cell. Positions that count tokens, such as `token 5`, are E0108. R
 average patches pair them in this order, so both images need the same number of patches (E0307), and
 whole images the same rows and columns (E0108). `observe similarity` compares patches, and bases are
 computed from single patches; the row of a direction or probe is the mean over its patches. `using
-gim` is E0608.
+gim` also changes derivatives of the resampler's attention.
 
 `llava_onevision` interpolates the patches of each frame, and those of large images, to fewer
 tokens. In the encoder, its positions are patches too, as in `idefics2`: a frame of 27 x 27 patches

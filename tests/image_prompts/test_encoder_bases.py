@@ -57,9 +57,6 @@ def test_replies_and_runs_with_coordinates_of_the_encoder_equal_hooks(name: str)
 
 
 REJECTED = {
-    "observe random resid_post vision layer 0 at photo tokens": (
-        "`observe random` in the vision encoder"
-    ),
     "path z layer 0 head 0 -> logits at last token\n"
     "  ablate resid_post vision layer 0 at photo tokens with zero": (
         "`path` together with sites in the vision encoder"

@@ -106,7 +106,11 @@ def test_values_across_the_vision_encoder_equal_hooks(name: str) -> None:
     for found, (rule, reference) in zip(result.experiments, CASES.items(), strict=True):
         measure = found.measures[0]
         writes = "set resid_post vision" in rule
-        assert found.conventions["planner"].endswith("change images" if writes else "its vectors")
+        assert found.conventions["planner"].endswith(
+            "rules change images in the vision encoder"
+            if writes
+            else "vectors are read in the vision encoder"
+        )
         assert ("changed image" in found.conventions["vision encoder"]) == writes
         expected = [difference(reference(name, n)) for n in ALL]
         patched = as_in_the_data(found).measures[0].patched[0]
