@@ -26,7 +26,7 @@ LAYERS: list[str] = [
 """From the lowest layer; packages of one layer don't import each other."""
 PACKAGES = [name for name in LAYERS if (ROOT / "mechdsl" / name).is_dir()]
 FILE = re.compile(r"`((?:mechdsl|tests|grammar|docs|benchmarks|examples)/[\w./]*)(?::([\w.]+))?`")
-MAX_FILES = 381
+MAX_FILES = 380
 MAX_CHAIN = 25
 """Files in the longest chain of imports."""
 

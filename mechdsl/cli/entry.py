@@ -52,7 +52,7 @@ MODULES = {
     "diff": "runs",
     "examples": "info",
     "explain": "views",
-    "export": "export",
+    "export": "fit",
     "fit": "fit",
     "fmt": "validate",
     "graph": "views",
