@@ -3,7 +3,7 @@ explicitly from the projections of the bare model: one unpadded prompt at a time
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -170,19 +170,25 @@ def shown(family: str, sites: Sequence[str], using: str, folder: Path) -> list[n
     return [each.patched - (0 if using == "atp_star" else each.base) for each in measures]
 
 
+def compare_with(
+    one: Callable[[str, str, int, Record], list[float]], family: str, site: str, found: Any
+) -> Any:
+    """Compare estimates at a site with those of a function for each layer and row, and return the
+    latter."""
+    layers = range(count_layers(family, stack_of(site)))
+    every = [[one(family, site, layer, record) for record in ROWS] for layer in layers]
+    expected = np.array(every).transpose(0, 2, 1)
+    np.testing.assert_allclose(
+        found, expected.reshape(found.shape), atol=2e-5, rtol=1e-3, err_msg=site
+    )
+    return expected
+
+
 @pytest.mark.parametrize("family", some(FAMILIES, FAMILIES[:2]))
 def test_atp_qk_in_each_stack_equals_exact_weights(family: str, tmp_path: Path) -> None:
     largest = 0.0
     for site, found in zip(SITES, shown(family, [*SITES], "atp_qk", tmp_path), strict=True):
-        expected = np.array(
-            [
-                [estimate(family, site, layer, record) for record in ROWS]
-                for layer in range(count_layers(family, stack_of(site)))
-            ]
-        ).transpose(0, 2, 1)
-        np.testing.assert_allclose(
-            found, expected.reshape(found.shape), atol=2e-5, rtol=1e-3, err_msg=site
-        )
+        expected = compare_with(estimate, family, site, found)
         if stack_of(site) or family == "bart":  # other decoders have one token
             assert np.abs(expected).max() > 1e-3, site
         largest = max(largest, float(np.abs(expected).max()))
@@ -194,15 +200,7 @@ def test_atp_star_of_queries_and_keys_leaves_out_each_layer(family: str, tmp_pat
     """Of the encoder and the decoder for a site of the encoder, else of the decoder."""
     sites = [*SITES] if family == "bart" else [site for site in SITES if stack_of(site)]
     for site, found in zip(sites, shown(family, sites, "atp_star", tmp_path), strict=True):
-        expected = np.array(
-            [
-                [star(family, site, layer, record) for record in ROWS]
-                for layer in range(count_layers(family, stack_of(site)))
-            ]
-        ).transpose(0, 2, 1)
-        np.testing.assert_allclose(
-            found, expected.reshape(found.shape), atol=2e-5, rtol=1e-3, err_msg=site
-        )
+        expected = compare_with(star, family, site, found)
         assert expected.max() > (1e-3 if stack_of(site) else 1e-4), site
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
@@ -194,20 +194,26 @@ def hooked(hooks: Iterable[Hook], module: Any = None) -> Generator[None]:
             handle.remove()
 
 
+def followed(given: Mapping[str, Any], text: Sequence[int]) -> dict[str, Any]:
+    """The inputs of a prompt and of tokens after it, which attend to images as its last token."""
+    given = dict(given)
+    if not text:
+        return given
+    given["input_ids"] = torch.cat([given["input_ids"], torch.tensor([[*text]])], 1)
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    mask = given["cross_attention_mask"]
+    later = mask[:, -1:].expand(-1, len(text), -1, -1)
+    given["cross_attention_mask"] = torch.cat([mask, later], 1)
+    return given
+
+
 @torch.no_grad()
 def outputs(
     n: int, image: int, hooks: Iterable[Hook] = (), text: Sequence[int] = (), **more: Any
 ) -> Any:
     """Run one prompt, followed by tokens that attend to the image as its last token does."""
-    given = inputs(n, image)
-    if text:
-        given["input_ids"] = torch.cat([given["input_ids"], torch.tensor([[*text]])], 1)
-        given["attention_mask"] = torch.ones_like(given["input_ids"])
-        mask = given["cross_attention_mask"]
-        later = mask[:, -1:].expand(-1, len(text), -1, -1)
-        given["cross_attention_mask"] = torch.cat([mask, later], 1)
     with hooked(hooks):
-        return bare()(**given, use_cache=False, **more)
+        return bare()(**followed(inputs(n, image), text), use_cache=False, **more)
 
 
 def token(word: str) -> int:

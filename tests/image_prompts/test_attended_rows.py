@@ -15,6 +15,7 @@ from mechdsl.execute.image_vectors import provide_images
 from mechdsl.execute.run.panel import execute
 from mechdsl.forward.hooks import model as model_inputs
 from mechdsl.planner.passes import make_plan, plan_cost
+from mechdsl.planner.plan import Plan
 from mechdsl.prompts import runs
 from mechdsl.results.assembly.collection import check_denominators
 
@@ -87,6 +88,17 @@ def test_tokens_before_a_write_are_computed_once(monkeypatch: pytest.MonkeyPatch
     assert [*shared.values()] == [plain + early] * 2 + [plain + late] * 2
 
 
+def planned_share(plan: Plan) -> float:
+    """The planned multiply-adds of a run over the counted ones."""
+    bare().set_attn_implementation("eager")  # the counter leaves out other kernels
+    try:
+        with FlopCounterMode(display=False) as counter:
+            execute(plan, {"m": loaded()}, None, check=check_denominators)
+    finally:
+        bare().set_attn_implementation("sdpa")
+    return plan_cost(plan).planned.multiply_adds / (counter.get_total_flops() / 2)
+
+
 @pytest.mark.parametrize(
     "rule",
     some(
@@ -108,12 +120,4 @@ def test_planned_cost_of_shared_rows_is_near_the_counted_products(
     plan = make_plan(checked.experiments)
     for run in ("clean", "changed"):
         provide_images(loaded(), checked.experiments[0].table.runs[run].rows)
-    bare().set_attn_implementation("eager")  # the counter leaves out other kernels
-    try:
-        with FlopCounterMode(display=False) as counter:
-            execute(plan, {"m": loaded()}, None, check=check_denominators)
-    finally:
-        bare().set_attn_implementation("sdpa")
-    planned = plan_cost(plan).planned.multiply_adds
-
-    assert 0.7 < planned / (counter.get_total_flops() / 2) < 1.3
+    assert 0.7 < planned_share(plan) < 1.3

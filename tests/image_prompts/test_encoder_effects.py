@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from mechdsl.loading.devices import restore_models
 from mechdsl.pipeline.trained_files import fits_of_file
 from mechdsl.planner.training_cost import training_cost
 from mechdsl.resolve.types import SitePoint, TrainedMask
+from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import context
 from ..images import prompts_of_images as vlm
@@ -211,6 +212,11 @@ def test_trained_scales_and_edits_act_on_each_patch(name: str, inner: str, tmp_p
     with torch.no_grad():
         every = [on_patches(name, n, CELL, edit) for n in ALL]
         values = [float(logits_under(name, n, n, every[n])) for n in ALL]
+    check_values(found, folder, values)
+
+
+def check_values(found: ExperimentResult, folder: Path, values: Sequence[float]) -> None:
+    """Check the values of a rule with a trained object, and their mean on its card."""
     [data] = found.measures
     np.testing.assert_allclose(data.patched[0], values, atol=3e-4)
     assert np.abs(data.patched - data.base).max() > 0.01
@@ -275,10 +281,7 @@ def test_trained_boundless_rotation_acts_on_each_patch(name: str, tmp_path: Path
     with torch.no_grad():
         every = [exchanged(name, n, rows, whole) for n in ALL]
         values = [float(logits_under(name, n, n, every[n])) for n in ALL]
-    [data] = found.measures
-    np.testing.assert_allclose(data.patched[0], values, atol=3e-4)
-    assert np.abs(data.patched - data.base).max() > 0.01
-    assert read_mean(folder) == pytest.approx(np.mean(values), abs=1e-3)
+    check_values(found, folder, values)
 
 
 def gated(name: str, ids: Any, shares: Tensor, fill: str) -> Tensor:

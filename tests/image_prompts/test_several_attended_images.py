@@ -17,16 +17,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
 from mechdsl.base.source import Source
 from mechdsl.execute.image_vectors import provide_images
-from mechdsl.execute.run.panel import execute
 from mechdsl.forward.hooks import model as model_inputs
-from mechdsl.planner.passes import make_plan, plan_cost
+from mechdsl.planner.passes import make_plan
 from mechdsl.prompts import runs
-from mechdsl.results.assembly.collection import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES, as_in_the_data, check_file, run_on
@@ -46,6 +43,7 @@ from .test_attended_images import (
     bare,
     block_at,
     folder,
+    followed,
     hooked,
     loaded,
     other,
@@ -54,6 +52,7 @@ from .test_attended_images import (
     processor,
     token,
 )
+from .test_attended_rows import planned_share
 
 ALL = range(len(RECORDS))
 WHOLE = TILES * EACH
@@ -93,15 +92,8 @@ def inputs(block: str, n: int, *, swapped: bool = False) -> dict[str, Any]:
 @torch.no_grad()
 def outputs(given: dict[str, Any], hooks: Iterable[Hook] = (), text: Sequence[int] = ()) -> Tensor:
     """The logits of one prompt, followed by tokens that attend to what its last token does."""
-    given = dict(given)
-    if text:
-        given["input_ids"] = torch.cat([given["input_ids"], torch.tensor([[*text]])], 1)
-        given["attention_mask"] = torch.ones_like(given["input_ids"])
-        mask = given["cross_attention_mask"]
-        later = mask[:, -1:].expand(-1, len(text), -1, -1)
-        given["cross_attention_mask"] = torch.cat([mask, later], 1)
     with hooked(hooks):
-        return bare()(**given, use_cache=False).logits[0]
+        return bare()(**followed(given, text), use_cache=False).logits[0]
 
 
 def difference(n: int, logits: Tensor) -> float:
@@ -628,14 +620,7 @@ def test_planned_cost_of_two_images_is_near_the_counted_products(
     checked = check_file(text, folder(), loaded(), BLOCKS)
     plan = make_plan(checked.experiments)
     provide_images(loaded(), checked.experiments[0].table.runs["clean"].rows)
-    bare().set_attn_implementation("eager")  # the counter leaves out other kernels
-    try:
-        with FlopCounterMode(display=False) as counter:
-            execute(plan, {"m": loaded()}, None, check=check_denominators)
-    finally:
-        bare().set_attn_implementation("sdpa")
-    planned = plan_cost(plan).planned.multiply_adds
-    assert 1 / factor < planned / (counter.get_total_flops() / 2) < factor
+    assert 1 / factor < planned_share(plan) < factor
 
 
 def test_keys_and_values_of_each_image_of_a_prompt_are_computed_once(

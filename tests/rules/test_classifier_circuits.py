@@ -144,6 +144,36 @@ SOME = {
 }
 
 
+def compare_circuit(
+    edges: Mapping[str, Sequence[Edge]],
+    split: tuple[int, ...],
+    rule: str,
+    fill: str,
+    at: str,
+    mode: str,
+    folder: Path,
+) -> None:
+    """Check an ablated circuit against a loop. `split`: layers whose neurons are nodes."""
+    lines = ("prompts p", f"ablate {rule} at {at} with {fill}")
+    measure = "measure logit(class answer) - logit(class wrong) as raw"
+    text = f"circuit c = {', '.join(edges)}\n" + support.experiment("e", *lines, measure)
+    found = support.run_file(text, folder, bare(), support.MODES[mode], prompts=PROMPTS)
+    named = {edge for each in edges.values() for edge in each}
+    ablated = named if rule == "c" else set(list_edges(split)) - named
+    shares = dict.fromkeys(ablated, 1.0)
+    values = found["e"].measures[0].patched
+    both = zip(support.prompts(), support.prompts("other"), strict=True)
+    for row, (own, other) in enumerate(both):
+        _, filled = classify(other.ids, split=split)
+        plain, _ = classify(own.ids)
+        if fill == "zero":
+            filled = {name: torch.zeros(len(own.ids), WIDTH).double() for name in filled}
+        positions = None if at == "tokens *" else [own.cue, own.subject[-1]]
+        expected, _ = classify(own.ids, filled, shares, positions, split=split)
+        assert values[0, row] == pytest.approx(float(expected), abs=1e-4)
+        assert abs(float(expected - plain)) > 1e-3
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["planned", "padded on the right"])
 @pytest.mark.parametrize(
@@ -158,27 +188,7 @@ SOME = {
 def test_circuit_of_bert_classifier_equals_a_loop(
     rule: str, fill: str, at: str, mode: str, tmp_path: Path
 ) -> None:
-    circuit = f"circuit c = {', '.join(SOME)}\n"
-    lines = (
-        "prompts p",
-        f"ablate {rule} at {at} with {fill}",
-        "measure logit(class answer) - logit(class wrong) as raw",
-    )
-    text = circuit + support.experiment("e", *lines)
-    found = support.run_file(text, tmp_path, bare(), support.MODES[mode], prompts=PROMPTS)
-    named = {edge for edges in SOME.values() for edge in edges}
-    ablated = named if rule == "c" else set(list_edges()) - named
-    values = found["e"].measures[0].patched
-    both = zip(support.prompts(), support.prompts("other"), strict=True)
-    for row, (own, other) in enumerate(both):
-        _, filled = classify(other.ids)
-        plain, _ = classify(own.ids)
-        if fill == "zero":
-            filled = {name: torch.zeros(len(own.ids), WIDTH).double() for name in filled}
-        positions = None if at == "tokens *" else [own.cue, own.subject[-1]]
-        expected, _ = classify(own.ids, filled, dict.fromkeys(ablated, 1.0), positions)
-        assert values[0, row] == pytest.approx(float(expected), abs=1e-4)
-        assert abs(float(expected - plain)) > 1e-3
+    compare_circuit(SOME, (), rule, fill, at, mode, tmp_path)
 
 
 NAMED = ("L0N3", "L0N5", "L1N2")
@@ -211,23 +221,7 @@ def test_neurons_of_bert_classifier_equal_a_loop(
     rule: str, fill: str, at: str, mode: str, tmp_path: Path
 ) -> None:
     """The dense layers before and after the neurons are in two modules."""
-    lines = ("prompts p", f"ablate {rule} at {at} with {fill}")
-    measure = "measure logit(class answer) - logit(class wrong) as raw"
-    text = f"circuit c = {', '.join(OF_NEURONS)}\n" + support.experiment("e", *lines, measure)
-    found = support.run_file(text, tmp_path, bare(), support.MODES[mode], prompts=PROMPTS)
-    named = {edge for edges in OF_NEURONS.values() for edge in edges}
-    ablated = named if rule == "c" else set(list_edges(SPLIT)) - named
-    both = zip(support.prompts(), support.prompts("other"), strict=True)
-    for row, (own, other) in enumerate(both):
-        _, filled = classify(other.ids, split=SPLIT)
-        plain, _ = classify(own.ids)
-        if fill == "zero":
-            filled = {name: torch.zeros(len(own.ids), WIDTH).double() for name in filled}
-        positions = None if at == "tokens *" else [own.cue, own.subject[-1]]
-        shares = dict.fromkeys(ablated, 1.0)
-        expected, _ = classify(own.ids, filled, shares, positions, split=SPLIT)
-        assert found["e"].measures[0].patched[0, row] == pytest.approx(float(expected), abs=1e-4)
-        assert abs(float(expected - plain)) > 1e-3
+    compare_circuit(OF_NEURONS, SPLIT, rule, fill, at, mode, tmp_path)
 
 
 @torch.no_grad()
