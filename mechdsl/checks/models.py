@@ -126,7 +126,7 @@ def check_prompt_tokens(table: PromptTable, model: ModelContext) -> list[Diagnos
     rows = [row for run in table.runs.values() for row in run.rows]
     texts = (text.ids for row in rows for text in row.texts.values())
     ids = set[int]().union(*(row.ids for row in rows), *texts)
-    if model.shape.takes == "attended image" and isinstance(model.tokenizer, ImagePromptTokenizer):
+    if model.shape.attends_to_image and isinstance(model.tokenizer, ImagePromptTokenizer):
         mark = model.tokenizer.image_id  # embeddings have more rows than the vocabulary for it
         ids.discard(mark)
     return _all_there(ids, model, f"prompts `{table.name}`")
@@ -396,7 +396,7 @@ def check_input_kind(prompts: spec.Prompts, model: ModelContext) -> Diagnostic |
         hint += '`image photo = "{file}"` and `template "{photo}"`'
         given = f"of {'images' if images else 'texts'}"
         return _mismatch(prompts, model, ("an image and writes a text", given, hint))
-    if shape.takes == "attended image":
+    if shape.attends_to_image:
         hint = "write an image in the block: "
         hint += '`image photo = "{file}"` and `template "{photo} ..."`'
         given = f"of {'images' if images else 'texts'}"

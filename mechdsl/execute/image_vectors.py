@@ -998,7 +998,7 @@ def _prepare_input(picture: Picture | Sound | Video, model: LoadedModel) -> dict
     assert isinstance(picture, Picture)
     image = Image.fromarray(render_pixels(picture))
     made = reader.processor.image_processor(image, return_tensors="pt")
-    if model.shape.takes == "attended image":
+    if model.shape.attends_to_image:
         return _encode_image(model, made)
     return {"pixel_values": made["pixel_values"][0].to(model.dtype)}
 

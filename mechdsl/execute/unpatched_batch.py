@@ -399,7 +399,7 @@ def _predicted(row: RunRow) -> list[bool]:
 
 
 def has_loss(run: PromptRun, prompts: Ints) -> Bools:
-    """Return [prompt]: whether one of its own tokens is predicted, so that a loss exists."""
+    """Return [prompt]: whether a token of its text is predicted, so that a loss exists."""
     return np.array([any(_predicted(run.rows[prompt])) for prompt in prompts], dtype=np.bool_)
 
 

@@ -734,7 +734,7 @@ def _finish_model(
         model = add_attention_sites(model)
         if model.shape.encodes_apart and model.others.keys() >= required_stacks(model.shape):
             model = add_stack_attention(model, build_sample(model))
-    attends = model.shape.takes == "attended image" or not model.shape.encodes_apart
+    attends = model.shape.attends_to_image or not model.shape.encodes_apart
     if "vision" in model.others.keys() & model.shape.others.keys() and attends:
         model = add_vision_edges(model, build_sample(model))
     proved = replace(

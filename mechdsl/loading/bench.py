@@ -67,7 +67,7 @@ def build_image_inputs(model: LoadedModel) -> dict[str, Tensor]:
 def add_encoded(model: LoadedModel, tokens: Batch) -> Batch:
     """Add a sound or an image for the encoder to each decoder prompt."""
     family, config = get_family(model), get_config(model)
-    if model.shape.takes == "attended image":
+    if model.shape.attends_to_image:
         given = build_inputs(model, family.picture(config))
         frames = {"encoder": Batch.grid(2, given[ATTENDED].shape[1], model.device)}
         if "vision" in model.others:

@@ -321,7 +321,7 @@ def _without_shared_rows(
     missing = sorted(required_stacks(model.shape) - model.others.keys())
     if missing:
         reason = f"the sites in its stack {name_list(missing)} are not available"
-    elif not model.restartable and model.shape.takes != "attended image":
+    elif not model.restartable and not model.shape.attends_to_image:
         reason = "the values of its tokens may depend on padding or on other prompts of a pass"
     else:
         return model, found
@@ -1073,7 +1073,7 @@ def _check_attention_maps(rule: ResolvedRule, model: LoadedModel) -> Diagnostic 
 def _check_position_ids(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
     """Report E0108 if the model takes no position ids, E0207 for ids beyond its last position."""
     first, last = model.calling.first_position, model.shape.max_positions
-    if model.shape.takes == "attended image":
+    if model.shape.attends_to_image:
         first = 0
     if first is None:
         what = f"`renumber` in a model that computes its own positions, as `{model.name}` does,"

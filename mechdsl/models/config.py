@@ -413,7 +413,7 @@ def _with_stacks(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     spoken = _spoken(config) if shape.takes == "sound to text" else ()
     known = tuple(each for each in (*starts, *spoken) if isinstance(each, int))
     first = known if isinstance(starts[0], int) else None
-    if shape.takes == "attended image":  # the text begins with the template
+    if shape.attends_to_image:  # the text begins with the template
         first = ()
     return replace(shape, causal=True, others=found, starts=first)
 

@@ -281,7 +281,7 @@ class _Finder:
     @property
     def _has_decoder(self) -> bool:
         """Whether the main stack is the decoder of an encoder-decoder."""
-        return self.shape.has_encoder and self.shape.takes != "attended image"
+        return self.shape.has_encoder and not self.shape.attends_to_image
 
     def _embedding(self) -> str | None:
         if self.shape.takes == "image" and not self.stack:

@@ -205,6 +205,11 @@ class ModelShape(Record):
         return self.takes in ("two texts", "image to text", "sound to text", "attended image")
 
     @property
+    def attends_to_image(self) -> bool:
+        """Whether some blocks attend to the vectors of an image in place of earlier tokens."""
+        return self.takes == "attended image"
+
+    @property
     def reads_images(self) -> bool:
         """Whether prompts may contain images."""
         return self.takes in ("image and text", "image to text", "attended image")
@@ -255,7 +260,7 @@ class ModelShape(Record):
 
 def stack_names(shape: ModelShape) -> Iterator[str]:
     """Yield the names of the stacks other than the main one."""
-    if shape.takes == "attended image":
+    if shape.attends_to_image:
         yield from ("cross", "vision") if shape.tiles else ("cross",)
     elif shape.has_encoder:
         yield from ("encoder", "cross")

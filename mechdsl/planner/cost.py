@@ -1322,7 +1322,7 @@ class PanelCount:
             sources: [row] of these, the tokens that an encoder reads.
         """
         every = plan.experiment.every_rule
-        stack = "vision" if self.shape.takes == "attended image" else "encoder"
+        stack = "vision" if self.shape.attends_to_image else "encoder"
         reruns = any(rule.path or rule.circuit or rule.acts_in(stack) for rule in every)
         if reruns or self.shape.takes not in ("image to text", "sound to text", "attended image"):
             return self.full_pass.whole(lengths, sources)
@@ -1344,7 +1344,7 @@ class PanelCount:
         if key not in self._circuit_adds:
             given, circuit = (self.block, self.shape), rule.rule.circuit
             assert circuit is not None
-            attends = self.shape.takes == "attended image"
+            attends = self.shape.attends_to_image
             if attends or circuit.encoder is not None or circuit.neurons or circuit.features:
 
                 def count(ends: tuple[EdgeEnds, EdgeEnds]) -> int:
@@ -1405,7 +1405,7 @@ class PanelCount:
         layout = find_image_layout(experiment.model.tokenizer, self.table)
         ahead = layout is not None and bool(layout.prefix_end)
         differs = run.derived is not None or run.noise is not None
-        attends = self.shape.takes == "attended image"
+        attends = self.shape.attends_to_image
         if ahead or differs or not (attends or self.shape.reads_prefix):
             return 0
         found, size = 0, batch_size(self.panel, self.prompt_tokens)
@@ -1568,7 +1568,7 @@ class PanelWork:
     def _keeps_with_images(self) -> bool:
         """Whether replies cache keys and values in a model whose blocks attend to an image."""
         every = [plan.experiment for plan in self.panel.plans]
-        attends = self.panel.shape.takes == "attended image"
+        attends = self.panel.shape.attends_to_image
         vision = any(each.in_vision for each in every)
         return self.keeps_tokens and attends and not vision and every[0].generation is not None
 
@@ -1678,7 +1678,7 @@ class PanelWork:
         pass, if blocks attend to images."""
         shape = self.panel.shape
         generates = self.panel.plans[0].experiment.generation is not None
-        if shape.takes != "attended image" or generates:
+        if not shape.attends_to_image or generates:
             return Cost()
         pairs = [*zip(self.panel.plans, self.rows, strict=True)]
         equal = np.concatenate(

@@ -592,7 +592,7 @@ class _CircuitParts:
         side: TokenSide = ""
         if has_two_streams(self._work.sites.shape):
             side = "source" if _is_in_encoder(edge) else "target"
-        elif attends_to_image(self._work.sites.shape):
+        elif self._work.sites.shape.attends_to_image:
             side = "target"
         if (at, side) not in self._cells:
             self._cells[at, side] = self._resolve(at, side, source)
@@ -1141,11 +1141,6 @@ def has_two_streams(shape: ModelShape) -> bool:
     return {"encoder", "cross"} <= shape.others.keys()
 
 
-def attends_to_image(shape: ModelShape) -> bool:
-    """Whether heads of some blocks read the stream of a text and a fixed image."""
-    return shape.takes == "attended image"
-
-
 def list_edges(
     shape: ModelShape,
     neurons: Mapping[SiteLayer, tuple[int, ...]] | None = None,
@@ -1193,7 +1188,7 @@ def _list_nodes(
     """
     senders, receivers = [ENCODER_EMBEDDING if stack else EMBEDDING], list[SitePoint]()
     own = shape.others[stack] if stack else shape
-    two = not stack and (has_two_streams(shape) or attends_to_image(shape))
+    two = not stack and (has_two_streams(shape) or shape.attends_to_image)
     for layer in range(own.n_layers):
         for part in (stack, "cross") if two else (stack,):
             for site in ("q",) if part == "cross" else ("q", "k", "v"):
@@ -1229,7 +1224,7 @@ def _list_nodes(
 
 def _list_units(site: str, layer: int, shape: ModelShape) -> Iterator[SitePoint]:
     own, name = shape.in_stack(site)
-    if attends_to_image(shape) and not own.has(name, layer):  # other blocks have these heads
+    if shape.attends_to_image and not own.has(name, layer):  # other blocks have these heads
         return
     yield from (SitePoint(site, layer, n) for n in range(unit_count(shape, site, layer)))
 
@@ -1296,7 +1291,7 @@ def _is_in_vision(edge: ast.SiteMap, work: ExperimentContext) -> bool:
 
 def _explain_no_edge(sender: SitePoint, receiver: SitePoint, shape: ModelShape) -> str:
     """Return why a model has no edge between these ends."""
-    if attends_to_image(shape) and SITES[receiver.site].side == "source":
+    if shape.attends_to_image and SITES[receiver.site].side == "source":
         return "the receiver reads the image, which doesn't depend on the text"
     if receiver.site == "attn_out":
         return f"the receiver reads only the heads of layer {receiver.layer}"
@@ -1600,7 +1595,7 @@ def find_circuit_side(
     for spans together with these.
     """
     if circuit.encoder is None:
-        return "target" if attends_to_image(work.sites.shape) else work.side
+        return "target" if work.sites.shape.attends_to_image else work.side
     sides = {
         circuit.encoder in places
         for own in circuit.edges.values()
@@ -1859,7 +1854,7 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
             of for of, _ in self.every if of in (EMBEDDING, ENCODER_EMBEDDING)
         )
         heads = {of for of, _ in self.every if of.site == "z cross"}
-        of_image = heads if attends_to_image(shape) else ()
+        of_image = heads if shape.attends_to_image else ()
         self.starts = frozenset((*self._entrances, *of_image))
         """Nodes that depend on the prompt without edges into them."""
         self._shared: dict[tuple[str, int | None], int] = {

@@ -341,7 +341,7 @@ def _explain_no_vision_estimate(
             OTHER_ESTIMATOR_HINT
         )
     if rule.path is not None and (reason := _explain_no_path_of_patches(said, shape)):
-        hint = NO_ESTIMATE_HINT if shape.takes == "attended image" else "write `using eap`"
+        hint = NO_ESTIMATE_HINT if shape.attends_to_image else "write `using eap`"
         return reason, hint
     points = () if rule.sites is None else rule.sites.points.values()
     if kind.fixes_attention and any(_is_query_or_key(p.site) for own in points for p in own):
@@ -352,7 +352,7 @@ def _explain_no_vision_estimate(
 
 def _explain_no_path_of_patches(said: spec.Estimator, shape: ModelShape) -> str:
     """Return why a path in a vision encoder isn't estimated, or an empty text."""
-    if shape.takes == "attended image":
+    if shape.attends_to_image:
         return "paths in an encoder whose images blocks attend to aren't estimated yet"
     if said.steps is not None:
         return "it moves the tokens of the language model, not the patches of images"
@@ -559,7 +559,7 @@ def _of_moved_inputs(
         what, reason = "rules with several source runs", "the base run moves from one run"
         yield _no_estimate(said, own.span, what, reason, hint)
         return
-    if experiment.model.shape.takes == "attended image":
+    if experiment.model.shape.attends_to_image:
         reason = "it moves the stream of the text, but not the image that blocks attend to"
         yield _no_estimate(said, own.span, f"`{own.verb}`", reason, hint)
         return
@@ -682,7 +682,7 @@ def find_flat_part(
 def check_other_stacks(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0108 for everything that isn't computed for an encoder-decoder, or with rules in the
     vision encoder of prompts with images, yet."""
-    shape, attends = experiment.model.shape, experiment.model.shape.takes == "attended image"
+    shape, attends = experiment.model.shape, experiment.model.shape.attends_to_image
     if attends or experiment.in_vision:
         yield from _check_vision(experiment, attends=attends)
     elif shape.encodes_apart:
@@ -706,7 +706,7 @@ def _check_decoder_measures(experiment: ResolvedExperiment) -> Iterator[Diagnost
     """Yield E0108 for measures of the prompt, which an encoder doesn't predict, and for noise."""
     own, of = experiment.spec, "of an encoder-decoder"
     unread = {"prompt", "own", "activations"}
-    if experiment.model.shape.takes == "attended image":  # its prompts are read by the decoder
+    if experiment.model.shape.attends_to_image:  # its prompts are read by the decoder
         of, unread = _WITH_ATTENDING_BLOCKS, {"activations"}
     for measure, said in zip(experiment.measures, own.measures, strict=True):
         takes = {atom.form.takes for atom in measure.atoms}

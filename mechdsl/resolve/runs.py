@@ -470,7 +470,7 @@ def _find_block_problem(
     assert rule.sites is not None
     layers = {point.layer for here in rule.sites.points.values() for point in here}
     keys = any(layer is not None and shape.has("k", layer) for layer in layers)
-    if shape.takes == "attended image" and not keys:
+    if shape.attends_to_image and not keys:
         return None
     return _bad_steps(
         said.during,

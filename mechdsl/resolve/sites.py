@@ -1592,7 +1592,7 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
         (
             word.id in STACK_SITES
             and word.id != "vision"
-            and (word.id != "encoder" or context.shape.takes != "attended image")
+            and (word.id != "encoder" or not context.shape.attends_to_image)
         )
         or (word.id in context.shape.others)
         or (word.id == "decoder" and context.shape.encodes_apart)
@@ -1619,7 +1619,7 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
             if word.id == "text":
                 hint = "remove `text`: rules act in the language model"
             problem = replace(problem, later=hint)
-        elif context.shape.takes == "attended image":
+        elif context.shape.attends_to_image:
             hint = ATTENDED_IMAGE_HINT
             if "vision" in context.shape.others:
                 hint += ", or `vision`, the encoder of images"

@@ -1238,7 +1238,7 @@ def _explain_fixed_image(objective: ResolvedExperiment) -> str:
     """Return why edges aren't scored at points between two runs, if blocks attend to an image that
     these runs may not share; empty if they are."""
     moves = objective.spec.trains in ("fit(eap_ig(…))", "fit(eap_ig_activations(…))")
-    if not moves or objective.model.shape.takes != "attended image":
+    if not moves or not objective.model.shape.attends_to_image:
         return ""
     return "points between two runs move the text, but not the image that blocks attend to"
 

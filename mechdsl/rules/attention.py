@@ -412,7 +412,7 @@ def _check_patches_meet(
     """Report E0332 if every key is in another image or tile than every query."""
     if work.table.stands_in or work.model.tokenizer.stands_in or not queries.written:
         return True
-    together = work.sites.shape.takes == "attended image"
+    together = work.sites.shape.attends_to_image
     tiles = [
         {
             placed.first + token: (number, 0 if together else cell.tile)

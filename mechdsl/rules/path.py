@@ -169,7 +169,7 @@ class PathPatching(RuleKind, Intervention):
             return None
         does: Intervention = FULL_PASS_PATH if whole else self
         if work.model.shape.encodes_apart:
-            attends = work.model.shape.takes == "attended image"
+            attends = work.model.shape.attends_to_image
             does = ATTENDED_IMAGE_PATH if attends else ENCODER_DECODER_PATH
         if _has_stack(senders, "vision"):
             does = VISION_PATH

@@ -535,7 +535,7 @@ def _check_position_ids(
         how = ""
         if has_additive_positions(shape.family, shape.config):
             how = "that adds positions to scores"
-        elif shape.encodes_apart and shape.takes != "attended image":
+        elif shape.encodes_apart and not shape.attends_to_image:
             how = "whose encoder and decoder count their tokens themselves"
         elif shape.takes in ("image", "audio"):
             how = f"that counts its {'patches' if shape.takes == 'image' else 'frames'} itself"

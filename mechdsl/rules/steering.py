@@ -249,7 +249,7 @@ def _report_unplaced_read(
     target, source = (next(p.site for here in s.points.values() for p in here) for s in sites)
     token = "last token"
     if side == "target":
-        image = work.model.shape.takes == "attended image"
+        image = work.model.shape.attends_to_image
         token = "photo row 1 col 1 token" if image else "first token"
     else:
         source, target = target, source

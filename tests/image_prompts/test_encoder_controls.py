@@ -60,7 +60,7 @@ def test_random_heads_and_layers_of_the_encoder_equal_hooks(name: str) -> None:
 
 
 def test_random_positions_of_the_encoder_are_tokens_of_images() -> None:
-    """Each row has tokens of its own image; the means over draws are within those of all tokens."""
+    """Tokens are drawn from a row's image; the means over draws are within those of all tokens."""
     name, site = "gemma3", Place("resid_pre", 1)
     rule = f"ablate resid_pre vision layer 1 at {CELL} with zero"
     lines = ("from clean into changed", rule, "against random(40, positions)")

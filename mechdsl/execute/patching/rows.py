@@ -822,7 +822,7 @@ class Patcher:
     ) -> RowCopies | None:
         """Return the equal tokens of rows of a prompt, if blocks of the model attend to an image;
         rows of other models share them with an unpatched run."""
-        attends = self.model.shape.takes == "attended image" and self.plan.shares_rows
+        attends = self.model.shape.attends_to_image and self.plan.shares_rows
         if not attends or rows.acting.circuits or rows.held is not None:
             return None
         writes = [*added, *rows.acting.writes]

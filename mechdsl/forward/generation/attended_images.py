@@ -65,7 +65,7 @@ class AttendedImages:
 
 def list_image_layers(model: LoadedModel) -> tuple[int, ...]:
     """List the layers that attend to an image in place of earlier tokens."""
-    if model.shape.takes != "attended image":
+    if not model.shape.attends_to_image:
         return ()
     return tuple(n for n in range(model.shape.n_layers) if not model.shape.has("k", n))
 

@@ -454,7 +454,7 @@ def choose_method(model: LoadedModel, *, inside: bool = False) -> GenerationMeth
 
 
 def _test_methods(model: LoadedModel, inside: bool) -> GenerationMethod:
-    attends = model.shape.takes == "attended image"
+    attends = model.shape.attends_to_image
     if model.shape.encodes_apart and not attends:
         return GenerationMethod("whole", "only outputs of its encoder are cached")
     if model.calling.side != "left" and not attends:
@@ -496,7 +496,7 @@ def _build_trial(model: LoadedModel, prompts: Sequence[Sequence[int]], first: in
     """Build a batch of prompts, with images if blocks attend to them; first: as in
     `add_trial_images`."""
     batch = Batch.of(prompts, model.pad_id, "left", model.device)
-    attends = model.shape.takes == "attended image"
+    attends = model.shape.attends_to_image
     return add_trial_images(model, batch, first) if attends else batch
 
 

@@ -192,7 +192,7 @@ class FullPasses:
         batch = apply_position_ids(self.model, batch, acting)
         if not self.model.shape.encodes_apart:
             return self._run(acting, batch, held, sources)
-        if self.model.shape.takes == "attended image":  # it was encoded before all passes
+        if self.model.shape.attends_to_image:  # it was encoded before all passes
             acting = acting.then(chosen.rules(self._across)) if step else acting
             return self._run(acting, batch, held, sources)
         if encoded:
@@ -257,7 +257,7 @@ class FullPasses:
         """List step sources, and keys and values of all blocks that run."""
         shape, blocks = self.model.shape, {to: of is not None for to, of in acting.blocks}
         layers = [layer for layer in range(shape.n_layers) if blocks.get(("", layer), True)]
-        if shape.takes == "attended image":  # other blocks attend to the image
+        if shape.attends_to_image:  # other blocks attend to the image
             layers = [layer for layer in layers if shape.has("k", layer)]
         every = [SiteRead(site, layer) for layer in layers for site in ("k", "v")]
         if not all(shape.has(read.site, read.layer) for read in every):
@@ -937,7 +937,7 @@ class _GivenRules:
 
         Blocks that attend to an image, and those that encode it, need no such keys.
         """
-        attends = shape.takes == "attended image"
+        attends = shape.attends_to_image
         out: set[BlockPlace] = set()
         for step in range(tokens):
             blocks = collect_blocks(self.steps, step)

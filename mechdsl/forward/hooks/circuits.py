@@ -149,7 +149,7 @@ def _explain_joined_block(model: LoadedModel, stack: str, number: int, *, after:
 
 def _attends_to_image(model: LoadedModel, layer: int) -> bool:
     """Return whether a block attends to an image instead of to earlier tokens of its stream."""
-    return model.shape.takes == "attended image" and model.stack("cross").shape.has("q", layer)
+    return model.shape.attends_to_image and model.stack("cross").shape.has("q", layer)
 
 
 def _explain_joined_attention(model: LoadedModel, stack: str, number: int) -> str:
@@ -165,7 +165,7 @@ def _explain_joined_attention(model: LoadedModel, stack: str, number: int) -> st
     entrance = () if stack == "cross" else ("resid_pre",)
     if not all(own.shape.has(site, number) for site in (*ATTENTION_INPUTS, "z", *entrance)):
         return "there are no heads with queries, keys and values"
-    of_image = stack == "cross" and model.shape.takes == "attended image"
+    of_image = stack == "cross" and model.shape.attends_to_image
     for site in ATTENTION_INPUTS[:1] if of_image else ATTENTION_INPUTS:
         where = SiteRead(site, number, stack)
         if _find_projection(model, where) is None:
@@ -520,7 +520,7 @@ def _find_image_tokens(
     model: LoadedModel, frame: TokenFrame, circuit: CircuitWrite | CircuitRead
 ) -> Tensor | None:
     """Return [K]: 1 for tokens that attend to an image, 0 for others; None if no block does."""
-    if model.shape.takes != "attended image":
+    if not model.shape.attends_to_image:
         return None
     assert isinstance(frame, Batch)
     index = circuit.rows, frame.columns(circuit.rows, circuit.positions)
@@ -795,7 +795,7 @@ class CircuitHooks(ABC):
             return SiteRead("resid_pre", attention.layer, self._stack)
         if self._stack == "encoder":
             return SiteRead("resid_post", self._shape.n_layers - 1, self._stack)
-        if self.model.shape.takes == "attended image":  # in place of other attention
+        if self.model.shape.attends_to_image:  # in place of other attention
             return SiteRead("resid_pre", attention.layer)
         return SiteRead("resid_mid", attention.layer)
 

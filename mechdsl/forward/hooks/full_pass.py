@@ -834,7 +834,7 @@ class SiteHooks:
     def is_patched(self, stack: str) -> bool:
         """Return whether attention of a stack may run tile by tile, in a vision encoder. If blocks
         attend to images, all tiles of an image attend to each other."""
-        if stack != "vision" or self.model.shape.takes != "attended image":
+        if stack != "vision" or not self.model.shape.attends_to_image:
             return stack == "vision"
         assert isinstance(self.frame, Batch)
         return self.frame.of_stack(stack).key_width > VisionColumns.of(self.model.shape).count
@@ -1060,7 +1060,7 @@ def _list_attention(model: LoadedModel, frame: TokenFrame, stack: str) -> set[tu
     stacks = {stack: model.stack(stack).shape}
     if model.shape.encodes_apart:
         stacks |= model.shape.others
-    if model.shape.takes == "attended image" and not reads_pixels(frame):
+    if model.shape.attends_to_image and not reads_pixels(frame):
         stacks.pop("vision", None)
     return {
         (name, layer)

@@ -633,7 +633,7 @@ def _find_inputs(model: LoadedModel, source: Batch, *, encoded: bool = True) -> 
 def _open_vision(model: LoadedModel, batch: Batch) -> Batch:
     """Return a batch whose images are encoded in the pass, if blocks of the model attend to images;
     other batches as they are."""
-    if model.shape.takes != "attended image":
+    if not model.shape.attends_to_image:
         return batch
     if batch.extra:
         return without_vectors(batch)
@@ -759,7 +759,7 @@ def hide_missing_images(model: LoadedModel, batch: Batch) -> Generator[None]:
     to everything.
     """
     lengths = None
-    if model.shape.takes == "attended image" and "encoder" in batch.frames:
+    if model.shape.attends_to_image and "encoder" in batch.frames:
         lengths = batch.of_stack("encoder").lengths
     if lengths is None or bool((lengths == lengths.max()).all()):
         yield
@@ -957,7 +957,7 @@ def _find_vision_blocks(model: LoadedModel) -> BlockPairs:
 
     Images that are encoded once for all passes have the vectors of the model's own blocks.
     """
-    attends = model.shape.takes == "attended image"
+    attends = model.shape.attends_to_image
     return _find_replaced_blocks(model, "vision") if attends else ()
 
 

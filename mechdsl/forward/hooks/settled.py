@@ -68,7 +68,7 @@ class CircuitSettler:
                 neurons.
             lengths: [row of the batch] tokens.
         """
-        if self.model.shape.takes == "attended image":  # its graph has other heads
+        if self.model.shape.attends_to_image:  # its graph has other heads
             return write
         rows = np.unique(write.rows.numpy())
         if len(write.rows) != lengths[rows].sum() or not self._has_separate_heads:

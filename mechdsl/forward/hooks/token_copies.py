@@ -165,7 +165,7 @@ def find_copies(
     """
     table = IMAGE_TOKENS.get(model.module)
     before_images = table is not None and table.prefix_end is not None  # they see the question
-    attends = model.shape.takes == "attended image" and groups is not None
+    attends = model.shape.attends_to_image and groups is not None
     if not (attends or (model.shape.reads_prefix and model.restartable)) or before_images:
         return None
     owner = share_beginnings(
@@ -196,7 +196,7 @@ def find_batch_copies(
         noised: [prompt] whether its activations differ from those of prompts with equal tokens.
     """
     starts, groups = batch.starts.cpu(), np.zeros(len(prompts), np.int64)
-    if model.shape.takes == "attended image":
+    if model.shape.attends_to_image:
         counts = batch.of_stack("encoder").lengths.cpu()
         starts = starts + counts
         images = list_images(model, batch.of_stack("encoder"))  # each has separate tokens
@@ -215,7 +215,7 @@ def _list_shared_maps(model: LoadedModel, layers: Iterable[int]) -> list[nn.Modu
     for block in (model.anatomy.blocks[layer] for layer in layers):
         paths += [*block.projections, *([block.output] if block.output else [])]
         paths += [] if model.shape.n_experts else block.mlp
-    if model.shape.takes == "attended image":  # keys and values are of tokens of the image
+    if model.shape.attends_to_image:  # keys and values are of tokens of the image
         for block in (model.others["cross"].anatomy.blocks[layer] for layer in layers):
             paths += [*block.projections[:1], *([block.output] if block.output else [])]
     modules = [each for path in paths for each in model.module.get_submodule(path).modules()]

@@ -161,7 +161,7 @@ class ModelUnembedding:
         own = Batch.of([(0,)], model.pad_id, model.calling.side, model.device)
         if not model.shape.encodes_apart:
             return own
-        if model.shape.takes == "attended image":
+        if model.shape.attends_to_image:
             tiles = torch.ones(1, 1, model.shape.tiles, dtype=torch.long, device=model.device)
             size = 1, model.shape.attended, model.shape.d_model
             image = torch.zeros(size, dtype=model.dtype, device=model.device)

@@ -217,7 +217,7 @@ def check_causality(bench: CheckBench) -> Iterator[CheckOutcome]:
         return
     other[-1] = ids[-2]
     both = Batch.of([ids.tolist(), other.tolist()], 0, "left", bench.model.device)
-    if bench.model.shape.takes == "attended image":
+    if bench.model.shape.attends_to_image:
         twice = bench.batch.take(torch.tensor([0, 0]))
         both = both.with_inputs(twice.extra, **twice.frames)
     was, now = call_with_batch(bench.model, both)[:, :-1]
@@ -705,7 +705,7 @@ def add_vision_edges(model: LoadedModel, batch: Batch) -> LoadedModel:
         EdgeWrite(layer, "reweight", zero, zero, zero, zero, zero, one, "vision")
         for layer in own.anatomy.layers("z")
     ]
-    attends = model.shape.takes == "attended image"
+    attends = model.shape.attends_to_image
     given = without_vectors(batch) if attends else batch
 
     def run(edges: Sequence[EdgeWrite]) -> Tensor:

@@ -69,7 +69,7 @@ def reply_conventions(
     yield "replies end", _reply_ends(said, experiment, model)
     yield "lengths", "; ".join(_reply_lengths(plan, measured))
     way = choose_method(model)
-    keeps = model.shape.takes == "attended image" and not experiment.in_vision
+    keeps = model.shape.attends_to_image and not experiment.in_vision
     if model.shape.encodes_apart and not keeps:
         encoded = "runs in each pass" if experiment.in_vision else "runs once"
         yield (
@@ -467,7 +467,7 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
         shape = plan.experiment.model.shape
         replaced = (
             "blocks of `cross` read the vectors of the changed image"
-            if shape.takes == "attended image"
+            if shape.attends_to_image
             else "a changed image's vectors replace `embed` of all its tokens, before other rules "
             "act there"
         )
@@ -476,7 +476,7 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
         if any(rule.in_vision and rule.edge is not None for rule in plan.experiment.every_rule):
             patches += (
                 "; a patch attends to patches of all tiles, to class tokens and to padding"
-                if shape.takes == "attended image"
+                if shape.attends_to_image
                 else "; a patch attends to patches of its tile or window, and to nothing if all of "
                 "them are blocked; weights are sums over the patches of keys"
             )
@@ -502,7 +502,7 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
 def _of_text_before_image(experiment: ResolvedExperiment, model: LoadedModel) -> ConventionItems:
     """Describe rules on MLPs that text before the image skips, in blocks that attend to it."""
     shape, module = model.shape, cast(Any, model.module)
-    if shape.takes != "attended image":
+    if not shape.attends_to_image:
         return
     blocks = {layer for layer in range(shape.n_layers) if not shape.has("attn_out", layer)}
     rows = experiment.table.runs[experiment.spec.base].rows

@@ -456,7 +456,7 @@ class WeightedValueNorm(RowSetObservation, AttentionWeight):
         alone = check_no_rules(rule, work, "doesn't read a run in which rules act")
         if rule.edge.stack is not None or work.sites.shape.encodes_apart:
             where = "an encoder-decoder" if work.sites.shape.encodes_apart else "a vision encoder"
-            if work.sites.shape.takes == "attended image" and rule.edge.stack is None:
+            if work.sites.shape.attends_to_image and rule.edge.stack is None:
                 where = "a model with blocks that attend to an image"
             what, hint = f"`by value_norm` in {where}", "leave out `by value_norm`"
             work.diagnostics.append(NotSupported(span=rule.span, what=what, later=hint))
