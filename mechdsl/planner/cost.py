@@ -923,7 +923,7 @@ def _count_edge_work(
     if inputs is None:
         sites = {to.site for to in receivers.points if is_neuron(to)}
         inputs = sum(len(_list_inputs(senders, receivers, site)) for site in sites)
-    read = inputs * (block.mlp - shape.d_model * shape.d_mlp)
+    read = inputs * (block.dense_mlp - shape.d_model * shape.d_mlp)
     return shape.d_model * (summed + (projected + heads) * shape.d_head + neurons) + read
 
 
@@ -959,7 +959,11 @@ def _count_split_work(
         if operand.is_separate and named <= MAX_GATHERED:
             encoding = named * operand.width_in
         fill = int((site, layer) in sending)
-        made = block.mlp if site == "mlp_out" else 2 * unit_count(shape, "z", layer) * shape.d_model
+        made = (
+            block.dense_mlp
+            if site == "mlp_out"
+            else 2 * unit_count(shape, "z", layer) * shape.d_model
+        )
         found += count * made + (count + 1 + fill) * encoding + 2 * named * shape.d_model
     return found
 
@@ -1005,7 +1009,8 @@ def _count_ablation_work(
     filled = np.isin(np.arange(len(graph.senders)), columns) | sums_all
     settled = graph.settle(kept, filled) if settles else np.zeros_like(filled)
     heads = np.array([site == "z" for site, _, _ in graph.senders])
-    written = settled & filled & (heads | (shape.n_experts == 0))
+    routed = np.array([shape.has("router", layer) for _, layer, _ in graph.senders])
+    written = settled & filled & (heads | ~routed)
     left = filled & ~settled
     ablated = (graph.before & ~kept)[:, left]
     due = graph.read_by(~written) & ablated.any(axis=1)
@@ -1019,7 +1024,7 @@ def _count_ablation_work(
     by_layer = Counter(graph.senders[n][1] for n in np.flatnonzero(written & heads).tolist())
     full = sum(count == unit_count(shape, "z", layer) for layer, count in by_layer.items())
     full += replaced
-    saved = int((written & ~heads).sum()) * block.mlp + full * block.project
+    saved = int((written & ~heads).sum()) * block.dense_mlp + full * block.project
     return shape.d_model * (summed + maps * shape.d_head) - saved
 
 

@@ -3,12 +3,15 @@ that a decoder generates."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from mechdsl.base import limits
 from mechdsl.base.arrays import Ints
+from mechdsl.models.config import find_dense_blocks, subconfig
 from mechdsl.models.restart import BlockWork, TokenMask
 from mechdsl.models.shape import ModelShape
 
@@ -20,6 +23,9 @@ class BlockCost:
     project: int
     output: int
     mlp: int
+    """On average over all blocks, if some have experts."""
+    dense_mlp: int
+    """Of blocks without experts."""
     key: int
     """Attention's multiply-adds per key that a query sees."""
     causal: bool
@@ -37,7 +43,8 @@ class BlockCost:
         return BlockCost(
             project=shape.d_model * (heads + 2 * shape.n_kv_heads * shape.d_head),
             output=heads * shape.d_model,
-            mlp=(3 if _has_gate(shape) else 2) * shape.d_model * shape.d_mlp,
+            mlp=_count_mlp_work(shape),
+            dense_mlp=_count_dense_work(shape),
             key=2 * heads,
             causal=shape.causal,
             image=shape.attended,
@@ -120,6 +127,14 @@ _WITH_GATE = frozenset(
 """Types of models whose MLPs have three matrices."""
 
 
+_EXPERTS_WITHOUT_GATE = frozenset(("nemotron_h",))
+
+_WITH_MLP = frozenset(("gemma4_text", "hunyuan_v1_moe", "llama4_text"))
+"""Types of models with an MLP next to the experts, although no key names it."""
+
+_RUN_ALL_EXPERTS = frozenset(("llama4_text",))
+"""Types of models that run every expert on every token."""
+
 _WITH_NORMED_SUMS = frozenset(
     ("gemma2", "gemma3_text", "olmo2", "bert", "roberta", "distilbert", "electra")
 )
@@ -132,9 +147,72 @@ def has_normed_sums(shape: ModelShape) -> bool:
     return shape.config.get("model_type") in _WITH_NORMED_SUMS
 
 
+_CHOSEN = (
+    *("num_experts_per_tok", "num_experts_per_token"),
+    *("top_k_experts", "moe_top_k", "moe_topk", "moe_k"),
+)
+"""Keys of the number of experts that a token runs."""
+
+_EXPERT_WIDTH = (
+    *("moe_intermediate_size", "expert_ffn_hidden_size"),
+    *("ffn_hidden_size", "intermediate_size"),
+)
+"""Keys of the number of neurons of an expert."""
+
+_SHARED_WIDTH = (
+    *("shared_expert_intermediate_size", "shared_experts_intermediate_size"),
+    *("shared_intermediate_size", "moe_shared_expert_intermediate_size", "share_expert_dim"),
+)
+"""Keys of the number of neurons of experts that all tokens run."""
+
+_SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+"""Keys of the number of these experts."""
+
+
+def _read_size(config: Mapping[str, Any], keys: Sequence[str]) -> int:
+    """Return the first size that a config has, of a list the largest; 0 without any."""
+    for key in keys:
+        value: Any = config.get(key)
+        every: list[Any] = value if isinstance(value, list) else [value]
+        sizes = [own for own in every if isinstance(own, int) and 0 <= own <= limits.SIZE]
+        if sizes:
+            return max(sizes)
+    return 0
+
+
+def _count_mlp_work(shape: ModelShape) -> int:
+    """Count the multiply-adds per token of an MLP; with experts, on average over all blocks: those
+    of the router, of the experts that a token runs, and of those that all tokens run."""
+    dense = _count_dense_work(shape)
+    if not shape.n_experts:
+        return dense
+    config, own = shape.config, subconfig(shape.config, "ffn_config")
+    kind = config.get("model_type")
+    width = _read_size(own, _EXPERT_WIDTH) or shape.d_mlp
+    chosen = min(_read_size(own, _CHOSEN) or 1, shape.n_experts)
+    chosen = shape.n_experts if kind in _RUN_ALL_EXPERTS else chosen
+    shared = _read_size(config, _SHARED_WIDTH) or width * _read_size(config, _SHARED)
+    if kind in _WITH_MLP:
+        shared = _read_size(config, ("intermediate_size",))
+    sparse = _count_matrices(shape) * (chosen * width + shared) + shape.n_experts
+    share = len(find_dense_blocks(config, shape.n_layers)) / shape.n_layers
+    return round(share * dense + (1 - share) * shape.d_model * sparse)
+
+
+def _count_dense_work(shape: ModelShape) -> int:
+    """Count the multiply-adds per token of an MLP without experts."""
+    return _count_matrices(shape) * shape.d_model * shape.d_mlp
+
+
+def _count_matrices(shape: ModelShape) -> int:
+    return 3 if _has_gate(shape) else 2
+
+
 def _has_gate(shape: ModelShape) -> bool:
     """Whether an MLP has three matrices, as far as the config shows it."""
     config = shape.config
+    if shape.n_experts:
+        return config.get("model_type") not in _EXPERTS_WITHOUT_GATE
     if isinstance(form := config.get("feed_forward_proj"), str):
         return form.startswith("gated")
     if shape.patches is not None:
