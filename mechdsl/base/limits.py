@@ -1,9 +1,27 @@
-"""All limits of the language."""
+"""All limits of the language, and the checks of a number's type and least value."""
 
 from __future__ import annotations
 
 from datetime import date
-from typing import NamedTuple
+from math import inf
+from typing import NamedTuple, TypeGuard
+
+_NUMBERS = (int, float)  # a tuple: a union of classes would be rebuilt in each call
+
+
+def is_integer(value: object, *, least: float = -inf) -> TypeGuard[int]:
+    """Return whether a value is an integer of at least `least`; True and False aren't."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is an integer or a float; True and False aren't."""
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
+
+
+def is_whole_number(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a whole number, however large; infinity and NaN aren't."""
+    return is_number(value) and (isinstance(value, int) or value.is_integer())
 
 
 class Limit(NamedTuple):

@@ -22,6 +22,7 @@ from typing import Any, Literal, Self, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import SafetensorsFile, UnreadableFile, inspect_safetensors
+from mechdsl.base.limits import is_number
 from mechdsl.base.records import Record
 from mechdsl.base.text import name_list
 
@@ -712,7 +713,7 @@ def _architecture(name: str, written: str) -> Architecture:
 
 
 def _count(value: object, name: str, written: str) -> int:
-    if not isinstance(value, int | float) or isinstance(value, bool) or value < 1:
+    if not is_number(value) or value < 1:
         raise UnreadableFile(
             f"`{name}` of `{written}` is {value!r}", "it must be a whole number of at least 1"
         )

@@ -7,6 +7,7 @@ from dataclasses import field
 from functools import cached_property
 from typing import Any, Literal, cast
 
+from mechdsl.base.limits import is_integer
 from mechdsl.base.records import Record
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -207,7 +208,7 @@ def parse_processing(config: Mapping[str, Any]) -> Processing:
 
 
 def _resize(size: Any, *, square: bool) -> tuple[Literal["exact", "shortest"], int, int]:
-    if isinstance(size, int) and not isinstance(size, bool):
+    if is_integer(size):
         size = {"height": size, "width": size} if square else {"shortest_edge": size}
     if isinstance(size, (list, tuple)) and len(cast("list[Any]", size)) == 2:
         size = dict(zip(("height", "width"), cast("list[Any]", size), strict=True))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, cast
 
+from mechdsl.base.limits import is_integer, is_number
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import (
     AdapterConfig,
@@ -220,13 +221,11 @@ def _refused(config: Mapping[str, Any], model: Model) -> Iterator[Diagnostic]:
 
 
 def _rank(value: Any) -> str | None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return None if whole and value > 0 else "a rank is a whole number above 0"
+    return None if is_integer(value, least=1) else "a rank is a whole number above 0"
 
 
 def _number(value: Any) -> str | None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return None if number and abs(value) < 1e6 else "an adapter can't have this number"
+    return None if is_number(value) and abs(value) < 1e6 else "an adapter can't have this number"
 
 
 def _switch(value: Any) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import load_json
+from mechdsl.base.limits import is_integer
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import (
@@ -282,7 +283,7 @@ def _sides(value: object) -> tuple[int, int] | None:
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
     for key in keys:
         value = config.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
+        if is_integer(value):
             return value
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mechdsl.base.limits import is_integer, is_number
 from mechdsl.base.records import Record
 from mechdsl.dictionaries.folder import Architecture
 from mechdsl.fits.reports import CrossLayerReport
@@ -86,9 +87,9 @@ class SparseAutoencoderTrainer(IterativeTrainer):
         if name == "skip":
             return None if isinstance(value, bool) else ("`skip` is true or false", "`skip: true`")
         if name == "penalty":
-            positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+            positive = is_number(value) and value > 0
             return None if positive else ("`penalty` is a number above 0", "write `penalty: 0.1`")
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        if is_integer(value, least=1):
             return None
         example = {"features": 512, "k": 8}[name]
         return f"`{name}` is a whole number from 1 on", f"write `{name}: {example}`"
@@ -270,7 +271,7 @@ class PenalisedTrainer(ProbeTrainer):
     )
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        number = is_number(value) and value > 0
         return None if number else ("`penalty` is a number above 0", "write `penalty: 1`")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mechdsl.base.files import UnreadableFile
+from mechdsl.base.limits import is_integer
 from mechdsl.base.records import closest_name
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
@@ -313,7 +314,7 @@ def lower_saved_circuit(
             scope.diagnostics.append(_unknown_option(argument, call.name, known, others))
             continue
         value = constant_value(argument.value, parts.parameters)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_integer(value, least=1):
             reason, hint = "`size` is a number of edges", "write `size: 100`"
             scope.diagnostics.append(
                 BadBasis(span=argument.span, reason=reason, hint=hint, what="circuit")

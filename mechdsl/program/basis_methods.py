@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
+from mechdsl.base.limits import is_integer, is_number
 from mechdsl.base.records import Registry
 from mechdsl.base.text import Percent, name_list
 from mechdsl.program.direction_methods import MethodError, Problem, call_class_problem, call_method
@@ -215,7 +216,7 @@ class _WithDims(BasisMethod):
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if name == "limit":  # checked with the rows
             return None
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_integer(value, least=1):
             return "`dims` is a whole number from 1 on", "write `dims: 8`"
         return None
 
@@ -551,7 +552,7 @@ class PythonEncoder(BasisMethod):
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if name == "labels":
             return _check_labels(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_integer(value, least=1):
             return "`features` is a whole number from 1 on", "write `features: 512`"
         return None
 
@@ -619,11 +620,10 @@ class TrainedBasis(BasisMethod):
     required = ("prompts",)
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if name == "measure_on_training_rows":
             fine, what = isinstance(value, bool), "`true` or `false`"
         elif name == "rate":
-            fine, what = is_number and 0 < value < 1, "a number between 0 and 1"  # pyright: ignore
+            fine, what = is_number(value) and 0 < value < 1, "a number between 0 and 1"
         elif name == "precision":
             fine, what = value in PRECISIONS, '"fp32" or "bf16", in quotes'
         elif name == "validation":
@@ -631,8 +631,7 @@ class TrainedBasis(BasisMethod):
         else:
             least = {"steps": 0, "seed": 0, "seeds": 2}.get(name, 1)
             most = MOST_SEEDS if name == "seeds" else None
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            fine = whole and least <= value and (most is None or value <= most)  # pyright: ignore
+            fine = is_integer(value, least=least) and (most is None or value <= most)
             what = f"a whole number from {least} " + ("on" if most is None else f"to {most}")
         others = {
             "patience": 3,

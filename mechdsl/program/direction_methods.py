@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, cast
 
+from mechdsl.base.limits import is_integer, is_number
 from mechdsl.base.records import Record, Registry, attribute_problem
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean
@@ -368,7 +369,7 @@ class PrincipalComponent(FittedMethod):
     min_rows = 2
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_integer(value, least=1):
             return "components are counted from 1", "write `component: 2`"
         return None
 
@@ -395,8 +396,7 @@ class Probe(FittedMethod):
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if name == "penalty":
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or float(str(value)) < 0:
+            if not is_number(value) or value < 0:
                 return "a penalty is a number from 0 on", "write `penalty: 1`"
         elif value not in ("ridge", "logistic"):
             return f"there is no probe of the kind `{value}`", "write `ridge` or `logistic`"

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from mechdsl.base.limits import is_integer
 from mechdsl.base.records import Record
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
@@ -385,7 +386,7 @@ def _limit(call: ast.Call, parameters: Mapping[str, Constant]) -> int | None:
     """Return the number of `limit: 64`; None without a valid one."""
     written = [a.value for a in call.arguments if a.name == "limit"]
     found = constant_value(written[0], parameters) if written else None
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+    if not is_integer(found, least=1):
         return None
     return found
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, get_args
 
-from mechdsl.base.limits import INSERTED
+from mechdsl.base.limits import INSERTED, is_integer, is_number
 from mechdsl.base.text import name_list
 from mechdsl.program.direction_methods import Problem, check_kind
 from mechdsl.program.estimators import GradientInteractionModifications, RelevancePatching
@@ -128,7 +128,7 @@ class SubspaceTrainer(RotationTrainer):
     """Directions of a subspace whose exchange has the effect of another run."""
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        if is_integer(value, least=1):
             return None
         return f"`{name}` is a whole number from 1 on", f"write `{name}: 2`"
 
@@ -176,7 +176,7 @@ class BoundlessSearchTrainer(SubspaceTrainer):
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if name == "dims":
             return super().check_option(name, value)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        number = is_number(value) and value >= 0
         hint = "write `penalty: 1`; the loss grows by 1 if the subspace is the whole space"
         return None if number else ("`penalty` is a number from 0 on", hint)
 
@@ -198,7 +198,7 @@ class SteeringVectorTrainer(VectorTrainer):
     options = ("length", "penalty")
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
-        number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
+        number = value if is_number(value) else -1
         if number > 0 or (number == 0 and name == "penalty"):
             return None
         if name == "length":
@@ -235,7 +235,7 @@ class SoftPromptTrainer(VectorTrainer):
     any_run = True
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
-        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= INSERTED:
+        if is_integer(value) and 1 <= value <= INSERTED:
             return None
         return f"`tokens` is a whole number from 1 to {INSERTED:,}", "write `tokens: 4`"
 
@@ -267,7 +267,7 @@ class LowRankEditTrainer(EditTrainer):
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if name == "kind":
             return check_kind("reft", value, EDIT_KINDS)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        if is_integer(value, least=1):
             return None
         return "`rank` is a whole number from 1 on", "write `rank: 4`"
 
@@ -295,7 +295,7 @@ class ChannelScaleTrainer(ScaleTrainer):
     options = ("penalty",)
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        number = is_number(value) and value >= 0
         return None if number else ("`penalty` is a number from 0 on", "write `penalty: 0.1`")
 
     def start(
@@ -544,7 +544,7 @@ class ThresholdSearchTrainer(EdgeSearchTrainer):
     defaults: ClassVar[Mapping[str, Constant]] = {**EFFECT_DEFAULTS, "batch": 64}
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        if is_number(value) and value > 0:
             return None
         return "`threshold` is a number above 0", f"write `{self.example}`"
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+from mechdsl.base.limits import is_integer, is_number
 from mechdsl.base.text import name_list
 from mechdsl.dictionaries.folder import COVARIANCES, Architecture
 from mechdsl.fits.reports import IndependenceReport, MixtureReport
@@ -73,7 +74,7 @@ class SizedTrainer(DictionaryTrainer):
     architecture: ClassVar[Architecture]
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        if is_integer(value, least=1):
             return None
         return f"`{name}` is a whole number from 1 on", f"write `{name}: 8`"
 
@@ -145,7 +146,7 @@ class SemiNonnegativeTrainer(FactorTrainer):
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if name != "penalty":
             return super().check_option(name, value)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+        number = is_number(value) and 0 <= value < 1
         return None if number else ("`penalty` is from 0 to below 1", "write `penalty: 0.02`")
 
     def solve(
@@ -235,7 +236,7 @@ class CorrelationTrainer(SizedTrainer, PairedTrainer):
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if name != self.strength:
             return super().check_option(name, value)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+        number = is_number(value) and 0 <= value < 1
         return None if number else (f"`{name}` is from 0 to below 1", f"write `{name}: 0.1`")
 
 

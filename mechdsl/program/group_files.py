@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile, load_json
+from mechdsl.base.limits import is_integer, is_number
 from mechdsl.base.records import Record
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import count_noun, name_list
@@ -158,7 +159,7 @@ class _Reader:
         name, kind, token = (known.get(key) for key in ("node_id", "feature_type", "ctx_idx"))
         if not isinstance(name, str) or not isinstance(kind, str):
             raise self._error("has a node without the texts `node_id` and `feature_type`")
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+        if not is_integer(token, least=0):
             raise self._error(f"has the node `{name}`, whose `ctx_idx` isn't the number of a token")
         layer = str(known.get("layer"))
         if layer != "E" and not re.fullmatch(r"\d{1,4}", layer):
@@ -188,8 +189,7 @@ class _Reader:
             ends.append(self.depths[name])
         said = f"a link from `{known['source']}` to `{known['target']}`"
         weight = known.get("weight")
-        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not is_number or not math.isfinite(cast("float", weight)):
+        if not is_number(weight) or not math.isfinite(weight):
             raise self._error(f"has {said} whose `weight` isn't a finite number")
         if not any(of[0] < to[0] and of[1] <= to[1] for of in ends[0] for to in ends[1]):
             reason = "which doesn't lead from a layer to a later one at the same or a later token"
@@ -421,7 +421,7 @@ def _candidate(entry: Any) -> _Candidate:
     if rest:
         _, number = rest
         numbers.append(number)
-    whole = all(isinstance(own, int) and not isinstance(own, bool) and own >= 0 for own in numbers)
+    whole = all(is_integer(own, least=0) for own in numbers)
     if not re.fullmatch(r"[a-z_]{1,40}( [a-z]{1,40})?", site) or not whole:
         raise ValueError
     return _Candidate((site, layer, unit), rest[1] if rest else None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mechdsl.base import limits
+from mechdsl.base.limits import is_integer
 from mechdsl.base.source import Span
 from mechdsl.base.text import POSITION_SEPARATOR
 from mechdsl.diagnostics.core import did_you_mean, has_errors
@@ -297,7 +298,7 @@ def lower_control(work: Statements) -> spec.Control | None:
     draws = constant_value(values[0], work.parts.parameters)
     if isinstance(values[0], ast.Name):
         work.scope.has("param", values[0].id)
-    if not isinstance(draws, int) or isinstance(draws, bool) or not 0 < draws <= limits.DRAWS:
+    if not is_integer(draws) or not 0 < draws <= limits.DRAWS:
         reason = f"the number of draws must be a whole number from 1 to {limits.DRAWS:,}"
         hint = "write `random(39)`"
         if values[0].span.written in get_args(spec.ControlTarget):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
+from mechdsl.base.limits import is_number
 from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import did_you_mean
@@ -248,7 +249,7 @@ def _terms(node: ast.Node, parameters: Mapping[str, Constant]) -> _Terms:
             return _product(node, operator, *(_terms(part, parameters) for part in (left, right)))
         case _:
             value = constant_value(node, parameters)
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if is_number(value):
                 return _Terms({}, float(value))
             if isinstance(node, ast.Call):
                 hint = f"write it on a separate line: `model other = {node.span.written}`"

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
+from mechdsl.base.limits import is_integer
 from mechdsl.base.records import Record
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic
@@ -183,7 +184,7 @@ class OwnTrainer(Trainer):
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if value is None:
             return f"`{name}` isn't a constant", f"write a number or a text: `{name}: 8`"
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        whole = is_integer(value, least=1)
         if name in self.needed_sizes(self.own) and not whole:
             return f"`{name}` is a whole number from 1 on", f"write `{name}: 8`"
         return None

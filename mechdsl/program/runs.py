@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from mechdsl.base import limits
+from mechdsl.base.limits import is_number, is_whole_number
 from mechdsl.base.records import Record
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import did_you_mean, has_errors
@@ -487,12 +488,11 @@ def _settings(line: ast.Generate, work: Statements) -> dict[str, Any] | None:
         named = each.value if isinstance(each.value, ast.Name) else None
         if named is not None and not work.scope.use("param", named.id, named.span):
             continue
-        value = constant_value(each.value, work.parts.parameters)
-        number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
+        number = constant_value(each.value, work.parts.parameters)
         if (
-            number is None
+            not is_number(number)
             or not known.least <= number <= known.most
-            or (known.whole and number != int(number))
+            or (known.whole and not is_whole_number(number))
         ):
             hint = f"for example `{known.example}`"
             if name == "temperature" and number == 0:

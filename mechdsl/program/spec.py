@@ -22,6 +22,7 @@ from typing import (
     dataclass_transform,
 )
 
+from mechdsl.base.limits import is_integer, is_number
 from mechdsl.base.records import Record
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import Percent, count_noun
@@ -995,9 +996,7 @@ def constant_value(node: object, parameters: Mapping[str, Constant]) -> Constant
             return parameters.get(name, BOOLEAN_WORDS.get(name, None))
         case ast.Negative(operand=operand):
             inner = constant_value(operand, parameters)
-            return (
-                -inner if isinstance(inner, int | float) and not isinstance(inner, bool) else None
-            )
+            return -inner if is_number(inner) else None
         case _:
             return None
 
@@ -1015,7 +1014,7 @@ def whole_number_value(node: int | str | None, parameters: Mapping[str, Constant
     """Return a count given as a number or as the name of a parameter."""
     if isinstance(node, str):
         value = parameters.get(node)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        return value if is_integer(value) else None
     return node
 
 

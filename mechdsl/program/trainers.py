@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
+from mechdsl.base.limits import is_integer
 from mechdsl.base.records import Record, Registry
 from mechdsl.base.text import Percent, name_list
 from mechdsl.dictionaries.folder import Architecture
@@ -385,7 +386,7 @@ def check_size(value: Constant | None, example: str) -> Problem | None:
         if 0 < value <= 100:
             return None
         return f"`size: {value}` isn't above 0% and at most 100%", "write `size: 25%`"
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+    if is_integer(value, least=1):
         return None
     return "`size` is a whole number from 1 on, or a share such as `25%`", f"write `{example}`"
 
@@ -418,7 +419,7 @@ class ScoringTrainer(ChoosingTrainer):
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if name == "size":
             return check_size(value, self.example)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        if is_integer(value, least=1):
             return None
         return f"`{name}` is a whole number from 1 on", f"write `{self.example}`"
 

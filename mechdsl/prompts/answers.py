@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from mechdsl.base import limits
+from mechdsl.base.limits import is_whole_number
 from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import name_list, quote
@@ -28,7 +29,7 @@ from mechdsl.prompts.expressions import bad_value, evaluate, evaluate_whole_numb
 from mechdsl.prompts.rows import PromptTable, Row
 from mechdsl.prompts.runs import ANSWER_SPAN, TextTokens
 from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer, respell, spacing_warnings
-from mechdsl.prompts.values import DrawKey, Refusal, TokenId, is_whole_number, to_plain
+from mechdsl.prompts.values import DrawKey, Refusal, TokenId, to_plain
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
@@ -683,7 +684,7 @@ def _right_number(table: PromptTable, number: int, row: Row, part: ast.Expr) -> 
     if run not in table.runs:
         return evaluate_whole_number(part, row, DrawKey(f"measure:{part.span.text}"))
     value = to_plain(cast("RowValue", _listed(table, number, row, part)))
-    if isinstance(value, bool) or not isinstance(value, int | float) or not is_whole_number(value):
+    if not is_whole_number(value):
         shown = "nothing" if value is None else repr(value)
         raise bad_value(part.span, f"it is {shown}, not a whole number", "name a whole number")
     return int(value)
@@ -824,7 +825,7 @@ def _flat(value: object, part: ast.Expr) -> Iterator[SetEntry]:
             yield from _flat(each, part)
     elif isinstance(own, str):
         yield own
-    elif isinstance(own, int | float) and not isinstance(own, bool) and is_whole_number(own):
+    elif is_whole_number(own):
         yield int(own)
     else:
         shown = "nothing" if own is None else repr(own)

@@ -13,6 +13,7 @@ from math import inf
 from typing import Any, Literal, TypeAlias, cast, overload
 
 from mechdsl.base import limits
+from mechdsl.base.limits import is_integer, is_number, is_whole_number
 from mechdsl.base.records import Record, Registry, closest_name
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
@@ -37,7 +38,6 @@ from mechdsl.prompts.values import (
     Scope,
     TokenId,
     cached_item,
-    is_whole_number,
     render_value,
     to_hashable,
     to_plain,
@@ -208,7 +208,7 @@ def draw_others(call: CallSite, amount: int) -> list[RowValue]:
 def _number(call: CallSite) -> RowValue:
     (node,) = call.expect(1, 1)
     value = to_plain(call.value(node))
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         return value
     found = parse_number(value) if isinstance(value, str) else None
     if found is None:
@@ -306,7 +306,7 @@ def _tokens(call: CallSite) -> RowValue:
 def _token_id(call: CallSite) -> RowValue:
     (node,) = call.expect(1, 1)
     value = call.value(node)
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_integer(value):
         raise call.bad(f"{to_plain(value)!r} isn't a token id", "give a column of whole numbers")
     return TokenId(value)
 
@@ -348,7 +348,7 @@ def _list(call: CallSite) -> RowValue:
 
 def _count(call: CallSite, node: ast.Expr) -> int:
     value = call.value(node)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not is_whole_number(value):
+    if not is_whole_number(value):
         raise call.bad(f"{to_plain(value)!r} isn't a count", "give a whole number", node.span)
     if value < 0:
         hint = "exclude these rows with `where`, or begin the values higher"
@@ -515,9 +515,6 @@ def _pool(call: CallSite, source: ast.Name, *, drawn: bool) -> Sequence[RowValue
 
 _LARGEST = 10**limits.DIGITS
 
-# A tuple: a union of classes would be rebuilt for each test.
-_NUMBERS = (int, float)
-
 _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
     "!=": operator.ne,
@@ -561,7 +558,7 @@ def is_condition_true(node: ast.Expr, scope: Scope, key: DrawKey) -> bool:
 def evaluate_number(node: ast.Expr, scope: Scope, key: DrawKey) -> int | float:
     """Evaluate an expression that has to be a number."""
     value = evaluate(node, scope, key)
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+    if not is_number(value):
         shown = to_plain(value)
         hint = 'numbers are written without quotes; join texts in quotes: `"{a} {b}"`'
         if isinstance(shown, str) and parse_number(shown) is not None:
@@ -968,7 +965,7 @@ class _Maker:
 
     def number(self, node: ast.Expr) -> int | float:
         value = self.constant(node)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not is_number(value):
             raise self.bad(node, f"{value!r} is not a number", "ranges go from number to number")
         return value
 

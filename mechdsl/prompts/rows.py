@@ -13,6 +13,7 @@ from typing import Any, NoReturn, cast, overload
 
 from mechdsl.base import limits
 from mechdsl.base.hashing import Permutation, stable_hash
+from mechdsl.base.limits import is_whole_number
 from mechdsl.base.records import Record, compact_record, unlocked_property
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
@@ -326,7 +327,7 @@ def _cannot_draw(kind: str, count: int, size: int, colour: str, texture: str) ->
 def _number(row: Row, node: ast.Call, value: object, what: str, least: int, most: int) -> int:
     expression = _expr(value)
     found = to_plain(evaluate(expression, row, DrawKey("image.number")))
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or found != int(found):
+    if not is_whole_number(found):
         raise bad_value(
             expression.span, f"{what} is a whole number", f"write one from {least} to {most}"
         )

@@ -152,11 +152,6 @@ def concatenate(parts: Iterable[str | tuple[str, RichText]]) -> RichText:
 _PLAIN = (str, int, float, NoneType)
 
 
-def is_whole_number(number: int | float) -> bool:
-    """Return whether a number is whole, however large; infinity and NaN aren't."""
-    return isinstance(number, int) or number.is_integer()
-
-
 def to_plain(value: RowValue) -> object:
     """Return the value without spans, for tables and comparisons."""
     if isinstance(value, _PLAIN):

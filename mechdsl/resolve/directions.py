@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile, inspect_safetensors
+from mechdsl.base.limits import is_integer
 from mechdsl.base.records import Record
 from mechdsl.base.text import HintedError, count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
@@ -1337,7 +1338,7 @@ def _values(
         return value, [_index_of(each, axis, label) for label in work.loops[value]]
     if isinstance(value, str):
         known = work.program.parameters.get(value)
-        if not isinstance(known, int) or isinstance(known, bool):
+        if not is_integer(known):
             raise DirectionError(
                 each,
                 f"`{value}` is neither a `for` variable around it nor a whole number of a `param`",

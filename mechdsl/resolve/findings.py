@@ -14,6 +14,7 @@ from itertools import chain, product
 from math import isclose
 from typing import TYPE_CHECKING, Any
 
+from mechdsl.base.limits import is_integer
 from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import HintedError, Percent, name_list
@@ -1184,7 +1185,7 @@ def _amount(node: ast.RankedSelection, values: Mapping[str, Any]) -> int | Perce
         if not 0 <= amount <= 100:
             raise PickError(f"{name} is not between 0% and 100%", "write a share such as `25%`")
         return amount
-    if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
+    if not is_integer(amount, least=0):
         raise PickError(
             f"{name} is neither a whole number nor a percentage",
             "write a count (`top 10 of …`) or a share (`top 25% of …`)",

@@ -11,6 +11,7 @@ from dataclasses import replace
 from math import isfinite
 from typing import Literal, TypeAlias, cast
 
+from mechdsl.base.limits import is_number
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.program import spec
@@ -44,13 +45,13 @@ ProbeKind: TypeAlias = Literal["ridge", "logistic"]
 PROBE_KINDS: tuple[ProbeKind, ...] = ("ridge", "logistic")
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+def is_finite_number(value: object) -> bool:
+    return is_number(value) and isfinite(value)
 
 
 def choose_kind(values: Sequence[object]) -> ProbeKind:
     """Choose regression for numbers and lists of numbers, classes for two values and all others."""
-    numbers = all(is_number(value) for value in values)
+    numbers = all(is_finite_number(value) for value in values)
     if numbers:
         return "ridge" if len(set(values)) > 2 else "logistic"
     return "ridge" if any(isinstance(value, list) for value in values) else "logistic"
@@ -81,7 +82,7 @@ def explain_misfit(
     if lengths == {0}:
         return "is an empty list", "lists of numbers"
     entries = [entry for each in lists for entry in each] if lists else values
-    if not all(is_number(entry) for entry in entries):
+    if not all(is_finite_number(entry) for entry in entries):
         return "isn't a number", otherwise
     return None
 
@@ -93,7 +94,7 @@ def list_numbers(values: Sequence[object]) -> tuple[tuple[float, ...], ...]:
 
 def class_key(value: object) -> float | str:
     """Return what identifies the class of a value: the number itself, or a text."""
-    return cast("float", value) if is_number(value) else str(value)
+    return cast("float", value) if is_finite_number(value) else str(value)
 
 
 def list_classes(values: Sequence[object]) -> tuple[float | str, ...]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import ClassVar, Literal
 
+from mechdsl.base.limits import is_whole_number
 from mechdsl.base.records import Registry
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -284,8 +285,7 @@ def _step(end: int | ast.Bound, at: Mapping[str, object]) -> int:
     if isinstance(end, int):
         return end
     value = at[end.name or ""]
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
-    return int(value) + end.offset if isinstance(value, int | float) and whole else -1
+    return int(value) + end.offset if is_whole_number(value) else -1
 
 
 def check_generation(

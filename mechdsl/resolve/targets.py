@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, TypeAlias
 
+from mechdsl.base.limits import is_number
 from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
@@ -678,7 +679,7 @@ def _number(node: ast.Expr, values: Mapping[str, object]) -> float | None:
         match part:
             case ast.Name(id=name):
                 value = values.get(name)
-                if isinstance(value, bool) or not isinstance(value, int | float):
+                if not is_number(value):
                     return None
             case ast.Number() | ast.Negative() | ast.Binary():
                 pass

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any, Literal, cast
 
 from mechdsl.base.hashing import digest_number
+from mechdsl.base.limits import is_number, is_whole_number
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.rules import AxisDoesNotFit
@@ -153,11 +154,7 @@ def resolve_paint(rule: spec.Rule, work: ExperimentContext) -> PictureChange | N
         value = None
         if len(given) == 1 and given[0].name is None and isinstance(given[0].value, ast.Expr):
             value = constant_value(given[0].value, work.program.parameters)
-        if (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and 0 < value <= MAX_PAINT_AMOUNT
-        ):
+        if is_number(value) and 0 < value <= MAX_PAINT_AMOUNT:
             return PictureChange(how, float(value))
         reason, hint = (
             f"takes {amount}, above 0 and up to {MAX_PAINT_AMOUNT:g}",
@@ -549,7 +546,7 @@ def _check_position_ids(
     most = count_positions(shape)
     for amount in amounts.values.values():
         reason = ""
-        if amount < 0 or amount != int(amount):
+        if amount < 0 or not is_whole_number(amount):
             reason = f"must be a position, a whole number from 0, not {amount:g}"
         elif most is not None and amount + longest > most:
             reason = f"counts {longest} tokens from {amount:g}, but the last position is {most - 1}"

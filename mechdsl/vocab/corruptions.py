@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Protocol, TypeVar, cast
 
 from mechdsl.base import limits
+from mechdsl.base.limits import is_whole_number
 from mechdsl.base.records import Record, Registry
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import UnknownWord
@@ -410,7 +411,7 @@ class AddChange(ActivationChange):
                         std = number if number is not None and number > 0 else None
                 case "samples":
                     number = _number(value, parameters)
-                    if number is None or number != int(number) or not 1 <= number <= limits.SAMPLES:
+                    if not is_whole_number(number) or not 1 <= number <= limits.SAMPLES:
                         return refused(f"takes 1 to {limits.SAMPLES:,} samples", argument)
                     samples = int(number)
                 case None:

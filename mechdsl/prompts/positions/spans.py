@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from mechdsl.base.limits import is_integer
 from mechdsl.base.records import Record, closest_name
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
@@ -178,7 +179,7 @@ class NamedNumbers:
     def _number(self, node: ast.Variable) -> int:
         """Return the value of a variable; 0 after E0322."""
         value = self.values.get(node.name)
-        if isinstance(value, int) and not isinstance(value, bool):
+        if is_integer(value):
             return (-value if node.negative else value) + node.offset
         example = f"`for {node.name} in 1..5`"
         reason, hint = "positions are whole numbers", f"loop over whole numbers: {example}"

@@ -28,7 +28,7 @@ from mechdsl.checks.conditions import (
 from mechdsl.checks.expectations import read_expectation
 from mechdsl.program import spec
 from mechdsl.program.run_order import expectation_experiments
-from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, finite_number
 from mechdsl.results.statistics_conventions import rank_by_size, selection_text, sign_ranking_note
 from mechdsl.results.verdicts.estimates import Estimate, NoNumber, NotComputed, combine_estimates
 from mechdsl.results.verdicts.values import (
@@ -179,10 +179,6 @@ def _join_reasons(first: str | None, second: str) -> str:
     return second if first is None else f"{first}; {second}"
 
 
-def _is_finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
 @dataclass(frozen=True)
 class _Judge:
     result: ExperimentResult
@@ -328,7 +324,7 @@ class _Judge:
         if not math.isfinite(point):
             return Verdict(False, reason=shown.why or decides.why or "there is no such number")
         ends = (math.nan, math.nan) if shown.fixed else (shown.low, shown.high)
-        numbers = (_is_finite(shown.point), _is_finite(ends[0]), _is_finite(ends[1]))
+        numbers = (finite_number(shown.point), finite_number(ends[0]), finite_number(ends[1]))
         if math.isnan(low) or math.isnan(high):
             why = shown.why or decides.why or "no interval"
             return Verdict(False, *numbers, f"{why}; `on mean` would test the mean alone")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+from mechdsl.base.limits import is_integer
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.images.processing import PatchLayout
@@ -190,7 +191,7 @@ def _read_distance(rule: spec.Rule, work: ExperimentContext) -> tuple[int | None
     one = call.arguments[0] if len(call.arguments) == 1 else None
     node = None if one is None or one.name is not None else one.value
     window = constant_value(node, work.program.parameters)
-    if isinstance(window, int) and not isinstance(window, bool) and window >= 1:
+    if is_integer(window, least=1):
         return window, True
     reason, hint = "takes one whole number of tokens above 0", "write `distance(8)`"
     name = "observe distance"
@@ -351,7 +352,7 @@ def _read_range(rule: spec.Rule, work: ExperimentContext) -> tuple[int, int | No
     node = None if one is None or one.name is not None else one.value
     if isinstance(node, ast.Range):
         low, high = (constant_value(end, work.program.parameters) for end in (node.low, node.high))
-        whole = [end for end in (low, high) if isinstance(end, int) and not isinstance(end, bool)]
+        whole = [end for end in (low, high) if is_integer(end)]
         if len(whole) == 2 and 1 <= whole[0] <= whole[1]:
             return whole[0], whole[1]
     reason = "takes a range of distances in tokens, starting at 1 or more"

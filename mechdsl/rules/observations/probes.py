@@ -28,7 +28,7 @@ from mechdsl.resolve.probes import (
     ProbeKind,
     choose_kind,
     explain_misfit,
-    is_number,
+    is_finite_number,
     list_numbers,
     number_classes,
 )
@@ -203,7 +203,7 @@ def _options(
 PROBE_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "folds": (lambda n: isinstance(n, int) and 2 <= n <= 1000, "`folds: 5`, from 2 to 1000"),
     "kind": (lambda n: n in PROBE_KINDS, "`kind: ridge` or `kind: logistic`"),
-    "penalty": (lambda n: is_number(n) and n > 0, "a number above 0"),
+    "penalty": (lambda n: is_finite_number(n) and n > 0, "a number above 0"),
 }
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mechdsl.base.hashing import digest_number
+from mechdsl.base.limits import is_integer
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
@@ -511,7 +512,7 @@ def _read_top_count(rule: spec.Rule, work: ExperimentContext) -> int | None:
     given = () if call is None else call.arguments
     one = given[0] if len(given) == 1 and given[0].name is None else None
     count = constant_value(None if one is None else one.value, work.program.parameters)
-    if isinstance(count, int) and not isinstance(count, bool) and count >= 2:
+    if is_integer(count, least=2):
         return count
     reason = "takes one whole number of most likely tokens, above 1"
     report_bad_observation(rule, work, reason, f"write `{rule.observed.word}(10)`")
@@ -632,7 +633,7 @@ class RandomNumber(SiteRowSetObservation):
         one = said.call.arguments[0] if len(said.call.arguments) == 1 else None
         node = None if one is None or one.name is not None else one.value
         draws = constant_value(node, work.program.parameters)
-        if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
+        if not is_integer(draws, least=1):
             report_bad_observation(
                 rule, work, "takes one whole number of draws, above 0", "write `random(20)`"
             )
@@ -810,7 +811,7 @@ def _read_count(rule: spec.Rule, work: ExperimentContext) -> int | None:
         )
         return None
     number = constant_value(plain[0], work.program.parameters) if len(plain) == 1 else None
-    if not isinstance(number, int) or isinstance(number, bool) or not 2 <= number <= MAX_CLUSTERS:
+    if not is_integer(number) or not 2 <= number <= MAX_CLUSTERS:
         hint = f"write a number from 2 to {MAX_CLUSTERS}: `clusters(6)`"
         report_bad_observation(rule, work, "doesn't state the number of clusters", hint)
         return None
