@@ -915,7 +915,7 @@ def _with_means(
     table: PromptTable,
 ) -> PromptTable:
     """Add other blocks, and parts of blocks, that the experiment's fills and directions use."""
-    beside: dict[str, PromptTable] = {}
+    others: dict[str, PromptTable] = {}
     for rule in experiment.every_rule:
         fill = rule.fill
         if not isinstance(fill, ast.QualifiedRef):
@@ -925,14 +925,14 @@ def _with_means(
         if block is None or (part is None and name in table.runs):
             continue
         if not block.has_part(part):
-            beside[name] = contexts.table(name, model, None, None, used=frozenset())
+            others[name] = contexts.table(name, model, None, None, used=frozenset())
         else:
             read = contexts.table(name, model, None, part, used=frozenset())
-            beside[fill.of.span.written] = read
+            others[fill.of.span.written] = read
     for rows in fit_rows_of_experiment(experiment, checked.program):
-        beside[rows.key] = contexts.read_by(rows, experiment, model)
-    stands_in = any(each.stands_in for each in (table, *beside.values()))
-    return replace(table, beside=beside, stands_in=stands_in) if beside else table
+        others[rows.key] = contexts.read_by(rows, experiment, model)
+    stands_in = any(each.stands_in for each in (table, *others.values()))
+    return replace(table, other_tables=others, stands_in=stands_in) if others else table
 
 
 def _stand_ins(

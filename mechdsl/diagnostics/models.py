@@ -294,7 +294,7 @@ class AdapterFolder(HintedDiagnostic):
 
 
 class QuantizedModel(Diagnostic):
-    """A model whose weights are whole numbers with scales beside them."""
+    """A model whose weights are integers with separate scales."""
 
     code = "E0441"
     title = "`{model}` is quantized, which isn't supported yet"
@@ -629,7 +629,7 @@ class NotRestartable(Diagnostic):
 
 
 class StackSkipped(Diagnostic):
-    """A stack beside the main one whose sites can't be had."""
+    """A stack other than the main one, whose sites aren't available."""
 
     code = "W0712"
     title = "the sites in stack `{stack}` of `{model}` are not available"

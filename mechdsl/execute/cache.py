@@ -553,7 +553,8 @@ def _describe_cell(plan: ExperimentPlan, rule: RulePlan, cell: int, rows: Ints) 
     """Describe the sites, positions and further coordinates of a cell."""
     index = [int(own[cell]) for own in plan.coordinates]
     along = dict(zip((axis.name for axis in plan.experiment.axes), index, strict=True))
-    sites, other, edge, does = rule.rule.sites, rule.rule.beside, rule.rule.edge, rule.rule.does
+    own = rule.rule
+    sites, other, edge, does = own.sites, own.compared_sites, own.edge, own.does
     assert sites is not None
     assert isinstance(does, RowSetObservation)
     targets = [sites] if other is None else [sites, other]

@@ -330,15 +330,15 @@ class _Finder:
                 said = f"{parent}.{said}"
             return said if said and said in self.modules else None
         while True:
-            beside = [
+            norms = [
                 path
                 for path, module in self.modules.items()
                 if path.rpartition(".")[0] == parent
                 and is_norm(module)
                 and not re.search(r"embed|pre_?(layer)?norm|pre_layrnorm|ln_pre", last_name(path))
             ]
-            if beside:
-                return beside[-1]
+            if norms:
+                return norms[-1]
             if not parent:
                 return None
             parent = parent.rpartition(".")[0]

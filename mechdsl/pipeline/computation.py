@@ -275,7 +275,7 @@ class FileRun:
             made, again = build(experiment.table.name, experiment.model, ids), None
             found = made.diagnostics
             if made.table is not None:
-                table = replace(made.table, beside=experiment.table.beside)
+                table = replace(made.table, other_tables=experiment.table.other_tables)
                 own = replace(experiment, table=table)
                 again, more = _with_findings(own, self.findings, program)
                 found = [*found, *more]

@@ -243,7 +243,7 @@ def _table(table: PromptTable) -> str:
         take(name, run.name, run.prompts, run.model, _noise(run))
         for row in run.rows:
             take(*_row(row))
-    for name, other in sorted(table.beside.items()):
+    for name, other in sorted(table.other_tables.items()):
         take(name, _table(other))
     return digest.hexdigest()
 

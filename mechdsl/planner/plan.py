@@ -251,7 +251,7 @@ class ExperimentPlan:
             if plan.paths is not None:
                 found &= plan.paths.exists
             found &= ~plan.without_sites
-            if plan.rule.beside is not None:
+            if plan.rule.compared_sites is not None:
                 found &= np.array([plan.rule.leads(at) for at in self._along()])
         return found
 

@@ -398,12 +398,12 @@ def _of_two(measure: spec.Measure, named: Sequence[str]) -> BadArgument:
 
 
 def _own_measures(
-    rule: spec.Rule, beside: Sequence[spec.Measure], parts: Definitions
+    rule: spec.Rule, others: Sequence[spec.Measure], parts: Definitions
 ) -> list[spec.Measure]:
     """Return the measures of an observation: itself, labelled by its name or word (`observed WORD`
     if the file uses the word otherwise), followed by its controls."""
     said = _lower_observed(rule)
-    taken = {*parts.metrics, *(measure.label for measure in beside)}
+    taken = {*parts.metrics, *(measure.label for measure in others)}
     label = said.name or (f"observed {said.word}" if said.word in taken else said.word)
     metric: ast.Expr = ast.Name(said.word, span=rule.span)
     if said.toward is not None and said.word not in GRAPH_OBSERVATIONS:

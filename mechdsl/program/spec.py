@@ -384,7 +384,7 @@ with a value of the rows."""
 
 
 class ObservedQuantity(Spec):
-    """What an `observe` line looks at, beside the sites and positions of its rule."""
+    """What an `observe` line looks at, besides the sites and positions of its rule."""
 
     word: str
     """Type of the observation: `norm`, `logit_lens`."""

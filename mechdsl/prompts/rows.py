@@ -669,7 +669,7 @@ class PromptTable(Record):
     moved_text: str = ""
     python: tuple[PythonFunction, ...] = ()
     """Functions of Python files that compute values."""
-    beside: Mapping[str, PromptTable] = field(default_factory=dict[str, "PromptTable"])
+    other_tables: Mapping[str, PromptTable] = field(default_factory=dict[str, "PromptTable"])
     """Other blocks, with separate rows, that means are computed over."""
     block_rows: BlockRows | None = field(default=None, repr=False, compare=False)
     """The rows of its block by id."""

@@ -492,7 +492,7 @@ def resolve_samples(
     """
     if call.name == FIT_CALL and work.side == "image":
         _check_trainer_in_vision(call)
-    table = work.table if rows.key == "" else work.table.beside.get(rows.key)
+    table = work.table if rows.key == "" else work.table.other_tables.get(rows.key)
     if table is None or table.stands_in or rows.run not in table.runs:
         return None
     run = table.runs[rows.run]

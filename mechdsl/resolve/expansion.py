@@ -73,7 +73,7 @@ class _NamedRule:
             return {key: hit_texts(experiment.table, base, cell) for key, cell in cells.items()}
 
         positions, edge, path = rule.positions, rule.edge, rule.path
-        self.sites = self.ends = self.senders = self.receivers = self.keys = self.beside = None
+        self.sites = self.ends = self.senders = self.receivers = self.keys = self.compared = None
         self.rule, self.names = rule, names
         self.positions = _index_along(positions.written, positions.axes, names)
         self.texts = [_index_along(hits(positions.written), positions.axes, names)]
@@ -82,8 +82,8 @@ class _NamedRule:
         if rule.sites is not None:
             self.sites = _index_along(rule.sites.labels, rule.sites.axes, names)
             self.senders = _index_along(rule.sites.points, rule.sites.axes, names)
-        if rule.beside is not None:
-            self.beside = _index_along(rule.beside.labels, rule.beside.axes, names)
+        if (others := rule.compared_sites) is not None:
+            self.compared = _index_along(others.labels, others.axes, names)
         if path is not None:
             self.ends = _index_along(path.receivers.labels, path.receivers.axes, names)
             self.receivers = _index_along(path.receivers.points, path.receivers.axes, names)
@@ -119,7 +119,7 @@ class _NamedRule:
 
     def site(self, index: AxisIndices) -> str:
         name = "input" if self.sites is None else self.sites(index)
-        name = name if self.beside is None else f"{name} ~ {self.beside(index)}"
+        name = name if self.compared is None else f"{name} ~ {self.compared(index)}"
         return name if self.ends is None else f"{name} → {self.ends(index)}"
 
     def position(self, index: AxisIndices) -> str:

@@ -178,7 +178,7 @@ class VariantFinding:
                 yield row, best
 
     @property
-    def beside(self) -> tuple[Axis, ...]:
+    def other_axes(self) -> tuple[Axis, ...]:
         """Axes other than those of image positions; each combination of values has a separate
         map."""
         where = {"position", *self.chosen, *self.window_axes}
@@ -228,11 +228,11 @@ class VariantFinding:
         whole = np.moveaxis(whole, along, range(len(along)))
         numbers = {row: number for number, row in enumerate(own.table.row_ids)}
         for key, cell in self.places(run):
-            beside = whole[key].reshape(-1, self.values.shape[1])
+            values = whole[key].reshape(-1, self.values.shape[1])
             for column, row in enumerate(self.row_ids):
                 tokens = tuple(token for hit in cell.hits[numbers[row]] for token in hit)
                 if tokens:
-                    yield row, tokens, beside[:, column]
+                    yield row, tokens, values[:, column]
 
     def positions(
         self, table: PromptTable, run: str, tokenizer: TextTokenizer

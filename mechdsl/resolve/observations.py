@@ -103,8 +103,8 @@ class ObservedVectors(Protocol):
         ...
 
     @property
-    def beside(self) -> Mapping[SiteLayer, Tensor]:
-        """[K, width] for each site of `Observation.beside`, at the same tokens."""
+    def further_vectors(self) -> Mapping[SiteLayer, Tensor]:
+        """[K, width] for each site of `Observation.further_sites`, at the same tokens."""
         ...
 
     @property
@@ -182,7 +182,7 @@ class Observation(Intervention):
         """Return the metric form of the observation, or of the control measure with this name."""
         return self.form
 
-    def beside(self, rule: ResolvedRule, shape: ModelShape) -> tuple[SiteLayer, ...]:
+    def further_sites(self, rule: ResolvedRule, shape: ModelShape) -> tuple[SiteLayer, ...]:
         """Return the sites of further whole vectors that it needs at the same tokens."""
         return ()
 

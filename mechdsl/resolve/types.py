@@ -1160,7 +1160,7 @@ class Intervention:
     """Whether it writes the vectors of the rule's run unchanged. Rows whose source and base run
     agree at these positions then equal the base run and aren't computed."""
     leads_on: ClassVar[bool] = False
-    """Whether cells are only pairs whose `beside` sites are in a later layer."""
+    """Whether cells are only pairs whose `compared_sites` are in a later layer."""
     drawn_positions: ClassVar[bool] = True
     """Whether `against random(…, positions)` can move it to random positions."""
 
@@ -1299,7 +1299,7 @@ class ResolvedRule(Record):
     path: PathTargets | None = None
     circuit: CircuitTargets | None = None
     """Edges that it ablates; None if it ablates whole components."""
-    beside: SiteTargets | None = None
+    compared_sites: SiteTargets | None = None
     """Sites that an observation compares its own sites with."""
     only: Alternative | None = None
     """None if it acts in all cells."""
@@ -1346,8 +1346,10 @@ class ResolvedRule(Record):
     def only_in_vision(self) -> bool:
         """Whether it is in the vision encoder of prompts with images, and so are the sites that it
         compares there."""
-        beside = () if self.beside is None else chain(*self.beside.points.values())
-        return self.in_vision and all(SITES[point.site].stack == "vision" for point in beside)
+        compared = () if self.compared_sites is None else self.compared_sites.points.values()
+        return self.in_vision and all(
+            SITES[point.site].stack == "vision" for point in chain(*compared)
+        )
 
     @property
     def writes_vision(self) -> bool:
@@ -1370,10 +1372,10 @@ class ResolvedRule(Record):
             key = tuple(at[axis] for axis in self.sites.axes)
             if key in self.sites.missing:
                 return False
-        if not self.does.leads_on or self.beside is None or self.sites is None:
+        if not self.does.leads_on or self.compared_sites is None or self.sites is None:
             return True
         own = self.sites.points[tuple(at[axis] for axis in self.sites.axes)]
-        other = self.beside.points[tuple(at[axis] for axis in self.beside.axes)]
+        other = self.compared_sites.points[tuple(at[axis] for axis in self.compared_sites.axes)]
         return max(p.layer or 0 for p in own) < min(p.layer or 0 for p in other)
 
     @property
@@ -1383,7 +1385,7 @@ class ResolvedRule(Record):
         parts += [self.basis]
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers, self.path.basis]
-        parts += [] if self.beside is None else [self.beside]
+        parts += [] if self.compared_sites is None else [self.compared_sites]
         own = frozenset(name for part in parts if part is not None for name in part.axes)
         return own if self.only is None else own | {self.only.axis}
 

@@ -786,8 +786,8 @@ def _check_folder(folder: Path) -> None:
     """Raise E0208 for a missing folder if its parent contains exports."""
     if folder.name == str(folder) or folder.suffix == SOURCE_SUFFIX or folder.exists():
         return
-    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
-    there = sorted(str(each) for each in beside if is_export(each))
+    siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    there = sorted(str(each) for each in siblings if is_export(each))
     if there:
         hint = did_you_mean(str(folder), there, f"it has {name_list(there)}")
         raise_run_error(f"there is no folder `{folder}`", hint)

@@ -364,8 +364,8 @@ def _of_block(
     """Resolve a fill from a different prompt set, or from a part of one."""
     base, block, part = work.experiment.base, word.of.name, word.of.part
     does = FILLS.get(word.name)
-    of_part = work.table.beside.get(word.of.span.written) if part is not None else None
-    table = of_part or work.table.beside.get(block)
+    of_part = work.table.other_tables.get(word.of.span.written) if part is not None else None
+    table = of_part or work.table.other_tables.get(block)
     if table is None:
         known = name_list(work.table.runs)
         hint = did_you_mean(block, work.table.runs, f"runs are {known}")

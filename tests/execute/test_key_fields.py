@@ -480,7 +480,8 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     ResolvedRule: {
         "spec": "the rule as written; the other fields contain its meaning. An intervention that "
         "computes numbers from it lists them in its `key`, which is part of the key",
-        "beside": "used by observations over all rows and of weights, which aren't stored by row",
+        "compared_sites": "used by observations over all rows and of weights, which aren't stored "
+        "by row",
     },
     SiteTargets: {
         "axes": PLACED,

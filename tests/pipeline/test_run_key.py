@@ -239,8 +239,8 @@ def test_run_key_depends_on_other_blocks_of_the_table(file: Path) -> None:
     """Mean ablations use the rows of these blocks."""
     plain, other = checked(file), checked(file)
     (experiment,) = other.experiments
-    beside = {"there": replace(experiment.table, row_keys=(*range(16),))}
-    table = replace(experiment.table, beside=beside)
+    others = {"there": replace(experiment.table, row_keys=(*range(16),))}
+    table = replace(experiment.table, other_tables=others)
     other.experiments = [replace(experiment, table=table)]
     assert key(plain) != key(other)
 

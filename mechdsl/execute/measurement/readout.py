@@ -138,7 +138,7 @@ class _SiteVectors:
     position: Ints
     """[K] sequence position of each vector."""
     keys: tuple[Ints, Ints] | None
-    beside: Mapping[SiteLayer, Ints] = field(default_factory=dict[SiteLayer, Ints])
+    further_vectors: Mapping[SiteLayer, Ints] = field(default_factory=dict[SiteLayer, Ints])
     """[K] per further site, the index of the accompanying vector into the values read there."""
     coded: Sequence[_CodedVectors] = ()
     """The coordinates to compute of each vector; none if whole vectors are observed."""
@@ -153,7 +153,7 @@ class _SeenVectors:
     positions: Tensor
     keys: tuple[Tensor, Tensor] | None
     place: SiteLayer
-    beside: Mapping[SiteLayer, Tensor]
+    further_vectors: Mapping[SiteLayer, Tensor]
     unembedding: Unembedding
     tokens: Tensor | None
 
@@ -234,9 +234,9 @@ class RowObserver:
         if part.keys is not None:
             index, key = arrays_to_device(part.keys, device)
             keys = index, key
-        beside = {
+        further = {
             at: widen(found[SiteRead(*at)])[array_to_device(where, device)].flatten(1)
-            for at, where in part.beside.items()
+            for at, where in part.further_vectors.items()
         }
         return _SeenVectors(
             vectors,
@@ -244,7 +244,7 @@ class RowObserver:
             array_to_device(part.position, device),
             keys,
             (part.read.site, part.read.layer),
-            beside,
+            further,
             unembedding,
             tokens,
         )
@@ -359,9 +359,9 @@ def build_observer(
             unit=units_here,
             position=position[own],
             keys=_expand_keys(plan, rows, row[own], replies),
-            beside={
+            further_vectors={
                 place: _add_request(asked, SiteRead(*place), at[row[own]], position[own])
-                for place in does.beside(plan.rule, shape)
+                for place in does.further_sites(plan.rule, shape)
             },
             coded=_code(plan, (site, layer), rows.cell[row[own]], (place, units_here), systems),
         )
@@ -1140,7 +1140,7 @@ def read_samples(
     ]
     count = len(every)
 
-    def beside(parts: Sequence[Sequence[Floats]]) -> list[Floats]:
+    def interleave(parts: Sequence[Sequence[Floats]]) -> list[Floats]:
         return [np.stack(own, axis=1).reshape(-1) for own in zip(*parts, strict=True)]
 
     gaps = {
@@ -1156,9 +1156,9 @@ def read_samples(
         for n, each in one.failed.items()
     }
     found = ReadoutResult(
-        beside([each.values for each in every]),
+        interleave([each.values for each in every]),
         np.stack([each.broken for each in every], axis=1).reshape(-1),
-        beside([each.rounding for each in every]),
+        interleave([each.rounding for each in every]),
         failed,
         gaps,
     ).over_draws(count)

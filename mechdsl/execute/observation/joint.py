@@ -103,7 +103,7 @@ class VectorGatherer:
     """Cells that nothing is gathered for."""
     sites: list[SiteCombination] = field(init=False)
     """Of each cell."""
-    beside: list[SiteCombination] = field(init=False)
+    compared_sites: list[SiteCombination] = field(init=False)
     """Of each cell, those that its sites are set against."""
     others: list[PositionCell] = field(init=False)
     """The positions that are set against those of the rule."""
@@ -115,13 +115,13 @@ class VectorGatherer:
             _, points = rule.points.expand(np.array([key]))
             combinations.append(tuple(rule.point_table[point] for point in points.tolist()))
         self.sites = [combinations[key] for key in rule.site_of_cell.tolist()]
-        self.beside = list(self._of_other())
+        self.compared_sites = list(self._of_other())
         edge = rule.rule.edge
         self.others = [] if edge is None else list(edge.keys.written.values())
 
     def _of_other(self) -> Iterator[SiteCombination]:
         """Per cell, the sites that it is set against."""
-        other = self.rule.rule.beside
+        other = self.rule.rule.compared_sites
         names = [axis.name for axis in self.plan.experiment.axes]
         for cell in range(self.plan.n_cells):
             if other is None:
@@ -132,7 +132,7 @@ class VectorGatherer:
 
     def needs(self, cell: int) -> list[SiteCombination]:
         """Both, as far as there are any."""
-        return [each for each in (self.sites[cell], self.beside[cell]) if each]
+        return [each for each in (self.sites[cell], self.compared_sites[cell]) if each]
 
     def fitting(self, cells: Sequence[int], rows: int) -> Iterator[list[int]]:
         """Cells whose vectors are gathered in the same passes."""
@@ -312,10 +312,10 @@ class VectorGatherer:
         spots: Sequence[PositionCell],
     ) -> RowVectors:
         """found: per position, the vectors of joined sites."""
-        own, beside = self.sites[cell], self.beside[cell]
-        other = found[0][beside] if beside else found[1][own] if len(found) > 1 else None
+        own, compared = self.sites[cell], self.compared_sites[cell]
+        other = found[0][compared] if compared else found[1][own] if len(found) > 1 else None
         rows = self.kept[columns]
-        if beside or self.rule.rule.does.reads == "run":  # of a token with what it is elsewhere
+        if compared or self.rule.rule.does.reads == "run":  # of a token with what it is elsewhere
             pairs = [(1, 0)] * len(rows)
         else:
             pairs = [_pair_sites(*(spot.hits[row] for spot in spots)) for row in rows.tolist()]
@@ -628,7 +628,10 @@ def _iter_weight_cells(
         Readout.of(measures),
         gatherer.kept,
         run.name,
-        [(*sites, *beside) for sites, beside in zip(gatherer.sites, gatherer.beside, strict=True)],
+        [
+            (*sites, *compared)
+            for sites, compared in zip(gatherer.sites, gatherer.compared_sites, strict=True)
+        ],
         along("value"),
         plan.items,
         (along(CIRCUIT_AXES[0]), along(CIRCUIT_AXES[1])),

@@ -202,17 +202,17 @@ class AttentionHooks:
                 rows = torch.where(seen, self._vectors(group, change, own, rows), rows)
             else:
                 keys = self._keys(group, change, own, rows) & seen
-                beside = None if sink is None else sink[index]
-                rows, beside = _change_scores(
+                own_sink = None if sink is None else sink[index]
+                rows, own_sink = _change_scores(
                     change,
                     to_device(change.amounts[own].to(rows.dtype), rows.device),
                     rows,
                     keys,
-                    beside,
+                    own_sink,
                 )
-                if sink is not None and beside is not None:
+                if sink is not None and own_sink is not None:
                     sink = sink.clone()
-                    sink[index] = beside
+                    sink[index] = own_sink
             scores[index] = rows
         self._keep("scores", group, scores.masked_fill(~self.seen, 0))
         return sink

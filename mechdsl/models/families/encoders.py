@@ -144,7 +144,7 @@ class DeBERTa(Family):
 
 @family("deberta-v2")
 class DeBERTa2(Family):
-    """Scores have parts by distance; a convolution may stand beside the first block."""
+    """Scores have parts by distance; a convolution may run parallel to the first block."""
 
     additive_positions = True
 

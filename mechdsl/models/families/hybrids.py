@@ -29,7 +29,7 @@ class _Front(Family):
 
 @family("granitemoeshared", "granitemoehybrid", "granitemoe_swa")
 class GraniteMoE(_Front):
-    """Experts may stand beside an MLP that is always asked."""
+    """Experts may run parallel to an MLP that every token passes."""
 
 
 @family("falcon_h1")

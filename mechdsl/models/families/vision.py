@@ -245,7 +245,7 @@ class Idefics(Family):
 
 @family("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
 class PatchListEncoder(Family):
-    """An image is a list of patches, and how many stand above and beside one another."""
+    """An image is a list of patches, with the number of their rows and columns."""
 
     def picture(self, config: ModelConfig) -> ModelInputs:
         vision = config["vision_config"]

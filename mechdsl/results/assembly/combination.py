@@ -334,7 +334,7 @@ def merge_prompt_sets(
         return tuple(found)
 
     said = ", ".join(f"{block} from {start}" for block, start in starts.items())
-    beside: dict[str, Any] = {
+    common: dict[str, Any] = {
         "row_ids": tuple(every),
         "row_keys": joined([each.row_keys for each in results]),
         "blocks": _result_of_rows(where, len(every)),
@@ -346,7 +346,7 @@ def merge_prompt_sets(
     found: list[tuple[VariantLabels, ExperimentResult]] = []
     for part, index in zip(parts, where, strict=True):
         result = _pad_result(part.result, index, len(every), starts[part.block])
-        result = replace(result, **beside, hits=result.hits if beside["texts"] else ())
+        result = replace(result, **common, hits=result.hits if common["texts"] else ())
         conventions = {**result.conventions, "rows": f"numbered consecutively: {said}"}
         found.append((part.label, replace(result, conventions=conventions)))
     return found

@@ -759,8 +759,8 @@ def _join_notes(note: str, more: str) -> str:
     return f"{note}; {more}" if note else more
 
 
-def _load_run(given: RunSource, beside: RunSource, store: Path | None) -> _LoadedRun:
-    """Load a run; an id is looked up in the store of `beside`, the other run."""
+def _load_run(given: RunSource, other: RunSource, store: Path | None) -> _LoadedRun:
+    """Load a run; an id is looked up in the store of `other`, the other run."""
     if isinstance(given, Results):
         files = ", ".join(each.file for each in given.files) or "no file"
         return _LoadedRun(ComparedRun(files), given)
@@ -769,10 +769,10 @@ def _load_run(given: RunSource, beside: RunSource, store: Path | None) -> _Loade
     text = str(given)
     if Path(text).is_dir():
         return _LoadedRun(
-            ComparedRun(text), load_results(str(find_export(Path(text), str(beside))), store)
+            ComparedRun(text), load_results(str(find_export(Path(text), str(other))), store)
         )
     with_file = (
-        text if text.endswith(SOURCE_SUFFIX) or isinstance(beside, Results | Run) else str(beside)
+        text if text.endswith(SOURCE_SUFFIX) or isinstance(other, Results | Run) else str(other)
     )
     with open_store(find_store_folder(with_file, store)) as opened:
         run = find_run(opened, text)

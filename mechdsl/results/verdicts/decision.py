@@ -441,9 +441,9 @@ class _Judge:
                 said.append(f"no cell matches {site.text}")
                 continue
             worst = max(worst, ranks[0])
-            beside = ranked[condition.top - (ranks[0] > condition.top) :][:1]
+            neighbour = ranked[condition.top - (ranks[0] > condition.top) :][:1]
             own = int(ranked[ranks[0] - 1])
-            unsure += self.as_large(of, own, np.array(beside, dtype=np.int64))
+            unsure += self.as_large(of, own, np.array(neighbour, dtype=np.int64))
             if ranks[0] > condition.top:
                 said.append(f"{site.text} has rank {ranks[0]}")
             elif len(of.cells) > condition.top and not self.on_mean:

@@ -397,9 +397,9 @@ def _check_removal(part: VariantFinding, work: ExperimentContext) -> None:
         return
     cells = (cell for rule in own.rules for cell in rule.positions.written.values())
     tokens = {token for cell in cells for row in cell.hits for hit in row for token in hit}
-    beside = next((token for token in sorted(tokens) if reader.layout.place(token) is None), None)
-    if beside is not None:
-        reason = f"{name} changes `{reader.label(beside)}`, which isn't a patch"
+    outside = next((t for t in sorted(tokens) if reader.layout.place(t) is None), None)
+    if outside is not None:
+        reason = f"{name} changes `{reader.label(outside)}`, which isn't a patch"
         raise PickError(reason, "let it remove only patches")
 
 
@@ -487,7 +487,7 @@ def _check_same_map(part: VariantFinding, near: VariantFinding) -> None:
         PickError: If it isn't.
     """
     own, other = part.experiment, near.experiment
-    axes = [[(axis.name, axis.labels) for axis in each.beside] for each in (part, near)]
+    axes = [[(axis.name, axis.labels) for axis in each.other_axes] for each in (part, near)]
     if _map_recipe(own) != _map_recipe(other) or axes[0] != axes[1]:
         raise PickError(
             f"`{other.name}` isn't computed like `{own.name}`",

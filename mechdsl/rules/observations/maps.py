@@ -339,16 +339,16 @@ def _map_sites(
     names = [each.span.written for each in rule.observed.maps]
     first = maps[0]
     if len(names) == 1:
-        axes, loops = first.beside, first.experiment.own_loops
+        axes, loops = first.other_axes, first.experiment.own_loops
         if loops is not None:
             loops = loops.along([axis.name for axis in axes], first.chosen)
         work.sites.nested = loops
     else:
-        swept = next((part for part in maps if part.beside), None)
+        swept = next((part for part in maps if part.other_axes), None)
         if swept is not None:
-            others = [axis.name for axis in swept.beside]
+            others = [axis.name for axis in swept.other_axes]
             reason = f"`{swept.experiment.name}` has a map for each {' and '.join(others)}"
-            one = ", ".join(f"{axis.name}: {axis.labels[0]}" for axis in swept.beside)
+            one = ", ".join(f"{axis.name}: {axis.labels[0]}" for axis in swept.other_axes)
             hint = f"observe it separately, or name one: `{swept.experiment.name}({one})`"
             report_bad_observation(rule, work, reason, hint)
             return None

@@ -251,7 +251,7 @@ def resolve_training_rows(
     if named is None or said is None:
         return None
     rows = parse_fit_rows(named, work.program.prompts)
-    table = None if rows is None else work.table.beside.get(rows.key)
+    table = None if rows is None else work.table.other_tables.get(rows.key)
     if rows is None or table is None or (not table.stands_in and rows.run not in table.runs):
         known = ", ".join(f"`{name}`" for name in work.program.prompts)
         hint = f"write a block, its part or its run: `train: fruit.train`; there is {known}"
@@ -400,7 +400,7 @@ class Similarity(SiteRowSetObservation):
             )
             report_bad_observation(rule, work, reason, "name sites of the same space, or `cka`")
             return None
-        return replace(found, beside=others)
+        return replace(found, compared_sites=others)
 
     def _of_runs(self, rule: spec.Rule, other: str, work: ExperimentContext) -> ResolvedRule | None:
         if work.table.runs[other].draws > 1:
@@ -426,7 +426,7 @@ class Similarity(SiteRowSetObservation):
         return [np.divide(total, different, out=np.full(len(total), np.nan), where=different > 0)]
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
-        if rule.beside is not None:
+        if rule.compared_sites is not None:
             yield "of the same token at two sites"
             return
         yield "the mean over pairs of different tokens, one from each position"
@@ -573,7 +573,7 @@ class Cka(SiteRowSetObservation):
             found, others, work
         ):
             return None
-        return replace(found, beside=others)
+        return replace(found, compared_sites=others)
 
     def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
         other = None if rule.receiver is None else match_run(rule.receiver, work)

@@ -224,11 +224,11 @@ class DirectLogit(SiteObservation):
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
         return check_stream_sites(rule, _use_head_outputs(sites), work, "mlp_hidden")
 
-    def beside(self, rule: ResolvedRule, shape: ModelShape) -> tuple[SiteLayer, ...]:
+    def further_sites(self, rule: ResolvedRule, shape: ModelShape) -> tuple[SiteLayer, ...]:
         return (("resid_post", shape.n_layers - 1),)
 
     def logits(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
-        (stream,) = seen.beside.values()
+        (stream,) = seen.further_vectors.values()
         vectors = seen.vectors
         site, layer = seen.place
         if site == "mlp_hidden":

@@ -89,7 +89,7 @@ class WeightObservation(RowSetObservation, ObservationKind):
         places = PositionTargets((), {(): cell}, {(): cell})
         base = work.experiment.base
         return ResolvedRule(
-            spec=rule, does=self, run=base, sites=sites, positions=places, beside=others
+            spec=rule, does=self, run=base, sites=sites, positions=places, compared_sites=others
         )
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
@@ -584,7 +584,7 @@ class CircuitComparison(WeightObservation):
             run=base,
             sites=edges_of_first,
             positions=places,
-            beside=edges_of_second,
+            compared_sites=edges_of_second,
         )
 
     def _circuit(

@@ -219,12 +219,12 @@ def hover_texts(result: ExperimentResult, measure: int) -> list[str]:
         nulls = null_texts(band, found, range(len(names)), write)
         ranks = null_p_texts(band, range(len(names)))
         ranks = ranks if band.title == "null" else [MISSING] * len(names)
-        beside = [
+        bands = [
             f"{band.title} {null}, p null {p}" if p != MISSING else f"{band.title} {null}"
             for null, p in zip(nulls, ranks, strict=True)
         ]
         insides = [", inside" if inside else "" for inside in band.inside & band.decides]
-        counts = ["".join((n, ", ", *t)) for n, *t in zip(counts, beside, insides, strict=True)]
+        counts = ["".join((n, ", ", *t)) for n, *t in zip(counts, bands, insides, strict=True)]
     return [", ".join(parts) for parts in zip(names, texts, counts, strict=True)]
 
 

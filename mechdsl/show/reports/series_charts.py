@@ -367,13 +367,13 @@ def _bar_positions(
     if axes[1:]:
         names, there = value_names(result, axes[1]), set(drawn)
         series = {value: names[value] for value in axis_values(result, axes[1]) if value in there}
-    beside = max(1, len(series))
+    n_bars = max(1, len(series))
     room = page_layout().room(MAX_WORDS_WIDTH)
-    bar: float = _bar_width(len(values) * beside)
+    bar: float = _bar_width(len(values) * n_bars)
     if page_layout().width is not None:
-        bar = max(1.0, min(bar, (room / len(values) - BAR_GAP) / beside))
+        bar = max(1.0, min(bar, (room / len(values) - BAR_GAP) / n_bars))
     labels: ChartLabels = column_labels(
-        values, bar * beside + BAR_GAP, room, value_names(result, axes[0])
+        values, bar * n_bars + BAR_GAP, room, value_names(result, axes[0])
     )
     axis = alt.Axis(title=chart_axis_title(result, axes[0]), **labels.options)
     x = alt.X("x:N", scale=alt.Scale(domain=labels.texts), axis=axis)
