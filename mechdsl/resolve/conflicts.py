@@ -728,7 +728,6 @@ def _check_vision(experiment: ResolvedExperiment, *, attends: bool) -> Iterator[
     attends: Whether blocks of the language model attend to the image, so that some of its rules
         aren't computed in other combinations either.
     """
-    own = experiment.spec
     of = _WITH_ATTENDING_BLOCKS if attends else _WITH_VISION
     for rule in experiment.every_rule:
         problem = _check_vision_rule(rule, of, attends=attends)
@@ -736,12 +735,6 @@ def _check_vision(experiment: ResolvedExperiment, *, attends: bool) -> Iterator[
             yield problem
     if experiment.model.shape.resamples:
         yield from _check_resampled_rules(experiment)
-    if attends and not experiment.in_vision:
-        return
-    of = _WITH_VISION
-    for mask in experiment.masks:
-        what = f"the group `{mask.training.definition}`, which is trained, {of}"
-        yield NotSupported(span=own.span, what=what, later="name its sites")
 
 
 _WITH_VISION = "together with sites in the vision encoder"
