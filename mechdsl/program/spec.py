@@ -461,6 +461,8 @@ class Rule(Spec):
     """Type of the rule: its first words, or `set edge` if it sets attention."""
     site: SiteText | None = None
     """The written site; for a path, the sender. None for rules on input, attention, weights."""
+    basis_span: Span | None = None
+    """Where the rule names a basis whose definition contains its site."""
     at: PositionsText
     """Positions; for attention rules, the queries."""
     source: str | None = None
@@ -867,6 +869,8 @@ class Experiment(Spec):
     """Where a training takes gradients of the measure."""
     backward: BackwardRules | None = None
     """Changes of the derivatives of these gradients."""
+    gradient_path: Literal["inputs", "activations"] | None = None
+    """What moves between two runs while a training scores edges; None if nothing moves."""
     trains: str = ""
     """`fit(das(…))` for the rows, the patch and the measure of a training, which no user sees."""
 

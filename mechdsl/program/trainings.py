@@ -331,6 +331,7 @@ def _lower_objective(
         statistics=lower_statistics(work),
         differentiated=trainer.differentiates(spec.call_constants(inner, parts.parameters)),
         backward=trainer.backward if isinstance(trainer, EdgeScoreTrainer) else None,
+        gradient_path=trainer.path if isinstance(trainer, EdgeScoreTrainer) else None,
         trains=f"fit({inner.name}(…))",
     )
 

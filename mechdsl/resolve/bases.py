@@ -18,7 +18,6 @@ from mechdsl.diagnostics.rules import (
     BadBasis,
     DictionaryElsewhere,
     DictionaryOfAnotherModel,
-    NotOnAPath,
 )
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.dictionaries.folder import (
@@ -435,8 +434,7 @@ def resolve_rule(
     names, definitions, outer = named
     before = len(work.diagnostics)
     features = rule.site.coordinates
-    site = _written_site(rule.site, definitions[0], work)
-    found = _resolve_at(site, resolve, rule, work)
+    found = resolve(_at_site_of_basis(rule, definitions[0], work), work)
     if found is None or found.sites is None or has_errors(work.diagnostics[before:]):
         return None
     looks = found.does.changes == "nothing"
@@ -881,12 +879,11 @@ def _label_suffix(
 
 
 def _searched_group(rule: spec.Rule, work: ExperimentContext) -> str:
-    """Return the group of coordinates that the `search` of a rule chooses, or an empty text. The
-    rule in the file names all candidates instead."""
+    """Return the group of coordinates that a `search` chooses and a rule ablates whole, or an empty
+    text. In the file, the rule of the search names all candidates instead."""
     assert rule.site is not None
-    written, found = rule.site.span.text, work.program.discovered
-    groups = (name for name, _ in rule.read_groups if name in found and name not in written)
-    return next(groups, "")
+    groups = (name for name, _ in rule.read_groups if name in work.program.discovered)
+    return "" if rule.site.excluded else next(groups, "")
 
 
 def _number_bases(targets: BasisTargets, outer: Mapping[str, int]) -> BasisTargets:
@@ -1081,20 +1078,13 @@ def _coordinate_names(site: ast.Site, features: ast.Axis, work: ExperimentContex
     return f"{own} except {numbers}" if numbers else own
 
 
-def _resolve_at(
-    site: ast.Site,
-    resolve: Callable[[spec.Rule, ExperimentContext], ResolvedRule | None],
-    rule: spec.Rule,
-    work: ExperimentContext,
-) -> ResolvedRule | None:
-    """Resolve a rule at the site of its basis; E0334 is located in the rule, not in the basis."""
+def _at_site_of_basis(
+    rule: spec.Rule, definition: spec.Basis | None, work: ExperimentContext
+) -> spec.Rule:
+    """Return a rule at the whole vectors that its site names in a basis."""
     assert rule.site is not None
-    before = len(work.diagnostics)
-    found = resolve(rule.model_copy(update={"site": site}), work)
-    for at, each in enumerate(work.diagnostics[before:], before):
-        if isinstance(each, NotOnAPath) and each.span == site.span:
-            work.diagnostics[at] = replace(each, span=rule.site.span)
-    return found
+    site = _written_site(rule.site, definition, work)
+    return rule.model_copy(update={"site": site, "basis_span": rule.site.span})
 
 
 def _written_site(

@@ -1237,8 +1237,7 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
 def _explain_fixed_image(objective: ResolvedExperiment) -> str:
     """Return why edges aren't scored at points between two runs, if blocks attend to an image that
     these runs may not share; empty if they are."""
-    moves = objective.spec.trains in ("fit(eap_ig(…))", "fit(eap_ig_activations(…))")
-    if not moves or not objective.model.shape.attends_to_image:
+    if objective.spec.gradient_path is None or not objective.model.shape.attends_to_image:
         return ""
     return "points between two runs move the text, but not the image that blocks attend to"
 

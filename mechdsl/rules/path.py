@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.rules import NoPath, NotOnAPath
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape
@@ -368,9 +369,10 @@ def _check_ends(
     """Report the ends that a path can't have: E0334, E0317 and E0335."""
     assert rule.site is not None
     assert rule.receiver is not None
-    fine = _check_components(rule.site, senders, SENDERS, "start", work)
+    start = rule.basis_span or rule.site.span
+    fine = _check_components(start, senders, SENDERS, "start", work)
     if rule.receiver.basis_name is None:
-        fine = _check_components(rule.receiver, receivers, RECEIVERS, "end", work) and fine
+        fine = _check_components(rule.receiver.span, receivers, RECEIVERS, "end", work) and fine
     fine = fine and all(check_one_side(rule, ends, work) for ends in (senders, receivers))
     if fine and rule.frozen_norms and _has_stack(senders, "vision"):
         what = "a path with frozen norms in the vision encoder"
@@ -390,7 +392,7 @@ def _names_of_stack(allowed: tuple[str, ...], stack: str) -> tuple[str, ...]:
 
 
 def _check_components(
-    site: ast.Site,
+    span: Span,
     targets: SiteTargets,
     allowed: tuple[str, ...],
     verb: str,
@@ -414,7 +416,7 @@ def _check_components(
             norm = wrong[0].replace("mlp_out", "mlp_norm")
             hint = f"write `{norm} layer {layer}`, the input of this MLP; or {hint[6:]}"
     work.diagnostics.append(
-        NotOnAPath(span=site.span, verb=verb, site=wrong[0], reason=reason, hint=hint)
+        NotOnAPath(span=span, verb=verb, site=wrong[0], reason=reason, hint=hint)
     )
     return False
 
