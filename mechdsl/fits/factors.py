@@ -345,7 +345,7 @@ RIDGE = 1e-3
 """Added to the variances of each Gaussian, relative to the mean variance of the numbers, so that
 they aren't 0 in directions in which the vectors of a component don't differ."""
 
-STARTS = 5
+STARTS = 50
 """Number of starts by k-means, of which the most likely mixture is kept."""
 
 LIKELIHOOD_CONVERGED = 1e-4

@@ -83,7 +83,7 @@ SINGLE_ROWS = 32, 8
 SVD_PRODUCTS = 4
 """Multiply-adds of a singular value decomposition of tall matrices, per row and squared width."""
 
-MIXTURE_STARTS = 5
+MIXTURE_STARTS = 50
 """Number of starts of a mixture: `STARTS` of `mechdsl.fits.factors`, which imports torch."""
 
 FLOAT = 4

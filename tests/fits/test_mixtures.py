@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
+from sklearn.mixture import GaussianMixture
 from torch import Generator, Tensor
 
 from mechdsl.dictionaries.features import assign_components, log_densities, mean_log_likelihood
@@ -44,6 +45,25 @@ def test_mixture_recovers_planted_components_sorted_by_share(kind: str, seed: in
     assert (probabilities.argmax(1) == label).double().mean() > 0.98
     random = fit_mixture(vectors, COUNT, kind, 0, start(seed)).tensors
     assert mean_log_likelihood(vectors, random) < mean_log_likelihood(vectors, own) - 1
+
+
+def test_mixture_of_fewer_components_than_clusters_is_the_most_likely_of_many_starts() -> None:
+    random, clusters, rows, count = start(), 12, 120, 6
+    means = 4 * torch.randn(clusters, WIDTH, generator=random, dtype=torch.float64)
+    vectors = means[torch.randint(clusters, (rows,), generator=random)]
+    vectors += torch.randn(rows, WIDTH, generator=random, dtype=torch.float64)
+    made = fit_mixture(vectors, count, "spherical", 200, start(5)).tensors  # 5 starts miss it
+    centred = (vectors - vectors.mean(0)).numpy()
+    ridge = RIDGE * float((centred**2).mean())
+    best = max(
+        GaussianMixture(
+            count, covariance_type="spherical", reg_covar=ridge, max_iter=200, random_state=seed
+        )
+        .fit(centred)
+        .score(centred)
+        for seed in range(1000, 1040)
+    )
+    assert mean_log_likelihood(vectors, made) > best - 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
