@@ -77,7 +77,7 @@ from mechdsl.resolve.types import (
     is_neuron,
     iter_fitted_vectors,
 )
-from mechdsl.vocab.sites import SITES, stop_layer
+from mechdsl.vocab.sites import SITES, is_query_or_key, stop_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -434,6 +434,9 @@ class GradientWork:
 DECOMPOSED_TOKENS = 1 << 13
 """Maximum number of tokens of a pass of contextual decomposition."""
 
+PATTERN_NUMBERS = 1 << 22
+"""Maximum number of attention weights that are recomputed together."""
+
 
 class CountWork(Protocol):
     """Counts the work of full forward passes."""
@@ -499,19 +502,53 @@ def gradient_work(
         if len(texts) < len(measure.atoms):
             found += _pass(lengths, joined, whole, forwards=0 if plain else 1, backwards=kinds)
             plain = True
+    dropped = len(list_dropped_layers(experiment)) if said.kind.drops_layers else 1
     if plan.path is not None:
-        found = sum((found for _ in range(points - 1)), found)
-        times = kinds * len(experiment.measures)
-        return found + _held_work(plan.path, lengths, joined, whole, times, n_layers, 2 * senders)
+        times, given = dropped * kinds * len(experiment.measures), (lengths, joined, whole)
+        held = _held_work(plan.path, *given, times, n_layers, 2 * senders)
+        return sum((found for _ in range(dropped * points)), held + _pattern_work(plan, *given))
     if not said.joins_cells and not said.kind.adds_noise:
-        rounds = len(list_dropped_layers(experiment)) if said.kind.drops_layers else points
         times = 2 * len(_list_changed_attention(experiment) if said.kind.fixes_attention else ())
         scores = _pass(lengths, joined, whole, forwards=times + said.between_runs, backwards=0)
-        return sum((found for _ in range(rounds)), scores)
+        return sum((found for _ in range(dropped * points)), scores)
     copies = said.steps or int(dict(said.options)["samples"])
-    times = copies * len(set(cell_sites(plan).tolist()))
     first = _pass(lengths, joined, whole, forwards=1, backwards=0)
-    return sum((found for _ in range(times)), first)
+    return sum((found for _ in range(copies * len(set(cell_sites(plan).tolist())))), first)
+
+
+def count_pattern_rows(weights: int, layers: int) -> int:
+    """Return the largest number of rows of a pass that reads attention weights.
+
+    Args:
+        weights: Weights of a row in one layer.
+        layers: Number of layers that are read.
+    """
+    return max(1, PATTERN_NUMBERS // max(1, weights * layers))
+
+
+def _pattern_work(
+    plan: ExperimentPlan, lengths: Ints, joined: int, whole: CountPasses
+) -> GradientWork:
+    """Count the work of passes that read attention weights whose queries or keys receive along a
+    path: one for the base run, and for each sender two or three that hold all else at the base run,
+    one of which reads what is held, one changed queries and one changed keys."""
+    rule, experiment = plan.path, plan.experiment
+    assert rule is not None
+    assert rule.paths is not None
+    assert experiment.spec.estimator is not None
+    ends = [point for point in rule.paths.table if is_query_or_key(point.site)]
+    if not experiment.spec.estimator.kind.fixes_attention or not ends or not len(lengths):
+        return GradientWork()
+    there = np.flatnonzero(rule.paths.exists)
+    senders = np.stack([plan.senders[there], rule.position_of_cell[there]])
+    count = np.unique(senders, axis=1).shape[1]
+    times = 1 + len({SITES[point.site].component for point in ends})
+    layers = len({(SITES[point.site].stack, point.layer) for point in ends})
+    some = count_pattern_rows(int(lengths.max()) ** 2 * experiment.model.shape.n_heads, layers)
+    passes = joined * -(-count * len(lengths) // (joined * some))
+    sent = _pass(lengths, joined, whole, forwards=times * count, backwards=0)
+    base = _pass(lengths, joined, whole, forwards=1, backwards=0)
+    return base + replace(sent, joined_forwards=times * passes)
 
 
 def _count_moved_senders(plan: ExperimentPlan) -> int:

@@ -105,10 +105,11 @@ class GradientEstimator:
     """Changes of the derivatives that gradients are computed with."""
     fixes_attention: ClassVar[bool] = False
     """Whether queries and keys are replaced by the attention weights that they determine: `values`
-    is then given the weights of one query, [query, key], instead of the vectors of `q` and `k`."""
+    is then given the weights of one query, [query, key], instead of the vectors of `q` and `k`. For
+    paths, these are queries and keys that receive."""
     drops_layers: ClassVar[bool] = False
     """Whether the value is the mean of absolute values, each with the gradient of one layer left
-    out, over the layers that don't contain the site."""
+    out, over the layers that don't contain the site, or not all receivers of a path."""
     adds_noise: ClassVar[bool] = False
     """Whether gradients are the mean over copies of the base run with noise at all vectors of a
     site. Needs the options `samples`, the number of copies, and `noise`, the standard deviation
@@ -187,19 +188,16 @@ def _class_problem(name: str, entry: type[GradientEstimator]) -> str | None:
     if entry.value_name and not (entry.formula and entry.value_said):
         return "values that aren't effects need the texts `formula` and `value_said`"
     on_line = entry.steps is not None and entry.place != "paths" and not entry.moves
-    if (entry.place == "paths" or entry.takes_paths) and (on_line or _is_of_sites(entry)):
+    moved = entry.steps is not None and (entry.fixes_attention or entry.drops_layers)
+    of_paths = entry.place == "paths" or entry.takes_paths
+    if of_paths and (on_line or moved or entry.adds_noise):
         return (
-            "estimators of paths have no `fixes_attention`, `drops_layers`, `adds_noise`; if they "
-            "also estimate sites, no `steps` without `moves`"
+            "estimators of paths have no `adds_noise`, and no `steps` with `fixes_attention` or "
+            "`drops_layers`; if they also estimate sites, no `steps` without `moves`"
         )
     if entry.values is GradientEstimator.values:
         return "it has no `values(self, written, base, gradient, options)`"
     return None
-
-
-def _is_of_sites(entry: type[GradientEstimator]) -> bool:
-    """Return whether gradients are taken in a way that edges don't have."""
-    return entry.fixes_attention or entry.drops_layers or entry.adds_noise
 
 
 def find_estimator(text: str) -> GradientEstimator | None:
@@ -579,6 +577,7 @@ class ContextualDecomposition(_GradientTimesChange):
 class _FixedAttention(_GradientTimesChange):
     """First-order estimates, for queries and keys by the attention weights that they determine."""
 
+    takes_paths = True
     fixes_attention = True
 
 
@@ -588,7 +587,8 @@ class AttributionPatchingOfPatterns(_FixedAttention):
 
     The value of a query or key is Σ (A' − A) · ∂m/∂A, over the weights A of attention that it
     determines: A' are the exact weights with the written query or key (Kramár et al. 2024,
-    section 3.1.1). At other sites, it is that of `gradient_input`.
+    section 3.1.1). At other sites, it is that of `gradient_input`. For a path to a query or key, A'
+    are the weights with the query or key that the path gives; for other paths, it is that of `eap`.
     """
 
     example = "using atp_qk"
@@ -598,12 +598,14 @@ class AttributionPatchingOfPatterns(_FixedAttention):
         "exactly. The estimate is their change times the gradient of the metric by the weights, so "
         "saturated attention doesn't hide an effect. At other sites, values are those of "
         "`gradient_input`. Each site and layer of queries or keys needs two further forward "
-        "passes. There, models whose attention can't be computed separately are rejected (E0608), "
+        "passes. A `path` to them has the exact weights with the query or key of the path: each "
+        "sender needs up to three forward passes for all of its receivers; other paths are as in "
+        "`eap`. There, models whose attention can't be computed separately are rejected (E0608), "
         "and answers of several tokens at `k` and `k cross`."
     )
     source = "Kramár et al. 2024, arXiv 2403.00745, section 3.1.1"
     convention = (
-        "estimates, no cell was run: to first order, what is written less what is there, times "
+        "estimates, no cell was run: to first order, {change}, times "
         "the gradient of the metric; of queries and keys, the exact change of the attention "
         "weights times the gradient by the weights (Kramár et al. 2024, arXiv 2403.00745, the "
         "query and key fix of AtP*)"
@@ -625,7 +627,8 @@ class AttributionPatchingStar(_FixedAttention):
         "layers, each with the gradient through the outputs of attention and MLP of one layer left "
         "out (GradDrop). Direct and indirect effects that cancel in a gradient remain visible. The "
         "value has no sign, so it isn't an effect: it needs `as raw` and has no p. The layer that "
-        "contains the site is left out of the mean. For sites of an encoder, the layers are those "
+        "contains the site, or all receivers of a `path`, is left out of the mean. For sites of an "
+        "encoder, the layers are those "
         "of the encoder and of the language model or decoder. One forward pass, and one backward "
         "pass per measure, for each layer serve all cells. Models with one layer are rejected "
         "(E0608)."
@@ -633,7 +636,8 @@ class AttributionPatchingStar(_FixedAttention):
     source = "Kramár et al. 2024, arXiv 2403.00745"
     convention = (
         "no effect, and no sign: the mean over layers of the absolute estimates with the gradient "
-        "through this layer's attention and MLP left out, except the layer of the site (GradDrop); "
+        "through this layer's attention and MLP left out, except the layer of the site, or of all "
+        "receivers of a path (GradDrop); "
         "of queries and keys, the exact change of the attention weights times the gradient by the "
         "weights (Kramár et al. 2024, arXiv 2403.00745, AtP*)"
     )

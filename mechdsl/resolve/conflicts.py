@@ -44,7 +44,7 @@ from mechdsl.resolve.types import (
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 from mechdsl.vocab.effects import EFFECTS
-from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES, is_query_or_key
 
 ESTIMABLE_VERBS = ("patch", "ablate")
 """Rules whose vectors are known from unpatched runs, at one site."""
@@ -165,7 +165,7 @@ def _of_verification(experiment: ResolvedExperiment, said: spec.Estimator) -> It
     compared = [m for m in own.measures if EFFECTS[m.effect].is_tested_intervention]
     if not said.kind.is_effect:
         reason = f"it returns {said.kind.value_said}, which isn't an effect that a run has"
-        hint = "remove `verify`, or write `using gradient_input`"
+        hint = f"remove `verify`, or {_name_other(experiment)}"
         yield problem(f"`using {said.name}`", reason, hint)
     elif own.variant or experiment.seeds or own.over is not None or experiment.places:
         reason = "its cells belong to several models, prompts, runs, seeds or measured positions"
@@ -193,7 +193,7 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
     stacks = [shape, *(shape.others[stack] for stack in experiment.acted_stacks)]
     if reason := next(filter(None, (explain_missing_rule(rules, own) for own in stacks)), ""):
         what = f"`{experiment.model.name}`"
-        yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
+        yield _no_estimate(said, said.span, what, reason, _name_other(experiment))
     elif rules is not None and rules.decomposed and shape.takes not in _DECOMPOSED:
         what = f"`{experiment.model.name}`"
         reason = f"`{said.name}` is computed for models of texts, and for encoder-decoders"
@@ -310,7 +310,7 @@ def _of_rule(
         reason = "gradients aren't computed there"
         yield _no_estimate(said, site.span, f"`{flat[0]}`", reason, NO_ESTIMATE_HINT)
     rules = said.kind.backward
-    within = sorted({p.site for here in points for p in here if _is_query_or_key(p.site)})
+    within = sorted({p.site for here in points for p in here if is_query_or_key(p.site)})
     if rules is not None and rules.decomposed and within:
         reason = "attention has the weights of the base run, so the estimate would be 0"
         yield _no_estimate(said, site.span, f"`{within[0]}`", reason, "write `using atp_qk`")
@@ -344,7 +344,7 @@ def _explain_no_vision_estimate(
         hint = NO_ESTIMATE_HINT if shape.attends_to_image else "write `using eap`"
         return reason, hint
     points = () if rule.sites is None else rule.sites.points.values()
-    if kind.fixes_attention and any(_is_query_or_key(p.site) for own in points for p in own):
+    if kind.fixes_attention and any(is_query_or_key(p.site) for own in points for p in own):
         reason = "it recomputes attention of tokens, not of the patches of images"
         return reason, OTHER_ESTIMATOR_HINT
     return None
@@ -358,6 +358,8 @@ def _explain_no_path_of_patches(said: spec.Estimator, shape: ModelShape) -> str:
         return "it moves the tokens of the language model, not the patches of images"
     if said.kind.backward is not None:
         return "its derivatives aren't computed along paths between patches yet"
+    if said.kind.fixes_attention:
+        return "it recomputes attention of tokens, not of the patches of images"
     return ""
 
 
@@ -368,16 +370,14 @@ def _of_changed_attention(
     said: spec.Estimator,
 ) -> Iterator[Diagnostic]:
     """Yield the conflict of queries or keys whose attention weights are computed exactly."""
-    span, hint = (
-        next(iter(sites.values())),
-        f"{OTHER_ESTIMATOR_HINT}, without the query and key fix",
-    )
+    span = next(iter(sites.values()))
+    hint = f"{_name_other(experiment)}, without the query and key fix"
     shape = experiment.model.shape
     stacks = [shape, *(shape.others[stack] for stack in experiment.acted_stacks)]
     if not all(map(_computes_attention, stacks)):
         reason = "its attention can't be computed separately"
         yield _no_estimate(said, span, f"`{experiment.model.name}`", reason, hint)
-    elif rule.basis is not None:
+    elif (rule.basis if rule.path is None else rule.path.basis) is not None:
         reason = "attention is computed with whole queries or keys"
         yield _no_estimate(said, span, "a basis", reason, hint)
     elif not sites.keys().isdisjoint(("k", "k cross")):
@@ -401,11 +401,22 @@ def _of_basis(
     elif said.kind.backward is not None and said.kind.backward.decomposed and basis.transcodes:
         reason = "the coordinates are those of another site, the input of the MLP"
     elif basis.crosses_layers and said.kind.drops_layers:
-        reason = "a feature writes to several layers, and a pass without the gradient of one layer "
-        reason += "drops a part of it"
+        reason = _DROPS_A_PART
     else:
         return
     yield _no_estimate(said, span, "a basis", reason, hint)
+
+
+_DROPS_A_PART = (
+    "a feature writes to several layers, and a pass without the gradient of one layer drops a part "
+    "of it"
+)
+"""Why features of a cross-layer transcoder aren't estimated with layers left out."""
+
+
+def _name_other(experiment: ResolvedExperiment) -> str:
+    """Return the hint that names another estimator for the rules of an experiment."""
+    return "write `using eap`" if experiment.has_path else OTHER_ESTIMATOR_HINT
 
 
 def _explain_separate_moves(rule: ResolvedRule, basis: BasisTargets) -> str:
@@ -446,10 +457,6 @@ _READ_FROM_ENCODER = frozenset({"k cross", "v cross"})
 """Receivers of several layers that no change of another one reaches."""
 
 
-def _is_query_or_key(site: str) -> bool:
-    return SITES[site].component in ("q", "k")
-
-
 _ATTENTION_OUTPUTS, _MLP_OUTPUTS = ("z", "head_out", "attn_out"), ("mlp_hidden", "mlp_out")
 """Senders whose values are added to the stream, for each sublayer."""
 
@@ -480,6 +487,17 @@ def _find_computed_output(
             points += of
             ends += map(path.reads, reached)
     return next((end for end in ends if find_inner_sender(points, end)), None)
+
+
+def _reach_each_other(receivers: Sequence[SitePoint]) -> bool:
+    """Return whether the change of a receiver of a cell may reach another one."""
+    inner = {(p.layer, p.site) for p in receivers if SITES[p.site].when != "output"}
+    layers, sites = {layer for layer, _ in inner}, {site for _, site in inner}
+    if sites <= _READ_FROM_ENCODER:
+        return False
+    heads = {SITES[site].component for site in sites} <= {"q", "k", "v"}
+    together = heads and len({SITES[site].stack for site in sites}) == 1
+    return len(layers) > 1 or (len(sites) > 1 and not together)
 
 
 def _of_path(
@@ -516,18 +534,10 @@ def _of_path(
         what, reason = "these senders together", "the value of one replaces the change of another"
         hint = "sweep them: `layer *`, or `for s in [attn_out, mlp_out]`"
         yield _no_estimate(said, own.site.span, what, reason, hint)
-    for here in path.receivers.points.values():
-        inner = {(p.layer, p.site) for p in here if SITES[p.site].when != "output"}
-        layers, sites = {layer for layer, _ in inner}, {site for _, site in inner}
-        if sites <= _READ_FROM_ENCODER:
-            continue
-        heads = {SITES[site].component for site in sites} <= {"q", "k", "v"}
-        together = heads and len({SITES[site].stack for site in sites}) == 1
-        if len(layers) > 1 or (len(sites) > 1 and not together):
-            what, reason = "these receivers together", "the change of one reaches another"
-            hint = "sweep them, or name heads' inputs of one layer"
-            yield _no_estimate(said, own.receiver.span, what, reason, hint)
-            break
+    if any(map(_reach_each_other, path.receivers.points.values())):
+        what, reason = "these receivers together", "the change of one reaches another"
+        hint = "sweep them, or name heads' inputs of one layer"
+        yield _no_estimate(said, own.receiver.span, what, reason, hint)
     ends = (p for here in path.receivers.points.values() for p in here)
     if any(SITES[p.site].when == "output" for p in ends):
         for measure, line in zip(experiment.measures, experiment.spec.measures, strict=True):
@@ -541,7 +551,25 @@ def _of_path(
             yield _no_estimate(said, own.span, f"`{verb} … with frozen norms`", reason, hint)
     if said.between_runs:
         yield from _of_moved_inputs(rule, experiment, said)
+    yield from _of_changed_receivers(rule, path, own.receiver.span, experiment, said)
     yield from _of_answers(rule.positions, own.at.span, experiment, said)
+
+
+def _of_changed_receivers(
+    rule: ResolvedRule,
+    path: PathTargets,
+    span: Span,
+    experiment: ResolvedExperiment,
+    said: spec.Estimator,
+) -> Iterator[Diagnostic]:
+    """Yield the conflicts of receivers whose attention weights are computed exactly, or whose
+    layers are left out."""
+    receivers = (p.site for here in path.receivers.points.values() for p in here)
+    inside = {site: span for site in receivers if is_query_or_key(site)}
+    if said.kind.fixes_attention and inside:
+        yield from _of_changed_attention(rule, inside, experiment, said)
+    if said.kind.drops_layers and path.basis is not None and path.basis.crosses_layers:
+        yield _no_estimate(said, span, "a basis", _DROPS_A_PART, "write `using eap`")
 
 
 def _of_moved_inputs(

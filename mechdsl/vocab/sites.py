@@ -470,6 +470,11 @@ def _whole(*words: str) -> Iterator[str]:
     return (word for word in words if _UNIT.fullmatch(word))
 
 
+def is_query_or_key(site: str) -> bool:
+    """Return whether a site has queries or keys of attention, in any stack."""
+    return SITES[site].component in ("q", "k")
+
+
 def write_order(name: str, layer: int | None) -> tuple[int, int]:
     """Return a sort key for the order in which a forward pass reaches sites.
 

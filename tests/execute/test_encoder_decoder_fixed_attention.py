@@ -33,6 +33,17 @@ from .encoder_decoders import (
 )
 from .support import DIFFERENCE, ROWS, Record, experiment
 from .test_encoder_decoder_gradients import of_cells, run_with_gradients
+from .test_encoder_decoder_paths import (
+    CASES,
+    FROM,
+    Case,
+    Prompt,
+    changed_senders,
+    fixed,
+    module_of,
+    seen,
+)
+from .test_encoder_decoder_paths import constant as constant_vectors
 
 FAMILIES = ("bart", "t5", "t5gemma", "mt5", "marian")
 RAW = "measure logit(answer) - logit(wrong) as raw"
@@ -262,3 +273,43 @@ def test_atp_star_at_other_sites_leaves_out_each_layer(family: str, tmp_path: Pa
             values, expected.reshape(values.shape), atol=2e-5, rtol=1e-3, err_msg=site
         )
         assert expected.max() > 1e-3, site
+
+
+def along_edges(family: str, case: Case, record: Record) -> list[float]:
+    """The exact change of the weights by the queries or keys that a path gives, times the gradient
+    by the weights, for each cell."""
+    found: list[float] = []
+    prompt = Prompt.of(family, record, encodes=case.encodes)
+    for senders, receivers in case.cells():
+        first = [
+            *fixed(family, prompt.base, "", mlps=case.mlps),
+            *changed_senders(family, prompt, senders),
+        ]
+        total = 0.0
+        for site, layer in dict.fromkeys(end[:2] for end in receivers):
+            writes: list[Write] = []
+            for end in (each for each in receivers if each[:2] == (site, layer)):
+                own = module_of(family, end)
+                value = seen(family, prompt.base, first, own, prompt.written)
+                writes.append((own, prompt.written, constant_vectors(value)))
+            now, slope = weights(family, (stack_of(site), layer), record)
+            new, _ = weights(family, (stack_of(site), layer), record, writes)
+            total += float(((new - now) * slope).double().sum())
+        found.append(total)
+    return found
+
+
+@pytest.mark.parametrize("family", some(("t5", "bart", "mt5", "t5gemma"), ("bart",)))
+def test_atp_qk_of_edges_in_each_stack_equals_exact_weights(family: str, tmp_path: Path) -> None:
+    names = ("cross to later queries", "encoder to its keys", "encoder to all keys")
+    lines = "".join(
+        experiment(f"e{n}", *FROM, *CASES[name].lines, "using atp_qk", DIFFERENCE)
+        for n, name in enumerate(names)
+    )
+    found = run(family, lines, tmp_path)
+    for n, name in enumerate(names):
+        expected = np.transpose([along_edges(family, CASES[name], record) for record in ROWS])
+        measure = found[f"e{n}"].measures[0]
+        shown = measure.patched - measure.base
+        np.testing.assert_allclose(shown, expected, atol=2e-5, rtol=1e-3, err_msg=name)
+        assert np.abs(expected).max() > 1e-4, name

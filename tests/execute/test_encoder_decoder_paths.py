@@ -139,6 +139,18 @@ class Prompt:
         return Prompt(base, source, source.subject[-1:], base.subject[-1:])
 
 
+def changed_senders(
+    family: str, prompt: Prompt, senders: Sequence[End], rule: str = "", share: float = 1.0
+) -> Iterator[Write]:
+    """Move the senders of a path to their values in the source run."""
+    for end in senders:
+        own, now = module_of(family, end), list(prompt.written)
+        new = plain(family, prompt.source, module_of(family, (*end[:2], None)))[list(prompt.read)]
+        old = plain(family, prompt.base, module_of(family, (*end[:2], None)), rule)[now]
+        at = slice(None) if end[2] is None else slice(end[2] * WIDTH, (end[2] + 1) * WIDTH)
+        yield own, now, constant((old + share * (new - old))[:, at])
+
+
 def patched(
     family: str,
     prompt: Prompt,
@@ -155,12 +167,7 @@ def patched(
     """
     base, others = prompt.base, writes_of(family, prompt.base, rule)
     first = [*fixed(family, base, rule, mlps=mlps), *others]
-    for end in senders:
-        own, now = module_of(family, end), list(prompt.written)
-        new = plain(family, prompt.source, module_of(family, (*end[:2], None)))[list(prompt.read)]
-        old = plain(family, base, module_of(family, (*end[:2], None)), rule)[now]
-        at = slice(None) if end[2] is None else slice(end[2] * WIDTH, (end[2] + 1) * WIDTH)
-        first.append((own, now, constant((old + share * (new - old))[:, at])))
+    first += changed_senders(family, prompt, senders, rule, share)
     with blocks_of(family, rule):
         if receivers[0][0] == "logits":
             return logits(family, base, first)

@@ -399,6 +399,26 @@ def test_fixed_queries_and_keys_equal_exact_weights_of_the_bare_model(line: str)
     assert np.abs(expected).max() > 0.01
 
 
+TO_QUERIES = [rule for rule in PATHS if "-> q" in rule]
+
+
+@pytest.mark.parametrize("rule", some(TO_QUERIES, TO_QUERIES[2:3]))
+def test_edges_to_queries_equal_exact_weights_of_the_bare_model(rule: str) -> None:
+    text = experiment("e", "from clean into changed", f"{rule} using atp_qk")
+    [found] = run_text(text, "planned", MARKED)
+    expected = np.zeros((len(PATHS[rule]), len(ALL)))
+    for number, path in enumerate(PATHS[rule]):
+        [place] = path.receivers or {}
+        layer = next(n for n in range(LAYERS) if place[0].startswith(f"{attention(n)}."))
+        for n in ALL:
+            base, gradient = weights(n, layer)
+            changed, _ = weights(n, layer, path.all_received(n))
+            expected[number, n] = ((changed - base) * gradient).sum()
+    shown = (found.measures[0].patched - [run(n, True) for n in ALL])[: len(expected)]
+    np.testing.assert_allclose(shown, expected, atol=3e-4, rtol=1e-3)
+    assert np.abs(expected).max() > 0.01
+
+
 DROPPED = ("z cross layer * head * at last token", f"z vision layer * head * at {ONE}")
 
 

@@ -155,6 +155,17 @@ class Path:
         return slice(None) if head is None else slice(head * width, (head + 1) * width)
 
     def value(self, n: int) -> float:
+        return run(n, True, self.sent(n) if self.receivers is None else self.all_received(n))
+
+    def all_received(self, n: int) -> list[Hook]:
+        """The receivers of the pass in which all else is held."""
+        ends = self.receivers or {}
+        read = recorded(n, True, [*ends], self.sent(n))
+        at = self.token(n)
+        return [self.received(place, head, at, read[place]) for place, head in ends.items()]
+
+    def sent(self, n: int) -> list[Hook]:
+        """The sender's vector, with all else held."""
         heads, mlps = (
             (HEADS_OF_TOWER, MLPS_OF_TOWER)
             if self.vision
@@ -169,15 +180,7 @@ class Path:
         at = self.token(n)
         hooks = [held(place, base[place]) for place in sublayers]
         hooks.append(part(self.sender, self.columns(self.head), [at], self.placed(n, source)))
-        hooks += frozen(n) if self.norms else []
-        if self.receivers is None:
-            return run(n, True, hooks)
-        read = recorded(n, True, [*self.receivers], hooks)
-        return run(
-            n,
-            True,
-            [self.received(place, head, at, read[place]) for place, head in self.receivers.items()],
-        )
+        return [*hooks, *(frozen(n) if self.norms else [])]
 
     def token(self, n: int) -> int:
         return column(other(n), 1, 2) if self.vision else -1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +13,14 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.hashing import digest_number
 from mechdsl.execute.measurement.readout import Readout, ReadoutInput, ReadoutResult, ValueGap
 from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes
-from mechdsl.execute.patching.held_passes import HeldPass, PathEdges
+from mechdsl.execute.patching.held_passes import (
+    HeldPass,
+    PathEdges,
+    SentRows,
+    hold_rows,
+    hold_sublayers,
+    select_writes,
+)
 from mechdsl.execute.patching.writes import (
     RuleInputs,
     RuleReader,
@@ -27,6 +33,7 @@ from mechdsl.forward.hooks.attention import has_sinks
 from mechdsl.forward.hooks.batch import (
     Batch,
     EdgeWrite,
+    RuleWrites,
     SiteRead,
     SiteWrite,
     WriteMode,
@@ -41,13 +48,19 @@ from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import unit_count, vector_width
-from mechdsl.planner.cost import DECOMPOSED_TOKENS, count_vision_work, list_dropped_layers
+from mechdsl.planner.cost import (
+    DECOMPOSED_TOKENS,
+    PATTERN_NUMBERS,
+    count_pattern_rows,
+    count_vision_work,
+    list_dropped_layers,
+)
 from mechdsl.planner.plan import ExperimentPlan, cell_sites
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.program.estimators import BackwardRules, GradientEstimator
 from mechdsl.prompts.rows import row_in_patches
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
-from mechdsl.resolve.types import ItemNumber
+from mechdsl.resolve.types import ItemNumber, SiteLayer
 
 _STREAMS = ("embed", "resid_pre", "resid_mid", "resid_post", "final_norm")
 """Sites that are not inside a sublayer of one layer."""
@@ -203,8 +216,72 @@ class _WrittenVectors:
         return np.unique(places.numpy(), axis=0, return_index=True)[1]
 
 
-_MAX_NUMBERS = 1 << 22
-"""Maximum number of attention weights that are recomputed together."""
+@dataclass(frozen=True, eq=False)
+class _SentVectors:
+    """The vectors that senders of a path change, in a pass in which all else is held."""
+
+    held: HeldPass
+    leaves: Sequence[Tensor]
+    """The zeros that are added to them."""
+    written: Sequence[_WrittenVectors]
+    bases: Sequence[_BaseVectors]
+
+
+@dataclass(frozen=True, eq=False)
+class _BasePatterns:
+    """All attention weights of one layer in the base run."""
+
+    where: SiteRead
+    """The site of the weights."""
+    scores: Tensor
+    """[lane, column, head, key]"""
+    weights: Tensor
+    """[lane, column, head, key]"""
+    spots: tuple[Tensor, Tensor, Tensor]
+    """Lane, position and head of the weights of all tokens."""
+    columns: Tensor
+    """[spot] column of the position."""
+    has_sink: bool
+    """Whether the keys compete with a sink."""
+
+    @staticmethod
+    def reads(where: SiteRead) -> tuple[SiteRead, SiteRead]:
+        """Return the sites of the scores and of the weights of the layer that a site is in."""
+        scores, weights = (replace(where, site=site) for site in ("scores", "pattern"))
+        return scores, weights
+
+    @staticmethod
+    def of(
+        where: SiteRead, read: Mapping[SiteRead, Tensor], batch: Batch, model: LoadedModel
+    ) -> _BasePatterns:
+        """Return those of the layer that a site is in, from the values at `reads`."""
+        assert where.layer is not None
+        own = _BasePatterns.reads(where)
+        scores, weights = (read[each] for each in own)
+        frame, heads = batch.of_read(own[1]), weights.shape[2]
+        lane, token = (each.repeat_interleave(heads) for each in frame.tokens())
+        spots = (lane, token, torch.arange(heads).repeat(len(token) // heads))
+        block = model.stack(where.stack).anatomy.blocks[where.layer]
+        has_sink = has_sinks(model.module.get_submodule(block.path))
+        columns = frame.columns(lane, token)
+        return _BasePatterns(own[1], scores, weights, spots, columns, has_sink)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Shape of the zeros that `added` adds: [spot, key]."""
+        return len(self.columns), self.weights.shape[-1]
+
+    def added(self, leaf: Tensor) -> SiteWrite:
+        """Add [spot, key] to the weights."""
+        where = self.where
+        return SiteWrite("pattern", where.layer, *self.spots, leaf, mode="add", stack=where.stack)
+
+    def expand(self, gradient: Tensor) -> Tensor:
+        """Return [lane, column, head, key]: a gradient by the weights; gradient: [spot, key]."""
+        lane, _, head = self.spots
+        slopes = torch.zeros_like(self.weights, dtype=torch.float64)
+        slopes[indices_to_device((lane, self.columns, head), gradient.device)] = gradient.double()
+        return slopes
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,15 +292,9 @@ class _ChangedPatterns:
     weights of this query, or of all queries of the heads that share the keys.
     """
 
-    where: SiteRead
+    base: _BasePatterns
     scores: Sequence[Tensor]
     """[lane, column, head, key] each: of the base run, and with written vectors."""
-    pattern: Tensor
-    """[lane, column, head, key]: weights of the base run."""
-    spots: tuple[Tensor, Tensor, Tensor]
-    """Lane, position and head of the weights of all tokens."""
-    columns: Tensor
-    """[spot] column of the position."""
     row: Ints
     """[change]"""
     places: tuple[Tensor, Tensor, Tensor]
@@ -234,8 +305,6 @@ class _ChangedPatterns:
     """… the index of its scores, …"""
     keys: Tensor | None
     """… and the position of a key; None for queries."""
-    has_sink: bool
-    """Whether the keys compete with a sink."""
 
     @staticmethod
     def of(
@@ -244,15 +313,15 @@ class _ChangedPatterns:
         """Run the layer with the written vectors: several times if a vector has several values."""
         where = vectors.where
         assert where.layer is not None
-        reads = [replace(where, site=site) for site in ("scores", "pattern")]
+        reads = _BasePatterns.reads(where)
         stop = 0 if where.stack == "encoder" else where.layer + 1
-        frame = batch.of_site("pattern", where.stack)
+        frame = batch.of_read(reads[1])
         read = run_full(model, batch, stop=stop, writes=noise, reads=reads).reads
-        scores, pattern = (read[each] for each in reads)
-        heads, tokens = pattern.shape[2], pattern.shape[1]
+        base = _BasePatterns.of(where, read, batch, model)
+        _, tokens, heads, _ = base.weights.shape
         lane, position, unit = (each[vectors.spot] for each in vectors.places)
         number = 1 + _count_earlier(vectors.spot.numpy())
-        found = [scores]
+        found = [base.scores]
         for which in range(1, int(number.max(initial=0)) + 1):
             own = torch.from_numpy(np.flatnonzero(number == which))
             values = vectors.values[to_device(own, vectors.values.device)]
@@ -272,38 +341,24 @@ class _ChangedPatterns:
             queries = torch.arange(tokens).expand(len(row), -1)
             place = (lane, queries, unit[:, None] * shared + torch.arange(shared))
             keys = position
-        token_lane, token = (each.repeat_interleave(heads) for each in frame.tokens())
-        spots = (token_lane, token, torch.arange(heads).repeat(len(token) // heads))
         places = (place[0][:, None, None], place[1][:, :, None], place[2][:, None, :])
-        columns = frame.columns(*spots[:2])
-        of_vector = change.reshape(-1)
-        block = model.stack(where.stack).anatomy.blocks[where.layer]
-        has_sink = has_sinks(model.module.get_submodule(block.path))
-        changes = (row, places, of_vector, number, keys)
-        return _ChangedPatterns(where, found, pattern, spots, columns, *changes, has_sink)
-
-    def added(self, leaf: Tensor) -> SiteWrite:
-        """Add [spot, key] to the weights."""
-        where = self.where
-        return SiteWrite("pattern", where.layer, *self.spots, leaf, mode="add", stack=where.stack)
+        return _ChangedPatterns(base, found, row, places, change.reshape(-1), number, keys)
 
     def sums(self, kind: GradientEstimator, gradient: Tensor, rows: int) -> Floats:
         """Return [row]: the estimator's numbers of the changed weights; gradient: [spot, key]."""
-        lane, _, head = self.spots
-        device = gradient.device
-        slopes = torch.zeros_like(self.pattern, dtype=torch.float64)
-        slopes[indices_to_device((lane, self.columns, head), device)] = gradient.double()
+        device, pattern = gradient.device, self.base.weights
+        slopes = self.base.expand(gradient)
         found = np.zeros(rows)
-        each = self.places[1].shape[1] * self.places[2].shape[2] * self.pattern.shape[-1]
-        count = max(1, _MAX_NUMBERS // each)
+        each = self.places[1].shape[1] * self.places[2].shape[2] * pattern.shape[-1]
+        count = max(1, PATTERN_NUMBERS // each)
         for first in range(0, len(self.row), count):
             own = slice(first, first + count)
             place = tuple(to_device(index[own], device) for index in self.places)
             base, weights, slope = (
-                value[place].double() for value in (self.scores[0], self.pattern, slopes)
+                value[place].double() for value in (self.scores[0], pattern, slopes)
             )
             changed = self._written(base, place, first)
-            written = _renormalize(changed, base, weights, has_sink=self.has_sink)
+            written = _renormalize(changed, base, weights, has_sink=self.base.has_sink)
             flat = [value.flatten(0, -2) for value in (written, weights, slope)]
             parts = kind.values(flat[0], flat[1], flat[2], {}).reshape(len(base), -1).sum(1)
             np.add.at(found, self.row[own], parts.cpu().numpy())
@@ -325,6 +380,134 @@ class _ChangedPatterns:
             there = to_device(there, base.device)[:, None, None]
             scores = torch.where(there, changed[place].double(), scores)
         return scores
+
+
+@dataclass(frozen=True, eq=False)
+class _ReceivingPatterns:
+    """Attention weights whose queries or keys receive along the edges of a path."""
+
+    edges: PathEdges
+    model: LoadedModel
+    base: Mapping[SiteRead, _BasePatterns]
+    """Site of the weights → those of the base run."""
+    fixed: Mapping[SiteRead, Tensor]
+    """[lane, column, unit, width] of the queries and keys of the base run."""
+
+    @staticmethod
+    def of(
+        edges: PathEdges, model: LoadedModel, batch: Batch, noise: Sequence[SiteWrite]
+    ) -> _ReceivingPatterns:
+        """Read the base run on the lanes of all rows."""
+        wheres = [SiteRead(*place) for place in edges.attended]
+        fixed = [replace(each, site=_OTHER_FACTOR[each.site]) for each in wheres]
+        reads = {own for each in wheres for own in _BasePatterns.reads(each)}
+        read: Mapping[SiteRead, Tensor] = {}
+        if wheres:
+            given = [*sorted(reads, key=repr), *fixed]
+            stop = model.shape.n_layers
+            read = run_full(model, batch, stop=stop, writes=noise, reads=given).reads
+        own = [_BasePatterns.of(each, read, batch, model) for each in wheres]
+        base = {each.where: each for each in own}
+        return _ReceivingPatterns(edges, model, base, {each: read[each] for each in fixed})
+
+    def sums(
+        self,
+        kind: GradientEstimator,
+        run: DifferentiatedRun,
+        sent: SentRows,
+        lanes: DrawLanes,
+        slopes: Sequence[Sequence[Tensor]],
+    ) -> list[dict[SiteLayer, Floats]]:
+        """Return the estimator's numbers of changed weights.
+
+        Args:
+            kind: The estimator.
+            run: The base run.
+            sent: The rows with distinct senders.
+            lanes: The lanes of all rows.
+            slopes: For each gradient of a metric, [spot, key] of each of `base`.
+
+        Returns:
+            For each gradient, [sender, unit] by queries or keys that receive.
+        """
+        count = len(sent.lane)
+        units = {at: unit_count(self.model.shape, *at) for at in self.edges.attended}
+        found = [{at: np.zeros((count, own)) for at, own in units.items()} for _ in slopes]
+        places = list(self.base)
+        each = max((own.scores[0].numel() for own in self.base.values()), default=1)
+        some = count_pattern_rows(each, len(self.base))
+        for first in range(0, count if places else 0, some):
+            own = np.arange(first, min(first + some, count))
+            for at, changed in self._changed_scores(run, sent.take(own), lanes):
+                where = SiteRead(*at)
+                base = self.base[replace(where, site="pattern")]
+                lane = indices_to_device((torch.from_numpy(sent.lane[own]),), changed.device)
+                scores, weights = (part[lane].double() for part in (base.scores, base.weights))
+                written = _renormalize(changed.double(), scores, weights, has_sink=base.has_sink)
+                for number, gradients in enumerate(slopes):
+                    slope = base.expand(gradients[places.index(base.where)])[lane]
+                    flat = [part.flatten(0, -2) for part in (written, weights, slope)]
+                    parts = kind.values(flat[0], flat[1], flat[2], {})
+                    of_head = parts.reshape(weights.shape[:-1]).sum(1)
+                    of_unit = of_head.unflatten(1, (units[at], -1)).sum(2)
+                    found[number][at][own] = of_unit.cpu().numpy()
+        return found
+
+    def _changed_scores(
+        self, run: DifferentiatedRun, sent: SentRows, lanes: DrawLanes
+    ) -> Iterator[tuple[SiteLayer, Tensor]]:
+        """Yield [sender, column, head, key]: the scores with changed queries, or with changed keys,
+        by the site that receives. The other factor of the scores is that of the base run."""
+        own = lanes.take(sent.lane)
+        held = hold_rows(self.edges.rule, len(sent.lane), sent.rows.cell)
+        noise, stop = run.noise(own), self.model.shape.n_layers
+        given = (held, RuleWrites(sent.writes), noise, RuleWrites())
+        with (
+            torch.no_grad(),
+            hold_sublayers(self.model, run.runs.norms, own.batch, *given) as holds,
+        ):
+            for site in _OTHER_FACTOR:
+                ends = {at: SiteRead(*at) for at in self.edges.attended}
+                ends = {at: where for at, where in ends.items() if where.site == site}
+                if not ends:
+                    continue
+                writes = [*noise, *holds, *sent.writes]
+                writes += [self._fix(where, sent.lane, own.batch) for where in ends.values()]
+                reads = [_BasePatterns.reads(where)[0] for where in ends.values()]
+                read = run_full(self.model, own.batch, stop=stop, writes=writes, reads=reads).reads
+                for (at, where), scores in zip(ends.items(), reads, strict=True):
+                    yield at, self._select(where, read[scores], sent, own.batch)
+
+    def _fix(self, where: SiteRead, lanes: Ints, batch: Batch) -> SiteWrite:
+        """Write the other factor of the scores at all tokens of rows, as in the base run."""
+        other = replace(where, site=_OTHER_FACTOR[where.site])
+        values = self.fixed[other]
+        row, token = batch.of_read(other).tokens()
+        index = torch.from_numpy(lanes)[row], batch.of_read(other).columns(row, token)
+        own, units = values[indices_to_device(index, values.device)], values.shape[2]
+        place = (row.repeat_interleave(units), token.repeat_interleave(units))
+        unit = torch.arange(units).repeat(len(row))
+        return SiteWrite(
+            other.site, other.layer, *place, unit, own.flatten(0, 1), stack=other.stack
+        )
+
+    def _select(self, where: SiteRead, scores: Tensor, sent: SentRows, batch: Batch) -> Tensor:
+        """Return scores that differ from those of the base run only at the tokens of the path: at
+        others, two passes of low precision may differ by rounding errors."""
+        before = self.base[replace(where, site="pattern")].scores
+        before = before[indices_to_device((torch.from_numpy(sent.lane),), before.device)]
+        row, token = (torch.from_numpy(each) for each in sent.tokens)
+        size = scores.shape[1] if where.site == "q" else scores.shape[3]
+        changes = torch.zeros(len(scores), size, dtype=torch.bool)
+        if where.site == "q":
+            token = batch.of_read(where).columns(row, token)
+        changes[row, token] = True
+        changes = changes[:, :, None, None] if where.site == "q" else changes[:, None, None]
+        return torch.where(to_device(changes, scores.device), scores, before)
+
+
+_OTHER_FACTOR = {"q": "k", "k": "q"}
+"""The vectors that scores of attention are products with."""
 
 
 def _count_earlier(values: Ints) -> Ints:
@@ -425,9 +608,14 @@ class GradientEstimates:
         lane_of_row = np.searchsorted(prompts, drawn.prompt) * draws + draw
         lanes = DrawLanes.of(self.differentiated.unpatched(), prompts, draws)
         if self.plan.path is not None:
-            edges = PathEdges.of(self.plan, drawn, draw, lane_of_row, self.model.shape)
-            senders = drawn.take(edges.first), draw[edges.first], lane_of_row[edges.first]
-            sums = self._along_edges(edges, *senders, lanes, self._environments(drawn))
+            fixes = self.kind.fixes_attention
+            given = (self.plan, drawn, draw, lane_of_row, self.model.shape)
+            edges = PathEdges.of(*given, fixes_attention=fixes)
+            senders = drawn.take(edges.first), draw[edges.first]
+            given = (self.lanes_of, self.means_and_donors, self.model.shape)
+            writes = build_writes(self.plan, *senders, *given)
+            sent = SentRows.of(edges, senders[0], writes, lane_of_row[edges.first])
+            sums = self._along_edges(edges, sent, lanes, self._environments(drawn))
             return self._result(sums, wanted, base)
         if self.kind.place == "attention":
             edges = build_edges(self.plan, drawn, self.model.shape)
@@ -537,14 +725,8 @@ class GradientEstimates:
             own = np.arange(first, min(first + some, count))
             place = np.full(count, -1)
             place[own] = len(own) + np.arange(len(own))
-            given = [
-                write.some(
-                    torch.from_numpy(place[write.rows.numpy()] >= 0), torch.from_numpy(place)
-                )
-                for write in writes
-            ]
             both = lanes.take(np.tile(lane_of_row[own], 2))
-            adds = [write for write in given if len(write.rows)]
+            adds = select_writes(writes, place)
             with torch.no_grad():
                 reading, _ = self.differentiated.read(adds, both, ())
                 kinds = [items[n] for n in own.tolist()] * 2 if by_item else [None] * (2 * len(own))
@@ -572,9 +754,9 @@ class GradientEstimates:
         else:
             widths = [each.width(self.model) for each in written]
         sizes = [(len(each.lane), width) for each, width in zip(written, widths, strict=True)]
-        sizes += [(len(each.columns), each.pattern.shape[-1]) for each in fixed]
-        leaves = [run.zeros(*size) for size in sizes]
-        adds = [each.added(leaf) for each, leaf in zip([*written, *fixed], leaves, strict=True)]
+        patterns = [each.base for each in fixed]
+        leaves = [run.zeros(*size) for size in (*sizes, *(each.size for each in patterns))]
+        adds = [each.added(leaf) for each, leaf in zip([*written, *patterns], leaves, strict=True)]
         reads = dict.fromkeys(where for each in written for where in each.reads)
         reading, read = run.read(adds, lanes, [*reads])
         bases = [each.base(read, lanes.batch) for each in written]
@@ -595,9 +777,7 @@ class GradientEstimates:
     def _along_edges(
         self,
         edges: PathEdges,
-        senders: RowTable,
-        draws: Ints,
-        lane_of_sender: Ints,
+        sent: SentRows,
         lanes: DrawLanes,
         environments: Sequence[ItemNumber],
     ) -> Floats:
@@ -605,49 +785,142 @@ class GradientEstimates:
 
         Args:
             edges: The edges of all rows.
-            senders: The rows with distinct senders.
-            draws: [sender] noise draw.
-            lane_of_sender: [sender]
+            sent: The rows with distinct senders.
             lanes: The lanes of all rows.
             environments: [row]
         """
         run = self.differentiated
-        given = (self.lanes_of, self.means_and_donors, self.model.shape)
-        writes = build_writes(self.plan, senders, draws, *given)
-        written = [_WrittenVectors.of(write, lane_of_sender, self.model) for write in writes]
+        written = [_WrittenVectors.of(write, sent.lane, self.model) for write in sent.writes]
         paths = edges.rule.paths
         if paths is not None and paths.at_the_end and paths.frozen_norms:
             rules = self.kind.backward or BackwardRules()
             run = replace(run, backward=replace(rules, fixed_norms=True))
         systems = self.means_and_donors.directions.systems
         received, adds = run.add_zeros(edges.list_written(systems), *edges.tokens)
-        slopes_of = partial(
-            self._mean_gradients,
-            run,
-            list(received.values()),
-            adds,
-            lanes=lanes,
-            environments=environments,
-        )
+        patterns = _ReceivingPatterns.of(edges, self.model, lanes.batch, run.noise(lanes))
+        weights = [run.zeros(*each.size) for each in patterns.base.values()]
+        adds += [
+            each.added(leaf) for each, leaf in zip(patterns.base.values(), weights, strict=True)
+        ]
         leaves = [run.zeros(len(each.lane), each.width(self.model)) for each in written]
-        sent = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
+        changes = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
         wheres = dict.fromkeys(where for each in written for where in each.reads)
-        given = (run.model, run.runs.norms, lanes.batch, run.noise(lanes), sent, [*wheres])
+        given = (run.model, run.runs.norms, lanes.batch, run.noise(lanes), changes, [*wheres])
         held = HeldPass.run(edges, *given, systems, self.kind.backward)
-        bases = [each.base(held.senders, lanes.batch) for each in written]
+        along = _SentVectors(
+            held, leaves, written, [each.base(held.senders, lanes.batch) for each in written]
+        )
+        given = (along, received, weights, adds)
         found = np.zeros((len(self.readout.measures), len(environments)))
         for moved in self._list_moved_senders(written):
+            found += self._sum_rounds(run, *given, patterns, sent, lanes, environments, moved)
+        return found
+
+    def _sum_rounds(
+        self,
+        run: DifferentiatedRun,
+        along: _SentVectors,
+        received: Mapping[SiteLayer, Tensor],
+        weights: Sequence[Tensor],
+        adds: Sequence[SiteWrite],
+        patterns: _ReceivingPatterns,
+        sent: SentRows,
+        lanes: DrawLanes,
+        environments: Sequence[ItemNumber],
+        moved: SiteRead | None,
+    ) -> Floats:
+        """Return [measure, row]: the sum over the runs that paths are differentiated in.
+
+        Args:
+            run: The base run.
+            along: The senders.
+            received: The zeros that are added at receivers, by site.
+            weights: The zeros that are added to the weights of each of `patterns.base`.
+            adds: The writes that add them.
+            patterns: Attention weights whose queries or keys receive.
+            sent: The rows with distinct senders.
+            lanes: The lanes of all rows.
+            environments: [row]
+            moved: The site of senders that move; None if the model's input moves, or nothing.
+        """
+        edges, leaves = along.held.edges, [*received.values(), *weights]
+        rounds = self._list_rounds(run, edges)
+        every: list[list[tuple[int, Ints, Sequence[Tensor]]]] = []
+        for own, _ in rounds:
             moves = self._moved_inputs(edges.rule, lanes, moved)
-            for measure, own, slopes in slopes_of(moves=moves):
-                by_site = dict(zip(received, slopes, strict=True))
-                for number in np.unique(edges.receivers_of_row[own]).tolist():
-                    rows = own[edges.receivers_of_row[own] == number]
-                    gradients = held.gradients(number, by_site, leaves)
-                    sums = np.zeros(len(senders))
-                    for each in zip(written, bases, gradients, strict=True):
-                        if moved is None or each[0].where == moved:
-                            sums += self._sums(*each, len(senders))
-                    found[measure, rows] += sums[edges.sender[rows]]
+            every.append(self._mean_gradients(own, leaves, adds, moves, lanes, environments))
+        slopes = [each[len(received) :] for own in every for *_, each in own]
+        by_pattern = iter(patterns.sums(self.kind, run, sent, lanes, slopes))
+        found = np.zeros((len(self.readout.measures), len(environments)))
+        for (_, share), gradients in zip(rounds, every, strict=True):
+            values = np.zeros_like(found)
+            for measure, own, each in gradients:
+                by_site = dict(zip(received, each[: len(received)], strict=True))
+                given = (own, by_site, next(by_pattern), moved)
+                values[measure, own] = self._sum_edges(along, *given)
+            found += (np.abs(values) if self.kind.drops_layers else values) * share
+        return found
+
+    def _list_rounds(
+        self, run: DifferentiatedRun, edges: PathEdges
+    ) -> list[tuple[DifferentiatedRun, Floats]]:
+        """List the runs that paths are differentiated in, with [row] the share of each in a value:
+        without the gradient through one layer after another, if the estimator drops layers. The
+        layer that all receivers of a row are in has no share, because its gradient would be 0."""
+        count = len(edges.receivers_of_row)
+        if not self.kind.drops_layers:
+            return [(run, np.ones(count))]
+        layers = list_dropped_layers(self.plan.experiment)
+        own_layer = np.full(len(edges.receivers), -1)
+        for number, receivers in enumerate(edges.receivers):
+            reads = [SiteRead(point.site, point.layer) for point in receivers.points]
+            places = {
+                None if each.site in _STREAMS else (each.stack.replace("cross", ""), each.layer)
+                for each in reads
+            }
+            if len(places) == 1 and (place := places.pop()) is not None:
+                own_layer[number] = layers.index(place)
+        own_layer = own_layer[edges.receivers_of_row]
+        counts = len(layers) - (own_layer >= 0)
+        rules = run.backward or BackwardRules()
+        return [
+            (
+                replace(run, backward=replace(rules, dropped_layer=layer, dropped_stack=stack)),
+                (own_layer != number) / counts,
+            )
+            for number, (stack, layer) in enumerate(layers)
+        ]
+
+    def _sum_edges(
+        self,
+        along: _SentVectors,
+        rows: Ints,
+        by_site: Mapping[SiteLayer, Tensor],
+        by_pattern: Mapping[SiteLayer, Floats],
+        moved: SiteRead | None,
+    ) -> Floats:
+        """Return [row]: the estimator's numbers of rows, by one gradient of a metric.
+
+        Args:
+            along: The senders.
+            rows: Numbers of the rows.
+            by_site: [token, unit, width] gradients by the receivers' sites.
+            by_pattern: [sender, unit] numbers of queries and keys that receive.
+            moved: The only site of senders that counts; None for all.
+        """
+        edges, found = along.held.edges, np.zeros(len(rows))
+        for number in np.unique(edges.receivers_of_row[rows]).tolist():
+            own = np.flatnonzero(edges.receivers_of_row[rows] == number)
+            sums = np.zeros(len(edges.first))
+            if edges.has_gradient(number):
+                gradients = along.held.gradients(number, by_site, along.leaves)
+                for each in zip(along.written, along.bases, gradients, strict=True):
+                    if moved is None or each[0].where == moved:
+                        sums += self._sums(*each, len(sums))
+            for point in edges.list_attended(number):
+                values = by_pattern[point.site, point.layer]
+                sums += values.sum(1) if point.unit is None else values[:, point.unit]
+            found[own] = sums[edges.sender[rows[own]]]
         return found
 
     def _list_moved_senders(self, written: Sequence[_WrittenVectors]) -> Sequence[SiteRead | None]:

@@ -31,7 +31,7 @@ from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.program.estimators import BackwardRules
 from mechdsl.resolve.types import BasisMember, SiteLayer, SitePoint, is_neuron
-from mechdsl.vocab.sites import SITES
+from mechdsl.vocab.sites import SITES, is_query_or_key
 
 
 def hold_rows(plan: RulePlan, count: int, cells: Ints | None = None) -> HeldSublayers:
@@ -197,10 +197,18 @@ class PathEdges:
     """[row] index into `receivers`."""
     tokens: tuple[Tensor, Tensor]
     """Lane and position of each token that a row writes."""
+    fixes_attention: bool = False
+    """Whether queries and keys receive exactly: no gradient by them is taken."""
 
     @staticmethod
     def of(
-        plan: ExperimentPlan, rows: RowTable, draws: Ints, lane_of_row: Ints, shape: ModelShape
+        plan: ExperimentPlan,
+        rows: RowTable,
+        draws: Ints,
+        lane_of_row: Ints,
+        shape: ModelShape,
+        *,
+        fixes_attention: bool,
     ) -> PathEdges:
         """Number the senders and the receivers of rows."""
         rule = plan.path
@@ -235,13 +243,33 @@ class PathEdges:
             tuple(number),
             np.array(of_kind, dtype=np.int64)[of_row.reshape(-1)],
             (torch.from_numpy(places[0]), torch.from_numpy(places[1])),
+            fixes_attention,
         )
+
+    def list_attended(self, number: int) -> list[SitePoint]:
+        """List the receivers with a number whose change of attention weights is exact."""
+        points = self.receivers[number].points
+        return [each for each in points if self.fixes_attention and is_query_or_key(each.site)]
+
+    def has_gradient(self, number: int) -> bool:
+        """Return whether some receivers with a number have a gradient."""
+        return len(self.list_attended(number)) < len(self.receivers[number].points)
+
+    @property
+    def attended(self) -> list[SiteLayer]:
+        """The sites and layers of all receivers whose change of attention weights is exact."""
+        points = (
+            each for number in range(len(self.receivers)) for each in self.list_attended(number)
+        )
+        return list(dict.fromkeys((point.site, point.layer) for point in points))
 
     @property
     def sites(self) -> list[SiteLayer]:
-        """The sites and layers of all receivers."""
+        """The sites and layers of all other receivers."""
         points = (point for own in self.receivers for point in own.points)
-        return list(dict.fromkeys((point.site, point.layer) for point in points))
+        every = dict.fromkeys((point.site, point.layer) for point in points)
+        attended = self.attended
+        return [each for each in every if each not in attended]
 
     @property
     def reads(self) -> dict[SiteLayer, SiteRead]:
@@ -270,6 +298,51 @@ class PathEdges:
         if basis is None:
             return {}
         return {(site, layer): basis.at(SitePoint(site, layer, None)) for site, layer in self.sites}
+
+
+@dataclass(frozen=True, eq=False)
+class SentRows:
+    """Rows with distinct values of senders."""
+
+    rows: RowTable
+    writes: Sequence[SiteWrite]
+    """What the senders change; rows of the writes are numbers of these rows."""
+    lane: Ints
+    """[sender]"""
+    tokens: tuple[Ints, Ints]
+    """Number of the row and position of each token that a row writes."""
+
+    @staticmethod
+    def of(
+        edges: PathEdges, rows: RowTable, writes: Sequence[SiteWrite], lane_of_row: Ints
+    ) -> SentRows:
+        """Add the tokens of the path to the rows of the senders."""
+        row, token = edges.rule.written.tokens.expand(edges.rule.written_runs(rows))
+        return SentRows(rows, writes, lane_of_row, (row, token))
+
+    def take(self, own: Ints) -> SentRows:
+        """Select some rows, in ascending order."""
+        place = np.full(len(self.lane), -1)
+        place[own] = np.arange(len(own))
+        row, token = self.tokens
+        here = place[row] >= 0
+        return SentRows(
+            self.rows.take(own),
+            select_writes(self.writes, place),
+            self.lane[own],
+            (place[row][here], token[here]),
+        )
+
+
+def select_writes(writes: Sequence[SiteWrite], place: Ints) -> list[SiteWrite]:
+    """Select the writes of some rows.
+
+    Args:
+        place: [row] their new numbers; -1 for other rows.
+    """
+    rows = torch.from_numpy(place)
+    found = [each.some(rows[each.rows] >= 0, rows) for each in writes]
+    return [each for each in found if len(each.rows)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -391,7 +464,8 @@ class HeldPass:
         """
         total = torch.zeros((), dtype=torch.float64)
         own = self.edges.receivers[number]
-        for point in own.points:
+        attended = self.edges.list_attended(number)
+        for point in (each for each in own.points if each not in attended):
             place = point.site, point.layer
             units = slice(None) if point.unit is None else point.unit
             parts = {place: self.inputs[place][:, units]}
