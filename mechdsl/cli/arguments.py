@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import click
 
+from mechdsl.cli.output import print_diagnostics
 from mechdsl.diagnostics.command_line import BadCommandLine
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.core import Diagnostic, has_errors
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -317,6 +318,18 @@ def check_mech_file(
         return None, problems
     checked = check_source(source, settings)
     return checked, checked.diagnostics
+
+
+def check_and_print(
+    file: Path, settings: CheckSettings, plugins: Sequence[str]
+) -> CheckedFile | None:
+    """Load plugins, check one file, and print the diagnostics; None after an error."""
+    if problems := load_plugins(plugins):
+        print_diagnostics(problems)
+        return None
+    checked, problems = check_mech_file(file, settings)
+    print_diagnostics(problems)
+    return None if has_errors(problems) else checked
 
 
 def map_files(

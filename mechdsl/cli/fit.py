@@ -15,6 +15,7 @@ from mechdsl.base.runtime import read_launch
 from mechdsl.cli.arguments import (
     StoreOptions,
     allow_python_option,
+    check_and_print,
     check_mech_file,
     device_option,
     dtype_option,
@@ -266,16 +267,11 @@ def export(
     plugins: tuple[str, ...],
 ) -> int:
     """Write a model of FILE, with its edits, to a folder that transformers loads."""
-    problems = load_plugins(plugins)
-    if problems:
-        print_diagnostics(problems)
-        return INVALID_INPUT
     how = settings_from_options(
         parameters, allow_python=allow_python, allow_outside=False, untrusted=untrusted
     )
-    checked, problems = check_mech_file(file, how)
-    print_diagnostics(problems)
-    if checked is None or has_errors(problems):
+    checked = check_and_print(file, how, plugins)
+    if checked is None:
         return INVALID_INPUT
     from mechdsl.base.text import count_noun
     from mechdsl.pipeline.loaded_models import export_model

@@ -16,7 +16,7 @@ from mechdsl.cli.arguments import (
     PassOptions,
     allow_outside_option,
     allow_python_option,
-    check_mech_file,
+    check_and_print,
     file_argument,
     format_option,
     limit_option,
@@ -84,10 +84,6 @@ def explain(
     """
     if for_agents or is_page_name(what):
         return _print_page(*(find_agent_page if for_agents else find_page)(what))
-    problems = load_plugins(plugins)
-    if problems:
-        print_diagnostics(problems)
-        return INVALID_INPUT
     how = settings_from_options(
         parameters,
         limit,
@@ -95,9 +91,8 @@ def explain(
         allow_outside=allow_outside,
         untrusted=untrusted,
     )
-    checked, problems = check_mech_file(Path(what), how)
-    print_diagnostics(problems)
-    if checked is None or has_errors(problems):
+    checked = check_and_print(Path(what), how, plugins)
+    if checked is None:
         return INVALID_INPUT
     from mechdsl.show import prompts as explaining
 
@@ -146,21 +141,11 @@ def graph(
     plugins: tuple[str, ...],
 ) -> int:
     """Draw the intervention graph of a file. `-` is standard input."""
-    problems = load_plugins(plugins)
-    if problems:
-        print_diagnostics(problems)
-        return INVALID_INPUT
-    checked, problems = check_mech_file(
-        file,
-        settings_from_options(
-            parameters,
-            allow_python=allow_python,
-            allow_outside=allow_outside,
-            untrusted=untrusted,
-        ),
+    how = settings_from_options(
+        parameters, allow_python=allow_python, allow_outside=allow_outside, untrusted=untrusted
     )
-    print_diagnostics(problems)
-    if checked is None or has_errors(problems):
+    checked = check_and_print(file, how, plugins)
+    if checked is None:
         return INVALID_INPUT
     from mechdsl.show.graph import draw_graph
 
@@ -198,10 +183,6 @@ def plan(
     passes: PassOptions,
 ) -> int:
     """Print the graph, cells, rows and passes of a file. `-` is standard input."""
-    problems = load_plugins(plugins)
-    if problems:
-        print_diagnostics(problems)
-        return INVALID_INPUT
     how = settings_from_options(
         parameters,
         limit,
@@ -209,9 +190,8 @@ def plan(
         allow_outside=allow_outside,
         untrusted=untrusted,
     )
-    checked, problems = check_mech_file(file, how)
-    print_diagnostics(problems)
-    if checked is None or has_errors(problems):
+    checked = check_and_print(file, how, plugins)
+    if checked is None:
         return INVALID_INPUT
     from mechdsl.pipeline.trained_files import list_training_costs
     from mechdsl.planner.passes import check_pass_names, make_plan
