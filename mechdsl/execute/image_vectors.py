@@ -26,6 +26,7 @@ from mechdsl.diagnostics.models import ImagesNotVectors, SiteNotOnModel
 from mechdsl.forward.hooks.batch import (
     Batch,
     BlockPairs,
+    CircuitWrite,
     EdgeWrite,
     PatchPools,
     SiteRead,
@@ -268,6 +269,7 @@ class ImageVectors:
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
         edges: Sequence[EdgeWrite],
+        circuits: Sequence[CircuitWrite],
         derivatives: Derivatives,
     ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
         """Run the vision encoder on a batch's images: see `VisionPass`."""
@@ -275,9 +277,10 @@ class ImageVectors:
         count = model.shape.merged_side**2
         inside = [_number_patches(write, batch, every, count) for write in writes]
         within = [_number_edges(edge, batch, every, count) for edge in edges]
-        written = {n for each in (*inside, *within) for n in each.rows.tolist()}
+        ablated = [_number_patches(each, batch, every, count) for each in circuits]
+        written = {n for each in (*inside, *within, *ablated) for n in each.rows.tolist()}
         changed = {*range(len(every))} if blocks else written
-        first = _find_first_equal(() if within else writes, every)
+        first = _find_first_equal(() if within or ablated else writes, every)
         # Equal images without writes, or with equal ones, share a lane.
         lanes: dict[tuple[ImageKey, int], list[int]] = {}
         for n, each in enumerate(every):
@@ -293,7 +296,8 @@ class ImageVectors:
         for alike in by_extent.values():
             for start in range(0, len(alike), _AT_ONCE):
                 own = alike[start : start + _AT_ONCE]
-                found, later = self._run(model, run, own, inside, reads, blocks, within)
+                given = inside, reads, blocks, within, ablated
+                found, later = self._run(model, run, own, *given)
                 vectors.add([numbers for _, numbers in own], found, later)
         return vectors.writes(self._known_later(batch)), vectors.reads
 
@@ -315,6 +319,7 @@ class ImageVectors:
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
         edges: Sequence[EdgeWrite],
+        circuits: Sequence[CircuitWrite],
     ) -> tuple[dict[SiteRead, Tensor], list[Tensor]]:
         """Run the vision encoder on images of one extent.
 
@@ -328,6 +333,7 @@ class ImageVectors:
             blocks: Replaced blocks.
             edges: Changed attention edges, whose rows are numbers of images, and whose queries and
                 keys are patches.
+            circuits: Edges between components that carry other values, likewise.
 
         Returns:
             [lane, token, units, width] of `embed`, [lane, token, head, token] of patterns, and
@@ -350,9 +356,12 @@ class ImageVectors:
         for lane, (_, (number, *_)) in enumerate(lanes):
             inside += patches.place_writes(writes, number, lane)
             within += patches.place_edges(edges, number, lane)
+        lane_of = {number: lane for lane, (_, (number, *_)) in enumerate(lanes)}
+        ablated = [each for own in circuits for each in patches.place_circuit(own, lane_of)]
         with _record_later_vectors(model) as later, exchange_blocks(model, blocks):
             asked = [_EMBED, *reads]
-            found = run(model, batch, writes=inside, reads=asked, edges=within).reads
+            changes: dict[str, Any] = {"writes": inside, "edges": within, "circuits": ablated}
+            found = run(model, batch, reads=asked, **changes).reads
         values = {
             each: found[each] if _is_over_keys(each) else patches.select(found[each])
             for each in reads
@@ -707,6 +716,23 @@ class _Patches:
                 rows, queries = torch.full_like(own.rows, lane), self.find(own.queries)
                 yield replace(own, rows=rows, queries=queries, keys=self.find(own.keys))
 
+    def place_circuit(
+        self, circuit: CircuitWrite, lanes: Mapping[int, int]
+    ) -> Iterator[CircuitWrite]:
+        """Yield a circuit in some images, with their lanes as rows and the encoder's tokens.
+
+        Args:
+            circuit: The circuit in all images of the batch.
+            lanes: The lane of each image, by number.
+        """
+        there = torch.tensor([n in lanes for n in circuit.rows.tolist()], dtype=torch.bool)
+        if self.tiles is not None:
+            there &= self.of_token.flatten()[circuit.positions] >= 0
+        own = circuit.some(there)
+        if len(own.rows):
+            rows = torch.tensor([lanes[n] for n in own.rows.tolist()])
+            yield replace(own, rows=rows, positions=self.find(own.positions))
+
     def find(self, positions: Tensor) -> Tensor:
         """Return the encoder's tokens, given numbers as in `TokenHits`.
 
@@ -741,13 +767,16 @@ def _tabulate_images(batch: Batch, images: Sequence[_Occurrence]) -> tuple[Tenso
     return number, index
 
 
+WrittenT = TypeVar("WrittenT", SiteWrite, CircuitWrite)
+
+
 def _number_patches(
-    write: SiteWrite, batch: Batch, images: Sequence[_Occurrence], count: int
-) -> SiteWrite:
+    write: WrittenT, batch: Batch, images: Sequence[_Occurrence], count: int
+) -> WrittenT:
     """Replace rows and positions of a write by numbers of images in the batch, and of patches.
 
     Args:
-        write: The write, whose positions are numbers of patches as in `TokenHits`.
+        write: A write or a circuit, whose positions are numbers of patches as in `TokenHits`.
         batch: The prompts.
         images: The images in them.
         count: Number of patches of a token.
@@ -758,7 +787,7 @@ def _number_patches(
     number, index = _tabulate_images(batch, images)
     where = write.rows, batch.columns(write.rows, write.positions // count)
     if bool((number[where] < 0).any()):
-        raise WriteMismatch(f"{write.where.quoted} has vectors at tokens of images only")
+        raise WriteMismatch("the vision encoder has vectors at tokens of images only")
     positions = index[where] * count + write.positions % count
     return replace(write, rows=number[where], positions=positions)
 

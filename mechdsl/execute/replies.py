@@ -204,7 +204,9 @@ class ReplyGenerator:
         ids = [rows.run.rows[prompt].ids for prompt in rows.prompts.tolist()]
         batch = build_batch(model, ids, [0] * len(ids), model.calling.side)
         with replace_blocks(model, prefill.blocks):
-            _, writes, _, edges, _ = split_vision(model, batch, prefill.writes, (), prefill.edges)
+            _, writes, _, edges, _, _ = split_vision(
+                model, batch, prefill.writes, (), prefill.edges
+            )
         return replace(prefill, writes=writes, edges=edges, blocks=blocks)
 
     def _known(

@@ -1111,7 +1111,7 @@ def _check_circuit(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
     """Report E0108 if edges between the components of the model can't be separated."""
     circuit = rule.circuit
     assert circuit is not None
-    reason = explain_no_circuits(model) or explain_no_neurons(model, circuit.neurons)
+    reason = explain_no_circuits(model, circuit.stack) or explain_no_neurons(model, circuit.neurons)
     reason = reason or explain_no_features(model, circuit.features)
     what = f"a circuit in `{model.name}` ({reason})"
     return NotSupported(span=rule.spec.span, what=what) if reason else None

@@ -383,6 +383,34 @@ def _with_vision(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     )
 
 
+_FEATURE_LAYERS: Mapping[str, tuple[int, ...]] = {
+    "vipllava": (-2, -5, -8, -11, 6),
+    **dict.fromkeys(("llava", "llava_next", "video_llava"), (-2,)),
+}
+"""By `model_type`, the default of `vision_feature_layer`, if it isn't -1."""
+
+_LATER_LAYERS: Mapping[str, tuple[int, ...]] = dict.fromkeys(
+    ("qwen3_vl", "qwen3_vl_moe"), (8, 16, 24)
+)
+"""By `model_type`, the default of `deepstack_visual_indexes`, if the model has this key."""
+
+
+def _list_read_blocks(config: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:
+    """Return the numbers of blocks of a vision encoder after which the language model reads it, in
+    ascending order.
+
+    Args:
+        config: The config of the whole model.
+        n_layers: Number of blocks of the encoder.
+    """
+    kind = str(config.get("model_type"))
+    named = config.get("vision_feature_layer") or _FEATURE_LAYERS.get(kind, (-1,))
+    states = (named,) if isinstance(named, int) else named
+    part = subconfig(config, "vision_config")
+    later = part.get("deepstack_visual_indexes", _LATER_LAYERS.get(kind)) or ()
+    return tuple(sorted({*(n % (n_layers + 1) for n in states), *(n + 1 for n in later)}))
+
+
 def _other_stacks(
     shape: ModelShape, config: Mapping[str, Any], stacks: Iterable[str]
 ) -> dict[str, ModelShape]:
@@ -536,7 +564,11 @@ def stack_shape(shape: ModelShape, config: Mapping[str, Any], stack: str) -> Mod
                 part = {**part, "hidden_size": part["embed_dim"]}
     found, _ = _shape(part, part, [shape.architecture], "image", causal=False)
     lists = find_family("" if found is None else found.family).block_lists(part)
-    return replace(found, n_layers=sum(lists.values())) if found is not None and lists else found
+    if found is not None and lists:
+        found = replace(found, n_layers=sum(lists.values()))
+    if found is not None and stack == "vision":
+        found = replace(found, read_after=_list_read_blocks(config, found.n_layers))
+    return found
 
 
 def _encoder_numbers(config: Mapping[str, Any]) -> dict[str, Any]:

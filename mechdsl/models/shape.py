@@ -182,6 +182,8 @@ class ModelShape(Record):
     """Whether tokens of images are resampled from patches, as in `ImageLayout.resamples`."""
     resampler_attends: bool = False
     """Whether a resampler with attention reads all patches for each token."""
+    read_after: tuple[int, ...] = ()
+    """Numbers of blocks of this vision encoder after which the language model reads its stream."""
     attended: int = 0
     """Number of tokens of an image that some blocks attend to, before the text of each prompt."""
     attending: int = 0

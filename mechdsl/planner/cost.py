@@ -934,9 +934,12 @@ def _count_edge_work(
     the neurons of a layer are computed for each of their inputs.
 
     Args:
+        shape: The whole model.
         inputs: The number of these; None for the distinct ones.
     """
     components = [SITES[of.site].component for of in senders.points]
+    in_vision = any(SITES[of.site].stack == "vision" for of in senders.points)
+    own = shape.others["vision"] if in_vision else shape
     layers = [
         -1 if component == "resid_pre" else of.layer or 0
         for of, component in zip(senders.points, components, strict=True)
@@ -960,8 +963,8 @@ def _count_edge_work(
     if inputs is None:
         sites = {to.site for to in receivers.points if is_neuron(to)}
         inputs = sum(len(_list_inputs(senders, receivers, site)) for site in sites)
-    read = inputs * (block.dense_mlp - shape.d_model * shape.d_mlp)
-    return shape.d_model * (summed + (projected + heads) * shape.d_head + neurons) + read
+    read = inputs * (block.dense_mlp - own.d_model * own.d_mlp)
+    return own.d_model * (summed + (projected + heads) * own.d_head + neurons) + read
 
 
 def _count_split_work(
@@ -1143,6 +1146,7 @@ def settles_circuits(plan: ExperimentPlan) -> bool:
             and not rule.rule.circuit.places
             and not rule.rule.circuit.neurons
             and not rule.rule.circuit.features
+            and not rule.rule.circuit.stack
             and rule.rule.apart is None
             for rule in plan.rules
         )
@@ -1386,7 +1390,7 @@ class PanelCount:
         if key not in self._circuit_adds:
             given, circuit = (self.block, self.shape), rule.rule.circuit
             assert circuit is not None
-            attends = self.shape.attends_to_image
+            attends = self.shape.attends_to_image or circuit.stack == "vision"
             if attends or circuit.encoder is not None or circuit.neurons or circuit.features:
 
                 def count(ends: tuple[EdgeEnds, EdgeEnds]) -> int:

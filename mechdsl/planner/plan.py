@@ -151,9 +151,10 @@ class ExperimentPlan:
 
     @property
     def ablates_circuits(self) -> bool:
-        """Whether a rule ablates edges of circuits, whose receivers read the outputs of all
-        blocks."""
-        return any(plan.rule.circuit is not None for plan in self.rules)
+        """Whether a rule ablates edges of circuits in the language model, whose receivers read the
+        outputs of all blocks."""
+        circuits = (plan.rule.circuit for plan in self.rules)
+        return any(circuit is not None and not circuit.stack for circuit in circuits)
 
     @cached_property
     def token_weight(self) -> int:
@@ -162,7 +163,7 @@ class ExperimentPlan:
         each of these inputs."""
         senders = receivers = neurons = 0
         shape = self.experiment.model.shape
-        for plan in self.rules:
+        for plan in self.rules if self.ablates_circuits else ():
             for of, to in chain.from_iterable(plan.edge_ends):
                 senders = max(senders, len(of.points))
                 layers = Counter(point.layer for point in to.points)

@@ -50,6 +50,17 @@ encoder."""
 
 END = SitePoint("logits", None, None)
 
+VISION_EMBEDDING = SitePoint("resid_pre vision", 0, None)
+"""The sender `embed vision`: the stream that enters the first block of a vision encoder."""
+
+VISION_END = SitePoint("logits vision", None, None)
+"""The receiver `embed` at tokens of images: the projector, which reads the end of the stream of a
+vision encoder."""
+
+EMBEDDINGS = EMBEDDING, ENCODER_EMBEDDING, VISION_EMBEDDING
+
+ENDS = END, VISION_END
+
 NEURONS = "mlp_hidden"
 """Site of neurons, which are senders and receivers."""
 
@@ -89,16 +100,21 @@ _NODE = re.compile(
 )
 
 _IN_STACK = re.compile(
-    r"(?P<part>\w+) (?P<stack>encoder|cross)"
+    r"(?P<part>\w+) (?P<stack>encoder|cross|vision)"
     r"(?: layer (?P<layer>\d{1,4}))?(?: (?P<word>head|neuron) (?P<unit>\d{1,6}))?"
 )
-"""A node of an encoder-decoder that isn't one of the decoder's stream to itself."""
+"""A node of a vision encoder, or of an encoder-decoder and not of the decoder's stream to
+itself."""
 
 _NODES_IN_STACK = {
-    "sender": ("z encoder", "z cross", "mlp_out encoder", f"{NEURONS} encoder"),
+    "sender": (
+        *("z encoder", "z cross", "mlp_out encoder", f"{NEURONS} encoder"),
+        *("z vision", "mlp_out vision"),
+    ),
     "receiver": (
         *("q encoder", "k encoder", "v encoder", "mlp_norm encoder", f"{NEURONS} encoder"),
         *("q cross", "k cross", "v cross"),
+        *("q vision", "k vision", "v vision", "mlp_norm vision"),
     ),
 }
 
@@ -136,6 +152,11 @@ class CircuitFile(Record):
     prompts: tuple[str, ...] = ()
     """Digests of the prompts that the edges were chosen on, if the file has them."""
 
+    @property
+    def stack(self) -> Literal["", "vision"]:
+        """The stack of its edges, as in `find_stream`."""
+        return "vision" if any(" vision" in name for name in self.scores) else ""
+
 
 class NamedNodes(Record):
     """The neurons and features that `nodes` names for the edges of a file."""
@@ -170,12 +191,23 @@ class SavedCircuit(Record):
     `scores`."""
 
 
+EdgeLister: TypeAlias = Callable[
+    [Mapping[SiteLayer, tuple[int, ...]], Literal["", "vision"]], Sequence[CircuitEdge]
+]
+
+
+def find_stream(edges: Iterable[CircuitEdge]) -> Literal["", "vision"]:
+    """Return the stack that edges are in: `vision`, or empty for the language model and all stacks
+    of an encoder-decoder."""
+    return "vision" if any(SITES[of.site].stack == "vision" for of, _ in edges) else ""
+
+
 def read_circuit(
     path: Path,
     written: str,
     size: int | None,
     shape: ModelShape,
-    list_edges: Callable[[Mapping[SiteLayer, tuple[int, ...]]], Sequence[CircuitEdge]],
+    list_edges: EdgeLister,
     nodes: NamedNodes,
 ) -> SavedCircuit:
     """Read the edges of a circuit for a model.
@@ -187,8 +219,8 @@ def read_circuit(
         written: The path as the user wrote it.
         size: Number of edges with the largest absolute scores; None for those that are chosen in
             the file.
-        list_edges: Returns the edges of the model with some neurons as nodes, by site and layer,
-            and with the features that the user names.
+        list_edges: Returns the edges of a stack with some neurons as nodes, by site and layer, and
+            with the features that the user names.
         nodes: The neurons and features that the user names.
 
     Raises:
@@ -198,20 +230,21 @@ def read_circuit(
     file = _read_file(path, written)
     if shape.stands_in:  # the names are those of a model that isn't available
         return SavedCircuit((((EMBEDDING, END), None),), {}, {}, file.digest, "")
-    _check_sizes(file, written, shape)
+    _check_sizes(file, written, shape.others.get(file.stack, shape))
     _check_dictionaries(file, written, nodes.dictionaries)
     places = dict[str, ast.Position]()
     named = dict(_name_edges(file, written, shape, places, nodes.features))
     points = [SitePoint(*of, unit) for of, own in nodes.neurons.items() for unit in own]
     points += _find_nodes(file, written, shape, nodes.features)
     neurons = _find_neurons([*named.values(), *((each, each) for each in points)], written)
-    every = list_edges(neurons)
+    every = list_edges(neurons, file.stack)
     names = _join_names({name: split_mlps(own, neurons) for name, own in named.items()})
-    known = set(every)
+    order = {edge: number for number, edge in enumerate(every)}
     for (edge, _), (name, *_) in names.items():
-        if edge not in known:
+        if edge not in order:
             joined = any(of.site == "attn_out" for of, _ in nodes.features.values())
-            _reject_edge(name, written, shape, joined=joined)
+            mixed = find_stream([edge]) != file.stack
+            _reject_edge(name, written, shape, joined=joined, mixed=mixed)
     given = {edge: [file.scores[name] for name in own] for edge, own in names.items()}
     scores = {edge: [n for n in own if n is not None] for edge, own in given.items()}
     scores = {edge: own for edge, own in scores.items() if own}
@@ -221,7 +254,6 @@ def read_circuit(
     else:
         edges = _choose_marked(file, names, written, every, shape)
     kept = {edge: total[edge] for edge in edges} if total.keys() >= set(edges) else {}
-    order = {edge: number for number, edge in enumerate(every)}
     rest = sorted(total.keys() - set(edges), key=lambda each: (order[each[0]], each[1] or ""))
     others = {edge: total[edge] for edge in rest} if kept else {}
     made = _describe_choice(edges, len(every), size)
@@ -232,12 +264,18 @@ def read_circuit(
     return SavedCircuit(edges, kept, used, file.digest, said, neurons, file.prompts, others)
 
 
-def _reject_edge(name: str, written: str, shape: ModelShape, *, joined: bool = False) -> NoReturn:
+def _reject_edge(
+    name: str, written: str, shape: ModelShape, *, joined: bool = False, mixed: bool = False
+) -> NoReturn:
     """Raise UnreadableFile for an edge between components of which one doesn't read the other.
 
     Args:
         joined: Whether features of the output of attention are nodes, which heads send to.
+        mixed: Whether the edge is in another stack than edges of the vision encoder.
     """
+    if mixed:
+        reason = f"`{written}` has edges of the vision encoder and of the language model"
+        raise UnreadableFile(reason, "write a file for each")
     why = "reads before or at the sender"
     if "encoder" in shape.others or joined:
         why = "doesn't read the sender"
@@ -486,6 +524,8 @@ def _point(
         raise NotAnEdge(f"and `{name}` isn't a component")
     sends = end == "sender"
     if match["embed"] or match["end"]:
+        if match["embed"] and not sends and not reads and "vision" in shape.others:
+            return VISION_END
         if sends != bool(match["embed"]) or reads:
             raise NotAnEdge(f"and `{name}` isn't a valid {end}")
         return EMBEDDING if sends else END
@@ -520,19 +560,20 @@ def _point(
 def _point_in_stack(
     match: re.Match[str], shape: ModelShape, end: Literal["sender", "receiver"]
 ) -> SitePoint:
-    """Return a node of an encoder-decoder: `embed encoder`, `q cross layer 1 head 0`. Raises
+    """Return a node of another stack: `embed encoder`, `q cross layer 1 head 0`. Raises
     NotAnEdge."""
     name, stack = match[0], match["stack"]
     if stack not in shape.others:
         raise NotAnEdge(f"and the model has no `{stack}`")
-    if name == "embed encoder" and end == "sender":
-        return ENCODER_EMBEDDING
+    if match["part"] == "embed" and stack != "cross" and end == "sender":
+        return VISION_EMBEDDING if stack == "vision" else ENCODER_EMBEDDING
     site = f"{match['part']} {stack}"
     if site not in _NODES_IN_STACK[end]:
         raise NotAnEdge(f"and `{name}` isn't a valid {end}")
     if match["layer"] is None:
         raise NotAnEdge(f"and `{name}` has no layer")
-    layer, layers = int(match["layer"]), shape.others[stack].n_layers
+    own = shape.others[stack]
+    layer, layers = int(match["layer"]), (own.read_after or (own.n_layers,))[-1]
     if layer >= layers:
         raise NotAnEdge(f"and `{stack}` has {count_noun(layers, 'layer')}")
     if match["part"] in ("mlp_out", "mlp_norm"):

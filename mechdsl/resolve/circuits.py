@@ -22,7 +22,7 @@ from mechdsl.base.hashing import stable_hash
 from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
-from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.experiments import BadPick
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import AxisDoesNotFit, BadBasis, NoPath, NotOnAPath
@@ -38,11 +38,16 @@ from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.cells import counts_from_end, list_token_places
 from mechdsl.resolve.circuit_files import (
     EMBEDDING,
+    EMBEDDINGS,
     ENCODER_EMBEDDING,
     END,
+    ENDS,
     NEURONS,
+    VISION_EMBEDDING,
+    VISION_END,
     NamedNodes,
     SavedCircuit,
+    find_stream,
     list_neurons,
     read_circuit,
     split_mlps,
@@ -99,9 +104,9 @@ STACK_SENDERS = "`L0H1`, `L0.mlp`, `z cross layer 0 head 1` or `mlp_out encoder 
 
 STACK_RECEIVERS = "`L1H0.q`, `logits`, `q cross layer 1 head 0` or `v cross layer 1 head 0`"
 
-_VISION_EDGES_HINT = (
-    "patch the edge: `path z vision layer 0 head 1 -> q vision layer 1 head 0 at photo tokens`"
-)
+VISION_SENDERS = "`embed vision`, `z vision layer 0 head 1` or `mlp_out vision layer 0`"
+
+VISION_RECEIVERS = "`q vision layer 1 head 0`, `mlp_norm vision layer 1` or `embed`"
 
 _SENDERS = {
     "embed": "resid_pre",
@@ -163,6 +168,12 @@ FeatureResolver: TypeAlias = Callable[
 ]
 """Resolves the features at an end of an edge, by output; empty after an error."""
 
+
+VISION_NOTE = (
+    "edges of the vision encoder are ablated at the patches of tokens of images; `embed vision` is "
+    "the stream that enters block 0 of the encoder, and `embed` the projector, which reads the end "
+    "of the stream; class tokens and patches without a token have all edges"
+)
 
 STREAM_NOTE = (
     "edges of the encoder are ablated at tokens that it reads, edges of the decoder at its own; "
@@ -242,6 +253,7 @@ def find_dead_edges(
         or circuit.edge_places
         or len(circuit.named) != 1
         or work.sites.shape.stands_in
+        or circuit.stack == "vision"  # class tokens aren't written
         or any(
             {*chain.from_iterable(hits)} < {*range(len(row.ids))}
             for cell in positions.written.values()
@@ -350,9 +362,7 @@ def find_circuit_edges(
     an MLP and its neurons, E0342 for a file, and errors of sites and positions."""
     shape = work.sites.shape
     every = list_edges(shape)
-    missing = _find_missing_edges(every, span, work)
-    if missing is not None:
-        work.diagnostics.append(missing)
+    if _report_missing_edges(every, span, work):
         return None
     before = len(work.diagnostics)
     parts = _CircuitParts(work, resolve_features)
@@ -372,6 +382,7 @@ def find_circuit_edges(
         for edge, at in saved.edges:
             place = None if at is None else saved.places[at]
             parts.add([edge], place, saved.scores.get((edge, at)), circuit.source)
+    stack = _find_stack(circuit, parts, work)
     neurons = nodes or list_neurons(parts.found)
     features = named.features or _list_features(chain.from_iterable(parts.found), parts)
     if neurons or features:
@@ -380,9 +391,10 @@ def find_circuit_edges(
     _check_attention_nodes(resolved, features, work)
     if has_errors(work.diagnostics[before:]):
         return None
-    every = list_edges(shape, neurons, features) if neurons or features else every
+    if neurons or features or stack:
+        every = list_edges(shape, neurons, features, stack)
     found = parts.found
-    if shape.stands_in:  # edges of an encoder-decoder aren't among those of a placeholder
+    if shape.stands_in:  # edges of other stacks may not be among those of a placeholder
         every = list(dict.fromkeys((*every, *found)))
     by_place = dict[EdgeAtPlace, float](parts.by_place)
     by_place |= {(edge, None): own for edge, own in zip(every, circuit.scores, strict=False)}
@@ -426,7 +438,9 @@ def compare_circuits(
     An MLP that one circuit divides into neurons or features is divided in the other one, too: an
     edge of the MLP is one edge of each of its nodes. An edge without a position is at all tokens.
     """
-    problem = _explain_different_nodes(first, second)
+    problem, stack = _explain_different_nodes(first, second), find_stream(first.every)
+    if stack != find_stream(second.every):
+        problem = "one in the vision encoder, and the other one in the language model"
     if problem is not None:
         return problem
     shape, both = work.sites.shape, (first, second)
@@ -439,7 +453,7 @@ def compare_circuits(
         known = features.get(output, own)
         which = tuple(sorted({*known.which, *own.which}))
         features[output] = replace(own, which=which)
-    every = list_edges(shape, neurons, features)
+    every = list_edges(shape, neurons, features, stack)
     if shape.stands_in:
         every = list(dict.fromkeys((*every, *first.every, *second.every)))
     numbers = {place: n for n, place in enumerate(dict.fromkeys((*first.places, *second.places)))}
@@ -527,23 +541,22 @@ def _describe_prompts(name: str, saved: SavedCircuit, work: ExperimentContext) -
     return said
 
 
-def _find_missing_edges(
+def _report_missing_edges(
     every: Sequence[CircuitEdge], span: Span, work: ExperimentContext
-) -> Diagnostic | None:
-    """Return E0108 for a model without edges or logits.
+) -> bool:
+    """Report E0108 for a model without edges or logits, and return whether it has none.
 
     Args:
         every: The edges that the model should have.
     """
     shape = work.sites.shape
-    points = [point for edge in every for point in edge if point != END]
+    points = [point for edge in every for point in edge if point not in ENDS]
     missing = find_missing_point(points, shape, work.sites.model, span)
-    if missing is not None:
-        return missing
-    if shape.task != "tokens" and "logits" not in shape.sites:
+    if missing is None and shape.task != "tokens" and "logits" not in shape.sites:
         what = f"a circuit in `{work.sites.model}`, which has no logits,"
-        return NotSupported(span=span, what=what)
-    return None
+        missing = NotSupported(span=span, what=what)
+    work.diagnostics.extend([missing] if missing is not None else [])
+    return missing is not None
 
 
 class _CircuitParts:
@@ -914,8 +927,10 @@ def _read_saved(call: ast.Call, named: _NamedNodes, work: ExperimentContext) -> 
         assert size is None or isinstance(size, int)
         shape = work.sites.shape
 
-        def list_with(neurons: Mapping[SiteLayer, tuple[int, ...]]) -> Sequence[CircuitEdge]:
-            return list_edges(shape, neurons, named.features)
+        def list_with(
+            neurons: Mapping[SiteLayer, tuple[int, ...]], stack: Literal["", "vision"]
+        ) -> Sequence[CircuitEdge]:
+            return list_edges(shape, neurons, named.features, stack)
 
         return read_circuit(path, written, size, shape, list_with, named.labelled)
     except UnreadableFile as problem:
@@ -1136,6 +1151,34 @@ def keep_baseline(rule: ResolvedRule, which: CircuitBaseline) -> ResolvedRule:
     return replace_circuit(replace(rule, circuit=unplaced), (), {(): named}, which)
 
 
+def _find_stack(
+    circuit: spec.Circuit, parts: _CircuitParts, work: ExperimentContext
+) -> Literal["", "vision"]:
+    """Return the stack that the edges of a circuit are in, as in `find_stream`. Reports E0108 for
+    edges of the vision encoder together with others, at positions, or with split nodes."""
+    stack = find_stream(parts.found)
+    if not stack:
+        return stack
+    what, later = "", ""
+    nodes = [node for edge in parts.found for node in edge]
+    if any(SITES[of.site].stack != stack for of, _ in parts.found):
+        what = "a circuit with edges of the vision encoder and of the language model"
+        later = "write a circuit for each: that of the encoder ends at `embed`"
+    elif parts.places:
+        what = "an edge of the vision encoder at a position"
+        later = "name the tokens in the rule: `ablate c at photo row 1 col 2 token`"
+    elif any(is_neuron(node) or isinstance(node, FeatureNode) for node in nodes):
+        what = "a neuron or feature of the vision encoder as a node of a circuit"
+        later = "name its MLP: `mlp_out vision layer 0`"
+    elif not work.sites.shape.stands_in and len(work.sites.shape.others[stack].read_after) > 1:
+        read = ", ".join(str(n - 1) for n in work.sites.shape.others[stack].read_after)
+        what = f"an edge of a vision encoder that the language model reads after blocks {read}"
+        later = "write `path z vision layer 0 head 1 -> q vision layer 1 head 0`"
+    if what:
+        work.diagnostics.append(NotSupported(span=circuit.span, what=what, later=later))
+    return stack
+
+
 def has_two_streams(shape: ModelShape) -> bool:
     """Whether circuits have edges in an encoder, and in the decoder that attends to it."""
     return {"encoder", "cross"} <= shape.others.keys()
@@ -1145,6 +1188,7 @@ def list_edges(
     shape: ModelShape,
     neurons: Mapping[SiteLayer, tuple[int, ...]] | None = None,
     features: Mapping[SiteLayer, FeatureNodes] | None = None,
+    stack: Literal["", "vision"] = "",
 ) -> list[CircuitEdge]:
     """List the edges of a model, from each sender to all receivers after it.
 
@@ -1152,12 +1196,13 @@ def list_edges(
         neurons: Neurons that are nodes, by site and layer; in these layers, all others are one
             node.
         features: Features that are nodes, by output; the rest of each output is one node.
+        stack: `vision` for the vision encoder of prompts instead of the language model.
     """
     two, given = has_two_streams(shape), features or {}
     return [
         (of, to)
-        for stack in (("encoder", "") if two else ("",))
-        for of, to in product(*_list_nodes(shape, stack, neurons or {}, given))
+        for own in (("encoder", "") if two else (stack,))
+        for of, to in product(*_list_nodes(shape, own, neurons or {}, given))
         if _is_edge(of, to, shape, given)
     ]
 
@@ -1175,7 +1220,7 @@ def _is_edge(
 
 def _list_nodes(
     shape: ModelShape,
-    stack: Literal["", "encoder"],
+    stack: Literal["", "encoder", "vision"],
     neurons: Mapping[SiteLayer, tuple[int, ...]],
     features: Mapping[SiteLayer, FeatureNodes],
 ) -> tuple[list[SitePoint], list[SitePoint]]:
@@ -1186,10 +1231,11 @@ def _list_nodes(
         neurons: As in `list_edges`.
         features: Those of the main stack.
     """
-    senders, receivers = [ENCODER_EMBEDDING if stack else EMBEDDING], list[SitePoint]()
-    own = shape.others[stack] if stack else shape
+    senders, receivers = [SitePoint(in_stack("resid_pre", stack), 0, None)], list[SitePoint]()
+    own = shape.others.get(stack, shape)
+    layers = (own.read_after or (own.n_layers,))[-1]
     two = not stack and (has_two_streams(shape) or shape.attends_to_image)
-    for layer in range(own.n_layers):
+    for layer in range(layers):
         for part in (stack, "cross") if two else (stack,):
             for site in ("q",) if part == "cross" else ("q", "k", "v"):
                 receivers += _list_units(in_stack(site, part), layer, shape)
@@ -1214,8 +1260,8 @@ def _list_nodes(
                 )
             receivers.append(SitePoint(in_stack("mlp_norm", stack), layer, None))
             senders.append(SitePoint(in_stack("mlp_out", stack), layer, None))
-    if not stack:
-        return senders, [*receivers, END]
+    if stack != "encoder":
+        return senders, [*receivers, VISION_END if stack else END]
     for layer in range(shape.n_layers):
         for site in ("k cross", "v cross"):
             receivers += _list_units(site, layer, shape)
@@ -1241,14 +1287,20 @@ def _resolve_edge(
     edge: ast.SiteMap, parts: _CircuitParts, work: ExperimentContext
 ) -> list[CircuitEdge]:
     """Resolve `A -> B` to the edges between these components; E0335 if the model has none."""
-    if _is_in_vision(edge, work):
-        what = "an edge of the vision encoder of prompts in a `circuit`"
-        work.diagnostics.append(NotSupported(span=edge.span, what=what, later=_VISION_EDGES_HINT))
-        return []
     senders = _resolve_nodes(edge.source, "start", parts, work)
     receivers = _resolve_nodes(edge.target, "end", parts, work)
     shape = work.sites.shape
-    found = [(of, to) for of, to in product(senders, receivers) if _is_edge(of, to, shape, {})]
+    in_vision = any(SITES[node.site].stack == "vision" for node in (*senders, *receivers))
+    if in_vision and shape.attends_to_image:
+        what = "an edge of the vision encoder in a model whose blocks attend to an image"
+        later = "write `path z vision layer 0 head 1 -> q vision layer 1 head 0`"
+        work.diagnostics.append(NotSupported(span=edge.span, what=what, later=later))
+        return []
+    found = [
+        (of, to)
+        for of, to in product(senders, receivers)
+        if _is_edge(of, to, shape, {}) and not _is_unread(to, shape)
+    ]
     open_ends = shape.stands_in and any(
         counts_from_end(node) for node in walk(edge) if isinstance(node, ast.Bound)
     )
@@ -1275,18 +1327,18 @@ def _list_example_receivers(sender: SitePoint, shape: ModelShape) -> list[str]:
         first = SitePoint("z", sender.layer, 0)  # the same receivers
     elif isinstance(sender, FeatureNode):
         first = SitePoint(sender.site, sender.layer, None)
-    later = [to for of, to in list_edges(shape) if of == first]
+    later = [
+        to for of, to in list_edges(shape, stack=find_stream([(sender, sender)])) if of == first
+    ]
     return list(dict.fromkeys(map(label_node, (*later[:2], *later[-1:]))))
 
 
-def _is_in_vision(edge: ast.SiteMap, work: ExperimentContext) -> bool:
-    """Return whether an end of an edge, or a site of a group there, is in the vision encoder of
-    prompts."""
-    ends = (edge.source, edge.target)
-    groups = [work.program.groups.get(end.bare.id) for end in ends if end.bare is not None]
-    sites = [*ends, *(site for group in groups if group is not None for site in group.sites)]
-    named = any(name.id == "vision" for site in sites for name in site.names)
-    return named and "vision" in work.sites.shape.others
+def _is_unread(receiver: SitePoint, shape: ModelShape) -> bool:
+    """Return whether a receiver is in a block of the vision encoder whose output the language model
+    doesn't read."""
+    if SITES[receiver.site].stack != "vision" or "vision" not in shape.others:
+        return False
+    return (receiver.layer or 0) >= shape.others["vision"].read_after[-1]
 
 
 def _explain_no_edge(sender: SitePoint, receiver: SitePoint, shape: ModelShape) -> str:
@@ -1295,6 +1347,13 @@ def _explain_no_edge(sender: SitePoint, receiver: SitePoint, shape: ModelShape) 
         return "the receiver reads the image, which doesn't depend on the text"
     if receiver.site == "attn_out":
         return f"the receiver reads only the heads of layer {receiver.layer}"
+    if _is_unread(receiver, shape):
+        last = shape.others["vision"].read_after[-1] - 1
+        return f"the language model reads the vision encoder after block {last}"
+    of, to = (SITES[point.site].stack == "vision" for point in (sender, receiver))
+    if of != to:
+        reads = "the language model reads the vision encoder only at `embed`"
+        return reads if of else "the receiver reads images, which don't depend on the text"
     sends = SITES[sender.site].side == "source"
     if sends == (SITES[receiver.site].side == "source"):
         return "the receiver reads before or at the sender"
@@ -1333,12 +1392,9 @@ def _resolve_nodes(
     """Resolve one end of an edge; reports E0304, E0334 and errors of sites and dictionaries."""
     words = _SENDERS if verb == "start" else _RECEIVERS
     named = "" if site.axes else " ".join(name.id for name in site.names)
-    if verb == "start" and named == "embed":
-        return [EMBEDDING]
-    if verb == "start" and named == "embed encoder" and has_two_streams(work.sites.shape):
-        return [ENCODER_EMBEDDING]  # its token embedding isn't a site of every encoder
-    if words.get(named) == "logits":
-        return [END]
+    node = _find_end_of_stream(named, verb, work.sites.shape)
+    if node is not None:
+        return [node]
     if any(isinstance(node, ast.RankedSelection) for node in walk(site)):
         what = "a pick from another experiment in a `circuit`"
         work.diagnostics.append(NotSupported(span=site.span, what=what, later="name the sites"))
@@ -1389,6 +1445,26 @@ def _resolve_nodes(
     return []
 
 
+def _find_end_of_stream(named: str, verb: str, shape: ModelShape) -> SitePoint | None:
+    """Return the start or the end of a stream, if a name is that of one.
+
+    Args:
+        named: A site without axes.
+        verb: `start` or `end`.
+    """
+    if verb == "start":
+        starts = {"embed": EMBEDDING}
+        if has_two_streams(shape):  # its token embedding isn't a site of every encoder
+            starts["embed encoder"] = ENCODER_EMBEDDING
+        if "vision" in shape.others:
+            starts["embed vision"] = VISION_EMBEDDING
+        return starts.get(named)
+    if named == "embed" and "vision" in shape.others:
+        return VISION_END
+    is_end = _RECEIVERS.get(named) == "logits" or (named == "embed" and shape.stands_in)
+    return END if is_end else None
+
+
 def _report_wrong_end(site: ast.Site, verb: str, wrong: str, shape: ModelShape) -> NotOnAPath:
     """Report E0334 for a site that can't be an end of an edge.
 
@@ -1408,8 +1484,13 @@ def _report_wrong_end(site: ast.Site, verb: str, wrong: str, shape: ModelShape) 
         if has_two_streams(shape):
             examples = STACK_SENDERS if verb == "start" else STACK_RECEIVERS
             hint = f"write one such as {examples}"
+        elif SITES[wrong].stack == "vision":
+            examples = VISION_SENDERS if verb == "start" else VISION_RECEIVERS
+            hint = f"write one such as {examples}"
     elif has_two_streams(shape):
         hint = f"write one of its inputs, such as {STACK_RECEIVERS}"
+    elif SITES[wrong].stack == "vision":
+        hint = f"write one of its inputs, such as {VISION_RECEIVERS}"
     return NotOnAPath(
         what="an edge", span=site.span, verb=verb, site=wrong, reason=reason, hint=hint
     )
@@ -1507,6 +1588,9 @@ def describe_reading(rule: ResolvedRule) -> str:
 
 def describe_streams(rule: ResolvedRule) -> Iterator[Convention]:
     """Yield how many edges of the encoder and of the decoder of an encoder-decoder are ablated."""
+    if rule.circuit is not None and rule.circuit.stack == "vision":
+        text = "all edges are in the vision encoder"
+        yield Convention("streams of circuits", text, VISION_NOTE)
     if rule.circuit is None or rule.circuit.encoder is None:
         return
     counts = _count_ablated(rule)
@@ -1594,6 +1678,8 @@ def find_circuit_side(
     the tokens of both, spans are those of the prompt, and other positions are the decoder's; E0108
     for spans together with these.
     """
+    if circuit.stack == "vision":
+        return "image"
     if circuit.encoder is None:
         return "target" if work.sites.shape.attends_to_image else work.side
     sides = {
@@ -1830,9 +1916,7 @@ def _name_output(receiver: SitePoint) -> str:
 
 
 class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
-    """The nodes and edges of a model."""
-
-    end = END
+    """The nodes and edges of a stack of a model, or of an encoder-decoder."""
 
     def __init__(
         self,
@@ -1840,19 +1924,20 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
         neurons: Mapping[SiteLayer, tuple[int, ...]] | None = None,
         features: Mapping[SiteLayer, FeatureNodes] | None = None,
         every: Sequence[CircuitEdge] | None = None,
+        stack: Literal["", "vision"] = "",
     ) -> None:
         """Prepare the graph.
 
         Args:
             neurons: As in `list_edges`.
             features: As in `list_edges`.
-            every: The edges, in the order of `list_edges`; None for all of the model.
+            every: The edges, in the order of `list_edges`; None for all of the stack.
+            stack: As in `list_edges`.
         """
-        self.every = list_edges(shape, neurons, features) if every is None else every
-        self._nodes: dict[SitePoint, list[SitePoint]] = {END: [END]}
-        self._entrances = dict.fromkeys(
-            of for of, _ in self.every if of in (EMBEDDING, ENCODER_EMBEDDING)
-        )
+        self.every = list_edges(shape, neurons, features, stack) if every is None else every
+        self.end = VISION_END if stack else END
+        self._nodes: dict[SitePoint, list[SitePoint]] = {self.end: [self.end]}
+        self._entrances = dict.fromkeys(of for of, _ in self.every if of in EMBEDDINGS)
         heads = {of for of, _ in self.every if of.site == "z cross"}
         of_image = heads if shape.attends_to_image else ()
         self.starts = frozenset((*self._entrances, *of_image))
@@ -2201,12 +2286,14 @@ class AskedCircuits:
         default_factory=dict[SiteLayer, FeatureNodes], hash=False
     )
     """Features that are nodes, by layer."""
+    stack: Literal["", "vision"] = ""
+    """As in `list_edges`."""
 
 
 @lru_cache(maxsize=4)
 def _open_graph(asked: AskedCircuits) -> PathGraph[Any, Any]:
     """Return the edges to draw from, which don't depend on the circuit."""
-    model = EdgeGraph(asked.shape, asked.neurons, asked.features)
+    model = EdgeGraph(asked.shape, asked.neurons, asked.features, stack=asked.stack)
     if asked.order is None:
         return model
     if not asked.places:
@@ -2224,8 +2311,10 @@ def ask_circuits(
     assert circuit is not None
     nodes = circuit.neurons, circuit.features
     if not circuit.edge_places:
-        early = None if has_two_streams(shape) else _order_written(experiment, rule)
-        return AskedCircuits(shape, frozenset(own), seed, count, (), early, *nodes)
+        is_apart = has_two_streams(shape) or circuit.stack == "vision"
+        early = None if is_apart else _order_written(experiment, rule)
+        given = shape, frozenset(own), seed, count, (), early, *nodes
+        return AskedCircuits(*given, stack=circuit.stack)
     order, groups = _group_tokens(experiment, rule, circuit), range(len(circuit.classes))
     places = [
         tuple(group for group in groups if place in circuit.classes[group])

@@ -1070,6 +1070,8 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         elif rule.path is not None and (neurons or features):
             noun = "neurons" if neurons else "features"
             what = f"a `path` together with a circuit with {noun}"
+        elif rule.path is not None and any(own.stack for own in circuits):
+            what = "a `path` together with a circuit of the vision encoder"
         elif rule.receiving_basis is not None:
             what = "a `path` to features together with a circuit"
         elif rule.circuit is None and rule.does.changes == "sites" and split:

@@ -794,6 +794,7 @@ def _draw_circuits(
     drawn: dict[AxisIndices, list[PlacedEdges]] = {}
     every_path, only, others, axes = True, set[int](), 0, rule.sites.axes if rule.sites else ()
     through = " through tokens at its positions" if circuit.edge_places else ""
+    ends = "`embed vision` to `embed`" if circuit.stack == "vision" else "`embed` to `logits`"
     for key, own in circuit.named.items():
         asked = ask_circuits(experiment, rule, own, draws)
         found = draw_circuits(asked)
@@ -815,14 +816,14 @@ def _draw_circuits(
     sizes = sorted({count_placed(own) for own in circuit.named.values()})
     size = _list_sizes(sizes, noun)
     if not circuit.waits and others == 0:
-        path = " on a path from `embed` to `logits`" if sizes == [1] else ""
+        path = f" on a path from {ends}" if sizes == [1] else ""
         hint = "remove this line, or ablate a circuit of a different size"
         raise _NoAlternatives(f"there is no other circuit with {size}{path}", hint)
     if not circuit.waits and len(counts) == 1 and others < draws:
         reason = f"there are only {others} other circuits with {size}"
         reason = f"there is only one other circuit with {size}" if others == 1 else reason
         raise _NoAlternatives(reason, f"write `against random({others})`")
-    path = f", each on a path from `embed` to `logits`{through}" if every_path else ""
+    path = f", each on a path from {ends}{through}" if every_path else ""
     size += ", the same number at each position" if circuit.edge_places else ""
     few = _describe_few("circuits", different.values(), counts.values(), draws)
     if only:

@@ -1873,7 +1873,7 @@ def label_node(point: SitePoint) -> str:
     """Format one end of an edge as a file names it: `embed`, `L0H1`, `L1H0.q`, `L1.mlp`, `L1N3`,
     `feature 3 of f`, `logits`; in another stack `embed encoder`, `q cross layer 1 head 0`."""
     if point.layer is None:
-        return "logits"
+        return "embed" if SITES[point.site].stack == "vision" else "logits"
     if isinstance(point, FeatureNode):
         site, _ = find_split_output(point)
         within = f"{site} layer {point.layer} " if point.is_of_layers else ""

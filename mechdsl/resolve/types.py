@@ -1067,6 +1067,12 @@ class CircuitTargets(Record):
     """Digests of the prompts that its edges were chosen on, if its file has them."""
 
     @property
+    def stack(self) -> Literal["", "vision"]:
+        """The stack that all of its edges are in: `vision`, or empty for the language model and the
+        stacks of an encoder-decoder."""
+        return "vision" if self.every and SITES[self.every[-1][0].site].stack == "vision" else ""
+
+    @property
     def edge_places(self) -> tuple[PositionCell, ...]:
         """The positions of edges, without the place of all tokens of an encoder."""
         return self.places if self.encoder is None else self.places[: self.encoder]

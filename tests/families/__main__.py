@@ -142,6 +142,15 @@ read the changed stream at each patch. Then the receivers are written into the b
 rest of the encoder, the projector and the language model are recomputed. A path can't lead from the
 encoder to the language model (E0335).
 
+`circuit c = embed vision -> q vision layer 0 head 1, z vision layer 0 head 1 -> embed` names edges
+of the encoder, and `ablate all but c at photo tokens with zero` ablates all its other edges at
+the patches of these tokens. `embed vision` is the stream that enters the first block, and the
+receiver `embed` is the projector, which reads the stream after the last block, or after the block
+that `vision_feature_layer` names. Everything after it is computed as usual. Class tokens and
+patches without a token keep all edges. Edges at positions, neurons and features as nodes, and `fit`
+aren't available in the encoder, nor are circuits in `vipllava` and `qwen3_vl`, whose language model
+reads the encoder after several blocks (E0108).
+
 Attention in the encoder is between patches: `block attention vision layer 4 from photo tokens to
 photo row 2 col 3 token`, `reweight` and `set attention vision` change it. The edges are those
 between all patches of the queries and of the keys; a weight in `set … to 0.02` is that of each

@@ -1,4 +1,4 @@
-"""Circuits of prompts with images: edges of the vision encoder, and searches of its heads."""
+"""Searches of heads of the vision encoder of prompts with images."""
 
 from __future__ import annotations
 
@@ -13,30 +13,12 @@ from torch import Tensor
 
 from ..quick import some
 from .support import experiment
-from .test_encoder_effects import CELL, MEASURE, QUICK, ROWS, WHERE, errors_of, gated
+from .test_encoder_effects import CELL, MEASURE, QUICK, ROWS, WHERE, gated
 from .test_families import ALL
 from .test_token_patches import HEADS, LAYERS
 from .test_vision_dictionaries import fit_and_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-ABLATED = experiment("e", "ablate all but c at tokens * with zero")
-
-
-EDGES = {
-    "head": "z vision layer 0 head 1 -> q vision layer 1 head 0",
-    "end": "mlp_out vision layer 1 -> logits",
-    "start": "embed vision -> q vision layer 0 head 0",
-    "group": "embed -> g",
-}
-
-
-@pytest.mark.parametrize("edge", EDGES)
-def test_edge_of_the_vision_encoder_reports_the_path_to_write(edge: str) -> None:
-    group = "group g = q vision layer 0 head 0\n"
-    [found] = errors_of(f"{group}circuit c = {EDGES[edge]}\n{ABLATED}")
-    assert found.code == "E0108"
-    assert "an edge of the vision encoder of prompts in a `circuit`" in found.message
-    assert "`path z vision layer 0 head 1 -> q vision layer 1 head 0" in str(found.help_text)
 
 
 def greedy(effects: Callable[[set[int]], float], size: int) -> set[int]:

@@ -850,7 +850,7 @@ class Patcher:
         if acting.writes or acting.edges or acting.numbers or acting.blocks:
             return False
         for circuit in acting.circuits:
-            if not circuit.source or circuit.others or circuit.features:
+            if not circuit.source or circuit.others or circuit.features or circuit.stack:
                 return False
             run = self.runs.named(circuit.source)
             if run.derived is not None or run.model is not None or run.noise is not None:

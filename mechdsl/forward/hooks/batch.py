@@ -674,8 +674,9 @@ def number_senders(fills: Sequence[SenderFill]) -> dict[SiteRead, slice]:
 
 
 def stream_of(fills: Sequence[SenderFill]) -> str:
-    """Return the stack whose stream senders add to: `encoder`, or empty for the main one."""
-    return "encoder" if any(fill.where.stack == "encoder" for fill in fills) else ""
+    """Return the stack whose stream senders add to: `encoder`, `vision`, or empty for the main
+    one."""
+    return next((fill.where.stack for fill in fills if fill.where.stack != "cross"), "")
 
 
 SplitOutputs: TypeAlias = Mapping[tuple[str, int | None], FeatureSplit]
@@ -717,12 +718,30 @@ class CircuitWrite:
 
     @property
     def stack(self) -> str:
-        """The stack whose stream its edges are in: empty, or `encoder`."""
+        """The stack whose stream its edges are in: empty, `encoder` or `vision`."""
         return stream_of(self.fills)
 
     def moved(self, rows: Tensor) -> CircuitWrite:
         """Renumber rows: row i becomes row `rows[i]`."""
         return replace(self, rows=rows[self.rows])
+
+    def some(self, there: Tensor) -> CircuitWrite:
+        """Select some of the tokens, by [K] bool; only if every node is computed at each token."""
+        index = there.nonzero()[:, 0]
+        fills = (
+            replace(fill, values=fill.values[to_device(index, fill.values.device)])
+            for fill in self.fills
+        )
+        mask = self.mask
+        if mask.dim() == 3:
+            mask = mask[to_device(index, mask.device)]
+        return replace(
+            self,
+            rows=self.rows[index],
+            positions=self.positions[index],
+            fills=tuple(fills),
+            mask=mask,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,9 @@ In an encoder-decoder, the streams of the encoder and of the decoder have separa
 of the attention to the encoder read the decoder's stream, through the norm of this sublayer; its
 keys and values read the encoder's stream after the last block, through the encoder's final norm.
 
+The vision encoder of a vision-language model has a separate circuit, whose end is the projector:
+it reads the encoder's stream after the last block that the language model reads.
+
 If norms follow the sums (BERT), the input of a receiver is the stream recomputed from the outputs
 of this pass: after each sublayer, the norm of the sum of the stream, the sublayer's output and
 mask * (fill - value) of its senders. If norms follow the outputs of attention (Gemma 2), the
@@ -109,8 +112,19 @@ _SAME_INPUT = 1e-2
 largest number."""
 
 
-def explain_no_circuits(model: LoadedModel) -> str:
-    """Return why edges between the components of a model can't be separated; empty if they can."""
+def explain_no_circuits(model: LoadedModel, stack: str = "") -> str:
+    """Return why edges between the components of a model can't be separated; empty if they can.
+
+    Args:
+        stack: `vision` for its vision encoder; empty for all other stacks.
+    """
+    if stack:
+        after = has_normed_sums(model, stack)
+        for number in range(model.stack(stack).shape.read_after[-1]):
+            reason = _explain_joined_block(model, stack, number, after=after)
+            if reason:
+                return f"in block {number} of the vision encoder, {reason}"
+        return ""
     anatomy, shape = model.anatomy, model.shape
     headed = shape.takes == "image" or (
         shape.task != "tokens" and (has_normed_sums(model) or anatomy.final_norm is not None)
@@ -405,8 +419,14 @@ class SkippedTokens:
 
 
 @contextmanager
-def skip_modules(model: LoadedModel, circuits: Sequence[CircuitHooks]) -> Generator[None]:
-    """Compute modules only at the tokens that circuits need, while the context is open."""
+def skip_modules(
+    model: LoadedModel, circuits: Sequence[CircuitHooks], leading: int
+) -> Generator[None]:
+    """Compute modules only at the tokens that circuits need, while the context is open.
+
+    Args:
+        leading: Number of rows of a pass, as in `TokenFrame`.
+    """
     by_path: dict[str, list[SkippedTokens]] = defaultdict(list)
     for circuit in circuits:
         for path, skipped in circuit.skipped():
@@ -414,19 +434,23 @@ def skip_modules(model: LoadedModel, circuits: Sequence[CircuitHooks]) -> Genera
     with ExitStack() as stack:
         for path, parts in by_path.items():
             module = model.module.get_submodule(path)
-            stack.enter_context(replace_forward(module, _PartialForward(module, parts)))
+            stack.enter_context(replace_forward(module, _PartialForward(module, parts, leading)))
         yield
 
 
 class _PartialForward:
-    """The forward of a module [B, T, in] → [B, T, out] that skips some tokens."""
+    """The forward of a module [B, T, in] → [B, T, out] that skips some tokens. Rows and tokens may
+    be one dimension of its input, and tiles another one."""
 
-    def __init__(self, module: nn.Module, parts: Sequence[SkippedTokens]) -> None:
-        self.forward, self.parts = module.forward, parts
+    def __init__(self, module: nn.Module, parts: Sequence[SkippedTokens], leading: int) -> None:
+        """Prepare the forward; leading: B."""
+        self.forward, self.parts, self.leading = module.forward, parts, leading
         sizes = linear_sizes(module)
         self.width = None if sizes is None else sizes[1]
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        given = hidden.shape[:-1]
+        hidden = hidden.reshape(self.leading, -1, hidden.shape[-1])
         due = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         for part in self.parts:
             due[part.rows.to(due.device), part.columns.to(due.device)] = False
@@ -440,7 +464,7 @@ class _PartialForward:
             if part.vectors is not None:
                 index = part.rows.to(due.device), part.columns.to(due.device)
                 found[index] = part.vectors.to(found)
-        return found
+        return found.view(*given, -1)
 
 
 @dataclass(frozen=True)
@@ -563,6 +587,9 @@ class CircuitHooks(ABC):
             if each.output_norm or (each.sum_norm and each.senders.site == "z")
         }
         self._norms_follow_sums = any(each.sum_norm for each in self._sublayers)
+        read = self._shape.read_after
+        self._last_layer = (read[-1] if read else self._shape.n_layers) - 1
+        """The last block that the end of the model reads."""
         self._ends_before_norm = self._norms_follow_sums or "final_norm" not in self._anatomy.taps
         """Whether the end of the model is the stream after the last block, because no norm of each
         token follows."""
@@ -1042,8 +1069,8 @@ class CircuitHooks(ABC):
         if layer is not None:
             return self.model.tap("mlp_norm", layer, self._stack)
         if self._ends_before_norm:
-            return self.model.tap("resid_post", self.model.shape.n_layers - 1)
-        return self.model.tap("final_norm", None)
+            return self.model.tap("resid_post", self._last_layer, self._stack)
+        return self.model.tap("final_norm", None, self._stack)
 
     @abstractmethod
     def _at_whole(self, norm: str | None, row: int, value: Tensor) -> Tensor:
@@ -1115,11 +1142,11 @@ class _WriteHooks(CircuitHooks):
         """Return the tokens that the end of the model reads: their numbers among those of the
         circuit, and both indices into the input of the end. Packed passes continue after the last
         block with only the tokens that are read."""
-        if self._stack:  # the end reads the decoder
+        if self._stack == "encoder":  # the end reads the decoder
             return ()
-        where = SiteRead("final_norm")
+        where = SiteRead("final_norm", None, self._stack)
         if self._ends_before_norm:
-            where = SiteRead("resid_post", self._shape.n_layers - 1, self._stack)
+            where = SiteRead("resid_post", self._last_layer, self._stack)
         given = where.site, where.layer, where.stack, write.rows, write.positions
         rows, columns, present = frame.locate(*given)
         due = torch.nonzero(present)[:, 0]

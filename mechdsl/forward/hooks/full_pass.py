@@ -960,7 +960,7 @@ class SiteHooks:
                     handles.append(module.register_forward_pre_hook(_stop_pass))
                 else:
                     handles.append(module.register_forward_hook(_stop_pass))
-            with skip_modules(self.model, self._circuits):
+            with skip_modules(self.model, self._circuits, self.frame.leading):
                 yield
         finally:
             for handle in handles:
@@ -1024,7 +1024,7 @@ class SiteHooks:
                 name = write.where.quoted
                 raise WriteMismatch(f"{wanted} rows were to be written at {name}, {applied} were")
         for circuit in self._circuits:
-            circuit.check(stopped=self.stop is not None)
+            circuit.check(stopped=self.stop is not None and circuit.stack != "vision")
         for read in self._reads:
             if read not in self.found:
                 raise ReadMismatch(f"{read.quoted} was not passed")
@@ -1136,8 +1136,7 @@ def run_full(
 
     Args:
         model: The model, which is unchanged afterwards.
-        stop: Number of blocks to run, or `n_layers + 1` to include the final norm; the rest isn't
-            computed, and `logits` is None. None runs everything.
+        stop: Number of blocks to run; `n_layers + 1` adds the final norm. None also gives logits.
         writes, reads: Writes at sites, and sites to read.
         logits_at: [B, n] long, positions in the unpadded prompt of requested logits; default: all.
         tokens: [K] long, the only tokens whose logits are requested; `vocab` is then K.
@@ -1156,7 +1155,8 @@ def run_full(
     """
     ruled, changes = _find_rules(model, backward)
     own = Derivatives(gradients=gradients, recompute=recompute, backward=ruled or changes)
-    batch, writes, reads, edges, seen = split_vision(model, batch, writes, reads, edges, stop, own)
+    given = writes, reads, edges, circuits
+    batch, writes, reads, edges, circuits, seen = split_vision(model, batch, *given, stop, own)
     work = SiteHooks(model, batch, writes, reads, stop, edges, circuits, changes=changes)
     if logits_at is not None:
         work.keep_logits(logits_at)

@@ -20,6 +20,8 @@ from mechdsl.forward.hooks.batch import (
     Batch,
     BlockPairs,
     BlockPlace,
+    CircuitRead,
+    CircuitWrite,
     EdgeWrite,
     RuleWrites,
     SiteRead,
@@ -345,6 +347,7 @@ class VisionPass(Protocol):
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
         edges: Sequence[EdgeWrite],
+        circuits: Sequence[CircuitWrite],
         derivatives: Derivatives,
     ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
         """Run the vision encoder.
@@ -355,6 +358,7 @@ class VisionPass(Protocol):
             reads: Sites of the encoder.
             blocks: Its replaced blocks, which change all images.
             edges: Changed attention edges in the encoder.
+            circuits: Edges between its components that carry other values.
             derivatives: Arguments of `run_full`.
 
         Returns:
@@ -465,9 +469,17 @@ def split_vision(
     writes: Sequence[SiteWrite],
     reads: Sequence[SiteRead] = (),
     edges: Sequence[EdgeWrite] = (),
+    circuits: Sequence[CircuitWrite | CircuitRead] = (),
     stop: int | None = None,
     derivatives: Derivatives | None = None,
-) -> tuple[Batch, list[SiteWrite], list[SiteRead], list[EdgeWrite], dict[SiteRead, Tensor]]:
+) -> tuple[
+    Batch,
+    list[SiteWrite],
+    list[SiteRead],
+    list[EdgeWrite],
+    list[CircuitWrite | CircuitRead],
+    dict[SiteRead, Tensor],
+]:
     """Run the vision encoder for reads and writes there, in prompts whose images are vectors.
 
     Args:
@@ -478,27 +490,31 @@ def split_vision(
     Returns:
         The batch, with pixels if blocks attend to images: the encoder then runs in the pass; the
         writes, with those in the encoder replaced by their effect on `embed`, which comes first;
-        the reads and edges outside of the encoder; the values of the reads in it.
+        the reads, edges and circuits outside of the encoder; the values of the reads in it.
     """
     table = IMAGE_TOKENS.get(model.module)
     inside = [write for write in writes if write.stack == "vision"]
     asked = [read for read in reads if read.stack == "vision"]
     within = [edge for edge in edges if edge.stack == "vision"]
+    ablated = [own for own in circuits if isinstance(own, CircuitWrite) and own.stack == "vision"]
     blocks = _find_replaced_blocks(model, "vision")
     no_images = "vision" in batch.frames or "vision" not in model.others
-    if no_images or not (inside or asked or within or blocks):
+    if no_images or not (inside or asked or within or ablated or blocks):
         needed = inside or asked or within or _find_vision_blocks(model)
         opened = _open_vision(model, batch) if needed else batch
-        return opened, list(writes), list(reads), list(edges), {}
+        return opened, list(writes), list(reads), list(edges), list(circuits), {}
     if table is None or table.encode is None:
         raise ValueError(f"`{model.name}` has no images whose vision encoder can be read")
     derivatives = derivatives or Derivatives(gradients=False, recompute=False, backward=None)
-    embedded, found = table.encode(batch, inside, asked, blocks, within, derivatives)
+    given = inside, asked, blocks, within, ablated
+    embedded, found = table.encode(batch, *given, derivatives)
     if stop is not None:
         embedded = [write for write in embedded if write.layer is None or write.layer <= stop]
     outside = [write for write in writes if write.stack != "vision"]
     rest = [edge for edge in edges if edge.stack != "vision"]
-    return batch, [*embedded, *outside], [read for read in reads if read not in found], rest, found
+    left = [read for read in reads if read not in found]
+    others = [own for own in circuits if own not in ablated]
+    return batch, [*embedded, *outside], left, rest, others, found
 
 
 _MAX_CACHED_BYTES = 1 << 31

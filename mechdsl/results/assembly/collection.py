@@ -344,6 +344,7 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
     if found is None:
         return None
     shape = experiment.model.shape
+    stack = shape.others.get(found.stack, shape)
     named = {edge: at for own in found.named.values() for edge, at in own.items()}
     listed = [*named.items()]
     if found.scores:  # of each edge at each of its positions
@@ -358,11 +359,11 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
     operands = {own.member.name: own.member.operand for own in found.features.values()}
     return ResultCircuit(
         name=found.name,
-        layers=shape.n_layers,
-        heads=shape.n_heads,
-        key_heads=shape.n_kv_heads,
-        width=shape.d_model,
-        parallel=shape.parallel_block,
+        layers=stack.n_layers,
+        heads=stack.n_heads,
+        key_heads=stack.n_kv_heads,
+        width=stack.d_model,
+        parallel=stack.parallel_block,
         edges=tuple((label_node(of), label_node(to)) for (of, to), _ in listed),
         scores=tuple(found.scores.values()),
         total=len(found.every),

@@ -34,7 +34,8 @@ ComponentKind = Literal[
 _LABEL = re.compile(r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|\.(?:mlp|(attn))|N(\d+))")
 
 _STACK_LABEL = re.compile(
-    r"(embed|z|q|k|v|mlp_\w+) (encoder|cross)(?: layer (\d+)(?: (?:head|neuron) (\d+))?)?"
+    r"(embed|z|q|k|v|mlp_\w+) (encoder|cross|vision)"
+    r"(?: layer (\d+)(?: (?:head|neuron) (\d+))?)?"
 )
 """An end of an edge in another stack: `z cross layer 0 head 1`."""
 
@@ -192,6 +193,8 @@ def list_edges(circuit: ResultCircuit, top: int | None) -> list[DrawnEdge]:
     found: list[DrawnEdge] = []
     for (of, to), score, at in listed[:top]:
         receiver, reads = _component(to, circuit)
+        if to == "embed":  # the projector reads the end of a vision encoder
+            receiver = Component(to, "logits", (circuit.layers, 0))
         text = f"{of} -> {to} at {at}" if at else f"{of} -> {to}"
         found.append(DrawnEdge(_component(of, circuit)[0], receiver, reads, text, score))
     return found
