@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -32,6 +32,7 @@ from mechdsl.forward.hooks.batch import (
     SiteRead,
     SiteWrite,
     WriteMismatch,
+    to_device,
 )
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.model import (
@@ -336,8 +337,8 @@ class ImageVectors:
             circuits: Edges between components that carry other values, likewise.
 
         Returns:
-            [lane, token, units, width] of `embed`, [lane, token, head, token] of patterns, and
-            [lane, patch, units, width] of other sites; the patches of a token are next to each
+            [lane, token, units, width] of `embed`, [lane, token, head, token] of pooled patterns,
+            and [lane, patch, units, width] of other sites; the patches of a token are next to each
             other. [lane, token, d_model] for each of the blocks after which the model adds vectors.
         """
         distinct = list(dict.fromkeys(image for image, _ in lanes))
@@ -363,7 +364,9 @@ class ImageVectors:
             changes: dict[str, Any] = {"writes": inside, "edges": within, "circuits": ablated}
             found = run(model, batch, reads=asked, **changes).reads
         values = {
-            each: found[each] if _is_over_keys(each) else patches.select(found[each])
+            each: found[each]
+            if each.pooled
+            else patches.select(found[each], over_keys=_is_over_keys(each.site))
             for each in reads
         }
         values[_EMBED] = found[_EMBED][:, columns]
@@ -675,11 +678,30 @@ class _Patches:
             every.unique()
         )
 
-    def select(self, values: Tensor) -> Tensor:
+    @cached_property
+    def of_key(self) -> Tensor:
+        """[key] long: the encoder's token that is each key of a vector over keys, -1 for none.
+
+        The keys are the patches of the image's tokens, and then the rest of the encoder's tokens,
+        such as class tokens.
+        """
+        patches = self.of_token.flatten()
+        rest = torch.ones(self.count, dtype=torch.bool)
+        rest[patches[patches >= 0]] = False
+        return torch.cat([patches, rest.nonzero()[:, 0]])
+
+    def select(self, values: Tensor, *, over_keys: bool) -> Tensor:
         """Return [lane, patch, ...]: values [lane, token of the encoder, ...] of the patches of
-        tokens, NaN for tokens that aren't made from patches."""
+        tokens, NaN for tokens that aren't made from patches.
+
+        over_keys: whether the last dimension is that of the encoder's tokens; it becomes that of
+            `of_key`, with 0 for keys that don't exist.
+        """
         order = self.of_token.flatten().to(values.device)
         found = values[:, order.clamp(min=0)]
+        if over_keys:
+            keys = self.of_key.to(values.device)
+            found = found[..., keys.clamp(min=0)].masked_fill_(keys < 0, 0)
         found[:, order < 0] = torch.nan
         return found
 
@@ -705,8 +727,24 @@ class _Patches:
         for write in writes:
             own = self.keep(write.some(write.rows == image))
             if len(own.rows):
+                if _is_over_keys(own.site) and own.values.shape[1] > 1:
+                    own = replace(own, values=self._find_values(own.values))
                 rows = torch.full_like(own.rows, lane)
                 yield replace(own, rows=rows, positions=self.find(own.positions))
+
+    def _find_values(self, values: Tensor) -> Tensor:
+        """Return [K, token of the encoder], given values over keys [K, key].
+
+        Raises:
+            WriteMismatch: The values are those of an image with fewer keys.
+        """
+        if values.shape[1] < len(self.of_key):
+            raise WriteMismatch("vectors over the keys of an image have too few keys")
+        there = self.of_key >= 0
+        keys = to_device(there.nonzero()[:, 0], values.device)
+        found = values.new_zeros(len(values), self.count)
+        found[:, to_device(self.of_key[there], values.device)] = values[:, keys]
+        return found
 
     def place_edges(self, edges: Iterable[EdgeWrite], image: int, lane: int) -> Iterator[EdgeWrite]:
         """Yield the edges in an image, likewise."""
@@ -814,8 +852,8 @@ def _number_edges(
     return replace(edge, rows=rows, queries=queries, entries=edge.entries[own], keys=keys[own])
 
 
-def _is_over_keys(read: SiteRead) -> bool:
-    return SITES[read.site].width == "key"
+def _is_over_keys(site: str) -> bool:
+    return SITES[site].width == "key"
 
 
 @dataclass(eq=False)
@@ -830,8 +868,9 @@ class _ImagesOfBatch:
     """Number of patches of a token."""
     reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
     """[B, column, units, width] by site; 0 at tokens of text. The first column of a prompt is that
-    of `Batch.starts`, and each token has one for each of its patches. Patterns are between tokens,
-    [B, column, head, position], or between patches that a resampler reads."""
+    of `Batch.starts`, and each token has one for each of its patches. Pooled patterns are between
+    tokens, [B, column, head, position], or between patches that a resampler reads. Other vectors
+    over keys have those of `_Patches.of_key`, and then 0."""
     _embedded: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     """By number of an image, [token, d_model]."""
     _later: dict[int, list[Tensor]] = field(default_factory=dict[int, list[Tensor]])
@@ -857,17 +896,24 @@ class _ImagesOfBatch:
             for read, values in found.items():
                 if read == _EMBED:
                     continue
-                if _is_over_keys(read):
+                if read.pooled:
                     self._add_pattern(read, numbers, values[lane])
                     continue
-                if read not in self.reads:
-                    width = int((self.batch.starts + self.batch.lengths * self.patches).max())
-                    whole = values.new_zeros((len(self.batch), width, *values.shape[2:]))
-                    self.reads[read] = whole
+                whole = self._make_room(read, values)
                 for n in numbers:
-                    self.reads[read][self.images[n].row, self._columns(n, self.patches)] = values[
-                        lane
-                    ]
+                    where = self.images[n].row, self._columns(n, self.patches)
+                    whole[*where, :, : values.shape[-1]] = values[lane]
+
+    def _make_room(self, read: SiteRead, values: Tensor) -> Tensor:
+        """Return the tensor of a read, wide enough for values [..., units, width] of an image."""
+        whole, width = self.reads.get(read), values.shape[-1]
+        if whole is None:
+            columns = int((self.batch.starts + self.batch.lengths * self.patches).max())
+            whole = values.new_zeros((len(self.batch), columns, *values.shape[2:]))
+        elif whole.shape[-1] < width:  # an image with more keys
+            whole = nn.functional.pad(whole, (0, width - whole.shape[-1]))
+        self.reads[read] = whole
+        return whole
 
     def _add_pattern(self, read: SiteRead, numbers: Sequence[int], values: Tensor) -> None:
         """Add weights [token, head, token] between tokens, or patches, of some images."""

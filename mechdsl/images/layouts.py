@@ -17,6 +17,9 @@ from functools import cached_property
 from itertools import islice, pairwise
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
+import numpy as np
+
+from mechdsl.base.arrays import Ints
 from mechdsl.base.records import Record, Registry
 from mechdsl.images.picture import Picture, Region
 from mechdsl.images.processing import Processing, UnsupportedProcessor, crop_corner
@@ -159,6 +162,31 @@ class ImageExpansion(Record):
         moved = tuple(replace(cell, tile=1, position=cell.position - first) for cell in cells)
         layout = ImageTokens(0, end - first, moved, {})
         return first, ImageExpansion(self.ids[first:end], self.is_image[first:end], layout)
+
+    def list_patches(self, side: int) -> tuple[Ints, Ints]:
+        """Return the patches of the image's tokens in the order of the keys of a vector over keys.
+
+        Args:
+            side: Rows and columns of patches of a token; 1 if positions are patches.
+
+        Returns:
+            [patch] their numbers, as in `TokenHits` with the image's first token as 0. [patch, 3]
+            tile, row and column, as in `ImageCell`; (-1, 0, 0) of tokens without patches.
+        """
+        if side not in self._patches:
+            tokens = np.flatnonzero(self.is_image)
+            cells = [self.cell_of.get(token) for token in tokens.tolist()]
+            places = np.array([(-1, 1, 1) if c is None else (c.tile, c.row, c.col) for c in cells])
+            tile, row, col = places.repeat(side**2, axis=0).T
+            down, right = np.divmod(np.tile(np.arange(side**2), len(tokens)), side)
+            found = np.stack([tile, (row - 1) * side + down, (col - 1) * side + right], axis=1)
+            numbers = tokens.repeat(side**2) * side**2 + down * side + right
+            self._patches[side] = numbers, found
+        return self._patches[side]
+
+    @cached_property
+    def _patches(self) -> dict[int, tuple[Ints, Ints]]:
+        return {}
 
     @property
     def size(self) -> tuple[int, int]:

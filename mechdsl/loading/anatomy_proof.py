@@ -51,7 +51,7 @@ from mechdsl.loading.verify.checks import (
     PACKED_IMAGE_IDENTITY,
     add_attention_sites,
     add_stack_attention,
-    add_vision_edges,
+    add_vision_attention,
     find_idle_sites,
     retry_with_one_prompt,
     run_checks,
@@ -736,7 +736,7 @@ def _finish_model(
             model = add_stack_attention(model, build_sample(model))
     attends = model.shape.attends_to_image or not model.shape.encodes_apart
     if "vision" in model.others.keys() & model.shape.others.keys() and attends:
-        model = add_vision_edges(model, build_sample(model))
+        model = add_vision_attention(model, build_sample(model))
     proved = replace(
         model,
         checks=checks,

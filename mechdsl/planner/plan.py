@@ -1007,11 +1007,8 @@ def read_batches(
 
 def _size_of_token(shape: ModelShape, place: SiteLayer, keys: int) -> int:
     """Return the size of a site at one token, with all patches that it is made from."""
-    site = SITES[place[0]]
-    patches = shape.merged_side**2 if site.stack == "vision" else 1
-    if site.width != "key":
-        return site_size(shape, place, keys) * patches
-    return site_size(shape, place, keys) * (patches**2 if shape.resamples else 1)
+    patches = shape.merged_side**2 if SITES[place[0]].stack == "vision" else 1
+    return site_size(shape, place, keys * patches) * patches
 
 
 def split_gradient_batches(

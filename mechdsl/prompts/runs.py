@@ -160,13 +160,14 @@ class RunRow(Record):
         ]
 
     @cached_property
-    def patch_tokens(self) -> frozenset[int]:
-        """The tokens of images in the prompt that read a part of their image."""
-        return frozenset(
-            each.first + cell.position
-            for each in self.whole_pictures
+    def patch_tokens(self) -> Mapping[int, tuple[int, int]]:
+        """The tokens of images in the prompt that read a part of their image, each with the number
+        of the image and of the tile."""
+        return {
+            each.first + cell.position: (number, cell.tile)
+            for number, each in enumerate(self.whole_pictures)
             for cell in each.picture.expansion.layout.cells
-        )
+        }
 
     @cached_property
     def placed_pictures(self) -> tuple[PlacedPicture, ...]:

@@ -772,8 +772,6 @@ _WITH_ATTENDING_BLOCKS = "in a model whose blocks attend to an image"
 def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnostic | None:
     """Return E0108 for a rule that isn't computed together with rules in a vision encoder."""
     verb = _name_rule(rule)
-    points = () if rule.sites is None else rule.sites.points.values()
-    inside = sorted({p.site for each in points for p in each if _is_inside_attention(p.site)})
     if rule.in_vision and not attends:
         of = "in the vision encoder"
     accepted = _IN_VISION_OF_PROMPTS if rule.in_vision else _WITH_ATTENDED_IMAGES
@@ -784,7 +782,7 @@ def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnos
     elif rule.after_prefill and not attends:
         what = f"a change after the prompt {of}"
     else:
-        what = f"`{inside[0]}` {of}" if inside and rule.edge is None and not attends else ""
+        what = ""
     hint = _ATTENDED_IMAGE_HINTS.get(verb, _ATTENDED_IMAGE_HINT) if attends else VISION_HINT
     return NotSupported(span=rule.spec.span, what=what, later=hint) if what else None
 
@@ -852,10 +850,6 @@ def _name_rule(rule: ResolvedRule) -> str:
     return rule.spec.verb if observed is None else f"observe {observed.word}"
 
 
-def _is_inside_attention(site: str) -> bool:
-    return SITES[site].component in ATTENTION_INTERNAL_SITES
-
-
 _IN_VISION = frozenset((
     "patch", "swap", "freeze", "ablate", "add", "set", "scale", "clamp", "project out",
     "project onto", "block", "reweight", "set edge", "observe norm", "observe attention",
@@ -865,7 +859,8 @@ _IN_VISION = frozenset((
 _IN_VISION_OF_PROMPTS = _IN_VISION | frozenset((
     "observe probe", "observe prediction", "observe similarity", "observe cka", "observe rank",
     "observe effective_rank", "observe clusters", "observe value", "observe features",
-    "observe random", "replace block", "path",
+    "observe random", "observe entropy", "observe distance", "observe received", "replace block",
+    "path",
 ))  # fmt: skip
 """Rules and observations in vision encoders whose output is inserted into prompts as tokens."""
 
@@ -924,8 +919,9 @@ VISION_HINT = (
     "rules in the vision encoder are `patch`, `ablate`, `add`, `set`, `scale`, `clamp`, `swap`, "
     "`freeze`, `project out`, `project … onto`, `replace block`, `path`, those on attention "
     "between patches, and observations of `norm`, `value`, `similarity`, `cka`, `rank`, "
-    "`effective_rank`, `clusters`, `probe`, `prediction`, `features` and `random`; others act in "
-    "the language model, such as on `embed` at the tokens of an image"
+    "`effective_rank`, `clusters`, `probe`, `prediction`, `features`, `random`, `entropy`, "
+    "`distance` and `received`; others act in the language model, such as on `embed` at the tokens "
+    "of an image"
 )
 
 

@@ -93,6 +93,11 @@ class ObservedVectors(Protocol):
         ...
 
     @property
+    def prompts(self) -> Ints:
+        """[K] number of the row of each vector, on the host."""
+        ...
+
+    @property
     def keys(self) -> tuple[Tensor, Tensor] | None:
         """Index into the K vectors and prompt token of each requested key; None without keys."""
         ...

@@ -851,8 +851,16 @@ def _replies(run: str, work: ExperimentContext) -> ReplyTokens:
 def _one_width(
     save: spec.Save, run: str, points: tuple[SitePoint, ...], work: ExperimentContext
 ) -> None:
-    """Report E0333 for vectors over the keys of prompts with different lengths."""
+    """Report E0333 for vectors over the keys of prompts with different lengths, or E0108 for those
+    over patches."""
     over_keys = sorted({p.site for p in points if SITES[p.site].width == "key"})
+    if over_keys and SITES[over_keys[0]].stack == "vision":
+        what, hint = (
+            f"`save {over_keys[0]}`",
+            "save `z vision`, or write `observe attention vision`",
+        )
+        work.diagnostics.append(NotSupported(span=save.span, what=what, later=hint))
+        return
     lengths = [len(row.ids) for row in work.table.runs[run].rows]
     other = next((n for n, length in enumerate(lengths) if length != lengths[0]), None)
     if over_keys and other is not None:

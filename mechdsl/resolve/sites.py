@@ -1650,7 +1650,7 @@ def check_component(kind: SiteKind, span: Span, context: SiteContext) -> bool:
     """Check that the model has a component; otherwise report E0108, E0402 or a related code."""
     missing: Diagnostic | None
     inside = kind.stack == "vision" and kind.component in ATTENTION_INTERNAL_SITES
-    if inside and "vision" in context.shape.others:
+    if inside and "vision" in context.shape.others and context.shape.attends_to_image:
         what, hint = f"the site `{kind.name}`", _PATCH_ATTENTION_HINTS[kind.component]
         missing = NotSupported(span=span, what=what, later=hint)
     else:
@@ -1668,7 +1668,8 @@ _PATCH_ATTENTION_HINTS = {
     "pattern": "read or change weights between patches: `observe attention vision layer 0 from … "
     "to …`, or `block`, `reweight` or `set attention vision …`",
 }
-"""Site in the attention of a vision encoder of prompts → what to write."""
+"""Site in the attention of a vision encoder to which blocks of the language model attend → what to
+write."""
 
 
 def _are_alike(one: Diagnostic, two: Diagnostic) -> bool:

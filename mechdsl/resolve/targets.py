@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from typing import Any, TypeAlias
@@ -26,12 +27,14 @@ from mechdsl.diagnostics.rules import (
     UnpairedPositions,
 )
 from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.models.shape import ModelShape, check_site, unit_count
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import NO_REPLIES, check_token_counts, resolve_positions
 from mechdsl.prompts.positions.spans import AnswerTokens
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.runs import PositionCell
+from mechdsl.prompts.runs import PositionCell, RunRow
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.resolve.cells import has_open_positions, report_token_mismatch
 from mechdsl.resolve.conflicts import find_lacking_row
 from mechdsl.resolve.loops import evaluate_arithmetic
@@ -126,6 +129,15 @@ def resolve_base_positions(
     return lay_out_positions(find, [positions], work, axis)
 
 
+def list_rows(table: PromptTable, run: str, work: ExperimentContext) -> tuple[RunRow, ...]:
+    """Return the rows of a run, with patches in place of tokens if they are resampled."""
+    reader = work.model.tokenizer
+    if isinstance(reader, ImagePromptTokenizer) and reader.layout.resamples:
+        with suppress(UnsupportedProcessor):  # a run reports unknown patches (E0413)
+            table = table.in_patches(reader)
+    return table.runs[run].rows
+
+
 def resolve_later_positions(
     positions: ast.Positions,
     low: int,
@@ -143,11 +155,22 @@ def resolve_later_positions(
         positions: The written positions.
         low: The smallest distance.
         high: The largest distance; None for no limit.
-        both: Whether tokens at these distances before the position are read too.
+        both: Whether tokens at these distances before the position are read too. In a vision
+            encoder, they are those of the same tile.
     """
     base = work.table.runs[work.experiment.base]
+    in_tiles = work.side == "image" and not work.model.tokenizer.stands_in
+    absent, hint = f"a token {low} or more after", "name an earlier position, or a smaller distance"
+    if in_tiles:
+        absent, hint = "another token in the tile of", "name a token of an image with more tokens"
 
     def later(row: int, tokens: Iterable[int]) -> tuple[int, ...]:
+        if in_tiles:
+            tile_of = list_rows(work.table, base.name, work)[row].patch_tokens
+            own = {*tokens}
+            tiles = {tile_of[token] for token in own}
+            own = own if len(own) == 1 else set[int]()  # joined tokens are an error later
+            return tuple(t for t, tile in tile_of.items() if tile in tiles and t not in own)
         source, every = base.rows[row].source, len(base.rows[row].ids)
         first, end = (0, source) if work.side == "source" else (source, every)
         last = end if high is None else high + 1
@@ -185,12 +208,12 @@ def resolve_later_positions(
         if not there:
             problem = OutsidePrompt(
                 span=positions.span,
-                position=f"a token {low} or more after {positions.span.written}",
+                position=f"{absent} {positions.span.written}",
                 run=base.name,
                 lacking=len(work.table),
                 total=len(work.table),
                 example=f'"{base.rows[0].text}"',
-                hint="name an earlier position, or a smaller distance",
+                hint=hint,
                 unit="prompt" if base.rows[0].image is None else "image",
             )
             work.diagnostics.append(problem)

@@ -1341,7 +1341,7 @@ class ResolvedRule(Record):
     @property
     def reads_pattern(self) -> bool:
         """Whether it observes attention between tokens."""
-        return self.spec.edge is not None and self.does.changes == "nothing"
+        return self.edge is not None and self.does.changes == "nothing"
 
     def acts_in(self, stack: str) -> bool:
         """Return whether some of its sites are in a stack other than the main one."""

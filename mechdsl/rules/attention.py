@@ -413,20 +413,15 @@ def _check_patches_meet(
     if work.table.stands_in or work.model.tokenizer.stands_in or not queries.written:
         return True
     together = work.sites.shape.attends_to_image
-    tiles = [
-        {
-            placed.first + token: (number, 0 if together else cell.tile)
-            for number, placed in enumerate(row.whole_pictures)
-            for token, cell in placed.picture.expansion.cell_of.items()
-        }
-        for row in work.table.runs[work.experiment.base].rows
-    ]
+    rows = work.table.runs[work.experiment.base].rows
 
-    def find(cell: PositionCell, row: int) -> set[tuple[int, int] | None]:
-        return {tiles[row].get(token) for tokens in cell.tokens(row) for token in tokens}
+    def find(cell: PositionCell, row: int) -> set[tuple[int, int]]:
+        own = {token for tokens in cell.tokens(row) for token in tokens}
+        found = {rows[row].patch_tokens[token] for token in own}
+        return {(image, 0) for image, _ in found} if together else found
 
     for query, key in _edges(queries, keys):
-        if any(find(query, row) & find(key, row) for row in range(len(tiles))):
+        if any(find(query, row) & find(key, row) for row in range(len(rows))):
             return True
     assert rule.onto is not None
     work.diagnostics.append(

@@ -15,10 +15,12 @@ from mechdsl.diagnostics.rules import StacksDiffer, UnequalPrompts, UnevenPositi
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
+from mechdsl.prompts.runs import PositionCell, RunRow
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext, find_side, resolve_into_layer, resolve_site
 from mechdsl.resolve.targets import (
     fill_empty_picks,
+    list_rows,
     report_empty_selection,
     resolve_amounts,
     resolve_rule_positions,
@@ -40,11 +42,13 @@ from mechdsl.vocab.sites import SITES
 def check_equal_lengths(
     rule: spec.Rule,
     sites: SiteTargets,
+    positions: PositionTargets,
     does: Intervention,
     read: ExternalRun,
     work: ExperimentContext,
 ) -> None:
-    """Report E0333 for vectors over the keys of one prompt that would be written into a longer one.
+    """Report E0333 for vectors over the keys of one prompt that would be written into a longer one,
+    or E0108 for those of images with other patches.
 
     Args:
         read: The rows that vectors are read from.
@@ -52,6 +56,9 @@ def check_equal_lengths(
     named = {p.site for points in sites.points.values() for p in points}
     over_keys = sorted(site for site in named if SITES[site].width == "key")
     if not over_keys or does.reads is None:
+        return
+    if SITES[over_keys[0]].stack == "vision":
+        _check_equal_patches(rule, over_keys[0], positions, does, read, work)
         return
     base = [len(row.ids) for row in work.table.runs[work.experiment.base].rows]
     other = [len(row.ids) for row in read.table.runs[read.run].rows]
@@ -79,6 +86,47 @@ def check_equal_lengths(
                 hint=hint,
             )
         )
+
+
+def _check_equal_patches(
+    rule: spec.Rule,
+    site: str,
+    positions: PositionTargets,
+    does: Intervention,
+    read: ExternalRun,
+    work: ExperimentContext,
+) -> None:
+    """Report E0108 for vectors over the patches of an image that are combined with those of another
+    layout, or averaged; the other arguments are those of `check_equal_lengths`."""
+    if work.model.tokenizer.stands_in or work.table.stands_in:
+        return
+    own = list_rows(work.table, work.experiment.base, work)
+    other = list_rows(read.table, read.run, work)
+    side = 1 if work.model.shape.resamples else work.model.shape.merged_side
+
+    def find(row: RunRow, cell: PositionCell, number: int) -> set[bytes]:
+        """Return the layouts of the images that a position has patches of."""
+        tokens = {token for hit in cell.hits[number] for token in hit}
+        images = {row.patch_tokens[token][0] for token in tokens}
+        every = [row.whole_pictures[image].picture.expansion for image in images]
+        return {each.list_patches(side)[1].tobytes() for each in every}
+
+    layouts: list[set[bytes]] = []
+    for key, cell in positions.read.items():
+        written = [find(row, positions.written[key], n) for n, row in enumerate(own)]
+        source = [find(row, cell, n) for n, row in enumerate(other)]
+        if does.over_rows:
+            layouts.append(set[bytes]().union(*written, *source))
+        else:
+            layouts += [a | b for a, b in zip(written, source, strict=True)]
+    what, later = "", "use images of one width and height, or write `z vision`"
+    if any(len(each) > 1 for each in layouts):
+        what = "between images with different rows and columns of patches"
+    if does.reads in ("mean", "cell"):
+        what, later = "with values of all rows", "write `z vision`"
+    if what:
+        what = f"a rule on `{site}` {what}"
+        work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
 
 
 def check_even_positions(
@@ -219,7 +267,7 @@ class SiteRule(RuleKind, Intervention):
             return None
         if self.over_rows:
             check_even_positions(rule, positions, work)
-        check_equal_lengths(rule, sites, self, ExternalRun(work.table, base), work)
+        check_equal_lengths(rule, sites, positions, self, ExternalRun(work.table, base), work)
         return ResolvedRule(
             spec=rule, does=self, run=base, sites=sites, positions=positions, amounts=amounts
         )

@@ -66,7 +66,7 @@ class CopyingRule(RuleKind, Intervention):
         sites, positions = resolve_targets(rule, run, work, exchanged=self.exchanged)
         if sites is None or positions is None:
             return None
-        check_equal_lengths(rule, sites, self, ExternalRun(work.table, run), work)
+        check_equal_lengths(rule, sites, positions, self, ExternalRun(work.table, run), work)
         return ResolvedRule(spec=rule, does=self, run=run, sites=sites, positions=positions)
 
     def detail(self, rule: ResolvedRule) -> str | None:
@@ -217,7 +217,9 @@ class AblateRule(RuleKind):
             return None
         if does.over_rows:
             check_even_positions(rule, positions, work)
-        check_equal_lengths(rule, sites, does, apart or ExternalRun(work.table, run), work)
+        check_equal_lengths(
+            rule, sites, positions, does, apart or ExternalRun(work.table, run), work
+        )
         return ResolvedRule(
             spec=rule,
             does=does,

@@ -160,8 +160,16 @@ position names. In `qwen2_5_vl`, most blocks have windows, and in videos, each f
 merged frames) attends to itself. Rules whose keys are all in other tiles or images than the queries
 are E0332; other keys that a patch doesn't see have a weight of 0, which no rule changes. A patch
 whose keys are all blocked attends to nothing. In `mllama`, patches attend to those of all tiles, to
-class tokens and to padding. The sites `scores`, `pattern`, `q_rot` and `k_rot` of the encoder,
-`allow` and `by value_norm` are E0108, and estimates are E0608.
+class tokens and to padding. `allow` and `by value_norm` are E0108, and estimates are E0608.
+
+`scores vision` and `pattern vision` have a vector for each patch, over all tokens that the encoder
+has for the image, also class tokens. `patch`, `swap` and `resample` copy such vectors between
+images with equal rows and columns of patches in all tiles; other images, means and `save` are
+E0108. `observe entropy` includes the weights on class tokens. `observe distance` is in patches of
+the same tile, between their centres, and `observe received` is the mean over the other tokens of
+the tile. All three are means over the patches of a token. `q_rot vision` and `k_rot vision` are the
+queries and keys after rotation; encoders that don't rotate have the values of `q` and `k` there. In
+`mllama`, these four sites are E0108.
 
 The resampler of `idefics2` reads all patches of a tile for each token. In the language model, its
 tokens have no rows and columns (E0310). In the encoder, positions are patches:

@@ -4,7 +4,7 @@ replaces the library's own attention in the bare model, one unpadded prompt at a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -49,17 +49,30 @@ def module_of(name: str, layer: int) -> Any:
     return bare(name).model.get_submodule(f"{own.blocks}.{layer}.{own.attention}")
 
 
+def unchanged(first: int, value: Tensor) -> Tensor:
+    return value
+
+
+NO_EDITS: Mapping[str, Callable[[int, Tensor], Tensor]] = {}
+
+
 @contextmanager
 def attended(
-    module: Any, change: Callable[[int, Tensor], Tensor], *, again: bool = False
+    module: Any,
+    change: Callable[[int, Tensor], Tensor] = unchanged,
+    *,
+    again: bool = False,
+    before: Mapping[str, Callable[[int, Tensor], Tensor]] = NO_EDITS,
 ) -> Generator[None]:
     """Let a module attend with changed weights.
 
     change: (number of a tile's first token, weights [heads, query, key]) → new weights.
     again: Whether several passes read the same images.
+    before: The same for `q_rot` and `k_rot` [heads, token, width], and `scores` [heads, query,
+        key].
     """
     code: Any = sys.modules[type(module).__module__]
-    plain, before = code.eager_attention_forward, module.config._attn_implementation_internal
+    plain, kind = code.eager_attention_forward, module.config._attn_implementation_internal
     passed = 0
 
     def attend(
@@ -73,11 +86,16 @@ def attended(
         nonlocal passed
         if own is not module:
             return plain(own, query, key, value, attention_mask, **given)
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        weights = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
         found: list[Tensor] = []
-        for tile in weights:
-            found.append(change(passed, tile.clone()))
+        for n, (q, k) in enumerate(zip(query, key, strict=True)):
+            q = before.get("q_rot", unchanged)(passed, q.clone())
+            k = before.get("k_rot", unchanged)(passed, k.clone())
+            tile = q @ k.transpose(-1, -2) * query.shape[-1] ** -0.5
+            tile = (
+                tile if attention_mask is None else tile + attention_mask[n % len(attention_mask)]
+            )
+            tile = before.get("scores", unchanged)(passed, tile)
+            found.append(change(passed, tile.softmax(-1)))
             passed += tile.shape[-1]
         weights = torch.stack(found)
         return (weights @ value).transpose(1, 2).contiguous(), weights
@@ -95,7 +113,7 @@ def attended(
     finally:
         handle.remove()
         code.eager_attention_forward = plain
-        module.config._attn_implementation_internal = before
+        module.config._attn_implementation_internal = kind
 
 
 def blocked(weights: Tensor, keys: Sequence[int]) -> Tensor:
@@ -544,18 +562,25 @@ LINES = {
     "block attention vision layer 0 from photo tokens to photo row 1 col 1 token\n  using atp": (
         "E0608"
     ),
-    "ablate pattern vision layer 0 head 0 at photo tokens with zero": "E0108",
-    "ablate scores vision layer 0 head 0 at photo tokens with zero": "E0108",
-    "ablate q_rot vision layer 0 head 0 at photo tokens with zero": "E0108",
-    "scale k_rot vision layer 0 head * at photo tokens by 2": "E0108",
+    "ablate scores vision layer 0 head 0 at photo row 1 col 2 token with mean": "E0108",
+    "patch pattern vision layer 0 head 0 at photo row 1 col 2 token": "E0108",
+    "ablate pattern vision layer 0 head 0 at photo row 1 col 2 token with resample": "E0108",
+    "patch k_rot vision layer 0 head 0 at last token": "E0310",
+    "ablate scores vision layer 0 head 0 at photo tokens with zero\n  using atp": "E0608",
     "observe attention vision layer 0 from photo tokens to photo tokens by value_norm": "E0108",
-    "observe entropy pattern vision layer 0 head 0 at photo tokens": "E0108",
+    "observe entropy z vision layer 0 head 0 at photo tokens": "E0207",
+    "observe distance(0) pattern vision layer 0 head 0 at photo tokens": "E0207",
+    "observe distance pattern vision layer 0 head 0 at last token": "E0310",
+    "observe received pattern vision layer 0 head 0 at photo tokens": "E0207",
+    "observe received(1..3) pattern vision layer 0 head 0 at photo row 1 col 1 token": "E0207",
+    'save scores vision layer 0 head 0 at photo row 1 col 1 token to "s.safetensors"': "E0108",
 }
 
 
 def try_line(name: str, line: str) -> list[Diagnostic]:
-    lines = [line] if line.startswith("observe") else ["from clean into changed", line]
-    text = experiment("e", *lines, measure="" if line.startswith("observe") else MEASURE)
+    alone = line.startswith(("observe", "save"))
+    lines = [line] if alone else ["from clean into changed", line]
+    text = experiment("e", *lines, measure="" if alone else MEASURE)
     source = f'mech 1\nmodel m = local("handed over")\n{BLOCK}\n{text}'
     result, found = run_on(Source(source, folder() / "f.mech"), {"m": loaded(name)})
     assert result is None or not result.experiments

@@ -406,7 +406,7 @@ ERRORS = {
     "patch resid_post vision layer 0 at last token": "E0310",
     "ablate resid_post vision layer 2 at photo tokens with zero": "E0302",
     "ablate resid_post vission layer 1 at photo tokens with zero": "E0203",
-    "ablate pattern vision layer 0 head 0 at photo tokens with zero": "E0108",
+    "ablate pattern vision layer 0 head 0 at photo tokens with mean": "E0108",
     "patch resid_post vision layer 0 at photo tokens\n  using cdt": "E0608",
     f"{VISION}\n  against random(5, neurons)": "E0630",
     "path z layer 0 head 0 -> logits at last token\n  " + VISION: "E0108",

@@ -131,6 +131,8 @@ class _SiteVectors:
     read: SiteRead
     row: Ints
     """[K] the row of each vector."""
+    prompt: Ints
+    """[K] the row of the table that it is a row of."""
     place: Ints
     """[K] index of each vector into the values read at the site."""
     unit: Ints | None
@@ -151,6 +153,7 @@ class _SeenVectors:
     vectors: Tensor
     units: Tensor | None
     positions: Tensor
+    prompts: Ints
     keys: tuple[Tensor, Tensor] | None
     place: SiteLayer
     further_vectors: Mapping[SiteLayer, Tensor]
@@ -242,6 +245,7 @@ class RowObserver:
             vectors,
             chosen,
             array_to_device(part.position, device),
+            part.prompt,
             keys,
             (part.read.site, part.read.layer),
             further,
@@ -339,6 +343,7 @@ def build_observer(
     kind = np.array([of_points.index((p.site, p.layer, p.unit is None)) for p in table])[point]
     unit = point_units(table)[point]
     asked: dict[SiteRead, list[RowPositions]] = {}
+    pooled = plan.rule.in_vision and plan.rule.reads_pattern and not shape.attends_to_image
     parts: list[_SiteVectors] = []
     for number, (site, layer, whole) in enumerate(of_points):
         own = np.flatnonzero(kind == number)
@@ -350,11 +355,12 @@ def build_observer(
             own = own[again]
         elif whole:
             units_here = None
-        read = SiteRead(site, layer)
+        read = SiteRead(site, layer, pooled=pooled)
         place = _add_request(asked, read, at[row[own]], position[own])
         part = _SiteVectors(
             read=read,
             row=row[own],
+            prompt=rows.prompt[row[own]],
             place=place,
             unit=units_here,
             position=position[own],

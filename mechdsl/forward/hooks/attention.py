@@ -651,8 +651,12 @@ def attend_tiles(
         [tile, T, heads, d_head].
     """
     (tiles, heads, size, _), count = query.shape, work.width
-    flat = query.transpose(0, 1).flatten(1, 2), key.transpose(0, 1).flatten(1, 2)
-    how = AttentionMethod.of(*flat, False, False, work, arguments)
+    query, key = (
+        work.turned(site, each.transpose(0, 1).flatten(1, 2)).unflatten(1, (tiles, size))
+        for site, each in (("q_rot", query), ("k_rot", key))
+    )
+    how = AttentionMethod.of(query.flatten(1, 2), key.flatten(1, 2), False, False, work, arguments)
+    query, key = query.transpose(0, 1), key.transpose(0, 1)
     mask = expand_query_mask(mask, size)
     if not work.passed:
         work.prepared(len(work.starts) * count, heads, value)

@@ -129,7 +129,9 @@ class AttentionHooks:
     """Number of patches in earlier calls of this layer, in an encoder that calls its attention for
     each tile or window."""
     pools: PatchPools | None = None
-    """As in `Batch`."""
+    """Tokens between which weights are read, as in `Batch`; None if none are."""
+    pooled: Tensor | None = None
+    """[lane * token, heads, token] these weights."""
     tiles: tuple[int, int] | None = None
     """Tiles of the keys, as in `Batch`."""
 
@@ -158,18 +160,24 @@ class AttentionHooks:
         return mask
 
     def turned(self, site: str, vectors: Tensor) -> Tensor:
-        """Apply writes to queries or keys [heads, token, d_head]."""
-        writes = self.rotated.get(site, ())
+        """Apply writes to queries or keys [heads, token, d_head]; in an encoder that calls its
+        attention for each tile or window, those of one call."""
+        first, writes = self.passed, self.rotated.get(site, ())
         if writes:
             vectors = vectors.clone()
         for token, head, write in writes:
-            index = indices_to_device((head, token), vectors.device)
-            values = to_device(write.values, vectors.device)
-            to = None if write.to is None else to_device(write.to, vectors.device)
-            vectors[index] = apply_write(write.mode, vectors[index], values, to)
-            self.done += len(token)
+            there = (token >= first) & (token < first + vectors.shape[1])
+            own = torch.nonzero(there)[:, 0]
+            index = indices_to_device((head[own], token[own] - first), vectors.device)
+            values = write.values[to_device(own, write.values.device)]
+            to = None if write.to is None else write.to[to_device(own, write.to.device)]
+            now = vectors[index]
+            to = None if to is None else to_device(to, now.device)
+            vectors[index] = apply_write(write.mode, now, to_device(values, now.device), to)
+            self.done += len(own)
         if site in self.wanted:
-            self.found[site] = vectors.transpose(0, 1).clone()
+            earlier = [self.found[site]] if first else []
+            self.found[site] = torch.cat([*earlier, vectors.transpose(0, 1)])
         return vectors
 
     def unseen(self, group: AttentionGroup) -> None:
@@ -290,14 +298,14 @@ class AttentionHooks:
 
     def _keep(self, site: str, group: AttentionGroup, found: Tensor) -> None:
         """Store values that are read, by key position."""
-        if site not in self.wanted:
-            return
-        if self.pools is not None:
+        if site == "pattern" and self.pools is not None:
+            assert self.pooled is not None
             lane, count = int(group.lanes.host[0]), self.pools.tokens
             keys = torch.from_numpy(group.columns.host)
             asking = keys[torch.from_numpy(group.queries.host)]
             pooled = self.pools.pool(found[0, :, :, 0].flatten(0, 1), asking, keys)
-            self.found[site][lane * count : (lane + 1) * count] += pooled
+            self.pooled[lane * count : (lane + 1) * count] += pooled
+        if site not in self.wanted:
             return
         lanes, kinds, shared, rows, asking, keys = found.shape
         position = torch.arange(self.width, device=found.device)
@@ -318,11 +326,10 @@ class AttentionHooks:
     def prepared(self, tokens: int, heads: int, like: Tensor) -> None:
         """Allocate storage for values read at this many tokens."""
         for site in self.wanted & {"scores", "pattern"}:
-            if self.pools is None:
-                self.found[site] = like.new_zeros(tokens, heads, self.width)
-            else:
-                count = self.pools.tokens
-                self.found[site] = like.new_zeros(len(self.starts) * count, heads, count)
+            self.found[site] = like.new_zeros(tokens, heads, self.width)
+        if self.pools is not None:
+            count = self.pools.tokens
+            self.pooled = like.new_zeros(len(self.starts) * count, heads, count)
 
     @staticmethod
     def _first(group: AttentionGroup) -> int:

@@ -160,7 +160,7 @@ class Batch:
     tiles: tuple[int, int] | None = None
     """Number of tokens of a tile, and of columns, which padding follows; None without tiles."""
     pools: PatchPools | None = None
-    """Of an encoder's patches, the tokens that patterns are read for; None: patterns of patches."""
+    """Of an encoder's patches, the tokens that pooled weights are read for."""
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -500,6 +500,8 @@ class SiteRead:
     stack: str = ""
     before: bool = False
     """Whether to read the value before any write."""
+    pooled: bool = False
+    """Whether weights between patches are read between tokens of images: see `Batch.pools`."""
 
     def __post_init__(self) -> None:
         split_stack(self)

@@ -817,6 +817,8 @@ class SiteHooks:
                 return work
             raise WriteMismatch(f"attention of layer {layer} ran twice in one run")
         inside = [w for w in self._writes if w.site in ATTENTION_INTERNAL_SITES]
+        own = [read for read in self._reads if (read.stack, read.layer) == place]
+        pools = keys.pools if isinstance(keys, Batch) and any(r.pooled for r in own) else None
         self._layers[place] = build_attention_hooks(
             layer,
             self.frame,
@@ -825,8 +827,8 @@ class SiteHooks:
             keys.key_width,
             writes=[w for w in inside if (w.stack, w.layer) == place],
             edges=self._edges.get(place, ()),
-            reads=[read.site for read in self._reads if (read.stack, read.layer) == place],
-            pools=keys.pools if isinstance(keys, Batch) else None,
+            reads=[read.site for read in own if not read.pooled],
+            pools=pools,
             tiles=keys.tiles if isinstance(keys, Batch) else None,
         )
         return self._layers[place]
@@ -1041,8 +1043,11 @@ class SiteHooks:
                 f"{work.due} changes were to be made in attention of layer {layer}, "
                 f"{work.done} were"
             )
-        for site, found in work.found.items():
-            self.found[SiteRead(site, layer, stack)] = found.unflatten(0, (self.frame.leading, -1))
+        every = {SiteRead(site, layer, stack): found for site, found in work.found.items()}
+        if work.pooled is not None:
+            every[SiteRead("pattern", layer, stack, pooled=True)] = work.pooled
+        for read, found in every.items():
+            self.found[read] = found.unflatten(0, (self.frame.leading, -1))
 
 
 def _find_differentiated_stack(model: LoadedModel, frame: TokenFrame) -> str:

@@ -46,7 +46,7 @@ from mechdsl.loading.bench import (
     write_whole_site,
 )
 from mechdsl.loading.verify.head_checks import check_heads, check_rotary_order
-from mechdsl.models.config import with_edges
+from mechdsl.models.config import with_attention
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 
 _EMBED_READ = SiteRead("embed")
@@ -685,8 +685,8 @@ def add_stack_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
     return found if bool(off <= most) else model
 
 
-def add_vision_edges(model: LoadedModel, batch: Batch) -> LoadedModel:
-    """Add edges between patches to the vision encoder of a vision-language model.
+def add_vision_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
+    """Add the sites within attention to the vision encoder of a vision-language model.
 
     The model is unchanged if attention, computed explicitly there, changes the vectors of images,
     or the logits of a model whose blocks attend to them.
@@ -696,8 +696,10 @@ def add_vision_edges(model: LoadedModel, batch: Batch) -> LoadedModel:
         batch: Prompts with pixels.
     """
     own = model.stack("vision")
-    own = replace(own, shape=with_edges(own.shape))
-    shapes = {**model.shape.others, "vision": with_edges(model.shape.others["vision"])}
+    attends = model.shape.attends_to_image
+    own = replace(own, shape=with_attention(own.shape, attends=attends))
+    shape = with_attention(model.shape.others["vision"], attends=attends)
+    shapes = {**model.shape.others, "vision": shape}
     found = replace(model, others={**model.others, "vision": own})
     found = replace(found, shape=replace(model.shape, others=shapes))
     zero, one = torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.float64)
@@ -705,7 +707,6 @@ def add_vision_edges(model: LoadedModel, batch: Batch) -> LoadedModel:
         EdgeWrite(layer, "reweight", zero, zero, zero, zero, zero, one, "vision")
         for layer in own.anatomy.layers("z")
     ]
-    attends = model.shape.attends_to_image
     given = without_vectors(batch) if attends else batch
 
     def run(edges: Sequence[EdgeWrite]) -> Tensor:

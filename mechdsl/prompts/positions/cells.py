@@ -559,7 +559,7 @@ def _in_images(
     outside = [
         n
         for n, (row, own) in enumerate(zip(rows, tokens, strict=True))
-        if not own <= row.patch_tokens
+        if not own <= row.patch_tokens.keys()
     ]
     if not outside:
         return cells, found

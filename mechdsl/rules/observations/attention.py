@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
 from mechdsl.base.limits import is_integer
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.images.processing import PatchLayout
 from mechdsl.program import spec
 from mechdsl.program.spec import constant_value
+from mechdsl.prompts.runs import RunRow
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.observations import ObservedVectors, RowSetObservation
 from mechdsl.resolve.sites import (
@@ -23,6 +26,7 @@ from mechdsl.resolve.sites import (
 )
 from mechdsl.resolve.targets import (
     fill_empty_picks,
+    list_rows,
     report_empty_selection,
     resolve_base_positions,
     resolve_later_positions,
@@ -70,10 +74,12 @@ class PatternObservation(SiteObservation):
 
 def is_causal(sites: SiteTargets | None, work: ExperimentContext) -> bool:
     """Return whether queries attend to earlier keys only, which an encoder's don't."""
-    encodes = sites is not None and any(
-        SITES[point.site].stack == "encoder" for point in iter_points(sites)
-    )
+    encodes = _is_in(sites, "encoder") or _is_in(sites, "vision")
     return work.model.shape.causal and not encodes
+
+
+def _is_in(sites: SiteTargets | None, stack: str) -> bool:
+    return sites is not None and any(SITES[p.site].stack == stack for p in iter_points(sites))
 
 
 def in_one_text(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
@@ -101,7 +107,8 @@ class AttentionEntropy(PatternObservation):
 @observation("distance", unit="token")
 class AttentionDistance(PatternObservation):
     """How many tokens back the query attends, on average over its attention; in models that see
-    both sides how many tokens away, and in images how many patches, of its attention to patches.
+    both sides how many tokens away, and in images how many patches, of its attention to patches of
+    the same tile.
 
     `distance(W)` counts keys that are further away than W as W tokens away.
     returns: the sum of weight times min(query - key, W), in tokens; averaged over heads and queries
@@ -117,6 +124,8 @@ class AttentionDistance(PatternObservation):
         *,
         causal: bool = True,
         grid: tuple[int, int, int] | None = None,
+        rows: Sequence[RunRow] | None = None,
+        side: int = 1,
     ) -> None:
         """Create the observation.
 
@@ -125,8 +134,16 @@ class AttentionDistance(PatternObservation):
             causal: Whether queries attend to earlier keys only.
             grid: For images: the number of tokens before the patches, and the rows and columns of
                 patches.
+            rows: For the vision encoder of prompts, the rows.
+            side: Rows and columns of patches of a token.
         """
         self.window, self.causal, self.grid = window, causal, grid
+        self._rows, self._side = rows, side
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        settings = self.window, self.causal, self.grid, self._rows is not None
+        return type(self), self.name, settings
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         found = super().resolve(rule, work)
@@ -140,12 +157,17 @@ class AttentionDistance(PatternObservation):
         if not in_one_text(rule, found.sites, work):
             return None
         causal = is_causal(found.sites, work) and not mixes_images(work.model, work.table)
-        does = AttentionDistance(window, causal=causal, grid=grid)
+        in_vision = _is_in(found.sites, "vision") and not reader.stands_in
+        rows = list_rows(work.table, work.experiment.base, work) if in_vision else None
+        side = 1 if work.model.shape.resamples else work.model.shape.merged_side
+        does = AttentionDistance(window, causal=causal, grid=grid, rows=rows, side=side)
         return replace(found, does=does)
 
     def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
         weights = seen.vectors
-        if self.grid is not None:
+        if self._rows is not None:
+            weights, away = self._within_tiles(seen, self._rows)
+        elif self.grid is not None:
             front, rows, cols = self.grid
             weights = weights[:, front : front + rows * cols]
             away = self._between_patches(seen.positions, weights)
@@ -159,6 +181,24 @@ class AttentionDistance(PatternObservation):
             away = away.clamp(-self.window, self.window)
         return (weights * away).sum(-1)
 
+    def _within_tiles(self, seen: ObservedVectors, rows: Sequence[RunRow]) -> tuple[Tensor, Tensor]:
+        """Return the weights on patches of the same tile, normalised, and the distances between the
+        centres of patches: [query, key] each."""
+        pairs = np.stack([seen.prompts, seen.positions.cpu().numpy()], axis=1)
+        distinct, index = np.unique(pairs, axis=0, return_inverse=True)
+        away = np.full((len(distinct), seen.vectors.shape[1]), np.nan)
+        for n, (prompt, position) in enumerate(distinct.tolist()):
+            for placed in rows[prompt].whole_pictures:
+                numbers, places = placed.picture.expansion.list_patches(self._side)
+                own = np.flatnonzero(numbers + placed.first * self._side**2 == position)
+                if len(own):
+                    tile, *center = places[own[0]].tolist()
+                    there = np.flatnonzero(places[:, 0] == tile)
+                    away[n, there] = np.hypot(*(places[there, 1:] - center).T)
+        found = seen.vectors.new_tensor(away[index.ravel()])
+        weights = seen.vectors.masked_fill(found.isnan(), 0)
+        return weights / weights.sum(-1, keepdim=True).clamp_min(1e-38), found.nan_to_num(0)
+
     def _between_patches(self, queries: Tensor, weights: Tensor) -> Tensor:
         """Compute the distances between centres of patches, in patches: [query, patch]."""
         assert self.grid is not None
@@ -171,7 +211,7 @@ class AttentionDistance(PatternObservation):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from super().conventions(rule, n_layers)
         tokens, side = "tokens", "back" if self.causal else "away"
-        if self.grid is not None:
+        if self.grid is not None or self._rows is not None:
             tokens = "patches"
             said = "between the centres of patches, in patches, averaged over attention to patches"
             yield Convention("distance", said)
@@ -291,11 +331,11 @@ class ReceivedAttention(PatternObservation):
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         fits = self.clauses_fit(rule, work)
-        window = _read_range(rule, work)
         assert rule.site is not None
         sites, axes = resolve_site(rule.site, work.sites)
         for axis in axes:
             work.add_axis(axis)
+        window = _read_range(rule, work, in_images=_is_in(sites, "vision"))
         if window is None or not fits:
             return None
         if sites is not None and not in_one_text(rule, sites, work):
@@ -329,6 +369,8 @@ class ReceivedAttention(PatternObservation):
         if (self.low, self.high) != (1, None):
             side = "after it" if self.causal else "away from it in both directions"
             behind = f"the tokens {self.low} to {self.high} {side}"
+        if _is_in(rule.sites, "vision"):
+            behind += " of its image and tile"
         said = f"received: the attention to a token, averaged over {behind}"
         points = [point for here in rule.sites.points.values() for point in here]
         if any(point.unit is None for point in points):
@@ -338,13 +380,18 @@ class ReceivedAttention(PatternObservation):
         yield Convention("observed", said, "rows without such tokens aren't part of the cell")
 
 
-def _read_range(rule: spec.Rule, work: ExperimentContext) -> tuple[int, int | None] | None:
-    """Read the range of distances in tokens; None after E0207."""
+def _read_range(
+    rule: spec.Rule, work: ExperimentContext, *, in_images: bool
+) -> tuple[int, int | None] | None:
+    """Read the range of distances in tokens; None after E0207.
+
+    in_images: Whether the tokens are patches of images in prompts.
+    """
     assert rule.observed is not None
     call = rule.observed.call
     if call is None:
         return 1, None
-    if isinstance(work.model.tokenizer, ImageTokenizer):
+    if in_images or isinstance(work.model.tokenizer, ImageTokenizer):
         reason = "counts tokens of a text, but images have rows and columns"
         report_bad_observation(rule, work, reason, "write `received` for all other tokens")
         return None
