@@ -5,6 +5,7 @@ autograd at one site on each prompt alone."""
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -135,11 +136,11 @@ def test_recomputed_gradients_equal_stored_ones(name: str, monkeypatch: pytest.M
         writes.append(SiteWrite(*where, rows, middle, unit, leaves[-1], mode="add"))
     if not writes:
         pytest.skip("its blocks have none of these sites")
-    calls: list[int] = []
+    calls: list[object] = []
     run = gradients._BlockFunction.__call__
 
     def count(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
+        calls.append(self)
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(gradients._BlockFunction, "__call__", count)
@@ -160,5 +161,7 @@ def test_recomputed_gradients_equal_stored_ones(name: str, monkeypatch: pytest.M
             assert torch.allclose(own, other, rtol=0, atol=1e-4 if name in SINGLE else 1e-10)
     cached = "past_key_values" in inspect.signature(model.module.forward).parameters
     given_cache = cached and "use_cache" not in model.calling.accepts
-    assert bool(calls) != (given_cache or name in RUN_ONCE)
-    assert not calls or len(calls) == 3 * model.shape.n_layers
+    # Blocks of a vision tower have no leaf before them: they run once.
+    recomputed = [times for times in Counter(calls).values() if times > 1]
+    runs_once = given_cache or name in RUN_ONCE
+    assert recomputed == ([] if runs_once else [3] * model.shape.n_layers)
