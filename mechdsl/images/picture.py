@@ -127,8 +127,8 @@ def has_frames(extent: tuple[int, ...]) -> bool:
 
 def marker_extent(marker: re.Match[str]) -> tuple[int, ...]:
     """Return `Picture.extent` of the picture that a marker stands for."""
-    found = marker["height"], marker["width"], marker["frames"]
-    return tuple(int(each) for each in found if each is not None)
+    height, width, frames = marker.group("height", "width", "frames")
+    return (int(height), int(width)) if frames is None else (int(height), int(width), int(frames))
 
 
 RENDERING_VERSION = 1

@@ -1141,24 +1141,27 @@ def image_token_cells(
     cells: dict[str, list[Hits]] = {}
     order: dict[str, tuple[int, ...]] = {}
     # Images of one size share the same expansion.
-    known: dict[tuple[int, str, int], tuple[str, tuple[int, ...]]] = {}
+    known: dict[tuple[int, str, int], list[Hits]] = {}
+
+    def hits_of(label: str, at: tuple[int, ...]) -> list[Hits]:
+        """Return the [row] hits of the cell with a label."""
+        order[label] = at
+        return cells.setdefault(label, [()] * spans.total)
+
     for n, place in enumerate(found):
         images = [(own, id(own.picture.expansion), own.title) for own in spans.pictures_of(n, ref)]
         for token in place.tokens:
             for image, expansion, title in images:
                 key = expansion, title, token - image.first
-                if key not in known and (cell := image.cell(token)) is not None:
+                hits = known.get(key)
+                if hits is None and (cell := image.cell(token)) is not None:
                     at = image.number or 0, cell.tile, cell.row, cell.col
-                    known[key] = image.label(token), at
-                if key in known:
-                    label, order[label] = known[key]
+                    hits = known[key] = hits_of(image.label(token), at)
+                if hits is not None:
                     break
             else:
-                label = spans.extra_label(token)
-                order[label] = 0, token
-            if label not in cells:
-                cells[label] = [()] * spans.total
-            cells[label][n] = ((token,),)
+                hits = hits_of(spans.extra_label(token), (0, token))
+            hits[n] = ((token,),)
     return [
         PositionCell(label, tuple(cells[label])) for label in sorted(cells, key=order.__getitem__)
     ]

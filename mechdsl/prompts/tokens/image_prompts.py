@@ -868,12 +868,17 @@ class ImagePromptTokenizer(TextTokenizer):
                 continue
             marker, extent = due[number]
             expansion = self.expansion(extent)
-            vectors = iter(self.vector_tokens(marker[0], expansion))
-            span, is_image = marker.span(), expansion.is_image
-            pairs = zip(expansion.ids, is_image, strict=True)
-            ids += [next(vectors) if is_vector else own for own, is_vector in pairs]
-            offsets += [span if is_vector else (0, 0) for is_vector in is_image]
-            special += [not is_vector for is_vector in is_image]
+            vectors, span = self.vector_tokens(marker[0], expansion), marker.span()
+            if len(vectors) == len(expansion.ids):
+                ids += vectors
+                offsets += [span] * len(vectors)
+                special += [False] * len(vectors)
+            else:
+                is_image, after = expansion.is_image, iter(vectors)
+                pairs = zip(expansion.ids, is_image, strict=True)
+                ids += [next(after) if is_vector else own for own, is_vector in pairs]
+                offsets += [span if is_vector else (0, 0) for is_vector in is_image]
+                special += [not is_vector for is_vector in is_image]
             if bos is not None and marker is markers[-1]:
                 ids.append(bos)
                 offsets.append((0, 0))

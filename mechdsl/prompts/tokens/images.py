@@ -140,7 +140,7 @@ class ImageTokenizer(TextTokenizer):
 
     def covered(self, region: Region, picture: Picture) -> tuple[int, ...]:
         """Return the tokens that read a part of a region, which no change of the image moves."""
-        key = region, replace(picture, changes=())
+        key = region, replace(picture, changes=()) if picture.changes else picture
         if key not in self._covered:
             from mechdsl.images.pixels import region_coverage  # imports NumPy
 
