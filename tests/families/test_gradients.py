@@ -28,7 +28,7 @@ ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)
 QUICK = ("gpt2", "mamba", "beit")
 SINGLE = (
     "gemma2", "granite_swa", "granitemoe_swa", "granitemoe_swa/shared", "inkling2_text",
-    "vaultgemma", "xglm",
+    "t5gemma", "vaultgemma", "xglm",
 )  # fmt: skip
 """Architectures that compute only in float32. Some with sliding windows give NaN for padding in
 float64: the smallest number of a mask is infinite in the softmax, which is in float32."""
