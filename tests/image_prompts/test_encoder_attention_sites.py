@@ -17,14 +17,23 @@ from torch import Tensor
 from ..images import prompts_of_images as vlm
 from ..quick import some
 from .support import check_cells, experiment
-from .test_encoder_attention import NAMES, QUICK, TOWERS, attended, module_of, patterns
-from .test_families import ALL, BLOCK, WORDS, bare, difference, folder, inputs, run_text
-from .test_token_patches import HEADS, LAYERS, ResampledTower
+from .test_encoder_attention import (
+    NAMES,
+    QUICK,
+    TOWERS,
+    attended,
+    module_of,
+    patterns,
+    run_in_both,
+)
+from .test_families import ALL, BLOCK, TWO, WORDS, bare, difference, folder, inputs, run_text
+from .test_token_patches import HEADS, LAYERS, ResampledTower, other
 
 ENTROPY = "observe entropy pattern vision layer * head * at photo row 1 col 2 token"
 DISTANCE = (
     "observe distance{} pattern vision layer 1 head * at photo row 1 col 2 token, photo tokens"
 )
+OBSERVATIONS = ("entropy", "distance", "received")
 RECEIVED = "observe received pattern vision layer 0 head * at photo row 1 col 2 token"
 
 
@@ -237,3 +246,27 @@ def test_rules_within_attention_equal_changed_attention_of_the_bare_encoder(
         largest.append(check_cells(found, ["head"], expected, base, line))
     assert max(largest) > 0.1
     assert min(largest) > 0.005, largest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
+def test_patterns_of_several_images_in_a_prompt_equal_those_of_each(name: str) -> None:
+    """Images of several sizes have vectors of several widths."""
+    where = "at two row 1 col 2 token"
+    lines = [f"observe {word} pattern vision layer 0 head 1 {where}" for word in OBSERVATIONS]
+    text = "".join(experiment(f"e{n}", line, measure="") for n, line in enumerate(lines))
+    found = run_in_both(name, TWO, text.replace("prompts ask", "prompts both"))
+    own, expected = TOWERS[name], np.zeros((len(OBSERVATIONS), len(ALL)))
+    for n in ALL:
+        image = other(n)
+        weights = patterns(name, 0, n, image)[1]
+        cell = own.cell(image, 1, 2)
+        away = distances(name, image, weights, 1000)
+        of_cell = [away[own.every(image).index(patch)] for patch in cell]
+        expected[:, n] = (
+            float(entropy(weights[cell]).mean()),
+            np.mean(of_cell),
+            received(name, image, weights, cell),
+        )
+    for each, values in zip(found, expected, strict=True):
+        np.testing.assert_allclose(each.measures[0].patched[0], values, atol=1e-4)
