@@ -123,7 +123,7 @@ def test_fitted_direction_drops_only_rows_by_its_corruption() -> None:
         "measure logit(answer of moved) as delta",
     )
     for lines in (both, (both[0], MEASURE)):
-        beside = {key: len(rows) for key, rows in table(*lines).beside.items()}
+        beside = {key: len(rows) for key, rows in table(*lines).other_tables.items()}
         assert beside["p.train changed by moved"] < 18
         assert beside.get("p.train changed by reversed", 18) == 18
         assert "p.train" not in beside
