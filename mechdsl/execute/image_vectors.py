@@ -281,7 +281,7 @@ class ImageVectors:
         ablated = [_number_patches(each, batch, every, count) for each in circuits]
         written = {n for each in (*inside, *within, *ablated) for n in each.rows.tolist()}
         changed = {*range(len(every))} if blocks else written
-        first = _find_first_equal(() if within or ablated else writes, every)
+        first = _find_first_equal(() if within else writes, every)
         # Equal images without writes, or with equal ones, share a lane.
         lanes: dict[tuple[ImageKey, int], list[int]] = {}
         for n, each in enumerate(every):

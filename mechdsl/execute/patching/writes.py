@@ -874,7 +874,7 @@ def _tabulate(
     ends = tuple(
         (SiteRead(to.site, to.layer), number_unit(to, features)) for to in receivers.points
     )
-    stack = SITES[senders.points[0].site].stack.replace("cross", "")
+    stack = "encoder" if SITES[senders.points[0].site].stack == "encoder" else ""
     return EdgeTable(places, ends, mask, *list_stream_nodes(others, features, stack))
 
 
