@@ -6,6 +6,7 @@ size of an MLP is an estimate.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -506,6 +507,7 @@ def gradient_work(
     if plan.path is not None:
         times, given = dropped * kinds * len(experiment.measures), (lengths, joined, whole)
         held = _held_work(plan.path, *given, times, n_layers, 2 * senders)
+        held = _sent_work(plan, *given) if decomposed else held
         return sum((found for _ in range(dropped * points)), held + _pattern_work(plan, *given))
     if not said.joins_cells and not said.kind.adds_noise:
         times = 2 * len(_list_changed_attention(experiment) if said.kind.fixes_attention else ())
@@ -514,6 +516,28 @@ def gradient_work(
     copies = said.steps or int(dict(said.options)["samples"])
     first = _pass(lengths, joined, whole, forwards=1, backwards=0)
     return sum((found for _ in range(copies * len(set(cell_sites(plan).tolist())))), first)
+
+
+def _sent_work(
+    plan: ExperimentPlan, lengths: Ints, joined: int, whole: CountPasses
+) -> GradientWork:
+    """Count the work of passes that decompose what receivers of a path read: two for each sender,
+    one of which reads what is held.
+
+    Args:
+        lengths: Tokens of two copies of the prompt for each row.
+        joined: Number of passes over all of them.
+    """
+    assert plan.path is not None
+    senders = np.stack([plan.senders, plan.path.position_of_cell])
+    share = np.unique(senders, axis=1).shape[1] / max(1, plan.n_cells)
+    every = _pass(lengths, joined, whole, forwards=2, backwards=0)
+    return GradientWork(
+        forwards=math.ceil(every.forwards * share),
+        joined_forwards=2 * math.ceil(joined * share),
+        tokens=math.ceil(every.tokens * share),
+        adds=every.adds * share,
+    )
 
 
 def count_pattern_rows(weights: int, layers: int) -> int:

@@ -547,7 +547,9 @@ class ContextualDecomposition(_GradientTimesChange):
     section 3). At the cell's vectors, γ is the written value; before them, β is 0. The value of a
     cell is m(γ) − m(x) at the output. Rules of γ: Wγ + b|Wγ| / (|Wβ| + |Wγ|) for a linear map;
     f(γ) for an activation function; the product of the γ of both factors for a product (Murdoch et
-    al. 2018); the variance of x for norms; the weights of attention of x.
+    al. 2018); the variance of x for norms; the weights of attention of x. For a path, γ is the
+    source value at the senders and x at all other heads and MLPs; what the receivers then read is γ
+    at them, before which β is 0.
     """
 
     example = "using cdt"
@@ -560,7 +562,9 @@ class ContextualDecomposition(_GradientTimesChange):
         "an activation function is the function of the irrelevant part, and that of a product is "
         "the product of the irrelevant parts. Norms divide by the size of the whole vector, and "
         "attention has the weights of the base run. Each cell needs a row of two prompts in a "
-        "forward pass, so this isn't cheaper than running the cell. Queries, keys, models with "
+        "forward pass, so this isn't cheaper than running the cell. For a `path`, the relevant "
+        "part of all other heads and MLPs is 0 up to the receiver, and each sender needs two "
+        "further forward passes; encoder-decoders are rejected. Queries, keys, models with "
         "experts, vision-language models and image classifiers are rejected (E0608)."
     )
     source = "Hsu et al. 2024, arXiv 2407.00886; Murdoch et al. 2018, arXiv 1801.05453"
@@ -571,6 +575,7 @@ class ContextualDecomposition(_GradientTimesChange):
         "size of the whole vector, attention weights are those of the base run (Hsu et al. 2024, "
         "arXiv 2407.00886, CD-T)"
     )
+    takes_paths = True
     backward = BackwardRules(decomposed=True)
 
 

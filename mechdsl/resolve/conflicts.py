@@ -312,8 +312,7 @@ def _of_rule(
     rules = said.kind.backward
     within = sorted({p.site for here in points for p in here if is_query_or_key(p.site)})
     if rules is not None and rules.decomposed and within:
-        reason = "attention has the weights of the base run, so the estimate would be 0"
-        yield _no_estimate(said, site.span, f"`{within[0]}`", reason, "write `using atp_qk`")
+        yield _no_estimate(said, site.span, f"`{within[0]}`", _BASE_WEIGHTS, _EXACT_HINT)
     if any(len({(p.site, p.layer) for p in here}) > 1 for here in points):
         what, reason = "several layers together", "a gradient is for one site of one layer"
         hint = "sweep the layers: `layer *`, or `for l in 0..5`"
@@ -406,6 +405,10 @@ def _of_basis(
         return
     yield _no_estimate(said, span, "a basis", reason, hint)
 
+
+_BASE_WEIGHTS = "attention has the weights of the base run, so the estimate would be 0"
+_EXACT_HINT = "write `using atp_qk`"
+"""Why contextual decomposition has no estimate of queries and keys, and the hint."""
 
 _DROPS_A_PART = (
     "a feature writes to several layers, and a pass without the gradient of one layer drops a part "
@@ -566,6 +569,16 @@ def _of_changed_receivers(
     layers are left out."""
     receivers = (p.site for here in path.receivers.points.values() for p in here)
     inside = {site: span for site in receivers if is_query_or_key(site)}
+    decomposed = said.kind.backward is not None and said.kind.backward.decomposed
+    if decomposed and experiment.model.shape.takes != "text":
+        reason = "a path is decomposed in models of texts with one stack only"
+        what = f"a path in `{experiment.model.name}`"
+        yield _no_estimate(said, rule.spec.span, what, reason, "write `using eap`")
+    elif decomposed and inside:
+        yield _no_estimate(said, span, f"`{next(iter(inside))}`", _BASE_WEIGHTS, _EXACT_HINT)
+    elif decomposed and (path.basis is not None or (rule.basis and rule.basis.transcodes)):
+        reason = "a path from or to features of a dictionary isn't decomposed yet"
+        yield _no_estimate(said, span, "a basis", reason, "write `using eap`")
     if said.kind.fixes_attention and inside:
         yield from _of_changed_attention(rule, inside, experiment, said)
     if said.kind.drops_layers and path.basis is not None and path.basis.crosses_layers:

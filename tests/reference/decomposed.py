@@ -6,7 +6,7 @@ replace the results of linear maps and norms, and give queries and keys their st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,20 @@ def decompose(
     model: nn.Module, call: Callable[[nn.Module], Tensor], at: Where, written: Vectors
 ) -> float:
     """The metric of irrelevant parts minus that of the whole, with these vectors written."""
+    return decompose_held(model, call, at, written, (), at)[0]
+
+
+def decompose_held(
+    model: nn.Module,
+    call: Callable[[nn.Module], Tensor],
+    at: Where,
+    written: Vectors,
+    held: Sequence[Where],
+    end: Where,
+) -> tuple[float, Tensor]:
+    """The same with the values of the whole at some sites except for the written vectors, and the
+    irrelevant part of another site, [position, unit, width]."""
+    seen: list[Tensor] = []
     config: Any = model.config
     heads = config.num_attention_heads
     taken: dict[str, Tensor] = {}
@@ -53,6 +67,25 @@ def decompose(
             flat[position, unit] = vector
         return flat.reshape(value.shape)
 
+    def keep(part: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
+        value = args[0] if end.side == "in" else (out[0] if isinstance(out, tuple) else out)
+        seen.append(value.detach().reshape(value.shape[1], end.units, -1))
+
+    def fix(name: str, side: str) -> tuple[Any, Any]:
+        def before(part: nn.Module, args: tuple[Tensor, ...]) -> Any:
+            return (fixed[name, side], *args[1:])
+
+        def after(part: nn.Module, args: Any, out: Any) -> Any:
+            return fixed[name, side]
+
+        def record(part: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            fixed[name, side] = args[0] if side == "in" else out
+
+        return record, before if side == "in" else after
+
+    fixed: dict[tuple[str, str], Tensor] = {}
+    holds = {own: fix(own.path, own.side) for own in held}
+
     def entering(part: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (write(args[0]), *args[1:])
 
@@ -61,11 +94,20 @@ def decompose(
 
     with torch.no_grad():
         handles = [part.register_forward_hook(store(name)) for name, part in parts.items()]
+        for own, (record, _) in holds.items():
+            handles.append(model.get_submodule(own.path).register_forward_hook(record))
         whole = float(call(model))
         for handle in handles:
             handle.remove()
         source = model.get_submodule(at.path)
         handles = [part.register_forward_hook(replace(name)) for name, part in parts.items()]
+        for own, (_, hook) in holds.items():
+            part = model.get_submodule(own.path)
+            if own.side == "in":
+                handles.append(part.register_forward_pre_hook(hook))
+            else:
+                handles.append(part.register_forward_hook(hook))
+        handles.append(model.get_submodule(end.path).register_forward_hook(keep))
         if at.side == "in":
             handles.append(source.register_forward_pre_hook(entering))
         else:
@@ -73,7 +115,7 @@ def decompose(
         found = float(call(model))
         for handle in handles:
             handle.remove()
-    return found - whole
+    return found - whole, seen[0]
 
 
 def _irrelevant(

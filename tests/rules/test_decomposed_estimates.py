@@ -22,7 +22,8 @@ from mechdsl.results.experiment_result import ExperimentResult
 from zoo import MODELS
 
 from ..execute.support import MODES, ROWS, Prompt, experiment, prompt, run_file, try_file
-from ..reference.decomposed import decompose
+from ..quick import some
+from ..reference.decomposed import decompose, decompose_held
 from ..reference.gradients import Where
 from .models import bare, double
 from .test_estimates import (
@@ -150,6 +151,85 @@ def test_cdt_of_outputs_of_heads_equals_plain_hooks(
     assert largest > 0.3
 
 
+ENDS: dict[str, dict[str, Where]] = {
+    "llama": {
+        "v layer 2 head 1": Where("model.layers.2.self_attn.v_proj", "out", 2),
+        "mlp_norm layer 1": Where("model.layers.1.post_attention_layernorm", "out"),
+    },
+    "gpt2": {"mlp_norm layer 2": Where("transformer.h.2.ln_2", "out")},
+    "gpt_neox": {
+        "mlp_norm layer 2": Where("gpt_neox.layers.2.post_attention_layernorm", "out"),
+    },
+}
+
+
+def along_edge(family: str, layer: int, head: int, end: Where, unit: int) -> list[float]:
+    """Hold all else at the whole up to the receiver, and then write what it receives."""
+    at, found = where(family, "z", layer), list[float]()
+    held = [where(family, site, n) for n in LAYERS for site in ("z", "mlp_out")]
+    for record in ROWS:
+        base, source = prompt(record, "clean"), prompt(record, "other")
+        call = call_metric(family, ONE, base, record, logits_at_the_end(family, tuple(source.ids)))
+        theirs = read(family, tuple(source.ids), at)
+        sent = {(base.last, head): theirs[source.last, head]}
+        model = double(family)
+        _, received = decompose_held(model, call, at, sent, held, end)
+        written = {(base.last, unit): received[base.last, unit]}
+        found.append(decompose(model, call, end, written))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", *some(["gpt_neox"], [])])
+def test_cdt_of_edges_equals_plain_hooks(family: str, tmp_path: Path) -> None:
+    """In passes of several senders and edges, and of ragged prompts."""
+    text = "".join(
+        experiment(f"e{n}", *LINES, f"path layer 0 head * -> {end} at last token", "using cdt")
+        for n, end in enumerate(ENDS[family])
+    )
+    found, largest = run_file(text, tmp_path, bare(family)), 0.0
+    for n, (name, end) in enumerate(ENDS[family].items()):
+        data = found[f"e{n}"].measures[0]
+        unit = int(name.split()[-1]) if name.startswith("v") else 0
+        for head, values in enumerate(data.patched - data.base):
+            expected = along_edge(family, 0, head, end, unit)
+            np.testing.assert_allclose(values, expected, atol=1e-4, rtol=0, err_msg=name)
+            largest = max(largest, *map(abs, expected))
+    assert largest > 0.01
+
+
+def test_cdt_of_edges_of_a_linear_model_equals_their_runs(tmp_path: Path) -> None:
+    """Without norms and biases, logits are linear in what an MLP adds to the stream. Senders and
+    positions are joined and swept, and the same file has a node."""
+    rules = (
+        "path mlp_out layer * -> logits at {cue token, last token}",
+        "path layer 1 neuron 0..3 -> logits at last token, cue token",
+        "path mlp_out layers 0..1 -> logits at last token with frozen norms",
+    )
+    text = ""
+    for number, rule in enumerate(rules):
+        text += experiment(f"run{number}", *LINES, rule)
+        text += experiment(f"estimate{number}", *LINES, rule, "using cdt")
+    text += experiment("node", *LINES, "patch mlp_out layer 2 at last token", "using cdt")
+    found = run_file(text, tmp_path, bare("llama without norms"))
+    for number, rule in enumerate(rules):
+        run, own = (found[f"{name}{number}"].measures[0] for name in ("run", "estimate"))
+        size = max(1.0, float(np.abs(run.base).max()))
+        assert np.abs(run.patched - run.base).max() > 1e-4, rule
+        assert np.abs(own.patched - run.patched).max() <= 1e-5 * size, rule
+
+
+def test_cdt_of_edges_in_several_passes_has_the_same_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = "path layer 0 head * -> mlp_norm layer 1..2 at subject tokens"
+    text = experiment("e", *LINES, rule, "using cdt")
+    one = run_file(text, tmp_path, bare("gpt2"))["e"].measures[0]
+    monkeypatch.setattr(estimates, "DECOMPOSED_TOKENS", 100)
+    two = run_file(text, tmp_path, bare("gpt2"))["e"].measures[0]
+    np.testing.assert_allclose(one.patched, two.patched, rtol=0, atol=1e-5)
+    assert np.abs(one.patched - one.base).max() > 1e-3
+
+
 def test_cdt_of_a_linear_model_equals_its_run(tmp_path: Path) -> None:
     """Without norms and biases, logits are linear in what the last block adds to the stream."""
     last = "at last token"
@@ -229,6 +309,7 @@ def test_cdt_of_a_bert_classifier_equals_plain_hooks(tmp_path: Path) -> None:
     [
         ("llama", "patch q layer 0 head * at last token", "attention has the weights of the base"),
         ("gpt_oss", "patch mlp_out layer 0 at last token", "its rules don't know routers"),
+        ("llama", "path layer 0 head * -> k layer 2 head * at last token", "weights of the base"),
     ],
 )
 def test_cdt_of_sites_and_models_without_a_rule_is_an_error(

@@ -651,7 +651,7 @@ WRONG = {
     "circuit": ("ablate c at tokens * with zero", "eap", "write `path SENDER"),
     "block": ("block attention layer 0 from last token to subject token", "eap", "write `path"),
     "atp": (EDGE, "atp", "write `using eap`"),
-    "cdt": (EDGE, "cdt", "write `using eap`"),
+    "cdt": (EDGE, "cdt", "write `using atp_qk`"),
     "streams": ("path late -> logits at last token", "eap", "sweep them"),
     "sublayer": ("path both -> logits at last token", "eap", "sweep them"),
     "mlps": ("path mlps -> logits at last token through mlps", "eap", "sweep them"),

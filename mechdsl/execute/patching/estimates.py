@@ -60,7 +60,7 @@ from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.program.estimators import BackwardRules, GradientEstimator
 from mechdsl.prompts.rows import row_in_patches
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
-from mechdsl.resolve.types import ItemNumber, SiteLayer
+from mechdsl.resolve.types import ItemNumber, SiteLayer, SitePoint
 
 _STREAMS = ("embed", "resid_pre", "resid_mid", "resid_post", "final_norm")
 """Sites that are not inside a sublayer of one layer."""
@@ -615,7 +615,12 @@ class GradientEstimates:
             given = (self.lanes_of, self.means_and_donors, self.model.shape)
             writes = build_writes(self.plan, *senders, *given)
             sent = SentRows.of(edges, senders[0], writes, lane_of_row[edges.first])
-            sums = self._along_edges(edges, sent, lanes, self._environments(drawn))
+            if self.kind.backward is not None and self.kind.backward.decomposed:
+                writes = self._decompose_edges(edges, sent, lanes)
+                items = [self.plan.items[cell] for cell in drawn.cell]
+                sums = self._decomposed(writes, lanes, lane_of_row, items)
+            else:
+                sums = self._along_edges(edges, sent, lanes, self._environments(drawn))
             return self._result(sums, wanted, base)
         if self.kind.place == "attention":
             edges = build_edges(self.plan, drawn, self.model.shape)
@@ -735,6 +740,72 @@ class GradientEstimates:
                 whole, irrelevant = value.double().chunk(2)
                 found[number, own] = (irrelevant - whole).cpu().numpy()
         return found
+
+    def _decompose_edges(
+        self, edges: PathEdges, sent: SentRows, lanes: DrawLanes
+    ) -> list[SiteWrite]:
+        """Return the irrelevant parts of receivers' inputs, as writes of the rows of edges.
+
+        Each pass has the base run of some senders, and then their irrelevant parts, in which the
+        irrelevant parts of all other heads and MLPs are the base run's values.
+        """
+        count, run, backward = len(sent.lane), self.differentiated, self.kind.backward
+        some = max(1, DECOMPOSED_TOKENS // (2 * int(lanes.lengths.max())))
+        parts: dict[SiteLayer, list[Tensor]] = {place: [] for place in edges.reads}
+        for first in range(0, count, some):
+            own = sent.take(np.arange(first, min(first + some, count)))
+            size = len(own.lane)
+            both = lanes.take(np.tile(own.lane, 2))
+            held = hold_rows(edges.rule, 2 * size, np.tile(own.rows.cell, 2))
+            held = replace(held, norms=np.zeros_like(held.norms))  # they divide as in the base run
+            writes, noise = select_writes(own.writes, size + np.arange(size)), run.noise(both)
+            given = (both.batch, held, RuleWrites(writes), noise, RuleWrites())
+            with torch.no_grad(), hold_sublayers(self.model, run.runs.norms, *given) as holds:
+                read = run_full(
+                    self.model,
+                    both.batch,
+                    stop=self.model.shape.n_layers,
+                    writes=[*noise, *holds, *writes],
+                    reads=[*edges.reads.values()],
+                    backward=backward,
+                ).reads
+            row, token = (torch.from_numpy(each) for each in own.tokens)
+            for place, where in edges.reads.items():
+                index = row + size, both.batch.of_read(where).columns(row + size, token)
+                parts[place].append(read[where][indices_to_device(index, read[where].device)])
+        values = {place: torch.cat(own) for place, own in parts.items()}
+        return [
+            self._receive(point, np.flatnonzero(edges.receivers_of_row == number), edges, sent, own)
+            for number, receivers in enumerate(edges.receivers)
+            for point in receivers.points
+            for own in [values[point.site, point.layer]]
+        ]
+
+    def _receive(
+        self, point: SitePoint, rows: Ints, edges: PathEdges, sent: SentRows, values: Tensor
+    ) -> SiteWrite:
+        """Write the values of one receiver in the rows that it receives in.
+
+        Args:
+            values: [token of the senders, unit, width]
+        """
+        counts = np.bincount(sent.tokens[0], minlength=len(sent.lane))
+        firsts, sender = np.cumsum(counts) - counts, edges.sender[rows]
+        row = np.repeat(rows, counts[sender])
+        inside = np.arange(len(row)) - np.repeat(
+            np.cumsum(counts[sender]) - counts[sender], counts[sender]
+        )
+        token = np.repeat(firsts[sender], counts[sender]) + inside
+        units = np.arange(values.shape[1]) if point.unit is None else np.array([point.unit])
+        own = values[:, torch.from_numpy(units).to(values.device)]
+        return SiteWrite(
+            point.site,
+            point.layer,
+            torch.from_numpy(np.repeat(row, len(units))),
+            torch.from_numpy(np.repeat(sent.tokens[1][token], len(units))),
+            torch.from_numpy(np.tile(units, len(row))),
+            own[array_to_device(token, own.device)].flatten(0, 1),
+        )
 
     def _is_fixed(self, written: _WrittenVectors) -> bool:
         own = written.where
