@@ -95,6 +95,9 @@ _SUMMED = 0.5
 """Share of a receiver's edges that are ablated with 0; from there on, its input is the sum of the
 other senders."""
 
+_AHEAD = 2
+"""Number of vectors ahead of the changes of senders: the stream and the sum of biases."""
+
 _IN_THE_STREAM = ("resid_pre", "attn_out", "mixer_out", "resid_mid", "resid_post")
 """Sites whose writes change the stream, but no sender."""
 
@@ -1112,8 +1115,8 @@ class _WriteHooks(CircuitHooks):
         self._differences: list[tuple[int, Tensor]] = []
         """(column of the mask, [unit, K, d_model]) of the senders so far, if autograd follows."""
         self._changes: Tensor | None = None
-        """[1 + sender, K, d_model] otherwise: the stream that receivers read, and the changes of
-        the senders so far."""
+        """[_AHEAD + sender, K, d_model] otherwise: the stream that receivers read, the sum of
+        biases, and the changes of the senders so far."""
         self._end = 0
         """Number of senders so far."""
         self._gains: dict[SiteRead, Tensor] = {}
@@ -1206,9 +1209,9 @@ class _WriteHooks(CircuitHooks):
             self._differences.append((columns.start, gained))
             return
         if self._changes is None:
-            size = 1 + self._mask.shape[-1], *gained.shape[1:]
+            size = _AHEAD + self._mask.shape[-1], *gained.shape[1:]
             self._changes = torch.zeros(size, dtype=gained.dtype, device=self.model.device)
-        self._changes[1 + columns.start : 1 + columns.stop] = gained
+        self._changes[_AHEAD + columns.start : _AHEAD + columns.stop] = gained
         self._end = columns.stop
 
     def _remember_bias(
@@ -1245,21 +1248,19 @@ class _WriteHooks(CircuitHooks):
             summed = summed[:, None] if mask.dim() == 2 else summed.movedim(1, 0)
             return torch.where(summed.to(own.device), own, found)
         if self._changes is not None:
-            self._changes[0] = stream
-            changes = self._changes[: 1 + self._end]
-            own, summed = mask[..., : self._end], self._are_summed(mask, reader)
-            due = self._find_before(reader)[0][: self._end]
-            weights = torch.cat([1 - summed, own - summed * due], dim=-1).to(changes)
-            if mask.dim() == 2:
-                found = (weights @ changes.flatten(1)).unflatten(1, stream.shape)
-                summed = summed[:, None]
-            else:
-                found = torch.einsum("kru,ukd->rkd", weights, changes)
-                summed = summed.movedim(1, 0)
             biases = self._biases
             if reader.site in MLP_INPUTS and self._shape.parallel_block:
                 biases = self._entrance_biases.get(reader.layer or 0, biases)
-            return (found + summed.to(found) * biases.to(found)).to(stream.device)
+            self._changes[0], self._changes[1] = stream, biases
+            changes = self._changes[: _AHEAD + self._end]
+            own, summed = mask[..., : self._end], self._are_summed(mask, reader)
+            due = self._find_before(reader)[0][: self._end]
+            weights = torch.cat([1 - summed, summed, own - summed * due], dim=-1).to(changes)
+            if mask.dim() == 2:
+                found = (weights @ changes.flatten(1)).unflatten(1, stream.shape)
+            else:
+                found = torch.einsum("kru,ukd->rkd", weights, changes)
+            return found.to(stream.device)
         found = stream.expand(mask.shape[-2], *stream.shape)
         sums = "ru,ukd->rkd" if mask.dim() == 2 else "kru,ukd->rkd"
         for column, gained in self._differences:
@@ -1685,7 +1686,7 @@ class _WriteHooks(CircuitHooks):
         begun = self._begun[row]
         if begun.summed and self._shape.parallel_block:
             return begun.vectors
-        heads = self._changes[1 + begun.end : 1 + self._end].flatten(1)
+        heads = self._changes[_AHEAD + begun.end : _AHEAD + self._end].flatten(1)
         share = self._mask[row, begun.end : self._end].to(heads)
         added = ((share - 1 if begun.summed else share) @ heads).view_as(begun.vectors)
         if begun.summed:
