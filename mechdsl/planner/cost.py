@@ -1225,6 +1225,10 @@ def count_vision_work(experiment: ResolvedExperiment) -> tuple[Ints, Floats]:
     return tokens * layers, adds * layers
 
 
+_TILE_MULTIPLE = 8
+"""Tiles of images that blocks attend to are padded to a multiple of this number of tokens."""
+
+
 def count_picture_work(
     model: ModelShape, reader: TextTokenizer | None, picture: PromptPicture
 ) -> tuple[int, float]:
@@ -1235,15 +1239,20 @@ def count_picture_work(
         reader: Its tokenizer, which knows the patches that a resampler reads.
         picture: The image.
     """
+    shape = model.others["vision"]
+    block = BlockCost.of(shape)
+    if model.attends_to_image:  # tokens of all tiles see each other, also those of their padding
+        of_tile = -(-model.attended // model.tiles // _TILE_MULTIPLE) * _TILE_MULTIPLE
+        tokens = model.tiles * of_tile
+        return tokens, float(block.whole(np.array([tokens])).sum())
     tiles = max(1, len(picture.expansion.layout.tiles))
     tokens = sum(picture.expansion.is_image) * model.merged_side**2
     if model.resamples and isinstance(reader, ImagePromptTokenizer):
         tokens = reader.encoded_patches(picture.picture.extent) or tokens
-    shape = model.others["vision"]
     layout = shape.patches
     if layout is not None and not layout.any_size:  # also margins without a token, class tokens
         tokens = max(tokens, tiles * layout.tokens)
-    block = BlockCost.of(shape)  # patches of a tile see each other
+    # Patches of a tile see each other.
     return tokens, tiles * float(block.whole(np.array([tokens // tiles])).sum())
 
 
