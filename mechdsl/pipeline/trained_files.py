@@ -129,8 +129,10 @@ class DeclaredFit:
 
     @property
     def model(self) -> str:
-        """Key of the loaded model that runs the rows."""
-        return self.training.model or self.experiment.model.key
+        """Key of the loaded model that runs the rows, whose candidates may differ from those of the
+        experiment."""
+        rows = self.experiment if self.objective is None else self.objective
+        return self.training.model or rows.model.key
 
     @property
     def waits(self) -> bool:

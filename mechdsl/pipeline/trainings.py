@@ -280,7 +280,7 @@ def _train_due(
     from mechdsl.execute.training_vectors import VectorCache
 
     with preserve_random_state():
-        from mechdsl.loading.loader import import_library
+        from mechdsl.loading.loader import add_tower_views, import_library
 
         import_library()
         from mechdsl.pipeline.loaded_models import load_needed_models
@@ -288,6 +288,10 @@ def _train_due(
         models, problems = load_needed_models(checked, options, loaded, store.file_hash)
         if models is None:
             return [], problems
+        due = list(due)
+        objectives = (fit.objective for fit, _ in due)
+        # Rows of a training may have other candidates than those of all experiments.
+        add_tower_views([each for each in objectives if each is not None], models)
         done: list[TrainedFit] = []
         cache = VectorCache()
         run = partial(_run_training, models=models, checked=checked, options=options, cache=cache)

@@ -29,6 +29,8 @@ from .support import (
     BLOCKS,
     OF_TEXTS,
     ROWS,
+    STATS,
+    WRONG,
     difference,
     double,
     experiment,
@@ -304,3 +306,56 @@ def test_scores_of_edges_equal_derivatives_of_recomputed_inputs(name: str, tmp_p
     ablated = {edge: tokens(name) for edge in EVERY if " -> ".join(edge) not in chosen}
     expected = [circuit_value(name, n, ablated, outputs(name, other(n))) for n in ROWS_OF]
     np.testing.assert_allclose(found.measures[0].patched[0], expected, atol=1e-6)
+
+
+# --- discovered circuits --------------------------------------------------------------------------
+
+PAIRS = ((0, 1), (1, 2), (2, 0), (0, 2))
+"""Images of each row and of its run `changed`."""
+EAP = "eap top 20 edges"
+SEARCHES = ("eap_ig(steps: 3) until faithfulness > 0.8", "acdc(threshold: 0.05)",
+            "coarse_to_fine(threshold: 0.05)", "greedy top 250 edges")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "using"),
+    [
+        ("clip/dual", EAP),
+        *(
+            pytest.param(name, using, marks=pytest.mark.slow)
+            for name in ("siglip/dual", "clip", "siglip")
+            for using in (EAP, *SEARCHES)
+        ),
+    ],
+)
+def test_discovered_circuit_equals_recomputed_inputs(name: str, using: str, tmp_path: Path) -> None:
+    """On the rows that test the circuit, all edges but the chosen ones carry the other image."""
+    lines = (
+        "model m",
+        "images scenes",
+        "from clean into changed",
+        f"discover c over heads, mlps using {using}",
+        measure_of(name, "recovery"),
+        STATS,
+    )
+    body = "\n".join(f"  {line}" for line in lines)
+    path = write_file(name, tmp_path, f"experiment e {{\n{body}\n}}\n")
+    records = [
+        {"file": f"{a}.png", "second": f"{b}.png", "label": ANSWERS[a], "other": WRONG[a]}
+        for a, b in PAIRS
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n", "utf-8")
+    models = {"m": (double(name), *handed(name)[1:])}
+    found = mechdsl.run(path, models, store=tmp_path / "store")["e"]
+    [mask] = (tmp_path / "store").rglob("mask.json")
+    given = json.loads(mask.read_text("utf-8"))
+    chosen = {given["labels"][n] for n in given["chosen"]}
+    ablated = {edge: tokens(name) for edge in EVERY if " -> ".join(edge) not in chosen}
+    assert 0 < len(chosen) < len(EVERY)
+    assert found.row_ids is not None
+    assert len(found.row_ids) == len(PAIRS) / 2
+    pairs = [PAIRS[int(row)] for row in found.row_ids]
+    expected = [circuit_value(name, a, ablated, outputs(name, b)) for a, b in pairs]
+    [data] = found.measures
+    assert data.effect == "faithfulness"
+    np.testing.assert_allclose(data.patched[0], expected, atol=1e-6)
