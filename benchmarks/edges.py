@@ -12,7 +12,8 @@ over the base run for each step. The expert's loop gives each query, key and val
 separate input; its gradients and the outputs of all senders are multiplied once per layer.
 
 The curve ablates all edges but the largest 20 numbers of edges, evenly spaced on a log scale. Its
-bound has a forward pass for each row, without any work on edges.
+bound has a forward pass for each row, with the heads and MLPs on a path of remaining edges from the
+embedding to the logits, and for each of their inputs a sum of the remaining edges or of the others.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -291,6 +293,60 @@ def _ratios(taken: Sequence[tuple[float, float, float]]) -> Iterator[list[tuple[
     yield [(loop, mine) for mine, _, loop in taken]
 
 
+def list_connected(labels: Sequence[str]) -> set[str]:
+    """Return the heads and MLPs on a path from the embedding to the logits.
+
+    Args:
+        labels: Edges, such as `L0H1 -> L2H3.q`, in any order.
+    """
+    edges: dict[str, set[str]] = {}
+    back: dict[str, set[str]] = {}
+    for label in labels:
+        of, to = label.split(" -> ")
+        edges.setdefault(of, set()).add(name_node(to))
+        back.setdefault(name_node(to), set()).add(of)
+    return reach("embed", edges) & reach("logits", back) - {"embed", "logits"}
+
+
+def name_node(receiver: str) -> str:
+    """Return the head, MLP or end that a receiver is an input of."""
+    return receiver if receiver.endswith(".mlp") else receiver.partition(".")[0]
+
+
+def reach(start: str, edges: Mapping[str, set[str]]) -> set[str]:
+    """Return the nodes that edges lead to."""
+    found, due = {start}, [start]
+    while due:
+        new = edges.get(due.pop(), set()) - found
+        found |= new
+        due += new
+    return found
+
+
+def count_needed(labels: Sequence[str]) -> int:
+    """Count the multiply-adds of a prompt in a circuit."""
+    nodes, d, length = list_connected(labels), SHAPE.width, TOKENS
+    mlps = sum(name.endswith(".mlp") for name in nodes)
+    head = d // HEADS * (4 * d * length + length * (length + 1))
+    inputs = Counter[str]()
+    for label in labels:
+        of, to = label.split(" -> ")
+        inputs[to] += of in nodes or of == "embed"
+    sums = 0
+    for to, kept in inputs.items():
+        if to == "logits" or name_node(to) in nodes:
+            sums += min(kept, count_before(to) - kept)
+    return mlps * 8 * d * d * length + (len(nodes) - mlps) * head + sums * d * length + 2 * d
+
+
+def count_before(receiver: str) -> int:
+    """Count the senders before a receiver, such as `L2H3.q`."""
+    if receiver == "logits":
+        return 1 + SHAPE.layers * (HEADS + 1)
+    layer = int(receiver[1:].partition("." if receiver.endswith(".mlp") else "H")[0])
+    return 1 + layer * (HEADS + 1) + HEADS * receiver.endswith(".mlp")
+
+
 def measure_curve(folder: Path, rounds: int) -> str:
     """Return a sentence about ablated circuits of 20 sizes."""
     from mechdsl.execute.run.panel import execute
@@ -306,11 +362,12 @@ def measure_curve(folder: Path, rounds: int) -> str:
     )
     every = EdgeGraph(loaded.shape).every
     scores = np.random.default_rng(0).standard_normal(len(every))
+    order = np.argsort(-np.abs(scores))
     content = {
         "sites": [key_of_candidate(each) for each in every],
         "labels": [label_candidates((each,)) for each in every],
         "scores": scores.tolist(),
-        "chosen": np.argsort(-np.abs(scores))[: SIZES[-1]].tolist(),
+        "chosen": order[: SIZES[-1]].tolist(),
     }
     (folder / "mask.json").write_text(json.dumps(content), encoding="utf-8")
     rule = f"for n in {SIZES} {{ ablate all but top n of c at tokens * with other }}"
@@ -323,8 +380,9 @@ def measure_curve(folder: Path, rounds: int) -> str:
             raise RuntimeError(str(found.diagnostics))
 
     a, out = torch.randn(SIDE, SIDE), torch.empty(SIDE, SIDE)
-    rows = len(inputs.clean) * (len(SIZES) + 2)
-    adds, shares, plain = rows * unpatched(SHAPE, TOKENS), list[float](), list[float]()
+    names = [content["labels"][number] for number in order]
+    needed = sum(count_needed(names[:size]) for size in SIZES) + 2 * unpatched(SHAPE, TOKENS)
+    adds, shares, plain = len(inputs.clean) * needed, list[float](), list[float]()
     for _ in range(rounds):
         rate = SIDE**3 / median(seconds(lambda: torch.mm(a, a, out=out)) for _ in range(3))
         mine = seconds(run)
