@@ -362,12 +362,13 @@ def measure_curve(folder: Path, rounds: int) -> str:
     )
     every = EdgeGraph(loaded.shape).every
     scores = np.random.default_rng(0).standard_normal(len(every))
-    order = np.argsort(-np.abs(scores))
+    order: list[int] = np.argsort(-np.abs(scores)).tolist()
+    labels = [label_candidates((each,)) for each in every]
     content = {
         "sites": [key_of_candidate(each) for each in every],
-        "labels": [label_candidates((each,)) for each in every],
+        "labels": labels,
         "scores": scores.tolist(),
-        "chosen": order[: SIZES[-1]].tolist(),
+        "chosen": order[: SIZES[-1]],
     }
     (folder / "mask.json").write_text(json.dumps(content), encoding="utf-8")
     rule = f"for n in {SIZES} {{ ablate all but top n of c at tokens * with other }}"
@@ -380,7 +381,7 @@ def measure_curve(folder: Path, rounds: int) -> str:
             raise RuntimeError(str(found.diagnostics))
 
     a, out = torch.randn(SIDE, SIDE), torch.empty(SIDE, SIDE)
-    names = [content["labels"][number] for number in order]
+    names = [labels[number] for number in order]
     needed = sum(count_needed(names[:size]) for size in SIZES) + 2 * unpatched(SHAPE, TOKENS)
     adds, shares, plain = len(inputs.clean) * needed, list[float](), list[float]()
     for _ in range(rounds):
