@@ -620,7 +620,10 @@ class NotRestartable(Diagnostic):
     """Rows of the model can't take anything over from the unpatched run."""
 
     code = "W0711"
-    title = "`{model}` can't restart from a middle layer, so every row is a full forward pass"
+    title = (
+        "`{model}` can't restart from a middle layer, so every row is a full forward pass over its "
+        "prompt"
+    )
     label = "{reason}"
     help = "no change is needed: the results are the same but take longer"
 

@@ -90,13 +90,15 @@ class OutsidePrompt(HintedDiagnostic):
 
 
 class NotInDecoder(HintedDiagnostic):
-    """A token of the encoder's text at a site of the decoder."""
+    """A token that an encoder reads, among positions of the decoder or of the text."""
 
     code = "E0316"
     depends_on = frozenset({"shape"})
-    title = "`{position}` is not a token of the decoder"
-    label = "this site has vectors at the tokens of the decoder, and {reader} `{position}`"
+    title = "`{position}` is not a token of {part}"
+    label = "{reason}, and {reader} `{position}`"
     position: str
+    part: str = "the decoder"
+    reason: str = "this site has vectors at the tokens of the decoder"
     reader: str = "the encoder reads"
     hint: str = (
         "name a site at the tokens of the encoder, such as `resid_post encoder layer 2` or "

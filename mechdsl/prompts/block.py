@@ -285,6 +285,13 @@ def check_image_changes(prompts: spec.Prompts) -> list[Diagnostic]:
 
 def _not_of_texts(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic | None:
     kind = change_kind(change)
+    if (assigned := _find_assigned_picture(change, prompts)) is not None:
+        name = assigned.name
+        hint = f"change a value in its definition, `{assigned.value.span.written}`"
+        hint += "" if assigned.is_sound else f", or write `mask {name}` for a gray image"
+        noun = "a sound" if assigned.is_sound else "a video" if assigned.is_video else "an image"
+        reason = f"is {noun}, to which a corruption can't assign a value"
+        return BadArgument(span=change.span, name=name, reason=reason, hint=hint)
     if prompts.pictures and isinstance(change, ast.ChangeLine):
         names = [each.name for each in (*prompts.pictures, *prompts.regions)]
         if is_region_swap(change, prompts):
@@ -307,6 +314,14 @@ def _not_of_texts(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic 
     if kind.name == "noise":
         hint += ", or write `add gaussian(std: 3 sd) to embed at token 1`"
     return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
+
+
+def _find_assigned_picture(
+    change: ast.CorruptLine, prompts: spec.Prompts
+) -> spec.PictureDef | None:
+    """Return the image, video or sound in prompts that a change assigns a value to."""
+    written = {name.id for name in change_kind(change).writes(change)}
+    return next((each for each in prompts.pictures if each.name in written), None)
 
 
 def _wrong_media(
@@ -404,17 +419,11 @@ def is_pixel_change(change: ast.CorruptLine, prompts: spec.Prompts) -> bool:
 
 
 def improve_hint(problem: UnknownValue, prompts: spec.Prompts) -> UnknownValue:
-    """Improve the hint if a text lacks its quotes, a mask of shapes is meant, or a corruption
-    gives an image a value."""
+    """Improve the hint if a text lacks its quotes, or a mask of shapes is meant."""
     image, at, name = prompts.image, problem.span, problem.name
     line = at.source.text[: at.start].rpartition("\n")[2] if at is not None else ""
     if re.fullmatch(r"\s*(?:answer|wrong)\s+", line) and problem.hint.startswith("its names"):
         return replace(problem, hint=f'{problem.hint}; write a text in quotes: `" {name}"`')
-    replaced = re.fullmatch(r".*?(\w+)\s*=\s*", line)
-    names = [each.name for each in prompts.pictures if not each.is_sound]
-    if name == "gray" and replaced is not None and replaced[1] in names:
-        hint = f"write `mask {replaced[1]}` for a gray image"
-        return replace(problem, hint=hint)
     if image is None or at is None or problem.hint.startswith("did you mean"):
         return problem
     shapes = _is_drawn(image)
@@ -784,6 +793,8 @@ class PromptsBlock:
         for corruption in self.spec.corruptions:
             for change in corruption.changes:
                 if is_region_swap(change, self.spec) or is_pixel_change(change, self.spec):
+                    continue
+                if _find_assigned_picture(change, self.spec) is not None:
                     continue
                 kind = change_kind(change)
                 written = {name.id for name in kind.writes(change)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 
 from mechdsl.base.limits import CHAT_DATE
@@ -83,7 +83,7 @@ def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> di
     videos = {each.video for each in placed}
     for name in dict.fromkeys(each.video or each.name for each in placed):
         every = [each.picture for row in rows for each in row.pictures_of(name)]
-        said = f"{_list_grids(every)} tokens, {_COUNTED}"
+        said = f"{_list_grids(every, 'tokens')}, {_COUNTED}"
         if every[0].expansion.is_sound:
             frames = max(each.expansion.size for each in every)[1]
             said = f"{frames} frames, counted from 1; those after its end are silence"
@@ -118,11 +118,26 @@ def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> di
 _COUNTED = "rows and columns counted from 1 at the top left"
 
 
-def _list_grids(pictures: Sequence[PromptPicture]) -> str:
-    """List the rows and columns of images, without repetitions."""
-    grids = sorted({each.expansion.size for each in pictures})
-    shown = ", ".join(f"{height} x {width}" for height, width in grids[:3])
-    return shown + (f" and {count_noun(len(grids) - 3, 'more size')}" if len(grids) > 3 else "")
+def _list_grids(pictures: Sequence[PromptPicture], noun: str) -> str:
+    """List the rows and columns of images and of their thumbnails, without repetitions.
+
+    noun: Name of the entries, in the plural.
+    """
+    grids = {each.expansion.size for each in pictures}
+    said = _list_sizes(grids, noun)
+    views = [each.expansion.layout for each in pictures if each.expansion.grid]
+    small = [layout.thumbnail for layout in views if len(layout.tiles) > 1]
+    sizes = {(each.rows, each.cols) for each in small if each is not None}
+    if not sizes:
+        return said
+    return f"{said}, and {_list_sizes(sizes, noun)} of the thumbnail"
+
+
+def _list_sizes(sizes: Collection[tuple[int, int]], noun: str) -> str:
+    """List rows and columns: `2 x 4 tokens`, or three of them and the number of others."""
+    first = ", ".join(f"{height} x {width}" for height, width in sorted(sizes)[:3])
+    more = len(sizes) - 3
+    return f"{first} {noun}" + (f" and {count_noun(more, 'more size')}" if more > 0 else "")
 
 
 def _resampled_tokens(pictures: Sequence[PromptPicture], tokenizer: TextTokenizer) -> str:
@@ -132,8 +147,8 @@ def _resampled_tokens(pictures: Sequence[PromptPicture], tokenizer: TextTokenize
     said = f"{shown} tokens without rows and columns, each computed from all patches of a tile"
     if isinstance(tokenizer, ImagePromptTokenizer):
         with suppress(UnsupportedProcessor):
-            grids = _list_grids([tokenizer.in_encoder(each) for each in pictures])
-            said += f"; {grids} patches in the vision encoder, {_COUNTED}"
+            grids = _list_grids([tokenizer.in_encoder(each) for each in pictures], "patches")
+            said += f"; in the vision encoder {grids}, {_COUNTED}"
     return said
 
 

@@ -385,7 +385,7 @@ class _Collector:
         ]
         without = [c for c in corruptions if unchanged[c.name].total() == looked_at]
         if without:
-            return [no_effect_error(c, of_images=self.block.spec.kind == "images") for c in without]
+            return [no_effect_error(c, self.block) for c in without]
         names = " or ".join(f"`{c.name}`" for c in corruptions)
         return [
             NoRows(
@@ -439,12 +439,17 @@ def unchanged_template_warnings(
     ]
 
 
-def no_effect_error(
-    corruption: spec.Corruption, *, of_images: bool = False
-) -> CorruptionWithoutEffect:
+def no_effect_error(corruption: spec.Corruption, block: PromptsBlock) -> CorruptionWithoutEffect:
     """Return E0510 at the corruption."""
-    hint = "change a value that the template shows, or `template` itself"
-    if of_images:
+    hint, of_images = "change a value that the template shows, or `template` itself", False
+    texts = tuple(text for template in block.templates for text in template.texts)
+    shown = {use.name for use in name_uses(texts, block.placeholders)}
+    hidden = [each.name for each in block.spec.pictures if each.name not in shown]
+    if hidden:
+        hint = f'insert `{hidden[0]}` into the template, as in `template "{{{hidden[0]}}} …"`, or '
+        hint += "change a value that the template shows"
+    if block.spec.kind == "images":
+        of_images = True
         hint = "change a value that the `image` line names"
     unit, shown = ("image", "image") if of_images else ("prompt", "text")
     return CorruptionWithoutEffect(

@@ -696,8 +696,7 @@ class _Builder:
                     for corrupted, clean in pairs
                 ]
                 if all(same) and not has_errors(self.diagnostics):
-                    images = self.block.spec.kind == "images"
-                    self.diagnostics.append(no_effect_error(corruption, of_images=images))
+                    self.diagnostics.append(no_effect_error(corruption, self.block))
                 elif any(same):
                     equal[corruption.name] = sum(same)
                     if not self._uses(corruption.name):

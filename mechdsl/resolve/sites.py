@@ -1635,6 +1635,8 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
 def report_unknown_stack(word: ast.Name, context: SiteContext) -> None:
     """Report E0203 for a word between a component and its axes that isn't a stack."""
     hint = did_you_mean(word.id, STACKS, f"remove `{word.id}`: the axes come next")
+    if word.id.startswith(("cross", "enc_dec", "encoder_decoder", "encdec")):
+        hint = "did you mean `cross`, the decoder's attention to the encoder?"
     context.diagnostics.append(UnknownWord(span=word.span, kind="stack", word=word.id, hint=hint))
 
 

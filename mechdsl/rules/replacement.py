@@ -480,7 +480,9 @@ class RenumberRule(RuleKind, Intervention):
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.fill is not None
-        positions = resolve_base_positions(rule.at, work)
+        of_text = work.sites.shape.attends_to_image
+        reading = replace(work, side="target") if of_text else work
+        positions = resolve_base_positions(rule.at, reading)
         amounts = resolve_amounts(rule.fill, work)
         if (
             positions is None

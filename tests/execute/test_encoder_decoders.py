@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.positions import NotInDecoder
+from mechdsl.diagnostics.rendering import render_full
 from mechdsl.models.config import shape_from_config
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.value_keys import RunContents
@@ -385,6 +386,22 @@ ERRORS = {
     "observe norm resid_post encoder layer * at last token\n  save gradient of logit(answer) by "
     'pattern cross layer 0 at last token to "x.safetensors"': "E0608",
 }
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("patch resid_post layer 1 at item token", "the encoder reads `item`"),
+        ("patch resid_post layer 1 at token 3", "the decoder begins with 1 token,"),
+        ("patch z cross_attention layer 1 head 0 at last token", "did you mean `cross`"),
+    ],
+)
+def test_invalid_position_reports_the_tokens_of_the_decoder(
+    line: str, told: str, tmp_path: Path
+) -> None:
+    lines = experiment("e", "prompts p", line, "from other into clean", DIFFERENCE)
+    found = try_file(lines, tmp_path, model("t5"), tokenizer=tokenizer())[1]
+    assert told in render_full([*found], color=False, width=200)
 
 
 @pytest.mark.parametrize(("line", "code"), ERRORS.items())

@@ -33,6 +33,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.rendering import render_full
 from mechdsl.execute import unpatched_runs
 from mechdsl.execute.image_vectors import provide_images
 from mechdsl.execute.run.panel import execute
@@ -762,6 +763,8 @@ ZERO = "ablate v cross layer 1 heads * at photo tokens with zero"
 ERRORS = {
     ("ablate resid_post layer 0 at photo row 1 col 1 token with zero", "", ""): "E0316",
     ("patch z cross layer 1 head 0 at photo tokens", "", ""): "E0316",
+    ("renumber photo tokens from 3", "", ""): "E0316",
+    ("patch resid_post layer 0 at photo row 9 col 1 token", "", ""): "E0310",
     ("patch v cross layer 0 heads * at photo row 1 col 1 token", "", ""): "E0414",
     ("patch z layer 1 head 0 at last token", "", ""): "E0414",
     ("patch resid_post encoder layer 0 at photo tokens", "", ""): "E0108",
@@ -780,6 +783,19 @@ def test_invalid_file_reports_the_code_before_anything_runs(
     text = experiment("e", "from clean into changed", line)
     _, found = try_text(text, block=BLOCK.replace(old, new) if old else BLOCK)
     assert next(each.code for each in found if each.severity == "error") == code
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("patch resid_post layer 0 at photo tokens", "name a token of the text"),
+        ("patch v cross layer 1 heads * at photo tokens", "use images of one width and height"),
+    ],
+)
+def test_position_of_an_image_reports_the_cause(line: str, told: str) -> None:
+    text = experiment("e", "from clean into changed", line)
+    found = [each for each in try_text(text)[1] if each.severity == "error"]
+    assert told in render_full(found, color=False, width=200)
 
 
 def test_block_without_an_image_reports_e0455() -> None:
@@ -821,7 +837,7 @@ def test_conventions_name_the_image_token_and_full_forward_passes() -> None:
         "`<s>` before the text, or after the tokens of images that it begins with, by the "
         "model's processor"
     )
-    assert "a full forward pass" in found.conventions["planner"]
+    assert "a full forward pass over its prompt" in found.conventions["planner"]
 
 
 def test_text_before_the_image_attends_to_it() -> None:

@@ -243,7 +243,7 @@ def test_edited_model_with_images_equals_hooks() -> None:
         ('"{file}"', '"{file}" region a = what', "E0560", "no such file"),
         ('"{file}"', '"{file}" region a of b = what', "E0501", "photo"),
         ('"{file}"', '"{file}"\n  region a of photo = box(0, 9)', "E0101", "name the box: `box"),
-        ("file = other", "photo = gray", "E0501", "mask photo"),
+        ("file = other", "photo = gray", "E0207", "mask photo"),
         ('image photo = "{file}"', 'image one = "{file}"', "E0501", "photo"),
     ],
 )  # fmt: skip

@@ -297,6 +297,14 @@ def test_rules_in_the_encoder_leave_positions_of_the_language_model() -> None:
     np.testing.assert_allclose(found.measures[0].patched[0], expected, 1e-4, 1e-4)
 
 
+def test_conventions_of_images_with_tiles_count_tokens_of_the_thumbnail() -> None:
+    [found] = run_text(experiment("e", "scale resid_post layer 0 at photo tokens by 2"))
+    assert found.conventions["image `photo`"].endswith(
+        "; 2 x 4, 3 x 4, 4 x 3 tokens and 1 more size, and 2 x 2 tokens of the thumbnail, rows and "
+        "columns counted from 1 at the top left"
+    )
+
+
 def test_observations_of_patches_of_large_images_equal_the_bare_encoder() -> None:
     site = "resid_post vision layer 0"
     lines = [f"observe norm {site} at {position}" for position in AT]

@@ -486,6 +486,7 @@ def test_conventions_count_tokens_and_patches_of_an_image(splits: bool) -> None:
     [found] = run_text(text, "mixed", splits=splits)
     count = 0
     grids: set[tuple[int, int]] = set()
+    thumbnails: set[tuple[int, int]] = set()
     for n in ALL:
         given = inputs("mixed", n, n, splits=splits)
         count = int((given["input_ids"] == bare(splits=splits).model.config.image_token_id).sum())
@@ -493,11 +494,15 @@ def test_conventions_count_tokens_and_patches_of_an_image(splits: bool) -> None:
         grid = mask.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).float().mean((-1, -2)) == 1
         rows, cols = grid.any(2).sum(1).tolist(), grid.any(1).sum(1).tolist()
         grids.add((rows[0] + rows[2], cols[0] + cols[1]) if splits else (rows[0], cols[0]))
+        thumbnails.add((rows[-1], cols[-1]))
     shown = ", ".join(f"{high} x {wide}" for high, wide in sorted(grids)[:3])
-    shown += " and 1 more size" if len(grids) == 4 else ""
+    shown += " patches" + (" and 1 more size" if len(grids) == 4 else "")
+    if splits:
+        views = ", ".join(f"{high} x {wide}" for high, wide in sorted(thumbnails))
+        shown += f", and {views} patches of the thumbnail"
     assert found.conventions["image `photo`"].endswith(
         f"; {count} tokens without rows and columns, each computed from all patches of a tile; "
-        f"{shown} patches in the vision encoder, rows and columns counted from 1 at the top left"
+        f"in the vision encoder {shown}, rows and columns counted from 1 at the top left"
     )
 
 

@@ -284,6 +284,14 @@ def test_significant_cells_inside_the_null_band_are_marked() -> None:
     )
 
 
+def test_significance_note_without_p_values_reports_that_no_cell_was_tested() -> None:
+    found = banded()
+    every = found.statistics[0]
+    none = replace(every, p_corrected=np.full_like(every.p_corrected, np.nan))
+    said = significance_note(replace(found, statistics=(none, *found.statistics[1:])), 0, "*", "°")
+    assert said == "no cell was tested: none has a p-value"
+
+
 @pytest.mark.parametrize(
     ("inside", "weaker", "text"),
     [

@@ -44,7 +44,14 @@ from mechdsl.prompts.positions.spans import (
     row_example,
 )
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.runs import ANSWER_SPAN, Hits, PositionCell, ReplyPosition, RunRow
+from mechdsl.prompts.runs import (
+    ANSWER_SPAN,
+    Hits,
+    PositionCell,
+    PromptRun,
+    ReplyPosition,
+    RunRow,
+)
 from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN, ImagePromptTokenizer
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
@@ -119,12 +126,21 @@ def check_token_counts(
         rows=len(unequal),
         total=total,
     )
-    if base_cells[0].vectors > 1:
-        source, base = f"{read:,} patches", f"{written:,} patches"
-        hint = "use images of one width and height, or name patches that all images have, such as "
+    are_patches, row = base_cells[0].vectors > 1, next(iter(unequal))
+    base_run = None if table is None or runs is None else table.runs[runs[0]]
+    if are_patches or (base_run is not None and _are_of_images(base_cells, row, base_run)):
+        units = "patches" if are_patches else "tokens"
+        hint = f"use images of one width and height, or name {units} that all images have, such as "
         hint += "`photo row 1 col 1 token`"
-        problem = replace(problem, source=source, base=base, units="patches", hint=hint)
+        source, base = f"{read:,} {units}", f"{written:,} {units}"
+        problem = replace(problem, source=source, base=base, units=units, hint=hint)
     return [problem]
+
+
+def _are_of_images(cells: Sequence[PositionCell], row: int, run: PromptRun) -> bool:
+    """Return whether all tokens that cells hit in a row are those of images in the prompt."""
+    hit = {token for cell in cells for run in cell.hits[row] for token in run}
+    return hit <= run.rows[row].patch_tokens.keys()
 
 
 def is_after_prompts(cell: PositionCell, rows: Sequence[RunRow]) -> bool:
@@ -626,8 +642,8 @@ class _OneSide(Record):
         if self.side == "source":
             answers, replies = _NO_DECODER_ANSWERS, _NO_DECODER_REPLIES
         given = {**given, "answers": answers, "replies": replies}
-        cells, diagnostics = resolve_positions(self.positions, self.table, self.run, **given)
-        return tuple(map(self.moved, cells)), diagnostics
+        cells, found = resolve_positions(self.positions, self.table, self.run, **given)
+        return tuple(map(self.moved, cells)), [*map(self._explain_decoder, found)]
 
     def problem(self) -> Diagnostic | None:
         """Return E0316 for text of the encoder among positions of the decoder."""
@@ -647,14 +663,31 @@ class _OneSide(Record):
         return None
 
     def explained(self, problem: Diagnostic, **given: Any) -> Diagnostic:
-        """Name `answer tokens` in E0316 for a text that the encoder doesn't read either."""
-        whole = self.whole.encoded
-        if not isinstance(problem, NotInDecoder) or not has_errors(
-            resolve_positions(self.positions, whole, self.run, **given)[1]
-        ):
+        """Name `answer tokens` in E0316 for a text that the encoder doesn't read either; return
+        another error for a part of an image that doesn't exist."""
+        if not isinstance(problem, NotInDecoder):
             return problem
+        found = resolve_positions(self.positions, self.whole.encoded, self.run, **given)[1]
+        wrong = [each for each in found if each.severity == "error"]
+        if not wrong:
+            return problem
+        if wrong[0].code == "E0306":  # the encoder reads the text several times
+            return problem
+        if problem.part != "the decoder":
+            return wrong[0]
         hint = "name `answer tokens`, the text that the measure appends, or `last token`"
         return replace(problem, reader="the prompt doesn't contain", hint=hint)
+
+    def _explain_decoder(self, problem: Diagnostic) -> Diagnostic:
+        """Describe the tokens that the decoder reads in E0310 for a number beyond them."""
+        row = self.whole.runs[self.run].rows[0]
+        if not isinstance(problem, OutsidePrompt) or self.side == "source" or row.decodes_text:
+            return problem
+        first = count_noun(len(row.ids) - row.source, "token")
+        hint = f"the decoder begins with {first}, up to `last token`; sites at tokens of the "
+        hint += "prompt are those of the encoder, such as `resid_post encoder layer 2`"
+        example = row_example(row)
+        return replace(problem, unit="decoder's input", example=example, hint=hint)
 
     def _image_problem(self, rows: Sequence[RunRow]) -> Diagnostic | None:
         """Return E0316 for a part of the image among positions of the text, and E0310 for a text
@@ -670,10 +703,15 @@ class _OneSide(Record):
             spans = [node for node in walk(item) if isinstance(node, ast.SpanRef)]
             own = [node for node in spans if images & {node.name, node.of}]
             if own and self.side == "target":
-                hint = "name a site at the tokens of the image, `k cross`, `v cross` or one of "
-                hint += "`vision`, or a token of the text: `last token`"
-                written = own[0].span.written
-                return NotInDecoder(span=self.positions.span, position=written, hint=hint)
+                return NotInDecoder(
+                    span=self.positions.span,
+                    position=own[0].span.written,
+                    part="the text",
+                    reason="this position must be a token of the text",
+                    reader="the vision encoder reads",
+                    hint="name a token of the text, such as `last token`; `k cross`, `v cross` and "
+                    "sites of `vision` are at tokens of the image",
+                )
             if not own and self.side == "source":
                 return OutsidePrompt(
                     span=item.span,

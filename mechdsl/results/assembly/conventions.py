@@ -454,6 +454,9 @@ def _describe_patches(shape: ModelShape) -> str:
     )
 
 
+_FULL_ROWS = "every row is a full forward pass over its prompt"
+
+
 def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:
     """Describe rows that needn't be run."""
     if measured.inert:
@@ -484,10 +487,10 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
             patches += f"; {replaced}"
         yield "vision encoder", patches
         why = "rules change images" if writes else "vectors are read"
-        yield "planner", f"every row is a full forward pass: {why} in the vision encoder"
+        yield "planner", f"{_FULL_ROWS}: {why} in the vision encoder"
     elif plan.experiment.needs_full_passes:
-        said = "every row is a full forward pass: the model adds vectors of images after its first "
-        yield "planner", f"{said}blocks, outside their outputs"
+        why = "the model adds vectors of images after its first blocks, outside their outputs"
+        yield "planner", f"{_FULL_ROWS}: {why}"
     if measured.with_inactive is not None:
         there = int(plan.exists.sum())
         still = int((measured.find_inactive_cells() & ~plan.inert & plan.exists).sum())
@@ -580,7 +583,7 @@ def fallback_conventions(
     """Describe deviations of the run from its plan."""
     found: dict[str, str] = {}
     if not model.restartable:
-        found["planner"] = "every row is a full forward pass: the model can't be restarted"
+        found["planner"] = f"{_FULL_ROWS}: the model can't be restarted"
     elif model.shape.encodes_apart:
         found["planner"] = "every row is a full forward pass through encoder and decoder"
     if profile.halved:

@@ -365,6 +365,8 @@ def significance_note(
     if found.withheld:
         return f"no cell is reported as significant: {WITHHELD_TEXTS[found.withheld]}"
     tested = int(np.count_nonzero(~np.isnan(found.p_corrected)))
+    if not tested:
+        return "no cell was tested: none has a p-value"
     good = int(np.count_nonzero(is_significant(result, measure)))
     name = CORRECTION_NAMES[result.settings.correction]
     level = f"p < {significance_level(result):g}"

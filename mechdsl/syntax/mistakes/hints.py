@@ -32,33 +32,39 @@ IMAGE_HINTS: tuple[Hint, ...] = (
         'write a patch as a value of its axis: `expect delta(position: "image row 3 col 4") > 0.1`',
     ),
     Hint(
-        r"\bimage\s+row\s+(\S+)\s+col\s+(\S+)\s*$",
+        r"\b(?!at\b|each\b)(\w+)\s+row\s+(\S+)\s+col\s+(\S+)\s*$",
         r"",
-        "write `image row {0} col {1} token` for separate patches, or `tokens` to patch several "
+        "write `{0} row {1} col {2} token` for separate patches, or `tokens` to patch several "
         "together",
         "TOKEN",
     ),
     Hint(
-        r"\bimage\s+row\s+(\S+?)\s*$",
-        r",",
-        "write the row and the column together: `image row {0} col 4 token`",
+        r"\b(?!at\b|each\b)(\w+)\s+row\s+(\S+?)\s*$",
+        r"(?:,\s*col|,?\s*column)\s+([\w.*]+)",
+        "write the row and the column together: `{0} row {1} col {2} token`",
         "COL",
     ),
     Hint(
-        r"\bimage\s+row\s+(\S+?)\s*$",
+        r"\b(?!at\b|each\b)(\w+)\s+row\s+(\S+?)\s*$",
         r"",
-        "write `image row {0} col * tokens` for a whole row",
+        "write `{0} row {1} col * tokens` for a whole row",
         "COL",
     ),
     Hint(
-        r"\bimage\s+col\s*$",
+        r"\b(\w+)\s+col\s*$",
         r"([\w.*]+)\s+row\s+([\w.*]+)",
-        "write the row first: `image row {1} col {0} token`",
+        "write the row first: `{0} row {2} col {1} token`",
     ),
     Hint(
-        r"\bimage\s+col\s*$",
+        r"\b(?!row\b)(\w+)\s+col\s*$",
         r"([\w.*]+)",
-        "write the row first; a whole column is `image row * col {0} tokens`",
+        "write the row first; a whole column is `{0} row * col {1} tokens`",
+    ),
+    Hint(
+        r"\b(?:at|onto|from|to)\s+(?:each\s+)?(\w+)\s*$",
+        r"\(\s*(\w+)\s*,\s*(\w+)\s*\)",
+        "write the row and the column: `{0} row {1} col {2} token`",
+        "ROW",
     ),
     Hint(
         r"\b(?:row|col)\s*$",
@@ -66,9 +72,10 @@ IMAGE_HINTS: tuple[Hint, ...] = (
         "rows and columns are counted from 1, starting at the top left",
     ),
     Hint(
-        r"\b(?:at|onto|from|to)\s+(?:each\s+)?row\s+(\S+)\s*$",
-        r"col\s+(\S+)",
-        "name the image: `image row {0} col {1} token`",
+        r"(?:[{,]|\b(?:at|onto|from|to))\s*(?:each\s+)?row\s+(\S+)\s*$",
+        r"col\s+([\w.*]+)",
+        "name the image: `image row {0} col {1} token`, or `photo row {0} col {1} token` for an "
+        "image `photo` of a prompt",
     ),
     Hint(
         r"\beach\s+(?:patch|pixel)?\s*$",
@@ -104,6 +111,28 @@ IMAGE_HINTS: tuple[Hint, ...] = (
     Hint(r"^patch\s*$", r"", "write `each token of image`: each patch is a token", "ROW"),
     Hint(r"^blur\s+image\s+([0-9.]+)\s*$", r"", "write `blur image radius {0}`"),
     Hint(r"^image$", r":", "remove the colon: `image gray`"),
+    Hint(
+        r"^(image|video|audio)\s+(\w+)\s*$",
+        r":",
+        'write `=` in place of the colon: `{0} {1} = "{{file}}"`',
+    ),
+    Hint(
+        r"^$",
+        r"(?:img|picture|pic)\s",
+        'write `image`, as in `image photo = "{{file}}"`',
+        "IMAGE",
+    ),
+    Hint(
+        r"(?:^|\s)(\w+)\s*=\s*$",
+        r"(\{\w+\})",
+        'write a placeholder in quotes: `{0} = "{1}"`',
+    ),
+    Hint(
+        r"(?:^|\{)\s*$",
+        r"(?:blank|gray|grey|black|hide|remove|occlude)\s+(\w+)",
+        "write `mask {0}` for gray",
+        "CHANGE",
+    ),
     Hint(
         r"^image\s+\w+\s+$",
         r"\w",
@@ -868,6 +897,11 @@ HINTS: tuple[Hint, ...] = (
         "name the site before its stack: `mlp_hidden {1} layer 1 {0}`",
     ),
     Hint(
+        r"\b([a-z]\w*)\s+(vision|encoder|cross)$",
+        r"\.\s*(?:layers?\b)?",
+        "separate words with spaces: `{0} {1} layer 1`",
+    ),
+    Hint(
         r"\b([a-z]\w*)\s+((?:layers?|heads?|neurons?)\s[^=,]*?)\s*$",
         r"(vision|text|encoder|decoder|cross)\b",
         "write the stack before the axes: `{0} {2} {1}`",
@@ -876,6 +910,12 @@ HINTS: tuple[Hint, ...] = (
         r"\b(embed|final_norm)\s+\w+\s*$",
         r"at\b",
         "write `{0}` alone, or a stack after it: `{0} vision`, `{0} encoder`",
+    ),
+    Hint(
+        r"\b(?:at|onto|from|to)\s+(?!last\b|first\b|each\b|token)(\w+)\s*$",
+        r"(?:with\b|by\b|to\b|onto\b|from\b|$)",
+        "name its tokens: `{0} tokens`, or `each token of {0}` for one cell per token",
+        "TOKENS",
     ),
     Hint(
         r"^(?:patch|ablate|freeze|scale|clamp|path|set|swap)\b",
