@@ -409,7 +409,7 @@ class IntegratedEdgeAttributionPatching(_GradientTimesChange):
         "source run: the last point is the base run. In an encoder-decoder, this is the stream of "
         "both stacks. Both prompts of a row must have the same "
         "number of tokens (E0608). The derivative along the edge is that of the base run. Not for "
-        "`ablate`, which has no source run, and not "
+        "`ablate`, whose fills are no second prompt, and not "
         "with frozen norms at the end of the model, where `eap` equals the effect (E0608). Each "
         "point needs a forward pass, and a backward pass per measure."
     )

@@ -592,7 +592,8 @@ def _of_moved_inputs(
     own, runs, path = rule.spec, experiment.table.runs, rule.path
     hint = OTHER_ESTIMATOR_HINT if path is None else "write `using eap`"
     if path is None and own.verb != "patch":
-        reason = "gradients are taken between two runs, and the rule writes no value of the other"
+        reason = "its gradients are taken on the line between the two prompts of a row, and an "
+        reason += "ablation has no second prompt"
         other = "write `patch` with `from RUN into RUN`, or write `using integrated_gradients`"
         yield _no_estimate(said, own.span, f"`{own.verb}`", reason, other)
         return
@@ -680,13 +681,25 @@ def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterat
             measure,
             experiment.spec.base,
             at_base=said.steps is None or (said.between_runs and said.steps == 1),
-            along_path=", or write `using integrated_gradients`"
-            if said.kind.place == "sites"
-            else "",
+            along_path=_along_path(experiment, said),
         )
         if flat is not None:
             text, reason, hint = flat
             yield _no_estimate(said, own.metric.span, f"`{text}`", reason, hint)
+
+
+def _along_path(experiment: ResolvedExperiment, said: spec.Estimator) -> str:
+    """Return the end of a hint that names an estimator with gradients outside the base run; an
+    empty text if the experiment takes none."""
+    if said.between_runs:
+        return ", or write several `steps`"
+    if said.kind.place == "attention":
+        return ""
+    if not experiment.has_path:
+        return ", or write `using integrated_gradients`"
+    frozen = any(rule.path is not None and rule.path.frozen_norms for rule in experiment.rules)
+    none = frozen or experiment.in_vision or experiment.model.shape.attends_to_image
+    return "" if none else ", or write `using eap_ig`"
 
 
 def find_flat_part(

@@ -297,7 +297,8 @@ def outline_mask(
     definition: spec.Basis, objective: ResolvedExperiment, program: spec.Program
 ) -> TrainedMask:
     """Return what a group with `fit` declares, with what it chose if that is known; otherwise with
-    placeholders, half of the candidates if the training decides the number.
+    placeholders, half of the candidates if the training decides the number, or if the file names
+    too many, which `check_mask_size` reports.
 
     Args:
         objective: As in `mechdsl.program.trainings`, resolved.
@@ -310,7 +311,7 @@ def outline_mask(
     own = _count_share(training.of_trainer, len(candidates))
     training = replace(training, name=_name(definition, objective.model.key), of_trainer=own)
     size = training.trainer_of(ChoosingTrainer).size(training.of_trainer)
-    if size is None:  # known after the training
+    if size is None or _leaves_none_out(training, len(candidates)):
         size = (len(candidates) + 1) // 2
     file = program.trained.get(training.name, (None, ""))[0]
     if isinstance(file, MaskFile):
@@ -706,12 +707,11 @@ def check_mask_rows(mask: TrainedMask, definition: spec.Basis) -> Diagnostic | N
 
 
 def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
-    """Return E0342 for a mask that chooses all of its candidates, or more; a circuit by scores of
-    edges may have all."""
+    """Return E0342 for a mask whose size leaves none of its candidates out."""
     training, count = mask.training, len(mask.candidates)
     trainer = training.trainer_of(ChoosingTrainer)
     size = trainer.size(training.of_trainer)
-    if size is None or size < count + isinstance(trainer, EdgeScoreTrainer):
+    if size is None or not _leaves_none_out(training, count):
         return None
     sites = count_noun(count, mask.noun)
     reason = f"`size: {size}` leaves out none of the {sites}"
@@ -723,12 +723,21 @@ def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
         if size > count:
             reason = f"the group may have {size:,} {mask.noun}s, but there are only {sites}"
         smaller = "a smaller number"
+    hint = f"name more {mask.noun}s, or write {smaller}"
     return BadBasis(
         span=training.span,
         reason=reason,
-        hint=f"name more {mask.noun}s, or write {smaller}",
+        hint="write a smaller number" if mask.noun == "edge" else hint,
         what=mask.declares,
     )
+
+
+def _leaves_none_out(training: Training, candidates: int) -> bool:
+    """Whether a mask of a given size chooses all of its candidates, or more; a circuit by scores of
+    edges may have all."""
+    trainer = training.trainer_of(ChoosingTrainer)
+    size = trainer.size(training.of_trainer)
+    return size is not None and size >= candidates + isinstance(trainer, EdgeScoreTrainer)
 
 
 AnyTrained: TypeAlias = (

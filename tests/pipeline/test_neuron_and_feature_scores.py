@@ -38,7 +38,8 @@ from .test_edge_scores import (
     fit,
     open_rows,
 )
-from .test_trained_circuits import PATCHES
+from .test_edge_searches import search
+from .test_trained_circuits import PAIR, PATCHES
 from .test_trained_dictionaries import check_keys, experiment, write
 from .test_trained_rotations import LOSS, loss_by_hand
 
@@ -96,6 +97,37 @@ def test_scores_with_changed_derivatives_equal_those_of_changed_modules(
     call: str, family: str, of: str, tmp_path: Path
 ) -> None:
     compare(call, "from: other", family, of, tmp_path)
+
+
+@pytest.mark.slow  # a pass of the reference for each edge
+@pytest.mark.parametrize(
+    ("family", "of", "steps"),
+    [("llama", "mlp", 1), ("gpt2", "mlp", 2), ("gpt2", "attention", 2), ("qwen3", "attention", 2)],
+)
+def test_greedy_search_over_all_types_of_nodes_equals_a_greedy_loop(
+    family: str, of: str, steps: int, tmp_path: Path
+) -> None:
+    """Each step tries all edges between heads, MLPs, neurons and features in one row."""
+    nodes, group = nodes_of(tmp_path, family, of), group_of(family, of)
+    options, call = "validation: 50%, limit: 2, nodes: g", "greedy(size: {})"
+    path = write(tmp_path, group, fit(options, call=call.format(10), at=PAIR), PATCHES)
+    every = open_rows(path, double(family))[1].candidates
+    line = fit(options, call=call.format(len(every) - steps), at=PAIR)
+    path = write(tmp_path, group, line, PATCHES)
+    searched, (row,) = search(path, family)
+    text, given = rows("clean")[row], fills(family, Case("c", "other", PAIR), {}, **nodes)[row]
+    at = tokens(text, PAIR)
+
+    def measure(ablated: list[CircuitEdge]) -> float:
+        pairs = [pair for edge in ablated for pair in list_edges_of(edge, every)]
+        logits = circuit_pass(family, double(family), text.ids, given, pairs, at, **nodes)
+        return loss_by_hand(logits[-1], row).item()
+
+    ablated: list[CircuitEdge] = []
+    for _ in range(steps):
+        due = [edge for edge in every if edge not in ablated]
+        ablated.append(due[int(np.argmax([measure([*ablated, edge]) for edge in due]))])
+    assert {edge for edge, kept in zip(every, searched.kept, strict=True) if not kept} == {*ablated}
 
 
 # --- circuits in rules ----------------------------------------------------------------------------
