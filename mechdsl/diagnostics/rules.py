@@ -267,12 +267,13 @@ class FewDrawnRows(Diagnostic):
 
     code = "W0737"
     depends_on = frozenset({"rows"})
-    title = "`{basis}` is trained on only {rows} of `{block}`, which can sample more"
+    title = "`{basis}` is trained on only {rows} of `{block}`{held_out}, which can sample more"
     label = "without `limit`, there is one row for each combination of values"
     help = "write how many rows to sample: `limit: 400`"
     basis: str
     rows: str
     block: str
+    held_out: str
 
 
 class BadException(ReasonedDiagnostic):

@@ -778,11 +778,13 @@ def check_training_rows(
         and not trained.cut
         and not trained.stands_in
     ):
+        held_out = count_held_out(training, len(trained))
         yield FewDrawnRows(
             span=definition.method.span,
             basis=definition.name,
-            rows=count_noun(len(trained), "row"),
+            rows=count_noun(len(trained) - held_out, "row"),
             block=trained.name,
+            held_out=f" ({held_out} held out)" if held_out else "",
         )
 
 

@@ -267,6 +267,39 @@ def test_nan_error_without_a_site_and_for_one_row_states_the_rows() -> None:
     assert one.label_text == "first in `embed`"
 
 
+SAID_OF_ZERO, SAID_OF_LARGE = "a vector of zeros is NaN", "numbers that are too large"
+HELP = {
+    "zeros": (("ablate resid_post layer 1 at last token with zero",), "", SAID_OF_ZERO),
+    "large numbers": (("set resid_post layer 1 at last token to 1e39",), "", SAID_OF_LARGE),
+    "a run without rules": (
+        ("ablate resid_post layer 1 at last token with zero",),
+        None,
+        "no rule acts in this run",
+    ),
+    "a run with rules": (
+        (
+            "run emptied { ablate resid_post layer 1 at last token with zero }",
+            "from emptied into clean",
+            "patch resid_post layer 2 at last token",
+        ),
+        None,
+        SAID_OF_ZERO,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_help_for_nan_names_what_the_rules_write(name: str) -> None:
+    lines, cell, said = HELP[name]
+    text = HEAD + experiment("e", *lines, MEASURE)
+    (found,) = check_source(Source(text)).experiments
+    model, problems = adopt_model("toy", *broken())
+    assert model is not None, problems
+    run_name = "emptied" if "emptied" in found.derived else "clean"
+    error = report_not_finite(found, UnusableRow(0, run_name, cell), 1, model)
+    assert said in (error.help_text or "")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_padding_that_sees_no_token_in_float64_is_an_error_with_the_cause(
     dtype: str, tmp_path: Path

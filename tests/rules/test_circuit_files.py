@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ LISTED = (
     "embed -> L1.mlp",
 )
 NAMES = ("input->a0.h1<q>", "a0.h2->a1.h1<q>", "m0->a2.h3<q>", "a1.h1->logits", "input->m1")
+
+NEURONS = ("embed -> L0N3", "L0N3 -> L1H0.q", "L0N5 -> logits", "embed -> L1.mlp")
 
 
 def graph_name(point: SitePoint, head: int | None = None) -> str:
@@ -89,13 +91,48 @@ def test_circuit_file_formats_equal_the_listed_edges(data: Path, family: str) ->
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_file_with_neurons_equals_the_listed_edges(data: Path, family: str) -> None:
-    written = ["embed -> L0N3", "L0N3 -> L1H0.q", "L0N5 -> logits", "embed -> L1.mlp"]
-    (data / "neurons.json").write_text(json.dumps({"edges": written}), "utf-8")
+    (data / "neurons.json").write_text(json.dumps({"edges": NEURONS}), "utf-8")
     found = values(data, family, 'saved("neurons.json")')
-    expected = values(data, family, ", ".join(written))
+    expected = values(data, family, ", ".join(NEURONS))
     np.testing.assert_allclose(found.measures[0].patched, expected.measures[0].patched, atol=1e-6)
     key = "neurons of circuits"
     assert found.conventions[key] == expected.conventions[key]
+
+
+SCORED = {
+    "labels": [*LISTED, "L2.mlp -> logits"],
+    "scores": [5, 4, 3, 2, 1.5, 1],
+    "chosen": [*range(6)],
+}
+FILES: dict[str, tuple[object, str, str, Sequence[str]]] = {
+    "list": ({"edges": list(LISTED)}, "", "all but c", LISTED),
+    "size": (SCORED, ", size: 5", "all but c", LISTED),
+    "top": (SCORED, "", "all but top 5 of c", LISTED),
+    "neurons": ({"edges": NEURONS}, "", "c", NEURONS),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_random_circuits_like_one_from_a_file_equal_those_like_its_edges(
+    data: Path, name: str
+) -> None:
+    content, options, ablated, edges = FILES[name]
+    (data / "control.json").write_text(json.dumps(content), "utf-8")
+    text = f'circuit c = saved("control.json"{options})\ncircuit d = {", ".join(edges)}\n'
+    listed = ablated.replace("top 5 of ", "").replace("c", "d")
+    for key, rule in (("saved", ablated), ("listed", listed)):
+        text += experiment(key, f"ablate {rule} at tokens * with zero", "against random(5)")
+    text += experiment("alone", f"ablate {ablated} at tokens * with zero")
+    found = run_file(text, data, "llama", "planned", precise=True)
+    assert found["alone"].control(0) is None
+    own, other = (found[key].control(0) for key in ("saved", "listed"))
+    assert own is not None
+    assert other is not None
+    assert own.low[0] < own.high[0]
+    assert (own.low[0], own.high[0]) == pytest.approx((other.low[0], other.high[0]), abs=1e-12)
+    said = found["saved"].conventions["controls"]
+    assert said == found["listed"].conventions["controls"]
+    assert f"random circuits, 5 draws, seed 0; of {len(edges)} edges" in said
 
 
 def test_edges_of_a_graph_count_without_their_nodes(data: Path) -> None:

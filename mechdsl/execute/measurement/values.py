@@ -480,12 +480,13 @@ def report_not_finite(
                 *([f"in {count} of {rows} rows"] if count > 1 or not first.place else []),
             ]
         ),
-        hint=_suggest_range(model),
+        hint=_suggest_range(model) or _suggest_rule(experiment, first),
     )
 
 
 def _suggest_range(model: LoadedModel) -> str:
-    """Return how to avoid numbers that the dtype of a model can't represent."""
+    """Return how to avoid numbers that the dtype of a model can't represent; an empty text if its
+    range isn't the cause."""
     if model.dtype in (torch.float16, torch.bfloat16):
         return "half precision may have too small a range: try `--dtype float32`"
     implementations = {config._attn_implementation for config in model.attention_configs}
@@ -493,6 +494,18 @@ def _suggest_range(model: LoadedModel) -> str:
         # transformers masks with the lowest float64, and computes the softmax in float32.
         reason = "with `eager` attention, the mask of float64 is infinite in the softmax of float32"
         return f"{reason}, and padding that sees no token is NaN: try `--dtype float32`"
+    return ""
+
+
+def _suggest_rule(experiment: ResolvedExperiment, unusable: UnusableRow) -> str:
+    """Return what to change in the rules of a run, or in the model if the run has no rule."""
+    of_run = experiment.derived.get(unusable.run)
+    rules = () if of_run is None else of_run.rules
+    rules = rules if unusable.cell is None else experiment.every_rule
+    if not rules:
+        return "no rule acts in this run: check the weights of the model"
+    if any(rule.does.name == "zero" for rule in rules):
+        return "a norm or a cosine of a vector of zeros is NaN in some models: write `with mean`"
     return "a rule may write numbers that are too large"
 
 
