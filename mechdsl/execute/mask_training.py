@@ -1087,6 +1087,8 @@ def _move_senders(model: LoadedModel, read: CircuitRead, number: int, share: flo
     """
     assert read.changes is not None
     where, columns = list(number_senders(read.fills).items())[number]
+    if where in read.activations:
+        return _move_neurons(read, where, share)
     site, head = _ADDED_AT[where.site], None
     change = share * read.changes[columns].sum(0)
     if where.site == "z":
@@ -1100,6 +1102,16 @@ def _move_senders(model: LoadedModel, read: CircuitRead, number: int, share: flo
             change = undo_scale(change, get_scale(model.module, tap))
     point = SitePoint(in_stack(site, where.stack), where.layer, head)
     return _add_at(model, point, read, change)
+
+
+def _move_neurons(read: CircuitRead, where: SiteRead, share: float) -> SiteWrite:
+    """Move neurons to other values, because a norm follows the sum of what they add."""
+    [fill] = [fill for fill in read.fills if fill.where == where]
+    units = torch.tensor((*fill.units, *fill.others))
+    places = [own.repeat_interleave(len(units)) for own in (read.rows, read.positions)]
+    values = share * read.activations[where].flatten()[:, None]
+    given = where.site, where.layer, *places, units.repeat(len(read.rows)), values
+    return SiteWrite(*given, mode="add", stack=where.stack)
 
 
 def _add_to_all(totals: Sequence[Tensor], others: Sequence[Tensor]) -> None:

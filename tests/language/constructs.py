@@ -343,9 +343,10 @@ _file(
     "node. Neurons of one layer with the same ablated incoming edges share one input; each "
     "further input needs another pass through the first maps of the MLP. `against random(39)` "
     "draws edges between the same nodes. Neither a `path` nor a rule on the MLP of such a "
-    "layer can be in one experiment with them. Models can't have a norm after the MLP, and their "
+    "layer can be in one experiment with them. If a norm follows the MLP, as in Gemma 2, a "
+    "receiver reads the norm of the sum of the neurons, each with its activation or its fill. The "
     "MLP is one module, or two linear maps with a function of their module between them, as in "
-    "BART and BERT (all E0108). Layers of experts have no neurons (E0413). In a file for "
+    "BART and BERT (others are E0108). Layers of experts have no neurons (E0413). In a file for "
     "`saved(…)`, the MLP of such a layer is the node of its other neurons. `report graph to "
     '"circuit.json"` writes such a file, with the names of this language.',
     "tests/rules/test_neuron_circuits.py",
@@ -1034,9 +1035,9 @@ _file(
     "minimise: loss)",
     "Each neuron of the group is a node, and the other neurons of its layer are one node, which is "
     "printed as `L0.mlp`. All edges between these nodes, heads and other MLPs are scored as "
-    "without `nodes`: the scores of all neurons of a layer add up to that of its MLP. Searches and "
-    "masks take `nodes`, too. Sites that aren't neurons, more than 500 neurons, and a group that "
-    "depends on another experiment are E0207; a norm after the MLP is E0108.",
+    "without `nodes`: the scores of all neurons of a layer add up to that of its MLP, unless a norm "
+    "follows the MLP, as in Gemma 2. Searches and masks take `nodes`, too. Sites that aren't neurons, more than 500 neurons, and a group that "
+    "depends on another experiment are E0207.",
     "tests/pipeline/test_neuron_edge_scores.py",
     "Syed et al. 2023, arXiv 2310.10348; Marks et al. 2024, arXiv 2403.19647",
 )

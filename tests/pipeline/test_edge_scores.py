@@ -49,7 +49,7 @@ from ..execute.support import ROWS, shared, token, word_tokenizer
 from ..quick import in_turn, some
 from ..reference.forward import Stack, forward, stack
 from ..reference.ruled import ruled
-from ..rules.circuits import EMBED, Features, circuit_pass, mlp, outputs
+from ..rules.circuits import EMBED, Features, circuit_pass, mlp, neuron_weights, outputs
 from ..rules.models import WITHOUT_NORMS, bare, double
 from ..rules.support import plain, rows, tokens
 from ..rules.test_ablated_circuits import (
@@ -162,12 +162,21 @@ def before_norm(
     attention: Mapping[int, Features],
 ) -> Tensor:
     """The gradient by a sender's output, of that by what it adds to the input of a receiver: they
-    differ if a norm follows the sum of the heads, unless the receiver is a node of this sum.
+    differ if a norm follows the sum of the heads, unless the receiver is a node of this sum, or
+    that of the neurons.
 
     Args:
         record: The outputs of senders.
         attention: As in `circuit_pass`.
     """
+    if "N" in sender and type(parts).behind_mlp is not Stack.behind_mlp:
+        layer = int(sender.split("N")[0].removeprefix("L"))
+        own = [value for name, value in record.items() if name.startswith(f"L{layer}N")]
+        _, bias = neuron_weights(parts, layer, len(own))
+        joined = (torch.stack(own).sum(0).detach() + bias).requires_grad_()
+        normed = parts.behind_mlp(parts.block(layer), joined)
+        (found,) = torch.autograd.grad(normed, joined, gradient)
+        return found
     if "H" not in sender or type(parts).behind_attention is Stack.behind_attention:
         return gradient
     layer = int(sender.split("H")[0].removeprefix("L"))

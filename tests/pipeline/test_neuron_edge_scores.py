@@ -26,7 +26,7 @@ from mechdsl.resolve.types import CircuitEdge, PlacedEdge, SiteLayer
 from ..execute.support import word_tokenizer
 from ..quick import in_turn, some
 from ..rules.circuits import circuit_pass
-from ..rules.models import double
+from ..rules.models import EXACT, double
 from ..rules.support import rows, tokens
 from ..rules.test_ablated_circuits import D_MLP, Case, fills, list_edges_of, shape_of
 from ..rules.test_neuron_circuits import every_edge
@@ -52,8 +52,7 @@ from .test_trained_rotations import LOSS, loss_by_hand, training_errors
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-FAMILIES = tuple(family for family in HERE if family != "gemma2")
-"""Those whose neurons are nodes: a norm follows the MLPs of Gemma 2."""
+FAMILIES = (*(family for family in HERE if family != "gemma2"), "gemma2" + EXACT)
 SOME = "group g = L0N3, L0N5, L1N2"
 MOST = f"group g = L0N7, mlp_hidden layer 1 neurons 0..{D_MLP - 1}"
 """Every neuron of a layer: it has no node of other neurons."""

@@ -202,7 +202,8 @@ def circuit_pass(
                 of: own + ablated_.get(of, 0.0) * there * (fills.get(of, own) - own)
                 for of, own in given.items()
             }
-            return (_join(parts, carried, attention or {}) + adds.get(receiver, 0))[None]
+            found = _join(parts, carried, attention or {}, split or {})
+            return (found + adds.get(receiver, 0))[None]
         seen = x + adds.get(receiver, 0)
         for sender, share in into.get(receiver, ()):
             seen = seen + share * there * (fills[sender] - given[sender])
@@ -265,7 +266,7 @@ def circuit_pass(
             for n, name in enumerate(nodes):
                 own = hidden[n, :, n, None] * weights[n]
                 given[name] = taken(name, own + moves.get(name, 0))
-            x = x + sum(given[name] for name in nodes) + bias
+            x = x + parts.behind_mlp(block, sum(given[name] for name in nodes) + bias)
             continue
         if own is not None:
             for n, name in enumerate(nodes):
@@ -290,8 +291,14 @@ def circuit_pass(
     return parts.unembed(parts.final(seen_by(LOGITS)))[0]
 
 
-def _join(parts: Stack, carried: Mapping[str, Tensor], attention: Mapping[int, Features]) -> Tensor:
-    """[T, d_model]: the stream of senders so far, with the norm after each attention."""
+def _join(
+    parts: Stack,
+    carried: Mapping[str, Tensor],
+    attention: Mapping[int, Features],
+    split: Mapping[int, int],
+) -> Tensor:
+    """[T, d_model]: the stream of senders so far, with the norm after each attention, and after
+    each MLP whose neurons are senders."""
     x = carried[EMBED]
     for layer in range(parts.layers):
         heads = [carried[of] for n in range(parts.heads) if (of := head(layer, n)) in carried]
@@ -303,6 +310,10 @@ def _join(parts: Stack, carried: Mapping[str, Tensor], attention: Mapping[int, F
             _, bias = parts.output(block)
             joined = torch.stack(heads).sum(0) + (0 if bias is None else bias)
             x = x + parts.behind_attention(block, joined)
+        if layer in split and neuron(layer, 0) in carried:
+            _, bias = neuron_weights(parts, layer, split[layer])
+            joined = sum(carried[neuron(layer, n)] for n in range(split[layer]))
+            x = x + parts.behind_mlp(parts.block(layer), joined + bias)
         x = x + carried.get(mlp(layer), 0)
     return x
 

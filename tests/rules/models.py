@@ -46,13 +46,17 @@ BIASED_OUTPUT = ("gpt2", "llama", "gpt_neox", "gpt_neox_sequential", "gpt_oss")
 STRAIGHT = ("gpt2", "llama", "gpt_neox", "gpt_neox_sequential")
 """Families that are also tested without norms: `gpt2 without norms`."""
 WITHOUT_NORMS = " without norms"
+EXACT = " exact"
+"""Ends the name of a model without a step in 32 bits: `gemma2 exact` has norms in the precision of
+their input, and windows longer than the prompts, so that padding is finite in 64 bits."""
 
 
 @cache
 def bare(name: str) -> Any:
     """The model in 32 bits, which the package runs."""
-    family = name.removesuffix(WITHOUT_NORMS)
-    model = _gpt_oss() if family == "gpt_oss" else families.module(family)
+    family = name.removesuffix(WITHOUT_NORMS).removesuffix(EXACT)
+    changes = {"sliding_window": 64} if name.endswith(EXACT) else {}
+    model = _gpt_oss() if family == "gpt_oss" else families.module(family, **changes)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             for part, factor in WIDER.items():
@@ -60,6 +64,8 @@ def bare(name: str) -> Any:
                     parameter.mul_(factor)
         if name.endswith(WITHOUT_NORMS):
             _take_norms_out(model)
+        if name.endswith(EXACT):
+            _put_exact_norms(model)
     return unchanged(model)
 
 
@@ -133,3 +139,13 @@ def _take_norms_out(model: Any) -> None:
     for key, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             parameter.mul_(0.4 if "embed" in key or "wte" in key else 0.5)
+
+
+def _put_exact_norms(model: Any) -> None:
+    """Replace Gemma's norms, which compute in 32 bits."""
+    for part in list(model.modules()):
+        for name, child in list(part.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                exact = nn.RMSNorm(len(child.weight), eps=child.eps)
+                exact.weight.copy_(1 + child.weight)
+                setattr(part, name, exact)

@@ -30,7 +30,7 @@ from ..quick import in_turn
 from ..reference.forward import stack
 from . import test_classifier_circuits as classifiers
 from .circuits import EMBED, LOGITS, circuit_pass, mlp, neuron, outputs, reads
-from .models import WITHOUT_NORMS, double
+from .models import EXACT, WITHOUT_NORMS, double
 from .support import (
     Array,
     agree,
@@ -66,9 +66,11 @@ FAMILIES = (
     "gpt_neox_sequential",
     "qwen3",
     "mistral",
+    "gemma2" + EXACT,
     "llama" + WITHOUT_NORMS,
     "gpt_neox" + WITHOUT_NORMS,
 )
+HERE = ("llama", "gpt2", "gpt_neox", "gemma2" + EXACT)
 SOME: dict[str, list[Edge]] = {
     "embed -> L0N3, embed -> L0N5": [(EMBED, "L0N3"), (EMBED, "L0N5")],
     "L0H1 -> L0N5": [("L0H1", "L0N5")],  # not in parallel blocks
@@ -153,7 +155,7 @@ SHARES = (0.05, 0.5, 0.9)
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), in_turn(("llama", "gpt2", "gpt_neox", "qwen3"), list(MODES))
+    ("name", "mode"), in_turn(("llama", "gpt2", "gpt_neox", "qwen3", "gemma2" + EXACT), list(MODES))
 )
 def test_random_edges_of_some_neurons_carry_another_run(data: Path, name: str, mode: str) -> None:
     """Also of all neurons but one of a layer, so that the other one is a node alone."""
@@ -183,7 +185,7 @@ def is_neuron(node: str) -> bool:
     return node[0] == "L" and "N" in node
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma2" + EXACT])
 def test_every_neuron_of_a_layer_may_be_named(data: Path, name: str) -> None:
     """All of their edges to the logits carry another run: the MLP's edge does."""
     fill = "ablate {} at tokens * with other"
@@ -214,7 +216,7 @@ OTHER_RULES = {
 
 @pytest.mark.parametrize("key", OTHER_RULES)
 @pytest.mark.parametrize("fill", ["zero", "other"])
-@pytest.mark.parametrize(("name", "mode"), in_turn(("llama", "gpt2", "gpt_neox"), list(MODES)))
+@pytest.mark.parametrize(("name", "mode"), in_turn(HERE, list(MODES)))
 def test_edges_of_neurons_carry_what_other_rules_write(
     data: Path, name: str, mode: str, fill: str, key: str
 ) -> None:
@@ -281,9 +283,7 @@ def test_effects_of_neuron_circuits_equal_ratios_of_reference_means(data: Path, 
     assert said.startswith("3 neurons of layer 0, 2 neurons of layer 1; a neuron sends")
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), in_turn(("llama", "gpt2", "gpt_neox"), ("plain", "planned"))
-)
+@pytest.mark.parametrize(("name", "mode"), in_turn(HERE, ("plain", "planned")))
 def test_edges_of_neurons_may_have_positions(data: Path, name: str, mode: str) -> None:
     """With another circuit of the file in the same passes."""
     written = {
@@ -321,7 +321,7 @@ def test_edges_of_neurons_may_have_positions(data: Path, name: str, mode: str) -
             assert found[f"x{key}"].measures[0].patched[0, n] == pytest.approx(value, abs=1e-5)
 
 
-@pytest.mark.parametrize(("name", "rule"), in_turn(("llama", "gpt2"), ("c", "all but c")))
+@pytest.mark.parametrize(("name", "rule"), in_turn(("llama", "gpt2", HERE[-1]), ("c", "all but c")))
 def test_random_circuits_carry_the_fill_of_neuron_circuits(
     data: Path, name: str, rule: str
 ) -> None:
@@ -346,11 +346,11 @@ def test_random_circuits_carry_the_fill_of_neuron_circuits(
         effects.append(float(np.mean(patched - unpatched(name))))
     band = found.control(0)
     assert band is not None
-    assert (band.low[0], band.high[0]) == pytest.approx((min(effects), max(effects)), abs=1e-6)
+    assert (band.low[0], band.high[0]) == pytest.approx((min(effects), max(effects)), abs=1e-5)
     assert found.conventions["controls"].startswith("random circuits, 3 draws, seed 0; of 4 edges")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("rule", ["all but c", "c"])
 def test_plan_counts_neurons_of_each_distinct_input(
     data: Path, monkeypatch: pytest.MonkeyPatch, name: str, rule: str
@@ -407,7 +407,7 @@ def test_rules_that_do_not_act_on_nodes_are_errors(data: Path, key: str) -> None
     assert "E0108" in codes(CIRCUIT + experiment("e", *lines), data)
 
 
-@pytest.mark.parametrize(("name", "code"), [("gemma2", "E0108"), ("gpt_oss", "E0413")])
+@pytest.mark.parametrize(("name", "code"), [("gpt_oss", "E0413")])
 def test_models_whose_neurons_cannot_be_nodes_are_an_error(
     data: Path, name: str, code: str
 ) -> None:

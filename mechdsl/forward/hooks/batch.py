@@ -766,8 +766,8 @@ class EdgeTap:
 class CircuitRead:
     """K tokens at which a pass reads what edges would carry, and the inputs of their receivers.
 
-    The pass itself stays as it is. `changes` and `taps` are results; a further pass with the same
-    `changes` reads only `taps`.
+    The pass itself stays as it is. `changes`, `activations` and `taps` are results; a further pass
+    with the same `changes` reads only `taps`.
     """
 
     rows: Tensor
@@ -781,7 +781,9 @@ class CircuitRead:
     places: Tensor | None = None
     """[K] long, numbers of positions whose tokens are summed separately; None for one sum."""
     changes: Tensor | None = None
-    """[sender, K, d_model]: what the stream would gain with the fills."""
+    """[sender, K, d_model]: what the stream would gain with the fills, or the sum before a norm."""
+    activations: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
+    """[K, unit]: fill - value of neurons that a norm follows, in the order of `SenderFill`."""
     taps: list[EdgeTap] = field(default_factory=list[EdgeTap])
     to_senders: Callable[[Tensor, int], Iterator[tuple[slice, Tensor]]] | None = None
     """If norms follow the sums of the stream: gradients by what receivers read, and the number of

@@ -17,7 +17,7 @@ If norms follow the sums (BERT), the input of a receiver is the stream recompute
 of this pass: after each sublayer, the norm of the sum of the stream, the sublayer's output and
 mask * (fill - value) of its senders. If norms follow the outputs of attention (Gemma 2), the
 recomputed stream gains, after each attention, the norm of the sum of its heads, each with its value
-or its fill.
+or its fill. If a norm also follows an MLP whose neurons are nodes, so does the sum of its neurons.
 
 If features of the output of an attention are nodes, each of them, and the rest of this output,
 reads its own sum of the heads, each with its value or its fill, through the norm of the output, if
@@ -34,7 +34,8 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import Any, cast
 
@@ -205,8 +206,8 @@ def explain_no_neurons(model: LoadedModel, places: Iterable[tuple[str, int | Non
         where += " of the encoder" if stack else ""
         if not stack and _attends_to_image(model, layer):
             return f"{where}, a gate follows the MLP, whose neurons can't be nodes yet"
-        if block.mlp_output_norm is not None:
-            return f"{where}, a norm follows the MLP, so that its neurons don't add up"
+        if block.mlp_output_norm is not None and not find_normed_sublayers(model, stack):
+            return f"{where}, a norm follows the MLP, but not attention"
         if block.down is None or not {"mlp_norm", "mlp_hidden", "mlp_out"} <= block.taps.keys():
             return f"{where}, the MLP isn't the sum of the outputs of its neurons"
         if _find_activation(model, block) is not None:
@@ -520,6 +521,29 @@ def _take(tensor: Tensor, index: Sequence[int], dim: int = 0) -> Tensor:
     return tensor.index_select(dim, to_device(torch.tensor(index), tensor.device))
 
 
+def _sum_units(values: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Return [unit, K, d_model]: what heads or neurons add to the stream, the first ones each, and
+    the others as one unit.
+
+    Args:
+        values: [K, unit, width]
+        weight: [unit, width, d_model]
+        count: Number of single units.
+    """
+    values = values.transpose(0, 1)
+    found = torch.bmm(values[:count], weight[:count])
+    if len(values) == count:
+        return found
+    joined = values[count:, :, 0].T @ weight[count:, 0]
+    return torch.cat([found, joined[None]])
+
+
+def _find_output(senders: SiteRead) -> SiteRead:
+    """Return the site of what a sublayer adds to the stream."""
+    site = "mlp_out" if senders.site in ("mlp_out", "mlp_hidden") else "attn_out"
+    return replace(senders, site=site)
+
+
 def _select_units(vectors: Tensor, units: Sequence[Sequence[int]]) -> Tensor:
     """Return [selection, K, unit, width]: [K, unit, width] with 0 for all but some units."""
     found = vectors.new_zeros(len(units), *vectors.shape)
@@ -607,8 +631,15 @@ class CircuitHooks(ABC):
 
     def _join_sublayer(self, sublayer: Sublayer) -> Sublayer:
         """Return a sublayer with the nodes of the output of attention as senders instead of heads,
-        if these are nodes."""
+        if these are nodes; or with neurons that a norm follows, if they are nodes."""
         where = sublayer.senders
+        neurons = replace(where, site="mlp_hidden")
+        if where.site == "mlp_out" and where.layer is not None and neurons in self._senders:
+            block = self._anatomy.blocks[where.layer]
+            if block.mlp_output_norm is None or block.down is None:
+                return sublayer
+            output = HookPoint(block.down, "out", TensorLayout.whole(self._shape.d_model))
+            return Sublayer(neurons, output, block.mlp_output_norm)
         if where.site != "z" or where.stack or where.layer not in self._joined:
             return sublayer
         output = self.model.tap("attn_out", where.layer)
@@ -638,9 +669,7 @@ class CircuitHooks(ABC):
             first = SiteRead("resid_pre", 0, self._stack)
             yield self._output(self.model.tap("resid_pre", 0, self._stack), first)
         for each in self._sublayers:
-            of = each.senders
-            site = "mlp_out" if of.site == "mlp_out" else "attn_out"
-            yield self._output(each.output, SiteRead(site, of.layer, of.stack))
+            yield self._output(each.output, _find_output(each.senders))
         receivers: dict[SiteRead, list[int]] = defaultdict(list)
         for row, (where, _) in enumerate(self._receivers):
             receivers[where].append(row)
@@ -730,14 +759,10 @@ class CircuitHooks(ABC):
             values = to_device(fill.values, now.device).to(now)
             if where.site in _PROJECTED:
                 weight = _take(get_head_weights(module, tap.layout), every).to(now)
-                changes, count = (values - now).transpose(0, 1), len(fill.units)
-                gained = torch.bmm(changes[:count], weight[:count])
-                if fill.others:
-                    joined = changes[count:, :, 0].T @ weight[count:, 0]
-                    gained = torch.cat([gained, joined[None]])
-                gained = apply_scale(gained, scale)
+                sums = partial(_sum_units, weight=weight, count=len(fill.units))
+                gained = apply_scale(sums(values - now), scale)
                 if where in self._normed_heads or self._sends_to_nodes(where):
-                    self._remember_heads(where, now, values, weight)
+                    self._remember_heads(where, now, values, sums)
                 width = tap.layout.units * tap.layout.width
                 self._remember_bias(where, module, value.new_zeros(1, 1, width), scale)
             else:
@@ -777,14 +802,16 @@ class CircuitHooks(ABC):
         """
 
     @abstractmethod
-    def _remember_heads(self, where: SiteRead, now: Tensor, values: Tensor, weight: Tensor) -> None:
-        """Keep what heads add up to before a norm.
+    def _remember_heads(
+        self, where: SiteRead, now: Tensor, values: Tensor, sums: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Keep what heads or neurons add up to before a norm.
 
         Args:
-            where: The heads.
-            now: [K, head, width] their outputs.
-            values: [K, head, width] their fills.
-            weight: [head, width, d_model]
+            where: The heads or neurons.
+            now: [K, unit, width] their outputs.
+            values: [K, unit, width] their fills.
+            sums: Returns [unit, K, d_model] of either, what units add up to.
         """
 
     def _output(self, tap: HookPoint, where: SiteRead) -> CircuitStep:
@@ -866,9 +893,8 @@ class CircuitHooks(ABC):
 
     def _find_scale(self, sublayer: Sublayer) -> float | Tensor:
         """Return the factor of the norm of a sublayer's output."""
-        where = sublayer.senders
-        added = self.model.tap("attn_out", where.layer, where.stack)
-        return get_scale(self.model.module, added)
+        added = _find_output(sublayer.senders)
+        return get_scale(self.model.module, self.model.tap(added.site, added.layer, added.stack))
 
     def _check_input(self, normed: Tensor, value: Tensor) -> None:
         """Check that the input of a receiver is the norm of the stream.
@@ -1122,7 +1148,8 @@ class _WriteHooks(CircuitHooks):
         self._gains: dict[SiteRead, Tensor] = {}
         """[unit, K, d_model] of the senders so far, with `_sublayers`."""
         self._of_heads: dict[SiteRead, tuple[Tensor, Tensor]] = {}
-        """[unit, K, d_model] what heads add up to before a norm: their outputs, and their fills."""
+        """[unit, K, d_model] what heads or neurons add up to before a norm: their outputs, and
+        their fills."""
         self._bias_of_heads: dict[SiteRead, Tensor] = {}
         """[d_model]"""
         self._mask = to_device(write.mask, model.device)
@@ -1227,9 +1254,10 @@ class _WriteHooks(CircuitHooks):
             bias = apply_scale(_compute_bias(module, nothing).flatten(), scale)
             self._biases = self._biases + bias.to(self._biases)
 
-    def _remember_heads(self, where: SiteRead, now: Tensor, values: Tensor, weight: Tensor) -> None:
-        own, filled = (torch.bmm(each.transpose(0, 1), weight) for each in (now, values))
-        self._of_heads[where] = own, filled
+    def _remember_heads(
+        self, where: SiteRead, now: Tensor, values: Tensor, sums: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._of_heads[where] = sums(now), sums(values)
 
     def _inputs(self, mask: Tensor, stream: Tensor, reader: SiteRead) -> Tensor:
         """Return [input, K, d_model]: the stream and the shares of masked senders so far.
@@ -1347,20 +1375,22 @@ class _WriteHooks(CircuitHooks):
         return stream
 
     def _join_heads(self, mask: Tensor, where: SiteRead, output: Tensor) -> Tensor:
-        """Return [receiver, K, d_model]: the sum of heads that a norm follows, directly or after
-        the sum with the stream, or that nodes of their output read, each with its output or its
-        fill. A head with the fill 0 adds exactly 0.
+        """Return [receiver, K, d_model]: the sum of heads or neurons that a norm follows, directly
+        or after the sum with the stream, or of heads that nodes of their output read, each with its
+        output or its fill. A unit with the fill 0 adds exactly 0.
 
         Args:
             mask: [receiver, sender] or [K, receiver, sender]
-            where: The heads.
+            where: The heads or neurons.
             output: [K, d_model] their sum in this pass.
         """
         if where not in self._of_heads:
             return output.expand(mask.shape[-2], *output.shape)
         own, filled = self._of_heads[where]
         rest = self._bias_of_heads[where].to(own)
-        if len(own) < self._count_units(where):
+        named = (fill for fill in self._fills if fill.where == where)
+        count = sum(len(fill.units) + len(fill.others) for fill in named)
+        if count < self._count_units(where):
             rest = output.to(own) - own.sum(0)
         share = mask[..., self._senders[where]].to(own)
         sums = "ru,ukd->rkd" if mask.dim() == 2 else "kru,ukd->rkd"
@@ -1753,8 +1783,11 @@ class _ReadHooks(CircuitHooks):
     ) -> None:
         """Keep nothing: what receivers read is the stream itself."""
 
-    def _remember_heads(self, where: SiteRead, now: Tensor, values: Tensor, weight: Tensor) -> None:
-        """Keep nothing, as for biases."""
+    def _remember_heads(
+        self, where: SiteRead, now: Tensor, values: Tensor, sums: Callable[[Tensor], Tensor]
+    ) -> None:
+        if where.site == "mlp_hidden":
+            self._read.activations[where] = (values - now)[..., 0]
 
     def _read_stream_of_mlp(
         self, layer: int
