@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -431,6 +431,11 @@ class GradientWork:
             self.logits + other.logits,
         )
 
+    def of_blocks(self, share: float) -> GradientWork:
+        """Return the work of passes that end after a share of the blocks."""
+        tokens = int(self.tokens * share)
+        return replace(self, tokens=tokens, adds=self.adds * share, logits=0)
+
 
 DECOMPOSED_TOKENS = 1 << 13
 """Maximum number of tokens of a pass of contextual decomposition."""
@@ -510,9 +515,12 @@ def gradient_work(
         held = _sent_work(plan, *given) if decomposed else held
         return sum((found for _ in range(dropped * points)), held + _pattern_work(plan, *given))
     if not said.joins_cells and not said.kind.adds_noise:
-        times = 2 * len(_list_changed_attention(experiment) if said.kind.fixes_attention else ())
-        scores = _pass(lengths, joined, whole, forwards=times + said.between_runs, backwards=0)
-        return sum((found for _ in range(dropped * points)), scores)
+        more = _pass(lengths, joined, whole, forwards=int(said.between_runs), backwards=0)
+        for (site, layer), values in _count_changed_attention(plan).items():
+            scores = _pass(lengths, joined, whole, forwards=1 + values, backwards=0)
+            stops = site in ("q", "k") and layer is not None  # before the next block
+            more += scores.of_blocks((layer + 1) / n_layers) if stops else scores
+        return sum((found for _ in range(dropped * points)), more)
     copies = said.steps or int(dict(said.options)["samples"])
     first = _pass(lengths, joined, whole, forwards=1, backwards=0)
     return sum((found for _ in range(copies * len(set(cell_sites(plan).tolist())))), first)
@@ -576,11 +584,13 @@ def _pattern_work(
 
 
 def _count_moved_senders(plan: ExperimentPlan) -> int:
-    """Return the number of sites and layers of senders that move between runs."""
-    said = plan.experiment.spec.estimator
-    if said is None or plan.path is None or said.kind.moves != "senders":
+    """Return the number of sites and layers of senders with a path that move between runs."""
+    said, rule = plan.experiment.spec.estimator, plan.path
+    if said is None or rule is None or rule.paths is None or said.kind.moves != "senders":
         return 0
-    return len({(point.site, point.layer) for point in plan.path.point_table})
+    _, points = rule.points.expand(np.unique(rule.site_of_cell[rule.paths.exists]))
+    senders = (rule.point_table[number] for number in points.tolist())
+    return len({(point.site, point.layer) for point in senders})
 
 
 def list_dropped_layers(experiment: ResolvedExperiment) -> list[tuple[str, int | None]]:
@@ -591,11 +601,32 @@ def list_dropped_layers(experiment: ResolvedExperiment) -> list[tuple[str, int |
     return [(name, layer) for name, own in stacks.items() for layer in range(own.n_layers)]
 
 
-def _list_changed_attention(experiment: ResolvedExperiment) -> set[tuple[str, int | None]]:
-    """Return the sites and layers of queries and keys that rules change."""
-    rules = (rule.sites for rule in experiment.rules if rule.sites is not None)
-    points = (point for sites in rules for own in sites.points.values() for point in own)
-    return {(point.site, point.layer) for point in points if point.site in QUERIES_AND_KEYS}
+def _count_changed_attention(plan: ExperimentPlan) -> dict[SiteLayer, int]:
+    """Count, for the sites of queries and keys whose attention weights an estimator computes again,
+    how many values the rows of a prompt write to one vector at most."""
+    said, writes = plan.experiment.spec.estimator, Counter[tuple[SitePoint, int]]()
+    if said is None or not said.kind.fixes_attention:
+        return {}
+    for rule in plan.rules:
+        cells = np.stack([rule.site_of_cell, rule.position_of_cell])
+        cells = cells if rule.active is None else cells[:, rule.active]
+        for (site, position), count in zip(*_count_distinct(cells), strict=True):
+            _, own = rule.points.expand(np.array([site]))
+            tokens = {*chain.from_iterable(chain.from_iterable(rule.positions[position].hits[:1]))}
+            for point in (rule.point_table[number] for number in own.tolist()):
+                if point.site in QUERIES_AND_KEYS:
+                    writes.update({(point, token): count for token in tokens or {0}})
+    found = dict[SiteLayer, int]()
+    for (point, _), count in writes.items():
+        place = point.site, point.layer
+        found[place] = max(count, found.get(place, 0))
+    return found
+
+
+def _count_distinct(columns: Ints) -> tuple[list[list[int]], list[int]]:
+    """Return the distinct columns, and how often each occurs."""
+    found, counts = np.unique(columns, axis=1, return_counts=True)
+    return found.T.tolist(), counts.tolist()
 
 
 def _held_work(

@@ -376,7 +376,7 @@ def _of_changed_attention(
     if not all(map(_computes_attention, stacks)):
         reason = "its attention can't be computed separately"
         yield _no_estimate(said, span, f"`{experiment.model.name}`", reason, hint)
-    elif (rule.basis if rule.path is None else rule.path.basis) is not None:
+    elif rule.path is not None and rule.path.basis is not None:
         reason = "attention is computed with whole queries or keys"
         yield _no_estimate(said, span, "a basis", reason, hint)
     elif not sites.keys().isdisjoint(("k", "k cross")):

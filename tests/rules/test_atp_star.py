@@ -3,7 +3,7 @@ or key, and gradients without a layer, in 64 bits, one unpadded prompt at a time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ..execute.test_stored_values import check_case
 from ..quick import some
 from ..reference.gradients import Where
 from .models import bare, double
+from .test_bases import Basis, components
 from .test_estimates import (
     LAYERS,
     ONE,
@@ -78,10 +79,21 @@ def attention(family: str, row: int) -> tuple[Sequence[Tensor], Sequence[Tensor]
     return [each[0].detach() for each in seen.attentions], [each[0] for each in gradients]
 
 
+Edit = Callable[[Tensor, Tensor], Tensor]
+"""Vectors of a head in the base and in the other prompt → the written one."""
+
+
 def changed_attention(
-    family: str, site: str, layer: int, head: int, row: int, positions: Sequence[int]
+    family: str,
+    site: str,
+    layer: int,
+    head: int,
+    row: int,
+    positions: Sequence[int],
+    edit: Edit = lambda base, other: other,
 ) -> float:
-    """Run the bare model with queries or keys of the other prompt at these positions."""
+    """Run the bare model with other queries or keys at these positions, by default those of the
+    other prompt."""
     own, source = prompt(ROWS[row]), prompt(ROWS[row], "other")
     at, unit = projection(family, site, layer)
     theirs = read(family, tuple(source.ids), at)
@@ -89,7 +101,8 @@ def changed_attention(
     def swap(part: Any, args: Any, out: Tensor) -> Tensor:
         new = out.clone().unflatten(-1, (at.units, -1))
         for position in positions:
-            new[0, position, unit(head)] = theirs[position, unit(head)]
+            base, other = (each[position, unit(head)] for each in (new[0], theirs))
+            new[0, position, unit(head)] = edit(base, other)
         return new.flatten(-2)
 
     module = attending(family)
@@ -128,6 +141,68 @@ def test_atp_qk_recomputes_attention_weights_exactly(
         np.testing.assert_allclose(values, wanted, rtol=1e-3, atol=1e-5)
         largest = max(largest, float(np.abs(wanted).max()))
     assert largest > 1e-2
+
+
+def last_vectors(family: str, site: str, head: int) -> Tensor:
+    """[row, width]: what a head of layer 1 has at the last token."""
+    at, unit = projection(family, site, 1)
+    rows = (prompt(record) for record in ROWS)
+    return torch.stack([read(family, tuple(r.ids), at)[r.last, unit(head)] for r in rows])
+
+
+def edits_of(family: str, site: str) -> dict[str, Mapping[Key, tuple[int, Edit]]]:
+    """Rule → by cell, the head that it writes and what it writes."""
+    config = double(family).config
+    heads = config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or heads if site == "k" else heads
+
+    def coordinate(basis: Basis, number: int) -> Edit:
+        def edit(base: Tensor, other: Tensor) -> Tensor:
+            change = basis.encode(other) - basis.encode(base)
+            return base + change[number] * basis.directions[number]
+
+        return edit
+
+    def some(base: Tensor, other: Tensor) -> Tensor:
+        return torch.cat([other[:3], base[3:]])
+
+    each = {
+        (head, n): (head, coordinate(components(last_vectors(family, site, head), 2), n))
+        for head in range(heads)
+        for n in (0, 1)
+    }
+    zeros = (0, lambda base, _: torch.cat([torch.zeros_like(base[:3]), base[3:]]))
+    return {
+        "patch feature * of h": each,
+        f"patch {site} layer 1 head * dims 0..2": {(n,): (n, some) for n in range(heads)},
+        f"ablate {site} layer 1 head 0 dims 0..2": {(): zeros},
+    }
+
+
+@pytest.mark.parametrize("mode", ["planned", pytest.param("small passes", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("site", ["q", "k"])
+@pytest.mark.parametrize("family", some(FAMILIES, ("llama",)))
+def test_atp_qk_recomputes_attention_weights_of_changed_coordinates(
+    family: str, site: str, mode: str, tmp_path: Path
+) -> None:
+    """Of bases of heads, whose features share a vector, and of single numbers."""
+    text = f"basis h = pca(p, dims: 2) at {site} layer 1 head * at last token\n"
+    cases = edits_of(family, site)
+    for number, rule in enumerate(cases):
+        fill = " with zero" if rule.startswith("ablate") else ""
+        line = f"{rule} at subject tokens{fill}"
+        text += experiment(f"e{number}", *LINES, line, "using atp_qk", DELTA)
+    found = run_file(text, tmp_path, bare(family), MODES[mode])
+    for number, cells in enumerate(cases.values()):
+        data = found[f"e{number}"].measures[0]
+        effects = dict(zip(cells, data.patched - data.base, strict=True))
+        for key, (head, edit) in cells.items():
+            wanted = [
+                changed_attention(family, site, 1, head, n, prompt(r).subject, edit)
+                for n, r in enumerate(ROWS)
+            ]
+            np.testing.assert_allclose(effects[key], wanted, rtol=1e-3, atol=1e-5)
+        assert np.abs(data.patched - data.base).max() > 1e-3
 
 
 @cache
@@ -182,6 +257,37 @@ def test_plan_counts_the_atp_star_passes_that_run(
     # Two layers with the base run and the other keys; each of three layers is left out once.
     passes = (2 * 2 + 3, 3)
     assert count_planned_passes(text, tmp_path, monkeypatch) == (passes, passes)
+
+
+@pytest.mark.parametrize(
+    ("rule", "values"),
+    [
+        ("patch k layer 0..1 head * at subject tokens", (1, 1)),
+        ("patch feature * of h at subject tokens", (0, 2)),
+        ("patch q layer 1 head * at last token, tokens *", (0, 2)),
+    ],
+)
+def test_plan_counts_a_pass_for_each_value_of_a_query_or_key(
+    rule: str, values: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two features of a head, or two positions, write the same vector."""
+    text = "basis h = pca(p, dims: 2) at k layer 1 head * at last token\n"
+    text += experiment("e", *LINES, rule, "using atp_qk", DELTA)
+    planned, counted = count_planned_passes(text, tmp_path, monkeypatch)
+    assert planned == (1 + sum(n + 1 for n in values if n), 1)
+    assert planned == counted
+
+
+def test_atp_star_of_all_numbers_of_a_query_equals_that_of_the_query(tmp_path: Path) -> None:
+    lines = ("at subject tokens", "using atp_star", RAW)
+    text = "".join(
+        experiment(name, *LINES, f"patch q layer 1 head *{dims} {lines[0]}", *lines[1:])
+        for name, dims in (("whole", ""), ("each", " dims 0..5"))
+    )
+    found = run_file(text, tmp_path, bare("llama"))
+    whole, each = (found[name].measures[0].patched for name in ("whole", "each"))
+    np.testing.assert_allclose(each, whole, atol=1e-6)
+    assert whole.max() > 1e-3
 
 
 def test_atp_star_values_are_reported_as_unsigned(tmp_path: Path) -> None:

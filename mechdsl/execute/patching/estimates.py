@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -195,6 +196,26 @@ class _WrittenVectors:
         which = None if self.which is None else to_device(self.which, now.device)
         return apply_write(self.mode, now, values, which, inputs=base.inputs)
 
+    @staticmethod
+    def as_whole(
+        parts: Sequence[_WrittenVectors], read: Mapping[SiteRead, Tensor], batch: Batch
+    ) -> _WrittenVectors:
+        """Return the vectors, with the coordinates that are written, of one site whose heads have
+        one spot each.
+
+        Args:
+            parts: Writes of different bases, such as those of several heads.
+            read: Values of the base run at `reads`.
+        """
+        found = [each.written(each.base(read, batch).at(each.spot)) for each in parts]
+        places = [torch.stack([own[each.spot] for own in each.places]).numpy() for each in parts]
+        spots, spot = np.unique(np.concatenate(places, axis=1), axis=1, return_inverse=True)
+        lane, position, unit = (torch.from_numpy(own) for own in spots)
+        row = np.concatenate([each.row for each in parts])
+        index = torch.from_numpy(spot.reshape(-1))
+        values = torch.cat(found)
+        return _WrittenVectors(parts[0].where, row, index, values, lane, position, unit[:, None])
+
     def way(self, base: _BaseVectors) -> Tensor:
         """Return [spot, width]: the change of each spot if all rows are written together.
 
@@ -308,16 +329,24 @@ class _ChangedPatterns:
 
     @staticmethod
     def of(
-        vectors: _WrittenVectors, batch: Batch, model: LoadedModel, noise: Sequence[SiteWrite]
+        parts: Sequence[_WrittenVectors],
+        batch: Batch,
+        model: LoadedModel,
+        noise: Sequence[SiteWrite],
     ) -> _ChangedPatterns:
-        """Run the layer with the written vectors: several times if a vector has several values."""
-        where = vectors.where
+        """Run the layer with the written vectors: several times if a vector has several values.
+
+        Args:
+            parts: All writes at one site.
+        """
+        where = parts[0].where
         assert where.layer is not None
         reads = _BasePatterns.reads(where)
         stop = 0 if where.stack == "encoder" else where.layer + 1
         frame = batch.of_read(reads[1])
-        read = run_full(model, batch, stop=stop, writes=noise, reads=reads).reads
+        read = run_full(model, batch, stop=stop, writes=noise, reads=[*reads, where]).reads
         base = _BasePatterns.of(where, read, batch, model)
+        vectors = _WrittenVectors.as_whole(parts, read, batch)
         _, tokens, heads, _ = base.weights.shape
         lane, position, unit = (each[vectors.spot] for each in vectors.places)
         number = 1 + _count_earlier(vectors.spot.numpy())
@@ -685,10 +714,11 @@ class GradientEstimates:
     ) -> Floats:
         """Return [measure, row]: estimates by the gradient at the base run."""
         noise = self.differentiated.noise(lanes)
+        changed: dict[SiteRead, list[_WrittenVectors]] = defaultdict(list)
+        for each in filter(self._is_fixed, written):
+            changed[each.where].append(each)
         fixed = [
-            _ChangedPatterns.of(each, lanes.batch, self.model, noise)
-            for each in written
-            if self._is_fixed(each)
+            _ChangedPatterns.of(parts, lanes.batch, self.model, noise) for parts in changed.values()
         ]
         plain = [each for each in written if not self._is_fixed(each)]
         given = (plain, fixed, lanes, environments)
