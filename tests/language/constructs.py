@@ -1035,8 +1035,9 @@ _file(
     "minimise: loss)",
     "Each neuron of the group is a node, and the other neurons of its layer are one node, which is "
     "printed as `L0.mlp`. All edges between these nodes, heads and other MLPs are scored as "
-    "without `nodes`: the scores of all neurons of a layer add up to that of its MLP, unless a norm "
-    "follows the MLP, as in Gemma 2. Searches and masks take `nodes`, too. Sites that aren't neurons, more than 500 neurons, and a group that "
+    "without `nodes`: the scores of all neurons of a layer add up to that of its MLP, unless a "
+    "norm follows the MLP, as in Gemma 2. Searches and masks take `nodes`, too. Sites that aren't "
+    "neurons, more than 500 neurons, and a group that "
     "depends on another experiment are E0207.",
     "tests/pipeline/test_neuron_edge_scores.py",
     "Syed et al. 2023, arXiv 2310.10348; Marks et al. 2024, arXiv 2403.19647",
