@@ -1108,9 +1108,9 @@ def _move_neurons(read: CircuitRead, where: SiteRead, share: float) -> SiteWrite
     """Move neurons to other values, because a norm follows the sum of what they add."""
     [fill] = [fill for fill in read.fills if fill.where == where]
     units = torch.tensor((*fill.units, *fill.others))
-    places = [own.repeat_interleave(len(units)) for own in (read.rows, read.positions)]
+    rows, positions = (own.repeat_interleave(len(units)) for own in (read.rows, read.positions))
     values = share * read.activations[where].flatten()[:, None]
-    given = where.site, where.layer, *places, units.repeat(len(read.rows)), values
+    given = where.site, where.layer, rows, positions, units.repeat(len(read.rows)), values
     return SiteWrite(*given, mode="add", stack=where.stack)
 
 

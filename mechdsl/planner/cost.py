@@ -518,8 +518,9 @@ def gradient_work(
         more = _pass(lengths, joined, whole, forwards=int(said.between_runs), backwards=0)
         for (site, layer), values in _count_changed_attention(plan).items():
             scores = _pass(lengths, joined, whole, forwards=1 + values, backwards=0)
-            stops = site in ("q", "k") and layer is not None  # before the next block
-            more += scores.of_blocks((layer + 1) / n_layers) if stops else scores
+            if site in ("q", "k") and layer is not None:  # it stops before the next block
+                scores = scores.of_blocks((layer + 1) / n_layers)
+            more += scores
         return sum((found for _ in range(dropped * points)), more)
     copies = said.steps or int(dict(said.options)["samples"])
     first = _pass(lengths, joined, whole, forwards=1, backwards=0)
