@@ -516,11 +516,7 @@ def gradient_work(
         return sum((found for _ in range(dropped * points)), held + _pattern_work(plan, *given))
     if not said.joins_cells and not said.kind.adds_noise:
         more = _pass(lengths, joined, whole, forwards=int(said.between_runs), backwards=0)
-        for (site, layer), values in _count_changed_attention(plan).items():
-            scores = _pass(lengths, joined, whole, forwards=1 + values, backwards=0)
-            if site in ("q", "k") and layer is not None:  # it stops before the next block
-                scores = scores.of_blocks((layer + 1) / n_layers)
-            more += scores
+        more += _changed_attention_work(plan, lengths, joined, whole)
         return sum((found for _ in range(dropped * points)), more)
     copies = said.steps or int(dict(said.options)["samples"])
     first = _pass(lengths, joined, whole, forwards=1, backwards=0)
@@ -600,6 +596,19 @@ def list_dropped_layers(experiment: ResolvedExperiment) -> list[tuple[str, int |
     shape = experiment.model.shape
     stacks = {"": shape} | {stack: shape.others[stack] for stack in experiment.acted_stacks}
     return [(name, layer) for name, own in stacks.items() for layer in range(own.n_layers)]
+
+
+def _changed_attention_work(
+    plan: ExperimentPlan, lengths: Ints, joined: int, whole: CountPasses
+) -> GradientWork:
+    """Count the work of passes that read attention weights with written queries or keys."""
+    found, n_layers = GradientWork(), plan.experiment.model.shape.n_layers
+    for (site, layer), values in _count_changed_attention(plan).items():
+        scores = _pass(lengths, joined, whole, forwards=1 + values, backwards=0)
+        if site in ("q", "k") and layer is not None:  # it stops before the next block
+            scores = scores.of_blocks((layer + 1) / n_layers)
+        found += scores
+    return found
 
 
 def _count_changed_attention(plan: ExperimentPlan) -> dict[SiteLayer, int]:
