@@ -5,6 +5,7 @@ bare encoder. The processor's own pixel masks give the rows and columns of each 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from mechdsl.checks.file_check import CheckSettings
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.loading.loader import adopt_model
 
 from ..execute.support import MODES, run_on
 from ..quick import some
-from .reference import Edit, at, one_head
+from .reference import Bare, Edit, at, edited_module, one_head
 from .support import experiment, succeeded
 from .test_encoder_attention import Change, attended, between, blocked, fixed, multiplied
 from .test_families import ALL, BLOCK, TWO, difference
@@ -265,20 +267,31 @@ def test_region_of_an_image_is_the_patches_over_it() -> None:
 
 
 def test_patches_without_tiles_equal_hooks() -> None:
+    """In float64: the attention of patches times -20 amplifies rounding errors of float32."""
     rules = [
         "scale resid_pre vision layer 1 at photo row 2 col 2 token by -20",
         "scale resid_pre vision layer 1 at photo row 1 col * tokens by -20",
     ]
     text = "".join(experiment(f"e{n}", rule) for n, rule in enumerate(rules))
-    results = run_text(text, "mixed", splits=False)
+    plain = bare(splits=False)
+    model = Bare(deepcopy(plain.model).double(), plain.processor)
+    adopted, problems = adopt_model("m", model.model, model.processor)
+    assert adopted is not None, problems
+    results = succeeded(*run_on(source(text, "mixed"), {"m": adopted})).values()
+    block = model.model.get_submodule("model.vision_model.encoder.layers.1")
     for n in ALL:
-        given, model = inputs("mixed", n, n, splits=False), bare(splits=False)
+        given = inputs("mixed", n, n, splits=False)
         own = spots(given)
+        precise = {
+            name: each.double() if each.is_floating_point() else each
+            for name, each in given.items()
+        }
         wanted = [own[0, 1, 1]], [token for (_, row, _), token in own.items() if row == 0]
         for found, tokens in zip(results, wanted, strict=True):
-            with edited("resid_pre", 1, times(tokens, -20), splits=False):
-                expected = difference(model.run(given))
-            np.testing.assert_allclose(found.measures[0].patched[0, n], expected, 1e-4, 1e-4)
+            scale = times(tokens, -20)
+            with edited_module(block, lambda x, f=scale: f(x.flatten(0, -2)), is_input=True):
+                expected = difference(model.run(precise))
+            np.testing.assert_allclose(found.measures[0].patched[0, n], expected, atol=1e-6)
 
 
 def test_patches_of_one_of_two_images_equal_hooks_also_in_replies() -> None:
