@@ -382,7 +382,9 @@ def measure_curve(folder: Path, rounds: int) -> str:
 
     a, out = torch.randn(SIDE, SIDE), torch.empty(SIDE, SIDE)
     names = [labels[number] for number in order]
-    needed = sum(count_needed(names[:size]) for size in SIZES) + 2 * unpatched(SHAPE, TOKENS)
+    full = unpatched(SHAPE, TOKENS)
+    needed = sum(count_needed(names[:size]) for size in SIZES) + 2 * full
+    bound = needed / ((len(SIZES) + 2) * full)
     adds, shares, plain = len(inputs.clean) * needed, list[float](), list[float]()
     for _ in range(rounds):
         rate = SIDE**3 / median(seconds(lambda: torch.mm(a, a, out=out)) for _ in range(3))
@@ -391,8 +393,9 @@ def measure_curve(folder: Path, rounds: int) -> str:
         passes = seconds(lambda: run_forward(module, inputs.clean)) * (len(SIZES) + 2)
         plain.append(passes / mine)
     return (
-        f"20 circuits on {len(inputs.clean)} prompts: {median(shares):.2f} of the bound, and "
-        f"{median(plain):.2f} of the speed of forward passes of the bare model in batches of "
+        f"20 circuits on {len(inputs.clean)} prompts: {median(shares):.2f} of the bound, "
+        f"{median(shares) / bound:.2f} of forward passes with every head and MLP at the same rate, "
+        f"and {median(plain):.2f} of the speed of forward passes of the bare model in batches of "
         f"{BATCH}; peak {peak():.1f} GiB."
     )
 
