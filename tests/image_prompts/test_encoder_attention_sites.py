@@ -4,8 +4,10 @@ unpadded prompt at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import mechdsl
+
 from ..images import prompts_of_images as vlm
 from ..quick import some
+from . import test_video_processors as videos
+from .reference import at
 from .support import check_cells, experiment
 from .test_encoder_attention import (
     NAMES,
@@ -270,3 +276,207 @@ def test_patterns_of_several_images_in_a_prompt_equal_those_of_each(name: str) -
         )
     for each, values in zip(found, expected, strict=True):
         np.testing.assert_allclose(each.measures[0].patched[0], values, atol=1e-4)
+
+
+# --- in combination -------------------------------------------------------------------------------
+
+NEGATED = "scale scores vision layer 0 head 1 at photo tokens by -1"
+CUT = "ablate pattern vision layer 1 head 0 at photo row 1 col 2 token with zero"
+
+
+def negated(name: str, n: int) -> Inside:
+    return at_patches(TOWERS[name].every(n), 1, lambda _, value: -value)
+
+
+def cut(name: str, n: int) -> Inside:
+    return at_patches(TOWERS[name].cell(n, 1, 2), 0, lambda _, value: 0 * value)
+
+
+@contextmanager
+def negated_and_cut(name: str, n: int, edit: Inside | None = None) -> Generator[None]:
+    """Change scores of block 0, and the pattern of block 1, after a further edit."""
+
+    def both(first: int, value: Tensor) -> Tensor:
+        return cut(name, n)(first, value if edit is None else edit(first, value))
+
+    before = {"scores": negated(name, n)}
+    with (
+        attended(module_of(name, 0), before=before, again=True),
+        attended(module_of(name, 1), both, again=True),
+    ):
+        yield
+
+
+def weights_under_rules(name: str, n: int) -> dict[int, Tensor]:
+    """Number of a tile's first token → the pattern of block 1 with negated scores in block 0."""
+    found: dict[int, Tensor] = {}
+
+    def keep(first: int, value: Tensor) -> Tensor:
+        found[first] = value.clone()
+        return value
+
+    with negated_and_cut(name, n, keep):
+        bare(name).run(inputs(name, n, n))
+    return found
+
+
+@pytest.mark.parametrize("name", some(NAMES, ["llava_next"]))
+def test_rules_and_observations_of_several_experiments_equal_the_bare_encoder(name: str) -> None:
+    """Completions, a chain of runs, and observations with and without rules, all in one file."""
+    observed = "observe entropy pattern vision layer * head 0{} at photo row 1 col 2 token"
+    chain = (
+        f"run turned {{ {NEGATED} }}",
+        f"run both {{ from clean into turned  {CUT} }}",
+    )
+    text = experiment("plain", observed.format(""), measure="")
+    text += experiment("ruled", NEGATED, observed.format(""), measure="")
+    text += experiment("seen", *chain, observed.format(" of turned"), measure="")
+    last = "patch resid_post layer 1 at last token"
+    text += experiment("chained", *chain, "from both into clean", last)
+    text += experiment("r", "generate 4", NEGATED, CUT, measure='measure matches("w") as raw')
+    plain, ruled, seen, chained, replies = run_text(name, text)
+    assert replies.replies is not None
+    own, model, expected = TOWERS[name], bare(name), np.zeros((2, 2, len(ALL)))
+    for n in ALL:
+        given, query = inputs(name, n, n), own.cell(n, 1, 2)
+        for layer in range(LAYERS):
+            clean = patterns(name, layer, n, n)[0]
+            expected[0, layer, n] = entropy(clean[query]).mean()
+        later = weights_under_rules(name, n)
+        starts = [max(each for each in later if each <= patch) for patch in query]
+        rows = [later[first][0, q - first] for first, q in zip(starts, query, strict=True)]
+        expected[1, 1, n] = np.mean([float(entropy(row)) for row in rows])
+        with negated_and_cut(name, n):
+            vector = model.states(given)["blocks"][1][-1]
+            reply = model.reply(given, 4)
+        value = difference(model.run(given, blocks={1: at([-1], vector)}))
+        np.testing.assert_allclose(chained.measures[0].patched[0, n], value, atol=1e-4)
+        assert list(replies.replies.cells[0][n][0].ids) == reply
+    expected[1, 0] = expected[0, 0]  # head 0 has the scores of the clean run
+    for found, values in ((plain, expected[0]), (ruled, expected[1]), (seen, expected[1])):
+        np.testing.assert_allclose(found.measures[0].patched, values, atol=1e-4)
+    assert np.abs(expected[1] - expected[0]).max() > 0.01
+    assert np.abs(chained.measures[0].patched - chained.measures[0].base).max() > 0.05
+
+
+FRAME = "frame 2 row 1 col 2 token"
+FRAME_RULES: dict[str, tuple[str, Inside]] = {
+    f"scale scores vision layer 0 head 1 at {FRAME} by -1": (
+        "scores",
+        at_patches([7], 1, lambda _, value: -value),
+    ),
+    "ablate pattern vision layer 0 head 0 at frame 3 tokens with zero": (
+        "pattern",
+        at_patches(range(11, 15), 0, lambda _, value: 0 * value),
+    ),
+    f"scale q_rot vision layer 0 head 1 at {FRAME} by -3": (
+        "q_rot",
+        at_patches([7], 1, lambda _, value: -3 * value),
+    ),
+    "scale k_rot vision layer 0 head 0 at clip tokens by -1": (
+        "k_rot",
+        at_patches([n for n in range(20) if n % 5], 0, lambda _, value: -value),
+    ),
+}
+"""Rule → site and edit in four frames, each with a class token before 2 x 2 patches."""
+
+
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+def test_sites_within_attention_of_frames_equal_the_bare_encoder(mode: str) -> None:
+    """A frame is a tile: patches of other frames are no keys, and the class token is one."""
+    text = "".join(
+        experiment(word, f"observe {word} pattern vision layer 1 head * at {FRAME}", measure="")
+        for word in OBSERVATIONS
+    )
+    text += "".join(
+        experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(FRAME_RULES)
+    )
+    every = list(videos.run(text, "video_llava", mode).values())
+    observed, found = every[: len(OBSERVATIONS)], every[len(OBSERVATIONS) :]
+    inside = "model.video_tower.encoder.layers.{}.self_attn"
+    blocks = [videos.bare("video_llava").model.get_submodule(inside.format(n)) for n in range(2)]
+    away = torch.tensor([1, 0, 2**0.5, 1])
+    for n in ALL:
+        kept = dict[int, Tensor]()
+
+        def keep(start: int, own: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept[start] = own.clone()
+            return own
+
+        with attended(blocks[1], keep):
+            given = videos.inputs("video_llava", n, videos.record(n)["a"])
+            videos.bare("video_llava").run(given)
+        row, column = kept[5][:, 2], kept[5][:, [1, 3, 4], 2]
+        expected = (
+            entropy(row),
+            (row[:, 1:] * away).sum(-1) / row[:, 1:].sum(-1),
+            column.mean(-1),
+        )
+        for seen, values in zip(observed, expected, strict=True):
+            np.testing.assert_allclose(seen.measures[0].patched[:, n], values, atol=1e-4)
+        for each, (site, edit) in zip(found, FRAME_RULES.values(), strict=True):
+            with attended_at(blocks[0], site, edit):
+                value = videos.changed("video_llava", n)
+            np.testing.assert_allclose(each.measures[0].patched[0, n], value, atol=1e-4)
+    for each, rule in zip(found, FRAME_RULES, strict=True):
+        assert np.abs(each.measures[0].patched - each.measures[0].base).max() > 0.01, rule
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_scores_in_merged_frames_of_a_video_equal_the_bare_encoder(name: str) -> None:
+    rule = "scale scores vision layer 0 head 1 at frame 2 row 1 col 2 token by -1"
+    entropies = "observe entropy pattern vision layer 0 head 1 at frame 2 row 1 col 2 token"
+    text = experiment("e", "from clean into changed", rule)
+    text += experiment("seen", entropies, measure="")
+    found, seen = videos.run(text, name).values()
+    grids = ((2, 4), (4, 2))
+    own = replace(TOWERS[name], grids=grids)
+    module = videos.bare(name).model.get_submodule(f"{own.blocks}.0.{own.attention}")
+    for n in ALL:
+        rows, cols = grids[n % 2]
+        queries = [4 * rows * cols + patch for patch in own.cell(n % 2, 1, 2)]
+        with attended_at(module, "scores", at_patches(queries, 1, lambda _, value: -value)):
+            expected = videos.changed(name, n)
+        np.testing.assert_allclose(found.measures[0].patched[0, n], expected, atol=1e-4)
+        spread: list[float] = []
+
+        def keep(_: int, row: Tensor, spread: list[float] = spread) -> Tensor:
+            spread.append(float(entropy(row)))
+            return row
+
+        with attended(module, at_patches(queries, 1, keep)):
+            videos.bare(name).run(videos.inputs(name, n, videos.record(n)["a"]))
+        np.testing.assert_allclose(seen.measures[0].patched[0, n], np.mean(spread), atol=1e-4)
+    assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.01
+
+
+@pytest.mark.slow
+def test_store_key_depends_on_site_head_layer_and_observation(tmp_path: Path) -> None:
+    name = "llava_next"
+    pair = bare(name).model, bare(name).processor
+    where = "at photo row 1 col 2 token"
+    one, others = "layer 0 head 0", ("layer 0", "layer 0 head 1", "layer 1 head 0")
+    rules = [f"patch {site} vision {one} {where}" for site in ("q_rot", "k_rot")]
+    rules += [f"patch pattern vision {place} {where}" for place in (one, *others)]
+    rules += [f"scale scores vision {place} {where} by -1" for place in (one, *others[1:])]
+    seen = [
+        f"observe {word} pattern vision {place} {where}"
+        for word in OBSERVATIONS
+        for place in (one, *others[1:])
+    ]
+    lines = [*rules, *seen, f"observe distance(1) pattern vision {one} {where}"]
+    path, found = folder() / "sites.mech", list[dict[str, tuple[float, ...]]]()
+    for order in (range(len(lines)), reversed(range(len(lines)))):
+        text = "".join(
+            experiment(f"e{n}", "from hidden into clean", lines[n])
+            if n < len(rules)
+            else experiment(f"e{n}", lines[n], measure="")
+            for n in order
+        )
+        path.write_text(f'mech 1\nmodel m = local("handed over")\n{HIDDEN}\n{text}', "utf-8")
+        result = mechdsl.run(path, {"m": pair}, store=tmp_path)
+        values = {each.name: each.measures[0].patched[0] for each in result.experiments}
+        found.append({name: tuple(np.round(own, 6)) for name, own in values.items()})
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) == len(lines)
