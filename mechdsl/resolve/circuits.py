@@ -440,7 +440,7 @@ def compare_circuits(
     """
     problem, stack = _explain_different_nodes(first, second), find_stream(first.every)
     if stack != find_stream(second.every):
-        problem = "one in the vision encoder, and the other one in the language model"
+        problem = "in the vision encoder and in the language model"
     if problem is not None:
         return problem
     shape, both = work.sites.shape, (first, second)

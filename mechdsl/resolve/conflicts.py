@@ -886,7 +886,7 @@ _IN_VISION_OF_PROMPTS = _IN_VISION | frozenset((
     "observe probe", "observe prediction", "observe similarity", "observe cka", "observe rank",
     "observe effective_rank", "observe clusters", "observe value", "observe features",
     "observe random", "observe entropy", "observe distance", "observe received", "replace block",
-    "path",
+    "path", "observe overlap", "observe edge_auroc",
 ))  # fmt: skip
 """Rules and observations in vision encoders whose output is inserted into prompts as tokens."""
 
@@ -946,8 +946,8 @@ VISION_HINT = (
     "`freeze`, `project out`, `project … onto`, `replace block`, `path`, those on attention "
     "between patches, and observations of `norm`, `value`, `similarity`, `cka`, `rank`, "
     "`effective_rank`, `clusters`, `probe`, `prediction`, `features`, `random`, `entropy`, "
-    "`distance` and `received`; others act in the language model, such as on `embed` at the tokens "
-    "of an image"
+    "`distance`, `received`, `overlap` and `edge_auroc`; others act in the language model, such as "
+    "on `embed` at the tokens of an image"
 )
 
 

@@ -143,13 +143,14 @@ rest of the encoder, the projector and the language model are recomputed. A path
 encoder to the language model (E0335).
 
 `circuit c = embed vision -> q vision layer 0 head 1, z vision layer 0 head 1 -> embed` names edges
-of the encoder, and `ablate all but c at photo tokens with zero` ablates all its other edges at
-the patches of these tokens. `embed vision` is the stream that enters the first block, and the
+of the encoder. `ablate all but c at photo tokens with zero` ablates all other edges of the encoder
+at the patches of these tokens. `embed vision` is the stream that enters the first block. The
 receiver `embed` is the projector, which reads the stream after the last block, or after the block
-that `vision_feature_layer` names. Everything after it is computed as usual. Class tokens and
-patches without a token keep all edges. Edges at positions, neurons and features as nodes, and `fit`
-aren't available in the encoder, nor are circuits in `vipllava` and `qwen3_vl`, whose language model
-reads the encoder after several blocks (E0108).
+that `vision_feature_layer` names. The projector and the language model are then computed as usual.
+Edges at class tokens, and at patches that belong to no token, are never ablated. `observe overlap`
+and `observe edge_auroc` compare two circuits of the encoder. Edges at positions, neurons and
+features as nodes, and `fit` aren't available in the encoder (E0108). Neither are circuits in
+`vipllava` and `qwen3_vl`, whose language model reads the encoder after several blocks.
 
 Attention in the encoder is between patches: `block attention vision layer 4 from photo tokens to
 photo row 2 col 3 token`, `reweight` and `set attention vision` change it. The edges are those

@@ -356,8 +356,10 @@ prompts both {
 
 
 @cache
-def both(name: str, number: int, *, swapped: bool = False) -> dict[str, Tensor]:
-    files = (number, (number + 1) % 4)
+def both(
+    name: str, number: int, *, swapped: bool = False, is_equal: bool = False
+) -> dict[str, Tensor]:
+    files = (number, number if is_equal else (number + 1) % 4)
     pictures = [
         Image.open(folder() / f"{each}.png").convert("RGB")
         for each in (files[::-1] if swapped else files)

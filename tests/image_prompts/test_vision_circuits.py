@@ -49,7 +49,7 @@ from .test_families import (
     loaded,
     run_text,
 )
-from .test_token_patches import HEADS, LAYERS, WIDTH, other
+from .test_token_patches import HEADS, LAYERS, WIDTH, Tower, other
 
 Node = tuple[str, int, int]
 """A site without the word `vision`, its layer, and its head or 0."""
@@ -90,7 +90,7 @@ class Encoder:
 
 
 def encoder(name: str) -> Encoder:
-    own = tower(name)
+    own = Tower() if name == "llava_onevision" else tower(name)
     norms, end, scales = ("layer_norm1", "layer_norm2"), "", ("", "")
     if name == "internvl":
         norms, scales = ("layernorm_before", "layernorm_after"), ("lambda_1", "lambda_2")
@@ -131,11 +131,15 @@ class Pass:
     """Those at which edges are ablated."""
     given: dict[Node, Tensor] = field(default_factory=dict[Node, Tensor])
 
+    @property
+    def encoder(self) -> Encoder:
+        return encoder(self.name)
+
     def module(self, path: str) -> Any:
         return doubled(self.name).get_submodule(path)
 
     def scale(self, layer: int, sublayer: int) -> Any:
-        own = encoder(self.name)
+        own = self.encoder
         path = own.scales[sublayer]
         return getattr(self.module(f"{own.blocks}.{layer}"), path) if path else 1
 
@@ -149,7 +153,7 @@ class Pass:
 
     def seen(self, receiver: Node, sublayers: int) -> Tensor:
         """[token, width]: the stream that a receiver reads after some sublayers."""
-        own, x = encoder(self.name), self.carried(EMBED, receiver)
+        own, x = self.encoder, self.carried(EMBED, receiver)
         for number in range(sublayers):
             layer, is_mlp = divmod(number, 2)
             if is_mlp:
@@ -162,7 +166,7 @@ class Pass:
         return x
 
     def keep_heads(self, layer: int, z: Tensor) -> None:
-        own, size = encoder(self.name), WIDTH // HEADS
+        own, size = self.encoder, WIDTH // HEADS
         weight = self.module(f"{own.blocks}.{layer}.{own.output}").weight
         for head in range(HEADS):
             part = slice(head * size, (head + 1) * size)
@@ -170,7 +174,7 @@ class Pass:
 
     def project(self, path: str, layer: int, sites: str) -> Tensor:
         """[token, out]: queries, keys or values, each head from a separate input."""
-        own, size, parts = encoder(self.name), WIDTH // HEADS, list[Tensor]()
+        own, size, parts = self.encoder, WIDTH // HEADS, list[Tensor]()
         norm, module = self.module(f"{own.blocks}.{layer}.{own.norms[0]}"), self.module(path)
         for number, site in enumerate(sites):
             for head in range(HEADS):
@@ -183,7 +187,7 @@ class Pass:
 @contextmanager
 def hooked(work: Pass) -> Generator[None]:
     """Replace the inputs of all receivers, and keep the outputs of all senders."""
-    own, handles = encoder(work.name), list[Any]()
+    own, handles = work.encoder, list[Any]()
 
     def before(path: str, act: Callable[[Tensor], Tensor]) -> None:
         def hook(_: Any, args: Any) -> Any:
@@ -242,14 +246,19 @@ def hooked(work: Pass) -> Generator[None]:
 
 
 @torch.no_grad()
-def run(work: Pass, n: int, image: int) -> float:
-    """The measure of a prompt with an image."""
+def run_inputs(work: Pass, inputs: Mapping[str, Tensor]) -> float:
+    """The measure of a prompt."""
     given = {
         name: value.double() if value.is_floating_point() else value
-        for name, value in inputs(work.name, n, image).items()
+        for name, value in inputs.items()
     }
     with hooked(work):
         return difference(doubled(work.name)(**given).logits[0])
+
+
+def run(work: Pass, n: int, image: int) -> float:
+    """The measure of a prompt with an image."""
+    return run_inputs(work, inputs(work.name, n, image))
 
 
 @cache

@@ -304,12 +304,12 @@ _file(
     "sums of the stream, as in BERT, a receiver reads the stream that is recomputed from the "
     "outputs of components through these norms. In classifiers and vision transformers, `logits` "
     "reads the end of the stream, of all tokens, through the head of the model. A "
-    "circuit in the vision encoder of prompts has only its edges: `embed vision -> q vision layer "
-    "0 head 1, mlp_out vision layer 1 -> embed`. Here `embed` is the projector, which reads the "
-    "end of the stream of the encoder. The rule is at tokens of images, and acts on the edges at "
-    "their patches (`tests/image_prompts/test_vision_circuits.py`). Such edges at positions, "
-    "neurons and features of the encoder, `fit`, and encoders that the language model reads after "
-    "several blocks aren't available (E0108).",
+    "circuit in the vision encoder of prompts contains no edges of the language model: `embed "
+    "vision -> q vision layer 0 head 1, mlp_out vision layer 1 -> embed`. Here `embed` is the "
+    "projector, which reads the end of the encoder's stream. The rule names tokens of images or "
+    "videos and ablates edges at their patches (`tests/image_prompts/test_vision_circuits.py`). "
+    "Edges of the encoder at positions, neurons and features as its nodes, `fit`, and encoders "
+    "whose output the language model reads after several blocks are E0108.",
     "tests/rules/test_ablated_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997",
 )

@@ -88,9 +88,16 @@ def test_edge_auroc_of_a_file_orders_every_edge_by_its_absolute_score(data: Path
 
 
 def expect_overlap(
-    found: ExperimentResult, first: frozenset[Any], second: frozenset[Any], total: int
+    found: ExperimentResult,
+    first: frozenset[Any],
+    second: frozenset[Any],
+    total: int,
+    of: str = "model",
 ) -> None:
-    """Compare the numbers of an overlap with those of two sets."""
+    """Compare the numbers of an overlap with those of two sets.
+
+    of: The stack or model whose edges are counted.
+    """
     values = {data.label: float(data.patched[0, 0]) for data in found.measures}
     shared, sizes = len(first & second), (len(first), len(second))
     counts = range(shared, min(sizes) + 1)
@@ -105,7 +112,7 @@ def expect_overlap(
             "both p": likely / comb(total, sizes[0]),
         }
     )
-    said = f"{sizes[0]:,} and {sizes[1]:,} edges, of {total:,} of the model"
+    said = f"{sizes[0]:,} and {sizes[1]:,} edges, of {total:,} of the {of}"
     assert said in found.conventions["observed"]
 
 

@@ -15,6 +15,7 @@ from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.bases import resolve_argument_bases, resolve_feature_nodes
+from mechdsl.resolve.circuit_files import find_stream
 from mechdsl.resolve.circuits import (
     CircuitEdges,
     ComparedCircuits,
@@ -630,7 +631,8 @@ class CircuitComparison(WeightObservation):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         said = self.form.meaning[0].lower() + self.form.meaning[1:]
         sizes = len(self.edges.first), len(self.edges.second), self.edges.total
-        parts = "{:,} and {:,} edges, of {:,} of the model".format(*sizes)
+        of = "vision encoder" if find_stream(self.edges.every) else "model"
+        parts = "{:,} and {:,} edges, of {:,} of the {}".format(*sizes, of)
         yield Convention("observed", "; ".join([f"{self.word}: {said}", parts, *self.said()]))
         if self.edges.groups:
             groups = ", ".join(f"`{each}`" for each in self.edges.groups)
