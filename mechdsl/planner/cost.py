@@ -166,7 +166,7 @@ class RowSharer:
         return found
 
     def _drawn(self, plan: ExperimentPlan, rows: RowTable) -> Ints:
-        """Return a number for what seeds each row's sampling, besides the prompt. Shape [row]."""
+        """Return a number for each row's sampling seed, in addition to the prompt. Shape [row]."""
         said = plan.experiment.generation
         if said is None or not said.sampled:
             return np.zeros(len(rows), dtype=np.int64)
@@ -1498,7 +1498,7 @@ class PanelCount:
             found += times * run_cost(
                 self.shape, self.panel.table.runs[name], self._stop(name, stopped)
             )
-        for run, blocks in (*self.fitted, *self.beside):  # these always stop early
+        for run, blocks in (*self.fitted, *self.external):  # these always stop early
             found += run_cost(self.shape, run, blocks)
         for basis in self.jacobians:
             found += jacobian_cost(self.shape, basis)
@@ -1553,7 +1553,7 @@ class PanelCount:
         return -(-len(self.table) // batch_size(self.panel, self.prompt_tokens))
 
     @cached_property
-    def beside(self) -> list[tuple[PromptRun, int]]:
+    def external(self) -> list[tuple[PromptRun, int]]:
         """Runs of other blocks that are read, with the number of their blocks to run."""
         return [(run, self.shape.n_layers) for _, run in external_runs(self.panel)]
 
@@ -1580,7 +1580,7 @@ class PanelCount:
 
     def batches(self) -> int:
         """Return the number of forward passes over batches of prompts for all unpatched runs."""
-        others = [*self.fitted, *self.beside]
+        others = [*self.fitted, *self.external]
         tokens = (int(run.lengths.sum()) for run, _ in others)
         return self.sweeps.total() * self.batch_count + sum(
             -(-n // self.prompt_tokens) for n in tokens
