@@ -364,9 +364,7 @@ class ImageVectors:
             changes: dict[str, Any] = {"writes": inside, "edges": within, "circuits": ablated}
             found = run(model, batch, reads=asked, **changes).reads
         values = {
-            each: found[each]
-            if each.pooled
-            else patches.select(found[each], over_keys=_is_over_keys(each.site))
+            each: found[each] if each.pooled else patches.select(found[each], each)
             for each in reads
         }
         values[_EMBED] = found[_EMBED][:, columns]
@@ -690,16 +688,16 @@ class _Patches:
         rest[patches[patches >= 0]] = False
         return torch.cat([patches, rest.nonzero()[:, 0]])
 
-    def select(self, values: Tensor, *, over_keys: bool) -> Tensor:
+    def select(self, values: Tensor, read: SiteRead) -> Tensor:
         """Return [lane, patch, ...]: values [lane, token of the encoder, ...] of the patches of
         tokens, NaN for tokens that aren't made from patches.
 
-        over_keys: whether the last dimension is that of the encoder's tokens; it becomes that of
+        read: The site. If its last dimension is that of the encoder's tokens, it becomes that of
             `of_key`, with 0 for keys that don't exist.
         """
         order = self.of_token.flatten().to(values.device)
         found = values[:, order.clamp(min=0)]
-        if over_keys:
+        if _is_over_keys(read.site) and not read.entropy:
             keys = self.of_key.to(values.device)
             found = found[..., keys.clamp(min=0)].masked_fill_(keys < 0, 0)
         found[:, order < 0] = torch.nan

@@ -143,6 +143,9 @@ class Observation(Intervention):
     """Treatment of a line without positions: an error, or the last token and a note."""
     by_unit: ClassVar[bool] = False
     """Whether a site without a head axis is observed head by head, instead of as one vector."""
+    reads_entropy: ClassVar[bool] = False
+    """Whether it reads only the entropy of patterns: vectors in a vision encoder are then [K, 1],
+    so that no pass keeps the weights between all patches."""
     adds_up: ClassVar[bool] = False
     """Whether joined sites are summed instead of averaged."""
     read_by_measures: ClassVar[bool] = False

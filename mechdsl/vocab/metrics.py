@@ -129,6 +129,12 @@ def widen(values: Tensor) -> Tensor:
     return values.float() if values.element_size() < 4 else values
 
 
+def compute_pattern_entropy(weights: Tensor) -> Tensor:
+    """Compute the entropy of weights over keys, [..., key] -> [...], in nats."""
+    weights = widen(weights)
+    return -(weights * weights.clamp_min(1e-38).log()).sum(-1)
+
+
 def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     """Log probabilities of single tokens: logits [..., vocab], ids [...] -> [...], nats."""
     wide = widen(logits)  # logsumexp and gather avoid a second [..., vocab] tensor

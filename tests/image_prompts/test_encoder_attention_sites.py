@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 import mechdsl
+from mechdsl.forward.hooks import full_pass
+from mechdsl.forward.hooks.attention_hooks import AttentionHooks, build_attention_hooks
 
 from ..images import prompts_of_images as vlm
 from ..quick import some
@@ -32,7 +34,18 @@ from .test_encoder_attention import (
     patterns,
     run_in_both,
 )
-from .test_families import ALL, BLOCK, TWO, WORDS, bare, difference, folder, inputs, run_text
+from .test_families import (
+    ALL,
+    BLOCK,
+    TWO,
+    WORDS,
+    bare,
+    difference,
+    folder,
+    inputs,
+    loaded,
+    run_text,
+)
 from .test_token_patches import HEADS, LAYERS, ResampledTower, other
 
 ENTROPY = "observe entropy pattern vision layer * head * at photo row 1 col 2 token"
@@ -221,6 +234,7 @@ def test_rules_within_attention_equal_changed_attention_of_the_bare_encoder(
     lines = [f"patch {site} vision layer 0 head * {where}" for site in SITES]
     lines += [f"scale scores vision layer 0 head * {where} by -1"]
     lines += ["ablate pattern vision layer 0 head * at photo tokens with zero"]
+    lines += ["patch q_rot vision layer 0 head * at photo tokens"]
     text = "".join(
         experiment(f"e{n}", "from hidden into clean", line) for n, line in enumerate(lines)
     )
@@ -242,6 +256,7 @@ def test_rules_within_attention_equal_changed_attention_of_the_bare_encoder(
     edits += [
         lambda n, h: ("scores", at_patches(own.cell(n, 1, 2), h, lambda _, value: -value)),
         lambda n, h: ("pattern", at_patches(own.every(n), h, lambda _, value: 0 * value)),
+        lambda n, h: ("q_rot", copied(name, "q_rot", n, own.every(n), h)),
     ]
     largest: list[float] = []
     for found, line, edit in zip(run_text(name, text, mode, HIDDEN), lines, edits, strict=True):
@@ -252,6 +267,45 @@ def test_rules_within_attention_equal_changed_attention_of_the_bare_encoder(
         largest.append(check_cells(found, ["head"], expected, base, line))
     assert max(largest) > 0.1
     assert min(largest) > 0.005, largest
+
+
+@pytest.mark.parametrize("name", some(["gemma3", "qwen2_5_vl"], ["gemma3"]))
+def test_observed_entropy_keeps_one_number_of_each_query_and_head(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of a pass grow with the square of the number of patches. With a rule that reads
+    the same pattern, both are kept."""
+    built: list[AttentionHooks] = []
+
+    def build(*given: Any, **named: Any) -> AttentionHooks:
+        built.append(build_attention_hooks(*given, **named))
+        return built[-1]
+
+    line = "observe entropy pattern vision layer 1 head * at photo tokens"
+    rule = "patch pattern vision layer 1 head 1 at photo row 1 col 2 token"
+    loaded(name)  # its checks read patterns
+    monkeypatch.setattr(full_pass, "build_attention_hooks", build)
+    [alone] = run_text(name, experiment("e", line, measure=""))
+    assert {site: found.shape[-1] for each in built for site, found in each.found.items()} == {
+        "entropy": 1
+    }
+    ruled = experiment("ruled", "from hidden into clean", rule, line, measure="")
+    unchanged, changed = run_text(name, experiment("e", line, measure="") + ruled, block=HIDDEN)
+    np.testing.assert_allclose(unchanged.measures[0].patched, alone.measures[0].patched, atol=1e-5)
+    expected, own = np.zeros((HEADS, len(ALL))), TOWERS[name]
+    for n in ALL:
+        clean, grayed = (
+            record(name, "pattern", 1, given) for given in (inputs(name, n, n), gray(name, n))
+        )
+        for head in range(HEADS):
+            rows: list[Tensor] = []
+            for query in own.every(n):
+                tile = max(each for each in clean if each <= query)
+                source = grayed if head == 1 and query in own.cell(n, 1, 2) else clean
+                rows.append(source[tile][head, query - tile])
+            expected[head, n] = entropy(torch.stack(rows)).mean()
+    np.testing.assert_allclose(changed.measures[0].patched, expected, atol=1e-4)
+    assert np.abs(expected - alone.measures[0].patched).max() > 0.001
 
 
 @pytest.mark.slow

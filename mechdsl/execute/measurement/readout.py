@@ -344,6 +344,7 @@ def build_observer(
     unit = point_units(table)[point]
     asked: dict[SiteRead, list[RowPositions]] = {}
     pooled = plan.rule.in_vision and plan.rule.reads_pattern and not shape.attends_to_image
+    entropy = plan.rule.in_vision and does.reads_entropy
     parts: list[_SiteVectors] = []
     for number, (site, layer, whole) in enumerate(of_points):
         own = np.flatnonzero(kind == number)
@@ -355,7 +356,7 @@ def build_observer(
             own = own[again]
         elif whole:
             units_here = None
-        read = SiteRead(site, layer, pooled=pooled)
+        read = SiteRead(site, layer, pooled=pooled, entropy=entropy)
         place = _add_request(asked, read, at[row[own]], position[own])
         part = _SiteVectors(
             read=read,

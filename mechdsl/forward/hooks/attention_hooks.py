@@ -24,6 +24,7 @@ from mechdsl.forward.hooks.batch import (
     indices_to_device,
     to_device,
 )
+from mechdsl.vocab.metrics import compute_pattern_entropy
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, EdgeChange
 
 
@@ -118,7 +119,7 @@ class AttentionHooks:
     changes: list[_AttentionChange] = field(default_factory=list[_AttentionChange])
     wanted: frozenset[str] = frozenset()
     found: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """[token, heads, width] values that were read."""
+    """[token, heads, width] values that were read; `entropy` is that of patterns, with width 1."""
     seen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     """Whether each query of the current group sees each key."""
     done: int = 0
@@ -305,6 +306,8 @@ class AttentionHooks:
             asking = keys[torch.from_numpy(group.queries.host)]
             pooled = self.pools.pool(found[0, :, :, 0].flatten(0, 1), asking, keys)
             self.pooled[lane * count : (lane + 1) * count] += pooled
+        if site == "pattern" and "entropy" in self.wanted:
+            self._store("entropy", group, compute_pattern_entropy(found)[..., None])
         if site not in self.wanted:
             return
         lanes, kinds, shared, rows, asking, keys = found.shape
@@ -318,15 +321,24 @@ class AttentionHooks:
         shape = (lanes, kinds, shared, rows, asking, self.width)
         taken = found.gather(-1, index.expand(shape))
         taken = torch.where(inside[:, None, None, None, None], taken, taken.new_zeros(()))
-        taken = taken.permute(0, 3, 4, 1, 2, 5).flatten(3, 4)
+        self._store(site, group, taken)
+
+    def _store(self, name: str, group: AttentionGroup, values: Tensor) -> None:
+        """Store values [lane, key-value head, head of that, row, query, width] in `found`."""
+        values = values.permute(0, 3, 4, 1, 2, 5).flatten(3, 4)
+        lanes, rows, _, *size = values.shape
         span = slice(group.start, group.start + group.size)
-        target = self.found[site][span].view(lanes, rows, -1, kinds * shared, self.width)
-        target[:, :, group.queries.selection] = taken.to(target)
+        target = self.found[name][span].view(lanes, rows, -1, *size)
+        target[:, :, group.queries.selection] = values.to(target)
 
     def prepared(self, tokens: int, heads: int, like: Tensor) -> None:
         """Allocate storage for values read at this many tokens."""
         for site in self.wanted & {"scores", "pattern"}:
             self.found[site] = like.new_zeros(tokens, heads, self.width)
+        if "entropy" in self.wanted:
+            self.found["entropy"] = like.new_zeros(
+                tokens, heads, 1, dtype=torch.promote_types(like.dtype, torch.float32)
+            )
         if self.pools is not None:
             count = self.pools.tokens
             self.pooled = like.new_zeros(len(self.starts) * count, heads, count)
@@ -359,11 +371,11 @@ def build_attention_hooks(
         width: Number of key columns, as `key_width` of `TokenFrame`.
         writes: Writes of this layer.
         edges: Changed edges of this layer.
-        reads: Names of sites to read.
+        reads: Names of sites to read; `entropy` for that of patterns.
         pools: Tokens that patterns between patches are read for.
         tiles: Tiles of the keys, as in `Batch`.
     """
-    wanted = frozenset(reads) & set(ATTENTION_INTERNAL_SITES)
+    wanted = frozenset(reads) & {*ATTENTION_INTERNAL_SITES, "entropy"}
     work = AttentionHooks(starts.cpu(), width, wanted=wanted, pools=pools, tiles=tiles)
     for write in writes:
         rows, positions = write.rows, write.positions

@@ -502,6 +502,9 @@ class SiteRead:
     """Whether to read the value before any write."""
     pooled: bool = False
     """Whether weights between patches are read between tokens of images: see `Batch.pools`."""
+    entropy: bool = False
+    """Whether the entropy of each pattern, [unit, 1], is read in place of its weights,
+    whose number grows with the square of the number of tokens."""
 
     def __post_init__(self) -> None:
         split_stack(self)

@@ -827,7 +827,7 @@ class SiteHooks:
             keys.key_width,
             writes=[w for w in inside if (w.stack, w.layer) == place],
             edges=self._edges.get(place, ()),
-            reads=[read.site for read in own if not read.pooled],
+            reads=["entropy" if read.entropy else read.site for read in own if not read.pooled],
             pools=pools,
             tiles=keys.tiles if isinstance(keys, Batch) else None,
         )
@@ -1043,7 +1043,12 @@ class SiteHooks:
                 f"{work.due} changes were to be made in attention of layer {layer}, "
                 f"{work.done} were"
             )
-        every = {SiteRead(site, layer, stack): found for site, found in work.found.items()}
+        every = {
+            SiteRead("pattern", layer, stack, entropy=True)
+            if name == "entropy"
+            else SiteRead(name, layer, stack): found
+            for name, found in work.found.items()
+        }
         if work.pooled is not None:
             every[SiteRead("pattern", layer, stack, pooled=True)] = work.pooled
         for read, found in every.items():

@@ -51,6 +51,7 @@ from mechdsl.rules.observations.registry import (
 )
 from mechdsl.rules.observations.rows import check_no_rules
 from mechdsl.syntax import ast
+from mechdsl.vocab.metrics import compute_pattern_entropy
 from mechdsl.vocab.sites import SITES
 
 if TYPE_CHECKING:
@@ -98,10 +99,10 @@ class AttentionEntropy(PatternObservation):
     returns: 0..ln(keys), nats; averaged over heads and queries that are joined
     """
 
+    reads_entropy = True
+
     def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
-        weights = seen.vectors
-        logs = weights.clamp_min(1e-38).log()
-        return -(weights * logs).sum(-1)
+        return seen.vectors[:, 0] if rule.in_vision else compute_pattern_entropy(seen.vectors)
 
 
 @observation("distance", unit="token")
