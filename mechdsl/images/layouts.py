@@ -15,14 +15,14 @@ from dataclasses import field, replace
 from datetime import timedelta
 from functools import cached_property
 from itertools import islice, pairwise
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
-import numpy as np
-
-from mechdsl.base.arrays import Ints
 from mechdsl.base.records import Record, Registry
 from mechdsl.images.picture import Picture, Region
 from mechdsl.images.processing import Processing, UnsupportedProcessor, crop_corner
+
+if TYPE_CHECKING:
+    from mechdsl.base.arrays import Ints
 
 Size = tuple[int, int]
 """(height, width)."""
@@ -174,6 +174,8 @@ class ImageExpansion(Record):
             tile, row and column, as in `ImageCell`; (-1, 0, 0) of tokens without patches.
         """
         if side not in self._patches:
+            import numpy as np  # not at the top: `validate` only reads the registry
+
             tokens = np.flatnonzero(self.is_image)
             cells = [self.cell_of.get(token) for token in tokens.tolist()]
             places = np.array([(-1, 1, 1) if c is None else (c.tile, c.row, c.col) for c in cells])

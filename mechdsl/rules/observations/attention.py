@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from mechdsl.base.limits import is_integer
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.syntax import NotSupported
@@ -185,6 +183,8 @@ class AttentionDistance(PatternObservation):
     def _within_tiles(self, seen: ObservedVectors, rows: Sequence[RunRow]) -> tuple[Tensor, Tensor]:
         """Return the weights on patches of the same tile, normalised, and the distances between the
         centres of patches: [query, key] each."""
+        import numpy as np  # not at the top: `validate` only reads the registry
+
         pairs = np.stack([seen.prompts, seen.positions.cpu().numpy()], axis=1)
         distinct, index = np.unique(pairs, axis=0, return_inverse=True)
         away = np.full((len(distinct), seen.vectors.shape[1]), np.nan)
