@@ -279,7 +279,11 @@ class _BlockLines:
         self.diagnostics.extend(problems)
         gray = ast.Name("gray", span=line.value.span)
         value = gray if problems else line.value
-        self.pictures.append(spec.PictureDef(span=line.span, name=line.name.id, value=value))
+        self.pictures.append(
+            spec.PictureDef(
+                span=line.span, name=line.name.id, value=value, is_invalid=bool(problems)
+            )
+        )
 
     def _video(self, line: ast.VideoLine) -> None:
         """Define a video within prompts (E0202, E0203, E0207)."""
@@ -295,7 +299,13 @@ class _BlockLines:
         gray = ast.Name("gray", span=line.value.span)
         value = ast.ListLiteral((gray, gray), span=gray.span) if problems else line.value
         self.pictures.append(
-            spec.PictureDef(span=line.span, name=line.name.id, value=value, is_video=True)
+            spec.PictureDef(
+                span=line.span,
+                name=line.name.id,
+                value=value,
+                is_video=True,
+                is_invalid=bool(problems),
+            )
         )
 
     def _audio(self, line: ast.AudioLine) -> None:
@@ -309,7 +319,13 @@ class _BlockLines:
         silence = ast.Name("silence", span=line.value.span)
         value = silence if problems else line.value
         self.pictures.append(
-            spec.PictureDef(span=line.span, name=line.name.id, value=value, is_sound=True)
+            spec.PictureDef(
+                span=line.span,
+                name=line.name.id,
+                value=value,
+                is_sound=True,
+                is_invalid=bool(problems),
+            )
         )
 
     def check_regions(self) -> None:

@@ -304,6 +304,8 @@ class PictureDef(Spec):
     value: ExprText
     is_video: bool = False
     is_sound: bool = False
+    is_invalid: bool = False
+    """Whether the expression in the file has an error, so that `value` is a constant instead."""
 
 
 class RenamedColumn(Spec):

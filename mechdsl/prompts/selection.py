@@ -176,7 +176,9 @@ class _Collector:
         self.failing = 0
         share = block.spec.split if block.spec.split is not None else 100.0
         self.share = (Fraction(str(share)) / 100).as_integer_ratio()
-        self.only_values = [c.name for c in block.spec.corruptions if _only_values(c)]
+        invalid = any(each.is_invalid for each in block.spec.pictures)
+        corruptions = () if invalid else block.spec.corruptions
+        self.only_values = [each.name for each in corruptions if _only_values(each)]
         self.used = self.only_values if used is None else used
 
     def too_many(self) -> TooManyValues | None:

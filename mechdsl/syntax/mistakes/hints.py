@@ -110,7 +110,22 @@ IMAGE_HINTS: tuple[Hint, ...] = (
     ),
     Hint(r"^patch\s*$", r"", "write `each token of image`: each patch is a token", "ROW"),
     Hint(r"^blur\s+image\s+([0-9.]+)\s*$", r"", "write `blur image radius {0}`"),
+    Hint(
+        r"\b(?:at|onto|from|to)\s+(?!each\b)(\w+)\s+$",
+        r"patch\s+[0-9]+",
+        "name a patch by its row and column: `{0} row 1 col 3 token`",
+    ),
+    Hint(
+        r"\b(?:at|onto|from|to)\s+$",
+        r"patch\s+[0-9]+\s+of\s+(\w+)",
+        "name a patch by its row and column: `{0} row 1 col 3 token`",
+    ),
     Hint(r"^image$", r":", "remove the colon: `image gray`"),
+    Hint(
+        r"^image\s+$",
+        r"(\w+)\s*=\s*(\{\w+\})",
+        'write a placeholder in quotes: `image {0} = "{1}"`',
+    ),
     Hint(
         r"^(image|video|audio)\s+(\w+)\s*$",
         r":",

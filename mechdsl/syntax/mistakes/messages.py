@@ -537,10 +537,12 @@ def _taken_for_position(mistake: Mistake) -> Diagnostic | None:
 
 def explain_habit(mistake: Mistake) -> Diagnostic | None:
     """Report syntax of other languages at the position."""
+    text, end = mistake.source.text, mistake.end
+    if mistake.cut_short and text[end : end + 1] != "}":
+        # The rest of the line may belong to this statement, not to the next one.
+        end = max(end, text.find("\n", mistake.span.start))
     found = _foreign_metric(mistake) or find_hint(
-        mistake.source.text[mistake.begin : mistake.offset],
-        mistake.source.text[mistake.offset : mistake.end],
-        mistake.accepts,
+        text[mistake.begin : mistake.offset], text[mistake.offset : end], mistake.accepts
     )
     if found is None:
         return None

@@ -334,6 +334,8 @@ class _Recovery:
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
     lost: list[ast.LostStatement] = field(default_factory=list[ast.LostStatement])
     guesses_left: int = MAX_GUESSES
+    hinted_end: int = -1
+    """End of the last statement that ended too early, if a hint states how to write the rest."""
 
     def version(self) -> tuple[int, ast.Version | None]:
         """Return where the statements begin, and the version before them."""
@@ -456,7 +458,12 @@ class _Recovery:
             if found is not None:
                 self.diagnostics.append(explain_misspelling(mistake, word, meant))
                 return found
-        self.diagnostics.append(explain_mistake(mistake))
+        problem = explain_mistake(mistake)
+        rest_of_line = mistake.begin == self.hinted_end and not mistake.statement[0].first
+        if not rest_of_line:
+            self.diagnostics.append(problem)
+        hinted = isinstance(problem, UnexpectedToken) and bool(problem.hint)
+        self.hinted_end = mistake.end if mistake.cut_short and hinted else -1
         found = self._kept(kind, depth, mistake, first, named=True) if brace is not None else None
         if found is None and (reading := self._two_dots(mistake)) is not None:
             found = self._kept(kind, depth, mistake, first, reading)
