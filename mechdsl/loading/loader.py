@@ -1075,6 +1075,8 @@ def _check_position_ids(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | 
     first, last = model.calling.first_position, model.shape.max_positions
     if model.shape.attends_to_image:
         first = 0
+    if model.shape.encodes_apart and "decoder_position_ids" in model.calling.accepts:
+        return None  # their ids begin at 0, so the numbers were checked before
     if first is None:
         what = f"`renumber` in a model that computes its own positions, as `{model.name}` does,"
         return NotSupported(span=rule.spec.span, what=what)

@@ -209,6 +209,8 @@ class Family:
     begins_with_bos: ClassVar[bool] = False
     """If the config states no `decoder_start_token_id`, the decoder begins with its
     `bos_token_id`."""
+    position_ids: ClassVar[frozenset[str]] = frozenset()
+    """Stacks of an encoder-decoder whose position ids are arguments of the model's forward."""
 
     prefix: ClassVar[bool] = False
     """All tokens of a prompt with an image attend to each other (`token_type_ids` of 0), and tokens

@@ -1674,9 +1674,8 @@ def find_circuit_side(
 ) -> TokenSide:
     """Return which tokens the positions of a rule on a circuit name, in an encoder-decoder.
 
-    They are those of the stream with all ablated edges. If both streams have some, `tokens *` are
-    the tokens of both, spans are those of the prompt, and other positions are the decoder's; E0108
-    for spans together with these.
+    They are those of the stream with all ablated edges, or, if both streams have some, those of
+    `find_named_side`.
     """
     if circuit.stack == "vision":
         return "image"
@@ -1690,6 +1689,21 @@ def find_circuit_side(
     }
     if len(sides) == 1:
         return "source" if True in sides else "target"
+    of = "a circuit whose ablated edges are in the encoder and in the decoder"
+    return find_named_side(positions, of, work)
+
+
+def find_named_side(positions: ast.Positions, of: str, work: ExperimentContext) -> TokenSide:
+    """Return which tokens positions name for a rule that acts in an encoder and its decoder.
+
+    Spans are those of the prompt, `tokens *` are the tokens of both, and other positions are the
+    decoder's; E0108 for spans together with these.
+
+    Args:
+        positions: The positions.
+        of: The rule, for the message.
+        work: The experiment.
+    """
     nodes = list(walk(positions))
     plain = {
         node.span.written
@@ -1699,8 +1713,7 @@ def find_circuit_side(
     }
     spans = any(isinstance(node, ast.SpanRef | ast.RankedTokens) for node in nodes)
     if spans and plain:
-        what = f"`{min(plain)}` together with a part of the prompt, for a circuit whose ablated "
-        what += "edges are in the encoder and in the decoder,"
+        what = f"`{min(plain)}` together with a part of the prompt, for {of},"
         later = "write `tokens *`, or an experiment for each"
         work.diagnostics.append(NotSupported(span=positions.span, what=what, later=later))
     if spans:

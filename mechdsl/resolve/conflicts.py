@@ -895,7 +895,7 @@ _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
     "observe features", "observe rank", "observe effective_rank", "observe similarity",
     "observe cka", "observe clusters", "observe probe", "observe prediction",
     "observe logit_lens", "observe tuned_lens", "path", "allow", "replace block",
-    "observe overlap", "observe edge_auroc",
+    "observe overlap", "observe edge_auroc", "renumber",
 ))  # fmt: skip
 """Rules and observations that act on the stacks of an encoder-decoder."""
 

@@ -9,13 +9,15 @@ from typing import Any, Literal, cast
 
 from mechdsl.base.hashing import digest_number
 from mechdsl.base.limits import is_number, is_whole_number
+from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
+from mechdsl.diagnostics.positions import NotInDecoder
 from mechdsl.diagnostics.rules import AxisDoesNotFit
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.images.baselines import GRAY_LEVEL
 from mechdsl.images.picture import PictureChange
-from mechdsl.models.anatomy import has_additive_positions
+from mechdsl.models.anatomy import find_family, has_additive_positions
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.spec import constant_value
@@ -23,6 +25,7 @@ from mechdsl.prompts.insertion import has_inserted_tokens
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.prompts.table import change_row_patches, check_chat_markers, replace_tokens
 from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.resolve.circuits import find_named_side
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import (
     ExperimentContext,
@@ -480,9 +483,7 @@ class RenumberRule(RuleKind, Intervention):
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.fill is not None
-        of_text = work.sites.shape.attends_to_image
-        reading = replace(work, side="target") if of_text else work
-        positions = resolve_base_positions(rule.at, reading)
+        positions = _resolve_renumbered(rule, work)
         amounts = resolve_amounts(rule.fill, work)
         if (
             positions is None
@@ -512,9 +513,31 @@ class RenumberRule(RuleKind, Intervention):
         yield Convention("passes", "rows of `renumber` are full forward passes")
 
 
+def _resolve_renumbered(rule: spec.Rule, work: ExperimentContext) -> PositionTargets | None:
+    """Resolve the tokens of the stacks whose position ids can be changed."""
+    shape = work.sites.shape
+    if shape.attends_to_image:
+        return resolve_base_positions(rule.at, replace(work, side="target"))
+    stacks = find_family(shape.family).position_ids
+    if stacks != frozenset({"decoder"}):
+        of = "`renumber` in a model with an encoder and a decoder"
+        side = find_named_side(rule.at, of, work) if stacks else work.side
+        return resolve_base_positions(rule.at, replace(work, side=side))
+    first = len(work.diagnostics)
+    positions = resolve_base_positions(rule.at, replace(work, side="target"))
+    reason = "this model takes position ids only for the tokens of its decoder"
+    hint = "name a token of the decoder, such as `last token`"
+    work.diagnostics[first:] = [
+        replace(each, reason=reason, hint=hint) if isinstance(each, NotInDecoder) else each
+        for each in work.diagnostics[first:]
+    ]
+    return positions
+
+
 def count_positions(shape: ModelShape) -> int | None:
     """Return the number of positions before rotary embeddings are rescaled, if they are."""
-    known = [shape.max_positions]
+    table = shape.config.get("max_target_positions")
+    known = [shape.max_positions, table if isinstance(table, int) else None]
     for part in (
         shape.config,
         shape.config.get("rope_scaling"),
@@ -534,8 +557,12 @@ def _check_position_ids(
         how = ""
         if has_additive_positions(shape.family, shape.config):
             how = "that adds positions to scores"
-        elif shape.encodes_apart and not shape.attends_to_image:
-            how = "whose encoder and decoder count their tokens themselves"
+        elif (
+            shape.encodes_apart
+            and not shape.attends_to_image
+            and not find_family(shape.family).position_ids
+        ):
+            how = "whose `forward` takes no position ids"
         elif shape.takes in ("image", "audio"):
             how = f"that counts its {'patches' if shape.takes == 'image' else 'frames'} itself"
         if how:
@@ -543,15 +570,15 @@ def _check_position_ids(
             work.diagnostics.append(NotSupported(span=rule.span, what=what))
             return False
     assert rule.fill is not None
-    hits = [row for cell in positions.written.values() for rows in cell.hits for row in rows]
-    longest = 1 if work.model.tokenizer.stands_in else max(map(len, hits), default=1)
-    most = count_positions(shape)
+    counted = _count_renumbered(positions, work)
     for amount in amounts.values.values():
         reason = ""
         if amount < 0 or not is_whole_number(amount):
             reason = f"must be a position, a whole number from 0, not {amount:g}"
-        elif most is not None and amount + longest > most:
-            reason = f"counts {longest} tokens from {amount:g}, but the last position is {most - 1}"
+        for longest, most in counted:
+            if not reason and most is not None and amount + longest > most:
+                tokens = count_noun(longest, "token")
+                reason = f"counts {tokens} from {amount:g}, but the last position is {most - 1}"
         if reason:
             work.diagnostics.append(
                 BadArgument(
@@ -563,3 +590,22 @@ def _check_position_ids(
             )
             return False
     return True
+
+
+def _count_renumbered(
+    positions: PositionTargets, work: ExperimentContext
+) -> list[tuple[int, int | None]]:
+    """List the largest number of tokens that a row renumbers in a stack, and the number of the
+    stack's positions: of an encoder and its decoder, or of the only stack."""
+    shape = work.sites.shape
+    if work.model.tokenizer.stands_in:
+        return [(1, count_positions(shape))]
+    rows = work.table.runs[work.experiment.base].rows
+    counts = [(0, 0)]
+    for cell in positions.written.values():
+        for row, found in zip(rows, cell.hits, strict=True):
+            encoded = [sum(token < row.source for token in tokens) for tokens in found]
+            counts += [(own, len(tokens) - own) for own, tokens in zip(encoded, found, strict=True)]
+    longest = tuple(map(max, zip(*counts, strict=True)))
+    stacks = zip(longest, (shape.others.get("encoder", shape), shape), strict=True)
+    return [(most, count_positions(stack)) for most, stack in stacks if most]

@@ -405,7 +405,6 @@ WITHOUT_RULES = {
     "scale q_rot cross layer 0 head 0 at last token by 2": "E0413",
     "add value(q_rot cross layer 0 head 0) to q_rot cross layer 0 head 0 at last token": "E0413",
     "add 2 * step(embed) to embed encoder at item tokens": "E0341",
-    "renumber item tokens from 5": "E0108",
     "scale scores encoder layer 0 head 1 dims 1..4 at last token by -4": "E0342",
     "allow attention encoder layer 0 from first token to last token": "E0332",
 }

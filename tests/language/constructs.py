@@ -2020,7 +2020,9 @@ _rule(
     "has id 0. Other tokens keep their ids, and the attention mask doesn't change. Each row is "
     "a full forward pass. In models that number image tokens by frame, row and column, a "
     "renumbered token gets its id for all three (`tests/image_prompts/test_renumbered_tokens.py`). "
-    "Models that compute position ids themselves, or add positions to scores, aren't supported.",
+    "In T5Gemma, the tokens of each stack count from the number; in Whisper, those of the decoder "
+    "do (`tests/execute/test_encoder_decoder_positions.py`). Models that "
+    "compute position ids themselves, or add positions to scores, aren't supported.",
     "Wang et al. 2024, arXiv 2407.01100",
     "tests/rules/test_allow_attention.py",
 )

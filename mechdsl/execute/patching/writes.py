@@ -881,8 +881,12 @@ def _tabulate(
 def build_position_ids(
     plan: ExperimentPlan, rows: RowTable, text: Continuation | None = None
 ) -> list[PositionIdWrite]:
-    """Build the changes of position ids in these rows, in the order of the file."""
+    """Build the changes of position ids in these rows, in the order of the file.
+
+    The tokens of an encoder and those of its decoder are counted separately.
+    """
     found: list[PositionIdWrite] = []
+    sources = plan.sources(rows)
     ends = find_pass_ends(plan, rows, text)
     for rule in plan.rules:
         if rule.rule.does.changes != "positions":
@@ -890,6 +894,8 @@ def build_position_ids(
         written = rule.written_runs(rows)
         row, token = rule.written.tokens.expand(written)
         _, place = count_columns(rule.written.tokens.counts(written))
+        decoded = token >= sources[row]
+        place -= decoded * np.bincount(row[~decoded], minlength=len(written))[row]
         number = rule.amounts[rows.cell[row]].astype(np.int64) + place
         if ends is not None:
             there = token < ends[row]

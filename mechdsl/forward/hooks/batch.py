@@ -318,7 +318,15 @@ class Batch:
         return (self.mask.cumsum(dim=1) - 1).clamp(min=0)
 
     def numbered(self, rows: Tensor, positions: Tensor, numbers: Tensor) -> Batch:
-        """Replace the position ids of K tokens; all arguments are [K] long."""
+        """Replace the position ids of K tokens, of an encoder or of its decoder; all arguments are
+        [K] long."""
+        source = self.frames.get("encoder")
+        encoded = torch.zeros_like(rows) if source is None else source.lengths[rows]
+        within = positions < encoded
+        if source is not None and bool(within.any()):
+            own = rows[within], positions[within], numbers[within]
+            moved = replace(self, frames={**self.frames, "encoder": source.numbered(*own)})
+            return moved.numbered(rows[~within], positions[~within], numbers[~within])
         ids = self.position_ids().clone()
         index = rows, self.columns(rows, positions), numbers
         rows, columns, numbers = indices_to_device(index, ids.device)

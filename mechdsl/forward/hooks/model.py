@@ -824,6 +824,10 @@ def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Any]:
                 given = _find_inputs(model, encoder)
             if model.shape.takes == "two texts":
                 given["attention_mask"] = encoder.mask
+            if encoder.numbers is not None and ENCODED not in given:
+                given["position_ids"] = encoder.numbers
+            if batch.numbers is not None:
+                given["decoder_position_ids"] = batch.numbers
             return given | {"decoder_input_ids": ids, "decoder_attention_mask": mask}
         case _:
             plain = not batch.extra or model.calling.places_images

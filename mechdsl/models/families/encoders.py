@@ -197,6 +197,20 @@ class T5Gemma(Family):
     begins_with_bos = True
 
 
+@family("t5_gemma_module")
+class T5GemmaStack(Family):
+    """The config of T5Gemma's encoder and decoder."""
+
+    position_ids = frozenset({"encoder", "decoder"})
+
+
+@family("whisper")
+class Whisper(Family):
+    """Its encoder counts its frames."""
+
+    position_ids = frozenset({"decoder"})
+
+
 @family("switch_transformers")
 class Switch(T5):
     """Tokens that come when an expert has taken as many as it may aren't given to any."""
