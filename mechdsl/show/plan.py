@@ -21,7 +21,7 @@ from mechdsl.planner.passes import PASSES, PlanCost, SaveCost, add_save_nodes, p
 from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS, ExperimentPlan, Plan
 from mechdsl.planner.training_cost import TrainingCost
 from mechdsl.program import spec
-from mechdsl.program.significance import CORRECTION_NAMES
+from mechdsl.program.significance import CORRECTION_NAMES, MIN_UNITS
 from mechdsl.resolve.expansion import get_whole_spec
 from mechdsl.resolve.observations import RowSetObservation
 from mechdsl.resolve.types import ResolvedExperiment
@@ -353,8 +353,8 @@ def _no_power_text(
 ) -> str:
     """Explain why no effect is detectable; `some` names the cells, if not all."""
     settings = experiment.spec.statistics
-    if found.units < 2:
-        return f"{name}: {found.units} of them can't show an effect"
+    if found.units < MIN_UNITS:
+        return f"{name}: no p-values: they need at least {MIN_UNITS}, but cells have {found.units}"
     if _may_pass_correction(found, settings):
         return (
             f"{name}: which effects can survive{some} depends on the correlation of cells: "

@@ -148,9 +148,10 @@ at the patches of these tokens. `embed vision` is the stream that enters the fir
 receiver `embed` is the projector, which reads the stream after the last block, or after the block
 that `vision_feature_layer` names. The projector and the language model are then computed as usual.
 Edges at class tokens, and at patches that belong to no token, are never ablated. `observe overlap`
-and `observe edge_auroc` compare two circuits of the encoder. Edges at positions, neurons and
-features as nodes, and `fit` aren't available in the encoder (E0108). Neither are circuits in
-`vipllava` and `qwen3_vl`, whose language model reads the encoder after several blocks.
+and `observe edge_auroc` compare two circuits of the encoder; for `edge_auroc`, the first one must
+be read from a file with scores of all edges. `fit` isn't available in the encoder. Edges at
+positions, and neurons and features as nodes, are E0108 there. So are circuits in `vipllava` and
+`qwen3_vl`, whose language model reads the encoder after several blocks.
 
 Attention in the encoder is between patches: `block attention vision layer 4 from photo tokens to
 photo row 2 col 3 token`, `reweight` and `set attention vision` change it. The edges are those
@@ -166,11 +167,12 @@ class tokens and to padding. `allow` and `by value_norm` are E0108, and estimate
 `scores vision` and `pattern vision` have a vector for each patch, over all tokens that the encoder
 has for the image, also class tokens. `patch`, `swap` and `resample` copy such vectors between
 images with equal rows and columns of patches in all tiles; other images, means and `save` are
-E0108. `observe entropy` includes the weights on class tokens. `observe distance` is in patches of
-the same tile, between their centres, and `observe received` is the mean over the other tokens of
-the tile. All three are means over the patches of a token. `q_rot vision` and `k_rot vision` are the
-queries and keys after rotation; encoders that don't rotate have the values of `q` and `k` there. In
-`mllama`, these four sites are E0108.
+E0108. `observe entropy` includes the weights on class tokens. `observe distance` is the mean over
+the attention to patches of the same tile, in patches between their centres. `observe received` is
+the mean over the other tokens of the tile as queries, without class tokens. All three are means
+over the patches of a token. `q_rot vision` and `k_rot vision` are the queries and keys after
+rotation; encoders that don't rotate have the values of `q` and `k` there. In `mllama`, these four
+sites are E0108.
 
 The resampler of `idefics2` reads all patches of a tile for each token. In the language model, its
 tokens have no rows and columns (E0310). In the encoder, positions are patches:

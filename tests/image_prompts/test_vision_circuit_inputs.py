@@ -311,6 +311,13 @@ def test_edge_auroc_orders_every_edge_of_the_encoder(tmp_path: Path) -> None:
     assert found.measures[0].patched[0, 0] == pytest.approx(np.mean(wins))
 
 
+def test_edge_auroc_of_listed_circuits_asks_for_a_file_of_scores() -> None:
+    text = f"{written(CIRCUIT)}\n{written(CIRCUIT[:1], 'd')}\n{compare('edge_auroc')}"
+    [found] = errors("llava_class", text)
+    assert found.code == "E0207"
+    assert found.hint.startswith("read it from a file that has these scores: `saved(")
+
+
 @pytest.mark.parametrize("line", ["overlap", "edge_auroc"])
 def test_comparison_of_circuits_of_two_stacks_is_an_error(line: str) -> None:
     [found] = errors(

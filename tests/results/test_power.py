@@ -371,6 +371,18 @@ def test_planned_units_equal_those_of_the_run(
     assert line[1].strip() == f"{' to '.join(map(str, ends))} {what}"
 
 
+@pytest.mark.parametrize("correct", ["none", "max", "bh"])
+def test_plan_of_four_rows_states_that_there_are_no_p_values(
+    correct: str, command: Command, tmp_path: Path
+) -> None:
+    text = HEADS.replace("  report table", f"  stats correct {correct}\n  report table")
+    done = command("plan", file(tmp_path, text.replace("limit 16", "limit 4")))
+    (line,) = lines_of(done.out, "power")
+    assert (line[1].strip(), line[-1].strip()) == ("4 distinct rows", "none")
+    assert "no p-values: they need at least 5, but cells have 4" in plain(done.out)
+    assert "smallest p" not in plain(done.out)
+
+
 @pytest.mark.parametrize(
     ("stats", "effect", "said"),
     [

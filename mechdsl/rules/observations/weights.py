@@ -707,6 +707,9 @@ class EdgeRanking(CircuitComparison):
         if len(circuit.scores) == len(circuit.every) or work.sites.shape.stands_in:
             return True
         reason = "needs scores of all edges of the model, which the first circuit doesn't have"
-        hint = "let `fit` choose them, or compare with `observe overlap c with d`"
+        scores = "let `fit` choose them"
+        if find_stream(circuit.every):
+            scores = 'read it from a file that has these scores: `saved("graph.json")`'
+        hint = f"{scores}, or compare with `observe overlap c with d`"
         report_bad_observation(rule, work, reason, hint)
         return False
