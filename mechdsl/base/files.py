@@ -25,6 +25,11 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 
+RELATIVE_PATH_HINT = (
+    "the path is relative to the folder of the `.mech` file; in a text passed to `mechdsl.run`, "
+    "to the working directory"
+)
+
 _STREAMS = ("standard input", "standard output", "standard error")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechdsl.base import limits
+from mechdsl.base.files import RELATIVE_PATH_HINT
 from mechdsl.base.text import HintedError
 
 if TYPE_CHECKING:
@@ -63,8 +64,7 @@ def read_content(path: Path, most: int, advice: str) -> bytes:
         reason = "there is no such file"
         if not isinstance(error, FileNotFoundError):
             reason = str(error.strerror or error).lower()
-        hint = "the path is relative to the folder of the `.mech` file"
-        raise UnreadableImage(reason, hint) from None
+        raise UnreadableImage(reason, RELATIVE_PATH_HINT) from None
     if len(content) > most:
         raise UnreadableImage(f"it has more than {most:,} bytes", advice)
     return content

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, Literal
 from uuid import uuid4
 
+from mechdsl.base.files import RELATIVE_PATH_HINT
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import HintedError, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -501,8 +502,8 @@ def _content(path: Path, file: str) -> bytes:
     except FileNotFoundError:
         there = os.path.isdir(path.parent)
         names = sorted(p.name for p in path.parent.glob("*.py")) if there else []
-        hint = "the path is relative to the folder of the `.mech` file"
-        raise _Missing(f"there is no file `{file}`", did_you_mean(path.name, names, hint)) from None
+        hint = did_you_mean(path.name, names, RELATIVE_PATH_HINT)
+        raise _Missing(f"there is no file `{file}`", hint) from None
     except (OSError, ValueError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise _Missing(f"`{file}`: {reason}", "name a file that can be read") from None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mechdsl.base import limits
-from mechdsl.base.files import find_snapshot
+from mechdsl.base.files import RELATIVE_PATH_HINT, find_snapshot
 from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.base.text import name_list
@@ -126,7 +126,7 @@ def read_data_file(
         reason, hint = "`**` isn't supported", "write one `*` for each folder: `text/*/*.jsonl`"
         return None, [UnreadableData(span=span, path=path, reason=reason, hint=hint)]
     if not files:
-        hint = "the path is relative to the folder of the `.mech` file; `*` is a part of one name"
+        hint = f"{RELATIVE_PATH_HINT}; `*` is a part of one name"
         reason = "no file matches"
         return None, [UnreadableData(span=span, path=path, reason=reason, hint=hint)]
     known = [each for each in STREAMED_READERS if each in READERS] if streamed else READERS
@@ -200,8 +200,7 @@ def _hint(file: Path) -> str:
         names = sorted(p.name for p in folder.iterdir())
     except OSError:
         names = []
-    otherwise = "the path is relative to the folder of the `.mech` file"
-    return did_you_mean(file.name, names, otherwise)
+    return did_you_mean(file.name, names, RELATIVE_PATH_HINT)
 
 
 DATASET_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.diagnostics.core import did_you_mean
@@ -193,6 +193,8 @@ def resolve_value(
     for axis in (*axes, *more):
         if axis.name not in work.loops:
             work.add_axis(axis)
+    if not _check_no_keys(rule, (written, read), work):
+        return None
     positions = _resolve_value_positions(rule, run, written, read, work)
     amounts: Amounts | None = Amounts((), {(): 1.0})
     if rule.fill is not None:
@@ -288,6 +290,20 @@ def _pair_sites(written: SiteTargets, read: SiteTargets) -> SiteTargets:
     )
 
 
+def _check_no_keys(
+    rule: spec.Rule, sites: Sequence[SiteTargets | None], work: ExperimentContext
+) -> bool:
+    """Report E0108 for a value that is read from or written to vectors over keys."""
+    points = [p for each in sites if each is not None for p in chain(*each.points.values())]
+    over_keys = next((p.site for p in points if SITES[p.site].width == "key"), None)
+    if over_keys is None:
+        return True
+    what = f"`value(…)` with `{over_keys}`, whose vectors have a number for each key,"
+    later = f"`patch {over_keys}` copies such vectors between runs"
+    work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
+    return False
+
+
 def _check_widths(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
     assert rule.reading is not None
     assert sites.sources is not None
@@ -311,8 +327,6 @@ def _misfit(
         return f"{len(sources)} vectors are read, but {len(points)} are written"
     shape = work.sites.shape
     for to, of in zip(points, sources, strict=True):
-        if "key" in (SITES[to.site].width, SITES[of.site].width):
-            return "vectors over keys belong to one prompt"
         ours, theirs = (
             vector_width(shape, to.site, to.layer),
             vector_width(shape, of.site, of.layer),

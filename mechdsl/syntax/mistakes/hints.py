@@ -927,6 +927,26 @@ HINTS: tuple[Hint, ...] = (
         "write `{0}` alone, or a stack after it: `{0} vision`, `{0} encoder`",
     ),
     Hint(
+        r"^circuit\b.*=\s*fit\(.*\)\s+at\s+vision\s*$",
+        r"",
+        "list the edges of the vision encoder; `fit` chooses edges of the language model only",
+    ),
+    Hint(
+        r"\bL([0-9]+)H([0-9]+)\s+$",
+        r"(vision|encoder|decoder)\b",
+        "write the site of the head: `z {2} layer {0} head {1}`",
+    ),
+    Hint(
+        r"^observe\s+attention\s+(?:pattern|scores)\s+$",
+        r"(vision|encoder|cross)\b",
+        "remove the site: `observe attention {0} layer 1 head 0 from … to …`",
+    ),
+    Hint(
+        r"(?:^|\{)\s*\w+\s*=\s*[\w.]+\s*$",
+        r",\s*\w+\s*=",
+        "write one assignment per line",
+    ),
+    Hint(
         r"\b(?:at|onto|from|to)\s+(?!last\b|first\b|each\b|token)(\w+)\s*$",
         r"(?:with\b|by\b|to\b|onto\b|from\b|$)",
         "name its tokens: `{0} tokens`, or `each token of {0}` for one cell per token",
