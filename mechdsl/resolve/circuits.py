@@ -137,12 +137,17 @@ _MLP_NODES = "mlp_out", "mlp_norm", NEURONS
 _FEATURE_ENDS = {"start": "mlp_out", "end": "mlp_norm"}
 """Sites of features of the output of an MLP as senders and as receivers."""
 
-CIRCUIT_NOTE = (
-    "each query, key and value of a head, each MLP and the output read the stream of this pass "
+_READING_NOTE = (
+    "each query, key and value of a head, each MLP and the {} read the stream of this pass "
     "with the fill instead of the output of the senders of ablated edges, through norms that are "
-    "recomputed; `embed` is the stream that enters block 0, with positions; biases that are added "
-    "after heads belong to no sender"
+    "recomputed; {}biases that are added after heads belong to no sender"
 )
+
+CIRCUIT_NOTE = _READING_NOTE.format(
+    "output", "`embed` is the stream that enters block 0, with positions; "
+)
+
+VISION_CIRCUIT_NOTE = _READING_NOTE.format("projector", "")
 
 NEURON_NOTE = (
     "a neuron sends its activation times its output weights and reads the stream separately; the "
@@ -432,17 +437,18 @@ class ComparedCircuits(Record):
 
 def compare_circuits(
     first: CircuitEdges, second: CircuitEdges, rule: spec.Rule, work: ExperimentContext
-) -> ComparedCircuits | str:
-    """Return two circuits as comparable sets of edges, or why they have none.
+) -> ComparedCircuits | tuple[str, str]:
+    """Return two circuits as comparable sets of edges, or why they have none and what to write.
 
     An MLP that one circuit divides into neurons or features is divided in the other one, too: an
     edge of the MLP is one edge of each of its nodes. An edge without a position is at all tokens.
     """
     problem, stack = _explain_different_nodes(first, second), find_stream(first.every)
     if stack != find_stream(second.every):
-        problem = "in the vision encoder and in the language model"
+        hint = "compare two circuits of the vision encoder, or two of the language model"
+        return "in the vision encoder and in the language model", hint
     if problem is not None:
-        return problem
+        return problem, "compare circuits with the same nodes in these layers"
     shape, both = work.sites.shape, (first, second)
     neurons = {
         where: tuple(sorted({n for own in both for n in own.neurons.get(where, ())}))
@@ -1580,6 +1586,8 @@ def _list_counts(counts: Collection[set[int]]) -> str:
 
 def describe_reading(rule: ResolvedRule) -> str:
     """Return how receivers read the stream, and which biases no sender has."""
+    if rule.circuit is not None and rule.circuit.stack == "vision":
+        return VISION_CIRCUIT_NOTE
     features = () if rule.circuit is None else rule.circuit.features
     if any(site == "attn_out" for site, _ in features):
         return f"{CIRCUIT_NOTE}, except in layers with features of attention"

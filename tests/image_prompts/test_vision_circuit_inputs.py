@@ -325,3 +325,4 @@ def test_comparison_of_circuits_of_two_stacks_is_an_error(line: str) -> None:
     )
     assert found.code == "E0108"
     assert "of two circuits in the vision encoder and in the language model" in found.message
+    assert found.help_text.startswith("compare two circuits of the vision encoder, or two of")

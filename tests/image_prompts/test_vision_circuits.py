@@ -485,6 +485,9 @@ def test_random_circuits_lead_from_the_patches_to_the_projector() -> None:
     for each in drawn.circuits:
         assert len(each) == 2
         assert graph.covers([edge for edge in each if isinstance(edge, tuple)])
+    reading = str(found.conventions["circuit"])
+    assert "each MLP and the projector read the stream" in reading
+    assert "`embed`" not in reading
     controls = str(found.conventions["controls"])
     assert (
         "of 2 edges, each on a path from `embed vision` to `embed`, at the same tokens" in controls

@@ -561,9 +561,9 @@ class CircuitComparison(WeightObservation):
         if (first.places or second.places) and self._lacks_prompts(rule, work):
             return None
         edges = compare_circuits(first, second, rule, work)
-        if isinstance(edges, str):
-            what = f"`observe {self.word}` of two circuits {edges}"
-            later = "compare circuits with the same nodes in these layers"
+        if isinstance(edges, tuple):
+            problem, later = edges
+            what = f"`observe {self.word}` of two circuits {problem}"
             work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
             return None
         if not self.edges_fit(first, edges, rule, work):
