@@ -801,15 +801,18 @@ def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnos
     if rule.in_vision and not attends:
         of = "in the vision encoder"
     accepted = _IN_VISION_OF_PROMPTS if rule.in_vision else _WITH_ATTENDED_IMAGES
+    hint = _ATTENDED_IMAGE_HINTS.get(verb, _ATTENDED_IMAGE_HINT) if attends else VISION_HINT
     if not (attends or rule.in_vision):
-        what = f"`{verb}` {of}" if rule.path is not None or rule.circuit is not None else ""
+        names = {"a `path`": rule.path, "a circuit": rule.circuit}
+        edges = next((name for name, own in names.items() if own is not None), "")
+        what = f"{edges} of the language model {of}" if edges else ""
+        hint = "write an experiment for each"
     elif verb not in accepted:
         what = f"`{verb}` {of}"
     elif rule.after_prefill and not attends:
         what = f"a change after the prompt {of}"
     else:
         what = ""
-    hint = _ATTENDED_IMAGE_HINTS.get(verb, _ATTENDED_IMAGE_HINT) if attends else VISION_HINT
     return NotSupported(span=rule.spec.span, what=what, later=hint) if what else None
 
 
@@ -1107,6 +1110,8 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
             what += "output are nodes of a circuit"
             later = "write an experiment for each, or change single heads: `z layer 0 head 1`"
         elif rule.circuit is not None and rule is not rules[0] and rule.only is None:
+            if rule.circuit.stack != circuits[0].stack:
+                continue  # `check_other_stacks` reports the one of the language model
             what = "a second circuit"
             if _have_same_fill(rule, rules[0]):
                 later = "join the edges of both in one `circuit`"

@@ -59,7 +59,7 @@ def test_replies_and_runs_with_coordinates_of_the_encoder_equal_hooks(name: str)
 REJECTED = {
     "path z layer 0 head 0 -> logits at last token\n"
     "  ablate resid_post vision layer 0 at photo tokens with zero": (
-        "`path` together with sites in the vision encoder"
+        "a `path` of the language model together with sites in the vision encoder"
     ),
 }
 

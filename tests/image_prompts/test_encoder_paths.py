@@ -328,7 +328,7 @@ REJECTED = {
     f"path z layer 0 head 0 -> q layer 1 head 0 at {CELL}\n"
     "  scale z vision layer 0 at photo tokens by 2": (
         "E0108",
-        "`path` together with sites in the vision encoder",
+        "a `path` of the language model together with sites in the vision encoder",
     ),
     f"{LINE}\n  replace block vision layer 0 with identity": ("E0414", "z vision"),
 }

@@ -589,7 +589,6 @@ OTHERS = {
     "language path": ("path z layer 0 head 0 -> q layer 1 head 0 at last token", "`path`"),
     "blocks": ("replace block vision layer 1 with identity", "`replace block`"),
     "circuit": ("ablate d at photo tokens with zero", "a second circuit"),
-    "language circuit": ("ablate t at last token with zero", "a second circuit"),
 }
 
 
@@ -601,6 +600,28 @@ def test_rules_that_do_not_act_with_a_circuit_of_an_encoder_are_errors(key: str)
     found = errors("llava_class", text)
     assert {each.code for each in found} == {"E0108"}
     assert any(reason in each.message for each in found)
+
+
+VISION_LINES = (
+    "ablate c at photo tokens with zero",
+    "scale z vision layer 0 head 0 at photo tokens by 0",
+    "observe norm resid_post vision layer 1 at photo tokens as size",
+)
+
+
+@pytest.mark.parametrize("line", VISION_LINES)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_circuit_of_the_language_model_with_sites_of_the_encoder_is_one_error(
+    line: str, *, is_first: bool
+) -> None:
+    rule = "ablate t at last token with zero"
+    lines = (rule, line) if is_first else (line, rule)
+    text = f"circuit c = {Z}\ncircuit t = embed -> logits\n"
+    [found] = errors("llava_class", text + experiment("e", "from clean into changed", *lines))
+    assert found.code == "E0108"
+    what = "a circuit of the language model together with sites in the vision encoder"
+    assert found.message.startswith(what)
+    assert found.help_text == "write an experiment for each"
 
 
 def test_file_with_edges_of_both_stacks_is_an_error(tmp_path: Path) -> None:
