@@ -372,11 +372,13 @@ class NoPath(Diagnostic):
     code = "E0335"
     title = "no path leads from `{sender}` to `{receiver}`"
     label = "{reason}"
-    help = "name a receiver that reads the sender, for example `{example}`"
+    help = "name a receiver that reads the sender, for example `{example}`{other}"
     sender: str
     receiver: str
     reason: str
     example: str
+    other: str = ""
+    """An edge from another sender; starts with a semicolon."""
 
 
 class OverlappingPositions(Diagnostic):

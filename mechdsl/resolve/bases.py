@@ -1513,7 +1513,10 @@ def _check_site(point: SitePoint, node: ast.Node, work: ExperimentContext) -> No
     kind = SITES[point.site]
     if kind.width == "key" or (kind.width == "one" and point.unit is not None):
         what = "vectors over keys" if kind.width == "key" else "single numbers"
-        hint = "leave the neuron out" if kind.width == "one" else "name `resid_post layer 2`"
+        stream = in_stack("resid_post", "" if kind.stack == "cross" else kind.stack)
+        hint = f"name `{stream} layer {point.layer or 0}`"
+        if kind.width == "one":
+            hint = "leave the neuron out"
         raise BasisError(node, f"`{point.site}` has {what}, which no basis describes", hint)
     several = point.unit is None and unit_count(work.model.shape, point.site, point.layer) > 1
     if several and kind.component not in JOINED_SITES:

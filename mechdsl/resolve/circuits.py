@@ -1317,10 +1317,21 @@ def _resolve_edge(
             receiver=edge.target.span.written,
             reason=_explain_no_edge(senders[0], receivers[0], shape),
             example="`, `".join(_list_example_receivers(senders[0], shape)),
+            other=_suggest_other_sender(senders[0], receivers[0], edge, shape),
         )
         if problem not in work.diagnostics:
             work.diagnostics.append(problem)
     return found
+
+
+def _suggest_other_sender(
+    sender: SitePoint, receiver: SitePoint, edge: ast.SiteMap, shape: ModelShape
+) -> str:
+    """Return an edge from the patches, for `embed` with a receiver in the vision encoder."""
+    in_vision = SITES[receiver.site].stack == "vision" and not _is_unread(receiver, shape)
+    if sender != EMBEDDING or not in_vision:
+        return ""
+    return f"; or start at the patches: `embed vision -> {edge.target.span.written}`"
 
 
 def _list_example_receivers(sender: SitePoint, shape: ModelShape) -> list[str]:

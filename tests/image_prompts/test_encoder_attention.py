@@ -592,6 +592,23 @@ def test_invalid_line_reports_the_code_before_anything_runs(line: str, code: str
     assert [each.code for each in try_line("internvl", line)] == [code]
 
 
+HELPS = {
+    "observe entropy z vision layer 0 head 0 at photo tokens": "`pattern vision layer * head *`",
+    "observe similarity pattern vision layer 1 head 0 at photo row 1 col 1 token "
+    "with photo row 1 col 2 token": "`z vision`",
+    "ablate pattern vision layer 1 head 0 dims 0..2 at photo row 1 col 1 token with zero": (
+        "`resid_post vision layer 1`"
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "site"), HELPS.items())
+def test_help_suggests_a_site_of_the_encoder(line: str, site: str) -> None:
+    [problem] = try_line("internvl", line)
+    assert problem.help_text is not None
+    assert problem.help_text.endswith(site)
+
+
 # --- keys, costs and limits -----------------------------------------------------------------------
 
 

@@ -576,6 +576,24 @@ def test_edges_that_an_encoder_does_not_have_report_an_error(key: str) -> None:
     assert found.help_text
 
 
+@pytest.mark.parametrize("receiver", ["q vision layer 1 head 0", "embed"])
+def test_embed_with_a_receiver_in_the_encoder_suggests_the_patches(receiver: str) -> None:
+    rule = experiment("e", "ablate c at photo tokens with zero")
+    [found] = errors("llava_class", f"circuit c = embed -> {receiver}\n{rule}")
+    suggested = f"embed vision -> {receiver}"
+    assert found.help_text is not None
+    assert found.help_text.endswith(f"; or start at the patches: `{suggested}`")
+    assert not errors("llava_class", f"circuit c = {suggested}\n{rule}")
+
+
+@pytest.mark.parametrize("edge", ["z vision layer 0 head 1 -> L1H0.q", "z layer 0 head 0 -> embed"])
+def test_only_embed_suggests_the_patches(edge: str) -> None:
+    rule = experiment("e", "ablate c at photo tokens with zero")
+    [found] = errors("llava_class", f"circuit c = {edge}\n{rule}")
+    assert found.code == "E0335"
+    assert "embed vision" not in str(found.help_text)
+
+
 @pytest.mark.parametrize(("name", "blocks"), [("vipllava", "0, 1"), ("qwen3_vl", "0, 1")])
 def test_encoder_that_is_read_after_several_blocks_has_no_circuits(name: str, blocks: str) -> None:
     rule = experiment("e", "ablate c at photo tokens with zero")

@@ -50,7 +50,7 @@ from mechdsl.rules.observations.registry import (
 from mechdsl.rules.observations.rows import check_no_rules
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import compute_pattern_entropy
-from mechdsl.vocab.sites import SITES
+from mechdsl.vocab.sites import SITES, in_stack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,9 +63,11 @@ class PatternObservation(SiteObservation):
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
         assert rule.site is not None
-        if all(SITES[point.site].component == "pattern" for point in iter_points(sites)):
+        others = [p.site for p in iter_points(sites) if SITES[p.site].component != "pattern"]
+        if not others:
             return True
-        reason, hint = "isn't an attention pattern", "write `pattern layer * head *`"
+        reason = "isn't an attention pattern"
+        hint = f"write `{in_stack('pattern', SITES[others[0]].stack)} layer * head *`"
         name, span = rule.site.span.written, rule.site.span
         work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
         return False

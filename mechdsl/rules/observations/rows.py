@@ -48,7 +48,7 @@ from mechdsl.rules.observations.registry import (
     report_bad_observation,
 )
 from mechdsl.syntax import ast
-from mechdsl.vocab.sites import SITES
+from mechdsl.vocab.sites import SITES, in_stack
 
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
@@ -87,9 +87,9 @@ class SiteRowSetObservation(RowSetObservation, SiteObservation):
                 reason = (
                     f"can't be computed from `{over_keys[0]}`, whose width depends on the prompt"
                 )
-                report_bad_observation(
-                    rule, work, reason, "name a site with vectors of equal width: `z`"
-                )
+                site = in_stack("z", SITES[over_keys[0]].stack)
+                hint = f"name a site with vectors of equal width: `{site}`"
+                report_bad_observation(rule, work, reason, hint)
                 return False
             numbers = len(work.table) * sum(
                 count_numbers(point, work.sites.shape) for point in points
