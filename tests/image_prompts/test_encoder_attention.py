@@ -592,6 +592,12 @@ def test_invalid_line_reports_the_code_before_anything_runs(line: str, code: str
     assert [each.code for each in try_line("internvl", line)] == [code]
 
 
+def test_mean_scores_of_images_of_one_layout_are_refused() -> None:
+    line = "ablate scores vision layer 0 head 0 at photo row 1 col 2 token with mean"
+    [problem] = try_line("llava", line)
+    assert (problem.code, "with values of all rows" in problem.message) == ("E0108", True)
+
+
 HELPS = {
     "observe entropy z vision layer 0 head 0 at photo tokens": "`pattern vision layer * head *`",
     "observe similarity pattern vision layer 1 head 0 at photo row 1 col 1 token "
