@@ -1112,7 +1112,7 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         elif rule.circuit is not None and rule is not rules[0] and rule.only is None:
             if rule.circuit.stack != circuits[0].stack:
                 continue  # `check_other_stacks` reports the one of the language model
-            what = "a second circuit"
+            what = "a second rule that ablates edges"
             if _have_same_fill(rule, rules[0]):
                 later = "join the edges of both in one `circuit`"
         elif rule.circuit is None and rule.does.changes == "sites" and read:

@@ -606,7 +606,7 @@ OTHERS = {
     "path": ("path z vision layer 0 head 0 -> q vision layer 1 head 0 at photo tokens", "a `path`"),
     "language path": ("path z layer 0 head 0 -> q layer 1 head 0 at last token", "`path`"),
     "blocks": ("replace block vision layer 1 with identity", "`replace block`"),
-    "circuit": ("ablate d at photo tokens with zero", "a second circuit"),
+    "circuit": ("ablate d at photo tokens with zero", "a second rule that ablates edges"),
 }
 
 
