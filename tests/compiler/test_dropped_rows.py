@@ -123,10 +123,10 @@ def test_fitted_direction_drops_only_rows_by_its_corruption() -> None:
         "measure logit(answer of moved) as delta",
     )
     for lines in (both, (both[0], MEASURE)):
-        beside = {key: len(rows) for key, rows in table(*lines).other_tables.items()}
-        assert beside["p.train changed by moved"] < 18
-        assert beside.get("p.train changed by reversed", 18) == 18
-        assert "p.train" not in beside
+        others = {key: len(rows) for key, rows in table(*lines).other_tables.items()}
+        assert others["p.train changed by moved"] < 18
+        assert others.get("p.train changed by reversed", 18) == 18
+        assert "p.train" not in others
 
 
 def test_experiments_without_dropped_rows_share_a_table() -> None:

@@ -320,7 +320,7 @@ class ReceivedAttention(PatternObservation):
     """How much attention each later token pays to this one, on average.
 
     Over all later tokens, or, with `received(LOW..HIGH)`, those that lie LOW to HIGH tokens
-    behind it (future attention influence). In models that see both sides over all other tokens, or
+    after it (future attention influence). In models that see both sides over all other tokens, or
     those that lie so far away.
     returns: 0..1, averaged over these tokens, heads and layers that are joined; rows in which no
         token lies there aren't part of the cell
@@ -368,13 +368,13 @@ class ReceivedAttention(PatternObservation):
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         assert rule.sites is not None
-        behind = "all later tokens" if self.causal else "all other tokens"
+        readers = "all later tokens" if self.causal else "all other tokens"
         if (self.low, self.high) != (1, None):
             side = "after it" if self.causal else "away from it in both directions"
-            behind = f"the tokens {self.low} to {self.high} {side}"
+            readers = f"the tokens {self.low} to {self.high} {side}"
         if _is_in(rule.sites, "vision"):
-            behind += " of its image and tile"
-        said = f"received: the attention to a token, averaged over {behind}"
+            readers += " of its image and tile"
+        said = f"received: the attention to a token, averaged over {readers}"
         points = [point for here in rule.sites.points.values() for point in here]
         if any(point.unit is None for point in points):
             said += " and all heads"
