@@ -240,6 +240,7 @@ def test_every_registered_family_is_in_the_tables() -> None:
     parts |= {f"{row.name}_text_model" for row in every() if not isinstance(row, Architecture)}
     # tests/image_prompts/test_attended_images.py and test_attended_encoder.py
     parts |= {"mllama", "mllama_text_model", "mllama_vision_model"}
+    parts |= {"t5_gemma_module"}  # tests/execute/test_encoder_decoder_positions.py
     assert set(FAMILIES) <= types | parts | {*(name.removesuffix("/dual") for name in duals.NAMES)}
 
 

@@ -447,7 +447,7 @@ def test_graph_json_of_scores_at_positions_is_read_as_the_same_circuit(tmp_path:
     assert found.circuit.scores == own.circuit.scores
     assert found.circuit.named_places == own.circuit.named_places
     assert found.circuit.edges == own.circuit.edges
-    assert (found.measures[0].patched == own.measures[0].patched).all()
+    np.testing.assert_allclose(found.measures[0].patched, own.measures[0].patched, atol=1e-5)
     assert json.loads((tmp_path / "d.json").read_text("utf-8"))["edges"] == content["edges"]
     largest = write(tmp_path, 'circuit c = saved("d.json", size: 20)', read)
     (more,) = run(largest, store=False).files[0].experiments
