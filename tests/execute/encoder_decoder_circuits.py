@@ -88,7 +88,7 @@ class Family:
         return f"model.{root}.layers.{layer}.{names.get(site, 'self_attn')}_layer_norm"
 
     def output_norm(self, site: str, layer: int) -> str:
-        """The norm of attention's output; empty if there is none."""
+        """The norm of the sum of heads or neurons; empty if there is none."""
         if name_of(self.name) != "t5gemma":
             return ""
         return self.norm(site, layer).replace(".pre_", ".post_")
@@ -116,11 +116,16 @@ class Family:
     def down(self, site: str, layer: int) -> str:
         """The linear map that reads the neurons of an MLP."""
         path = self.place(site, layer).path
+        if name_of(self.name) == "t5gemma":
+            return f"{self.mlp(site, layer)}.down_proj"
         return f"{path}.wo" if name_of(self.name) in LIKE_T5 else path
 
     def activations(self, site: str, layer: int, x: Tensor) -> Tensor:
         """[token, neuron]: what an MLP's last map reads, without hooks."""
         module = self.module(self.mlp(site, layer))
+        if name_of(self.name) == "t5gemma":
+            opened = module.act_fn(module.gate_proj.forward(x))
+            return multiply_gate(module, opened, module.up_proj.forward(x))
         if name_of(self.name) not in LIKE_T5:
             block = self.module(self.mlp(site, layer).rpartition(".")[0])
             return block.activation_fn(module.forward(x))
@@ -242,7 +247,7 @@ class Pass:
                 path = path if site.startswith("z") else family.down(site, layer)
                 bias = family.module(path).bias
                 added = added if bias is None else added + bias * family.scale(site, layer)
-                norm = family.output_norm(site, layer) if site.startswith("z") else ""
+                norm = family.output_norm(site, layer)
                 added = family.module(norm).forward(added) if norm else added
             x = x + added
             if family.after(stack):

@@ -93,6 +93,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 SHALLOW: dict[str, dict[str, Any]] = {"t5 shallow": {**T5, "num_layers": 1}}
 """Models with one layer in the encoder."""
 
+WINDOWED = {
+    stack: {**T5GEMMA[stack], "sliding_window": 3, "layer_types": ["sliding_attention", *types]}
+    for stack, types in (("encoder", ["full_attention"]), ("decoder", ["full_attention"] * 2))
+}
+SLIDING = {"t5gemma sliding split": {**T5GEMMA, **WINDOWED}}
+"""Models whose first layers attend to the nearest tokens."""
+
 LIKE_T5 = ("t5", "mt5", "umt5")
 SLOW = ("umt5", "m2m_100")
 """Families whose code differs little from that of others."""
@@ -129,7 +136,7 @@ def cases(families: Iterable[str]) -> list[Any]:
 def model(family: str) -> Any:
     """A model whose heads all matter."""
     seed = SEEDS.get(family, 0)
-    config = {**CONFIGS, **WRITERS, **SHALLOW}.get(family, CONFIGS[name_of(family)])
+    config = {**CONFIGS, **WRITERS, **SHALLOW, **SLIDING}.get(family, CONFIGS[name_of(family)])
     made = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(name_of(family), **config))
     families.draw(made, seed)
     for name, parameter in made.named_parameters():

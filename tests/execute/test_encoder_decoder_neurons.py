@@ -64,10 +64,16 @@ from .test_encoder_decoder_circuits import (
 )
 
 slow = pytest.mark.slow
+OTHERS = ("mt5", "marian", "pegasus", "t5gemma sliding")
 FAMILIES = [
     "t5 split",
     "bart split",
-    *(pytest.param(f"{family} split", marks=slow) for family in ("mt5", "marian", "pegasus")),
+    "t5gemma split",
+    *(pytest.param(f"{family} split", marks=slow) for family in OTHERS),
+]
+SOME_FAMILIES = [
+    "t5 split",
+    *(pytest.param(f"{each} split", marks=slow) for each in ("bart", "t5gemma")),
 ]
 
 
@@ -144,7 +150,7 @@ PLACED = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["t5 split", pytest.param("bart split", marks=slow)])
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_edges_of_neurons_at_positions_equal_hooks(family: str, tmp_path: Path) -> None:
     edges = ", ".join(f"{edge} at {PLACED[edge]}" if edge in PLACED else edge for edge in SOME)
     rules = ("ablate c at tokens * with zero", "ablate all but c at tokens * with turned")
@@ -170,7 +176,7 @@ class Held(Pass):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["t5 split", pytest.param("bart split", marks=slow)])
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_edges_of_neurons_carry_what_other_rules_write(family: str, tmp_path: Path) -> None:
     """In the same run, of both streams, and in the run that gives the fill."""
     first = "ablate mlp_hidden encoder layer 0 neuron 4 at subject tokens with zero"
@@ -235,7 +241,7 @@ def separate(node: Node) -> list[Node]:
         ("bart split", "gim at a token of the decoder"),
         *(
             pytest.param(family, name, marks=slow)
-            for family in ("t5 split", "bart split", "mt5 split")
+            for family in ("t5 split", "bart split", "mt5 split", "t5gemma split")
             for name in SCORES
             if "mean" not in name
         ),
@@ -299,7 +305,7 @@ def test_report_of_a_circuit_of_neurons_equals_the_ablation(
     np.testing.assert_allclose(measure.patched[0], own, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["t5 split", pytest.param("bart split", marks=slow)])
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_circuit_of_neurons_of_a_file_equals_hooks(family: str, tmp_path: Path) -> None:
     edges = [edge for edge in SOME if "s " not in edge]
     rule = "ablate all but c at tokens * with turned"

@@ -27,6 +27,7 @@ def ruled(model: nn.Module, kind: str) -> nn.Module:
         elif kind == "relp" and ("GELU" in name or "SiLU" in name or name == "ReLU"):
             part.forward = _ratio(part.forward)
         elif hasattr(part, "gate_proj"):
+            vars(part)["product_in_reference"] = _product
             part.forward = _gated(part.act_fn, part.gate_proj, part.up_proj, part.down_proj)
         elif hasattr(part, "wi_1"):  # T5
             vars(part)["product_in_reference"] = _product
