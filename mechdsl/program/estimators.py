@@ -564,8 +564,8 @@ class ContextualDecomposition(_GradientTimesChange):
         "attention has the weights of the base run. Each cell needs a row of two prompts in a "
         "forward pass, so this isn't cheaper than running the cell. For a `path`, the relevant "
         "part of all other heads and MLPs is 0 up to the receiver, and each sender needs two "
-        "further forward passes; encoder-decoders are rejected. Queries, keys, models with "
-        "experts, vision-language models and image classifiers are rejected (E0608)."
+        "further forward passes. Queries and keys are rejected, because their estimates would be "
+        "0, and so are models with experts, vision-language models and image classifiers (E0608)."
     )
     source = "Hsu et al. 2024, arXiv 2407.00886; Murdoch et al. 2018, arXiv 1801.05453"
     convention = (

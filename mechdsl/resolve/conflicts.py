@@ -570,11 +570,7 @@ def _of_changed_receivers(
     receivers = (p.site for here in path.receivers.points.values() for p in here)
     inside = {site: span for site in receivers if is_query_or_key(site)}
     decomposed = said.kind.backward is not None and said.kind.backward.decomposed
-    if decomposed and experiment.model.shape.takes != "text":
-        reason = "a path is decomposed in models of texts with one stack only"
-        what = f"a path in `{experiment.model.name}`"
-        yield _no_estimate(said, rule.spec.span, what, reason, "write `using eap`")
-    elif decomposed and inside:
+    if decomposed and inside:
         yield _no_estimate(said, span, f"`{next(iter(inside))}`", _BASE_WEIGHTS, _EXACT_HINT)
     elif decomposed and (path.basis is not None or (rule.basis and rule.basis.transcodes)):
         reason = "a path from or to features of a dictionary isn't decomposed yet"

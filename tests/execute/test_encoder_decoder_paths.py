@@ -543,7 +543,7 @@ ERRORS = {
     "path z cross layer 0 head * -> logits at subject token": "E0316",
     "path mixed -> q layer 1 heads * at last token": "E0317",
     "path z layer 0 head * -> logits at last token with frozen norms\n  using eap_ig": "E0608",
-    "path z layer 0 head * -> logits at last token\n  using cdt": "E0608",
+    "path z layer 0 head * -> q cross layer 1 head * at last token\n  using cdt": "E0608",
 }
 
 

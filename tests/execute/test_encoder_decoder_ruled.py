@@ -17,7 +17,7 @@ from torch import Tensor
 from mechdsl.program.estimators import ESTIMATORS
 
 from ..quick import in_turn, some
-from ..reference.decomposed import decompose
+from ..reference.decomposed import decompose, decompose_held
 from ..reference.gradients import Where
 from ..reference.ruled import ruled
 from .encoder_decoders import (
@@ -269,6 +269,78 @@ def test_estimates_of_paths_equal_gradients_along_edges(
         measure = found[f"e{n}"].measures[0]
         np.testing.assert_allclose(
             measure.patched - measure.base, expected, atol=1e-4, rtol=1e-3, err_msg=name
+        )
+        assert np.abs(expected).max() > 1e-3, name
+
+
+def place_of(family: str, end: End) -> Where:
+    """The module of a site with all of its heads; for the end of the model, its last stream."""
+    at_end = end[0] == "logits"
+    own = module_of(family, ("resid_post", LAYERS - 1, None) if at_end else (*end[:2], None))
+    return Where(own.path, "in" if own.of_input else "out", 1 if end[2] is None else HEADS)
+
+
+def decomposed_path(
+    family: str, case: Case, senders: Sequence[End], receivers: Sequence[End], row: Record
+) -> float:
+    """Hold all else at the whole up to the receivers, and then write what they receive."""
+    prompt, module = Prompt.of(family, row, encodes=case.encodes), double(family)
+
+    def call(module: Any) -> Tensor:
+        return measured(module, family, prompt.base, row)
+
+    sent: list[tuple[Where, dict[tuple[int, int], Tensor]]] = []
+    for site, layer, head in senders:
+        own = module_of(family, (site, layer, None))
+        new = read_double(family, prompt.source, own, row)[prompt.read[0]]
+        units, unit = (1, 0) if head is None else (HEADS, head)
+        vector = new.unflatten(-1, (units, -1))[unit]
+        sent.append((place_of(family, (site, layer, head)), {(prompt.written[0], unit): vector}))
+    held = [
+        Where(own.path, "in" if own.of_input else "out")
+        for own, *_ in fixed(family, prompt.base, "", mlps=case.mlps)
+    ]
+    ends = [place_of(family, end) for end in receivers]
+    _, found = decompose_held(module, call, sent, held, ends)
+    at, heads = prompt.written[0], [end[2] or 0 for end in receivers]
+    received = [
+        (end, {(at, head): value[at, head]})
+        for end, head, value in zip(ends, heads, found, strict=True)
+    ]
+    return decompose_held(module, call, received, (), ())[0]
+
+
+DECOMPOSED_PATHS = (
+    "cross to logits", "cross to inputs of mlps", "encoder to values", "mlps to values",
+    "decoder to logits", "cross to logits through mlps", "encoder to its mlp",
+    "embedding of the encoder to its blocks", "all heads of cross attention to logits",
+    "encoder to its output",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("t5", DECOMPOSED_PATHS[:2]),
+        ("bart", DECOMPOSED_PATHS[2:4]),
+        *(pytest.param(family, DECOMPOSED_PATHS, marks=pytest.mark.slow) for family in FAMILIES),
+    ],
+)
+def test_cdt_of_paths_equals_plain_hooks(family: str, names: Sequence[str], tmp_path: Path) -> None:
+    cases = {name: CASES[name] for name in names}
+    lines = "".join(
+        experiment(f"e{n}", *FROM, case.line, "using cdt") for n, case in enumerate(cases.values())
+    )
+    ran = try_file(lines, tmp_path, double(family), tokenizer=tokenizer(), prompts=PROMPTS)
+    found = by_name(*ran)
+    for n, (name, case) in enumerate(cases.items()):
+        expected = [
+            [decomposed_path(family, case, *cell, row) for row in ROWS] for cell in case.cells()
+        ]
+        measure = found[f"e{n}"].measures[0]
+        limit = 1e-4 if family == "t5gemma" else 1e-5  # its norms compute in 32 bits
+        np.testing.assert_allclose(
+            measure.patched - measure.base, expected, atol=limit, rtol=1e-4, err_msg=name
         )
         assert np.abs(expected).max() > 1e-3, name
 

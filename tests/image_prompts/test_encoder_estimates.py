@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..execute.encoder_decoders import Place, changed
 from ..quick import some
-from ..reference.decomposed import decompose
+from ..reference.decomposed import decompose, decompose_held
 from ..reference.gradients import Where
 from ..reference.ruled import FlatSoftmax, ruled
 from . import test_encoded_images as images
@@ -148,3 +148,53 @@ def test_changed_derivatives_of_encoded_sounds_and_images_equal_the_reference(
             measure.patched - measure.base, expected, atol=2e-4, rtol=1e-3, err_msg=site
         )
         assert np.abs(expected).max() > 1e-3, site
+
+
+def where(own: Place) -> Where:
+    return Where(own.path, "in" if own.of_input else "out")
+
+
+@pytest.mark.parametrize("name", some(tuple(MODELS), ("multilingual",)))
+def test_cdt_of_paths_from_frames_and_patches_equals_the_reference(name: str) -> None:
+    """All heads of one layer send; the values of all heads of a later attention receive."""
+    of = MODELS[name]
+    word = "photo row 1 col 2" if name in images.FAMILIES else "a frame 3"
+    paths = [
+        ("z encoder", 0, "v cross", 1, f"{word} token"),
+        ("z encoder", 0, "v encoder", 1, f"{word} token"),
+        ("z cross", 0, "v", 2, "last token"),
+    ]
+    text = "".join(
+        experiment(
+            f"e{n}",
+            "from clean into changed",
+            f"path {sender} layer {first} heads * -> {receiver} layer {second} heads * at {at}",
+            "using cdt",
+        )
+        for n, (sender, first, receiver, second, at) in enumerate(paths)
+    )
+    held = [
+        where(of.place(f"{site} {stack}".strip(), layer))
+        for stack, count in LAYERS.items()
+        for layer in range(count)
+        for site in (("z",) if stack == "cross" else ("z", "mlp_out"))
+    ]
+    for each, (sender, first, receiver, second, _) in zip(
+        of.run_text(text, name), paths, strict=True
+    ):
+        at, own, end = token(name, sender), of.place(sender, first), of.place(receiver, second)
+        expected: list[float] = []
+        for n in range(len(of.RECORDS)):
+
+            def call(module: Any, n: int = n) -> Tensor:
+                return measured(module, name, n, of.other(n))
+
+            sent = {(at, 0): read(name, n, own, at)[0]}
+            module = double(name, "cdt")
+            _, [found] = decompose_held(module, call, [(where(own), sent)], held, [where(end)])
+            expected.append(decompose(module, call, where(end), {(at, 0): found[at, 0]}))
+        measure = each.measures[0]
+        np.testing.assert_allclose(
+            (measure.patched - measure.base)[0], expected, atol=2e-4, rtol=1e-3, err_msg=receiver
+        )
+        assert np.abs(expected).max() > 1e-3, receiver

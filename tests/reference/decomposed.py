@@ -23,22 +23,20 @@ def decompose(
     model: nn.Module, call: Callable[[nn.Module], Tensor], at: Where, written: Vectors
 ) -> float:
     """The metric of irrelevant parts minus that of the whole, with these vectors written."""
-    return decompose_held(model, call, at, written, (), at)[0]
+    return decompose_held(model, call, [(at, written)], (), ())[0]
 
 
 def decompose_held(
     model: nn.Module,
     call: Callable[[nn.Module], Tensor],
-    at: Where,
-    written: Vectors,
+    writes: Sequence[tuple[Where, Vectors]],
     held: Sequence[Where],
-    end: Where,
-) -> tuple[float, Tensor]:
+    ends: Sequence[Where],
+) -> tuple[float, list[Tensor]]:
     """The same with the values of the whole at some sites except for the written vectors, and the
-    irrelevant part of another site, [position, unit, width]."""
-    seen: list[Tensor] = []
-    config: Any = model.config
-    heads = config.num_attention_heads
+    irrelevant parts of other sites, [position, unit, width] each."""
+    seen: dict[Where, Tensor] = {}
+    heads = getattr(model.config, "num_attention_heads", 0)  # only of GPT-NeoX
     taken: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
     parts = {
@@ -61,15 +59,27 @@ def decompose_held(
 
         return hook
 
-    def write(value: Tensor) -> Tensor:
-        flat = value.reshape(value.shape[1], at.units, -1).clone()
-        for (position, unit), vector in written.items():
-            flat[position, unit] = vector
-        return flat.reshape(value.shape)
+    def write(at: Where, written: Vectors) -> tuple[Any, Any]:
+        def put(value: Tensor) -> Tensor:
+            flat = value.reshape(value.shape[1], at.units, -1).clone()
+            for (position, unit), vector in written.items():
+                flat[position, unit] = vector
+            return flat.reshape(value.shape)
 
-    def keep(part: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
-        value = args[0] if end.side == "in" else (out[0] if isinstance(out, tuple) else out)
-        seen.append(value.detach().reshape(value.shape[1], end.units, -1))
+        def entering(part: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (put(args[0]), *args[1:])
+
+        def leaving(part: nn.Module, args: Any, out: Any) -> Any:
+            return (put(out[0]), *out[1:]) if isinstance(out, tuple) else put(out)
+
+        return entering, leaving
+
+    def keep(end: Where) -> Any:
+        def hook(part: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
+            value = args[0] if end.side == "in" else (out[0] if isinstance(out, tuple) else out)
+            seen[end] = value.detach().reshape(value.shape[1], end.units, -1)
+
+        return hook
 
     def fix(name: str, side: str) -> tuple[Any, Any]:
         def before(part: nn.Module, args: tuple[Tensor, ...]) -> Any:
@@ -86,11 +96,11 @@ def decompose_held(
     fixed: dict[tuple[str, str], Tensor] = {}
     holds = {own: fix(own.path, own.side) for own in held}
 
-    def entering(part: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (write(args[0]), *args[1:])
-
-    def leaving(part: nn.Module, args: Any, out: Any) -> Any:
-        return (write(out[0]), *out[1:]) if isinstance(out, tuple) else write(out)
+    def change(own: Where, entering: Any, leaving: Any) -> Any:
+        part = model.get_submodule(own.path)
+        if own.side == "in":
+            return part.register_forward_pre_hook(entering)
+        return part.register_forward_hook(leaving)
 
     with torch.no_grad():
         handles = [part.register_forward_hook(store(name)) for name, part in parts.items()]
@@ -99,23 +109,14 @@ def decompose_held(
         whole = float(call(model))
         for handle in handles:
             handle.remove()
-        source = model.get_submodule(at.path)
         handles = [part.register_forward_hook(replace(name)) for name, part in parts.items()]
-        for own, (_, hook) in holds.items():
-            part = model.get_submodule(own.path)
-            if own.side == "in":
-                handles.append(part.register_forward_pre_hook(hook))
-            else:
-                handles.append(part.register_forward_hook(hook))
-        handles.append(model.get_submodule(end.path).register_forward_hook(keep))
-        if at.side == "in":
-            handles.append(source.register_forward_pre_hook(entering))
-        else:
-            handles.append(source.register_forward_hook(leaving))
+        handles += [change(own, hook, hook) for own, (_, hook) in holds.items()]
+        handles += [model.get_submodule(end.path).register_forward_hook(keep(end)) for end in ends]
+        handles += [change(at, *write(at, written)) for at, written in writes]
         found = float(call(model))
         for handle in handles:
             handle.remove()
-    return found - whole, seen[0]
+    return found - whole, [seen[end] for end in ends]
 
 
 def _irrelevant(

@@ -173,7 +173,7 @@ def along_edge(family: str, layer: int, head: int, end: Where, unit: int) -> lis
         theirs = read(family, tuple(source.ids), at)
         sent = {(base.last, head): theirs[source.last, head]}
         model = double(family)
-        _, received = decompose_held(model, call, at, sent, held, end)
+        _, (received,) = decompose_held(model, call, [(at, sent)], held, [end])
         written = {(base.last, unit): received[base.last, unit]}
         found.append(decompose(model, call, end, written))
     return found
