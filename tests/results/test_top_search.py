@@ -7,12 +7,18 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy.stats import beta, spearmanr
+from scipy.stats import beta, norm, spearmanr
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.source import Source, Span
 from mechdsl.program.spec import Verification
-from mechdsl.statistics.verification import ExactEffects, TopSearch, search_top
+from mechdsl.statistics.verification import (
+    SEARCH_SAMPLE,
+    ExactEffects,
+    TopSearch,
+    choose_cells,
+    search_top,
+)
 
 Ranking = tuple[Floats, Floats]
 """Estimates and exact effects, shape [cell] each."""
@@ -119,6 +125,34 @@ def test_top_search_finds_the_largest_effects_at_its_level(kind: str) -> None:
         assert right >= 190
     if kind == "Gaussian":
         assert np.median(runs) <= 400
+
+
+def runs_of_known_distribution(number: int, size: float) -> int:
+    """Return the runs of a search that knows the distribution of Gaussian effects given their
+    estimates, and decides after each cell."""
+    estimates, exact = gaussian(1000, size, np.random.default_rng(1000 + number))
+    best, drawn = choose_cells(estimates, 20, SEARCH_SAMPLE, number)
+    first = np.concatenate([best, drawn])
+    order = np.argsort(-np.abs(estimates), kind="stable")
+    rest = order[~np.isin(order, first)]
+    spread = size / (1 + size**2) ** 0.5
+    for done in range(len(rest)):
+        cells = np.concatenate([first, rest[:done]])
+        least = np.sort(np.abs(exact[cells]))[-20]
+        middle = estimates[rest[done:]] / (1 + size**2)
+        larger = sum(norm.sf((least + way * middle) / spread) for way in (-1, 1))
+        if 1 - np.prod(1 - larger) <= 0.05:
+            return len(cells)
+    return len(estimates)
+
+
+@pytest.mark.slow
+def test_known_distribution_needs_more_than_400_runs_in_some_rankings() -> None:
+    size = tuned_size("Gaussian", 1000)
+    runs = [runs_of_known_distribution(number, size) for number in range(200)]
+    print(np.median(runs), max(runs))
+    assert 280 <= np.median(runs) <= 300
+    assert 400 < max(runs) <= 420
 
 
 def test_top_search_stops_early_only_with_a_bound() -> None:
