@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
@@ -290,40 +290,35 @@ class _BlockLines:
         self.name(line.name)
         if not any(each.is_video for each in self.pictures):
             self.name(ast.Name(FRAME_SPAN, span=line.name.span))
-        problems = video_problems(line.value)
-        if not problems and self.definition.kind == "images":
-            reason, hint = "is a part of prompts", "write a `prompts` block"
-            at, name = line.span, "video"
-            problems = [BadArgument(span=at, name=name, reason=reason, hint=hint)]
-        self.diagnostics.extend(problems)
         gray = ast.Name("gray", span=line.value.span)
-        value = ast.ListLiteral((gray, gray), span=gray.span) if problems else line.value
-        self.pictures.append(
-            spec.PictureDef(
-                span=line.span,
-                name=line.name.id,
-                value=value,
-                is_video=True,
-                is_invalid=bool(problems),
-            )
-        )
+        frames = ast.ListLiteral((gray, gray), span=gray.span)
+        self._clip(line, "video", video_problems(line.value), frames)
 
     def _audio(self, line: ast.AudioLine) -> None:
         """Define a sound within prompts (E0203, E0207)."""
         self.name(line.name)
-        problems = sound_problems(line.value)
+        silence = ast.Name("silence", span=line.value.span)
+        self._clip(line, "audio", sound_problems(line.value), silence)
+
+    def _clip(
+        self,
+        line: ast.VideoLine | ast.AudioLine,
+        word: Literal["video", "audio"],
+        problems: list[Diagnostic],
+        fallback: ast.Expr,
+    ) -> None:
+        """Define a video or a sound; `fallback` stands for a value with problems."""
         if not problems and self.definition.kind == "images":
             reason, hint = "is a part of prompts", "write a `prompts` block"
-            problems = [BadArgument(span=line.span, name="audio", reason=reason, hint=hint)]
+            problems = [BadArgument(span=line.span, name=word, reason=reason, hint=hint)]
         self.diagnostics.extend(problems)
-        silence = ast.Name("silence", span=line.value.span)
-        value = silence if problems else line.value
         self.pictures.append(
             spec.PictureDef(
                 span=line.span,
                 name=line.name.id,
-                value=value,
-                is_sound=True,
+                value=fallback if problems else line.value,
+                is_video=word == "video",
+                is_sound=word == "audio",
                 is_invalid=bool(problems),
             )
         )
