@@ -60,7 +60,7 @@ worked out manually, and with models in which a changed pixel changes only the v
 The processors of `internvl`, `llava_onevision`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `smolvlm` and
 `video_llava` also prepare videos, so transformers loads them only if torchvision is installed
 (`pip install "mechdsl[video]"`). Their image processors are then other classes, whose pixels may
-differ; the conventions name the class. That of `smolvlm` also needs num2words.
+differ; the conventions name the class. The processor of `smolvlm` also needs num2words.
 
 The video processors of `video_llava`, `llava_onevision`, `smolvlm`, `internvl` and the Qwen models
 read the frames of a `video` line together:
@@ -77,7 +77,8 @@ read the frames of a `video` line together:
   The times depend on `fps` of its video processor; without it, frames are 0.5 s apart. Images and
   videos in one prompt are E0459.
 - Videos of one prompt may have different numbers of frames. Only the processors of Qwen models
-  prepare them together; with others, each has the tokens and vectors that it has alone.
+  prepare them together; with others, each video has the same tokens and vectors as in a prompt
+  without other videos.
 - In chats, a video is written where the template writes an image. Its tokens are those around a
   video without a chat: `qwen3_vl` has start and end tokens only around each pair. `smolvlm` has
   another chat template for videos, from its processor's class.
@@ -87,7 +88,7 @@ nothing else ([load-models.md](load-models.md#experiment-on-the-reader-of-an-ima
 blocks of the language model attend to the image
 ([load-models.md](load-models.md#experiment-on-blocks-that-attend-to-an-image)). Prompts of
 `whisper` contain one sound ([load-models.md](load-models.md#experiment-on-the-reader-of-a-sound)).
-Some models do more with images than read their vectors:
+Some models also treat images in other ways than by reading their vectors:
 
 - Position ids of image tokens are rows and columns in `qwen2_vl`, `qwen2_5_vl` and `qwen3_vl`.
   There, `renumber` gives a token one number for frame, row and column; other tokens keep theirs.
@@ -105,9 +106,9 @@ Some models do more with images than read their vectors:
 - All tokens of a prompt with an image attend to each other in `paligemma`, and tokens of answers
   and replies attend to earlier ones. Its processor puts the beginning-of-sequence token after the
   last image, and so does mechdsl. It also ends each prompt with a line break, so a template ends
-  with `\\n`, its only one; others are E0459. Without an image, each token attends to
-  itself and earlier ones, which the conventions of a run report. In transformers, tokens of such a
-  prompt attend to each other unless the model gets `token_type_ids` of 1.
+  with `\\n`. Other line breaks in it are E0459. Without an image, each token attends to itself and
+  earlier ones, which the conventions of a run report. In transformers, tokens of such a prompt
+  attend to each other unless the model gets `token_type_ids` of 1.
 
 Rules in the vision encoder (`patch resid_post vision layer 4 at photo row 2 col 3 token`) act on
 all patches that the vector of an image token is made from:
@@ -197,8 +198,8 @@ The encoder of `mllama` has local blocks, then global ones. They count as one st
 and 8 global blocks, `vision layer 0..31` are local and `vision layer 32..39` global. The norm and
 the positions of tiles between the two are part of neither. `attn_out` and `mlp_out` of global
 blocks include their gates. Tokens of all tiles attend to each other. Blocks of `cross` read the
-last block and some local ones, and so rules in the encoder change `k cross` and `v cross`. Its
-padding of tiles has no tokens.
+last block and some local ones, so rules in the encoder change `k cross` and `v cross`. Padding
+tiles have no tokens.
 
 Before such a rule, mechdsl tests the patches of each new arrangement of tiles and rows: it changes
 the patches of some tokens after the last block that the language model reads, and only the vectors
@@ -228,8 +229,8 @@ by at least {SMALLEST:.0e}. Architectures in which rounding is visible are compa
 marked.
 
 Edges are available if attention, recomputed from its queries, keys, values and masks, matches the
-model in every block. `tests/rules` compares rules on edges with a reference. Comments in the tables
-list sites that an architecture could have in addition.
+model in every block. `tests/rules` compares rules on edges with a reference. Comments in these
+tables list further sites that an architecture could have.
 
 `make families` runs all tests and builds this page. `python -m tests.families NAME…` tests some
 architectures.
