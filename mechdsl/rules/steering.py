@@ -27,6 +27,7 @@ from mechdsl.resolve.types import (
     AxisIndices,
     Convention,
     DirectionTargets,
+    ExternalRun,
     Intervention,
     PositionTargets,
     ResolvedRule,
@@ -34,7 +35,13 @@ from mechdsl.resolve.types import (
     SiteTargets,
     VectorBatch,
 )
-from mechdsl.rules.kinds import CURRENT_STATE_NOTE, check_one_side, resolve_targets, rule_kind
+from mechdsl.rules.kinds import (
+    CURRENT_STATE_NOTE,
+    check_equal_lengths,
+    check_one_side,
+    resolve_targets,
+    rule_kind,
+)
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES, SITES_WITHOUT_STEPS, SiteKind, TokenSide, unknown_component
 
@@ -758,6 +765,7 @@ class SetRule(RuleKind):
             amounts = resolve_amounts(rule.fill, work)
         if sites is None or positions is None or (python is None and amounts is None):
             return None
+        check_equal_lengths(rule, sites, positions, does, ExternalRun(work.table, base), work)
         return ResolvedRule(
             spec=rule,
             does=does,

@@ -146,6 +146,15 @@ DIFFERENT: dict[str, list[str]] = {
             for word in ("entropy", "distance", "distance(2)", "distance(3)")
         ),
     ],
+    "position ids": [
+        one(f"renumber {rule}", ends="")
+        for rule in (
+            "subject tokens from 5",
+            "subject tokens from 6",
+            "last token from 6",
+            "last token from 0",
+        )
+    ],
     "estimated paths": [
         one("path z layer 0 head 1 -> q layer 2 head 1 at last token"),
         *(

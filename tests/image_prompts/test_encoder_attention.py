@@ -20,10 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.run.panel import execute
 from mechdsl.forward.hooks import attention
 from mechdsl.loading.loader import adopt_model
+from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.passes import make_plan, plan_cost
 from mechdsl.results.assembly.collection import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult
@@ -577,12 +579,12 @@ LINES = {
 }
 
 
-def try_line(name: str, line: str) -> list[Diagnostic]:
+def try_line(name: str, line: str, options: RunOptions | None = None) -> list[Diagnostic]:
     alone = line.startswith(("observe", "save"))
     lines = [line] if alone else ["from clean into changed", line]
     text = experiment("e", *lines, measure="" if alone else MEASURE)
     source = f'mech 1\nmodel m = local("handed over")\n{BLOCK}\n{text}'
-    result, found = run_on(Source(source, folder() / "f.mech"), {"m": loaded(name)})
+    result, found = run_on(Source(source, folder() / "f.mech"), {"m": loaded(name)}, options)
     assert result is None or not result.experiments
     return [each for each in found if each.severity == "error"]
 
@@ -592,9 +594,13 @@ def test_invalid_line_reports_the_code_before_anything_runs(line: str, code: str
     assert [each.code for each in try_line("internvl", line)] == [code]
 
 
-def test_mean_scores_of_images_of_one_layout_are_refused() -> None:
-    line = "ablate scores vision layer 0 head 0 at photo row 1 col 2 token with mean"
-    [problem] = try_line("llava", line)
+@pytest.mark.parametrize("fill", ["ablate {} with mean", 'set {} to python("own.py:half")'])
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_scores_of_all_rows_are_refused(name: str, fill: str) -> None:
+    """Also if all images have one layout."""
+    (folder() / "own.py").write_text("def half(vectors):\n    return vectors / 2\n", "utf-8")
+    line = fill.format("scores vision layer 0 head 0 at photo row 1 col 2 token")
+    [problem] = try_line(name, line, RunOptions(settings=CheckSettings(python="run")))
     assert (problem.code, "with values of all rows" in problem.message) == ("E0108", True)
 
 
