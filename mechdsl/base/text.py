@@ -72,9 +72,9 @@ def count_noun(count: int, noun: str) -> str:
 
 
 def plural_noun(noun: str) -> str:
-    """Return the plural: `rows`, `values of a`."""
+    """Return the plural: `rows`, `patches`, `values of a`."""
     word, of, name = noun.partition(" of ")
-    return f"{word}s{of}{name}"
+    return f"{word}{'es' if word.endswith('ch') else 's'}{of}{name}"
 
 
 class Percent(float):

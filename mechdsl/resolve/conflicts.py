@@ -1060,9 +1060,18 @@ def _have_same_fill(one: ResolvedRule, other: ResolvedRule) -> bool:
     return alike and not (one.spec.all_but or other.spec.all_but)
 
 
+def _are_rejected_edges(rule: ResolvedRule, experiment: ResolvedExperiment) -> bool:
+    """Return whether `check_other_stacks` rejects edges of the language model, next to rules in the
+    vision encoder."""
+    if rule.in_vision or experiment.model.shape.attends_to_image:
+        return False
+    return experiment.in_vision and (rule.path is not None or rule.circuit is not None)
+
+
 def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0108 for rules that can't act together with an ablated circuit."""
-    rules = [rule for rule in experiment.rules if rule.circuit is not None]
+    checked = [rule for rule in experiment.rules if not _are_rejected_edges(rule, experiment)]
+    rules = [rule for rule in checked if rule.circuit is not None]
     if not rules:
         return
     started = experiment.derived.get(experiment.spec.base)
@@ -1071,7 +1080,7 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     neurons = {where for own in circuits for where in own.neurons}
     features = {output for own in circuits for output in own.features}
     of_mlps = {layer for site, layer in features if site == "mlp_out"}
-    for rule in (*others, *experiment.rules):
+    for rule in (*others, *checked):
         points = () if rule.sites is None else rule.sites.points.values()
         sites = {point.site for here in points for point in here}
         read = {site for site in sites if SITES[site].component in READ_BY_RECEIVERS}
@@ -1106,8 +1115,6 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
             what += "output are nodes of a circuit"
             later = "write an experiment for each, or change single heads: `z layer 0 head 1`"
         elif rule.circuit is not None and rule is not rules[0] and rule.only is None:
-            if rule.circuit.stack != circuits[0].stack:
-                continue  # `check_other_stacks` reports the one of the language model
             what = "a second rule that ablates edges"
             if _have_same_fill(rule, rules[0]):
                 later = "join the edges of both in one `circuit`"

@@ -541,7 +541,7 @@ ERRORS = {
     "patch resid_post vision layer 0 at photo tokens": ("E0307", "numbers of patches"),
     "patch resid_post vision layer 0 at photo row 1 col 1 token onto photo row 1 col * tokens": (
         "E0307",
-        "1 patches",
+        "1 patch in the source run, ",
     ),
     "scale resid_post layer 0 at photo row 1 col 1 token by 2": ("E0310", "vision encoder"),
 }

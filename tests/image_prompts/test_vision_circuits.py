@@ -625,19 +625,24 @@ VISION_LINES = (
     "scale z vision layer 0 head 0 at photo tokens by 0",
     "observe norm resid_post vision layer 1 at photo tokens as size",
 )
+LANGUAGE_LINES = {
+    "ablate t at last token with zero": "a circuit",
+    "path z layer 0 head 0 -> q layer 1 head 0 at last token": "a `path`",
+    "path z layer 0 head 0 -> attn_norm layer 1 at last token with frozen norms": "a `path`",
+}
 
 
 @pytest.mark.parametrize("line", VISION_LINES)
+@pytest.mark.parametrize("rule", LANGUAGE_LINES)
 @pytest.mark.parametrize("is_first", [True, False])
-def test_circuit_of_the_language_model_with_sites_of_the_encoder_is_one_error(
-    line: str, *, is_first: bool
+def test_edges_of_the_language_model_with_sites_of_the_encoder_are_one_error(
+    rule: str, line: str, *, is_first: bool
 ) -> None:
-    rule = "ablate t at last token with zero"
     lines = (rule, line) if is_first else (line, rule)
     text = f"circuit c = {Z}\ncircuit t = embed -> logits\n"
     [found] = errors("llava_class", text + experiment("e", "from clean into changed", *lines))
     assert found.code == "E0108"
-    what = "a circuit of the language model together with sites in the vision encoder"
+    what = f"{LANGUAGE_LINES[rule]} of the language model together with sites in the vision encoder"
     assert found.message.startswith(what)
     assert found.help_text == "write an experiment for each"
 

@@ -57,6 +57,7 @@ def test_counted_nouns_have_the_right_plural() -> None:
     assert count_noun(1, "value of a") == "1 value of a"
     assert count_noun(2000, "value of a") == "2,000 values of a"
     assert plural_noun("distinct prompt") == "distinct prompts"
+    assert plural_noun("patch of an image") == "patches of an image"
 
 
 def test_p_of_equal_units_is_that_of_their_signs() -> None:

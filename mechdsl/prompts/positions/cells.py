@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from mechdsl.base.records import Record
 from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun, name_list
+from mechdsl.base.text import count_noun, name_list, plural_noun
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.positions import (
@@ -119,21 +119,20 @@ def check_token_counts(
     if not unequal:
         return []
     written, read = next(iter(unequal.values()))
+    are_patches, row = base_cells[0].vectors > 1, next(iter(unequal))
+    unit = "patch" if are_patches else "token"
     problem = UnequalUnion(
         span=span,
-        source=count_noun(read, "token"),
-        base=count_noun(written, "token"),
+        source=count_noun(read, unit),
+        base=count_noun(written, unit),
         rows=len(unequal),
         total=total,
+        units=plural_noun(unit),
     )
-    are_patches, row = base_cells[0].vectors > 1, next(iter(unequal))
     base_run = None if table is None or runs is None else table.runs[runs[0]]
     if are_patches or (base_run is not None and _are_of_images(base_cells, row, base_run)):
-        units = "patches" if are_patches else "tokens"
-        hint = f"use images of one width and height, or name {units} that all images have, such as "
-        hint += "`photo row 1 col 1 token`"
-        source, base = f"{read:,} {units}", f"{written:,} {units}"
-        problem = replace(problem, source=source, base=base, units=units, hint=hint)
+        hint = f"use images of one width and height, or name {problem.units} that all images have, "
+        problem = replace(problem, hint=hint + "such as `photo row 1 col 1 token`")
     return [problem]
 
 

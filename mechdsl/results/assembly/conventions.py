@@ -422,7 +422,7 @@ def _of_features(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionIt
         return
     at = f"at {count_noun(found.tokens, 'token')}"
     if rule.rule.in_vision:
-        at = "at 1 patch" if found.tokens == 1 else f"at {found.tokens:,} patches"
+        at = f"at {count_noun(found.tokens, 'patch')}"
     said = f"{found.active:,} of {found.size:,} features are active {at}"
     if found.explained is not None:
         said += f"; the reconstruction explains {found.explained:.4g} of their variance"
