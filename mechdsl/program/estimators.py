@@ -565,7 +565,8 @@ class ContextualDecomposition(_GradientTimesChange):
         "forward pass, so this isn't cheaper than running the cell. For a `path`, the relevant "
         "part of all other heads and MLPs is 0 up to the receiver, and each sender needs two "
         "further forward passes. Queries and keys are rejected, because their estimates would be "
-        "0, and so are models with experts, vision-language models and image classifiers (E0608)."
+        "0, and so are models with experts, image classifiers, vision encoders of prompts, and "
+        "models whose blocks attend to an image (E0608)."
     )
     source = "Hsu et al. 2024, arXiv 2407.00886; Murdoch et al. 2018, arXiv 1801.05453"
     convention = (

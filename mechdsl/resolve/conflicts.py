@@ -196,7 +196,8 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
         yield _no_estimate(said, said.span, what, reason, _name_other(experiment))
     elif rules is not None and rules.decomposed and shape.takes not in _DECOMPOSED:
         what = f"`{experiment.model.name}`"
-        reason = f"`{said.name}` is computed for models of texts, and for encoder-decoders"
+        kind = "whose blocks attend to an image" if shape.attends_to_image else "without text"
+        reason = f"`{said.name}` isn't computed for models {kind}"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
     elif said.kind.drops_layers and (lacking := _no_dropped_layers(stacks)):
         what = f"`{experiment.model.name}`"
@@ -207,7 +208,7 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
         yield _no_estimate(said, span, what, "the run has rules", NO_ESTIMATE_HINT)
 
 
-_DECOMPOSED = frozenset({"text", "two texts", "image to text", "sound to text"})
+_DECOMPOSED = frozenset({"text", "two texts", "image to text", "sound to text", "image and text"})
 """What models read that `cdt` is computed for."""
 
 
@@ -332,6 +333,10 @@ def _explain_no_vision_estimate(
 ) -> tuple[str, str] | None:
     """Return why a rule in a vision encoder isn't estimated, and a hint."""
     kind = said.kind
+    if kind.backward is not None and kind.backward.decomposed:
+        return "it decomposes the language model, which reads the vectors of images", (
+            OTHER_ESTIMATOR_HINT if rule.path is None else "write `using eap`"
+        )
     if rule.edge is not None:
         reason = "gradients of attention weights between patches aren't computed yet"
         return reason, NO_ESTIMATE_HINT

@@ -16,6 +16,8 @@ from .gradients import Where
 
 Vectors = Mapping[tuple[int, int], Tensor]
 """Vectors by position and unit."""
+OF_IMAGES = ("vision", "visual", "image_tower", "video_tower", "connector", "projector")
+"""Words in the names of modules that come before a language model, and whose values are whole."""
 QUERIES_AND_KEYS = ("q_proj", "k_proj", "query", "key", "q", "k")
 
 
@@ -42,9 +44,12 @@ def decompose_held(
     parts = {
         name: part
         for name, part in model.named_modules()
-        if isinstance(part, nn.Linear)
-        or type(part).__name__ == "Conv1D"
-        or "norm" in type(part).__name__.lower()
+        if not any(word in name for word in OF_IMAGES)
+        and (
+            isinstance(part, nn.Linear)
+            or type(part).__name__ == "Conv1D"
+            or "norm" in type(part).__name__.lower()
+        )
     }
 
     def store(name: str) -> Any:
