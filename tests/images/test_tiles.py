@@ -7,10 +7,13 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
+from torch import Tensor
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.rendering import render_full
@@ -20,10 +23,22 @@ from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES, run_on
-from ..quick import some
+from ..quick import in_turn, some
 from ..reference.hooks import Change
+from ..rules.test_bases import Basis, components
+from ..rules.test_gradient_attention import eager
 from . import support, tiles
-from .support import CLASSIFIERS, DUALS, copied, difference, forward, patches
+from .support import (
+    ANSWERS,
+    CLASSIFIERS,
+    DUALS,
+    LABELS,
+    WRONG,
+    copied,
+    difference,
+    forward,
+    patches,
+)
 from .test_regions import UNRESIZED, changed_by_painting
 from .tiles import NAMES, Tile
 
@@ -338,3 +353,99 @@ def test_tiles_of_one_image_are_one_sampling_unit() -> None:
     np.testing.assert_allclose(one.p, two.p)
     assert own.conventions["population"] == "new values of image"
     assert "of one image count as one unit" in own.conventions["tiles"]
+
+
+# --- exact attention weights ----------------------------------------------------------------------
+
+
+@cache
+def attending(name: str) -> Any:
+    return eager(support.double(name))
+
+
+def heads_of(name: str, site: str) -> Any:
+    """The projection to queries or keys of layer 1, in the model of `attending`."""
+    block = support.stack(name).at(1)
+    heads = {"q": block.q, "k": block.k}[site]
+    assert heads is not None
+    return attending(name).get_submodule(f"{support.stack(name).blocks}.1.{heads.path}")
+
+
+@cache
+def vectors(name: str, site: str, tile: Tile | None) -> Tensor:
+    """[token, head, width] queries or keys of a tile, or of a gray image (None)."""
+    given = support.pixels(name, None) if tile is None else tile.pixels(name)
+    found: list[Tensor] = []
+    handle = heads_of(name, site).register_forward_hook(lambda *of: found.append(of[-1][0]))
+    with torch.no_grad():
+        attending(name)(pixel_values=given)
+    handle.remove()
+    return found[0].unflatten(-1, (support.stack(name).at(1).heads, -1))
+
+
+@cache
+def weights(name: str, tile: Tile) -> tuple[Tensor, Tensor]:
+    """[head, query, key] attention weights of layer 1, and the metric's gradient by them."""
+    seen = attending(name)(pixel_values=tile.pixels(name), output_attentions=True)
+    answer, wrong = (LABELS.index(each[tile.number]) for each in (ANSWERS, WRONG))
+    number = seen.logits[0, answer] - seen.logits[0, wrong]
+    (gradient,) = torch.autograd.grad(number, seen.attentions[1])
+    return seen.attentions[1][0].detach(), gradient[0]
+
+
+def exact_estimate(name: str, site: str, head: int, tile: Tile, edit: Change) -> float:
+    """The change of attention weights times the gradient, where `edit` acts on a head's vector at
+    row 2, col 1."""
+    at, unit = support.token(name, 2, 1), slice(head * 6, head * 6 + 6)
+
+    def write(part: Any, args: Any, out: Tensor) -> Tensor:
+        new = out.clone()
+        new[0, at, unit] = edit(new[0, at, unit])
+        return new
+
+    handle = heads_of(name, site).register_forward_hook(write)
+    with torch.no_grad():
+        seen = attending(name)(pixel_values=tile.pixels(name), output_attentions=True)
+    handle.remove()
+    plain, gradient = weights(name, tile)
+    return float(((seen.attentions[1][0] - plain) * gradient).sum())
+
+
+def copy_coordinate(basis: Basis, source: Tensor, number: int) -> Change:
+    """Copy a coordinate of another vector."""
+
+    def change(x: Tensor) -> Tensor:
+        return x + (basis.encode(source) - basis.encode(x))[number] * basis.directions[number]
+
+    return change
+
+
+@pytest.mark.parametrize("mode", ["planned", "plain"])
+@pytest.mark.parametrize(("name", "site"), in_turn(("vit", "siglip", "beit"), ("q", "k")))
+def test_atp_qk_of_coordinates_in_tiles_equals_exact_weights(
+    name: str, site: str, mode: str
+) -> None:
+    """Of bases of the heads, which are fitted on all tiles; two experiments share them."""
+    place = "image row 1 col 2 token"
+    text = f"basis h = pca(scenes, dims: 2) at {site} layer 1 head * at {place}\n"
+    rules = ("patch feature * of h", f"patch {site} layer 1 head * dims 1..3")
+    for number, rule in enumerate(rules):
+        lines = ("from neutral into scenes", f"{rule} at image row 2 col 1 token", "using atp_qk")
+        text += support.experiment(f"e{number}", *lines)
+    found = run(text, name, mode=mode)
+    every = [*tiles.rows(found["e0"].row_values)]
+    at, source = support.token(name, 2, 1), vectors(name, site, None)
+    fitted = torch.stack([vectors(name, site, t)[support.token(name, 1, 2)] for t in every])
+    edits: list[dict[tuple[int, ...], Change]] = [{}, {}]
+    for head in range(fitted.shape[1]):
+        basis, own = components(fitted[:, head], 2), source[at, head]
+        for number in (0, 1):
+            edits[0][head, number] = copy_coordinate(basis, own, number)
+        edits[1][head,] = lambda x, own=own: torch.cat([x[:1], own[1:4], x[4:]])
+    for number, cells in enumerate(edits):
+        data = found[f"e{number}"].measures[0]
+        effects = dict(zip(cells, data.patched - data.base, strict=True))
+        for key, edit in cells.items():
+            wanted = [exact_estimate(name, site, key[0], tile, edit) for tile in every]
+            np.testing.assert_allclose(effects[key], wanted, rtol=1e-3, atol=1e-5)
+        assert np.abs(data.patched - data.base).max() > 1e-3
