@@ -85,7 +85,7 @@ class Objective:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(rows, positions, numbers of a vector)."""
+        """(rows, positions, width of a vector)."""
         return self._run.shape
 
     @property
@@ -104,7 +104,7 @@ class Objective:
 
     @property
     def start(self) -> Tensor:
-        """[row, position, number]: vectors of the unpatched base run; zeros with `mode="add"`."""
+        """[row, position, width]: vectors of the unpatched base run; zeros with `mode="add"`."""
         return self._start.clone()
 
     def __call__(self, tensor: Tensor, rows: Sequence[int] | None = None) -> Tensor:

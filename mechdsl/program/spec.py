@@ -574,7 +574,7 @@ class Report(Spec):
     of: str | None = None
     """The reported observation, if the experiment has several."""
     width: int | None = None
-    """Columns of a paper that a picture spans; None: its own size."""
+    """Columns of a paper that a picture spans; None: the default size."""
 
 
 class Group(Spec):

@@ -544,7 +544,7 @@ class ExperimentResult:
             measure: The measure to draw, as in tables (`recovery of ld`), or by its label (`ld`) or
                 effect (`recovery`) if no other measure has it. None draws all measures.
             top: Number of entries.
-            width: Columns of a paper that the chart spans, 1 or 2; None: its own size.
+            width: Columns of a paper that the chart spans, 1 or 2; None: the default size.
 
         Raises:
             MechdslError: If the kind of chart, an axis or the measure doesn't exist (E0203, E0607).
