@@ -188,7 +188,10 @@ def _chat_conventions(
         said += "without a start of a reply (it doesn't read `add_generation_prompt`)"
     if chat is not None and chat.tells_time:
         said += f"; the template's date is {CHAT_DATE.day} {CHAT_DATE:%B %Y}"
-    return {"bos": f"`{bos}` in front ({by})" if there else f"none in front ({by})", "chat": said}
+    return {
+        "bos": f"`{bos}` before the text ({by})" if there else f"none before the text ({by})",
+        "chat": said,
+    }
 
 
 def noise_conventions(table: PromptTable) -> dict[str, str]:

@@ -772,5 +772,5 @@ class TestConventions:
 
     def test_conventions_report_bos_and_answer_tokens(self, words: TextTokenizer) -> None:
         made = table(FRUIT, words, limit=5)
-        assert made.conventions["bos"] == "`<s>` in front (by the tokenizer)"
+        assert made.conventions["bos"] == "`<s>` before the text (by the tokenizer)"
         assert made.conventions["answer"].endswith("one token, read after the prompt")

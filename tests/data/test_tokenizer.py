@@ -134,8 +134,8 @@ class TestBos:
     ) -> None:
         assert words.encode("apple").special == (True, False)
         assert gpt2.encode("Mary").special == (False,)
-        assert words.bos_convention() == "`<s>` in front (by the tokenizer)"
-        assert gpt2.bos_convention() == "none in front"
+        assert words.bos_convention() == "`<s>` before the text (by the tokenizer)"
+        assert gpt2.bos_convention() == "none before the text"
 
     def test_bos_true_adds_the_token_once(self) -> None:
         gpt2 = support.wrapped(support.byte_level(), bos_token="<|endoftext|>", bos=True)
@@ -145,7 +145,7 @@ class TestBos:
         assert encoded.offsets[0] == (0, 0)
         again = gpt2.encode("<|endoftext|>Mary")
         assert again.ids == encoded.ids
-        assert gpt2.bos_convention() == "`<|endoftext|>` in front (bos: true)"
+        assert gpt2.bos_convention() == "`<|endoftext|>` before the text (bos: true)"
 
     def test_bos_true_adds_no_second_token(self) -> None:
         llama = support.wrapped(support.metaspace(), bos_token="<s>", bos=True)
@@ -154,7 +154,7 @@ class TestBos:
     def test_bos_false_removes_the_token(self) -> None:
         llama = support.wrapped(support.metaspace(), bos_token="<s>", bos=False)
         assert not any(llama.encode("apple").special)
-        assert llama.bos_convention() == "none in front (bos: false)"
+        assert llama.bos_convention() == "none before the text (bos: false)"
 
     def test_bos_true_without_bos_token_is_rejected(self) -> None:
         made, (error,) = TextTokenizer.from_backend(support.byte_level(), bos=True)
@@ -287,7 +287,7 @@ def test_missing_unknown_token_gets_a_separate_id(kind: str) -> None:
     assert made.unknown_id >= made.vocab_size
     assert set(encoded.ids[1:-1]) == {made.unknown_id}
     assert made.encode("alpha beta").ids == (0, 1)
-    assert made.bos_convention() == "none in front"
+    assert made.bos_convention() == "none before the text"
     assert made.plain_words() == ["alpha", "beta"]
 
 

@@ -471,7 +471,9 @@ def test_bos_setting_adds_or_removes_the_bos_token(kind: Kind, bos: bool | None)
     flags = [True] * len(opening) + [False] * len(inner) + [True] * len(kind.closing)
     assert list(encoded.special) == flags
     there = bool(opening) and opening[0] == own
-    assert tokenizer.bos_convention().startswith(f"`{own}` in front" if there else "none in front")
+    assert tokenizer.bos_convention().startswith(
+        f"`{own}` before the text" if there else "none before the text"
+    )
     # All positions follow.
     made = prompts(kind, parts, bos)
     at = 0

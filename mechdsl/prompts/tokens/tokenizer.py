@@ -441,8 +441,9 @@ class TextTokenizer:
         """Describe the treatment of the beginning-of-sequence token."""
         bos = self.roles.get("bos")
         if bos is not None and self.opening == (self.role_ids["bos"],):
-            return f"`{bos}` in front ({'by the tokenizer' if self.bos is None else 'bos: true'})"
-        return "none in front" if self.bos is None else "none in front (bos: false)"
+            by = "by the tokenizer" if self.bos is None else "bos: true"
+            return f"`{bos}` before the text ({by})"
+        return "none before the text" if self.bos is None else "none before the text (bos: false)"
 
     def continuation(self, prompt: str, text: str) -> tuple[tuple[int, ...], bool]:
         """Tokenise a text as the continuation of a prompt.
