@@ -305,6 +305,8 @@ TRAINERS: Mapping[str, str] = {
     "eap_ig_activations": "eap_ig_activations(size: {size}, steps: 5)",
     "relp": "relp(size: {size})",
     "gim": "gim(size: {size})",
+    "atp_qk": "atp_qk(size: {size})",
+    "atp_star": "atp_star(size: {size})",
     **{f"acdc_{n}": f"acdc(threshold: {value})" for n, value in enumerate(THRESHOLDS)},
     **{f"coarse_{n}": f"coarse_to_fine(threshold: {value})" for n, value in enumerate(THRESHOLDS)},
 }

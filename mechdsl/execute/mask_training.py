@@ -33,6 +33,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,7 +48,12 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.dictionaries.features import Dictionary
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.execute.objective_rows import EffectRows
-from mechdsl.execute.patching.differentiated_run import DrawLanes, write_point
+from mechdsl.execute.patching.differentiated_run import (
+    BasePatterns,
+    DrawLanes,
+    renormalize_scores,
+    write_point,
+)
 from mechdsl.execute.patching.writes import (
     group_senders,
     list_other_neurons,
@@ -72,17 +78,20 @@ from mechdsl.forward.hooks.batch import (
     SenderFill,
     SiteRead,
     SiteWrite,
+    indices_to_device,
     number_senders,
     stream_of,
+    to_device,
     try_pass,
 )
 from mechdsl.forward.hooks.circuits import compute_edge_scores, reads_encoder
 from mechdsl.forward.hooks.coordinates import OTHERS, CoordinateSystem, FeatureSplit
-from mechdsl.forward.hooks.full_pass import open_rules
+from mechdsl.forward.hooks.full_pass import open_rules, run_full
 from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.hook_points import get_scale, undo_scale
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count, vector_width
+from mechdsl.planner.cost import list_dropped_layers
 from mechdsl.planner.rows import number_edge_ends
 from mechdsl.planner.training_cost import RANDOM_CONTROLS, count_scored_rows, count_single_rows
 from mechdsl.program import spec
@@ -1064,6 +1073,9 @@ def _choose_single_effects(
 
 # --- circuits by scores of edges ------------------------------------------------------------------
 
+_ATTENDED = ("q", "k")
+"""Receivers whose edges may be scored by exact attention weights."""
+
 _ADDED_AT = {
     "resid_pre": "resid_pre",
     "z": "attn_out",
@@ -1136,7 +1148,11 @@ class EdgeRows(EdgeMaskRows):
         trainer = self.declared.trainer
         scored = self.scored_by(trainer) if isinstance(trainer, EdgeScoreTrainer) else self
         tokens = int(np.diff(scored._starts).max(initial=1))
-        return count_scored_rows(len(self._columns), tokens, self.batch, self.model.shape)
+        attended = 0
+        if isinstance(trainer, EdgeScoreTrainer) and trainer.fixes_attention:
+            attended = int(self._runs[0].lengths[self.rows].max(initial=1))
+        given = len(self._columns), tokens, self.batch, self.model.shape
+        return count_scored_rows(*given, attended=attended)
 
     def scored_by(self, trainer: EdgeScoreTrainer) -> EdgeRows:
         """Return these rows with the tokens at which a trainer reads or moves senders."""
@@ -1189,12 +1205,15 @@ class EdgeRows(EdgeMaskRows):
     def _score(self, rows: Ints, trainer: EdgeScoreTrainer, steps: int) -> Tensor:
         """Return [position, receiver, sender]: the sums of scores over some rows."""
         lanes = self._lanes(rows)
-        with torch.no_grad():
-            fills = self._fills(int(self._vectors_of(rows)[1].sum()), self._incoming(rows))
-        lane, token = self._places(rows, lanes)
-        streams = list(self._list_streams(rows, fills, self._ends, len(lane)))
-        reads = [self._open_read(rows, own, lane, token) for own in streams]
-        score = partial(self._score_at, rows, lanes, reads, backward=trainer.backward)
+        streams = self._open_streams(rows, lanes)
+        if trainer.fixes_attention:
+            return self._score_with_patterns(rows, lanes, streams, trainer)
+        places = self._scored_places(rows)
+        reads = [self._open_read(rows, lanes, own, places) for own in streams]
+
+        def score(added: Sequence[SiteWrite], wanted: Sequence[slice]) -> list[Tensor]:
+            return self._score_at(rows, lanes, reads, added, wanted, trainer.backward)[0]
+
         every = [slice(None)] * len(reads)
         found = score((), every)
         shares = [1 - step / steps for step in range(1, steps)]
@@ -1209,22 +1228,41 @@ class EdgeRows(EdgeMaskRows):
                     _add_to_all(found, score([move], wanted))
         if not self._has_two_streams:
             return found[0] / steps
-        places, *ends = self._size
-        total = found[0].new_zeros(places + 1, *ends)  # the last for tokens that aren't scored
+        # The last place is for tokens that aren't scored.
+        return self._join_streams(streams, [part / steps for part in found], self._size[0] + 1)
+
+    def _open_streams(self, rows: Ints, lanes: DrawLanes) -> list[StreamEnds]:
+        """Return the edges of each stream at the tokens of some rows."""
+        with torch.no_grad():
+            fills = self._fills(int(self._vectors_of(rows)[1].sum()), self._incoming(rows))
+        lane, _ = self._places(rows, lanes)
+        return list(self._list_streams(rows, fills, self._ends, len(lane)))
+
+    def _join_streams(
+        self, streams: Sequence[StreamEnds], found: Sequence[Tensor], places: int
+    ) -> Tensor:
+        """Return [place, receiver, sender] of all edges.
+
+        Args:
+            found: [place, receiver, sender] of each stream.
+            places: Number of places.
+        """
+        total = found[0].new_zeros(places, *self._size[1:])
         for own, part in zip(streams, found, strict=True):
             at = torch.tensor(own.ends)[:, None], torch.tensor(own.columns)
-            total[: len(part), *at] = part / steps
+            total[: len(part), *at] = part
         return total
 
-    def _open_read(self, rows: Ints, own: StreamEnds, lane: Tensor, token: Tensor) -> CircuitRead:
+    def _open_read(
+        self, rows: Ints, lanes: DrawLanes, own: StreamEnds, places: Tensor | None
+    ) -> CircuitRead:
         """Return what passes read in one stream.
 
         Args:
-            lane: [vector]
-            token: [vector]
+            places: [vector] the numbers of sums that tokens are in, or None for one sum.
         """
+        lane, token = self._places(rows, lanes)
         ends = tuple(self._ends[n] for n in own.ends)
-        places = self._scored_places(rows)
         places = None if places is None else places[own.at.to(places.device)]
         features = self._nodes_of(stream_of(own.fills))["features"]
         return CircuitRead(lane[own.at], token[own.at], own.fills, ends, places, features=features)
@@ -1241,15 +1279,17 @@ class EdgeRows(EdgeMaskRows):
         added: Sequence[SiteWrite],
         wanted: Sequence[slice],
         backward: BackwardRules | None = None,
-    ) -> list[Tensor]:
+        patterns: Sequence[BasePatterns] = (),
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Return [position, receiver, sender] of each read: sums of scores with the gradients of
-        one pass.
+        one pass. Also return [spot, key] gradients by attention weights.
 
         Args:
             reads: What passes over the rows read; after the first one, with the changes of senders.
             added: How far some senders have moved to their other values; none: the clean run.
             wanted: Senders of each read that are scored.
             backward: Changes of the derivatives, also of the norms before receivers.
+            patterns: The attention weights.
         """
         dtype = torch.promote_types(self.model.dtype, torch.float32)
         writes: list[SiteWrite] = []
@@ -1259,9 +1299,190 @@ class EdgeRows(EdgeMaskRows):
             leaf = torch.zeros(size, dtype=dtype, device=device, requires_grad=True)
             point = ENCODER_EMBEDDING if read.stack else EMBEDDING
             writes.append(_add_at(self.model, point, read, leaf))
+        run = self._differentiate(rows, backward)
+        weights = [run.zeros(*each.size) for each in patterns]
+        writes += [each.added(own) for each, own in zip(patterns, weights, strict=True)]
         values = self._measure(rows, lanes, [*writes, *added], reads, backward)
         with open_rules(self.model, backward):
-            return compute_edge_scores(values.sum(), reads, wanted)
+            return compute_edge_scores(values.sum(), reads, wanted, weights)
+
+    # --- scores with exact attention weights
+
+    def _score_with_patterns(
+        self,
+        rows: Ints,
+        lanes: DrawLanes,
+        streams: Sequence[StreamEnds],
+        trainer: EdgeScoreTrainer,
+    ) -> Tensor:
+        """Return [position, receiver, sender]: sums of scores in the clean run, by the exact
+        attention weights for edges into queries and keys."""
+        fixed = {n for n, (where, _) in enumerate(self._ends) if where.site in _ATTENDED}
+        free = [replace(own, ends=[n for n in own.ends if n not in fixed]) for own in streams]
+        count = len(rows) if trainer.drops_layers else 1  # absolute values are those of rows
+        group = torch.zeros(len(self._vectors_of(rows)[0]), dtype=torch.long)
+        if trainer.drops_layers:
+            group = torch.from_numpy(np.repeat(np.arange(count), self._vectors_of(rows)[1]))
+        places = group * self._size[0] + self._places_of(rows)
+        reads = [self._open_read(rows, lanes, own, places.to(self.model.device)) for own in free]
+        base = self._read_patterns(rows, lanes, sorted(fixed))
+        every, slopes = [slice(None)] * len(reads), list[dict[SiteRead, Tensor]]()
+        rounds = self._list_rounds(trainer)
+        total = torch.zeros(self._size, dtype=torch.float64, device=self.model.device)
+        for backward, share in rounds:
+            found, weights = self._score_at(
+                rows, lanes, reads, (), every, backward, [*base.values()]
+            )
+            joined = self._join_streams(free, found, count * self._size[0])
+            joined = joined.unflatten(0, (count, -1))
+            joined = joined.abs() if trainer.drops_layers else joined
+            total += joined.sum(0) * share.to(total)[:, None]
+            pairs = zip(base.items(), weights, strict=True)
+            slopes.append({where: own.expand(given) for (where, own), given in pairs})
+        for receivers, column, parts in self._score_patterns(rows, lanes, base, slopes):
+            for (_, share), values in zip(rounds, parts, strict=True):
+                values = values.abs() if trainer.drops_layers else values
+                total[:, receivers, column] += values.sum(0) * share[receivers].to(total)
+        return total
+
+    def _list_rounds(self, trainer: EdgeScoreTrainer) -> list[tuple[BackwardRules | None, Tensor]]:
+        """List the changes of derivatives that scores are computed with, and [receiver] the share
+        of each in a score. The gradient by a receiver in the layer that is left out is 0."""
+        if not trainer.drops_layers:
+            return [(trainer.backward, torch.ones(len(self._ends), dtype=torch.float64))]
+        layers = list_dropped_layers(self.objective)
+        own = [(where.stack.replace("cross", ""), where.layer) in layers for where, _ in self._ends]
+        shares = 1 / (len(layers) - torch.tensor(own, dtype=torch.float64))
+        rules = trainer.backward or BackwardRules()
+        return [
+            (replace(rules, dropped_layer=layer, dropped_stack=stack), shares)
+            for stack, layer in layers
+        ]
+
+    def _read_patterns(
+        self, rows: Ints, lanes: DrawLanes, receivers: Sequence[int]
+    ) -> dict[SiteRead, BasePatterns]:
+        """Return the attention weights of the clean run by their sites, of the layers in which some
+        queries and keys are receivers."""
+        wheres = [self._ends[n][0] for n in receivers]
+        reads = dict.fromkeys(own for each in wheres for own in BasePatterns.reads(each))
+        with torch.no_grad():
+            read = self._read_clean(rows, lanes, [*reads], (), ())
+        found = (BasePatterns.of(each, read, lanes.batch, self.model) for each in wheres)
+        return {each.where: each for each in found}
+
+    def _read_clean(
+        self,
+        rows: Ints,
+        lanes: DrawLanes,
+        reads: Sequence[SiteRead],
+        writes: Sequence[SiteWrite],
+        circuits: Sequence[CircuitWrite],
+    ) -> Mapping[SiteRead, Tensor]:
+        """Read sites of the clean run with writes and changed edges."""
+        return run_full(
+            self.model,
+            lanes.batch,
+            stop=self.model.shape.n_layers,
+            writes=[*self._differentiate(rows).noise(lanes), *writes],
+            reads=reads,
+            circuits=circuits,
+        ).reads
+
+    def _score_patterns(
+        self,
+        rows: Ints,
+        lanes: DrawLanes,
+        base: Mapping[SiteRead, BasePatterns],
+        slopes: Sequence[Mapping[SiteRead, Tensor]],
+    ) -> Iterator[tuple[list[int], int, list[Tensor]]]:
+        """Yield the receivers that are queries or keys of a layer, the column of a sender, and
+        [row, position, receiver] scores of each gradient.
+
+        Each sender needs a pass for queries and one for keys. The weights that they change are
+        those of the clean run in this pass, so that all else is.
+
+        Args:
+            base: By the sites of the weights.
+            slopes: For each gradient, [lane, column, head, key] by the sites of the weights.
+        """
+        senders = np.array([self._columns[of] for of, _ in self.edges])
+        receivers = np.array([self._receivers[to] for _, to in self.edges])
+        sites = np.array([self._ends[n][0].site for n in receivers.tolist()])
+        held = [each.held() for each in base.values()]
+        for column, site in product(np.unique(senders).tolist(), _ATTENDED):
+            changed = (senders == column) & (sites == site)
+            ends: dict[SiteRead, list[int]] = {}
+            for number in np.unique(receivers[changed]).tolist():
+                ends.setdefault(self._ends[number][0], []).append(number)
+            if not ends:
+                continue
+            scores = {where: BasePatterns.reads(where)[0] for where in ends}
+            with torch.no_grad():
+                circuits = self._ablations(rows, lanes, torch.from_numpy(changed[None]))
+                read = self._read_clean(rows, lanes, [*scores.values()], held, circuits)
+            for where, numbers in ends.items():
+                own = base[replace(where, site="pattern")]
+                given = [each[own.where] for each in slopes]
+                sums = self._sum_weights(rows, lanes, where, read[scores[where]], own, given)
+                units = [self._ends[number][1] for number in numbers]
+                yield numbers, column, [each[..., units] for each in sums]
+
+    def _find_tokens(
+        self, rows: Ints, lanes: DrawLanes, where: SiteRead
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the lane, the token and the position of each vector of some rows in the stream
+        that a receiver reads."""
+        found = (*self._places(rows, lanes), self._places_of(rows))
+        if not self._has_two_streams:
+            return found
+        encoded = _find_encoded(self._runs[0], self._cells[0], rows)
+        lane, token, place = (each[encoded == reads_encoder(where)] for each in found)
+        return lane, token, place
+
+    def _sum_weights(
+        self,
+        rows: Ints,
+        lanes: DrawLanes,
+        where: SiteRead,
+        scores: Tensor,
+        base: BasePatterns,
+        slopes: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Return [row, position, unit] of each gradient: the change of attention weights by the
+        queries or keys of a layer at each position, times the gradient.
+
+        Args:
+            where: The site of the queries or keys.
+            scores: [lane, column, head, key] with changed queries or keys.
+            base: Those of the clean run.
+            slopes: [lane, column, head, key] each
+        """
+        lane, token, place = self._find_tokens(rows, lanes, where)
+        count = unit_count(self.model.stack(where.stack).shape, where.site, where.layer)
+        found = [each.new_zeros(len(rows), self._size[0], count) for each in slopes]
+        before, weights = base.scores.double(), base.weights.double()
+
+        def change(scores: Tensor) -> Tensor:
+            given = before, weights
+            return renormalize_scores(scores, *given, has_sink=base.has_sink) - weights
+
+        if where.site == "q":
+            column = lanes.batch.of_read(where).columns(lane, token)
+            queries = indices_to_device((lane, column), scores.device)
+            at, changed = indices_to_device((lane, place), scores.device), change(scores.double())
+            for total, slope in zip(found, slopes, strict=True):
+                total.index_put_(at, (changed * slope).sum(-1)[queries], accumulate=True)
+            return found
+        for number in range(self._size[0]):
+            there = torch.zeros(len(rows), scores.shape[-1], dtype=torch.bool)
+            there[lane[place == number], token[place == number]] = True
+            there = to_device(there, scores.device)[:, None, None]
+            changed = change(torch.where(there, scores.double(), before))
+            for total, slope in zip(found, slopes, strict=True):
+                of_head = (changed * slope).sum((1, 3))
+                total[:, number] = of_head.unflatten(1, (count, -1)).sum(2)
+        return found
 
     # --- circuits
 

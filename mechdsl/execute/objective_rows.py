@@ -279,12 +279,15 @@ class EffectRows(ABC, Generic[EditT]):
 
         Raises AutogradFailed, and RuleNotApplied for a function without a rule in `backward`.
         """
-        differentiated = DifferentiatedRun(
-            self._unpatched, self._runs[0], self._readout, rows, backward
-        )
-        reading, _ = differentiated.read(writes, lanes, (), circuits)
+        reading, _ = self._differentiate(rows, backward).read(writes, lanes, (), circuits)
         (values,) = self._readout.tensors(reading)
         return values
+
+    def _differentiate(
+        self, rows: Ints, backward: BackwardRules | None = None
+    ) -> DifferentiatedRun:
+        """Return the base run of some rows, with changes of derivatives."""
+        return DifferentiatedRun(self._unpatched, self._runs[0], self._readout, rows, backward)
 
     @abstractmethod
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: EditT) -> list[SiteWrite]:

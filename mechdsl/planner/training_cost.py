@@ -20,7 +20,9 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.planner.cost import (
     Cost,
     count_circuit_work,
+    count_pattern_rows,
     count_picture_work,
+    list_dropped_layers,
     list_fitted_runs,
     run_cost,
 )
@@ -60,7 +62,7 @@ from mechdsl.resolve.types import (
     Training,
     count_numbers,
 )
-from mechdsl.vocab.sites import SITES, stop_layer
+from mechdsl.vocab.sites import SITES, is_query_or_key, stop_layer
 
 CHUNK_BYTES = 1 << 28
 """Bytes of the vectors of a training that are in memory at once."""
@@ -291,7 +293,9 @@ def most_held_out(training: Training, shape: ModelShape, size: int) -> int:
     return min(HELD_OUT_VECTORS // len(training.layers), most_vectors(training, shape, size))
 
 
-def count_scored_rows(senders: int, tokens: int, batch: int, shape: ModelShape) -> int:
+def count_scored_rows(
+    senders: int, tokens: int, batch: int, shape: ModelShape, *, attended: int = 0
+) -> int:
     """Return the number of rows in a pass that scores edges: at most those for which the outputs of
     all senders fit into `CHUNK_BYTES`.
 
@@ -299,9 +303,32 @@ def count_scored_rows(senders: int, tokens: int, batch: int, shape: ModelShape) 
         senders: Number of senders of edges.
         tokens: Largest number of tokens of a row at which edges carry other values.
         batch: Largest number of rows.
+        attended: Largest number of tokens of a row whose attention weights are read.
     """
     size = FLOAT * senders * shape.d_model * max(1, tokens)
-    return max(1, min(batch, CHUNK_BYTES // size))
+    fit = count_pattern_rows(attended**2 * shape.n_heads, shape.n_layers) if attended else batch
+    return max(1, min(batch, fit, CHUNK_BYTES // size))
+
+
+def _count_points(made: TrainedMask, objective: ResolvedExperiment) -> int:
+    """Return how often a training of scores of edges takes gradients."""
+    trainer, circuit = made.training.trainer_of(EdgeScoreTrainer), objective.rules[0].circuit
+    assert circuit is not None
+    points = trainer.steps(made.training.of_trainer)
+    if trainer.path == "activations":
+        points = 1 + (points - 1) * len({(of.site, of.layer) for of, _ in circuit.every})
+    return points * (len(list_dropped_layers(objective)) if trainer.drops_layers else 1)
+
+
+def _count_attended(made: TrainedMask, circuit: CircuitTargets) -> tuple[int, int]:
+    """Return (number of passes that read attention weights, number of edges into queries and keys):
+    one pass for the clean run, and for each sender one that changes queries and one that changes
+    keys. Both are 0 if scores are gradients alone."""
+    trainer = made.training.trainer
+    if not (isinstance(trainer, EdgeScoreTrainer) and trainer.fixes_attention):
+        return 0, 0
+    ends = [(of, SITES[to.site].component) for of, to in circuit.every if is_query_or_key(to.site)]
+    return 1 + len({*ends}), len(ends)
 
 
 def count_single_rows(sites: int, rows: int, steps: int, batch: int) -> int:
@@ -569,9 +596,7 @@ def _circuit_cost(
         if trainer.path is not None:
             moved, _ = moved_positions(objective)
             tokens = [sum(map(len, hits)) for hits in moved.hits]
-        points = trainer.steps(training.of_trainer)
-        if trainer.path == "activations":
-            points = 1 + (points - 1) * len({(of.site, of.layer) for of in senders})
+        points = _count_points(made, objective)
         if trainer.faithfulness(training.of_trainer) is not None:
             tried = len(made.candidates)
     else:
@@ -580,7 +605,11 @@ def _circuit_cost(
         tried = len(graph.list_search_steps(trainer.levels, made.candidates))
         if (left := trainer.size(training.of_trainer)) is not None:
             tried = (tried * (tried + 1) - left * (left + 1)) // 2
-    size = count_scored_rows(len(senders), max(tokens, default=1), batch, shape)
+    longest = int(base.lengths[there].max(initial=1))
+    reads, attended = _count_attended(made, circuit)
+    size = count_scored_rows(
+        len(senders), max(tokens, default=1), batch, shape, attended=longest if reads else 0
+    )
     compared = len({atom.run for atom in objective.measures[0].atoms} - {None, base.name})
     measured = (held_out or rows) * _count_controls(made, objective) * (1 + compared)
     measured += tried * rows * (1 if rows <= batch else 1 + compared)
@@ -590,18 +619,18 @@ def _circuit_cost(
         for cell in (moved, training.sample.cell)
     )
     backwards = points * -(-rows // size)
-    whole = (points * 2 + compared) * rows + measured
+    scored = points * scored + attended * shape.d_model * (1 + shape.d_head)
+    whole = (points * 2 + compared + reads) * rows + measured
     cost = Cost(
-        forwards=backwards + compared * -(-rows // size) + -(-measured // batch),
+        forwards=backwards + (compared + reads) * -(-rows // size) + -(-measured // batch),
         tokens=int(whole * row.tokens),
         multiply_adds=whole * row.multiply_adds
-        + points * rows * scored * sum(tokens) / max(1, len(there))
+        + rows * scored * sum(tokens) / max(1, len(there))
         + measured * ablated * written,
         backwards=backwards,
     )
     cost += _times(run_cost(shape, source, None), 1.0)
     vectors = min(count_edited_bytes(made, objective, shape), CHUNK_BYTES)
-    longest = int(base.lengths[there].max(initial=1))
     memory = size * longest * shape.n_layers * _saved_numbers(shape, longest)
     memory += size * max(tokens, default=1) * len(senders) * shape.d_model
     memory = max(memory, batch * written * _saved_by_edges(circuit, shape))

@@ -476,6 +476,34 @@ class InteractionEdgeTrainer(EstimatedEdgeTrainer):
     backward = GradientInteractionModifications.backward
 
 
+@trainer("atp_qk")
+class PatternEdgeTrainer(EstimatedEdgeTrainer):
+    """Edge attribution patching with the query and key fix of AtP*: as `eap`, but the score of an
+    edge into a query or key is Σ (A′ − A) · ∂m/∂A over the weights A of attention that it
+    determines, with the exact weights A′ of the changed input.
+
+    References:
+        Kramár et al. 2024, arXiv 2403.00745, section 3.1.1.
+    """
+
+    example = "atp_qk(size: 20)"
+    fixes_attention = True
+
+
+@trainer("atp_star")
+class DroppedLayersEdgeTrainer(PatternEdgeTrainer):
+    """AtP* for edges: the mean over layers of the absolute scores of `atp_qk` of a row, each with
+    the gradient through the outputs of attention and MLP of one layer left out, except the layer of
+    the receiver.
+
+    References:
+        Kramár et al. 2024, arXiv 2403.00745, section 3.1.2.
+    """
+
+    example = "atp_star(size: 20)"
+    drops_layers = True
+
+
 # --- scores of nodes ------------------------------------------------------------------------------
 
 

@@ -873,6 +873,10 @@ class Experiment(Spec):
     """Changes of the derivatives of these gradients."""
     gradient_path: Literal["inputs", "activations"] | None = None
     """What moves between two runs while a training scores edges; None if nothing moves."""
+    fixes_attention: bool = False
+    """Whether a training scores edges by exact attention weights."""
+    drops_layers: bool = False
+    """Whether a training scores edges with the gradient of one layer after another left out."""
     trains: str = ""
     """`fit(das(…))` for the rows, the patch and the measure of a training, which no user sees."""
 

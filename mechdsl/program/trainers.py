@@ -452,6 +452,11 @@ class EdgeScoreTrainer(EffectScoreTrainer):
     the outputs of one module after another; None for gradients of the clean run."""
     backward: ClassVar[BackwardRules | None] = None
     """Changes of the derivatives."""
+    fixes_attention: ClassVar[bool] = False
+    """Whether edges into queries and keys are scored by the exact change of attention weights."""
+    drops_layers: ClassVar[bool] = False
+    """Whether scores are means of absolute values of rows, each with the gradient of one layer left
+    out, over the layers that don't contain the receiver."""
 
     def differentiates(self, options: Mapping[str, Constant]) -> Differentiated:
         return "edited runs" if self.steps(options) > 1 else "clean run"

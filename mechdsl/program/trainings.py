@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownName
@@ -42,6 +42,7 @@ from mechdsl.program.trainers import (
     EdgeScoreTrainer,
     EffectTrainer,
     RotationTrainer,
+    Trainer,
     trainer_call,
 )
 from mechdsl.syntax import ast
@@ -330,10 +331,21 @@ def _lower_objective(
         measures=(measure,),
         statistics=lower_statistics(work),
         differentiated=trainer.differentiates(spec.call_constants(inner, parts.parameters)),
-        backward=trainer.backward if isinstance(trainer, EdgeScoreTrainer) else None,
-        gradient_path=trainer.path if isinstance(trainer, EdgeScoreTrainer) else None,
         trains=f"fit({inner.name}(…))",
+        **_describe_scores(trainer),
     )
+
+
+def _describe_scores(trainer: Trainer) -> dict[str, Any]:
+    """Return how a training scores edges, as fields of its experiment."""
+    if not isinstance(trainer, EdgeScoreTrainer):
+        return {}
+    return {
+        "backward": trainer.backward,
+        "gradient_path": trainer.path,
+        "fixes_attention": trainer.fixes_attention,
+        "drops_layers": trainer.drops_layers,
+    }
 
 
 def _are_known(at: ast.Positions, scope: Namespace) -> bool:

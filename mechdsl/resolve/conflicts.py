@@ -199,7 +199,7 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
         kind = "whose blocks attend to an image" if shape.attends_to_image else "without text"
         reason = f"`{said.name}` isn't computed for models {kind}"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
-    elif said.kind.drops_layers and (lacking := _no_dropped_layers(stacks)):
+    elif said.kind.drops_layers and (lacking := explain_no_dropped_layers(stacks)):
         what = f"`{experiment.model.name}`"
         yield _no_estimate(said, said.span, what, lacking, "write `using atp_qk`")
     if experiment.derived:
@@ -212,7 +212,7 @@ _DECOMPOSED = frozenset({"text", "two texts", "image to text", "sound to text", 
 """What models read that `cdt` is computed for."""
 
 
-def _no_dropped_layers(stacks: Sequence[ModelShape]) -> str:
+def explain_no_dropped_layers(stacks: Sequence[ModelShape]) -> str:
     """Return why gradients of the layers of all stacks can't be left out one by one, or an empty
     text."""
     if sum(shape.n_layers for shape in stacks) < 2:
@@ -235,12 +235,12 @@ def explain_missing_rule(rules: BackwardRules | None, shape: ModelShape) -> str:
     """Return why changed derivatives don't cover a model, or an empty text."""
     if rules is not None and shape.n_experts:
         return "its rules don't know routers and experts"
-    if rules is not None and rules.in_attention and not _computes_attention(shape):
+    if rules is not None and rules.in_attention and not computes_attention(shape):
         return "its attention can't be computed separately"
     return ""
 
 
-def _computes_attention(shape: ModelShape) -> bool:
+def computes_attention(shape: ModelShape) -> bool:
     """Return whether attention of each block can be computed here."""
     return all(
         shape.has("pattern", layer) or (shape.attending and shape.has("pattern cross", layer))
@@ -378,7 +378,7 @@ def _of_changed_attention(
     hint = f"{_name_other(experiment)}, without the query and key fix"
     shape = experiment.model.shape
     stacks = [shape, *(shape.others[stack] for stack in experiment.acted_stacks)]
-    if not all(map(_computes_attention, stacks)):
+    if not all(map(computes_attention, stacks)):
         reason = "its attention can't be computed separately"
         yield _no_estimate(said, span, f"`{experiment.model.name}`", reason, hint)
     elif rule.path is not None and rule.path.basis is not None:

@@ -48,7 +48,9 @@ from mechdsl.prompts.record_files import StreamedRecords
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun, RunRow
 from mechdsl.resolve.conflicts import (
+    computes_attention,
     explain_missing_rule,
+    explain_no_dropped_layers,
     find_flat_part,
     find_lacking_row,
     list_sites_without_gradient,
@@ -1218,6 +1220,8 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
         assert rule.spec.site is not None
         hint = "use `eap`, `relp`, `gim` or a search such as `acdc`"
         found = rule.spec.site.span, f"`{objective.model.name}`", reason, hint
+    if found is None:
+        found = _find_unfixed_attention(objective)
     normalising = _find_normalising_dictionary(objective)
     if found is None and normalising is not None:
         span = (rule.spec.nodes or said).span
@@ -1251,6 +1255,34 @@ def _explain_fixed_image(objective: ResolvedExperiment) -> str:
     if objective.spec.gradient_path is None or not objective.model.shape.attends_to_image:
         return ""
     return "points between two runs move the text, but not the image that blocks attend to"
+
+
+def _find_unfixed_attention(
+    objective: ResolvedExperiment,
+) -> tuple[Span, str, str, str] | None:
+    """Return the span, the name, the reason and the hint of a part whose edges can't be scored by
+    exact attention weights, or with the gradient of one layer left out."""
+    (rule,), (measure,), (said,) = objective.rules, objective.measures, objective.spec.measures
+    if not objective.spec.fixes_attention:
+        return None
+    assert rule.spec.site is not None
+    site, what, shape = rule.spec.site.span, f"`{objective.model.name}`", objective.model.shape
+    stacks = [shape, *(shape.others[stack] for stack in objective.acted_stacks)]
+    hint = "use `eap`, `eap_ig` or a search such as `acdc`"
+    if "vision" in objective.acted_stacks or shape.takes == "image":
+        reason = "it recomputes attention of tokens, not of the patches of images"
+        return site, f"a circuit in the vision encoder of {what}", reason, hint
+    if shape.attends_to_image:
+        reason = "attention to an image isn't recomputed along the edges of a circuit yet"
+        return site, what, reason, "use `eap`, `relp`, `gim` or a search such as `acdc`"
+    if not all(map(computes_attention, stacks)):
+        return site, what, "its attention can't be computed separately", hint
+    if any(any(atom.appended) for atom in measure.atoms):
+        reason = "tokens of a text after the prompt attend to the keys, too"
+        return said.metric.span, f"`{measure.label}`", reason, hint
+    if objective.spec.drops_layers and (lacking := explain_no_dropped_layers(stacks)):
+        return site, what, lacking, "use `atp_qk`"
+    return None
 
 
 def _find_normalising_dictionary(objective: ResolvedExperiment) -> str | None:

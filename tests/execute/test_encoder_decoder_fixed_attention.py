@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .encoder_decoders import (
     text,
 )
 from .support import DIFFERENCE, ROWS, Record, experiment
+from .test_encoder_decoder_circuits import fitted
 from .test_encoder_decoder_gradients import of_cells, run_with_gradients
 from .test_encoder_decoder_paths import (
     CASES,
@@ -275,11 +277,20 @@ def test_atp_star_at_other_sites_leaves_out_each_layer(family: str, tmp_path: Pa
         assert expected.max() > 1e-3, site
 
 
-def along_edges(family: str, case: Case, record: Record) -> list[float]:
+def along_edges(
+    family: str, case: Case, record: Record, *, everywhere: bool = False
+) -> list[float]:
     """The exact change of the weights by the queries or keys that a path gives, times the gradient
-    by the weights, for each cell."""
+    by the weights, for each cell.
+
+    Args:
+        everywhere: Whether all tokens of the text change.
+    """
     found: list[float] = []
     prompt = Prompt.of(family, record, encodes=case.encodes)
+    if everywhere:
+        every = range(len(prompt.base.ids if case.encodes else starts(family)))
+        prompt = replace(prompt, read=tuple(every), written=tuple(every))
     for senders, receivers in case.cells():
         first = [
             *fixed(family, prompt.base, "", mlps=case.mlps),
@@ -313,3 +324,25 @@ def test_atp_qk_of_edges_in_each_stack_equals_exact_weights(family: str, tmp_pat
         shown = measure.patched - measure.base
         np.testing.assert_allclose(shown, expected, atol=2e-5, rtol=1e-3, err_msg=name)
         assert np.abs(expected).max() > 1e-4, name
+
+
+TO_KEYS = Case(
+    "path mlp_out encoder layer 0 -> k cross layer 1 head * at subject token",
+    lambda: [([("mlp_out encoder", 0, None)], [("k cross", 1, head)]) for head in range(HEADS)],
+    encodes=True,
+)
+
+
+@pytest.mark.parametrize("family", some(("t5", "bart", "t5gemma"), ("t5",)))
+def test_scores_of_edges_by_atp_qk_equal_exact_weights(family: str, tmp_path: Path) -> None:
+    """Means over rows, in both stacks and in the attention between them."""
+    found = fitted(family, "atp_qk(size: 30)", "from: other", "at tokens *", tmp_path)
+    names = ("cross to later queries", "encoder to its keys")
+    for case in (*(CASES[name] for name in names), TO_KEYS):
+        expected = np.mean(
+            [along_edges(family, case, record, everywhere=True) for record in ROWS], axis=0
+        )
+        ends = [[(*end[:2], end[2] or 0) for [end] in edge] for edge in case.cells()]
+        shown = [found[of, to] for of, to in ends]
+        np.testing.assert_allclose(shown, expected, atol=2e-5, rtol=1e-3, err_msg=case.line)
+        assert np.abs(expected).max() > 1e-4, case.line

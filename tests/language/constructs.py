@@ -1002,20 +1002,23 @@ _file(
     "1 to `steps`) between the other embedding and the clean embedding; `eap_ig_activations` "
     "interpolates the output of the sender's own module instead. These move at all tokens, or at "
     "those of `at` if others have no other value. `relp` and `gim` are `eap` with the gradients "
-    "of `using relp` and `using gim`. Instead of `size`, `faithfulness: 0.9` "
-    "selects the smallest circuit in this order whose faithfulness on the training rows exceeds "
-    '0.9; sizes are tried one after another. `select` is "greedy" (default), from `logits` '
-    'backwards, or "top". `batch` (8) and `validation` (20%) are the options of `fit`; other '
-    "values are as for a trained circuit.",
+    "of `using relp` and `using gim`. `atp_qk` is `eap`, but into queries and keys, the score is "
+    "the exact change of the attention weights times the gradient by them; `atp_star` is the mean "
+    "of the absolute scores of a row, each with the gradient of one layer left out. Instead of "
+    "`size`, `faithfulness: 0.9` selects the smallest circuit in this order whose faithfulness on "
+    "the training rows exceeds 0.9; sizes are tried one after another. `select` is "
+    '"greedy" (default), from `logits` backwards, or "top". `batch` (8) and `validation` (20%) '
+    "are the options of `fit`; other values are as for a trained circuit.",
     "tests/pipeline/test_edge_scores.py",
     "Syed et al. 2023, arXiv 2310.10348; Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, "
-    "arXiv 2504.13151; Jafari et al. 2025, arXiv 2508.21258; Edin et al. 2025, arXiv 2505.17630",
+    "arXiv 2504.13151; Jafari et al. 2025, arXiv 2508.21258; Edin et al. 2025, arXiv 2505.17630; "
+    "Kramár et al. 2024, arXiv 2403.00745",
 )
 _file(
     "circuit: by scores of edges at positions",
     "circuit c = fit(eap(size: 2), prompts: fruit, with: zero, minimise: loss) "
     "at item 1 token, last token",
-    "With several positions after `at`, `eap`, `eap_ig`, `eap_ig_activations`, `relp` and `gim` "
+    "With several positions after `at`, trainers such as `eap`, `eap_ig` and `atp_qk` "
     "score each edge at each position: the sum of its products over the tokens of the position. "
     "The circuit has edges at positions; `size` and `top n of c` count each edge at each of its "
     "positions. Edges at tokens outside all positions keep their values in training and can't be "

@@ -3,8 +3,8 @@ sites as vectors (`save gradient of`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from mechdsl.execute.unpatched_batch import (
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, flatten_units, require_logits
 from mechdsl.execute.vectors import SiteVectors, list_tokens
+from mechdsl.forward.hooks.attention import has_sinks
 from mechdsl.forward.hooks.batch import (
     Batch,
     CircuitRead,
@@ -236,6 +237,89 @@ class DifferentiatedRun:
         """Build the noise of a corrupted run."""
         table, seed = self.runs.table, self.runs.seed
         return build_noise_writes(self.model, self.run.noise, lanes.prompts, table.row_keys, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class BasePatterns:
+    """All attention weights of one layer in the base run."""
+
+    where: SiteRead
+    """The site of the weights."""
+    scores: Tensor
+    """[lane, column, head, key]"""
+    weights: Tensor
+    """[lane, column, head, key]"""
+    spots: tuple[Tensor, Tensor, Tensor]
+    """Lane, position and head of the weights of all tokens."""
+    columns: Tensor
+    """[spot] column of the position."""
+    has_sink: bool
+    """Whether the keys compete with a sink."""
+
+    @staticmethod
+    def reads(where: SiteRead) -> tuple[SiteRead, SiteRead]:
+        """Return the sites of the scores and of the weights of the layer that a site is in."""
+        scores, weights = (replace(where, site=site) for site in ("scores", "pattern"))
+        return scores, weights
+
+    @staticmethod
+    def of(
+        where: SiteRead, read: Mapping[SiteRead, Tensor], batch: Batch, model: LoadedModel
+    ) -> BasePatterns:
+        """Return those of the layer that a site is in, from the values at `reads`."""
+        assert where.layer is not None
+        own = BasePatterns.reads(where)
+        scores, weights = (read[each] for each in own)
+        frame, heads = batch.of_read(own[1]), weights.shape[2]
+        lane, token = (each.repeat_interleave(heads) for each in frame.tokens())
+        spots = (lane, token, torch.arange(heads).repeat(len(token) // heads))
+        block = model.stack(where.stack).anatomy.blocks[where.layer]
+        has_sink = has_sinks(model.module.get_submodule(block.path))
+        columns = frame.columns(lane, token)
+        return BasePatterns(own[1], scores, weights, spots, columns, has_sink)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Shape of the zeros that `added` adds: [spot, key]."""
+        return len(self.columns), self.weights.shape[-1]
+
+    def added(self, leaf: Tensor) -> SiteWrite:
+        """Add [spot, key] to the weights."""
+        where = self.where
+        return SiteWrite("pattern", where.layer, *self.spots, leaf, mode="add", stack=where.stack)
+
+    def held(self) -> SiteWrite:
+        """Write the weights of the base run in all rows."""
+        where, (lane, token, head) = self.where, self.spots
+        own = self.weights[indices_to_device((lane, self.columns, head), self.weights.device)]
+        return SiteWrite("pattern", where.layer, lane, token, head, own, stack=where.stack)
+
+    def expand(self, gradient: Tensor) -> Tensor:
+        """Return [lane, column, head, key]: a gradient by the weights; gradient: [spot, key]."""
+        lane, _, head = self.spots
+        slopes = torch.zeros_like(self.weights, dtype=torch.float64)
+        slopes[indices_to_device((lane, self.columns, head), gradient.device)] = gradient.double()
+        return slopes
+
+
+def renormalize_scores(scores: Tensor, base: Tensor, weights: Tensor, *, has_sink: bool) -> Tensor:
+    """Return weights of new scores, from scores and weights of the base run.
+
+    All have the shape [..., key]. A sink keeps its score: its weight is what the others lack.
+    Without a sink, they lack only rounding errors, which would count as much as keys with very low
+    new scores. Keys that a query doesn't see have a score and a weight of 0.
+    """
+    seen = (weights > 0) | (base != 0)
+    largest = weights.argmax(-1, keepdim=True)
+    size = base.gather(-1, largest) - weights.gather(-1, largest).log()
+    scores = (scores - size).masked_fill(~seen, float("-inf"))
+    top = scores.amax(-1, keepdim=True)
+    top = top.clamp(min=0) if has_sink else top.nan_to_num(neginf=0.0)  # -inf: sees no key
+    shares = (scores - top).exp()
+    total = shares.sum(-1, keepdim=True)
+    if has_sink:
+        total += (1 - weights.sum(-1, keepdim=True)).clamp(min=0) * (-top).exp()
+    return torch.where(total > 0, shares / total, 0.0)
 
 
 def read_gradients(

@@ -13,7 +13,12 @@ from torch import Tensor
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.hashing import digest_number
 from mechdsl.execute.measurement.readout import Readout, ReadoutInput, ReadoutResult, ValueGap
-from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes
+from mechdsl.execute.patching.differentiated_run import (
+    BasePatterns,
+    DifferentiatedRun,
+    DrawLanes,
+    renormalize_scores,
+)
 from mechdsl.execute.patching.held_passes import (
     HeldPass,
     PathEdges,
@@ -30,7 +35,6 @@ from mechdsl.execute.patching.writes import (
     select_readable_rows,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
-from mechdsl.forward.hooks.attention import has_sinks
 from mechdsl.forward.hooks.batch import (
     Batch,
     EdgeWrite,
@@ -249,63 +253,6 @@ class _SentVectors:
 
 
 @dataclass(frozen=True, eq=False)
-class _BasePatterns:
-    """All attention weights of one layer in the base run."""
-
-    where: SiteRead
-    """The site of the weights."""
-    scores: Tensor
-    """[lane, column, head, key]"""
-    weights: Tensor
-    """[lane, column, head, key]"""
-    spots: tuple[Tensor, Tensor, Tensor]
-    """Lane, position and head of the weights of all tokens."""
-    columns: Tensor
-    """[spot] column of the position."""
-    has_sink: bool
-    """Whether the keys compete with a sink."""
-
-    @staticmethod
-    def reads(where: SiteRead) -> tuple[SiteRead, SiteRead]:
-        """Return the sites of the scores and of the weights of the layer that a site is in."""
-        scores, weights = (replace(where, site=site) for site in ("scores", "pattern"))
-        return scores, weights
-
-    @staticmethod
-    def of(
-        where: SiteRead, read: Mapping[SiteRead, Tensor], batch: Batch, model: LoadedModel
-    ) -> _BasePatterns:
-        """Return those of the layer that a site is in, from the values at `reads`."""
-        assert where.layer is not None
-        own = _BasePatterns.reads(where)
-        scores, weights = (read[each] for each in own)
-        frame, heads = batch.of_read(own[1]), weights.shape[2]
-        lane, token = (each.repeat_interleave(heads) for each in frame.tokens())
-        spots = (lane, token, torch.arange(heads).repeat(len(token) // heads))
-        block = model.stack(where.stack).anatomy.blocks[where.layer]
-        has_sink = has_sinks(model.module.get_submodule(block.path))
-        columns = frame.columns(lane, token)
-        return _BasePatterns(own[1], scores, weights, spots, columns, has_sink)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Shape of the zeros that `added` adds: [spot, key]."""
-        return len(self.columns), self.weights.shape[-1]
-
-    def added(self, leaf: Tensor) -> SiteWrite:
-        """Add [spot, key] to the weights."""
-        where = self.where
-        return SiteWrite("pattern", where.layer, *self.spots, leaf, mode="add", stack=where.stack)
-
-    def expand(self, gradient: Tensor) -> Tensor:
-        """Return [lane, column, head, key]: a gradient by the weights; gradient: [spot, key]."""
-        lane, _, head = self.spots
-        slopes = torch.zeros_like(self.weights, dtype=torch.float64)
-        slopes[indices_to_device((lane, self.columns, head), gradient.device)] = gradient.double()
-        return slopes
-
-
-@dataclass(frozen=True, eq=False)
 class _ChangedPatterns:
     """Attention weights of one layer that rows change by writing its queries or keys.
 
@@ -313,7 +260,7 @@ class _ChangedPatterns:
     weights of this query, or of all queries of the heads that share the keys.
     """
 
-    base: _BasePatterns
+    base: BasePatterns
     scores: Sequence[Tensor]
     """[lane, column, head, key] each: of the base run, and with written vectors."""
     row: Ints
@@ -341,11 +288,11 @@ class _ChangedPatterns:
         """
         where = parts[0].where
         assert where.layer is not None
-        reads = _BasePatterns.reads(where)
+        reads = BasePatterns.reads(where)
         stop = 0 if where.stack == "encoder" else where.layer + 1
         frame = batch.of_read(reads[1])
         read = run_full(model, batch, stop=stop, writes=noise, reads=[*reads, where]).reads
-        base = _BasePatterns.of(where, read, batch, model)
+        base = BasePatterns.of(where, read, batch, model)
         vectors = _WrittenVectors.as_whole(parts, read, batch)
         _, tokens, heads, _ = base.weights.shape
         lane, position, unit = (each[vectors.spot] for each in vectors.places)
@@ -387,7 +334,7 @@ class _ChangedPatterns:
                 value[place].double() for value in (self.scores[0], pattern, slopes)
             )
             changed = self._written(base, place, first)
-            written = _renormalize(changed, base, weights, has_sink=self.base.has_sink)
+            written = renormalize_scores(changed, base, weights, has_sink=self.base.has_sink)
             flat = [value.flatten(0, -2) for value in (written, weights, slope)]
             parts = kind.values(flat[0], flat[1], flat[2], {}).reshape(len(base), -1).sum(1)
             np.add.at(found, self.row[own], parts.cpu().numpy())
@@ -417,7 +364,7 @@ class _ReceivingPatterns:
 
     edges: PathEdges
     model: LoadedModel
-    base: Mapping[SiteRead, _BasePatterns]
+    base: Mapping[SiteRead, BasePatterns]
     """Site of the weights → those of the base run."""
     fixed: Mapping[SiteRead, Tensor]
     """[lane, column, unit, width] of the queries and keys of the base run."""
@@ -429,13 +376,13 @@ class _ReceivingPatterns:
         """Read the base run on the lanes of all rows."""
         wheres = [SiteRead(*place) for place in edges.attended]
         fixed = [replace(each, site=_OTHER_FACTOR[each.site]) for each in wheres]
-        reads = {own for each in wheres for own in _BasePatterns.reads(each)}
+        reads = {own for each in wheres for own in BasePatterns.reads(each)}
         read: Mapping[SiteRead, Tensor] = {}
         if wheres:
             given = [*sorted(reads, key=repr), *fixed]
             stop = model.shape.n_layers
             read = run_full(model, batch, stop=stop, writes=noise, reads=given).reads
-        own = [_BasePatterns.of(each, read, batch, model) for each in wheres]
+        own = [BasePatterns.of(each, read, batch, model) for each in wheres]
         base = {each.where: each for each in own}
         return _ReceivingPatterns(edges, model, base, {each: read[each] for each in fixed})
 
@@ -472,7 +419,9 @@ class _ReceivingPatterns:
                 base = self.base[replace(where, site="pattern")]
                 lane = indices_to_device((torch.from_numpy(sent.lane[own]),), changed.device)
                 scores, weights = (part[lane].double() for part in (base.scores, base.weights))
-                written = _renormalize(changed.double(), scores, weights, has_sink=base.has_sink)
+                written = renormalize_scores(
+                    changed.double(), scores, weights, has_sink=base.has_sink
+                )
                 for number, gradients in enumerate(slopes):
                     slope = base.expand(gradients[places.index(base.where)])[lane]
                     flat = [part.flatten(0, -2) for part in (written, weights, slope)]
@@ -502,7 +451,7 @@ class _ReceivingPatterns:
                     continue
                 writes = [*noise, *holds, *sent.writes]
                 writes += [self._fix(where, sent.lane, own.batch) for where in ends.values()]
-                reads = [_BasePatterns.reads(where)[0] for where in ends.values()]
+                reads = [BasePatterns.reads(where)[0] for where in ends.values()]
                 read = run_full(self.model, own.batch, stop=stop, writes=writes, reads=reads).reads
                 for (at, where), scores in zip(ends.items(), reads, strict=True):
                     yield at, self._select(where, read[scores], sent, own.batch)
@@ -546,26 +495,6 @@ def _count_earlier(values: Ints) -> Ints:
     found = np.empty_like(order)
     found[order] = np.arange(len(order)) - firsts
     return found
-
-
-def _renormalize(scores: Tensor, base: Tensor, weights: Tensor, *, has_sink: bool) -> Tensor:
-    """Return weights of new scores, from scores and weights of the base run.
-
-    All have the shape [..., key]. A sink keeps its score: its weight is what the others lack.
-    Without a sink, they lack only rounding errors, which would count as much as keys with very low
-    new scores. Keys that a query doesn't see have a score and a weight of 0.
-    """
-    seen = (weights > 0) | (base != 0)
-    largest = weights.argmax(-1, keepdim=True)
-    size = base.gather(-1, largest) - weights.gather(-1, largest).log()
-    scores = (scores - size).masked_fill(~seen, float("-inf"))
-    top = scores.amax(-1, keepdim=True)
-    top = top.clamp(min=0) if has_sink else top.nan_to_num(neginf=0.0)  # -inf: sees no key
-    shares = (scores - top).exp()
-    total = shares.sum(-1, keepdim=True)
-    if has_sink:
-        total += (1 - weights.sum(-1, keepdim=True)).clamp(min=0) * (-top).exp()
-    return torch.where(total > 0, shares / total, 0.0)
 
 
 def draw_noise(key: Sequence[int], size: Sequence[int]) -> Floats:

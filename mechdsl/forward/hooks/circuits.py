@@ -1989,11 +1989,14 @@ class _ReadHooks(CircuitHooks):
 
 
 def compute_edge_scores(
-    total: Tensor, reads: Sequence[CircuitRead], senders: Sequence[slice]
-) -> list[Tensor]:
+    total: Tensor,
+    reads: Sequence[CircuitRead],
+    senders: Sequence[slice],
+    leaves: Sequence[Tensor] = (),
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return [place, receiver, sender] for each read: the derivative of a value by the shares of
     edges at the tokens of each of `read.places`, at shares of 0; [1, receiver, sender] of all
-    tokens without.
+    tokens without. Also return the derivative by further leaves.
 
     All edges into the receivers of a module are one matrix product for each place.
 
@@ -2001,16 +2004,18 @@ def compute_edge_scores(
         total: The value, from a pass with all reads.
         reads: What the pass read; their `taps` are removed.
         senders: Of each read, those whose edges are wanted; others get 0.
+        leaves: Other tensors that the value depends on.
 
     Raises:
         AutogradFailed: The model can't be differentiated.
     """
-    leaves = [tap.tensor for read in reads for tap in read.taps]
-    gradients = iter(compute_gradients(total, leaves, keep=False))
-    return [
+    tapped = [tap.tensor for read in reads for tap in read.taps]
+    gradients = iter(compute_gradients(total, [*tapped, *leaves], keep=False))
+    found = [
         _score_edges(read, [next(gradients) for _ in read.taps], own)
         for read, own in zip(reads, senders, strict=True)
     ]
+    return found, [*gradients]
 
 
 def _score_edges(read: CircuitRead, gradients: Sequence[Tensor], senders: slice) -> Tensor:
