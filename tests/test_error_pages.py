@@ -51,7 +51,7 @@ OWN_PROCESS = ("E0536",)
 """Pages whose command runs in a new process, which imports torch."""
 WHILE_TRAINING = ("E0643",)
 """Codes reported by `mechdsl fit`."""
-BESIDE = {"E0231": {"W0710"}, "E0622": {"E0604"}}
+BESIDE = {"E0231": {"W0710"}, "E0622": {"E0604"}, "W0706": {"W0702"}}
 """Codes that are always reported with others."""
 
 

@@ -419,6 +419,17 @@ class UnknownWords(Diagnostic):
     run: str
 
 
+class ImageNameAsText(HintedDiagnostic):
+    code = "W0706"
+    depends_on = frozenset({"tokens", "columns"})
+    title = "the prompt contains `{name}` as text, not the image"
+    label = "names of image files in {rows} of {total} rows of `{run}`"
+    name: str
+    rows: int
+    total: int
+    run: str
+
+
 class AnswerChangesPrompt(HintedDiagnostic):
     code = "W0703"
     depends_on = frozenset({"tokens"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 
@@ -9,10 +10,10 @@ from mechdsl.base.limits import CHAT_DATE
 from mechdsl.base.text import count_noun, quote
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoTokenFor
-from mechdsl.diagnostics.prompts import EmptyPrompt, PromptTooLong, UnknownWords
+from mechdsl.diagnostics.prompts import EmptyPrompt, ImageNameAsText, PromptTooLong, UnknownWords
 from mechdsl.images.baselines import GRAY_LEVEL
 from mechdsl.images.layouts import PromptPicture
-from mechdsl.images.picture import PictureChange, Video
+from mechdsl.images.picture import MARKER, PictureChange, Video
 from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.block import PromptsBlock
@@ -263,6 +264,40 @@ def check_empty_prompts(
     empty = sum(not rich.text.strip() for rich in riches)
     if empty:
         yield EmptyPrompt(span=block.templates[0].text.span, run=run, rows=empty)
+
+
+_IMAGE_SUFFIX = re.compile(r"\w\.(?:png|jpe?g|webp|gif|bmp|tiff?)(?!\w|\.\w)", re.IGNORECASE)
+
+
+def check_image_names(
+    block: PromptsBlock, tokenizer: TextTokenizer, run: str, riches: Sequence[RichText]
+) -> Iterator[Diagnostic]:
+    """Yield W0706 for names of image files in the texts of a model that reads images."""
+    if not isinstance(tokenizer, ImagePromptTokenizer):
+        return
+    found: list[tuple[str, re.Match[str], RichText]] = []
+    for rich in riches:
+        text = MARKER.sub(lambda marker: " " * len(marker.group()), rich.text)
+        if (match := _IMAGE_SUFFIX.search(text)) is not None:
+            found.append((text, match, rich))
+    if not found:
+        return
+    text, match, rich = found[0]
+    name = text[: match.end()].split()[-1].lstrip("\"'`([{<")
+    place = (match.end() - len(name), match.end())
+    field = next((s.name for s in rich.spans if (s.start, s.end) == place and not s.within), None)
+    hint = f'add the line `image photo = "{name}"`, and write `{{photo}}` in the template'
+    if field is not None:
+        hint = f'add the line `image photo = "{{{field}}}"`, and write `{{photo}}` instead of '
+        hint += f"`{{{field}}}` in the template"
+    yield ImageNameAsText(
+        span=block.templates[0].text.span,
+        name=name,
+        rows=len(found),
+        total=len(riches),
+        run=run,
+        hint=hint,
+    )
 
 
 def check_unknown_words(

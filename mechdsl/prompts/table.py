@@ -21,6 +21,7 @@ from mechdsl.diagnostics.models import NoTokenFor
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.prompts import (
     BadChatTemplate,
+    ImageNameAsText,
     MarkerInText,
     NoChatTemplate,
     RowsNotChecked,
@@ -44,6 +45,7 @@ from mechdsl.prompts.answers import (
 from mechdsl.prompts.block import TEMPLATE, PromptsBlock, PromptsSpecs
 from mechdsl.prompts.conventions import (
     check_empty_prompts,
+    check_image_names,
     check_prompt_lengths,
     check_unknown_words,
     image_conventions,
@@ -622,6 +624,8 @@ class _Builder:
         riches = [row.prompt for row in rows]
         encoded = [prompts[rich.text] for rich in riches]
         self.diagnostics += check_empty_prompts(self.block, name, riches)
+        if not any(isinstance(d, ImageNameAsText) for d in self.diagnostics):
+            self.diagnostics += check_image_names(self.block, self.tokenizer, name, riches)
         if self.block.name != spec.NO_PROMPTS and not any(
             isinstance(d, UnknownWords | NoTokenFor) for d in self.diagnostics
         ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mechdsl.results.experiment_result import ExperimentResult
 
+from ..execute.support import adopted, check_file
 from . import support
 from .models import GRID, LAYERS, MODELS
 from .reference import Bare, Edit, at
@@ -221,3 +223,35 @@ def test_active_prompts_name_the_tokens_of_images() -> None:
     shown = found.to_text(200).partition("most active prompts")[2]
     assert "[photo row " in shown
     assert "image" not in shown.partition("conventions")[0]
+
+
+TEXTS = {
+    'template "{file} how many {what} ?"': (
+        '"{file}"`, and write `{photo}` instead of `{file}` in the template'
+    ),
+    'template "how many {what} (a/b.JPG) ?"': '"a/b.JPG"`, and write `{photo}` in the template',
+    'image photo = "{file}"\n  template "{photo} and {other} how many ?"': (
+        '"{other}"`, and write `{photo}` instead of `{other}` in the template'
+    ),
+    'image photo = "{file}"\n  template "{photo} how many {what} ?"': "",
+    'template "how many {what} of png, .png or a.pngs or a.png.txt ?"': "",
+}
+
+
+@pytest.mark.parametrize("lines", TEXTS)
+def test_name_of_an_image_in_the_text_is_one_warning(lines: str) -> None:
+    block = f'prompts ask {{\n  rows "data.jsonl"\n  {lines}\n  answer " {{n}}"\n'
+    block += "  corrupt changed { n = m }\n}\n"
+    text = experiment("e", "ablate embed at last token with zero", measure="measure loss as raw")
+    _, found = support.try_file(text, NAMES[0], block=block)
+    helps = [each.help_text for each in found if each.code == "W0706"]
+    wanted = TEXTS[lines]
+    assert helps == ([f"add the line `image photo = {wanted}"] if wanted else [])
+
+
+def test_name_of_an_image_is_no_warning_for_a_model_of_texts(tmp_path: Path) -> None:
+    block = 'prompts p {\n  kind in ["w3", "w5"]\n  template "w7 {kind} a.png"\n  answer " w9"\n}\n'
+    text = "experiment e {\n  model m\n  prompts p\n  measure loss as raw\n}\n"
+    found = check_file(text, tmp_path, adopted("gpt2"), block).diagnostics
+    assert "W0702" in {each.code for each in found}
+    assert "W0706" not in {each.code for each in found}

@@ -358,6 +358,10 @@ def test_tiles_of_one_image_are_one_sampling_unit() -> None:
 # --- exact attention weights ----------------------------------------------------------------------
 
 
+Edit = Callable[[Tensor], Tensor]
+"""The vector of a head → the written one."""
+
+
 @cache
 def attending(name: str) -> Any:
     return eager(support.double(name))
@@ -393,7 +397,7 @@ def weights(name: str, tile: Tile) -> tuple[Tensor, Tensor]:
     return seen.attentions[1][0].detach(), gradient[0]
 
 
-def exact_estimate(name: str, site: str, head: int, tile: Tile, edit: Change) -> float:
+def exact_estimate(name: str, site: str, head: int, tile: Tile, edit: Edit) -> float:
     """The change of attention weights times the gradient, where `edit` acts on a head's vector at
     row 2, col 1."""
     at, unit = support.token(name, 2, 1), slice(head * 6, head * 6 + 6)
@@ -411,7 +415,7 @@ def exact_estimate(name: str, site: str, head: int, tile: Tile, edit: Change) ->
     return float(((seen.attentions[1][0] - plain) * gradient).sum())
 
 
-def copy_coordinate(basis: Basis, source: Tensor, number: int) -> Change:
+def copy_coordinate(basis: Basis, source: Tensor, number: int) -> Edit:
     """Copy a coordinate of another vector."""
 
     def change(x: Tensor) -> Tensor:
@@ -436,7 +440,7 @@ def test_atp_qk_of_coordinates_in_tiles_equals_exact_weights(
     every = [*tiles.rows(found["e0"].row_values)]
     at, source = support.token(name, 2, 1), vectors(name, site, None)
     fitted = torch.stack([vectors(name, site, t)[support.token(name, 1, 2)] for t in every])
-    edits: list[dict[tuple[int, ...], Change]] = [{}, {}]
+    edits: list[dict[tuple[int, ...], Edit]] = [{}, {}]
     for head in range(fitted.shape[1]):
         basis, own = components(fitted[:, head], 2), source[at, head]
         for number in (0, 1):
