@@ -402,8 +402,6 @@ def _of_basis(
         hint += "; or name the coordinates of one cell: `patch … in basis b`"
     elif not said.kind.reads_written:
         reason = "its gradient is of whole vectors, not of coordinates"
-    elif said.kind.backward is not None and said.kind.backward.decomposed and basis.transcodes:
-        reason = "the coordinates are those of another site, the input of the MLP"
     elif basis.crosses_layers and said.kind.drops_layers:
         reason = _DROPS_A_PART
     else:
@@ -577,9 +575,6 @@ def _of_changed_receivers(
     decomposed = said.kind.backward is not None and said.kind.backward.decomposed
     if decomposed and inside:
         yield _no_estimate(said, span, f"`{next(iter(inside))}`", _BASE_WEIGHTS, _EXACT_HINT)
-    elif decomposed and (path.basis is not None or (rule.basis and rule.basis.transcodes)):
-        reason = "a path from or to features of a dictionary isn't decomposed yet"
-        yield _no_estimate(said, span, "a basis", reason, "write `using eap`")
     if said.kind.fixes_attention and inside:
         yield from _of_changed_attention(rule, inside, experiment, said)
     if said.kind.drops_layers and path.basis is not None and path.basis.crosses_layers:

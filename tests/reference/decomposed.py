@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .gradients import Where
 
-Vectors = Mapping[tuple[int, int], Tensor]
-"""Vectors by position and unit."""
+Vectors = Mapping[tuple[int, int], Tensor | Callable[[Tensor], Tensor]]
+"""Vectors by position and unit, or functions of the irrelevant part that is there."""
 OF_IMAGES = ("vision", "visual", "image_tower", "video_tower", "connector", "projector")
 """Words in the names of modules that come before a language model, and whose values are whole."""
 QUERIES_AND_KEYS = ("q_proj", "k_proj", "query", "key", "q", "k")
@@ -68,7 +68,8 @@ def decompose_held(
         def put(value: Tensor) -> Tensor:
             flat = value.reshape(value.shape[1], at.units, -1).clone()
             for (position, unit), vector in written.items():
-                flat[position, unit] = vector
+                now = flat[position, unit]
+                flat[position, unit] = vector(now) if callable(vector) else vector
             return flat.reshape(value.shape)
 
         def entering(part: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

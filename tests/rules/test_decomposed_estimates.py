@@ -4,6 +4,8 @@ bits, one unpadded prompt at a time."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from zoo import MODELS
 
 from ..execute.support import MODES, ROWS, Prompt, experiment, prompt, run_file, try_file
 from ..quick import some
-from ..reference.decomposed import decompose, decompose_held
+from ..reference.decomposed import Vectors, decompose, decompose_held
 from ..reference.gradients import Where
+from . import test_dictionaries, test_transcoders
 from .models import bare, double
 from .test_estimates import (
     LAYERS,
@@ -197,6 +200,116 @@ def test_cdt_of_edges_equals_plain_hooks(family: str, tmp_path: Path) -> None:
     assert largest > 0.01
 
 
+Codes = Callable[[Tensor], Tensor]
+Basis = tuple[Where, Codes, Sequence[tuple[Where, Sequence[Tensor]]]]
+"""What a dictionary encodes, its encoder, and the vector of each feature at each written site."""
+
+
+def dictionaries(family: str, folder: Path) -> dict[str, Basis]:
+    """An autoencoder of the stream, a transcoder, and one that writes to two layers."""
+    width = double(family).config.hidden_size
+    autoencoder = test_dictionaries.make(folder, "standard", width)
+    transcoder = test_transcoders.make(folder, "jumprelu_transcoder", width)
+    hook = "ln2.hook_normalized"
+    parts = test_transcoders.make_cross_layer(folder, width, hook, len(LAYERS))[1]
+    stream, *mlps = (
+        where(family, *at) for at in (("resid_post", 1), ("mlp_out", 1), ("mlp_out", 2))
+    )
+    read_by_mlp = replace(mlps[0], side="in")
+    across = [(mlp, [*parts["W_dec"][:, n]]) for n, mlp in enumerate(mlps)]
+    return {
+        "f": (stream, autoencoder.encode, [(stream, [*autoencoder.w_dec])]),
+        "t": (read_by_mlp, transcoder.encode, [(mlps[0], [*transcoder.weights["W_dec"]])]),
+        "c": (read_by_mlp, partial(test_transcoders.encode_across, parts), across),
+    }
+
+
+def write_features(
+    basis: Basis, which: Sequence[int], own: Tensor, new: Tensor, at: int
+) -> list[tuple[Where, Vectors]]:
+    """Change features from those of a vector to those of another one, [width] each."""
+    _, encode, decoders = basis
+    change = (encode(new[None]) - encode(own[None]))[0]
+
+    def added(vectors: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        total = torch.stack([change[n] * vectors[n] for n in which]).sum(0)
+        return lambda now: now + total
+
+    return [(to, {(at, 0): added(vectors)}) for to, vectors in decoders]
+
+
+Feature = tuple[str, Sequence[int]]
+"""A dictionary and some of its features."""
+FEATURE_RULES: dict[str, Sequence[tuple[int | Feature, Feature | None]]] = {
+    "path layer 0 head * -> feature 3 of f": [(head, ("f", [3])) for head in range(4)],
+    "path layer 0 head 1 -> feature 0..5 of f": [(1, ("f", [n])) for n in range(6)],
+    "path layer 0 head * -> features 0..5 of t": [(head, ("t", range(6))) for head in range(4)],
+    "path layer 0 head 1 -> feature 0..5 of t": [(1, ("t", [n])) for n in range(6)],
+    "path layer 0 head * -> features 0..5 of c": [(head, ("c", range(6))) for head in range(4)],
+    "path feature 0..5 of t -> logits": [(("t", [n]), None) for n in range(6)],
+    "path features 0..5 of c -> logits": [(("c", range(6)), None)],
+    "patch feature 0..5 of t": [(("t", [n]), None) for n in range(6)],
+    "patch features 0..5 of c": [(("c", range(6)), None)],
+}
+"""The sender, a head or features, and features that receive or the end, of each cell."""
+
+
+def decompose_features(
+    family: str, own: dict[str, Basis], sender: int | Feature, to: Feature | None, *, node: bool
+) -> list[float]:
+    """What the features read in a pass with all else at the whole changes them."""
+    held = [where(family, site, n) for n in LAYERS for site in ("z", "mlp_out")]
+    found: list[float] = []
+    for record in ROWS:
+        base, source = prompt(record, "clean"), prompt(record, "other")
+        call = call_metric(family, ONE, base, record, logits_at_the_end(family, tuple(source.ids)))
+        model, last = double(family), base.last
+        runs = (tuple(base.ids), last), (tuple(source.ids), source.last)
+        if isinstance(sender, int):
+            at = where(family, "z", 0)
+            theirs = read(family, tuple(source.ids), at)[source.last, sender]
+            sent: list[tuple[Where, Vectors]] = [(at, {(last, sender): theirs})]
+        else:
+            basis = own[sender[0]]
+            own_vector, theirs = (
+                read(family, ids, basis[0])[place].flatten() for ids, place in runs
+            )
+            sent = write_features(basis, sender[1], own_vector, theirs, last)
+        if node:
+            found.append(decompose_held(model, call, sent, (), ())[0])
+            continue
+        end = where(family, "resid_post", LAYERS[-1]) if to is None else own[to[0]][0]
+        _, [received] = decompose_held(model, call, sent, held, [end])
+        if to is None:
+            found.append(decompose(model, call, end, {(last, 0): received[last, 0]}))
+            continue
+        whole = read(family, tuple(base.ids), end)[last].flatten()
+        given = write_features(own[to[0]], to[1], whole, received[last].flatten(), last)
+        found.append(decompose_held(model, call, given, (), ())[0])
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", *some(["gpt2", "gpt_neox"], [])])
+def test_cdt_of_features_at_both_ends_of_paths_equals_plain_hooks(
+    family: str, tmp_path: Path
+) -> None:
+    """A feature that receives has the value that its encoder gives what it reads."""
+    own = dictionaries(family, tmp_path)
+    text = 'basis f = sae("sae") at resid_post layer 1\n'
+    text += 'basis t = transcoder("of_mlp") at mlp_out layer 1\n'
+    text += 'basis c = transcoder("clt") at mlp_out layer 1\n'
+    for n, rule in enumerate(FEATURE_RULES):
+        text += experiment(f"e{n}", *LINES, f"{rule} at last token", "using cdt")
+    found = run_file(text, tmp_path, bare(family))
+    for n, (rule, cells) in enumerate(FEATURE_RULES.items()):
+        data = found[f"e{n}"].measures[0]
+        node = rule.startswith("patch")
+        expected = [decompose_features(family, own, *cell, node=node) for cell in cells]
+        values = data.patched - data.base
+        np.testing.assert_allclose(values, expected, atol=1e-4, rtol=1e-4, err_msg=rule)
+        assert np.abs(expected).max() > 1e-3, rule
+
+
 def test_cdt_of_edges_of_a_linear_model_equals_their_runs(tmp_path: Path) -> None:
     """Without norms and biases, logits are linear in what an MLP adds to the stream. Senders and
     positions are joined and swept, and the same file has a node."""
@@ -285,7 +398,7 @@ def test_cdt_of_a_bert_classifier_equals_plain_hooks(tmp_path: Path) -> None:
     for text in TEXTS:
         ids = tokenizer.encode(text).ids
 
-        def call(module: Any, ids: list[int] = ids) -> torch.Tensor:
+        def call(module: Any, ids: list[int] = ids) -> Tensor:
             logits = module(input_ids=torch.tensor([ids])).logits[0]
             return logits[1] - logits[0]
 

@@ -388,26 +388,15 @@ def test_estimates_of_transcoder_features_equal_autograd(
         assert agrees(found[f"x{name}"], 0, values, None) > 1e-3
 
 
-NOT_ESTIMATED = {
-    "cdt of a transcoder": ("t", "cdt", "delta", "another site, the input of the MLP"),
-    "atp_star of several layers": ("c", "atp_star", "raw", "drops a part of it"),
-    "cdt of several layers": ("c", "cdt", "delta", "another site, the input of the MLP"),
-}
-
-
-@pytest.mark.parametrize("case", NOT_ESTIMATED)
-def test_features_without_an_estimate_are_an_error(case: str, tmp_path: Path) -> None:
-    name, kind, effect, said = NOT_ESTIMATED[case]
+def test_atp_star_of_features_that_write_to_several_layers_is_an_error(tmp_path: Path) -> None:
     width = bare("gpt2").config.hidden_size
-    test_transcoders.make(tmp_path, "transcoder", width)
     test_transcoders.make_cross_layer(tmp_path, width, "ln2.hook_normalized", 3)
-    folder = {"t": "of_mlp", "c": "clt"}[name]
-    text = f'basis {name} = transcoder("{folder}") at mlp_out layer 1\n'
-    rule = f"patch feature 2 of {name} {LAST}"
-    lines = ("prompts p", "from other into clean", f"using {kind}", measured(ONE, effect))
+    text = 'basis c = transcoder("clt") at mlp_out layer 1\n'
+    rule = f"patch feature 2 of c {LAST}"
+    lines = ("prompts p", "from other into clean", "using atp_star", measured(ONE, "raw"))
     _, problems = try_file(text + experiment("e", rule, *lines), tmp_path, bare("gpt2"))
     assert [each.code for each in problems if each.severity == "error"] == ["E0608"]
-    assert said in render_full(problems, color=False, width=200)
+    assert "drops a part of it" in render_full(problems, color=False, width=200)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -30,9 +30,13 @@ from mechdsl.execute.patching.held_passes import (
 from mechdsl.execute.patching.writes import (
     RuleInputs,
     RuleReader,
+    RuleWrite,
     build_edges,
     build_writes,
+    join_writes,
+    list_later_writes,
     select_readable_rows,
+    write_receiving_features,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.forward.hooks.batch import (
@@ -574,7 +578,7 @@ class GradientEstimates:
             writes = build_writes(self.plan, *senders, *given)
             sent = SentRows.of(edges, senders[0], writes, lane_of_row[edges.first])
             if self.kind.backward is not None and self.kind.backward.decomposed:
-                writes = self._decompose_edges(edges, sent, lanes)
+                writes = self._decompose_edges(edges, sent, lanes, drawn.cell)
                 items = [self.plan.items[cell] for cell in drawn.cell]
                 sums = self._decomposed(writes, lanes, lane_of_row, items)
             else:
@@ -701,12 +705,15 @@ class GradientEstimates:
         return found
 
     def _decompose_edges(
-        self, edges: PathEdges, sent: SentRows, lanes: DrawLanes
+        self, edges: PathEdges, sent: SentRows, lanes: DrawLanes, cells: Ints
     ) -> list[SiteWrite]:
         """Return the irrelevant parts of receivers' inputs, as writes of the rows of edges.
 
         Each pass has the base run of some senders, and then their irrelevant parts, in which the
         irrelevant parts of all other heads and MLPs are the base run's values.
+
+        Args:
+            cells: [row]
         """
         count, run, backward = len(sent.lane), self.differentiated, self.kind.backward
         some = max(1, DECOMPOSED_TOKENS // (2 * int(lanes.lengths.max())))
@@ -733,17 +740,23 @@ class GradientEstimates:
                 index = row + size, both.batch.of_read(where).columns(row + size, token)
                 parts[place].append(read[where][indices_to_device(index, read[where].device)])
         values = {place: torch.cat(own) for place, own in parts.items()}
-        return [
-            self._receive(point, np.flatnonzero(edges.receivers_of_row == number), edges, sent, own)
-            for number, receivers in enumerate(edges.receivers)
-            for point in receivers.points
-            for own in [values[point.site, point.layer]]
-        ]
+        directions, writes = self.means_and_donors.directions, list[SiteWrite]()
+        for number, receivers in enumerate(edges.receivers):
+            rows = np.flatnonzero(edges.receivers_of_row == number)
+            for point in receivers.points:
+                place = point.site, point.layer
+                part = self._receive(point, rows, edges, sent, values[place])
+                given = (edges.rule, part, place, cells, directions)
+                for each in write_receiving_features(*given):
+                    writes.append(join_writes(place, [each]))
+                    later = list_later_writes(each, place, directions)
+                    writes += [join_writes(to, [own]) for to, own in later]
+        return writes
 
     def _receive(
         self, point: SitePoint, rows: Ints, edges: PathEdges, sent: SentRows, values: Tensor
-    ) -> SiteWrite:
-        """Write the values of one receiver in the rows that it receives in.
+    ) -> RuleWrite:
+        """Return the values of one receiver in the rows that it receives in.
 
         Args:
             values: [token of the senders, unit, width]
@@ -757,12 +770,10 @@ class GradientEstimates:
         token = np.repeat(firsts[sender], counts[sender]) + inside
         units = np.arange(values.shape[1]) if point.unit is None else np.array([point.unit])
         own = values[:, torch.from_numpy(units).to(values.device)]
-        return SiteWrite(
-            point.site,
-            point.layer,
-            torch.from_numpy(np.repeat(row, len(units))),
-            torch.from_numpy(np.repeat(sent.tokens[1][token], len(units))),
-            torch.from_numpy(np.tile(units, len(row))),
+        return RuleWrite(
+            np.repeat(row, len(units)),
+            np.repeat(sent.tokens[1][token], len(units)),
+            np.tile(units, len(row)),
             own[array_to_device(token, own.device)].flatten(0, 1),
         )
 
