@@ -146,15 +146,6 @@ DIFFERENT: dict[str, list[str]] = {
             for word in ("entropy", "distance", "distance(2)", "distance(3)")
         ),
     ],
-    "position ids": [
-        one(f"renumber {rule}", ends="")
-        for rule in (
-            "subject tokens from 5",
-            "subject tokens from 6",
-            "last token from 6",
-            "last token from 0",
-        )
-    ],
     "estimated paths": [
         one("path z layer 0 head 1 -> q layer 2 head 1 at last token"),
         *(
@@ -324,6 +315,14 @@ def test_other_values_of_every_kind_are_computed(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         check_other_values(texts, folder, "llama", every=False)
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_other_position_ids_are_computed(family: str, tmp_path: Path) -> None:
+    """Not of every family of the other kinds: BLOOM takes no position ids."""
+    rules = ("subject tokens from 5", "subject tokens from 6", "last token from 6")
+    texts = [one(f"renumber {rule}", ends="") for rule in rules]
+    check_other_values(texts, tmp_path, family, every=True)
 
 
 SAME = one("patch resid_post layer 0..2 at subject token", DIFFERENCE, PROB)
