@@ -25,7 +25,12 @@ from mechdsl.program.spec import SEED_AXIS
 from mechdsl.program.trainers import ChoosingTrainer, NodeSearchTrainer
 from mechdsl.program.trainings import list_seeds, used_masks, used_saved_positions
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING
+from mechdsl.resolve.circuit_files import (
+    EMBEDDING,
+    ENCODER_EMBEDDING,
+    VISION_EMBEDDING,
+    VISION_END,
+)
 from mechdsl.resolve.directions import describe_rows
 from mechdsl.resolve.sites import label_candidates, without_coordinates
 from mechdsl.resolve.trainings import (
@@ -127,18 +132,19 @@ def check_nodes(
 def check_held_out_images(
     definition: spec.Basis, objective: ResolvedExperiment, program: spec.Program
 ) -> list[Diagnostic]:
-    """Return E0342 if held-out rows of a group of sites in a vision encoder may have images of
-    training rows.
+    """Return E0342 if held-out rows of a group of sites or a circuit in a vision encoder may have
+    images of training rows.
 
     Args:
-        definition: The group.
+        definition: The group or circuit.
         objective: Its objective.
     """
     problem = explain_shared_images(outline_mask(definition, objective, program).training)
     if problem is None:
         return []
     reason, hint = problem
-    return [BadBasis(span=definition.method.span, reason=reason, hint=hint, what="group")]
+    what = "circuit" if definition.chooses_edges else "group"
+    return [BadBasis(span=definition.method.span, reason=reason, hint=hint, what=what)]
 
 
 class FilledGroups(Record):
@@ -297,10 +303,19 @@ def _name_nodes(definition: spec.Basis) -> Iterator[ast.Site]:
         yield ast.Site((name,), span=name.span)
 
 
+_ENDS_OF_STREAMS = {
+    EMBEDDING: "embed",
+    ENCODER_EMBEDDING: "embed encoder",
+    VISION_EMBEDDING: "embed vision",
+    VISION_END: "embed",
+}
+"""Nodes at the start or the end of a stream that aren't sites → their names in edges."""
+
+
 def _end(point: SitePoint, span: Span) -> ast.Site:
     """Return one end of an edge as a file names it."""
-    if point in (EMBEDDING, ENCODER_EMBEDDING):
-        words = ["embed"] if point == EMBEDDING else ["embed", "encoder"]
+    if point in _ENDS_OF_STREAMS:
+        words = _ENDS_OF_STREAMS[point].split(" ")
         return ast.Site(tuple(ast.Name(word, span=span) for word in words), span=span)
     if isinstance(point, FeatureNode):
         return _feature_end(point, span)

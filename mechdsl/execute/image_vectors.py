@@ -26,6 +26,7 @@ from mechdsl.diagnostics.models import ImagesNotVectors, SiteNotOnModel
 from mechdsl.forward.hooks.batch import (
     Batch,
     BlockPairs,
+    CircuitRead,
     CircuitWrite,
     EdgeWrite,
     PatchPools,
@@ -270,7 +271,7 @@ class ImageVectors:
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
         edges: Sequence[EdgeWrite],
-        circuits: Sequence[CircuitWrite],
+        circuits: Sequence[CircuitWrite | CircuitRead],
         derivatives: Derivatives,
     ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
         """Run the vision encoder on a batch's images: see `VisionPass`."""
@@ -300,6 +301,9 @@ class ImageVectors:
                 given = inside, reads, blocks, within, ablated
                 found, later = self._run(model, run, own, *given)
                 vectors.add([numbers for _, numbers in own], found, later)
+        for each in circuits:
+            if isinstance(each, CircuitRead):
+                each.join_parts()
         return vectors.writes(self._known_later(batch)), vectors.reads
 
     def _known_later(self, batch: Batch) -> list[Tensor]:
@@ -320,7 +324,7 @@ class ImageVectors:
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
         edges: Sequence[EdgeWrite],
-        circuits: Sequence[CircuitWrite],
+        circuits: Sequence[CircuitWrite | CircuitRead],
     ) -> tuple[dict[SiteRead, Tensor], list[Tensor]]:
         """Run the vision encoder on images of one extent.
 
@@ -334,7 +338,7 @@ class ImageVectors:
             blocks: Replaced blocks.
             edges: Changed attention edges, whose rows are numbers of images, and whose queries and
                 keys are patches.
-            circuits: Edges between components that carry other values, likewise.
+            circuits: Edges between components that carry other values or are read, likewise.
 
         Returns:
             [lane, token, units, width] of `embed`, [lane, token, head, token] of pooled patterns,
@@ -753,8 +757,8 @@ class _Patches:
                 yield replace(own, rows=rows, queries=queries, keys=self.find(own.keys))
 
     def place_circuit(
-        self, circuit: CircuitWrite, lanes: Mapping[int, int]
-    ) -> Iterator[CircuitWrite]:
+        self, circuit: CircuitWrite | CircuitRead, lanes: Mapping[int, int]
+    ) -> Iterator[CircuitWrite | CircuitRead]:
         """Yield a circuit in some images, with their lanes as rows and the encoder's tokens.
 
         Args:
@@ -764,10 +768,15 @@ class _Patches:
         there = torch.tensor([n in lanes for n in circuit.rows.tolist()], dtype=torch.bool)
         if self.tiles is not None:
             there &= self.of_token.flatten()[circuit.positions] >= 0
-        own = circuit.some(there)
-        if len(own.rows):
-            rows = torch.tensor([lanes[n] for n in own.rows.tolist()])
-            yield replace(own, rows=rows, positions=self.find(own.positions))
+        index = there.nonzero()[:, 0]
+        if not len(index):
+            return
+        rows = torch.tensor([lanes[n] for n in circuit.rows[index].tolist()])
+        positions = self.find(circuit.positions[index])
+        if isinstance(circuit, CircuitRead):
+            yield circuit.open_part(index, rows, positions)
+        else:
+            yield replace(circuit.some(there), rows=rows, positions=positions)
 
     def find(self, positions: Tensor) -> Tensor:
         """Return the encoder's tokens, given numbers as in `TokenHits`.
@@ -803,7 +812,7 @@ def _tabulate_images(batch: Batch, images: Sequence[_Occurrence]) -> tuple[Tenso
     return number, index
 
 
-WrittenT = TypeVar("WrittenT", SiteWrite, CircuitWrite)
+WrittenT = TypeVar("WrittenT", bound=SiteWrite | CircuitWrite | CircuitRead)
 
 
 def _number_patches(

@@ -105,7 +105,7 @@ from mechdsl.program.trainers import (
     ScoringTrainer,
 )
 from mechdsl.prompts.runs import PositionCell, PromptRun
-from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING
+from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING, VISION_EMBEDDING
 from mechdsl.resolve.circuits import (
     NEURONS,
     CircuitDraws,
@@ -125,6 +125,7 @@ from mechdsl.resolve.trainings import (
 from mechdsl.resolve.types import (
     BasisTargets,
     CircuitEdge,
+    CircuitTargets,
     MaskCandidate,
     PlacedEdge,
     PositionChoice,
@@ -453,10 +454,9 @@ class EdgeMaskRows(VectorMaskRows):
     def _splits(self) -> dict[SiteLayer, FeatureSplit]:
         """By output, the features that are nodes. Raises NoBasis."""
         rule = self.objective.rules[0]
-        assert rule.circuit is not None
         fits = DirectionFits(self.model, {}, self.objective.seed, self.side)
         found: dict[SiteLayer, FeatureSplit] = {}
-        for (site, layer), own in rule.circuit.features.items():
+        for (site, layer), own in self._circuit.features.items():
             name = own.member.name
             alone = BasisTargets(name, (name,), ({(layer, None): own.member},), (), {})
             system, problems = fits.of_basis(alone, rule.spec.span)
@@ -469,9 +469,7 @@ class EdgeMaskRows(VectorMaskRows):
     @cached_property
     def _others(self) -> dict[SiteLayer, tuple[int, ...]]:
         """The neurons that are one node together, by site and layer."""
-        circuit = self.objective.rules[0].circuit
-        assert circuit is not None
-        return list_other_neurons(circuit, self.model.shape)
+        return list_other_neurons(self._circuit, self.model.shape)
 
     @property
     def _written(self) -> Sequence[SiteLayer]:
@@ -615,7 +613,7 @@ class EdgeMaskRows(VectorMaskRows):
         placed = [each for each in self.candidates if isinstance(each, PlacedEdge)]
         if placed:
             return PlacedGraph(self.model_graph, placed, order_places(self.objective))
-        if self._has_two_streams:
+        if self._has_two_streams or self._circuit.stack:
             return self.model_graph
         order = order_places(self.objective)
         return self.model_graph if order.reads_end[0] else OnePlaceGraph(self.model_graph, order)
@@ -623,15 +621,19 @@ class EdgeMaskRows(VectorMaskRows):
     @cached_property
     def model_graph(self) -> EdgeGraph:
         """The nodes and edges of the model."""
+        own = self._circuit
+        return EdgeGraph(self.model.shape, own.neurons, own.features, stack=own.stack)
+
+    @property
+    def _circuit(self) -> CircuitTargets:
+        """All edges, of which the mask chooses some."""
         circuit = self.objective.rules[0].circuit
         assert circuit is not None
-        return EdgeGraph(self.model.shape, circuit.neurons, circuit.features)
+        return circuit
 
     @property
     def dictionaries(self) -> dict[str, dict[str, str]]:
-        circuit = self.objective.rules[0].circuit
-        assert circuit is not None
-        members = {own.member.name: own.member.operand for own in circuit.features.values()}
+        members = {own.member.name: own.member.operand for own in self._circuit.features.values()}
         found = {n: own.digest for n, own in members.items() if isinstance(own, DictionaryFile)}
         return {"dictionaries": found} if found else {}
 
@@ -645,9 +647,14 @@ class EdgeMaskRows(VectorMaskRows):
             return ""
         count = count_noun(len(chosen), "edge")
         return (
-            f"random circuits are any {count}, on paths to `logits` or not: fewer than "
+            f"random circuits are any {count}, on paths to `{self.end}` or not: fewer than "
             f"{RANDOM_CONTROLS} others have all {count} on paths"
         )
+
+    @property
+    def end(self) -> str:
+        """The end of all paths, as files name it."""
+        return "embed" if self._circuit.stack == "vision" else "logits"
 
     @cached_property
     def _drawn(self) -> dict[tuple[tuple[int, ...], int], list[list[int]]]:
@@ -1085,6 +1092,9 @@ _ADDED_AT = {
 }
 """Site of senders → the site where their changes are added, if no norm follows it."""
 
+_EMBEDDINGS = {"": EMBEDDING, "encoder": ENCODER_EMBEDDING, "vision": VISION_EMBEDDING}
+"""The stream that enters the first block of each stack."""
+
 
 def _add_at(model: LoadedModel, point: SitePoint, read: CircuitRead, vectors: Tensor) -> SiteWrite:
     """Add [vector, width] at a site, at the tokens of a read."""
@@ -1297,8 +1307,7 @@ class EdgeRows(EdgeMaskRows):
             width = self.model.stack(read.stack).shape.d_model
             size, device = (len(read.rows), width), self.model.device
             leaf = torch.zeros(size, dtype=dtype, device=device, requires_grad=True)
-            point = ENCODER_EMBEDDING if read.stack else EMBEDDING
-            writes.append(_add_at(self.model, point, read, leaf))
+            writes.append(_add_at(self.model, _EMBEDDINGS[read.stack], read, leaf))
         run = self._differentiate(rows, backward)
         weights = [run.zeros(*each.size) for each in patterns]
         writes += [each.added(own) for each, own in zip(patterns, weights, strict=True)]
@@ -1682,9 +1691,9 @@ def _score_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) -
     kept = graph.keep_leading(frozenset(order))
     chosen = [n for n in every.tolist() if rows.candidates[n] in kept]
     if not chosen:
-        reason = f"none of the {len(order):,} edges with the largest scores leads to `logits`"
+        reason = f"none of the {len(order):,} edges with the largest scores leads to `{rows.end}`"
         raise NoCircuit(reason, "write a larger `size`, or leave `select` out")
-    made = _describe(how, len(order), len(chosen)) + said + rows.describe_rest()
+    made = _describe(how, len(order), len(chosen), rows.end) + said + rows.describe_rest()
     made += rows.describe_path(trainer)
     return FoundCircuit(chosen, scores, steps, len(order), made)
 
@@ -1743,11 +1752,11 @@ class EffectScoring:
         self._total, self._done = total, int(state["done"])
 
 
-def _describe(how: str, selected: int, kept: int) -> str:
-    """Describe the selection of edges."""
-    ways = {"greedy": "from `logits` backwards", "top": "with the largest scores of all"}
+def _describe(how: str, selected: int, kept: int, end: str) -> str:
+    """Describe the selection of edges, which lead to an end."""
+    ways = {"greedy": f"from `{end}` backwards", "top": "with the largest scores of all"}
     text, removed = f"{count_noun(selected, 'edge')} selected {ways[how]}", selected - kept
-    return f"{text}, {removed:,} of them removed, off any path to `logits`" if removed else text
+    return f"{text}, {removed:,} of them removed, off any path to `{end}`" if removed else text
 
 
 def _search_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) -> FoundCircuit:

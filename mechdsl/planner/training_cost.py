@@ -146,7 +146,7 @@ def training_cost(
         return _vectors_cost(name, made, shape, tower)
     if isinstance(made, TrainedMask) and made.is_scored:
         if made.noun == "edge":
-            return _circuit_cost(name, made, objective, shape)
+            return _circuit_cost(name, made, objective, shape, tower)
         return _group_cost(name, made, objective, shape, tower)
     return _effect_cost(name, made, objective, shape, tower)
 
@@ -578,7 +578,11 @@ def _reads_again(made: Declared, objective: ResolvedExperiment) -> bool:
 
 
 def _circuit_cost(
-    name: str, made: TrainedMask, objective: ResolvedExperiment, shape: ModelShape
+    name: str,
+    made: TrainedMask,
+    objective: ResolvedExperiment,
+    shape: ModelShape,
+    tower: _VisionCost | None,
 ) -> TrainingCost:
     """Return the cost of scores of edges or of a search, and of the table of `mechdsl fit`."""
     training, table, circuit = made.training, objective.table, objective.rules[0].circuit
@@ -600,16 +604,11 @@ def _circuit_cost(
         if trainer.faithfulness(training.of_trainer) is not None:
             tried = len(made.candidates)
     else:
-        assert isinstance(trainer, EdgeSearchTrainer)
-        graph = EdgeGraph(shape, circuit.neurons, circuit.features)
-        tried = len(graph.list_search_steps(trainer.levels, made.candidates))
-        if (left := trainer.size(training.of_trainer)) is not None:
-            tried = (tried * (tried + 1) - left * (left + 1)) // 2
+        tried = _count_tried_circuits(made, circuit, shape)
     longest = int(base.lengths[there].max(initial=1))
     reads, attended = _count_attended(made, circuit)
-    size = count_scored_rows(
-        len(senders), max(tokens, default=1), batch, shape, attended=longest if reads else 0
-    )
+    most = max(tokens, default=1)
+    size = count_scored_rows(len(senders), most, batch, shape, attended=longest if reads else 0)
     compared = len({atom.run for atom in objective.measures[0].atoms} - {None, base.name})
     measured = (held_out or rows) * _count_controls(made, objective) * (1 + compared)
     measured += tried * rows * (1 if rows <= batch else 1 + compared)
@@ -618,9 +617,8 @@ def _circuit_cost(
         _count_edge_work(training.sample.run, cell, circuit, shape)
         for cell in (moved, training.sample.cell)
     )
-    backwards = points * -(-rows // size)
+    backwards, whole = points * -(-rows // size), (points * 2 + compared + reads) * rows + measured
     scored = points * scored + attended * shape.d_model * (1 + shape.d_head)
-    whole = (points * 2 + compared + reads) * rows + measured
     cost = Cost(
         forwards=backwards + (compared + reads) * -(-rows // size) + -(-measured // batch),
         tokens=int(whole * row.tokens),
@@ -630,13 +628,24 @@ def _circuit_cost(
         backwards=backwards,
     )
     cost += _times(run_cost(shape, source, None), 1.0)
+    if tower is not None:
+        cost += tower.read(1.0) + tower.run(points * rows + measured, points * rows)
     vectors = min(count_edited_bytes(made, objective, shape), CHUNK_BYTES)
-    memory = size * longest * shape.n_layers * _saved_numbers(shape, longest)
-    memory += size * max(tokens, default=1) * len(senders) * shape.d_model
-    memory = max(memory, batch * written * _saved_by_edges(circuit, shape))
-    steps, memory = points or tried, int(vectors + FLOAT * memory)
+    saved = longest * shape.n_layers * _saved_numbers(shape, longest)
+    saved += most * len(senders) * _find_width(circuit, shape) + (tower.saved if tower else 0)
+    memory = max(size * saved, batch * written * _saved_by_edges(circuit, shape))
     assumed = "" if made.is_trained else _assume_size(made)
-    return TrainingCost(name, rows, held_out, steps, cost, memory, shape.n_layers, assumed)
+    given = name, rows, held_out, points or tried, cost, int(vectors + FLOAT * memory)
+    return TrainingCost(*given, shape.n_layers, assumed)
+
+
+def _count_tried_circuits(made: TrainedMask, circuit: CircuitTargets, shape: ModelShape) -> int:
+    """Return how many circuits a search measures."""
+    trainer = made.training.trainer_of(EdgeSearchTrainer)
+    graph = EdgeGraph(shape, circuit.neurons, circuit.features, stack=circuit.stack)
+    tried = len(graph.list_search_steps(trainer.levels, made.candidates))
+    left = trainer.size(made.training.of_trainer)
+    return tried if left is None else (tried * (tried + 1) - left * (left + 1)) // 2
 
 
 def _group_cost(
@@ -793,7 +802,12 @@ def _saved_by_edges(circuit: CircuitTargets, shape: ModelShape) -> int:
     senders = {of for of, _ in circuit.every}
     receivers = {to for _, to in circuit.every}
     ends = len(senders) + 3 * len(receivers)
-    return ends * shape.d_model + 2 * len(senders) * len(receivers)
+    return ends * _find_width(circuit, shape) + 2 * len(senders) * len(receivers)
+
+
+def _find_width(circuit: CircuitTargets, shape: ModelShape) -> int:
+    """Return the width of the stream that edges are in."""
+    return shape.others.get(circuit.stack, shape).d_model
 
 
 def _saved_numbers(shape: ModelShape, tokens: int) -> int:

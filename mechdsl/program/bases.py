@@ -12,6 +12,7 @@ from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.rules import BadBasis
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.program.activation_trainers import (
     LENS_EXAMPLE,
@@ -561,18 +562,38 @@ def lower_circuit_mask(
     assert call is not None
     if not _check_mask(call, "circuit", parts, scope):
         return None
-    nodes = next((each.value for each in call.arguments if each.name == "nodes"), None)
+    given = {each.name: each.value for each in call.arguments}
+    nodes, stack = given.get("nodes"), given.get("stack")
     if nodes is not None and not _are_nodes(nodes, parts, scope):
         return None
-    span = statement.name.span
+    if stack is not None and not _is_stack(stack, nodes, scope):
+        return None
+    span, every = statement.name.span, spec.EVERY_EDGE if stack is None else spec.EVERY_VISION_EDGE
     return spec.Basis(
         span=statement.span,
         name=statement.name.id,
         method=call,
-        site=ast.Site((ast.Name(spec.EVERY_EDGE, span=span),), span=span),
+        site=ast.Site((ast.Name(every, span=span),), span=span),
         at=all_tokens() if at is None else at,
         chooses_edges=True,
     )
+
+
+def _is_stack(stack: ast.Node, nodes: ast.Node | None, scope: Namespace) -> bool:
+    """Whether `stack` names a stack whose edges alone are chosen from, without `nodes`, which are
+    of the language model; reports E0207 or E0108 otherwise."""
+    if not isinstance(stack, ast.Name) or stack.id != "vision":
+        reason = "isn't a stack whose edges alone can be chosen from"
+        hint = "write `stack: vision`, or leave it out for the edges of the language model"
+        name = stack.span.written
+        scope.diagnostics.append(BadArgument(span=stack.span, name=name, reason=reason, hint=hint))
+        return False
+    if nodes is not None:
+        what = "a neuron or feature of the vision encoder as a node of a circuit"
+        later = "remove `nodes`: the nodes are heads and MLPs"
+        scope.diagnostics.append(NotSupported(span=nodes.span, what=what, later=later))
+        return False
+    return True
 
 
 def _are_nodes(nodes: ast.Node, parts: Definitions, scope: Namespace) -> bool:
@@ -972,9 +993,9 @@ def _objective_problem(call: ast.Call, trainer: Trainer, what: str) -> BadArgume
     elif len(measures) > 1:
         reason, hint = "has both `maximise` and `minimise`", "keep one, such as their difference"
         span = given[measures[1]].span
-    elif "nodes" in given and what != "circuit":
-        reason = f"of a {what} has no `nodes`, which are those of a circuit"
-        hint, span = "remove it", given["nodes"].span
+    elif what != "circuit" and (own := next((n for n in ("nodes", "stack") if n in given), "")):
+        of = {"nodes": "which are those of a circuit", "stack": "which is that of a circuit"}[own]
+        reason, hint, span = f"of a {what} has no `{own}`, {of}", "remove it", given[own].span
     return BadArgument(span=span, name=call.name, reason=reason, hint=hint) if reason else None
 
 

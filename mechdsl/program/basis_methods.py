@@ -598,9 +598,9 @@ ROTATION_OPTIONS = ("from", *OBJECTIVES)
 """Options of trainers on a measure; `from` names the run whose vectors come in, or that a vector is
 compared with."""
 
-EFFECT_OPTIONS = (*ROTATION_OPTIONS, "with", "nodes")
-"""The same with the options of masks: `with` has the fill of a mask that ablates, and `nodes` the
-neurons or features that are nodes of a circuit."""
+EFFECT_OPTIONS = (*ROTATION_OPTIONS, "with", "nodes", "stack")
+"""The same with the options of masks: `with` has the fill of a mask that ablates, `nodes` the
+neurons or features that are nodes of a circuit, and `stack` the stack of its edges."""
 
 PROBE_OPTIONS = ("target", "model")
 """Options of trainers of probes: the value that is predicted, and the model that runs the rows."""

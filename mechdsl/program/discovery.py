@@ -12,7 +12,8 @@ split.
 `over heads, mlps, features of f` also stands for `group c_nodes = features * of f`; the training
 then has `nodes: c_nodes`. `over heads, mlps, g` names the group `g` of neurons or features. With
 several groups or dictionaries, `c_nodes` has all their sites. `over heads, mlps at P, Q` names the
-positions of the training; the rule then is `ablate all but c at {P, Q} with abc`.
+positions of the training; the rule then is `ablate all but c at {P, Q} with abc`. `over vision`
+names the edges of the vision encoder of prompts, as `stack: vision` does in the training.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from mechdsl.syntax.traversal import rewrite
 
 NODES = ("heads", "mlps")
 """What a circuit's edges connect: the candidates of every search."""
+
+VISION = "vision"
+"""Stands for the heads and MLPs of the vision encoder of prompts."""
 
 SCORING_TRAINERS = (EdgeScoreTrainer, EdgeSearchTrainer)
 
@@ -144,6 +148,10 @@ def _expanded(
         yield own
     if nodes is not None:
         arguments.append(ast.Argument("nodes", nodes, span=nodes.span))
+    if _is_in_vision(line):
+        span_of_stack = line.over[0].span
+        stack = ast.Name(VISION, span=span_of_stack)
+        arguments.append(ast.Argument("stack", stack, span=span_of_stack))
     fit = ast.Call("fit", tuple(arguments), span=span)
     yield ast.CircuitDef(line.what, source=fit, at=line.at, span=span)
     site = ast.Site((line.what,), span=span)
@@ -188,7 +196,13 @@ def _further_nodes(
 
 def _list_further(line: ast.Discover) -> list[ast.Name | ast.FeaturesOf]:
     """Return the groups and dictionaries whose neurons or features are nodes."""
-    return [each for each in line.over if not isinstance(each, ast.Name) or each.id not in NODES]
+    every = () if _is_in_vision(line) else line.over
+    return [each for each in every if not isinstance(each, ast.Name) or each.id not in NODES]
+
+
+def _is_in_vision(line: ast.Discover) -> bool:
+    """Return whether a statement chooses from the edges of the vision encoder."""
+    return [each.id if isinstance(each, ast.Name) else "" for each in line.over] == [VISION]
 
 
 def _named_groups(line: ast.Discover) -> list[ast.Name]:
@@ -296,6 +310,8 @@ def _problems(
 def _candidate_problems(
     line: ast.Discover, groups: Mapping[str, ast.GroupDef], *, imports: bool
 ) -> Iterator[Diagnostic]:
+    if _is_in_vision(line):
+        return
     further, named = _list_further(line), _named_groups(line)
     for each in named:
         if not imports and each.id not in groups:
@@ -304,6 +320,8 @@ def _candidate_problems(
             hint = did_you_mean(
                 each.id, [*NODES, *groups], f"{hint}nodes instead of edges: {NODE_EXAMPLE}"
             )
+            if each.id == VISION:
+                hint = "write `over vision` alone, for the heads and MLPs of the vision encoder"
             yield _wrong(each, reason, hint)
             return
     if len(line.over) - len(further) < len(NODES):

@@ -616,6 +616,9 @@ class Group(Spec):
 EVERY_EDGE = "every edge"
 """Name of the circuit of all edges of a model, which a mask chooses from."""
 
+EVERY_VISION_EDGE = "every edge of the vision encoder"
+"""The same in the vision encoder of prompts."""
+
 
 class Circuit(Spec):
     """`circuit c = embed -> L0H1.q, L0H1 -> logits`: edges from senders to receivers.

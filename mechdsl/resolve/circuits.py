@@ -377,6 +377,7 @@ def find_circuit_edges(
     if circuit.name == spec.EVERY_EDGE:
         of_all = list_edges(shape, nodes, named.features) if named.are_some else every
         parts.found = dict.fromkeys(of_all)
+    parts.found.update(_list_vision_edges(circuit, span, work))
     resolved: list[tuple[ast.SiteMap, list[CircuitEdge]]] = []
     given_scores = circuit.placed_scores or (None,) * len(circuit.edges)
     for edge, score in zip(circuit.edges, given_scores, strict=True):
@@ -398,17 +399,16 @@ def find_circuit_edges(
         return None
     if neurons or features or stack:
         every = list_edges(shape, neurons, features, stack)
-    found = parts.found
     if shape.stands_in:  # edges of other stacks may not be among those of a placeholder
-        every = list(dict.fromkeys((*every, *found)))
+        every = list(dict.fromkeys((*every, *parts.found)))
     by_place = dict[EdgeAtPlace, float](parts.by_place)
     by_place |= {(edge, None): own for edge, own in zip(every, circuit.scores, strict=False)}
     others = {} if saved is None else saved.others
     by_place |= {(edge, None): own for (edge, at), own in others.items() if at is None}
     scores = {edge: own for (edge, at), own in by_place.items() if at is None}
-    edges = [edge for edge in every if edge in found]
+    edges = [edge for edge in every if edge in parts.found]
     edges.sort(key=lambda edge: -abs(scores.get(edge, 0)))  # stable
-    listed = [(edge, place) for edge in edges for place in _list_places(found[edge])]
+    listed = [(edge, place) for edge in edges for place in _list_places(parts.found[edge])]
     listed.sort(key=lambda each: -abs(by_place.get(each, 0)))
     digest, made = ("", "") if saved is None else (saved.digest, saved.made)
     if saved is not None:
@@ -417,6 +417,32 @@ def find_circuit_edges(
     last = tuple(listed), by_place, tuple(parts.place_texts), saved.prompts if saved else ()
     placed = {each: own for each, own in others.items() if each[1] is not None}
     return CircuitEdges(*given, *last, placed)
+
+
+def _list_vision_edges(
+    circuit: spec.Circuit, span: Span, work: ExperimentContext
+) -> dict[CircuitEdge, None]:
+    """List the edges of the vision encoder of prompts if a circuit is that of all of them; none
+    after E0108 or E0413 for a model without such edges."""
+    shape = work.sites.shape
+    if circuit.name != spec.EVERY_VISION_EDGE:
+        return {}
+    if shape.attends_to_image:
+        work.diagnostics.append(_reject_attended_encoder(span))
+        return {}
+    missing = find_missing_point([VISION_EMBEDDING], shape, work.sites.model, span)
+    if missing is not None:
+        work.diagnostics.append(missing)
+        return {}
+    every = list_edges(shape, stack="vision")
+    return {} if _report_missing_edges(every, span, work) else dict.fromkeys(every)
+
+
+def _reject_attended_encoder(span: Span) -> NotSupported:
+    """Return E0108 for edges of the encoder of an image that blocks attend to."""
+    what = "an edge of the vision encoder in a model whose blocks attend to an image"
+    later = "write `path z vision layer 0 head 1 -> q vision layer 1 head 0`"
+    return NotSupported(span=span, what=what, later=later)
 
 
 class ComparedCircuits(Record):
@@ -1298,9 +1324,7 @@ def _resolve_edge(
     shape = work.sites.shape
     in_vision = any(SITES[node.site].stack == "vision" for node in (*senders, *receivers))
     if in_vision and shape.attends_to_image:
-        what = "an edge of the vision encoder in a model whose blocks attend to an image"
-        later = "write `path z vision layer 0 head 1 -> q vision layer 1 head 0`"
-        work.diagnostics.append(NotSupported(span=edge.span, what=what, later=later))
+        work.diagnostics.append(_reject_attended_encoder(edge.span))
         return []
     found = [
         (of, to)

@@ -894,13 +894,14 @@ def moved_positions(objective: ResolvedExperiment) -> tuple[PositionCell, Positi
     """Return the tokens at which senders move along the path of `eap_ig`, in both runs: all tokens
     of the prompts and those of the positions.
 
-    Senders move only at the positions, those of `paired_positions`, if other tokens have no other
-    value: `mean` has means of the positions alone, and a run's tokens are paired by their number if
-    in each row both runs have the same number of tokens and the positions at the same ones.
+    Senders move only at the positions, those of `paired_positions`, in a vision encoder, or if
+    other tokens have no other value: `mean` has means of the positions alone, and a run's tokens
+    are paired by their number if in each row both runs have the same number of tokens and the
+    positions at the same ones.
     """
     (written, read), rule, table = paired_positions(objective), objective.rules[0], objective.table
     fill, source = rule.spec.fill, table.runs[rule.run].rows
-    if fill is not None and fill.span.written == "mean":
+    if rule.in_vision or (fill is not None and fill.span.written == "mean"):
         return written, read
     moved: list[tuple[tuple[int, ...], ...]] = []
     for number, row in enumerate(table.runs[objective.spec.base].rows):
@@ -1037,9 +1038,13 @@ def _check_coordinates(objective: ResolvedExperiment) -> Diagnostic | None:
 
 
 def _check_streams(objective: ResolvedExperiment) -> Diagnostic | None:
-    """Return E0108 for a circuit of an encoder-decoder at several positions, or only at tokens of
-    the encoder, where no edge into `logits` is."""
+    """Return E0108 for a circuit of a vision encoder or an encoder-decoder at several positions, or
+    only at tokens of the latter's encoder, where no edge into `logits` is."""
     rule = objective.rules[0]
+    if rule.circuit is not None and rule.circuit.stack and chooses_positions(objective):
+        what = "training a circuit in the vision encoder at several positions"
+        later = "name the tokens together: `at photo tokens`"
+        return NotSupported(span=rule.spec.at.span, what=what, later=later)
     if rule.circuit is None or rule.circuit.encoder is None:
         return None
     place = "in an encoder-decoder"
@@ -1216,6 +1221,11 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
         assert rule.spec.site is not None
         hint = "use `eap`, `eap_ig` or a search such as `acdc`"
         found = rule.spec.site.span, f"`{objective.model.name}`", reason, hint
+    if found is None and rule.in_vision and objective.spec.backward is not None:
+        assert rule.circuit is not None
+        reason = "its derivatives aren't computed along edges between patches yet"
+        hint = "use `eap`, `eap_ig` or a search such as `acdc`"
+        found = rule.spec.span, "edges of the vision encoder", reason, hint
     if found is None and (reason := _explain_fixed_image(objective)):
         assert rule.spec.site is not None
         hint = "use `eap`, `relp`, `gim` or a search such as `acdc`"

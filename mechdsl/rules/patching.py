@@ -289,7 +289,7 @@ def _find_circuit(rule: spec.Rule, work: ExperimentContext) -> spec.Circuit | No
     name = rule.circuit_name
     if name is None or rule.site is None:
         return None
-    if name == spec.EVERY_EDGE:
+    if name in (spec.EVERY_EDGE, spec.EVERY_VISION_EDGE):
         nodes = () if rule.nodes is None else (ast.Site((rule.nodes,), span=rule.nodes.span),)
         return spec.Circuit(span=rule.site.span, name=name, edges=(), nodes=nodes)
     return work.program.circuits.get(name)

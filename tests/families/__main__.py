@@ -150,9 +150,17 @@ receiver `embed` is the projector, which reads the stream after the last block, 
 that `vision_feature_layer` names. The projector and the language model are then computed as usual.
 Edges at class tokens, and at patches that belong to no token, are never ablated. `observe overlap`
 and `observe edge_auroc` compare two circuits of the encoder; for `edge_auroc`, the first one must
-be read from a file with scores of all edges. `fit` isn't available in the encoder. Edges at
-positions, and neurons and features as nodes, are E0108 there. So are circuits in `vipllava` and
-`qwen3_vl`, whose language model reads the encoder after several blocks.
+be read from a file with scores of all edges. Edges at positions, and neurons and features as nodes,
+are E0108 there. So are circuits in `vipllava` and `qwen3_vl`, whose language model reads the
+encoder after several blocks.
+
+`circuit c = fit(eap(size: 20), prompts: ask, from: changed, maximise: logit(answer), stack: vision)
+at photo tokens` chooses edges of the encoder by their scores; `eap_ig`, `eap_ig_activations`,
+searches such as `acdc` and `mask` do so, too. In an experiment, `discover c over vision at photo
+tokens using eap top 20 edges` chooses and tests them. Values are those at the patches of these
+tokens, which are also where `eap_ig` moves them. Rows that measure the circuit must have other
+images than the training rows (E0345). `relp`, `gim`, `atp_qk` and `atp_star` are E0608 in the
+encoder.
 
 Attention in the encoder is between patches: `block attention vision layer 4 from photo tokens to
 photo row 2 col 3 token`, `reweight` and `set attention vision` change it. The edges are those

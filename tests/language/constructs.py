@@ -308,8 +308,8 @@ _file(
     "vision -> q vision layer 0 head 1, mlp_out vision layer 1 -> embed`. Here `embed` is the "
     "projector, which reads the end of the encoder's stream. The rule names tokens of images or "
     "videos and ablates edges at their patches (`tests/image_prompts/test_vision_circuits.py`). "
-    "Edges of the encoder at positions, neurons and features as its nodes, `fit`, and encoders "
-    "whose output the language model reads after several blocks are E0108.",
+    "Edges of the encoder at positions, neurons and features as its nodes, and encoders whose "
+    "output the language model reads after several blocks are E0108.",
     "tests/rules/test_ablated_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997",
 )
@@ -418,7 +418,8 @@ _file(
     "named alone (E0207). `over heads, mlps at P using …` adds `at P` to the definition and to the "
     "rule. With several positions, `over heads, mlps at P, Q using …` chooses from each edge at "
     "each position, and the rule is `ablate all but c at {P, Q} with other`: all other edges at "
-    "these tokens carry the values of `other`, and the edges at all other tokens aren't ablated.",
+    "these tokens carry the values of `other`, and the edges at all other tokens aren't ablated. "
+    "`over vision at photo tokens` chooses from the edges of the vision encoder of prompts.",
     "tests/pipeline/test_discovered_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997; Hanna et al. 2024, arXiv 2403.17806",
 )
@@ -1008,7 +1009,12 @@ _file(
     "`size`, `faithfulness: 0.9` selects the smallest circuit in this order whose faithfulness on "
     "the training rows exceeds 0.9; sizes are tried one after another. `select` is "
     '"greedy" (default), from `logits` backwards, or "top". `batch` (8) and `validation` (20%) '
-    "are the options of `fit`; other values are as for a trained circuit.",
+    "are the options of `fit`; other values are as for a trained circuit. `stack: vision` chooses "
+    "from the edges of the vision encoder of prompts instead, at the patches of the tokens of `at` "
+    "(`photo tokens`). It is an argument of searches and of `mask`, too. Values move along a path "
+    "at these patches only. `relp`, `gim`, `atp_qk` and `atp_star` (E0608), `nodes` and several "
+    "positions (E0108) aren't available there "
+    "(`tests/image_prompts/test_vision_edge_scores.py`).",
     "tests/pipeline/test_edge_scores.py",
     "Syed et al. 2023, arXiv 2310.10348; Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, "
     "arXiv 2504.13151; Jafari et al. 2025, arXiv 2508.21258; Edin et al. 2025, arXiv 2505.17630; "

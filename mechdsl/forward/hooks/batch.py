@@ -678,6 +678,10 @@ class SenderFill:
         """The number of senders."""
         return len(self.units) + bool(self.others)
 
+    def take(self, index: Tensor) -> SenderFill:
+        """Return the values at the tokens of some numbers."""
+        return replace(self, values=self.values[to_device(index, self.values.device)])
+
 
 def number_senders(fills: Sequence[SenderFill]) -> dict[SiteRead, slice]:
     """Return the columns of senders in masks and tables of edges, which are in the order of fills,
@@ -741,10 +745,7 @@ class CircuitWrite:
     def some(self, there: Tensor) -> CircuitWrite:
         """Select some of the tokens, by [K] bool; only if every node is computed at each token."""
         index = there.nonzero()[:, 0]
-        fills = (
-            replace(fill, values=fill.values[to_device(index, fill.values.device)])
-            for fill in self.fills
-        )
+        fills = tuple(fill.take(index) for fill in self.fills)
         mask = self.mask
         if mask.dim() == 3:
             mask = mask[to_device(index, mask.device)]
@@ -752,7 +753,7 @@ class CircuitWrite:
             self,
             rows=self.rows[index],
             positions=self.positions[index],
-            fills=tuple(fills),
+            fills=fills,
             mask=mask,
         )
 
@@ -801,11 +802,48 @@ class CircuitRead:
     sublayers before them → columns of senders, gradients by what these senders add."""
     features: SplitOutputs = field(default_factory=dict[tuple[str, int | None], FeatureSplit])
     """As in `CircuitWrite`."""
+    parts: list[tuple[Tensor, CircuitRead]] = field(
+        default_factory=lambda: list[tuple[Tensor, "CircuitRead"]]()
+    )
+    """In a vision encoder: the numbers of the tokens of each pass on some images, and its read."""
 
     @property
     def stack(self) -> str:
         """As in `CircuitWrite`."""
         return stream_of(self.fills)
+
+    def open_part(self, index: Tensor, rows: Tensor, positions: Tensor) -> CircuitRead:
+        """Add a part with the tokens of some numbers, whose results are separate.
+
+        Args:
+            index: [token] the numbers.
+            rows: [token] their rows of another batch.
+            positions: [token] their positions there.
+        """
+        known = self.changes
+        part = replace(
+            self,
+            rows=rows,
+            positions=positions,
+            fills=tuple(fill.take(index) for fill in self.fills),
+            changes=None if known is None else known[:, to_device(index, known.device)],
+            activations={},
+            taps=[],
+            parts=[],
+        )
+        self.parts.append((index, part))
+        return part
+
+    def join_parts(self) -> None:
+        """Join the changes of the parts, after the first pass."""
+        if self.changes is not None:
+            return
+        for index, part in self.parts:
+            own = part.changes
+            assert own is not None
+            if self.changes is None:
+                self.changes = own.new_zeros(own.shape[0], len(self.rows), own.shape[2])
+            self.changes[:, to_device(index, own.device)] = own
 
 
 @dataclass(frozen=True, eq=False)

@@ -2009,12 +2009,14 @@ def compute_edge_scores(
     Raises:
         AutogradFailed: The model can't be differentiated.
     """
-    tapped = [tap.tensor for read in reads for tap in read.taps]
+    parts = [[own for _, own in read.parts] or [read] for read in reads]
+    tapped = [tap.tensor for every in parts for part in every for tap in part.taps]
     gradients = iter(compute_gradients(total, [*tapped, *leaves], keep=False))
-    found = [
-        _score_edges(read, [next(gradients) for _ in read.taps], own)
-        for read, own in zip(reads, senders, strict=True)
-    ]
+    found: list[Tensor] = []
+    for read, every, own in zip(reads, parts, senders, strict=True):
+        scores = [_score_edges(part, [next(gradients) for _ in part.taps], own) for part in every]
+        found.append(torch.stack(scores).sum(0))
+        read.parts.clear()
     return found, [*gradients]
 
 

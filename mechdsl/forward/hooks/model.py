@@ -347,7 +347,7 @@ class VisionPass(Protocol):
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
         edges: Sequence[EdgeWrite],
-        circuits: Sequence[CircuitWrite],
+        circuits: Sequence[CircuitWrite | CircuitRead],
         derivatives: Derivatives,
     ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
         """Run the vision encoder.
@@ -358,7 +358,7 @@ class VisionPass(Protocol):
             reads: Sites of the encoder.
             blocks: Its replaced blocks, which change all images.
             edges: Changed attention edges in the encoder.
-            circuits: Edges between its components that carry other values.
+            circuits: Edges between its components that carry other values or are read.
             derivatives: Arguments of `run_full`.
 
         Returns:
@@ -496,7 +496,7 @@ def split_vision(
     inside = [write for write in writes if write.stack == "vision"]
     asked = [read for read in reads if read.stack == "vision"]
     within = [edge for edge in edges if edge.stack == "vision"]
-    ablated = [own for own in circuits if isinstance(own, CircuitWrite) and own.stack == "vision"]
+    ablated = [own for own in circuits if own.stack == "vision"]
     blocks = _find_replaced_blocks(model, "vision")
     no_images = "vision" in batch.frames or "vision" not in model.others
     if no_images or not (inside or asked or within or ablated or blocks):
