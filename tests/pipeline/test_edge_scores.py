@@ -399,7 +399,7 @@ def test_edge_scores_in_small_chunks_are_the_same(
     expected = score(*open_rows(path, double("llama")))
     passes: list[int] = []
     monkeypatch.setattr(objective_rows, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(mask_training, "count_scored_rows", lambda *_: 1)
+    monkeypatch.setattr(mask_training, "count_scored_rows", lambda *_, **__: 1)
     scores = score(*open_rows(path, double("llama")), passes)
     assert passes == [1, 2, 3]
     np.testing.assert_allclose(scores, expected, atol=1e-6)
