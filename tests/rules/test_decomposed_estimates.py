@@ -18,15 +18,27 @@ from transformers import BertForSequenceClassification
 
 import mechdsl
 from mechdsl.diagnostics.rendering import render_full
-from mechdsl.execute.patching import estimates
-from mechdsl.forward.hooks import backward_rules
+from mechdsl.execute.patching import differentiated_run, estimates, held_passes
+from mechdsl.forward.hooks import backward_rules, full_pass
+from mechdsl.planner.cost import gradient_work
+from mechdsl.planner.passes import make_plan
 from mechdsl.results.experiment_result import ExperimentResult
 from zoo import MODELS
 
-from ..execute.support import MODES, ROWS, Prompt, experiment, prompt, run_file, try_file
+from ..execute.support import (
+    MODES,
+    ROWS,
+    Prompt,
+    check_file,
+    experiment,
+    prompt,
+    run_file,
+    shared,
+    try_file,
+)
 from ..quick import some
 from ..reference.decomposed import Vectors, decompose, decompose_held
-from ..reference.gradients import Where
+from ..reference.gradients import Where, taken
 from . import test_dictionaries, test_transcoders
 from .models import bare, double
 from .test_estimates import (
@@ -415,6 +427,86 @@ def test_cdt_of_a_bert_classifier_equals_plain_hooks(tmp_path: Path) -> None:
             assert abs(values[row] - expected) <= 1e-4, (text, cell.coords)
             largest = max(largest, abs(expected))
     assert largest > 0.01
+
+
+CHANGED = "staff ? the staff was rude and the food was bland"
+EDGES = """
+experiment edges {
+  prompts p
+  from other into clean
+  path layer 0 head * -> v layer 1 heads * at token 0
+  using cdt
+  measure logit(class "positive") - logit(class "negative") as delta
+}
+"""
+
+
+@pytest.mark.slow
+def test_cdt_of_edges_of_a_bert_classifier_equals_plain_hooks(tmp_path: Path) -> None:
+    """In blocks whose norms follow the sums."""
+    file = tmp_path / "reviews.mech"
+    text = REVIEWS.partition("experiment")[0].replace(
+        'template "{text}"', f'template "{{text}}"\n  corrupt other {{ text = "{CHANGED}" }}'
+    )
+    file.write_text(text + EDGES, encoding="utf-8")
+    (found,) = mechdsl.run(file, store=False, write_reports=False).experiments
+    model: Any = BertForSequenceClassification.from_pretrained(MODELS / "reviews")
+    model = model.double().eval()
+    tokenizer = Tokenizer.from_file(str(MODELS / "reviews" / "tokenizer.json"))
+    blocks = [f"bert.encoder.layer.{layer}" for layer in range(3)]
+    at, end = (
+        Where(f"{blocks[0]}.attention.output.dense", "in", 4),
+        Where(f"{blocks[1]}.attention.self.value", "out"),
+    )
+    held = [Where(f"{block}.attention.output.dense", "in") for block in blocks]
+    held += [Where(f"{block}.output.dense", "out") for block in blocks]
+
+    def run(module: Any, text: str) -> Tensor:
+        logits = module(input_ids=torch.tensor([tokenizer.encode(text).ids])).logits[0]
+        return logits[1] - logits[0]
+
+    theirs = taken(model, at, partial(run, text=CHANGED)).value
+    data, expected = found.measures[0], list[tuple[float, ...]]()
+    for text in TEXTS:
+        call = partial(run, text=text)
+        effects = [float(call(model))]
+        for head in range(4):
+            sent = {(0, head): theirs[0, head]}
+            _, [received] = decompose_held(model, call, [(at, sent)], held, [end])
+            effects.append(decompose(model, call, end, {(0, 0): received[0, 0]}))
+        expected.append(tuple(effects))
+    base = np.atleast_2d(data.base)[0]
+    rows = np.argsort(base)  # rows are in random order
+    expected.sort()
+    np.testing.assert_allclose(base[rows], [first for first, *_ in expected], atol=1e-4)
+    values = (data.patched - data.base)[:, rows]
+    np.testing.assert_allclose(values.T, [own for _, *own in expected], atol=1e-4)
+    assert np.abs(values).max() > 1e-3
+
+
+def test_planned_tokens_of_cdt_of_edges_equal_those_of_its_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two copies of the prompt for each edge, and two passes of two copies for each sender."""
+    rule = "path layer 0 head * -> mlp_norm layer 1..2 at cue token, last token"
+    text = experiment("e", *LINES, rule, "using cdt")
+    passes: list[int] = []
+
+    def count(model: Any, batch: Any, **given: Any) -> Any:
+        passes.append(int(batch.lengths.sum()))
+        return full_pass.run_full(model, batch, **given)
+
+    for module in (estimates, held_passes, differentiated_run):
+        monkeypatch.setattr(module, "run_full", count)
+    run_file(text, tmp_path, bare("gpt2"))
+    checked = check_file(text, tmp_path, shared(bare("gpt2")))
+    ((plan,),) = (panel.experiments for panel in make_plan(checked.experiments).panels)
+    work = gradient_work(
+        plan, np.arange(len(ROWS)), lambda lengths, sources: (lengths, lengths), 10_000
+    )
+    tokens = sum(len(prompt(record, "clean").ids) for record in ROWS)
+    assert sum(passes) == work.tokens == 2 * tokens * (4 * 2 * 2 + 2 * 4 * 2)
+    assert len(passes) == work.joined_forwards == 3
 
 
 @pytest.mark.parametrize(
