@@ -64,7 +64,7 @@ from .test_encoder_decoder_circuits import (
 )
 
 slow = pytest.mark.slow
-OTHERS = ("mt5", "marian", "pegasus", "t5gemma sliding")
+OTHERS = ("mt5", "umt5", "mbart", "m2m_100", "marian", "pegasus", "t5gemma sliding")
 FAMILIES = [
     "t5 split",
     "bart split",
