@@ -22,7 +22,8 @@ References:
     subnetworks); Bhaskar et al. 2024, arXiv 2406.16778 (masks over edges); Syed et al. 2023,
     arXiv 2310.10348 (EAP); Hanna et al. 2024, arXiv 2403.17806 (EAP-IG, and the selection from the
     end of the model backwards); Mueller et al. 2025, arXiv 2504.13151 (MIB); Nanda 2023,
-    Attribution patching (scores of nodes); Sundararajan et al. 2017, arXiv 1703.01365 (on a line).
+    Attribution patching (scores of nodes); Sundararajan et al. 2017, arXiv 1703.01365 (on a line);
+    Kramár et al. 2024, arXiv 2403.00745 (AtP*); Hsu et al. 2024, arXiv 2407.00886 (CD-T).
 """
 
 from __future__ import annotations
@@ -1215,6 +1216,8 @@ class EdgeRows(EdgeMaskRows):
     def _score(self, rows: Ints, trainer: EdgeScoreTrainer, steps: int) -> Tensor:
         """Return [position, receiver, sender]: the sums of scores over some rows."""
         lanes = self._lanes(rows)
+        if trainer.decomposes:
+            return self._score_decomposed(rows, lanes, trainer)
         streams = self._open_streams(rows, lanes)
         if trainer.fixes_attention:
             return self._score_with_patterns(rows, lanes, streams, trainer)
@@ -1492,6 +1495,76 @@ class EdgeRows(EdgeMaskRows):
                 of_head = (changed * slope).sum((1, 3))
                 total[:, number] = of_head.unflatten(1, (count, -1)).sum(2)
         return found
+
+    # --- scores by contextual decomposition
+
+    def _score_decomposed(self, rows: Ints, lanes: DrawLanes, trainer: EdgeScoreTrainer) -> Tensor:
+        """Return [position, receiver, sender]: the sums over rows of the measure of the irrelevant
+        part of the output less that of the clean run; 0 for edges into queries and keys.
+
+        A pass has the clean run of some rows, and then their irrelevant parts.
+        """
+        total = torch.zeros(self._size, dtype=torch.float64)
+        run = self._differentiate(rows, trainer.backward)
+        both = lanes.take(np.tile(np.arange(len(rows)), 2))
+        lane, token = self._places(rows, lanes)
+        place, cells = self._places_of(rows), set(self._cells_of_mask.tolist())
+        with torch.no_grad():
+            held = self._hold_irrelevant(rows, lanes)
+            for column, sent in enumerate(self._send_irrelevant(rows, lanes)):
+                ends = [
+                    (number, receiver)
+                    for number, receiver in product(range(self._size[0]), range(self._size[1]))
+                    if self._ends[receiver][0].site not in _ATTENDED
+                    and (number * self._size[1] + receiver) * self._size[2] + column in cells
+                ]
+                reads = {n: self._read_received(n) for n in dict.fromkeys(n for _, n in ends)}
+                _, read = run.read([*held, sent], both, [*reads.values()])
+                for number, receiver in ends:
+                    where, own = reads[receiver], torch.nonzero(place == number).flatten()
+                    at, unit = (len(rows) + lane[own], token[own]), self._ends[receiver][1]
+                    columns = both.batch.of_read(where).columns(*at)
+                    index = indices_to_device((at[0], columns), read[where].device)
+                    units = torch.full_like(own, unit)
+                    write = SiteWrite(
+                        where.site, where.layer, *at, units, read[where][index][:, unit]
+                    )
+                    reading, _ = run.read([write], both, ())
+                    (values,) = self._readout.tensors(reading)
+                    whole, irrelevant = values.double().chunk(2)
+                    total[number, receiver, column] = (irrelevant - whole).sum().cpu()
+        return total
+
+    def _read_received(self, receiver: int) -> SiteRead:
+        """Return the site at which a receiver's input is read and written."""
+        where, _ = self._ends[receiver]
+        if where.layer is None:
+            return SiteRead("resid_post", self.model.shape.n_layers - 1)
+        return where
+
+    def _hold_irrelevant(self, rows: Ints, lanes: DrawLanes) -> list[SiteWrite]:
+        """Write the clean run's heads and MLPs as irrelevant parts of all rows."""
+        layers = range(self.model.shape.n_layers)
+        reads = [SiteRead(site, layer) for layer in layers for site in ("z", "mlp_out")]
+        found: list[SiteWrite] = []
+        for where, values in self._read_clean(rows, lanes, reads, (), ()).items():
+            frame, units = lanes.batch.of_read(where), values.shape[2]
+            lane, token = frame.tokens()
+            index = indices_to_device((lane, frame.columns(lane, token)), values.device)
+            lane, token = (each.repeat_interleave(units) for each in (lane + len(rows), token))
+            unit = torch.arange(units).repeat(len(lane) // units)
+            own = values[index].flatten(0, 1)
+            found.append(SiteWrite(where.site, where.layer, lane, token, unit, own))
+        return found
+
+    def _send_irrelevant(self, rows: Ints, lanes: DrawLanes) -> Iterator[SiteWrite]:
+        """Yield the other value of each sender, as its irrelevant part."""
+        lane, token = self._places(rows, lanes)
+        for fill in self._fills(len(lane), self._incoming(rows)):
+            for number, unit in enumerate(fill.units):
+                units, own = torch.full_like(lane, unit), fill.values[:, number]
+                given = lane + len(rows), token, units, own
+                yield SiteWrite(fill.where.site, fill.where.layer, *given)
 
     # --- circuits
 

@@ -314,21 +314,36 @@ def _count_points(made: TrainedMask, objective: ResolvedExperiment) -> int:
     """Return how often a training of scores of edges takes gradients."""
     trainer, circuit = made.training.trainer_of(EdgeScoreTrainer), objective.rules[0].circuit
     assert circuit is not None
+    if trainer.decomposes:
+        return 0
     points = trainer.steps(made.training.of_trainer)
     if trainer.path == "activations":
         points = 1 + (points - 1) * len({(of.site, of.layer) for of, _ in circuit.every})
     return points * (len(list_dropped_layers(objective)) if trainer.drops_layers else 1)
 
 
-def _count_attended(made: TrainedMask, circuit: CircuitTargets) -> tuple[int, int]:
-    """Return (number of passes that read attention weights, number of edges into queries and keys):
-    one pass for the clean run, and for each sender one that changes queries and one that changes
-    keys. Both are 0 if scores are gradients alone."""
+def _count_reads(made: TrainedMask, circuit: CircuitTargets) -> tuple[int, int, int]:
+    """Return (number of passes without gradients that score edges, number of prompts of a row in
+    all of them, number of edges whose attention weights are read): 0 if scores are gradients alone.
+
+    With exact attention weights, these are the clean run, and for each sender a pass that changes
+    queries and one that changes keys. Decomposed activations need a pass for the clean run, and one
+    of two copies of the row for each sender, and for each edge at each position, except those into
+    queries and keys.
+    """
     trainer = made.training.trainer
-    if not (isinstance(trainer, EdgeScoreTrainer) and trainer.fixes_attention):
-        return 0, 0
+    if not isinstance(trainer, EdgeScoreTrainer):
+        return 0, 0, 0
+    if trainer.decomposes:
+        placed = [each.edge for each in made.candidates if isinstance(each, PlacedEdge)]
+        edges = placed or [each for each in made.candidates if isinstance(each, tuple)]
+        passes = 1 + len({of for of, _ in circuit.every})
+        passes += sum(not is_query_or_key(to.site) for _, to in edges)
+        return passes, 2 * passes - 1, 0
+    if not trainer.fixes_attention:
+        return 0, 0, 0
     ends = [(of, SITES[to.site].component) for of, to in circuit.every if is_query_or_key(to.site)]
-    return 1 + len({*ends}), len(ends)
+    return 1 + len({*ends}), 1 + len({*ends}), len(ends)
 
 
 def count_single_rows(sites: int, rows: int, steps: int, batch: int) -> int:
@@ -606,9 +621,9 @@ def _circuit_cost(
     else:
         tried = _count_tried_circuits(made, circuit, shape)
     longest = int(base.lengths[there].max(initial=1))
-    reads, attended = _count_attended(made, circuit)
-    most = max(tokens, default=1)
-    size = count_scored_rows(len(senders), most, batch, shape, attended=longest if reads else 0)
+    reads, lanes, attended = _count_reads(made, circuit)
+    most, read = max(tokens, default=1), longest if attended else 0
+    size = count_scored_rows(len(senders), most, batch, shape, attended=read)
     compared = len({atom.run for atom in objective.measures[0].atoms} - {None, base.name})
     measured = (held_out or rows) * _count_controls(made, objective) * (1 + compared)
     measured += tried * rows * (1 if rows <= batch else 1 + compared)
@@ -617,7 +632,7 @@ def _circuit_cost(
         _count_edge_work(training.sample.run, cell, circuit, shape)
         for cell in (moved, training.sample.cell)
     )
-    backwards, whole = points * -(-rows // size), (points * 2 + compared + reads) * rows + measured
+    backwards, whole = points * -(-rows // size), (points * 2 + compared + lanes) * rows + measured
     scored = points * scored + attended * shape.d_model * (1 + shape.d_head)
     cost = Cost(
         forwards=backwards + (compared + reads) * -(-rows // size) + -(-measured // batch),
@@ -635,7 +650,7 @@ def _circuit_cost(
     saved += most * len(senders) * _find_width(circuit, shape) + (tower.saved if tower else 0)
     memory = max(size * saved, batch * written * _saved_by_edges(circuit, shape))
     assumed = "" if made.is_trained else _assume_size(made)
-    given = name, rows, held_out, points or tried, cost, int(vectors + FLOAT * memory)
+    given = name, rows, held_out, points or tried or 1, cost, int(vectors + FLOAT * memory)
     return TrainingCost(*given, shape.n_layers, assumed)
 
 

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, ClassVar, get_args
 from mechdsl.base.limits import INSERTED, is_integer, is_number
 from mechdsl.base.text import name_list
 from mechdsl.program.direction_methods import Problem, check_kind
-from mechdsl.program.estimators import GradientInteractionModifications, RelevancePatching
+from mechdsl.program.estimators import (
+    ContextualDecomposition,
+    GradientInteractionModifications,
+    RelevancePatching,
+)
 from mechdsl.program.spec import Constant
 from mechdsl.program.trainers import (
     EFFECT_DEFAULTS,
@@ -502,6 +506,21 @@ class DroppedLayersEdgeTrainer(PatternEdgeTrainer):
 
     example = "atp_star(size: 20)"
     drops_layers = True
+
+
+@trainer("cdt")
+class DecomposedEdgeTrainer(EstimatedEdgeTrainer):
+    """Contextual decomposition: the score of an edge is the metric of the irrelevant part of the
+    output less that of the clean run, by the rules of `using cdt`. The irrelevant part is u′ at the
+    sender, and the clean run's value at all other heads and MLPs before the receiver. Attention has
+    the weights of the clean run, so that edges into queries and keys score 0.
+
+    References:
+        Hsu et al. 2024, arXiv 2407.00886.
+    """
+
+    example = "cdt(size: 20)"
+    backward = ContextualDecomposition.backward
 
 
 # --- scores of nodes ------------------------------------------------------------------------------

@@ -458,7 +458,14 @@ class EdgeScoreTrainer(EffectScoreTrainer):
     """Whether scores are means of absolute values of rows, each with the gradient of one layer left
     out, over the layers that don't contain the receiver."""
 
+    @property
+    def decomposes(self) -> bool:
+        """Whether scores are those of contextual decomposition, without gradients."""
+        return self.backward is not None and self.backward.decomposed
+
     def differentiates(self, options: Mapping[str, Constant]) -> Differentiated:
+        if self.decomposes:
+            return "nowhere"
         return "edited runs" if self.steps(options) > 1 else "clean run"
 
     @abstractmethod

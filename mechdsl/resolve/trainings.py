@@ -1203,6 +1203,7 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     (rule,), (measure,), (said,) = objective.rules, objective.measures, objective.spec.measures
     where = objective.spec.differentiated
     if where == "nowhere":
+        yield from _check_decomposition(objective)
         return
     path = "eap_ig(size: 20, steps: 5)"
     if _statement(objective) == "group":
@@ -1256,6 +1257,29 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
             what=what,
             reason=reason,
             hint=hint,
+        )
+
+
+def _check_decomposition(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0608 for edges that can't be scored by contextual decomposition."""
+    (rule,), circuit, shape = objective.rules, objective.rules[0].circuit, objective.model.shape
+    rules = objective.spec.backward
+    if rules is None or circuit is None:
+        return
+    assert rule.spec.site is not None
+    what, reason = f"`{objective.model.name}`", explain_missing_rule(rules, shape)
+    if shape.takes != "text":
+        reason = "circuits are decomposed in models of texts with one stack only"
+    elif circuit.neurons or circuit.features:
+        what, reason = "a neuron or a feature as a node", "edges of it aren't decomposed yet"
+    if reason:
+        yield NoEstimate(
+            span=rule.spec.site.span,
+            statement=objective.spec.trains,
+            verb="decompose",
+            what=what,
+            reason=reason,
+            hint="use `eap`, `eap_ig` or a search such as `acdc`",
         )
 
 

@@ -1005,20 +1005,21 @@ _file(
     "those of `at` if others have no other value. `relp` and `gim` are `eap` with the gradients "
     "of `using relp` and `using gim`. `atp_qk` is `eap`, but into queries and keys, the score is "
     "the exact change of the attention weights times the gradient by them; `atp_star` is the mean "
-    "of the absolute scores of a row, each with the gradient of one layer left out. Instead of "
-    "`size`, `faithfulness: 0.9` selects the smallest circuit in this order whose faithfulness on "
-    "the training rows exceeds 0.9; sizes are tried one after another. `select` is "
-    '"greedy" (default), from `logits` backwards, or "top". `batch` (8) and `validation` (20%) '
+    "of the absolute scores of a row, each with the gradient of one layer left out. `cdt` scores "
+    "by the rules of `using cdt`. Instead of `size`, `faithfulness: 0.9` selects the smallest "
+    "circuit in this order whose faithfulness on the training rows exceeds 0.9; sizes are tried "
+    'one after another. `select` is "greedy" (default), from `logits` backwards, or "top". '
+    "`batch` (8) and `validation` (20%) "
     "are the options of `fit`; other values are as for a trained circuit. `stack: vision` chooses "
     "from the edges of the vision encoder of prompts instead, at the patches of the tokens of `at` "
     "(`photo tokens`). It is an argument of searches and of `mask`, too. Values move along a path "
-    "at these patches only. `relp`, `gim`, `atp_qk` and `atp_star` (E0608), `nodes` and several "
-    "positions (E0108) aren't available there "
+    "at these patches only. `relp`, `gim`, `atp_qk`, `atp_star` and `cdt` (E0608), `nodes` and "
+    "several positions (E0108) aren't available there "
     "(`tests/image_prompts/test_vision_edge_scores.py`).",
     "tests/pipeline/test_edge_scores.py",
     "Syed et al. 2023, arXiv 2310.10348; Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, "
     "arXiv 2504.13151; Jafari et al. 2025, arXiv 2508.21258; Edin et al. 2025, arXiv 2505.17630; "
-    "Kramár et al. 2024, arXiv 2403.00745",
+    "Kramár et al. 2024, arXiv 2403.00745; Hsu et al. 2024, arXiv 2407.00886",
 )
 _file(
     "circuit: by scores of edges at positions",
