@@ -307,6 +307,7 @@ TRAINERS: Mapping[str, str] = {
     "gim": "gim(size: {size})",
     "atp_qk": "atp_qk(size: {size})",
     "atp_star": "atp_star(size: {size})",
+    "cdt": "cdt(size: {size})",
     **{f"acdc_{n}": f"acdc(threshold: {value})" for n, value in enumerate(THRESHOLDS)},
     **{f"coarse_{n}": f"coarse_to_fine(threshold: {value})" for n, value in enumerate(THRESHOLDS)},
 }
