@@ -426,14 +426,12 @@ def write_many(name: str, text: str, split: str = "") -> Path:
 
 
 @pytest.mark.parametrize("call", some(["eap", "eap_ig(steps: 2)"], ["eap"]))
-@pytest.mark.parametrize("name", some(["paligemma", "qwen2_5_vl"], ["paligemma"]))
+@pytest.mark.parametrize("name", ["paligemma"])
 def test_discovered_circuit_of_an_encoder_equals_its_definition(
     name: str, call: str, tmp_path: Path
 ) -> None:
     models = {"m": (bare(name).model, bare(name).processor)}
-    # The clean run must be better than that without all edges.
     aim = "logit(answer) - logit(wrong)"
-    aim = "logit(wrong) - logit(answer)" if name == "qwen2_5_vl" else aim
     line = f"discover c over vision at photo tokens using {call} top 10 edges"
     lines = "from clean into changed", line
     path = write_many(name, experiment("e", *lines, measure=f"measure {aim} as recovery"))
@@ -474,7 +472,7 @@ def test_key_of_a_circuit_depends_on_its_stack(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "call", ["eap(size: 8)", "eap_ig(size: 8, steps: 3)", "acdc(threshold: 0.02)"]
 )
-@pytest.mark.parametrize("name", ["llava_next", "gemma3", "qwen2_5_vl"])
+    "call", ["eap(size: 8)", "eap_ig(size: 8, steps: 3)"]
 def test_planned_cost_is_near_the_counted_products(
     name: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
