@@ -867,7 +867,7 @@ def _outline(
         experiment, filled.program, model, table, RULES, findings, draws
     )
     masks, problems = check_masks(filled, table)
-    found += problems
+    found = [*_drop_missing_control(found, experiment, checked.diagnostics), *problems]
     if experiment.broken or findings.keys() != set(experiment.after):
         known = replace(known, resolved=None)
     if filled.waits:
@@ -883,6 +883,17 @@ def _outline(
         found += _tested_where_picked(resolved, filled.program)
     checked.diagnostics.extend(filter_certain(found, known.unknown))
     return known
+
+
+def _drop_missing_control(
+    found: list[Diagnostic], experiment: spec.Experiment, earlier: Sequence[Diagnostic]
+) -> list[Diagnostic]:
+    """Drop E0207 for `against none` after an error, which may be the reason why the experiment uses
+    nothing trained."""
+    line = experiment.without_control
+    if line is None or not has_errors(earlier):
+        return found
+    return [each for each in found if each.span != line.span]
 
 
 def _check_fit_models(

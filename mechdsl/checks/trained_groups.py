@@ -139,7 +139,8 @@ def check_held_out_images(
         definition: The group or circuit.
         objective: Its objective.
     """
-    problem = explain_shared_images(outline_mask(definition, objective, program).training)
+    training = outline_mask(definition, objective, program).training
+    problem = explain_shared_images(training, is_discovered=definition.name in program.discovered)
     if problem is None:
         return []
     reason, hint = problem
@@ -460,7 +461,13 @@ def check_masks(
         for problem in (
             check_mask_size(mask),
             check_mask_rows(mask, definition),
-            *check_training_rows(definition, mask.training, experiment, table),
+            *check_training_rows(
+                definition,
+                mask.training,
+                experiment,
+                table,
+                is_discovered=definition.name in program.discovered,
+            ),
             _named_as_span(definition, table) if definition.chooses_positions else None,
             _compared_across_models(definition, experiment),
         ):

@@ -183,7 +183,7 @@ class MeasuredOnTrainingRows(Diagnostic):
     depends_on = frozenset({"rows"})
     title = "`{experiment}` measures rows that `{basis}` is trained on"
     label = "{shared} of its {rows} rows {relation}"
-    help = "{fix}; or write `measure_on_training_rows: true` in `fit(…)`"
+    help = "{fix}"
     experiment: str
     basis: str
     shared: int

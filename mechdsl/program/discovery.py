@@ -318,7 +318,7 @@ def _candidate_problems(
             reason = f"can't use `{each.id}`: it is neither a type of node nor a group of the file"
             hint = f"define a group, such as {NODES_EXAMPLE}, or write `features of f`; to choose "
             hint = did_you_mean(
-                each.id, [*NODES, *groups], f"{hint}nodes instead of edges: {NODE_EXAMPLE}"
+                each.id, [*NODES, VISION, *groups], f"{hint}nodes instead of edges: {NODE_EXAMPLE}"
             )
             if each.id == VISION:
                 hint = "write `over vision` alone, for the heads and MLPs of the vision encoder"

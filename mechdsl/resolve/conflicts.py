@@ -216,7 +216,7 @@ def explain_no_dropped_layers(stacks: Sequence[ModelShape]) -> str:
     """Return why gradients of the layers of all stacks can't be left out one by one, or an empty
     text."""
     if sum(shape.n_layers for shape in stacks) < 2:
-        return "it has one layer, and no other gradient is left without it"
+        return "the model has one layer, and no other gradient is left without it"
     for shape in stacks:
         sites = _attention_sites(shape)
         for layer in range(shape.n_layers):

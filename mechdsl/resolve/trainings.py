@@ -658,6 +658,9 @@ def order_objective_rows(training: Training, objective: ResolvedExperiment) -> l
     return order_rows(training, objective.table, there)
 
 
+_OR_ALLOW_TRAINING_ROWS = "; or write `measure_on_training_rows: true` in `fit(…)`"
+
+
 def check_node_rows(
     circuit: Training, objective: ResolvedExperiment, nodes: Training, of_nodes: ResolvedExperiment
 ) -> Diagnostic | None:
@@ -687,7 +690,8 @@ def check_node_rows(
         shared=shared,
         rows=len(held_out),
         relation="that `validation` holds out are training rows",
-        fix="write the same `prompts`, `limit`, `validation` and `seed` for both",
+        fix="write the same `prompts`, `limit`, `validation` and `seed` for both"
+        + _OR_ALLOW_TRAINING_ROWS,
     )
 
 
@@ -748,13 +752,19 @@ AnyTrained: TypeAlias = (
 
 
 def check_training_rows(
-    definition: spec.Basis, training: Training, experiment: spec.Experiment, table: PromptTable
+    definition: spec.Basis,
+    training: Training,
+    experiment: spec.Experiment,
+    table: PromptTable,
+    *,
+    is_discovered: bool = False,
 ) -> Iterator[Diagnostic]:
     """Yield E0345 for measured rows that are also training rows, unless the file allows them, and
     W0737 for a training on few rows of a block that can draw more.
 
     Args:
         table: The rows of the experiment.
+        is_discovered: As for `explain_shared_images`.
     """
     shared, read = count_training_rows(training, experiment, table), training.with_rows
     if experiment.broken:
@@ -767,7 +777,8 @@ def check_training_rows(
             shared=shared,
             rows=len(table),
             relation=_describe_overlap(training),
-            fix=_suggest_other_rows(training, table, experiment.span),
+            fix=_suggest_other_rows(training, table, experiment.span)
+            + ("" if is_discovered else _OR_ALLOW_TRAINING_ROWS),
         )
     limited = any(each.name == "limit" for each in definition.method.arguments)
     if limited or training.decoder is not None or training.stream is not None:
@@ -1116,9 +1127,16 @@ def _check_position(objective: ResolvedExperiment, cell: PositionCell) -> Diagno
     return BadBasis(span=rule.spec.at.span, reason=reason, hint=hint, what=what)
 
 
-def explain_shared_images(training: Training) -> tuple[str, str] | None:
+def explain_shared_images(
+    training: Training, *, is_discovered: bool = False
+) -> tuple[str, str] | None:
     """Return why held-out rows of a training in a vision encoder may have images of other rows, and
-    a hint: vectors of patches depend on the image only."""
+    a hint: vectors of patches depend on the image only.
+
+    Args:
+        is_discovered: Whether an experiment discovers what is trained, so that no options of the
+            training are in the file.
+    """
     if not training.options["validation"] or not _is_in_vision(training):
         return None
     row_of: dict[str, int] = {}
@@ -1131,8 +1149,8 @@ def explain_shared_images(training: Training) -> tuple[str, str] | None:
                 one, two = sorted(table.row_ids[row] for row in (first, number))
                 reason = f"rows {one} and {two} of `{table.name}` have the same image, so it can't "
                 reason += "be held out"
-                hint = "train on a block with one row for each image, or write `validation: 0%`"
-                return reason, hint
+                hint = "train on a block with one row for each image"
+                return reason, hint if is_discovered else f"{hint}, or write `validation: 0%`"
     return None
 
 
