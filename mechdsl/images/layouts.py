@@ -1097,11 +1097,11 @@ class LlavaOneVision(_AnyResolution):
         their tokens, of tiles and thumbnail together; more with more tiles."""
         tile = _number_of(config.get("vision_config"), "image_size", 384)
         limit = str(config.get("vision_aspect_ratio") or "anyres_max_9").removeprefix("anyres_max_")
-        sizes: Any = config.get("image_grid_pinpoints") or ()
+        sizes: Any = config.get("image_grid_pinpoints") or [(2304, 2304)]  # the largest default
         if not (tile and limit.isdigit() and isinstance(sizes, Sequence)):
             return 0
         tiles = [math.prod(_pair(size)) / tile**2 for size in cast("Sequence[Any]", sizes)]
-        return max(2, math.ceil(math.sqrt((max(tiles, default=1) + 1) / (int(limit) + 1))))
+        return max(2, math.ceil(math.sqrt((max(tiles) + 1) / (int(limit) + 1))))
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
         if prompt.processor.vision_feature_select_strategy == "default":

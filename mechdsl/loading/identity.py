@@ -501,6 +501,10 @@ _GENERATION_SETTINGS = ("eos_token_id", "suppress_tokens", "begin_suppress_token
 _PROCESSOR_PARTS = ("image_processor", "video_processor", "feature_extractor")
 """Attributes of a processor that prepare images and sounds."""
 
+_STATES_OF_CALLS = frozenset({"rope_deltas"})
+"""Attributes that modules of the library set in a call, and read only in later steps of the same
+reply: Qwen2-VL's offset of positions."""
+
 _HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 
 
@@ -541,6 +545,8 @@ class _ModuleDescription:
             and not name.endswith("_hooks")
             and "_hooks_" not in name
         }
+        if is_library(type(part).__module__):
+            rest = {name: each for name, each in rest.items() if name not in _STATES_OF_CALLS}
         own = held["_non_persistent_buffers_set"]
         return [
             self._reached.add_module_class(type(part)),

@@ -25,6 +25,7 @@ from mechdsl.diagnostics.rendering import render_full
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.images.layouts import IMAGE_LAYOUTS, ImageTokens, image_layout
 from mechdsl.images.processing import UnsupportedProcessor
+from mechdsl.loading.identity import digest_module
 from mechdsl.loading.loader import adopt_model
 from mechdsl.prompts.tokens import image_prompts
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer, read_prompt_tokenizer
@@ -773,3 +774,14 @@ def test_cached_facts_depend_on_every_imported_module_that_reads_images_or_token
         for module in re.findall(r"^\s*from mechdsl\.(images|prompts)(\S*) import", text, re.M):
             imported.add("".join(module).replace(".", "/") + ".py")
     assert {*image_prompts._CODE} == (imported | {"prompts/tokens/image_prompts.py"}) - unrelated
+
+
+@pytest.mark.parametrize("name", some(NAMES, ["qwen2_5_vl"]))
+def test_identity_of_a_model_is_the_same_after_a_reply(name: str) -> None:
+    """The library's modules keep the offset of positions of the last call."""
+    module = draw(name)
+    before = digest_module(module, "")
+    assert before is not None
+    with torch.no_grad():
+        module.generate(**inputs(name, 0, 0), max_new_tokens=2)
+    assert digest_module(module, "") == before

@@ -426,7 +426,7 @@ def write_many(name: str, text: str, split: str = "") -> Path:
 
 
 @pytest.mark.parametrize("call", some(["eap", "eap_ig(steps: 2)"], ["eap"]))
-@pytest.mark.parametrize("name", ["paligemma"])
+@pytest.mark.parametrize("name", some(["paligemma", "qwen2_5_vl"], ["paligemma"]))
 def test_discovered_circuit_of_an_encoder_equals_its_definition(
     name: str, call: str, tmp_path: Path
 ) -> None:
@@ -547,6 +547,27 @@ def test_fit_that_an_encoder_does_not_have_reports_an_error(key: str) -> None:
     found = errors_of("llava_class", "group g = L0N3\n" + text)
     assert code in {each.code for each in found}
     assert any(reason in f"{each.message}: {each.label_text}" for each in found)
+
+
+@pytest.mark.parametrize(
+    ("training", "allowed"),
+    [
+        ("circuit c = fit(eap(size: 4), prompts: ask, from: changed, stack: vision, ", True),
+        ("discover c over vision", False),
+    ],
+)
+def test_fix_of_measured_images_names_an_option_only_of_fit(
+    training: str, *, allowed: bool
+) -> None:
+    lines = "from clean into changed", f"{training} at photo tokens using eap top 4 edges"
+    text = experiment("e", *lines, measure="measure logit(answer) as recovery")
+    if allowed:
+        text = f"{training}maximise: logit(answer)) at photo tokens\n" + experiment(
+            "e", "from changed into clean", "ablate all but c at photo tokens with changed"
+        )
+    [found] = errors_of("llava_class", text)
+    assert found.code == "E0345"
+    assert ("measure_on_training_rows" in found.help_text) == allowed
 
 
 def test_encoder_that_is_read_after_several_blocks_has_no_trained_circuits() -> None:

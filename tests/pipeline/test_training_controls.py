@@ -132,6 +132,16 @@ def test_against_none_omits_the_automatic_control(tmp_path: Path) -> None:
         assert [each.code for each in refused.value.diagnostics] == [code]
 
 
+def test_error_in_a_training_is_reported_without_against_none(tmp_path: Path) -> None:
+    used = with_line(vectors.ADD, "against none")
+    wrong = vectors.fit().replace("prompts:", "promptz:", 1)
+    with pytest.raises(mechdsl.MechdslError) as refused:
+        run(write(tmp_path, wrong, used))
+    found = [each for each in refused.value.diagnostics if each.severity == "error"]
+    assert found
+    assert "against none" not in " ".join(each.message for each in found)
+
+
 def test_experiment_without_trained_objects_has_no_automatic_control(tmp_path: Path) -> None:
     path = write(tmp_path, vectors.fit(), vectors.ADD, OTHER)
     first, second = run(path, fit=True).files[0].experiments
