@@ -95,7 +95,9 @@ class FlatSoftmax(torch.autograd.Function):
         return (jacobian @ grad[..., None])[..., 0]
 
 
-def attend_flattened(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **given: Any) -> Any:
+def attend_flattened(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, *masks: Any, **given: Any
+) -> Any:
     shared = q.shape[1] // k.shape[1]
     k, v = (each.repeat_interleave(shared, 1) for each in (k, v))
     for part, divisor in ((q, 4), (k, 4), (v, 2)):
@@ -112,8 +114,8 @@ def attend_flattened(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **gi
         seen = seen.tril()
     if (window := given.get("sliding_window")) is not None:
         seen = seen.triu(1 - window)
-    if isinstance(_[0], Tensor):  # a mask that the model makes itself
-        scores = scores + _[0]
+    if masks and isinstance(masks[0], Tensor):  # a mask that the model makes itself
+        scores = scores + masks[0]
     weights = FlatSoftmax.apply(scores.masked_fill(~seen, float("-inf")))
     return (weights @ v).transpose(1, 2).contiguous(), None
 
