@@ -51,8 +51,8 @@ OWN_PROCESS = ("E0536",)
 """Pages whose command runs in a new process, which imports torch."""
 WHILE_TRAINING = ("E0643",)
 """Codes reported by `mechdsl fit`."""
-BESIDE = {"E0231": {"W0710"}, "E0622": {"E0604"}, "W0706": {"W0702"}}
-"""Codes that are always reported with others."""
+REPORTED_TOGETHER = {"E0231": {"W0710"}, "E0622": {"E0604"}, "W0706": {"W0702"}}
+"""Codes → other codes that their pages' examples report, too."""
 
 
 command = cli.command
@@ -151,7 +151,9 @@ def test_error_page_equals_the_reported_message(
         assert shown, page.code
     elif failing.language == "mech":
         shown, found = _diagnose(page, failing.content, tmp_path)
-        assert {d.code for d in found} == {page.code} | BESIDE.get(page.code, set()), shown
+        assert {d.code for d in found} == {page.code} | REPORTED_TOGETHER.get(page.code, set()), (
+            shown
+        )
     else:
         monkeypatch.chdir(tmp_path)
         shown = _shell(failing.content, tmp_path, command)

@@ -420,6 +420,8 @@ class UnknownWords(Diagnostic):
 
 
 class ImageNameAsText(HintedDiagnostic):
+    """The name of an image file in a prompt of a model that reads images."""
+
     code = "W0706"
     depends_on = frozenset({"tokens", "columns"})
     title = "the prompt contains `{name}` as text, not the image"

@@ -1627,13 +1627,9 @@ class EdgeRows(EdgeMaskRows):
         found: list[CircuitWrite] = []
         for number, mask in enumerate(every[0]):  # one mask for all tokens of a position
             own = torch.nonzero(places == number).flatten()
-            parts = [
-                replace(each, values=each.values[own.to(each.values.device)]) for each in fills
-            ]
             if mask.any():
-                at = lane[own], token[own]
-                nodes = self._nodes_of("")
-                found.append(CircuitWrite(*at, tuple(parts), ends, mask, **nodes))
+                at, parts = (lane[own], token[own]), tuple(fill.take(own) for fill in fills)
+                found.append(CircuitWrite(*at, parts, ends, mask, **self._nodes_of("")))
         return found
 
 

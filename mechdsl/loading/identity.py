@@ -538,15 +538,14 @@ class _ModuleDescription:
         tensors = {**held["_parameters"], **held["_buffers"]}
         if any(tensor is not None and tensor._backward_hooks for tensor in tensors.values()):
             raise CodeHashError(f"{where} has a tensor with hooks")
+        left_out = _MODULE_ATTRIBUTES
+        if is_library(type(part).__module__):
+            left_out |= _STATES_OF_CALLS
         rest = {
             name: self.of(value, f"{where}, its `{name}`")
             for name, value in held.items()
-            if name not in _MODULE_ATTRIBUTES
-            and not name.endswith("_hooks")
-            and "_hooks_" not in name
+            if name not in left_out and not name.endswith("_hooks") and "_hooks_" not in name
         }
-        if is_library(type(part).__module__):
-            rest = {name: each for name, each in rest.items() if name not in _STATES_OF_CALLS}
         own = held["_non_persistent_buffers_set"]
         return [
             self._reached.add_module_class(type(part)),

@@ -658,6 +658,9 @@ def order_objective_rows(training: Training, objective: ResolvedExperiment) -> l
     return order_rows(training, objective.table, there)
 
 
+_OTHER_SCORES_HINT = "use `eap`, `eap_ig` or a search such as `acdc`"
+"""The fix for a circuit whose edges a trainer can't score."""
+
 _OR_ALLOW_TRAINING_ROWS = "; or write `measure_on_training_rows: true` in `fit(…)`"
 
 
@@ -1238,12 +1241,12 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
         reason := explain_missing_rule(objective.spec.backward, objective.model.shape)
     ):
         assert rule.spec.site is not None
-        hint = "use `eap`, `eap_ig` or a search such as `acdc`"
+        hint = _OTHER_SCORES_HINT
         found = rule.spec.site.span, f"`{objective.model.name}`", reason, hint
     if found is None and rule.in_vision and objective.spec.backward is not None:
         assert rule.circuit is not None
         reason = "its derivatives aren't computed along edges between patches yet"
-        hint = "use `eap`, `eap_ig` or a search such as `acdc`"
+        hint = _OTHER_SCORES_HINT
         found = rule.spec.span, "edges of the vision encoder", reason, hint
     if found is None and (reason := _explain_fixed_image(objective)):
         assert rule.spec.site is not None
@@ -1256,7 +1259,7 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
         span = (rule.spec.nodes or said).span
         reason = "it normalises the vectors that it encodes, and the changed derivatives of "
         reason += "norms are defined for the model only"
-        hint = "use `eap`, `eap_ig` or a search such as `acdc`"
+        hint = _OTHER_SCORES_HINT
         found = span, f"features of `{normalising}`", reason, hint
     points = () if rule.sites is None else (p for own in rule.sites.points.values() for p in own)
     flat = list_sites_without_gradient(points)
@@ -1297,7 +1300,7 @@ def _check_decomposition(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
             verb="decompose",
             what=what,
             reason=reason,
-            hint="use `eap`, `eap_ig` or a search such as `acdc`",
+            hint=_OTHER_SCORES_HINT,
         )
 
 
@@ -1320,7 +1323,7 @@ def _find_unfixed_attention(
     assert rule.spec.site is not None
     site, what, shape = rule.spec.site.span, f"`{objective.model.name}`", objective.model.shape
     stacks = [shape, *(shape.others[stack] for stack in objective.acted_stacks)]
-    hint = "use `eap`, `eap_ig` or a search such as `acdc`"
+    hint = _OTHER_SCORES_HINT
     if "vision" in objective.acted_stacks or shape.takes == "image":
         reason = "it recomputes attention of tokens, not of the patches of images"
         return site, f"a circuit in the vision encoder of {what}", reason, hint
