@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from mechdsl.base.records import Record, Registry
 from mechdsl.vocab.sites import BlockModule, sites_of_module
@@ -338,6 +338,20 @@ def has_additive_positions(family: str, config: ModelConfig) -> bool:
     """Return whether the config adds a position term to attention scores."""
     keys = ("alibi", "relative_attention_num_buckets")
     return find_family(family).additive_positions or any(config.get(key) for key in keys)
+
+
+def list_block_kinds(config: ModelConfig, n_layers: int) -> Sequence[str] | None:
+    """Return the kind of each block of a stack; None if the config names none."""
+    every = range(n_layers)
+    kinds, full = config.get("layer_types"), config.get("fullatt_block_indexes")
+    cross, count = config.get("cross_attention_layers"), config.get("num_global_layers")
+    if isinstance(full, list):  # the other blocks attend within windows
+        kinds = ["full" if n in full else "windowed" for n in every]
+    elif isinstance(cross, list):
+        kinds = ["attends to the image" if n in cross else "attends to the text" for n in every]
+    elif isinstance(count, int):
+        kinds = ["global" if n >= n_layers - count else "local" for n in every]
+    return cast(Sequence[str], kinds) if isinstance(kinds, list) else None
 
 
 def find_family(model_type: str) -> Family:

@@ -885,7 +885,7 @@ _IN_VISION_OF_PROMPTS = _IN_VISION | frozenset((
     "observe probe", "observe prediction", "observe similarity", "observe cka", "observe rank",
     "observe effective_rank", "observe clusters", "observe value", "observe features",
     "observe random", "observe entropy", "observe distance", "observe received", "replace block",
-    "path", "observe overlap", "observe edge_auroc",
+    "path", "observe overlap", "observe edge_auroc", "allow",
 ))  # fmt: skip
 """Rules and observations in vision encoders whose output is inserted into prompts as tokens."""
 

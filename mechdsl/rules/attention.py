@@ -10,7 +10,7 @@ from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.rules import BadEdit
 from mechdsl.diagnostics.syntax import NotSupported
-from mechdsl.models.anatomy import has_additive_positions
+from mechdsl.models.anatomy import has_additive_positions, list_block_kinds
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after, is_found_by_text
 from mechdsl.prompts.runs import PositionCell
@@ -31,6 +31,7 @@ from mechdsl.resolve.types import (
     PositionTargets,
     ResolvedRule,
     SitePoint,
+    SiteTargets,
     mixes_images,
 )
 from mechdsl.rules.kinds import rule_kind
@@ -86,6 +87,7 @@ class EdgeIntervention(Intervention):
         rule: spec.Rule,
         queries: PositionTargets,
         keys: PositionTargets,
+        sites: SiteTargets,
         work: ExperimentContext,
     ) -> bool:
         """Check that the change is possible for edges to hidden keys."""
@@ -151,11 +153,12 @@ def resolve_edge(
     known = not work.model.tokenizer.stands_in
     told = known or (is_found_by_text(rule.at, rule.onto) and not work.table.stands_in)
     if does.looks_ahead:
-        if not does.fits(rule, queries, keys, work):
+        if not does.fits(rule, queries, keys, sites, work):
             return None
     elif causal and told and not _check_keys_visible(rule, queries, keys, work):
         return None
-    if stack == "vision" and not _check_patches_meet(rule, queries, keys, work):
+    patched = stack == "vision" and not does.looks_ahead
+    if patched and not _check_patches_meet(rule, queries, keys, work):
         return None
     run = work.experiment.estimator is None  # an estimator removes no edge
     if (
@@ -234,6 +237,7 @@ class AllowRule(EdgeRule, EdgeIntervention):
         rule: spec.Rule,
         queries: PositionTargets,
         keys: PositionTargets,
+        sites: SiteTargets,
         work: ExperimentContext,
     ) -> bool:
         """Report E0108 or E0332 if no key is hidden, or the scores of hidden keys are unknown."""
@@ -242,6 +246,8 @@ class AllowRule(EdgeRule, EdgeIntervention):
             return True
         assert rule.edge is not None
         stack = "" if rule.edge.stack is None else named_stack(rule.edge.stack, shape)
+        if stack == "vision":
+            return _check_patches_hidden(rule, queries, keys, sites, work)
         if stack:
             return _reject_seen_keys(rule, stack, work)
         # T5 adds its biases apart from the mask, so they are known for hidden keys, too.
@@ -279,11 +285,6 @@ _WINDOW_KEYS = ("sliding_window", "local_radius", "attention_window", "block_siz
 def _reject_seen_keys(rule: spec.Rule, stack: str, work: ExperimentContext) -> bool:
     """Report E0332, or E0108 in encoders with windows, for edges of a stack without a mask."""
     shape = work.sites.shape
-    if stack == "vision":
-        what = "`allow` in a vision encoder"
-        hint = "its patches see those of their tile or window: write `reweight attention vision …`"
-        work.diagnostics.append(NotSupported(span=rule.span, what=what, later=hint))
-        return False
     own = shape.others.get(stack, shape)
     if stack == "encoder" and any(own.config.get(key) for key in _WINDOW_KEYS):
         what = "`allow` in an encoder whose queries see a window of the text"
@@ -410,30 +411,84 @@ def _check_patches_meet(
     rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: ExperimentContext
 ) -> bool:
     """Report E0332 if every key is in another image or tile than every query."""
-    if work.table.stands_in or work.model.tokenizer.stands_in or not queries.written:
+    tiles = _list_tiles(queries, keys, work)
+    if tiles is None or any(query & key for query, key in tiles):
         return True
-    together = work.sites.shape.attends_to_image
-    rows = work.table.runs[work.experiment.base].rows
-
-    def find(cell: PositionCell, row: int) -> set[tuple[int, int]]:
-        own = {token for tokens in cell.tokens(row) for token in tokens}
-        found = {rows[row].patch_tokens[token] for token in own}
-        return {(image, 0) for image, _ in found} if together else found
-
-    for query, key in _edges(queries, keys):
-        if any(find(query, row) & find(key, row) for row in range(len(rows))):
-            return True
     assert rule.onto is not None
     work.diagnostics.append(
         BadEdit(
             span=rule.onto.span,
             reason="patches attend to patches of the same image and tile",
             what=f"those of `{rule.at.span.written}` are in other images or tiles",
-            hint="name tokens of one tile, or remove `vision`: in the language model, tokens of "
-            "images attend to each other",
+            hint="name tokens of one tile, write `allow attention vision …` to let them "
+            "attend to each other, or remove `vision`: in the language model, tokens of images do",
         )
     )
     return False
+
+
+def _check_patches_hidden(
+    rule: spec.Rule,
+    queries: PositionTargets,
+    keys: PositionTargets,
+    sites: SiteTargets,
+    work: ExperimentContext,
+) -> bool:
+    """Report E0108 for keys in other images than a query, or E0332 if the queries see all keys."""
+    tiles = _list_tiles(queries, keys, work)
+    if tiles is None:
+        return True
+    pairs = {(q, k) for query, key in tiles for q in query for k in key}
+    assert rule.onto is not None
+    if any(q[0] != k[0] for q, k in pairs):
+        what = "`allow` between patches of different images, which are encoded separately,"
+        hint = "name queries and keys of one image, or remove `vision`: in the language model, "
+        hint += "tokens of an image attend to those of earlier images"
+        work.diagnostics.append(NotSupported(span=rule.span, what=what, later=hint))
+        return False
+    vision = work.sites.shape.others["vision"]
+    kinds = list_block_kinds(vision.config, vision.n_layers)
+    layers = {point.layer or 0 for points in sites.points.values() for point in points}
+    has_windows = kinds is not None and any(kinds[layer] == "windowed" for layer in layers)
+    if has_windows or any(q != k for q, k in pairs):
+        return True
+    scope = "in all tiles of the image" if work.sites.shape.attends_to_image else "of its tile"
+    work.diagnostics.append(
+        BadEdit(
+            span=rule.onto.span,
+            reason="the queries already see these keys",
+            what=f"a patch attends to all patches {scope}",
+            hint="name keys in another tile, frame or window of the image, or write "
+            "`reweight attention vision …`",
+        )
+    )
+    return False
+
+
+Tiles = set[tuple[int, int]]
+"""Numbers of an image in its prompt and of a tile in it; 0 if all tiles attend to each other."""
+
+
+def _list_tiles(
+    queries: PositionTargets, keys: PositionTargets, work: ExperimentContext
+) -> list[tuple[Tiles, Tiles]] | None:
+    """Return the tiles of the queries and of the keys, for each cell and row; None if they aren't
+    known."""
+    if work.table.stands_in or work.model.tokenizer.stands_in or not queries.written:
+        return None
+    together = work.sites.shape.attends_to_image
+    rows = work.table.runs[work.experiment.base].rows
+
+    def find(cell: PositionCell, row: int) -> Tiles:
+        own = {token for tokens in cell.tokens(row) for token in tokens}
+        found = {rows[row].patch_tokens[token] for token in own}
+        return {(image, 0) for image, _ in found} if together else found
+
+    return [
+        (find(query, row), find(key, row))
+        for query, key in _edges(queries, keys)
+        for row in range(len(rows))
+    ]
 
 
 def _all_seen(queries: PositionTargets, keys: PositionTargets) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from mechdsl.base.hashing import digest_number
 from mechdsl.base.limits import is_number, is_whole_number
@@ -17,7 +17,7 @@ from mechdsl.diagnostics.rules import AxisDoesNotFit
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.images.baselines import GRAY_LEVEL
 from mechdsl.images.picture import PictureChange
-from mechdsl.models.anatomy import find_family, has_additive_positions
+from mechdsl.models.anatomy import find_family, has_additive_positions, list_block_kinds
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.spec import constant_value
@@ -437,7 +437,7 @@ def _check_same_kind(
         return True
     shape = shape.others.get(stack, shape)
     what, later = _explain_tied_blocks(shape.config), NotSupported.later
-    kinds = _list_block_kinds(shape)
+    kinds = list_block_kinds(shape.config, shape.n_layers)
     assert targets.sources is not None
     for key, points in targets.points.items():
         for to, of in zip(points, targets.sources[key], strict=True):
@@ -448,20 +448,6 @@ def _check_same_kind(
     if what:
         work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
     return not what
-
-
-def _list_block_kinds(shape: ModelShape) -> Sequence[str] | None:
-    """Return the kind of each block of a stack; None if the config names none."""
-    config, every = shape.config, range(shape.n_layers)
-    kinds, full = config.get("layer_types"), config.get("fullatt_block_indexes")
-    cross, count = config.get("cross_attention_layers"), config.get("num_global_layers")
-    if isinstance(full, list):  # the other blocks attend within windows
-        kinds = ["full" if n in full else "windowed" for n in every]
-    elif isinstance(cross, list):
-        kinds = ["attends to the image" if n in cross else "attends to the text" for n in every]
-    elif isinstance(count, int):
-        kinds = ["global" if n >= shape.n_layers - count else "local" for n in every]
-    return cast(Sequence[str], kinds) if isinstance(kinds, list) else None
 
 
 def _explain_tied_blocks(config: Mapping[str, Any]) -> str:

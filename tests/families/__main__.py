@@ -171,7 +171,12 @@ position names. In `qwen2_5_vl`, most blocks have windows, and in videos, each f
 merged frames) attends to itself. Rules whose keys are all in other tiles or images than the queries
 are E0332; other keys that a patch doesn't see have a weight of 0, which no rule changes. A patch
 whose keys are all blocked attends to nothing. In `mllama`, patches attend to those of all tiles, to
-class tokens and to padding. `allow` and `by value_norm` are E0108, and estimates are E0608.
+class tokens and to padding. `by value_norm` is E0108, and estimates are E0608.
+
+`allow attention vision layer 4 from photo tile 1 tokens to photo tile 2 tokens` lets patches attend
+to those of other tiles, windows or frames of the same image or video, with the model's scores. Keys
+that all queries see are E0332, and keys in another image are E0108: images are encoded separately.
+In `mllama`, patches already see those of all tiles.
 
 `scores vision` and `pattern vision` have a vector for each patch, over all tokens that the encoder
 has for the image, also class tokens. `patch`, `swap` and `resample` copy such vectors between

@@ -222,7 +222,7 @@ def test_replies_runs_and_other_rules_with_blocked_attention_equal_hooks() -> No
 
 ERRORS = {
     f"block attention vision layer 0 heads * from last token to {ONE}": "E0310",
-    f"allow attention vision layer 0 heads * from {ONE} to {TWO}": "E0108",
+    f"allow attention vision layer 0 heads * from {ONE} to {TWO}": "E0332",
     f"block attention vision layer 9 heads * from {ONE} to {TWO}": "E0302",
 }
 

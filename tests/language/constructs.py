@@ -1995,7 +1995,8 @@ _rule(
     "window, with the model's scores. The softmax then covers all visible keys, and other "
     "attention rules act on this larger set. Each row is a full forward pass. Models that add "
     "positions to scores (ALiBi) aren't supported, except T5 and other encoder-decoders. T5's "
-    "decoder gives a later key the bias of distance 0.",
+    "decoder gives a later key the bias of distance 0. `allow attention vision` adds patches of "
+    "other tiles, windows or frames of the same image.",
     "Wang et al. 2024, arXiv 2407.01100",
     "tests/rules/test_allow_attention.py",
 )

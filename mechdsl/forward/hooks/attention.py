@@ -6,9 +6,11 @@ The model's attention is replaced by a function that knows the calling block.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.arrays import Ints
-from mechdsl.forward.hooks.attention_hooks import AttentionGroup, AttentionHooks
+from mechdsl.forward.hooks.attention_hooks import AttentionGroup, AttentionHooks, find_visibility
 from mechdsl.forward.hooks.batch import DeviceIndex, WriteMismatch, find_slice
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import (
@@ -682,6 +684,89 @@ def attend_tiles(
         found.append(torch.cat(parts, dim=2))
         work.passed += size
     return torch.cat(found).transpose(1, 2)
+
+
+def attend_across_tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    work: AttentionHooks,
+    *,
+    ends: Sequence[int] | None,
+    **arguments: Any,
+) -> Tensor:
+    """Compute attention as `attend_tiles`, with keys that are allowed in other tiles of an image.
+
+    Args:
+        query: [tile, heads, T, d_head]; with `ends`, [1, heads, T of all windows, d_head].
+        key: [tile, key-value heads, T, d_head].
+        value: [tile, key-value heads, T, d_head].
+        mask: The model's mask.
+        work: Reads and writes within attention.
+        ends: As in `join_windows`; None if each row is a tile.
+        arguments: Further arguments of the model's attention call.
+
+    Returns:
+        [tile, T, heads, d_head].
+    """
+    tiles, _, size, _ = query.shape
+    lanes, count = len(work.starts), work.width
+    bounds = range(0, (tiles + 1) * size, size) if ends is None else ends
+    sees = find_visibility(mask) if isinstance(mask, Tensor) else query.new_ones(1, 1, 1, 1) > 0
+    seen = sees.new_zeros(lanes, sees.shape[1], count, count)
+    for tile, (first, last) in enumerate(pairwise(bounds)):
+        lane, start = divmod(first, count)
+        own = slice(start, start + last - first)
+        if own.stop > count or lane >= lanes:
+            raise WriteMismatch("a tile has patches of several images")
+        seen[lane, :, own, own] = sees[tile % len(sees)]
+
+    def join(given: Tensor) -> Tensor:
+        return given.transpose(0, 1).flatten(1, 2).unflatten(1, (lanes, count)).transpose(0, 1)
+
+    found = attend_full(join(query), join(key), join(value), seen, work, **arguments)
+    work.passed = lanes * count
+    return found.flatten(0, 1).unflatten(0, (tiles, size))
+
+
+_WINDOW_ENDS = "cu_seqlens"
+"""Argument of attention modules that call the attention function for each window or frame: [n + 1],
+where each of them begins, and the end."""
+
+
+@contextmanager
+def join_windows(
+    model: LoadedModel, places: Iterable[tuple[str, int]]
+) -> Generator[Mapping[tuple[str, int], Sequence[int]]]:
+    """Let layers of encoders call the attention function once for all windows or frames.
+
+    Args:
+        model: The model.
+        places: The stacks and layers.
+
+    Yields:
+        By stack and layer, the first token of each window, and the number of tokens; filled when
+        the layer runs. Layers that read tiles as rows of a batch are left out.
+    """
+    found: dict[tuple[str, int], Sequence[int]] = {}
+
+    def join(
+        place: tuple[str, int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        ends: Tensor | None = kwargs.get(_WINDOW_ENDS)
+        if ends is None:
+            return None
+        found[place] = ends.tolist()
+        return args, {**kwargs, _WINDOW_ENDS: ends[[0, -1]]}
+
+    with ExitStack() as stack:
+        for name, layer in places:
+            paths = model.stack(name).anatomy.blocks[layer].projections
+            for path in {path.rpartition(".")[0] for path in paths}:
+                module, hook = model.module.get_submodule(path), partial(join, (name, layer))
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield found
 
 
 def _attend_in_tile(

@@ -146,11 +146,7 @@ class AttentionHooks:
             return mask
         if not isinstance(mask, Tensor):
             raise WriteMismatch("attention has no mask, so no key can be allowed")
-        sees = mask if mask.dtype == torch.bool else mask == 0
-        if mask.dtype != torch.bool and bool(
-            (~sees & (mask > torch.finfo(mask.dtype).min / 2)).any()
-        ):
-            raise WriteMismatch("a mask contains more than visibility, so no key can be allowed")
+        find_visibility(mask)
         mask = mask.expand(len(self.starts), heads, -1, -1).clone()
         count = mask.shape[2]
         for change in allowed:
@@ -301,11 +297,11 @@ class AttentionHooks:
         """Store values that are read, by key position."""
         if site == "pattern" and self.pools is not None:
             assert self.pooled is not None
-            lane, count = int(group.lanes.host[0]), self.pools.tokens
-            keys = torch.from_numpy(group.columns.host)
+            count, keys = self.pools.tokens, torch.from_numpy(group.columns.host)
             asking = keys[torch.from_numpy(group.queries.host)]
-            pooled = self.pools.pool(found[0, :, :, 0].flatten(0, 1), asking, keys)
-            self.pooled[lane * count : (lane + 1) * count] += pooled
+            for lane, own in zip(group.lanes.host.tolist(), found, strict=True):
+                pooled = self.pools.pool(own[:, :, 0].flatten(0, 1), asking, keys)
+                self.pooled[lane * count : (lane + 1) * count] += pooled
         if site == "pattern" and "entropy" in self.wanted:
             self._store("entropy", group, compute_pattern_entropy(found)[..., None])
         if site not in self.wanted:
@@ -426,6 +422,17 @@ def _build_edge_change(
         frame.keys_of(edge.stack).columns(edge.rows[edge.entries], edge.keys).cpu(),
         edge.amounts.cpu(),
     )
+
+
+def find_visibility(mask: Tensor) -> Tensor:
+    """Return whether queries see keys, by a mask. Raises WriteMismatch if it also adds to scores of
+    visible keys: those of hidden keys aren't known."""
+    if mask.dtype == torch.bool:
+        return mask
+    sees = mask == 0
+    if bool((~sees & (mask > torch.finfo(mask.dtype).min / 2)).any()):
+        raise WriteMismatch("a mask contains more than visibility, so no key can be allowed")
+    return sees
 
 
 def _is_visible(scores: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from mechdsl.forward.hooks.attention import (
     AttentionCall,
     attend_across,
+    attend_across_tiles,
     attend_full,
     attend_tiles,
+    join_windows,
     replace_block_attention,
 )
 from mechdsl.forward.hooks.attention_hooks import (
@@ -833,6 +835,16 @@ class SiteHooks:
         )
         return self._layers[place]
 
+    @property
+    def opened_tiles(self) -> frozenset[tuple[str, int]]:
+        """The stacks and layers in which patches may see keys in other tiles of their image."""
+        return frozenset(
+            place
+            for place in self.within
+            if any(edge.change == "allow" for edge in self._edges.get(place, ()))
+            and self.is_patched(place[0])
+        )
+
     def is_patched(self, stack: str) -> bool:
         """Return whether attention of a stack may run tile by tile, in a vision encoder. If blocks
         attend to images, all tiles of an image attend to each other."""
@@ -1252,7 +1264,7 @@ def open_attention(
         yield
         return
 
-    is_read = model.shape.resampler_attends
+    is_read, opened = model.shape.resampler_attends, work.opened_tiles
 
     def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         layer = work.layer(call.place, call.query)
@@ -1263,8 +1275,13 @@ def open_attention(
         with nullcontext(given) if ruled is None else ruled.attention(*given) as given:
             if layer is None or call.across:
                 return attend_across(*given, call.mask, layer, **call.arguments), None
+            if call.place in opened:
+                ends = windows.get(call.place)
+                found = attend_across_tiles(*given, call.mask, layer, ends=ends, **call.arguments)
+                return found, None
             attend = attend_tiles if work.is_patched(call.place[0]) else attend_full
             return attend(*given, call.mask, layer, **call.arguments), None
 
-    with replace_block_attention(model, attention, masked=True):
+    exchanged = replace_block_attention(model, attention, masked=True)
+    with join_windows(model, opened) as windows, exchanged:
         yield
