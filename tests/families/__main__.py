@@ -173,7 +173,7 @@ are E0332; other keys that a patch doesn't see have a weight of 0, which no rule
 whose keys are all blocked attends to nothing. In `mllama`, patches attend to those of all tiles, to
 class tokens and to padding. `by value_norm` is E0108, and estimates are E0608.
 
-`allow attention vision layer 4 from photo tile 1 tokens to photo tile 2 tokens` lets patches attend
+`allow attention vision layer 4 from photo tile 2 tokens to photo tile 3 tokens` lets patches attend
 to those of other tiles, windows or frames of the same image or video, with the model's scores. Keys
 that all queries see are E0332, and keys in another image are E0108: images are encoded separately.
 In `mllama`, patches already see those of all tiles.
