@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from inspect import signature
+from itertools import count
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.models import ImagesNotVectors, SiteNotOnModel
+from mechdsl.forward.generation.replies import DEFAULT_PASS_TOKENS
+from mechdsl.forward.generation.rules import RowChoice
 from mechdsl.forward.hooks.batch import (
     Batch,
     BlockPairs,
@@ -30,10 +33,12 @@ from mechdsl.forward.hooks.batch import (
     CircuitWrite,
     EdgeWrite,
     PatchPools,
+    RuleWrites,
     SiteRead,
     SiteWrite,
     WriteMismatch,
     to_device,
+    try_pass,
 )
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.model import (
@@ -49,6 +54,7 @@ from mechdsl.forward.hooks.model import (
     call_module,
     exchange_blocks,
     find_tokens,
+    replace_blocks,
 )
 from mechdsl.forward.hooks.module_exchange import get_activation, replace_activation
 from mechdsl.images.layouts import EncoderSize, ImageCell, ImageExpansion, PromptPicture
@@ -1101,6 +1107,98 @@ def _encode_image(model: LoadedModel, made: Mapping[str, Any]) -> dict[str, Tens
         TILES: made["aspect_ratio_mask"][0].cpu(),
         **{name: each[0].cpu() for name, each in given.items()},
     }
+
+
+_CHANGED_IMAGES = count(IMAGE_TOKEN << 1)
+"""Tokens of images that rules in the encoder changed; no other token is between the first one and
+those of videos."""
+
+
+@contextmanager
+def encode_changed_images(
+    model: LoadedModel,
+    prompts: Sequence[tuple[int, ...]],
+    sources: Sequence[int],
+    rules: RuleWrites,
+) -> Generator[list[tuple[int, ...]]]:
+    """Encode images that blocks attend to once for all passes over some rows, under rules in the
+    encoder.
+
+    Args:
+        model: A model whose blocks attend to images.
+        prompts: [row] token ids.
+        sources: [row] number of these that the encoder reads.
+        rules: The changes of the rows; only those in the encoder act.
+
+    Yields:
+        [row] token ids for passes without these rules. In rows with changes, the tokens of images
+        are different for each row, and known while the context is open.
+    """
+    known, each, made = IMAGE_INPUTS[model.module], model.shape.attended, list[int]()
+    inside = rules.inside("vision")
+    acting = {row for each in (*inside.writes, *inside.edges) for row in each.rows.tolist()}
+    rows = sorted(range(len(prompts)) if inside.blocks else acting)
+    changed, vectors = [*prompts], _encode_rows(model, prompts, sources, inside, rows)
+    for row, own in vectors.items():
+        images, ids = list[int](), prompts[row]
+        for first in range(0, sources[row], each):
+            token = next(_CHANGED_IMAGES)
+            tiles = known.find(model, ids[first])[TILES]
+            inputs = {ATTENDED: own[first : first + each], TILES: tiles}
+            known.add(token, lambda _, inputs=inputs: inputs)
+            images += [token] * each
+            made.append(token)
+        changed[row] = (*images, *ids[sources[row] :])
+    try:
+        yield changed
+    finally:
+        for token in made:
+            known.drop(token)
+
+
+def _encode_rows(
+    model: LoadedModel,
+    prompts: Sequence[tuple[int, ...]],
+    sources: Sequence[int],
+    rules: RuleWrites,
+    rows: Sequence[int],
+) -> dict[int, Tensor]:
+    """Return the vectors of the images of some rows, [tokens, d_model] on the host, by row.
+
+    Args:
+        model, prompts, sources: As in `encode_changed_images`.
+        rules: Changes in the encoder.
+        rows: The rows; if they exceed a pass or its memory, each half of them is encoded.
+    """
+    module: Any = model.module
+    counts = [sources[row] for row in rows]
+
+    def encode() -> dict[int, Tensor]:
+        seen = list[Tensor]()
+
+        def keep(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            seen.append(kwargs[ATTENDED].reshape(len(rows), -1, model.shape.d_model))
+
+        handle = module.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+        batch = build_batch(model, [prompts[row] for row in rows], counts, model.calling.side)
+        own = RowChoice(len(prompts), rows).rules(rules)
+        try:
+            with replace_blocks(model, rules.blocks):
+                run_full(model, batch, stop=0, writes=own.writes, edges=own.edges)
+        finally:
+            handle.remove()
+        ends = zip(rows, seen[0], counts, strict=True)
+        return {row: each[:count].cpu() for row, each, count in ends}
+
+    if not rows:
+        return {}
+    is_small = len(rows) * max(map(len, prompts)) <= DEFAULT_PASS_TOKENS
+    if is_small or len(rows) == 1:
+        found = try_pass(encode, can_shrink=len(rows) > 1)
+        if found is not None:
+            return found
+    half, given = len(rows) // 2, (model, prompts, sources, rules)
+    return _encode_rows(*given, rows[:half]) | _encode_rows(*given, rows[half:])
 
 
 def prepare_images(

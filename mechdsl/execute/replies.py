@@ -15,7 +15,7 @@ import torch
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.hashing import digest, digest_number
-from mechdsl.execute.image_vectors import provide_images
+from mechdsl.execute.image_vectors import encode_changed_images, provide_images
 from mechdsl.execute.unpatched_batch import build_noise_writes
 from mechdsl.forward.generation.decoding import Decoding
 from mechdsl.forward.generation.replies import generate_replies
@@ -194,12 +194,7 @@ class ReplyGenerator:
     @staticmethod
     def _embedded(model: LoadedModel, rows: GenerationRequest, prefill: RuleWrites) -> RuleWrites:
         """Return the changes of prompts, with those in the vision encoder as writes at `embed`."""
-        if model.shape.encodes_apart:  # each pass of a reply encodes the image
-            return prefill
-        blocks = [pair for pair in prefill.blocks if pair[0][0] != "vision"]
-        changes = (*prefill.writes, *prefill.edges)
-        is_plain = len(blocks) == len(prefill.blocks)
-        if is_plain and all(each.stack != "vision" for each in changes):
+        if model.shape.encodes_apart or not _acts_in_vision(prefill):
             return prefill
         ids = [rows.run.rows[prompt].ids for prompt in rows.prompts.tolist()]
         batch = build_batch(model, ids, [0] * len(ids), model.calling.side)
@@ -207,7 +202,7 @@ class ReplyGenerator:
             _, writes, _, edges, _, _ = split_vision(
                 model, batch, prefill.writes, (), prefill.edges
             )
-        return replace(prefill, writes=writes, edges=edges, blocks=blocks)
+        return replace(prefill.outside("vision"), writes=writes, edges=edges)
 
     def _known(
         self, model: LoadedModel, rows: GenerationRequest, asked: _ReplyRequest
@@ -227,6 +222,26 @@ class ReplyGenerator:
         return [found[n] for n in range(len(keys))]
 
     def _write(self, model: LoadedModel, asked: _ReplyRequest) -> list[Reply]:
+        """Generate replies. If rules act in an encoder of images that blocks attend to, it encodes
+        those of each changed row once, before all passes."""
+        if not (model.shape.attends_to_image and _acts_in_vision(asked.prefill)):
+            return self._generate(model, asked)
+        size = max(asked.sources) * model.shape.d_model * model.dtype.itemsize
+        most, found = max(1, _MAX_CHANGED_BYTES // size), list[Reply]()
+        groups, lane = np.unique(asked.groups, return_inverse=True)
+        for first in range(0, len(groups), most):
+            lanes = np.flatnonzero((lane >= first) & (lane < first + most))
+            part = asked.some(lanes.tolist())
+            _, leading, row = np.unique(part.groups, return_index=True, return_inverse=True)
+            rows = part.some(leading.tolist())
+            given = rows.prompts, rows.sources, rows.prefill
+            with encode_changed_images(model, *given) as prompts:
+                own = [prompts[n] for n in row.tolist()]
+                outside = part.prefill.outside("vision")
+                found += self._generate(model, replace(part, prompts=own, prefill=outside))
+        return found
+
+    def _generate(self, model: LoadedModel, asked: _ReplyRequest) -> list[Reply]:
         return generate_replies(
             model,
             asked.prompts,
@@ -240,6 +255,15 @@ class ReplyGenerator:
             cached=self.cached,
             shares=self.shares,
         )
+
+
+_MAX_CHANGED_BYTES = 1 << 30
+"""Bytes of the vectors of changed images that are known at the same time."""
+
+
+def _acts_in_vision(rules: RuleWrites) -> bool:
+    inside = rules.inside("vision")
+    return bool(inside.writes or inside.edges or inside.blocks)
 
 
 @dataclass(frozen=True, eq=False)

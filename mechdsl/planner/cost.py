@@ -1229,8 +1229,8 @@ def settles_circuits(plan: ExperimentPlan) -> bool:
 
 def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
     """Count the multiply-adds of rules in the vision encoder: it runs on the images of each row,
-    and once more on those of the runs that are read. If blocks attend to images, each pass of a
-    reply encodes them again."""
+    and once more on those of the runs that are read. If blocks attend to images, it runs once for
+    the replies of a row, and once for measures of its prompt."""
     experiment = plan.experiment
     if not experiment.in_vision:
         return 0.0
@@ -1238,9 +1238,9 @@ def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
     read = {rule.run for rule in experiment.every_rule if rule.in_vision}
     if experiment.spec.estimator is None:  # passes with gradients read the base run
         read.add(experiment.spec.base)
-    said = experiment.generation
-    model = experiment.model.shape
-    passes = 1 if said is None or not model.encodes_apart else said.tokens * said.samples
+    passes = 1
+    if experiment.generation is not None and experiment.model.shape.encodes_apart:
+        passes += any(measure.reply is None for measure in experiment.measures)
     adds = each[rows.prompt].sum() * plan.draws * passes + each[prompts].sum() * len(read)
     return float(adds)
 
@@ -1674,8 +1674,7 @@ class PanelWork:
         return reply_cost(shape, work + read)
 
     def keep_tokens(self) -> None:
-        """Compute only the newest token in each step of a reply, except of an encoder-decoder and
-        with rules in the encoder of images that blocks attend to."""
+        """Compute only the newest token in each step of a reply, except of an encoder-decoder."""
         self.keeps_tokens = True
         saved = self._count_prefill_copies() if self._keeps_with_images else Cost()
         self.patched = replace(
@@ -1689,8 +1688,7 @@ class PanelWork:
         """Whether replies cache keys and values in a model whose blocks attend to an image."""
         every = [plan.experiment for plan in self.panel.plans]
         attends = self.panel.shape.attends_to_image
-        vision = any(each.in_vision for each in every)
-        return self.keeps_tokens and attends and not vision and every[0].generation is not None
+        return self.keeps_tokens and attends and every[0].generation is not None
 
     def _count_prefill_copies(self) -> Cost:
         """Return the cost of the tokens of prompts before the first one that a row changes, except
@@ -1703,6 +1701,8 @@ class PanelWork:
             return float(each.sum())
 
         for plan, rows in zip(self.panel.plans, self.rows, strict=True):
+            if plan.experiment.in_vision:  # each row has different images
+                continue
             equal = count_unchanged_tokens(plan, rows)[-1]
             sources = plan.sources(rows)
             first, images = np.zeros((2, int(rows.prompt.max(initial=0)) + 1), dtype=np.int64)

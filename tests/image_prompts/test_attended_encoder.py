@@ -312,9 +312,9 @@ def test_replies_runs_and_norms_equal_hooks_on_the_bare_model() -> None:
     np.testing.assert_allclose(norms.measures[0].patched, lengths, rtol=1e-4)
 
 
-@pytest.mark.parametrize("line", ["", "generate 3"])
-def test_planned_cost_is_near_the_counted_products(line: str) -> None:
-    """Convolutions over pixels aren't counted."""
+@pytest.mark.parametrize(("line", "least"), [("", 0.85), ("generate 3", 0.7)])
+def test_planned_cost_is_near_the_counted_products(line: str, least: float) -> None:
+    """Convolutions over pixels aren't counted, and neither are unpatched prompts before replies."""
     rule = f"patch resid_post vision layer * at {ONE}"
     lines = ["from clean into changed", *([line] if line else []), rule]
     measure = 'measure matches("1|2|3") as raw' if line else MEASURE
@@ -325,7 +325,7 @@ def test_planned_cost_is_near_the_counted_products(line: str) -> None:
     with OperationCounter() as counter:
         execute(plan, {"m": loaded()}, None, check=check_denominators)
     planned = plan_cost(plan).planned.multiply_adds
-    assert 0.85 < planned / (counter.get_total_flops() / 2) < 1.05
+    assert least < planned / (counter.get_total_flops() / 2) < 1.05
 
 
 def test_conventions_describe_the_effect_of_a_changed_image() -> None:

@@ -14,16 +14,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from mechdsl.execute import image_vectors
+from mechdsl.execute import replies as replies_of_rows
 from mechdsl.execute.image_vectors import provide_images
 from mechdsl.execute.run.panel import execute
 from mechdsl.forward.generation import replies as replies_module
 from mechdsl.forward.generation.cached_pass import CachedPass, choose_method
+from mechdsl.forward.hooks.model import IMAGE_INPUTS
 from mechdsl.planner.passes import make_plan
 from mechdsl.results.assembly.collection import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import check_file
 from ..generate.support import Act, Rules, agree, greedy, written
+from . import test_attended_encoder as encoder
 from .support import BLOCK, RECORDS, experiment
 from .test_attended_images import (
     GRIDS,
@@ -341,19 +345,114 @@ def test_cached_replies_need_fewer_products_than_full_passes() -> None:
     assert found[1] > 8 * found[0]
 
 
-def test_rules_in_the_encoder_print_that_replies_need_full_passes() -> None:
-    rules = (
-        "ablate resid_post vision layer 0 at photo row 1 col 1 token with zero during prefill",
-        "ablate z cross layer 3 heads * at last token with zero",
-    )
+# --- rules in the encoder -------------------------------------------------------------------------
+
+IN_ENCODER = "scale resid_post vision layer 0 at photo row 1 col 2 token by -3"
+ENCODER_RULES = {
+    IN_ENCODER: lambda n, steps: [scaled(n)],
+    f"{IN_ENCODER}\n  ablate z cross layer 3 heads * at last token with zero during step 1..3": (
+        lambda n, steps: [scaled(n), *(silent(n, step) for step in steps if step)]
+    ),
+    f"{IN_ENCODER}\n  ablate v cross layer 1 heads * at photo row 2 col 1 token with zero": (
+        lambda n, steps: [scaled(n), at("v cross", 1, [patch(n, 2, 1)], None, torch.zeros_like)]
+    ),
+}
+
+
+def scaled(n: int) -> Hook:
+    return encoder.scaled("resid_post", 0, [encoder.column(n, 1, 2)], -3)
+
+
+def silent(n: int, step: int) -> Hook:
+    return at("z cross", 3, [length(n) - 1 + step], None, torch.zeros_like)
+
+
+def test_replies_of_rules_in_the_encoder_and_in_the_text_equal_hooks() -> None:
     text = "".join(
-        experiment(f"r{n}", "generate 2", rule, measure=WRITTEN) for n, rule in enumerate(rules)
+        experiment(f"r{n}", f"generate {TOKENS}", rule, measure=WRITTEN)
+        for n, rule in enumerate(ENCODER_RULES)
     )
-    encoded, cached = run_text(text)
-    assert encoded.conventions["kept keys"] == (
-        "none: each token needs a full pass of the decoder; the encoder runs in each pass"
+    expected = [[replied_with(n, hooks) for n in ALL] for hooks in ENCODER_RULES.values()]
+    for found, own in zip(run_text(text), expected, strict=True):
+        assert [replies_of(found, n) for n in ALL] == own
+        assert "kept keys" not in found.conventions
+    assert expected[0] != [replied(n, ()) for n in ALL]
+    assert len({str(own) for own in expected}) > 1
+
+
+EVERY_CHANGE = "".join(
+    experiment(f"e{n}", FROM, f"generate {TOKENS}{more}", rule, measure=WRITTEN)
+    for n, (rule, more) in enumerate(
+        {
+            "patch resid_post vision layer * at photo row 1 col 2 token": "",
+            "replace block vision layer * with identity": "",
+            "block attention vision layer 1 heads * from photo tokens to photo tokens": "",
+            IN_ENCODER: " with temperature 1, samples 3",
+            "ablate z layer 2 heads * at last token with zero": "",
+        }.items()
     )
-    assert "kept keys" not in cached.conventions
+)
+
+
+@dataclass
+class Recorded:
+    """What was computed for the replies of `EVERY_CHANGE`."""
+
+    logits: dict[tuple[int, ...], Tensor]
+    """By what the draws of a row depend on, and step."""
+    replies: list[Any]
+    encoded: int
+    """Number of images that passed the first block of the encoder."""
+
+
+def record(monkeypatch: pytest.MonkeyPatch, *, cached: bool) -> Recorded:
+    plan = make_plan(check_file(EVERY_CHANGE, folder(), loaded(), f"seed 7\n{BLOCK}").experiments)
+    found, choose = Recorded({}, [], 0), replies_module.choose_next_tokens
+
+    def keep(logits: Tensor, of: Any, how: Any, rows: Sequence[tuple[int, ...]], step: int) -> Any:
+        for state, row in zip(of.tolist(), rows, strict=True):
+            found.logits[*row, step] = logits[state].clone()
+        return choose(logits, of, how, rows, step)
+
+    def count(_: Any, args: Any, output: Tensor) -> None:
+        found.encoded += len(output)
+
+    handle = bare().model.vision_model.transformer.layers[0].register_forward_hook(count)
+    with monkeypatch.context() as patched:
+        patched.setattr(replies_module, "choose_next_tokens", keep)
+        values = execute(
+            replace(plan, keeps_tokens=cached), {"m": loaded()}, None, check=check_denominators
+        )
+    handle.remove()
+    found.replies = [each.replies for each in values.measured.values()]
+    return found
+
+
+def test_replies_of_changed_images_in_cached_passes_equal_full_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The encoder runs once for each row, also for several samples."""
+    prompts()  # encodes the images without changes
+    cached, full = (record(monkeypatch, cached=own) for own in (True, False))
+    assert cached.replies == full.replies
+    assert cached.logits.keys() == full.logits.keys()
+    for key, logits in cached.logits.items():
+        torch.testing.assert_close(logits, full.logits[key], atol=1e-5, rtol=1e-5)
+    assert cached.encoded == full.encoded
+    assert cached.encoded == len(ALL) * (3 + 3 + 1 + 1 + 2)  # the last are the runs that are read
+
+
+@pytest.mark.parametrize("most", [1, 1 << 11])
+def test_replies_do_not_depend_on_the_images_that_are_encoded_together(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    together = record(monkeypatch, cached=True)
+    known = vars(IMAGE_INPUTS[loaded().module])["_prepare"]
+    tokens = {*known}
+    monkeypatch.setattr(replies_of_rows, "_MAX_CHANGED_BYTES", most)
+    monkeypatch.setattr(image_vectors, "DEFAULT_PASS_TOKENS", 1)
+    assert record(monkeypatch, cached=True).replies == together.replies
+    assert {*known} == tokens
 
 
 def blocked(n: int, path: str, first: int, last: int, keys: Sequence[int]) -> list[int]:

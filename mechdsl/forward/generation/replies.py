@@ -184,10 +184,7 @@ class FullPasses:
             for earlier in range(1, step + 1)
         ]
         acting = merge_steps(chosen.rules(self.prefill), later)
-        blocks = dict(self.prefill.blocks)
-        if step:  # images are those of the prefill
-            blocks = {to: of for to, of in blocks.items() if to[0] == "vision"}
-            blocks |= collect_blocks(self.steps, step)
+        blocks = collect_blocks(self.steps, step) if step else dict(self.prefill.blocks)
         acting = replace(acting, blocks=tuple(sorted(blocks.items())))
         batch = apply_position_ids(self.model, batch, acting)
         if not self.model.shape.encodes_apart:
@@ -825,7 +822,7 @@ def generate_replies(
         model: A causal decoder of text, or an encoder-decoder.
         prompts: [row] token ids.
         decoding: How tokens are chosen.
-        prefill: Writes of the prefill, at positions of the prompt.
+        prefill: Writes of the prefill, at positions of the prompt, outside of encoders of images.
         kept: Edits of the prompt's keys and values (`k`, `v`) between the prefill and step 1, each
             applied to the layer's original values.
         steps: Writes at the newest token of later passes; rows are prompts, as everywhere.
@@ -852,7 +849,7 @@ def generate_replies(
     if decoding.sampled and (random is None or len(random) != len(prompts)):
         raise ValueError("sampled tokens need a key of random numbers for each row")
     given.check_blocks(decoding.tokens, model.shape)
-    cached = cached and not (given.looks_back or given.encodes)
+    cached = cached and not given.looks_back
     way = choose_method(model, inside=given.inside) if cached else None
     work = _GenerationJob(
         model,
@@ -924,13 +921,6 @@ class _GivenRules:
     def looks_back(self) -> bool:
         """Whether writes at the newest token depend on the value at the preceding token."""
         return any(write.mode == "step" for rules in self.steps for write in rules.writes)
-
-    @property
-    def encodes(self) -> bool:
-        """Whether rules act in the encoder of images that blocks attend to."""
-        acting = (*self.prefill.writes, *self.prefill.edges)
-        blocks = (stack for (stack, _), _ in self.prefill.blocks)
-        return any(each.stack == "vision" for each in acting) or "vision" in blocks
 
     def check_blocks(self, tokens: int, shape: ModelShape) -> None:
         """Raise ValueError if a skipped block runs again, as it lacks keys of the tokens so far.

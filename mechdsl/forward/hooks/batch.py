@@ -901,6 +901,15 @@ class RuleWrites:
             self,
             writes=[write for write in self.writes if write.stack != stack],
             edges=[edge for edge in self.edges if edge.stack != stack],
+            blocks=[pair for pair in self.blocks if pair[0][0] != stack],
+        )
+
+    def inside(self, stack: str) -> RuleWrites:
+        """Return only the changes of sites, attention edges and blocks of a stack."""
+        return RuleWrites(
+            [write for write in self.writes if write.stack == stack],
+            [edge for edge in self.edges if edge.stack == stack],
+            blocks=[pair for pair in self.blocks if pair[0][0] == stack],
         )
 
     def numbered(self, batch: Batch) -> Batch:

@@ -548,6 +548,10 @@ class TensorCache:
             self._entries[token] = found
         return found
 
+    def drop(self, token: Hashable) -> None:
+        """Drop the tensors of a token, if they are cached."""
+        self._bytes -= _count_bytes(self._entries.pop(token, {}))
+
 
 def _count_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(each.nbytes for each in tensors.values())
@@ -568,6 +572,11 @@ class ImageInputs:
         """Add the function that prepares an input. It must not hold the model's module, which could
         then never be freed."""
         self._prepare.setdefault(token, prepare)
+
+    def drop(self, token: int) -> None:
+        """Drop the input of a token that no later pass reads."""
+        del self._prepare[token]
+        self._cache.drop(token)
 
     def find(self, model: LoadedModel, token: int) -> Mapping[str, Tensor]:
         """Return the input of a token, on the host. Raises KeyError if the token is unknown."""

@@ -69,12 +69,10 @@ def reply_conventions(
     yield "replies end", _reply_ends(said, experiment, model)
     yield "lengths", "; ".join(_reply_lengths(plan, measured))
     way = choose_method(model)
-    keeps = model.shape.attends_to_image and not experiment.in_vision
-    if model.shape.encodes_apart and not keeps:
-        encoded = "runs in each pass" if experiment.in_vision else "runs once"
+    if model.shape.encodes_apart and not model.shape.attends_to_image:
         yield (
             "kept keys",
-            f"none: each token needs a full pass of the decoder; the encoder {encoded}",
+            "none: each token needs a full pass of the decoder; the encoder runs once",
         )
     elif way.kind == "whole":
         yield "kept keys", f"none: each token needs a full forward pass, because {way.reason}"
