@@ -62,7 +62,12 @@ from mechdsl.diagnostics.names import (
     UnknownWord,
     UnusedName,
 )
-from mechdsl.diagnostics.positions import NO_REPLY_REASON, AnswerNotCovered, NotInReply
+from mechdsl.diagnostics.positions import (
+    NO_REPLY_REASON,
+    AnswerNotCovered,
+    NotInReply,
+    OutsidePrompt,
+)
 from mechdsl.diagnostics.prompts import CorruptionWithoutEffect, NoRows, NoTemplate, UnknownValue
 from mechdsl.diagnostics.rules import UNUSED_LOOP, BadLoopValue
 from mechdsl.diagnostics.statistics import BadReport, UnreadableExpectation
@@ -734,8 +739,7 @@ def _resolve_objectives(
             checked.diagnostics[before:] = [
                 each
                 if each.span is None or each.span.source is not default
-                else replace(each, span=span)
-                for span in [objective.rules[0].span]
+                else _report_default_positions(each, objective.rules[0].span)
                 for each in checked.diagnostics[before:]
             ]
         if known.resolved is None:
@@ -750,6 +754,17 @@ def _resolve_objectives(
         checked.diagnostics.extend(problems)
         if not problems and not stands_in:
             checked.objectives[name, model] = known.resolved
+
+
+def _report_default_positions(problem: Diagnostic, span: Span) -> Diagnostic:
+    """Return a problem with positions that the file doesn't have, at the line that has none."""
+    if isinstance(problem, OutsidePrompt):
+        hint = (
+            f"without `at`, edges are changed at `{problem.position}`, and the vision encoder has "
+        )
+        hint += "vectors at tokens of images: add `at photo tokens` for an image `photo`"
+        return replace(problem, span=span, hint=hint)
+    return replace(problem, span=span)
 
 
 def _without_contradiction(settings: CheckSettings) -> tuple[CheckSettings, list[Diagnostic]]:

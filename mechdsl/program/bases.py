@@ -230,6 +230,7 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
                 )
             )
     if has_errors(scope.diagnostics[before:]) or statement.site is None:
+        _note_meant_kind(statement.name, call, what, scope)
         return None
     return spec.Basis(
         span=statement.span,
@@ -262,6 +263,7 @@ def lower_mask(statement: ast.GroupDef, parts: Definitions, scope: Namespace) ->
     call, site, at = statement.source, statement.site, statement.at
     assert call is not None
     if not _check_mask(call, "group", parts, scope):
+        _note_meant_kind(statement.name, call, "group", scope)
         return None
     several = at is not None and lists_positions(at)
     if site is None:
@@ -561,6 +563,7 @@ def lower_circuit_mask(
     call, at = statement.source, statement.at
     assert call is not None
     if not _check_mask(call, "circuit", parts, scope):
+        _note_meant_kind(statement.name, call, "circuit", scope)
         return None
     given = {each.name: each.value for each in call.arguments}
     nodes, stack = given.get("nodes"), given.get("stack")
@@ -629,6 +632,21 @@ def _check_mask(call: ast.Call, what: Statement, parts: Definitions, scope: Name
     hint = did_you_mean(call.name, ("fit", "saved"), otherwise)
     scope.diagnostics.append(BadBasis(span=call.span, reason=reason, hint=hint, what=what))
     return False
+
+
+def _note_meant_kind(name: ast.Name, call: ast.Call, what: Statement, scope: Namespace) -> None:
+    """Note the kind that an invalid definition should have, if its trainer trains another one."""
+    method = BASIS_METHODS.get(call.name)
+    if method is None or method.takes != "training" or name.id not in scope.definitions:
+        return
+    trainer = find_trainer(trainer_call(call))
+    if trainer is not None and not _can_declare(what, trainer):
+        scope.definitions[name.id].meant = trainer.declares
+
+
+def _can_declare(what: str, trainer: Trainer) -> bool:
+    """Whether a statement with this first word can have a trainer."""
+    return trainer.declares == what or (what == "circuit" and isinstance(trainer, MaskTrainer))
 
 
 def _place_problem(site: ast.Site) -> tuple[ast.Node, str, str] | None:
@@ -838,7 +856,7 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
     if found is None:
         return
     name = found.name
-    if found.declares != what and not (what == "circuit" and isinstance(found, MaskTrainer)):
+    if not _can_declare(what, found):
         reason = f"`{name}` trains a {found.declares}, not a {what}"
         place = "" if found.declares == "circuit" else " at …"
         hint = f"write `{found.declares} NAME = {call.name}({found.example}, …){place}`"

@@ -30,6 +30,8 @@ class DefinedName:
     span: Span
     imported: bool
     used: bool = False
+    meant: str = ""
+    """The kind that the definition should have, if it is an error that its kind is another one."""
 
 
 @dataclass
@@ -57,11 +59,15 @@ class Namespace:
         return True
 
     def use(self, kind: str, name: str, span: Span) -> bool:
-        """Mark a name as used; report E0201 and return False if no name of that kind exists."""
+        """Mark a name as used; report E0201 and return False if no name of that kind exists. A name
+        whose definition is an error because of its kind isn't reported again."""
         found = self.definitions.get(name)
         if found is not None and found.kind == kind:
             found.used = True
             return True
+        if found is not None and found.meant == kind:
+            found.used = True
+            return False  # its definition is the error
         if found is not None:
             plural = found.kind == "prompts"
             hint = f"`{name}` is {'a prompts block' if plural else with_article(found.kind)}"

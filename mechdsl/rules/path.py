@@ -152,10 +152,11 @@ class PathPatching(RuleKind, Intervention):
         receivers, more, basis = _resolve_receivers(rule.receiver, work)
         for axis in (*axes, *(replace(axis, name=f"to_{axis.name}") for axis in more)):
             work.add_axis(axis)
+        fine = senders is None or receivers is None or _check_ends(rule, senders, receivers, work)
+        if not fine:
+            return None  # before positions, whose error would hide that no path leads there
         positions = resolve_rule_positions(rule, run, work.reading(senders))
         if senders is None or receivers is None or positions is None:
-            return None
-        if not _check_ends(rule, senders, receivers, work):
             return None
         if basis is not None and not _check_held_neurons(rule, senders, receivers, basis, work):
             return None

@@ -535,6 +535,7 @@ ERRORS = {
     "path z encoder layer 0 head * -> q layer 1 head * at subject token": "E0335",
     "path z encoder layer 0 head * -> logits at subject token": "E0335",
     "path z layer 0 head * -> k cross layer 1 head * at last token": "E0335",
+    "path z layer 0 head * -> v encoder layer 1 head * at subject token": "E0335",
     "path z cross layer 1 head * -> q cross layer 1 head * at last token": "E0335",
     "path mlp_out layer 1 -> q cross layer 1 head * at last token": "E0335",
     "path mlp_out encoder layer 1 -> q encoder layer 1 head * at subject token": "E0335",

@@ -549,6 +549,18 @@ def test_fit_that_an_encoder_does_not_have_reports_an_error(key: str) -> None:
     assert any(reason in f"{each.message}: {each.label_text}" for each in found)
 
 
+@pytest.mark.parametrize("discovered", [False, True])
+def test_edges_of_an_encoder_without_positions_report_the_missing_line(*, discovered: bool) -> None:
+    lines = "from clean into changed", "discover c over vision using eap top 4 edges"
+    text = experiment("e", *lines, measure="measure logit(answer) as recovery")
+    if not discovered:
+        text = fit("eap(size: 8)", at="photo tokens").replace(" at photo tokens\n", "\n", 1)
+    [found] = errors_of("llava_class", text)
+    assert found.code == "E0310"
+    assert found.help_text.startswith("without `at`, edges are changed at `tokens *`")
+    assert found.help_text.endswith("add `at photo tokens` for an image `photo`")
+
+
 @pytest.mark.parametrize(
     ("training", "allowed"),
     [
