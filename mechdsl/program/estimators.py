@@ -89,8 +89,9 @@ class GradientEstimator:
     """
     moves: ClassVar[Literal["", "inputs", "senders"]] = ""
     """What moves between runs with `steps`: the stream that enters block 0 of each stack at all
-    tokens, or the senders of a path, with all heads or neurons of their layer, at all tokens. Empty
-    for the written vectors of sites, and for `inputs` of paths."""
+    tokens, or the senders of a path, with all heads or neurons of their layer, at all tokens; with
+    a rule in a vision encoder, at all patches, and at tokens that aren't of images. Empty for the
+    written vectors of sites, and for `inputs` of paths."""
     value_name: ClassVar[str] = ""
     """Column name of values that aren't effects of the rule; empty for estimates of effects."""
     value_said: ClassVar[str] = ""

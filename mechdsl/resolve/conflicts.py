@@ -20,12 +20,14 @@ from mechdsl.program.estimators import BackwardRules, Place, first_of_place
 from mechdsl.program.runs import COMPARING_METRICS
 from mechdsl.prompts.positions.cells import is_after_prompts, refers_to_reply
 from mechdsl.prompts.positions.spans import row_example
-from mechdsl.prompts.runs import PositionCell, PromptRun
+from mechdsl.prompts.rows import row_in_patches
+from mechdsl.prompts.runs import PositionCell, PromptRun, RunRow
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
     BasisTargets,
+    ModelContext,
     OutputWeights,
     PathTargets,
     PositionTargets,
@@ -340,10 +342,6 @@ def _explain_no_vision_estimate(
     if rule.edge is not None:
         reason = "gradients of attention weights between patches aren't computed yet"
         return reason, NO_ESTIMATE_HINT
-    if rule.path is None and said.between_runs:
-        return "it moves the tokens of the language model, not the patches of images", (
-            OTHER_ESTIMATOR_HINT
-        )
     if rule.path is not None and (reason := _explain_no_path_of_patches(said, shape)):
         hint = NO_ESTIMATE_HINT if shape.attends_to_image else "write `using eap`"
         return reason, hint
@@ -358,10 +356,6 @@ def _explain_no_path_of_patches(said: spec.Estimator, shape: ModelShape) -> str:
     """Return why a path in a vision encoder isn't estimated, or an empty text."""
     if shape.attends_to_image:
         return "paths in an encoder whose images blocks attend to aren't estimated yet"
-    if said.steps is not None:
-        return "it moves the tokens of the language model, not the patches of images"
-    if said.kind.backward is not None:
-        return "its derivatives aren't computed along paths between patches yet"
     if said.kind.fixes_attention:
         return "it recomputes attention of tokens, not of the patches of images"
     return ""
@@ -616,9 +610,32 @@ def _of_moved_inputs(
             row = experiment.table.row_ids[number]
             counts = f"row {row} has {len(first.ids)} tokens in `{base}`"
             reason = f"{counts} and {len(second.ids)} in `{source}`, and each token moves"
-            fix = f"choose texts with as many tokens, or {hint}"
+            what = "images of one width and height, and texts" if rule.in_vision else "texts"
+            fix = f"choose {what} with as many tokens, or {hint}"
             yield _no_estimate(said, own.span, "prompts of different lengths", reason, fix)
             return
+        grids = [_list_grids(each, experiment.model) for each in (first, second) if rule.in_vision]
+        if grids and grids[0] != grids[1]:
+            row = experiment.table.row_ids[number]
+            reason = f"images of row {row} have other rows and columns of patches in `{source}` "
+            reason += f"than in `{base}`, and each patch moves"
+            fix = f"use images of one width and height, or {hint}"
+            yield _no_estimate(said, own.span, "images of different sizes", reason, fix)
+            return
+
+
+def _list_grids(row: RunRow, model: ModelContext) -> list[list[tuple[int, int, int, int]]]:
+    """Return position, tile, row and column of the tokens of each image of a prompt; of patches, if
+    they are resampled to tokens."""
+    if model.shape.resamples and isinstance(model.tokenizer, ImagePromptTokenizer):
+        row = row_in_patches(model.tokenizer, row)
+    return [
+        [
+            (each.first + c.position, c.tile, c.row, c.col)
+            for c in each.picture.expansion.layout.cells
+        ]
+        for each in row.whole_pictures
+    ]
 
 
 def _of_answers(

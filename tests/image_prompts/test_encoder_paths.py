@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,16 +76,19 @@ def find_module(name: str, place: Place) -> tuple[str, bool]:
 
 
 @contextmanager
-def edited(name: str, place: Place, edit: Edit) -> Generator[None]:
-    """Change a site of the encoder, [token, width] of all tiles or images."""
+def edited(name: str, place: Place, edit: Edit, model: Any = None) -> Generator[None]:
+    """Change a site of the encoder, [token, width] of all tiles or images.
+
+    model: One with other derivatives.
+    """
     path, is_input = find_module(name, place)
-    module = bare(name).model.get_submodule(path)
+    module = (bare(name).model if model is None else model).get_submodule(path)
     with edited_module(module, lambda value: edit(value.flatten(0, -2)), is_input=is_input):
         yield
 
 
-def state(name: str, place: Place, run: Callable[[], object]) -> Tensor:
-    return record_value(partial(edited, name, Place(place.site, place.layer)), run)
+def state(name: str, place: Place, run: Callable[[], object], model: Any = None) -> Tensor:
+    return record_value(partial(edited, name, Place(place.site, place.layer), model=model), run)
 
 
 @cache
@@ -109,10 +113,12 @@ def received(
     run: Callable[[], object],
     read: Callable[[Place], Tensor],
     sent: tuple[Sequence[int], Tensor],
+    model: Any = None,
 ) -> Tensor:
     """What the receiver reads with the sender's vectors written and all else held, [token, width].
 
-    read: The values of the base run. sent: The tokens and the vectors of the sender.
+    read: The values of the base run. sent: The tokens and the vectors of the sender. model: One
+    with other derivatives.
     """
     sender, sites = path.sender, ("z",) if path.through_mlps else ("z", "mlp_out")
     edits = {
@@ -122,10 +128,10 @@ def received(
     held = edits.pop(own, None)
     with ExitStack() as stack:
         for place, edit in edits.items():
-            stack.enter_context(edited(name, place, edit))
+            stack.enter_context(edited(name, place, edit, model))
         edit = write if held is None else (lambda value: write(held(value)))
-        stack.enter_context(edited(name, own, edit))
-        return path.receiver.own(state(name, path.receiver, run))
+        stack.enter_context(edited(name, own, edit, model))
+        return path.receiver.own(state(name, path.receiver, run, model))
 
 
 def changed(name: str, path: Path, n: int) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -374,12 +375,37 @@ def without_gradients(module: nn.Module) -> Generator[None]:
             each.requires_grad_()
 
 
-@pytest.mark.parametrize("estimator", ["gradient_input", "integrated_gradients(steps: 3)"])
 @pytest.mark.parametrize(
-    "name", some(("llava_next", "gemma3", "qwen2_5_vl", "idefics2_wide"), ["gemma3"])
+    "case",
+    some(
+        [
+            *product(
+                ["patch z vision layer * head *"],
+                ["gradient_input", "integrated_gradients(steps: 3)"],
+                ["llava_next", "gemma3", "qwen2_5_vl", "idefics2_wide"],
+            ),
+            *product(
+                ["path z vision layer 0 head * -> mlp_norm vision layer 1"],
+                ["relp", "eap_ig(steps: 4)", "eap_ig_activations(steps: 4)"],
+                ["llava_class"],
+            ),
+        ],
+        [
+            ("patch z vision layer * head *", "gradient_input", "gemma3"),
+            (
+                "path z vision layer 0 head * -> mlp_norm vision layer 1",
+                "eap_ig(steps: 4)",
+                "llava_class",
+            ),
+        ],
+    ),
+    ids=" ".join,
 )
-def test_planned_cost_of_estimates_is_near_the_counted_products(name: str, estimator: str) -> None:
-    text = estimate("patch z vision layer * head * at photo row 1 col 2 token", estimator)
+def test_planned_cost_of_estimates_is_near_the_counted_products(
+    case: tuple[str, str, str],
+) -> None:
+    rule, estimator, name = case
+    text = estimate(f"{rule} at photo row 1 col 2 token", estimator)
     plan = make_plan(check_file(text, folder(), loaded(name), BLOCK).experiments)
     execute(plan, {"m": loaded(name)}, None, check=check_denominators)  # also tests the patches
     with without_gradients(bare(name).model), FlopCounterMode(display=False) as counter:
@@ -502,6 +528,11 @@ def with_rules(name: str, kind: str) -> Any:
     return model
 
 
+def in_64_bits(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of a model in 64 bits."""
+    return {key: each.double() if each.is_floating_point() else each for key, each in given.items()}
+
+
 RULED = {
     "relp": (
         "llava_class",
@@ -536,10 +567,7 @@ def test_changed_derivatives_in_the_encoder_equal_modules_with_them(case: tuple[
         want: list[float] = []
         for n in ALL:
             _, patches, written = copied(name, n, place)
-            given = {
-                key: each.double() if each.is_floating_point() else each
-                for key, each in inputs(name, n, other(n)).items()
-            }
+            given = in_64_bits(inputs(name, n, other(n)))
             base, gradient = slopes(name, place, given, model=with_rules(name, kind))
             want.append(float((changes(place, base, patches, written.double()) * gradient).sum()))
         np.testing.assert_allclose(row, want, atol=2e-4, rtol=1e-3, err_msg=str(place))
@@ -559,11 +587,7 @@ def test_changed_derivatives_in_the_encoder_of_frames_equal_modules_with_them() 
         path, want = f"model.video_tower.encoder.layers.{place.layer}.self_attn.out_proj", []
         for n in ALL:
             runs = (videos.inputs("video_llava", n, videos.record(n)[key]) for key in ("b", "a"))
-            wide = (
-                {k: each.double() if each.is_floating_point() else each for k, each in own.items()}
-                for own in runs
-            )
-            (base, slope), (clean, _) = (slopes_at(model, path, given) for given in wide)
+            (base, slope), (clean, _) = (slopes_at(model, path, in_64_bits(own)) for own in runs)
             here = range(6, 10)  # after the class tokens of two frames and the patches of one
             want.append(float((changes(place, base, here, place.own(clean)[here]) * slope).sum()))
         np.testing.assert_allclose(row, want, atol=2e-4, rtol=1e-3)
@@ -639,8 +663,7 @@ def language(name: str, layer: int, site: str) -> Where:
 
 
 def double_inputs(name: str, n: int, image: int) -> dict[str, Tensor]:
-    given = inputs(name, n, image)
-    return {key: each.double() if each.is_floating_point() else each for key, each in given.items()}
+    return in_64_bits(inputs(name, n, image))
 
 
 def read_language(name: str, where: Where, n: int, at: int) -> Tensor:
@@ -735,11 +758,7 @@ REJECTED = {
     ),
     (f"path z vision layer 0 head 0 -> attn_norm vision layer 1 at {CELL}", "eap_ig"): (
         "E0608",
-        "it moves the tokens of the language model, not the patches of images",
-    ),
-    (f"path z vision layer 0 head 0 -> attn_norm vision layer 1 at {CELL}", "relp"): (
-        "E0608",
-        "its derivatives aren't computed along paths between patches yet",
+        "row 3 has 24 tokens in `changed` and 18 in `clean`, and each token moves",
     ),
     ("block attention vision layer 0 from photo tokens to last token", "gradient_attention"): (
         "E0310",
@@ -800,11 +819,7 @@ def test_gim_changes_derivatives_of_a_resampler(sizes: str) -> None:
         want: list[float] = []
         for n in ALL:  # in 64 bits, because the measure changes quickly with the patches
             given, theirs = (
-                {
-                    key: each.double() if each.is_floating_point() else each
-                    for key, each in resampled.inputs(sizes, n, image).items()
-                }
-                for image in (other(n), n)
+                in_64_bits(resampled.inputs(sizes, n, image)) for image in (other(n), n)
             )
             part = f"model.vision_model.encoder.layers.{place.layer}.self_attn.out_proj"
             base, gradient = slopes_at(with_padding("gim"), part, given)

@@ -68,7 +68,7 @@ from mechdsl.planner.plan import ExperimentPlan, cell_sites
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.program.estimators import BackwardRules, GradientEstimator
 from mechdsl.prompts.rows import row_in_patches
-from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
+from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN, ImagePromptTokenizer
 from mechdsl.resolve.types import ItemNumber, SiteLayer, SitePoint
 
 _STREAMS = ("embed", "resid_pre", "resid_mid", "resid_post", "final_norm")
@@ -1044,8 +1044,8 @@ class GradientEstimates:
     def _moved_inputs(
         self, rule: RulePlan, lanes: DrawLanes, moved: SiteRead | None = None
     ) -> Iterator[list[SiteWrite]]:
-        """Yield the writes that move activations toward the source run at all tokens, for each
-        point; none for the base run, which comes first.
+        """Yield the writes that move activations toward the source run, for each point; none for
+        the base run, which comes first.
 
         Args:
             moved: The site that moves; None for the streams that enter block 0 of each stack.
@@ -1057,17 +1057,18 @@ class GradientEstimates:
         source = replace(self.differentiated, run=self.differentiated.runs.named(rule.rule.run))
         other = DrawLanes.of(self.lanes_of(rule), np.unique(lanes.prompts), self.plan.draws)
         stacks = ["", *({"encoder"} & self.model.shape.others.keys())]
+        stacks += ["vision"] if rule.rule.in_vision else []
         wheres = [SiteRead("resid_pre", 0, stack) for stack in stacks]
         wheres = wheres if moved is None else [moved]
         stop = 1 if moved is None or moved.layer is None else moved.layer + 1
-        stop = 0 if moved is not None and moved.stack == "encoder" else stop
+        stop = 0 if moved is not None and moved.stack in ("encoder", "vision") else stop
         found = [
             run_full(self.model, own.batch, stop=stop, writes=run.noise(own), reads=wheres).reads
             for run, own in ((self.differentiated, lanes), (source, other))
         ]
         moves: list[SiteWrite] = []
         for where in wheres:
-            lane, token = lanes.batch.of_read(where).tokens()
+            lane, token = self._list_moved_tokens(where, rule, lanes)
             streams: list[Tensor] = []
             for own, reads in zip((lanes, other), found, strict=True):
                 index = lane, own.batch.of_read(where).columns(lane, token)
@@ -1080,6 +1081,23 @@ class GradientEstimates:
         for point in range(1, steps):
             share = 1 - point / steps
             yield [replace(move, values=share * move.values) for move in moves]
+
+    def _list_moved_tokens(
+        self, where: SiteRead, rule: RulePlan, lanes: DrawLanes
+    ) -> tuple[Tensor, Tensor]:
+        """Return lane and position of what moves at a site: all tokens, or all patches of images.
+
+        If a rule is in the vision encoder, images move there, and their tokens follow.
+        """
+        if where.stack == "vision":
+            return self._list_patches(lanes)
+        lane, token = lanes.batch.of_read(where).tokens()
+        if not rule.rule.in_vision:
+            return lane, token
+        ids = lanes.batch.ids
+        of_image = ids[indices_to_device((lane, lanes.batch.columns(lane, token)), ids.device)]
+        moves = (of_image < IMAGE_TOKEN).cpu()
+        return lane[moves], token[moves]
 
     def _noise_at(self, where: SiteRead, read: Tensor, lanes: DrawLanes, sample: int) -> SiteWrite:
         """Build noise at all vectors of a site; read: [lane, column, unit, width] of it."""
