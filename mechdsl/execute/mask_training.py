@@ -731,6 +731,10 @@ class EdgeMaskRows(VectorMaskRows):
             fills.append(SenderFill(SiteRead(*where), units, values, others))
         return tuple(fills)
 
+    def _fills_of(self, rows: Ints) -> tuple[SenderFill, ...]:
+        """Return the other values of all senders at the tokens of some rows."""
+        return self._fills(len(self._vectors_of(rows)[0]), self._incoming(rows))
+
     @property
     def _ends(self) -> tuple[tuple[SiteRead, int], ...]:
         """The receivers of all edges."""
@@ -1247,7 +1251,7 @@ class EdgeRows(EdgeMaskRows):
     def _open_streams(self, rows: Ints, lanes: DrawLanes) -> list[StreamEnds]:
         """Return the edges of each stream at the tokens of some rows."""
         with torch.no_grad():
-            fills = self._fills(int(self._vectors_of(rows)[1].sum()), self._incoming(rows))
+            fills = self._fills_of(rows)
         lane, _ = self._places(rows, lanes)
         return list(self._list_streams(rows, fills, self._ends, len(lane)))
 
@@ -1422,6 +1426,8 @@ class EdgeRows(EdgeMaskRows):
         receivers = np.array([self._receivers[to] for _, to in self.edges])
         sites = np.array([self._ends[n][0].site for n in receivers.tolist()])
         held = [each.held() for each in base.values()]
+        with torch.no_grad():
+            fills = self._fills_of(rows)
         for column, site in product(np.unique(senders).tolist(), _ATTENDED):
             changed = (senders == column) & (sites == site)
             ends: dict[SiteRead, list[int]] = {}
@@ -1431,7 +1437,7 @@ class EdgeRows(EdgeMaskRows):
                 continue
             scores = {where: BasePatterns.reads(where)[0] for where in ends}
             with torch.no_grad():
-                circuits = self._ablations(rows, lanes, torch.from_numpy(changed[None]))
+                circuits = self._ablations(rows, lanes, torch.from_numpy(changed[None]), fills)
                 read = self._read_clean(rows, lanes, [*scores.values()], held, circuits)
             for where, numbers in ends.items():
                 own = base[replace(where, site="pattern")]
@@ -1560,7 +1566,7 @@ class EdgeRows(EdgeMaskRows):
     def _send_irrelevant(self, rows: Ints, lanes: DrawLanes) -> Iterator[SiteWrite]:
         """Yield the other value of each sender, as its irrelevant part."""
         lane, token = self._places(rows, lanes)
-        for fill in self._fills(len(lane), self._incoming(rows)):
+        for fill in self._fills_of(rows):
             for number, unit in enumerate(fill.units):
                 units, own = torch.full_like(lane, unit), fill.values[:, number]
                 given = lane + len(rows), token, units, own
@@ -1589,20 +1595,24 @@ class EdgeRows(EdgeMaskRows):
         with torch.no_grad():
             for part in parts:
                 lanes = self._lanes(part, len(circuits))
-                writes = self._ablations(part, lanes, torch.from_numpy(~circuits))
+                fills = () if circuits.all() else self._fills_of(part)
+                writes = self._ablations(part, lanes, torch.from_numpy(~circuits), fills)
                 values = self._measure(part, lanes, [], writes)
                 found.append(values.unflatten(0, (len(part), -1)).cpu().numpy())
                 if len(parts) > 1:
                     self._unpatched.forget()
         return np.concatenate(found).mean(axis=0)
 
-    def _ablations(self, rows: Ints, lanes: DrawLanes, ablated: Tensor) -> list[CircuitWrite]:
+    def _ablations(
+        self, rows: Ints, lanes: DrawLanes, ablated: Tensor, every_fill: Sequence[SenderFill]
+    ) -> list[CircuitWrite]:
         """Return what ablated edges change of the inputs of their receivers.
 
         Args:
             ablated: [draw, candidate]
+            every_fill: Those of all senders; may be empty if no edge is ablated.
         """
-        draws, vectors = len(ablated), len(self._vectors_of(rows)[0])
+        draws = len(ablated)
         every = torch.zeros(draws, math.prod(self._size))
         every = every.index_copy(1, self._cells_of_mask, ablated.float()).unflatten(1, self._size)
         receivers, senders = (every.flatten(0, 1).any(end).any(0) for end in (2, 1))
@@ -1611,7 +1621,7 @@ class EdgeRows(EdgeMaskRows):
         fills: list[SenderFill] = []
         columns: list[int] = []
         first = 0
-        for fill in self._fills(vectors, self._incoming(rows)):
+        for fill in every_fill:
             own = range(first, first + fill.count)
             first = own.stop
             if senders[own.start : own.stop].any():

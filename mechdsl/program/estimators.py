@@ -548,9 +548,9 @@ class ContextualDecomposition(_GradientTimesChange):
     section 3). At the cell's vectors, γ is the written value; before them, β is 0. The value of a
     cell is m(γ) − m(x) at the output. Rules of γ: Wγ + b|Wγ| / (|Wβ| + |Wγ|) for a linear map;
     f(γ) for an activation function; the product of the γ of both factors for a product (Murdoch et
-    al. 2018); the variance of x for norms; the weights of attention of x. For a path, γ is the
-    source value at the senders and x at all other heads and MLPs; what the receivers then read is γ
-    at them, before which β is 0.
+    al. 2018); the variance of x for norms; the weights of attention and of routers of x. For a
+    path, γ is the source value at the senders and x at all other heads and MLPs; what the receivers
+    then read is γ at them, before which β is 0.
     """
 
     example = "using cdt"
@@ -565,8 +565,9 @@ class ContextualDecomposition(_GradientTimesChange):
         "attention has the weights of the base run. Each cell needs a row of two prompts in a "
         "forward pass, so this isn't cheaper than running the cell. For a `path`, the relevant "
         "part of all other heads and MLPs is 0 up to the receiver, and each sender needs two "
-        "further forward passes. Queries and keys are rejected, because their estimates would be "
-        "0, and so are models with experts, image classifiers, vision encoders of prompts, and "
+        "further forward passes. Experts are selected and weighted as in the base run. Queries and "
+        "keys are rejected, because their estimates would be 0, and so are experts with biases, "
+        "image classifiers, vision encoders of prompts, and "
         "models whose blocks attend to an image (E0608)."
     )
     source = "Hsu et al. 2024, arXiv 2407.00886; Murdoch et al. 2018, arXiv 1801.05453"

@@ -236,9 +236,26 @@ def _attention_sites(shape: ModelShape) -> Sequence[str]:
 def explain_missing_rule(rules: BackwardRules | None, shape: ModelShape) -> str:
     """Return why changed derivatives don't cover a model, or an empty text."""
     if rules is not None and shape.n_experts:
-        return "its rules don't know routers and experts"
+        if not rules.decomposed:
+            return "its rules don't know routers and experts"
+        if reason := _explain_undecomposed_experts(shape):
+            return reason
     if rules is not None and rules.in_attention and not computes_attention(shape):
         return "its attention can't be computed separately"
+    return ""
+
+
+_BIASED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter"})
+"""Families whose experts have biases."""
+
+
+def _explain_undecomposed_experts(shape: ModelShape) -> str:
+    """Return why the experts of a model can't be decomposed, or an empty text."""
+    if shape.family in _BIASED_EXPERTS:
+        return "no rule shares the biases of its experts between parts"
+    layers = range(shape.n_layers)
+    if not all(shape.has("router", layer) or shape.has("mlp_hidden", layer) for layer in layers):
+        return "the weights of its router can't be fixed, because no module of experts reads them"
     return ""
 
 

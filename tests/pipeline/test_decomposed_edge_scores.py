@@ -17,7 +17,7 @@ from mechdsl.diagnostics.rendering import render_full
 from mechdsl.resolve.types import PlacedEdge
 
 from ..execute.support import word_tokenizer
-from ..quick import some
+from ..quick import in_turn
 from ..rules.models import WITHOUT_NORMS, bare, double
 from ..rules.test_decomposed_estimates import ENDS, along_edge
 from .test_edge_scores import check_planned_cost, fit, open_rows, score
@@ -41,8 +41,14 @@ def scores(path: Path, model: Any, place: int = 0) -> dict[tuple[str, ...], floa
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", *some(["gpt_neox"], [])])
-@pytest.mark.parametrize("at", ["last token", *some(["last token, cue token"], [])])
+@pytest.mark.parametrize(
+    ("family", "at"),
+    in_turn(
+        ("llama", "gpt2", "gpt_neox", "mixtral", "qwen3_moe"),
+        ("last token, cue token", "last token"),
+        ("llama", "gpt2", "mixtral"),
+    ),
+)
 def test_scores_equal_decomposition_by_plain_hooks(family: str, at: str, tmp_path: Path) -> None:
     line = fit("validation: 0%, batch: 2", call=CALL, objective=DIFFERENCE, at=at)
     path = write(tmp_path, line, USE)

@@ -41,6 +41,7 @@ def decompose_held(
     heads = getattr(model.config, "num_attention_heads", 0)  # only of GPT-NeoX
     taken: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
+    routed: dict[str, tuple[Tensor, ...]] = {}
     parts = {
         name: part
         for name, part in model.named_modules()
@@ -49,17 +50,21 @@ def decompose_held(
             isinstance(part, nn.Linear)
             or type(part).__name__ == "Conv1D"
             or "norm" in type(part).__name__.lower()
+            or name.endswith(".experts")
         )
     }
 
     def store(name: str) -> Any:
         def hook(part: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             taken[name], given[name] = args[0], out
+            routed[name] = args[1:]
 
         return hook
 
     def replace(name: str) -> Any:
         def hook(part: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            if name.endswith(".experts"):
+                return _sum_of_experts(part, args[0], *routed[name])
             return _irrelevant(name, part, args[0], taken[name], given[name], heads)
 
         return hook
@@ -123,6 +128,16 @@ def decompose_held(
         for handle in handles:
             handle.remove()
     return found - whole, [seen[end] for end in ends]
+
+
+def _sum_of_experts(experts: Any, now: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The outputs of experts for irrelevant parts, with the selection of the whole."""
+    found = torch.zeros_like(now)
+    for token, value in enumerate(now):
+        for expert, weight in zip(chosen[token], weights[token], strict=True):
+            gate, up = (experts.gate_up_proj[expert] @ value).chunk(2)
+            found[token] += weight * (experts.down_proj[expert] @ (experts.act_fn(gate) * up))
+    return found
 
 
 def _irrelevant(

@@ -31,6 +31,20 @@ GPT_OSS: dict[str, Any] = {
     "attention_bias": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
+_EXPERTS: dict[str, Any] = {
+    **{key: GPT_OSS[key] for key in list(GPT_OSS)[:8]},
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 18,
+}
+WITH_EXPERTS: dict[str, dict[str, Any]] = {
+    "gpt_oss": GPT_OSS,
+    "qwen2_moe": {**_EXPERTS, "hidden_size": 24, "head_dim": 6},
+    "qwen3_moe": {**_EXPERTS, "mlp_only_layers": [1], "norm_topk_prob": True},
+    "olmoe": {**_EXPERTS, "hidden_size": 24, "intermediate_size": 16},
+}
+"""Families with experts. Qwen2 has one that all tokens share, and a block of Qwen3 has none."""
 FAMILIES = (
     "gpt2",
     "llama",
@@ -56,7 +70,8 @@ def bare(name: str) -> Any:
     """The model in 32 bits, which the package runs."""
     family = name.removesuffix(WITHOUT_NORMS).removesuffix(EXACT)
     changes = {"sliding_window": 64} if name.endswith(EXACT) else {}
-    model = _gpt_oss() if family == "gpt_oss" else families.module(family, **changes)
+    known = family in WITH_EXPERTS
+    model: Any = _with_experts(family) if known else families.module(family, **changes)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             for part, factor in WIDER.items():
@@ -121,10 +136,11 @@ def on_the_model(call: Callable[..., T]) -> Callable[..., T]:
     return of_a_name
 
 
-def _gpt_oss() -> Any:
-    from transformers import AutoModelForCausalLM, GptOssConfig
+def _with_experts(family: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = GptOssConfig(bos_token_id=1, eos_token_id=None, pad_token_id=None, **GPT_OSS)
+    tokens: Any = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None}
+    config = AutoConfig.for_model(family, **tokens, **WITH_EXPERTS[family])
     model = AutoModelForCausalLM.from_config(config)
     families.draw(model, 0)
     return model.eval()

@@ -3,6 +3,7 @@ bits, one unpadded prompt at a time."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,8 +21,12 @@ import mechdsl
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.execute.patching import differentiated_run, estimates, held_passes
 from mechdsl.forward.hooks import backward_rules, full_pass
+from mechdsl.forward.hooks.backward_rules import RuleNotApplied
+from mechdsl.forward.hooks.full_pass import open_rules
 from mechdsl.planner.cost import gradient_work
 from mechdsl.planner.passes import make_plan
+from mechdsl.program.estimators import ContextualDecomposition
+from mechdsl.resolve.conflicts import explain_missing_rule
 from mechdsl.results.experiment_result import ExperimentResult
 from zoo import MODELS
 
@@ -43,6 +48,7 @@ from . import test_dictionaries, test_transcoders
 from .models import bare, double
 from .test_estimates import (
     LAYERS,
+    OF_EXPERTS,
     ONE,
     Cells,
     Key,
@@ -55,7 +61,7 @@ from .test_estimates import (
     where,
 )
 
-FAMILIES = ("gpt2", "llama")
+FAMILIES = ("gpt2", "llama", *some(OF_EXPERTS, ["mixtral"]))
 LINES = ("prompts p", "from other into clean", measured(ONE, "delta"))
 HEADS = "patch layer * head * at last token"
 MLPS = "patch mlp_out layer * at cue token, last token"
@@ -171,6 +177,14 @@ ENDS: dict[str, dict[str, Where]] = {
         "v layer 2 head 1": Where("model.layers.2.self_attn.v_proj", "out", 2),
         "mlp_norm layer 1": Where("model.layers.1.post_attention_layernorm", "out"),
     },
+    **{
+        family: {
+            "v layer 1 head 0": Where("model.layers.1.self_attn.v_proj", "out", 2),
+            "mlp_norm layer 1": Where("model.layers.1.post_attention_layernorm", "out"),
+            "mlp_norm layer 2": Where("model.layers.2.post_attention_layernorm", "out"),
+        }
+        for family in ("mixtral", "qwen3_moe")
+    },
     "gpt2": {"mlp_norm layer 2": Where("transformer.h.2.ln_2", "out")},
     "gpt_neox": {
         "mlp_norm layer 2": Where("gpt_neox.layers.2.post_attention_layernorm", "out"),
@@ -194,7 +208,7 @@ def along_edge(family: str, layer: int, head: int, end: Where, unit: int) -> lis
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", *some(["gpt_neox"], [])])
+@pytest.mark.parametrize("family", ["llama", "gpt2", *some(["gpt_neox", "mixtral"], ["mixtral"])])
 def test_cdt_of_edges_equals_plain_hooks(family: str, tmp_path: Path) -> None:
     """In passes of several senders and edges, and of ragged prompts."""
     text = "".join(
@@ -513,7 +527,7 @@ def test_planned_tokens_of_cdt_of_edges_equal_those_of_its_passes(
     ("family", "rule", "reason"),
     [
         ("llama", "patch q layer 0 head * at last token", "attention has the weights of the base"),
-        ("gpt_oss", "patch mlp_out layer 0 at last token", "its rules don't know routers"),
+        ("gpt_oss", "patch mlp_out layer 0 at last token", "no rule shares the biases of its exp"),
         ("llama", "path layer 0 head * -> k layer 2 head * at last token", "weights of the base"),
     ],
 )
@@ -526,6 +540,53 @@ def test_cdt_of_sites_and_models_without_a_rule_is_an_error(
     (error,) = (each for each in problems if each.severity == "error")
     assert error.code == "E0608"
     assert reason in render_full([error], color=False, width=300)
+
+
+@pytest.mark.parametrize(
+    ("family", "biases", "layers", "reason"),
+    [
+        ("mixtral", False, (0, 1, 2), ""),
+        ("mixtral", False, (0, 1), "the weights of its router can't be fixed"),
+        ("mixtral", True, (0, 1, 2), "no rule applies to the biases of its experts"),
+    ],
+)
+def test_experts_that_cdt_takes_have_a_router_and_no_biases(
+    family: str, biases: bool, layers: Sequence[int], reason: str
+) -> None:
+    model = shared(copy.deepcopy(bare(family)) if biases else bare(family))
+    shape, rules = model.shape, ContextualDecomposition.backward
+    found = explain_missing_rule(rules, replace(shape, partly={"router": frozenset(layers)}))
+    if biases:
+        experts = model.module.get_submodule("model.layers.1.mlp.experts")
+        experts.down_proj_bias = torch.nn.Parameter(torch.zeros(1))
+        with pytest.raises(RuleNotApplied) as error, open_rules(model, rules):
+            pass
+        found = str(error.value)
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
+
+
+class PowerNorm(torch.nn.Module):
+    """A norm as in Gemma 4."""
+
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = like.weight, like.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.pow(x.pow(2).mean(-1, keepdim=True) + self.eps, -0.5))
+
+
+def test_norm_that_computes_a_power_divides_by_the_size_of_the_whole(tmp_path: Path) -> None:
+    text = experiment("e", *LINES, HEADS, "using cdt")
+    expected = run_file(text, tmp_path, bare("llama"))["e"].measures[0].patched
+    model = copy.deepcopy(bare("llama"))
+    for part in [*model.modules()]:
+        for name, child in [*part.named_children()]:
+            if type(child).__name__ == "LlamaRMSNorm":
+                setattr(part, name, PowerNorm(child))
+    found = run_file(text, tmp_path, model)["e"].measures[0].patched
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_cdt_with_an_unknown_norm_is_an_error(

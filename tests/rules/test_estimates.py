@@ -52,7 +52,8 @@ STEPS = 3
 
 # --- modules of sites -----------------------------------------------------------------------------
 
-_LIKE_LLAMA = ("llama", "mistral", "qwen3", "gemma2")
+OF_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+_LIKE_LLAMA = ("llama", "mistral", "qwen3", "gemma2", *OF_EXPERTS)
 _BLOCKS = {
     "gpt2": "transformer.h",
     "gpt_neox": "gpt_neox.layers",

@@ -125,6 +125,7 @@ class _DecomposedFunctions(TorchFunctionMode):
             torch.rms_norm: _decomposed_rms_norm,
             torch.rsqrt: _of_whole,
             Tensor.rsqrt: _of_whole,
+            **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _decomposed_power),
         }
 
     def __torch_function__(
@@ -167,9 +168,48 @@ def _of_whole(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     return _copy_whole(func(*args, **kwargs))
 
 
+def _decomposed_power(
+    func: Callable[..., Tensor], value: Any, exponent: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Take a power; 1 / the size of a vector is that of the whole (Gemma 4's norms)."""
+    rule = _of_whole if isinstance(exponent, float) and exponent < 0 else _unchanged
+    return rule(func, value, exponent, *args, **kwargs)
+
+
 def _copy_whole(value: Tensor) -> Tensor:
     whole, _ = value.chunk(2)
     return torch.cat([whole, whole])
+
+
+def _copy_routing(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give irrelevant parts the experts and the router weights of whole activations."""
+    tokens, *routing = (*args, *kwargs.values())
+    return (tokens, *map(_copy_whole, routing)), {}
+
+
+@contextmanager
+def _fix_experts(model: LoadedModel) -> Generator[None]:
+    """Fix the selection of experts, before hooks that read or write router weights.
+
+    Raises RuleNotApplied.
+    """
+    stacks = [model.anatomy, *(stack.anatomy for stack in model.others.values())]
+    handles: list[Any] = []
+    try:
+        for block in (block for anatomy in stacks for block in anatomy.blocks):
+            if "router" not in block.taps:
+                continue
+            experts = model.module.get_submodule(block.taps["router"].path)
+            if any("bias" in name for name, _ in experts.named_parameters()):
+                raise RuleNotApplied("no rule applies to the biases of its experts")
+            given: Any = {"with_kwargs": True, "prepend": True}
+            handles.append(experts.register_forward_pre_hook(_copy_routing, **given))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _share_bias(mapped: Tensor, bias: Tensor) -> Tensor:
@@ -333,7 +373,7 @@ class RuledPass:
     def opened(self) -> Generator[None]:
         """Apply the rules to passes of the model."""
         if self._decomposed is not None:
-            with self._decomposed:
+            with _fix_experts(self.model), self._decomposed:
                 yield
             return
         with ExitStack() as stack:
