@@ -84,7 +84,8 @@ def test_scores_of_edges_to_the_end_of_a_linear_model_equal_their_paths(tmp_path
     own, model = scores(path, bare(family)), bare(family)
     results = mechdsl.run(path, {"m": (model, word_tokenizer())}, store=tmp_path / "s")
     ids = open_rows(path, model)[1].objective.table.row_ids
-    for result in results.experiments[:-1]:
+    assert [result.name for result in results.experiments] == ["mlp_out"]
+    for result in results.experiments:
         assert result.row_ids is not None
         there = [row in ids for row in result.row_ids]
         measure = result.measures[0]

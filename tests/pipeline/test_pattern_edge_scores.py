@@ -141,7 +141,8 @@ def test_scores_equal_estimates_of_single_paths(call: str, tmp_path: Path) -> No
     mask, found = open_rows(path, bare("llama"))
     scores = dict(zip(found.edges, score(mask, found).tolist(), strict=True))
     results = mechdsl.run(path, {"m": (bare("llama"), word_tokenizer())}, store=tmp_path / "s")
-    for result in results.experiments[:-1]:
+    assert [result.name for result in results.experiments] == [*RECEIVERS]
+    for result in results.experiments:
         measure_ = result.measures[0]
         assert result.row_ids is not None
         there = [row in found.objective.table.row_ids for row in result.row_ids]
