@@ -358,7 +358,7 @@ def _with_attending_blocks(shape: ModelShape) -> ModelShape:
     cross = replace(cross, partly=dict.fromkeys(cross.sites, attending))
     others = {**shape.others, "cross": cross}
     if "vision" in others:
-        others["vision"] = with_attention(others["vision"], attends=True)
+        others["vision"] = with_attention(others["vision"])
     return replace(shape, partly=dict.fromkeys(own, apart), others=others)
 
 
@@ -372,7 +372,7 @@ def _with_vision(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     others = {} if reason else _other_stacks(shape, config, ("vision",))
     resamples = entry is not None and entry.resamples
     attends = resamples and entry is not None and not entry.interpolates
-    others = {stack: with_attention(own, attends=False) for stack, own in others.items()}
+    others = {stack: with_attention(own) for stack, own in others.items()}
     return replace(
         shape,
         others=others,
@@ -424,17 +424,12 @@ def limit_sites(shape: ModelShape, stack: str) -> ModelShape:
     return replace(shape, sites=shape.sites & frozenset(_STACK_SITES[stack]))
 
 
-def with_attention(shape: ModelShape, *, attends: bool) -> ModelShape:
-    """Return the shape of a vision encoder with the sites within attention.
-
-    attends: Whether blocks of the language model attend to images; then it has patterns only, which
-        edges between patches need.
-    """
-    added = ("pattern",) if attends else ATTENTION_INTERNAL_SITES
+def with_attention(shape: ModelShape) -> ModelShape:
+    """Return the shape of a vision encoder with the sites within attention."""
     partly = dict(shape.partly)
     if "z" in partly:
-        partly |= dict.fromkeys(added, partly["z"])
-    return replace(shape, sites=shape.sites | {*added}, partly=partly)
+        partly |= dict.fromkeys(ATTENTION_INTERNAL_SITES, partly["z"])
+    return replace(shape, sites=shape.sites | {*ATTENTION_INTERNAL_SITES}, partly=partly)
 
 
 def _with_stacks(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:

@@ -363,8 +363,6 @@ def check_site(
         own, _ = shape.in_stack(site)
         reason = f"not a part of its stack `{SITES[site].stack}`"
         known = own.sites
-        if SITES[site].stack == "vision" and shape.attends_to_image:  # patterns are those of edges
-            known -= {*ATTENTION_INTERNAL_SITES}
         names = (f"`{name} {SITES[site].stack}`" for name in SITES if name in known)
         hint = "it has " + (", ".join(names) or "none")
         if SITES[site].stack not in shape.others:

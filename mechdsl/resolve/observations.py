@@ -146,6 +146,8 @@ class Observation(Intervention):
     reads_entropy: ClassVar[bool] = False
     """Whether it reads only the entropy of patterns: vectors in a vision encoder are then [K, 1],
     so that no pass keeps the weights between all patches."""
+    reads_tokens: ClassVar[bool] = False
+    """Whether it reads patterns by the places of keys in images, without padding."""
     adds_up: ClassVar[bool] = False
     """Whether joined sites are summed instead of averaged."""
     read_by_measures: ClassVar[bool] = False

@@ -69,7 +69,6 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import number_names, walk
 from mechdsl.syntax.words import STACKS
 from mechdsl.vocab.sites import (
-    ATTENTION_INTERNAL_SITES,
     SHORT_WORDS,
     SITES,
     STACK_SITES,
@@ -1649,35 +1648,15 @@ def find_side(points: Sequence[SitePoint], shape: ModelShape) -> TokenSide:
 
 
 def check_component(kind: SiteKind, span: Span, context: SiteContext) -> bool:
-    """Check that the model has a component; otherwise report E0108, E0402 or a related code."""
-    missing: Diagnostic | None
-    inside = kind.stack == "vision" and kind.component in ATTENTION_INTERNAL_SITES
-    if inside and "vision" in context.shape.others and context.shape.attends_to_image:
-        what, hint = f"the site `{kind.name}`", _PATCH_ATTENTION_HINTS[kind.component]
-        missing = NotSupported(span=span, what=what, later=hint)
-    else:
-        missing = check_site(context.shape, kind.name, model=context.model, span=span)
+    """Check that the model has a component; otherwise report E0402 or a related code."""
+    missing = check_site(context.shape, kind.name, model=context.model, span=span)
     if missing is not None and not any(map(partial(_are_alike, missing), context.diagnostics)):
         context.diagnostics.append(missing)
     return missing is None
 
 
-_PATCH_ATTENTION_HINTS = {
-    "q_rot": "name the queries before any rotation: `q vision`",
-    "k_rot": "name the keys before any rotation: `k vision`",
-    "scores": "multiply weights between patches, which adds the logarithm to scores: `reweight "
-    "attention vision layer 0 from … to … by 2`",
-    "pattern": "read or change weights between patches: `observe attention vision layer 0 from … "
-    "to …`, or `block`, `reweight` or `set attention vision …`",
-}
-"""Site in the attention of a vision encoder to which blocks of the language model attend → what to
-write."""
-
-
 def _are_alike(one: Diagnostic, two: Diagnostic) -> bool:
     """Return whether two errors of one line are about the same missing site."""
-    if isinstance(one, NotSupported) and isinstance(two, NotSupported):
-        return (one.what, one.span) == (two.what, two.span)
     if not (isinstance(one, SiteNotOnModel) and isinstance(two, SiteNotOnModel)):
         return False
     assert one.span is not None

@@ -156,17 +156,23 @@ def resolve_later_positions(
         low: The smallest distance.
         high: The largest distance; None for no limit.
         both: Whether tokens at these distances before the position are read too. In a vision
-            encoder, they are those of the same tile.
+            encoder, they are those of the same tile, or of all tiles that attend to each other.
     """
     base = work.table.runs[work.experiment.base]
-    in_tiles = work.side == "image" and not work.model.tokenizer.stands_in
+    joins_tiles = work.model.shape.attends_to_image  # patches attend to those of all tiles
+    in_tiles = work.side == ("source" if joins_tiles else "image")
+    in_tiles = in_tiles and not work.model.tokenizer.stands_in
     absent, hint = f"a token {low} or more after", "name an earlier position, or a smaller distance"
     if in_tiles:
-        absent, hint = "another token in the tile of", "name a token of an image with more tokens"
+        scope = "image" if joins_tiles else "tile"
+        absent = f"another token in the {scope} of"
+        hint = "name a token of an image with more tokens"
 
     def later(row: int, tokens: Iterable[int]) -> tuple[int, ...]:
         if in_tiles:
             tile_of = list_rows(work.table, base.name, work)[row].patch_tokens
+            if joins_tiles:
+                tile_of = {token: (image, 0) for token, (image, _) in tile_of.items()}
             own = {*tokens}
             tiles = {tile_of[token] for token in own}
             own = own if len(own) == 1 else set[int]()  # joined tokens are an error later

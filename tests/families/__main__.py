@@ -184,9 +184,10 @@ images with equal rows and columns of patches in all tiles; other images, means 
 E0108. `observe entropy` includes the weights on class tokens. `observe distance` is the mean over
 the attention to patches of the same tile, in patches between their centres. `observe received` is
 the mean over the other tokens of the tile as queries, without class tokens. All three are means
-over the patches of a token. `q_rot vision` and `k_rot vision` are the queries and keys after
-rotation; encoders that don't rotate have the values of `q` and `k` there. In `mllama`, these four
-sites are E0108.
+over the patches of a token. In `mllama`, vectors over keys and `entropy` include the padding after
+each tile, and `distance` and `received` count the patches of all tiles. `q_rot vision` and `k_rot
+vision` are the queries and keys after rotation; encoders that don't rotate have the values of `q`
+and `k` there.
 
 The resampler of `idefics2` reads all patches of a tile for each token. In the language model, its
 tokens have no rows and columns (E0310). In the encoder, positions are patches:

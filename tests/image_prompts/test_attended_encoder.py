@@ -339,7 +339,7 @@ ERRORS = {
     "patch resid_post vision layer 0 at what tokens": "E0310",
     "patch resid_post vision layer 0 at photo row 9 col 1 token": "E0310",
     "patch resid_post vision layer 3 at photo tokens": "E0302",
-    "patch pattern vision layer 0 head 0 at photo tokens": "E0108",
+    f"patch pattern vision layer 0 head 0 at {ONE}": "E0108",
 }
 
 

@@ -343,7 +343,8 @@ def build_observer(
     kind = np.array([of_points.index((p.site, p.layer, p.unit is None)) for p in table])[point]
     unit = point_units(table)[point]
     asked: dict[SiteRead, list[RowPositions]] = {}
-    pooled = plan.rule.in_vision and plan.rule.reads_pattern and not shape.attends_to_image
+    pooled = plan.rule.reads_pattern or (shape.attends_to_image and does.reads_tokens)
+    pooled = plan.rule.in_vision and pooled
     entropy = plan.rule.in_vision and does.reads_entropy
     parts: list[_SiteVectors] = []
     for number, (site, layer, whole) in enumerate(of_points):

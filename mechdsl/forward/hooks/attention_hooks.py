@@ -119,7 +119,8 @@ class AttentionHooks:
     changes: list[_AttentionChange] = field(default_factory=list[_AttentionChange])
     wanted: frozenset[str] = frozenset()
     found: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """[token, heads, width] values that were read; `entropy` is that of patterns, with width 1."""
+    """[token, heads, width] values that were read; `entropy` is that of patterns, with width 1,
+    `tokens` are their weights without the padding after each tile."""
     seen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     """Whether each query of the current group sees each key."""
     done: int = 0
@@ -134,7 +135,8 @@ class AttentionHooks:
     pooled: Tensor | None = None
     """[lane * token, heads, token] these weights."""
     tiles: tuple[int, int] | None = None
-    """Tiles of the keys, as in `Batch`."""
+    """Tiles of the keys, as in `Batch`; then key 0 of a vector is the first column of the query's
+    image, and padding after tiles counts."""
 
     def opened(self, mask: Any, heads: int) -> Any:
         """Add allowed keys to a mask of whole prompts [lane or 1, head or 1, query, key].
@@ -288,7 +290,10 @@ class AttentionHooks:
         assert change.values is not None
         assert change.starts is not None
         column = torch.arange(rows.shape[1])[None] + self._first(group)
-        position = column - change.starts[own][:, None]
+        starts = change.starts[own][:, None]
+        if self.tiles is not None:
+            starts = torch.full_like(starts, self._first(group))
+        position = column - starts
         inside = position.clamp(0, change.values.shape[1] - 1)
         found = to_device(change.values[own].gather(1, inside).to(rows.dtype), rows.device)
         return apply_write(change.mode, rows, found)
@@ -304,20 +309,28 @@ class AttentionHooks:
                 self.pooled[lane * count : (lane + 1) * count] += pooled
         if site == "pattern" and "entropy" in self.wanted:
             self._store("entropy", group, compute_pattern_entropy(found)[..., None])
-        if site not in self.wanted:
-            return
+        if site == "pattern" and "tokens" in self.wanted:
+            self._store_keys("tokens", group, found)
+        if site in self.wanted:
+            self._store_keys(site, group, found)
+
+    def _store_keys(self, name: str, group: AttentionGroup, found: Tensor) -> None:
+        """Store values [lane, key-value head, head of that, row, query, key] by key position."""
         lanes, kinds, shared, rows, asking, keys = found.shape
         position = torch.arange(self.width, device=found.device)
-        starts = self.starts[torch.from_numpy(group.lanes.host)]
-        if self.tiles is not None:
+        first = self.starts[torch.from_numpy(group.lanes.host)] - self._first(group)
+        if name == "tokens":
+            assert self.tiles is not None
             position = position // self.tiles[0] * self.tiles[1] + position % self.tiles[0]
-        column = position[None] + to_device(starts, found.device)[:, None] - self._first(group)
+        elif self.tiles is not None:
+            first = torch.zeros_like(first)
+        column = position[None] + to_device(first, found.device)[:, None]
         inside = (column >= 0) & (column < keys)
         index = column.clamp(0, keys - 1)[:, None, None, None, None]
         shape = (lanes, kinds, shared, rows, asking, self.width)
         taken = found.gather(-1, index.expand(shape))
         taken = torch.where(inside[:, None, None, None, None], taken, taken.new_zeros(()))
-        self._store(site, group, taken)
+        self._store(name, group, taken)
 
     def _store(self, name: str, group: AttentionGroup, values: Tensor) -> None:
         """Store values [lane, key-value head, head of that, row, query, width] in `found`."""
@@ -329,7 +342,7 @@ class AttentionHooks:
 
     def prepared(self, tokens: int, heads: int, like: Tensor) -> None:
         """Allocate storage for values read at this many tokens."""
-        for site in self.wanted & {"scores", "pattern"}:
+        for site in self.wanted & {"scores", "pattern", "tokens"}:
             self.found[site] = like.new_zeros(tokens, heads, self.width)
         if "entropy" in self.wanted:
             self.found["entropy"] = like.new_zeros(
@@ -367,11 +380,12 @@ def build_attention_hooks(
         width: Number of key columns, as `key_width` of `TokenFrame`.
         writes: Writes of this layer.
         edges: Changed edges of this layer.
-        reads: Names of sites to read; `entropy` for that of patterns.
+        reads: Names of sites to read; `entropy` for that of patterns, `tokens` for patterns without
+            padding.
         pools: Tokens that patterns between patches are read for.
         tiles: Tiles of the keys, as in `Batch`.
     """
-    wanted = frozenset(reads) & {*ATTENTION_INTERNAL_SITES, "entropy"}
+    wanted = frozenset(reads) & {*ATTENTION_INTERNAL_SITES, "entropy", "tokens"}
     work = AttentionHooks(starts.cpu(), width, wanted=wanted, pools=pools, tiles=tiles)
     for write in writes:
         rows, positions = write.rows, write.positions

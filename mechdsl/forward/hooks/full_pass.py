@@ -821,6 +821,7 @@ class SiteHooks:
         inside = [w for w in self._writes if w.site in ATTENTION_INTERNAL_SITES]
         own = [read for read in self._reads if (read.stack, read.layer) == place]
         pools = keys.pools if isinstance(keys, Batch) and any(r.pooled for r in own) else None
+        tiles = keys.tiles if isinstance(keys, Batch) else None
         self._layers[place] = build_attention_hooks(
             layer,
             self.frame,
@@ -829,9 +830,9 @@ class SiteHooks:
             keys.key_width,
             writes=[w for w in inside if (w.stack, w.layer) == place],
             edges=self._edges.get(place, ()),
-            reads=["entropy" if read.entropy else read.site for read in own if not read.pooled],
+            reads=[_name_read(read) for read in own if tiles is not None or not read.pooled],
             pools=pools,
-            tiles=keys.tiles if isinstance(keys, Batch) else None,
+            tiles=tiles,
         )
         return self._layers[place]
 
@@ -1055,16 +1056,26 @@ class SiteHooks:
                 f"{work.due} changes were to be made in attention of layer {layer}, "
                 f"{work.done} were"
             )
+        named = {_name_read(read): read for read in _list_pattern_reads(layer, stack)}
         every = {
-            SiteRead("pattern", layer, stack, entropy=True)
-            if name == "entropy"
-            else SiteRead(name, layer, stack): found
+            named.get(name, SiteRead(name, layer, stack)): found
             for name, found in work.found.items()
         }
         if work.pooled is not None:
-            every[SiteRead("pattern", layer, stack, pooled=True)] = work.pooled
+            every[named["tokens"]] = work.pooled
         for read, found in every.items():
             self.found[read] = found.unflatten(0, (self.frame.leading, -1))
+
+
+def _name_read(read: SiteRead) -> str:
+    """Return the name of a read within attention, as in `AttentionHooks.found`."""
+    return "entropy" if read.entropy else "tokens" if read.pooled else read.site
+
+
+def _list_pattern_reads(layer: int, stack: str) -> tuple[SiteRead, SiteRead]:
+    """Return the reads of a layer that are computed from its pattern."""
+    pattern = SiteRead("pattern", layer, stack)
+    return replace(pattern, entropy=True), replace(pattern, pooled=True)
 
 
 def _find_differentiated_stack(model: LoadedModel, frame: TokenFrame) -> str:

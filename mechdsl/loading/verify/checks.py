@@ -697,8 +697,8 @@ def add_vision_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
     """
     own = model.stack("vision")
     attends = model.shape.attends_to_image
-    own = replace(own, shape=with_attention(own.shape, attends=attends))
-    shape = with_attention(model.shape.others["vision"], attends=attends)
+    own = replace(own, shape=with_attention(own.shape))
+    shape = with_attention(model.shape.others["vision"])
     shapes = {**model.shape.others, "vision": shape}
     found = replace(model, others={**model.others, "vision": own})
     found = replace(found, shape=replace(model.shape, others=shapes))

@@ -109,7 +109,7 @@ class AttentionEntropy(PatternObservation):
 class AttentionDistance(PatternObservation):
     """How many tokens back the query attends, on average over its attention; in models that see
     both sides how many tokens away, and in images how many patches, of its attention to patches of
-    the same tile.
+    the same tile, or of all tiles that attend to each other.
 
     `distance(W)` counts keys that are further away than W as W tokens away.
     returns: the sum of weight times min(query - key, W), in tokens; averaged over heads and queries
@@ -118,6 +118,7 @@ class AttentionDistance(PatternObservation):
     """
 
     takes: ClassVar = ("arguments",)
+    reads_tokens = True
 
     def __init__(
         self,
@@ -127,6 +128,7 @@ class AttentionDistance(PatternObservation):
         grid: tuple[int, int, int] | None = None,
         rows: Sequence[RunRow] | None = None,
         side: int = 1,
+        joins_tiles: bool = False,
     ) -> None:
         """Create the observation.
 
@@ -137,9 +139,11 @@ class AttentionDistance(PatternObservation):
                 patches.
             rows: For the vision encoder of prompts, the rows.
             side: Rows and columns of patches of a token.
+            joins_tiles: Whether patches attend to those of all tiles of their image, whose rows and
+                columns count over the tiles.
         """
         self.window, self.causal, self.grid = window, causal, grid
-        self._rows, self._side = rows, side
+        self._rows, self._side, self._joins_tiles = rows, side, joins_tiles
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -161,7 +165,14 @@ class AttentionDistance(PatternObservation):
         in_vision = _is_in(found.sites, "vision") and not reader.stands_in
         rows = list_rows(work.table, work.experiment.base, work) if in_vision else None
         side = 1 if work.model.shape.resamples else work.model.shape.merged_side
-        does = AttentionDistance(window, causal=causal, grid=grid, rows=rows, side=side)
+        does = AttentionDistance(
+            window,
+            causal=causal,
+            grid=grid,
+            rows=rows,
+            side=side,
+            joins_tiles=work.model.shape.attends_to_image,
+        )
         return replace(found, does=does)
 
     def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
@@ -196,8 +207,10 @@ class AttentionDistance(PatternObservation):
                 own = np.flatnonzero(numbers + placed.first * self._side**2 == position)
                 if len(own):
                     tile, *center = places[own[0]].tolist()
-                    there = np.flatnonzero(places[:, 0] == tile)
-                    away[n, there] = np.hypot(*(places[there, 1:] - center).T)
+                    in_tile = places[:, 0] == tile
+                    there = np.flatnonzero(places[:, 0] >= 0 if self._joins_tiles else in_tile)
+                    key = there + placed.first if self._joins_tiles else there
+                    away[n, key] = np.hypot(*(places[there, 1:] - center).T)
         found = seen.vectors.new_tensor(away[index.ravel()])
         weights = seen.vectors.masked_fill(found.isnan(), 0)
         return weights / weights.sum(-1, keepdim=True).clamp_min(1e-38), found.nan_to_num(0)
@@ -329,8 +342,15 @@ class ReceivedAttention(PatternObservation):
 
     takes: ClassVar = ("arguments",)
 
-    def __init__(self, low: int = 1, high: int | None = None, *, causal: bool = True) -> None:
-        self.low, self.high, self.causal = low, high, causal
+    def __init__(
+        self,
+        low: int = 1,
+        high: int | None = None,
+        *,
+        causal: bool = True,
+        joins_tiles: bool = False,
+    ) -> None:
+        self.low, self.high, self.causal, self.joins_tiles = low, high, causal, joins_tiles
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         fits = self.clauses_fit(rule, work)
@@ -356,7 +376,9 @@ class ReceivedAttention(PatternObservation):
         later = {key: replace(cell, label=label) for key, cell in keys.read.items()}
         return ResolvedRule(
             spec=rule,
-            does=ReceivedAttention(*window, causal=causal),
+            does=ReceivedAttention(
+                *window, causal=causal, joins_tiles=work.model.shape.attends_to_image
+            ),
             run=work.experiment.base,
             sites=sites,
             positions=replace(keys, written=later, read=later),
@@ -373,7 +395,7 @@ class ReceivedAttention(PatternObservation):
             side = "after it" if self.causal else "away from it in both directions"
             readers = f"the tokens {self.low} to {self.high} {side}"
         if _is_in(rule.sites, "vision"):
-            readers += " of its image and tile"
+            readers += " of its image" if self.joins_tiles else " of its image and tile"
         said = f"received: the attention to a token, averaged over {readers}"
         points = [point for here in rule.sites.points.values() for point in here]
         if any(point.unit is None for point in points):
