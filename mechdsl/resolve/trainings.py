@@ -1237,17 +1237,14 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     if found is None and measure.in_reply is not None:
         hint = "measure a logit, a probability or a difference of logits"
         found = said.span, "tokens of a reply", "a selected token has no gradient", hint
-    if found is None and (
-        reason := explain_missing_rule(objective.spec.backward, objective.model.shape)
-    ):
+    rules, shape = objective.spec.backward, objective.model.shape
+    acted = (shape.others.get(stack) for stack in objective.acted_stacks)
+    stacks = [shape, *(own for own in acted if own is not None)]
+    reasons = (explain_missing_rule(rules, own) for own in stacks)
+    if found is None and (reason := next(filter(None, reasons), "")):
         assert rule.spec.site is not None
         hint = _OTHER_SCORES_HINT
         found = rule.spec.site.span, f"`{objective.model.name}`", reason, hint
-    if found is None and rule.in_vision and objective.spec.backward is not None:
-        assert rule.circuit is not None
-        reason = "its derivatives aren't computed along edges between patches yet"
-        hint = _OTHER_SCORES_HINT
-        found = rule.spec.span, "edges of the vision encoder", reason, hint
     if found is None and (reason := _explain_fixed_image(objective)):
         assert rule.spec.site is not None
         hint = "use `eap`, `relp`, `gim` or a search such as `acdc`"

@@ -156,10 +156,10 @@ encoder after several blocks.
 
 `circuit c = fit(eap(size: 20), prompts: ask, from: changed, maximise: logit(answer), stack: vision)
 at photo tokens` chooses edges of the encoder by their scores; `eap_ig`, `eap_ig_activations`,
-searches such as `acdc` and `mask` do so, too. In an experiment, `discover c over vision at photo
-tokens using eap top 20 edges` chooses and tests them. Values are those at the patches of these
-tokens, which are also where `eap_ig` moves them. Rows that measure the circuit must have other
-images than the training rows, in their corruptions, too (E0345). `relp`, `gim`, `atp_qk` and
+`relp`, `gim`, searches such as `acdc` and `mask` do so, too. In an experiment, `discover c over
+vision at photo tokens using eap top 20 edges` chooses and tests them. Values are those at the
+patches of these tokens, which are also where `eap_ig` moves them. Rows that measure the circuit
+must have other images than the training rows, in their corruptions, too (E0345). `atp_qk` and
 `atp_star` are E0608 in the encoder.
 
 Attention in the encoder is between patches: `block attention vision layer 4 from photo tokens to

@@ -135,8 +135,12 @@ class Pass:
     def encoder(self) -> Encoder:
         return encoder(self.name)
 
+    @property
+    def model(self) -> Any:
+        return doubled(self.name)
+
     def module(self, path: str) -> Any:
-        return doubled(self.name).get_submodule(path)
+        return self.model.get_submodule(path)
 
     def scale(self, layer: int, sublayer: int) -> Any:
         own = self.encoder

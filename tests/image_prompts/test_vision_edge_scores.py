@@ -66,6 +66,7 @@ from .test_vision_circuits import (
     sent,
     spelled,
 )
+from .test_vision_estimates import with_rules
 
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 
@@ -146,6 +147,12 @@ class Differentiated(Pass):
     leaves: dict[Node, Tensor] = field(default_factory=dict[Node, Tensor])
     moves: Mapping[Node, Tensor] = field(default_factory=dict[Node, Tensor])
     """[token, width] by sender: what its output gains."""
+    rules: str = ""
+    """`relp` or `gim`, for their derivatives."""
+
+    @property
+    def model(self) -> Any:
+        return with_rules(self.name, self.rules) if self.rules else super().model
 
     def carried(self, sender: Node, receiver: Node) -> Tensor:
         own = self.given[sender]
@@ -157,9 +164,11 @@ class Differentiated(Pass):
         return found + leaf
 
 
-def gradients(name: str, n: int, image: int, moves: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
+def gradients(
+    name: str, n: int, image: int, moves: Mapping[Node, Tensor], rules: str = ""
+) -> dict[Node, Tensor]:
     """The gradient by the input of each receiver of a prompt."""
-    work = Differentiated(name, moves=moves)
+    work = Differentiated(name, moves=moves, rules=rules)
     with torch.enable_grad():
         value = run_with_gradients(work, n, image)
         found = torch.autograd.grad(value, list(work.leaves.values()))
@@ -177,7 +186,7 @@ def measure_inputs(work: Pass, inputs: Mapping[str, Tensor]) -> Tensor:
         for name, value in inputs.items()
     }
     with hooked(work):
-        logits = doubled(work.name)(**given).logits[0, -1]
+        logits = work.model(**given).logits[0, -1]
     return logits[vlm.WORDS["w1"]] - logits[vlm.WORDS["w2"]]
 
 
@@ -222,6 +231,7 @@ def reference(
 ) -> dict[Edge, float]:
     """The mean score of each edge over all prompts."""
     found = dict.fromkeys(list_edges(), 0.0)
+    rules = call.partition("(")[0] if call in RULED else ""
     for n in ALL:
         tokens = tokens_of(n)
         clean, others = sent(name, n, n), values_of(name, n, fill, tokens)
@@ -236,7 +246,8 @@ def reference(
         for step in range(1, steps + 1):
             for group in groups:
                 moves = {node: (1 - step / steps) * changes[node] for node in group}
-                slopes = gradients(name, n, n, moves if step < steps else {})
+                moves = moves if step < steps else {}
+                slopes = gradients(name, n, n, moves, rules)
                 for of, to in found:
                     if len(groups) == 1 or of in group:
                         product = float((changes[of] * slopes[to]).sum())
@@ -245,6 +256,8 @@ def reference(
 
 
 CALLS = ("eap(size: 8)", "eap_ig(size: 8, steps: 3)", "eap_ig_activations(size: 8, steps: 2)")
+RULED = ("relp(size: 8)", "gim(size: 8)")
+RULED_NAMES = ("llava_class", "qwen2_5_vl", "llava_next", "paligemma")
 FILLS = {
     "zero": ("with: zero", "photo tokens"),
     "changed": ("from: changed", "photo tokens"),
@@ -260,7 +273,9 @@ def compare(name: str, call: str, fill: str) -> None:
     expected = reference(name, call, fill, there)
     assert found.keys() == expected.keys()
     values = np.array([*expected.values()])
-    np.testing.assert_allclose([found[edge] for edge in expected], values, atol=1e-5, rtol=1e-4)
+    near = (2e-4, 1e-3) if call in RULED else (1e-5, 1e-4)  # norms of Qwen models have 32 bits
+    given = [found[edge] for edge in expected]
+    np.testing.assert_allclose(given, values, atol=near[0], rtol=near[1])
     assert np.abs(values).max() > 1e-2
 
 
@@ -272,6 +287,42 @@ def test_edge_scores_equal_input_differences_times_gradients(
 ) -> None:
     """In ragged batches, with images of different sizes."""
     compare(name, call, fill)
+
+
+@pytest.mark.parametrize("fill", some(["zero", "mean"], ["mean"]))
+@pytest.mark.parametrize("call", RULED)
+@pytest.mark.parametrize("name", some(RULED_NAMES, ["qwen2_5_vl"]))
+def test_edge_scores_with_changed_derivatives_equal_modules_with_them(
+    name: str, call: str, fill: str
+) -> None:
+    compare(name, call, fill)
+
+
+PATHS = {
+    (("z", 0, 1), ("q", 1, 0)): "z vision layer 0 head 1 -> q vision layer 1 head 0",
+    (("z", 0, 0), ("mlp_norm", 0, 0)): "z vision layer 0 head 0 -> mlp_norm vision layer 0",
+    (("mlp_out", 0, 0), ("v", 1, 1)): "mlp_out vision layer 0 -> v vision layer 1 head 1",
+    (("mlp_out", 0, 0), ("mlp_norm", 1, 0)): "mlp_out vision layer 0 -> mlp_norm vision layer 1",
+}
+
+
+@pytest.mark.parametrize("call", RULED)
+@pytest.mark.parametrize("name", some(RULED_NAMES, ["llava_class"]))
+def test_estimates_of_paths_with_changed_derivatives_equal_edge_scores(
+    name: str, call: str
+) -> None:
+    """The former are in 32 bits, and the latter compared with changed modules above."""
+    cell = "photo row 1 col 2 token"
+    scores, kind = score(name, fit(call, at=cell)), call.partition("(")[0]
+    text = "".join(
+        experiment(f"e{n}", "from changed into clean", f"path {path} at {cell} using {kind}")
+        for n, path in enumerate(PATHS.values())
+    )
+    for found, edge in zip(run_text(name, text), PATHS, strict=True):
+        [measure] = found.measures
+        effect = (measure.patched[0] - measure.base[0]).mean()
+        np.testing.assert_allclose(scores[edge], effect, atol=2e-5, rtol=1e-3)
+        assert abs(effect) > 1e-4
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -519,7 +570,6 @@ SPELLED = "stack: vision"
 REJECTED = {
     "stack": (SPELLED, "stack: encoder", "E0207", "isn't a stack whose edges alone"),
     "nodes": (SPELLED, "stack: vision, nodes: g", "E0108", "a neuron or feature of the vision"),
-    "derivatives": ("eap(size: 8)", "relp(size: 8)", "E0608", "edges of the vision encoder"),
     "attention": ("eap(size: 8)", "atp_qk(size: 8)", "E0608", "not of the patches of images"),
     "positions": (
         "at photo tokens\n",
