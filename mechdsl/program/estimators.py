@@ -219,7 +219,11 @@ def first_of_place(place: Place) -> GradientEstimator:
 
 @estimator("gradient")
 class Gradient(GradientEstimator):
-    """The length of the gradient."""
+    """The length of the gradient.
+
+    The value of a cell is ‖∇m(x)‖ over all of its vectors x in the base run (Simonyan et al. 2014,
+    section 3).
+    """
 
     example = "using gradient"
     documentation = (
@@ -298,7 +302,11 @@ class _GradientTimesChange(GradientEstimator):
 
 @estimator("gradient_input")
 class GradientInput(_GradientTimesChange):
-    """The first-order estimate of an effect."""
+    """The first-order estimate of an effect.
+
+    The value of a cell is Σ (x' − x) · ∇m(x), over the vectors x of the base run and the written
+    vectors x' (Shrikumar et al. 2016: gradient × input; Nanda 2023: attribution patching).
+    """
 
     example = "using gradient_input"
     documentation = (
@@ -322,7 +330,11 @@ class GradientInput(_GradientTimesChange):
 
 @estimator("gradient_attention")
 class GradientAttention(GradientEstimator):
-    """The positive part of gradient times attention weight, at the keys that the rule names."""
+    """The positive part of gradient times attention weight, at the keys that the rule names.
+
+    The value of a cell is Σ max(A · ∂m/∂A, 0) over keys and layers, with the mean over heads and
+    queries, of the attention weights A in the base run (Chefer et al. 2021, equation 5).
+    """
 
     example = (
         "block attention layer * heads * from last token to each item token using "
@@ -454,7 +466,12 @@ class IntegratedSenderAttributionPatching(EdgeAttributionPatching):
 
 @estimator("integrated_gradients")
 class IntegratedGradients(_GradientTimesChange):
-    """The estimate by the mean gradient on the line to what is written."""
+    """The estimate by the mean gradient on the line from the base value to the written value.
+
+    The value of a cell is Σ (x' − x) · 1/n Σ ∇m(x + (k − ½)/n (x' − x)) over k = 1 … n, with all
+    vectors that the cells of a site and layer write on the line together (Sundararajan et al.
+    2017, equation 1, by the midpoint rule).
+    """
 
     example = "using integrated_gradients(steps: 16)"
     documentation = (
