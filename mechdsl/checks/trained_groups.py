@@ -140,7 +140,7 @@ def check_held_out_images(
         objective: Its objective.
     """
     training = outline_mask(definition, objective, program).training
-    problem = explain_shared_images(training, is_discovered=definition.name in program.discovered)
+    problem = explain_shared_images(training)
     if problem is None:
         return []
     reason, hint = problem
@@ -461,13 +461,7 @@ def check_masks(
         for problem in (
             check_mask_size(mask),
             check_mask_rows(mask, definition),
-            *check_training_rows(
-                definition,
-                mask.training,
-                experiment,
-                table,
-                is_discovered=definition.name in program.discovered,
-            ),
+            *check_training_rows(definition, mask.training, experiment, table),
             _named_as_span(definition, table) if definition.chooses_positions else None,
             _compared_across_models(definition, experiment),
         ):

@@ -443,6 +443,7 @@ def _describe_training(
         if isinstance(source, FitSample)
         else None,
         is_one_of_several=seed is not None,
+        is_discovered=definition.name in program.discovered,
         partner=source.table.runs.get(partner)
         if partner is not None and isinstance(source, FitSample)
         else None,
@@ -759,15 +760,12 @@ def check_training_rows(
     training: Training,
     experiment: spec.Experiment,
     table: PromptTable,
-    *,
-    is_discovered: bool = False,
 ) -> Iterator[Diagnostic]:
     """Yield E0345 for measured rows that are also training rows, unless the file allows them, and
     W0737 for a training on few rows of a block that can draw more.
 
     Args:
         table: The rows of the experiment.
-        is_discovered: As for `explain_shared_images`.
     """
     shared, read = count_training_rows(training, experiment, table), training.with_rows
     if experiment.broken:
@@ -781,7 +779,7 @@ def check_training_rows(
             rows=len(table),
             relation=_describe_overlap(training),
             fix=_suggest_other_rows(training, table, experiment.span)
-            + ("" if is_discovered else _OR_ALLOW_TRAINING_ROWS),
+            + ("" if training.is_discovered else _OR_ALLOW_TRAINING_ROWS),
         )
     limited = any(each.name == "limit" for each in definition.method.arguments)
     if limited or training.decoder is not None or training.stream is not None:
@@ -1130,16 +1128,9 @@ def _check_position(objective: ResolvedExperiment, cell: PositionCell) -> Diagno
     return BadBasis(span=rule.spec.at.span, reason=reason, hint=hint, what=what)
 
 
-def explain_shared_images(
-    training: Training, *, is_discovered: bool = False
-) -> tuple[str, str] | None:
+def explain_shared_images(training: Training) -> tuple[str, str] | None:
     """Return why held-out rows of a training in a vision encoder may have images of other rows, and
-    a hint: vectors of patches depend on the image only.
-
-    Args:
-        is_discovered: Whether an experiment discovers what is trained, so that no options of the
-            training are in the file.
-    """
+    a hint: vectors of patches depend on the image only."""
     if not training.options["validation"] or not _is_in_vision(training):
         return None
     row_of: dict[str, int] = {}
@@ -1153,7 +1144,8 @@ def explain_shared_images(
                 reason = f"rows {one} and {two} of `{table.name}` have the same image, so it can't "
                 reason += "be held out"
                 hint = "train on a block with one row for each image"
-                return reason, hint if is_discovered else f"{hint}, or write `validation: 0%`"
+                other = "" if training.is_discovered else ", or write `validation: 0%`"
+                return reason, hint + other
     return None
 
 

@@ -323,6 +323,9 @@ class Training(Record):
     """Whether it is one of the trainings of `fit(…, seeds: 3)`."""
     partner: PromptRun | None = None
     """The run of `from:`."""
+    is_discovered: bool = field(default=False, compare=False)
+    """Whether an experiment discovers what is trained, so that no options of the training are in
+    the file."""
 
     @property
     def inputs(self) -> tuple[SitePoint, ...]:
