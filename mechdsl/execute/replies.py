@@ -199,10 +199,8 @@ class ReplyGenerator:
         ids = [rows.run.rows[prompt].ids for prompt in rows.prompts.tolist()]
         batch = build_batch(model, ids, [0] * len(ids), model.calling.side)
         with replace_blocks(model, prefill.blocks):
-            _, writes, _, edges, _, _ = split_vision(
-                model, batch, prefill.writes, (), prefill.edges
-            )
-        return replace(prefill.outside("vision"), writes=writes, edges=edges)
+            text = split_vision(model, batch, prefill.writes, (), prefill.edges)
+        return replace(prefill.outside("vision"), writes=text.writes, edges=text.edges)
 
     def _known(
         self, model: LoadedModel, rows: GenerationRequest, asked: _ReplyRequest

@@ -1188,19 +1188,19 @@ def run_full(
     """
     ruled, changes = _find_rules(model, backward)
     own = Derivatives(gradients=gradients, recompute=recompute, backward=ruled or changes)
-    given = writes, reads, edges, circuits
-    batch, writes, reads, edges, circuits, seen = split_vision(model, batch, *given, stop, own)
-    work = SiteHooks(model, batch, writes, reads, stop, edges, circuits, changes=changes)
+    text = split_vision(model, batch, writes, reads, edges, circuits, stop, own)
+    given = text.writes, text.reads, stop, text.edges, text.circuits
+    work = SiteHooks(model, text.batch, *given, changes=changes)
     if logits_at is not None:
         work.keep_logits(logits_at)
-    narrow, given = narrow_unembedding(model, tokens, ends=ends), work.skip_encoder(batch)
+    narrow, batch = narrow_unembedding(model, tokens, ends=ends), work.skip_encoder(text.batch)
     mode = _enable_gradients(model) if gradients else torch.inference_mode()
     rules = nullcontext() if ruled is None else ruled.opened()
     blocks = _recompute(work) if recompute and ruled is None else nullcontext()
     logits = largest = None
     attention = open_attention(model, work, ruled)
     with mode, work.installed(), attention, narrow, rules, blocks, suppress(PassStopped):
-        logits = call_with_batch(model, given)
+        logits = call_with_batch(model, batch)
     if logits is not None:
         if ruled is not None:
             ruled.check(logits)
@@ -1208,7 +1208,7 @@ def run_full(
         if tokens is not None and ends:
             logits, largest = logits[..., :-2], logits[..., -2:].abs().amax(-1)
     work.check()
-    return FullPassResult(logits, largest, work.found | seen)
+    return FullPassResult(logits, largest, work.found | text.found)
 
 
 def _find_rules(

@@ -463,6 +463,24 @@ def apply_position_ids(model: LoadedModel, batch: Batch, rules: RuleWrites) -> B
     return rules.numbered(replace(batch, numbers=number_positions(model, batch)))
 
 
+@dataclass(frozen=True, eq=False)
+class TextPass:
+    """What a pass of the language model gets once the vision encoder of its prompts has run."""
+
+    batch: Batch
+    """With pixels if blocks attend to images: the encoder then runs in the pass."""
+    writes: list[SiteWrite]
+    """Those in the encoder are replaced by their effect on `embed`, which comes first."""
+    reads: list[SiteRead]
+    """Those outside of the encoder."""
+    edges: list[EdgeWrite]
+    """Those outside of the encoder."""
+    circuits: list[CircuitWrite | CircuitRead]
+    """Those outside of the encoder."""
+    found: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
+    """The values of the reads in the encoder."""
+
+
 def split_vision(
     model: LoadedModel,
     batch: Batch,
@@ -472,25 +490,13 @@ def split_vision(
     circuits: Sequence[CircuitWrite | CircuitRead] = (),
     stop: int | None = None,
     derivatives: Derivatives | None = None,
-) -> tuple[
-    Batch,
-    list[SiteWrite],
-    list[SiteRead],
-    list[EdgeWrite],
-    list[CircuitWrite | CircuitRead],
-    dict[SiteRead, Tensor],
-]:
+) -> TextPass:
     """Run the vision encoder for reads and writes there, in prompts whose images are vectors.
 
     Args:
         stop: Number of blocks of the language model that run; None runs all. Vectors of images that
             later blocks add (Qwen3-VL) aren't written.
         derivatives: Arguments of `run_full`; without them, the pass has no gradients.
-
-    Returns:
-        The batch, with pixels if blocks attend to images: the encoder then runs in the pass; the
-        writes, with those in the encoder replaced by their effect on `embed`, which comes first;
-        the reads, edges and circuits outside of the encoder; the values of the reads in it.
     """
     table = IMAGE_TOKENS.get(model.module)
     inside = [write for write in writes if write.stack == "vision"]
@@ -502,7 +508,7 @@ def split_vision(
     if no_images or not (inside or asked or within or ablated or blocks):
         needed = inside or asked or within or _find_vision_blocks(model)
         opened = _open_vision(model, batch) if needed else batch
-        return opened, list(writes), list(reads), list(edges), list(circuits), {}
+        return TextPass(opened, list(writes), list(reads), list(edges), list(circuits))
     if table is None or table.encode is None:
         raise ValueError(f"`{model.name}` has no images whose vision encoder can be read")
     derivatives = derivatives or Derivatives(gradients=False, recompute=False, backward=None)
@@ -514,7 +520,7 @@ def split_vision(
     rest = [edge for edge in edges if edge.stack != "vision"]
     left = [read for read in reads if read not in found]
     others = [own for own in circuits if own not in ablated]
-    return batch, [*embedded, *outside], left, rest, others, found
+    return TextPass(batch, [*embedded, *outside], left, rest, others, found)
 
 
 _MAX_CACHED_BYTES = 1 << 31
