@@ -28,7 +28,7 @@ def settings() -> Iterator[Setting]:
             return np.array([[np.count_nonzero(inside), count], [false, count]])
 
         figures = (
-            Figure(f"a further target inside ({stated:.1f} % stated)", stated),
+            Figure(f"a further target in the band ({stated:.1f} % stated)", stated),
             Figure("rank p ≤ 0.05", None, 5),
         )
         yield Setting("band of random targets", f"{draws} targets", figures, run)

@@ -288,7 +288,9 @@ def settings() -> Iterator[Setting]:
         "no effect, exponential", SKEWED, lambda random, count: null(random, count, "exponential")
     )
     yield from _of_measures("effects of 3, 2 and −2", PLANTED, planted)
-    yield from _of_measures("effects of 3, 2 and −2 of 4", OF_RATIOS, with_source, "recovery")
+    name = "effects of 3, 2 and −2, source less base of 4"
+    first = "effects of 3, 2 and −2 of 4"
+    yield from _of_measures(name, OF_RATIOS, with_source, "recovery", first_name=first)
     yield from _of_measures("no effect in two experiments", OF_PAIRS, pairs)
     yield _correlations("no effect in two experiments, correlation", OF_NONE, None)
     name = f"effects with a correlation of {TRUTH:.4f}"
@@ -298,9 +300,15 @@ def settings() -> Iterator[Setting]:
 
 
 def _of_measures(
-    name: str, lines: Sequence[Line], draw: Draw, effect: str = "delta", stats: str = ""
+    name: str,
+    lines: Sequence[Line],
+    draw: Draw,
+    effect: str = "delta",
+    stats: str = "",
+    first_name: str = "",
 ) -> Iterator[Setting]:
     """All measures of a file in one experiment."""
+    first = f"{GROUP}: {first_name or name}"
 
     def run(random: np.random.Generator, count: int, asked: Sequence[Line]) -> Ints:
         drawn = draw(random, count)
@@ -330,6 +338,7 @@ def _of_measures(
                 partial(run, asked=asked),
                 repetitions,
                 chunk=A_FILE,
+                first_key=first,
             )
 
 
@@ -418,4 +427,6 @@ prompts p{number} {{
         return np.stack([held, np.full(2, count)], axis=1)
 
     figures = tuple(Figure(f"`{line}`", high=MOST, surely=True) for line in lines)
-    return Setting(GROUP, f"{RIGHT:.0%} of answers right", figures, run, HALF, chunk=A_FILE)
+    first = f"{GROUP}: {RIGHT:.0%} of answers right"
+    name = f"{RIGHT:.0%} correct answers"
+    return Setting(GROUP, name, figures, run, HALF, chunk=A_FILE, first_key=first)

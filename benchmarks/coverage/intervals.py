@@ -96,7 +96,7 @@ def _ratios() -> Iterator[Setting]:
     several = (
         ("recovery", _recovery, SIZES),
         ("relative", _relative, SIZES),
-        ("recovery of a way of 3 standard errors", _doubtful, SIZES[1:]),
+        ("recovery, source less base of 3 standard errors", _doubtful, SIZES[1:]),
     )
     for name, draw, sizes in several:
         for n in sizes:
@@ -105,7 +105,9 @@ def _ratios() -> Iterator[Setting]:
                 data = program.measured(**draw(random, count, n))
                 return _held(program.statistics_of(data, _seed(random)), TRUTH)
 
-            yield Setting("interval of a ratio", f"{name}, n = {n}", covered(), run)
+            group, first = "interval of a ratio", name.replace(", source less base", " of a way")
+            first = f"{group}: {first}, n = {n}"
+            yield Setting(group, f"{name}, n = {n}", covered(), run, first_key=first)
 
 
 def _shares() -> Iterator[Setting]:
@@ -206,7 +208,8 @@ def _repeated() -> Iterator[Setting]:
             return _held(program.statistics_of(data, _seed(random)), TRUTH)
 
         name = f"{distinct} distinct of {rows} rows"
-        yield Setting("rows that look the same", name, covered(92, None), run)
+        first = f"rows that look the same: {name}"
+        yield Setting("duplicate rows", name, covered(92, None), run, first_key=first)
 
 
 def _strata() -> Iterator[Setting]:
@@ -221,4 +224,6 @@ def _strata() -> Iterator[Setting]:
             )
             return _held(found, TRUTH)
 
-        yield Setting("rows dealt out evenly", f"4 values, n = {n}", covered(), run)
+        name = f"4 strata, n = {n}"
+        first = f"rows dealt out evenly: 4 values, n = {n}"
+        yield Setting("balanced strata", name, covered(), run, first_key=first)

@@ -80,7 +80,7 @@ def _family(name: str, rho: float, cells: int, n: int) -> Setting:
     return Setting(
         f"false positives, {cells} cells",
         f"{name}, correlation {rho:g}, n = {n}",
-        tuple(Figure(f"any cell, {each}", None, most) for each in CORRECTIONS),
+        tuple(Figure(f"any cell significant, {each}", None, most) for each in CORRECTIONS),
         run,
         repetitions=min(4000, max(1000, possible // 500 * 500)),
         chunk=50,
@@ -163,9 +163,10 @@ def _power() -> Iterator[Setting]:
             return np.stack([found, np.full(len(CORRECTIONS), count)], axis=1)
 
         least = 80.0 if n >= 32 else None  # with fewer, no test of so many cells finds as much
-        figures = tuple(Figure(f"found, {each}", least) for each in CORRECTIONS)
-        name = f"{cells} cells, one of {size:g} standard deviations, n = {n}"
-        yield Setting("power", name, figures, run, 2000, chunk=50)
+        figures = tuple(Figure(f"significant, {each}", least) for each in CORRECTIONS)
+        first = f"power: {cells} cells, one of {size:g} standard deviations, n = {n}"
+        name = f"{cells} cells, an effect of {size:g} standard deviations in one, n = {n}"
+        yield Setting("power", name, figures, run, 2000, chunk=50, first_key=first)
 
 
 def _planned() -> Iterator[Setting]:
@@ -190,7 +191,7 @@ def _planned() -> Iterator[Setting]:
             name = f"n = {n}, {tests} cells, `test {test}`".replace(" 1 cells", " 1 cell")
             # of the bootstrap-t the effect is stated as the least
             low, high = PLANNED
-            figures = (Figure("found", None if test == "bootstrap" else low, high),)
+            figures = (Figure("significant", None if test == "bootstrap" else low, high),)
             yield Setting("power that `plan` states", name, figures, run, 4000)
 
 

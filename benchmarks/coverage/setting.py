@@ -55,10 +55,17 @@ class Setting:
     repetitions: int = REPETITIONS
     chunk: int = 250
     """Repetitions that share a call: they have the draws of the resampling in common."""
+    first_key: str = ""
+    """The first `key` of a setting whose names have changed."""
 
     @property
     def key(self) -> str:
         return f"{self.group}: {self.name}"
+
+    @property
+    def seed_key(self) -> str:
+        """The text that random numbers depend on. A new name keeps it, and so the numbers."""
+        return self.first_key or self.key
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def chunks(setting: Setting, repetitions: int) -> Iterator[tuple[int, int]]:
 
 def run_chunk(setting: Setting, seed: int, number: int, count: int) -> Ints:
     """[figure, 2]: how often each came true, and of how many."""
-    random = np.random.default_rng([seed, crc32(setting.key.encode()), number])
+    random = np.random.default_rng([seed, crc32(setting.seed_key.encode()), number])
     return np.asarray(setting.run(random, count))
 
 

@@ -82,8 +82,10 @@ def _clear() -> Setting:
 
     # the mean over the cells is 0.05: `abs(mean(delta))` has nothing to find
     figures = tuple(Figure(f"`{line}`", None if "mean" in line else POWER) for line in lines)
-    name = f"16 cells, two of 2 and -1.2 standard deviations, n = {PROMPTS}"
-    return Setting("`expect` with a clear effect", name, figures, run, 1000, chunk=50)
+    group = "`expect` with a clear effect"
+    first = f"{group}: 16 cells, two of 2 and -1.2 standard deviations, n = {PROMPTS}"
+    name = f"16 cells, effects of 2 and −1.2 standard deviations in two, n = {PROMPTS}"
+    return Setting(group, name, figures, run, 1000, chunk=50, first_key=first)
 
 
 def _near(name: str, side: int) -> Setting:
@@ -151,9 +153,9 @@ def _correlations() -> Iterator[Setting]:
             return held
 
         figures = (
-            Figure("the true correlation in the interval", 93),
-            Figure("`>` holds of the truth", None, MOST),
-            Figure("`<` holds of the truth", None, MOST),
+            Figure("true correlation covered", 93),
+            Figure("`>` holds for the true correlation", None, MOST),
+            Figure("`<` holds for the true correlation", None, MOST),
         )
         name = f"{cells} cells, n = {n}, true correlation about {true:g}"
         yield Setting("correlations", name, figures, run, 1000, chunk=50)

@@ -140,7 +140,7 @@ def test_every_documented_bound_is_checked() -> None:
         bounds_of_levels = {(None, 5.5)} if cells == 1 else {(None, 5.5), (None, 6.0)}
         assert judged(f"false positives, {cells} cell") == bounds_of_levels
         assert judged(f"without an effect: {cells} cell") == {(None, 5)}
-    assert judged("groups of 2 to 12") == judged("rows that look the same") == {(92, None)}
+    assert judged("groups of 2 to 12") == judged("duplicate rows") == {(92, None)}
 
 
 def test_coverage_table_is_written_between_the_marks(tmp_path: Path) -> None:
