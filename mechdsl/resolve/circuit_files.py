@@ -33,6 +33,7 @@ from mechdsl.resolve.types import (
     NamedEdge,
     SiteLayer,
     SitePoint,
+    find_stream,
     is_neuron,
     name_neurons,
 )
@@ -194,12 +195,6 @@ class SavedCircuit(Record):
 EdgeLister: TypeAlias = Callable[
     [Mapping[SiteLayer, tuple[int, ...]], Literal["", "vision"]], Sequence[CircuitEdge]
 ]
-
-
-def find_stream(edges: Iterable[CircuitEdge]) -> Literal["", "vision"]:
-    """Return the stack that edges are in: `vision`, or empty for the language model and all stacks
-    of an encoder-decoder."""
-    return "vision" if any(SITES[of.site].stack == "vision" for of, _ in edges) else ""
 
 
 def read_circuit(

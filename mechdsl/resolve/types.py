@@ -1021,6 +1021,12 @@ class PathTargets(Record):
         return len({SITES[p.site].when == "output" for p in points}) == 2
 
 
+def find_stream(edges: Iterable[CircuitEdge]) -> Literal["", "vision"]:
+    """Return the stack that edges are in: `vision`, or empty for the language model and all stacks
+    of an encoder-decoder."""
+    return "vision" if any(SITES[of.site].stack == "vision" for of, _ in edges) else ""
+
+
 class CircuitTargets(Record):
     """Edges of a model that a rule ablates, for every key of its sites, which are the senders."""
 
@@ -1071,9 +1077,8 @@ class CircuitTargets(Record):
 
     @property
     def stack(self) -> Literal["", "vision"]:
-        """The stack that all of its edges are in: `vision`, or empty for the language model and the
-        stacks of an encoder-decoder."""
-        return "vision" if self.every and SITES[self.every[-1][0].site].stack == "vision" else ""
+        """The stack that all of its edges are in, as in `find_stream`."""
+        return find_stream(self.every[-1:])
 
     @property
     def edge_places(self) -> tuple[PositionCell, ...]:

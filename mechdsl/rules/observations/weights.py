@@ -15,7 +15,6 @@ from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.bases import resolve_argument_bases, resolve_feature_nodes
-from mechdsl.resolve.circuit_files import find_stream
 from mechdsl.resolve.circuits import (
     CircuitEdges,
     ComparedCircuits,
@@ -32,6 +31,7 @@ from mechdsl.resolve.types import (
     PositionTargets,
     ResolvedRule,
     SiteTargets,
+    find_stream,
 )
 from mechdsl.rules.observations.registry import (
     ObservationKind,
