@@ -61,7 +61,7 @@ from .test_estimates import (
     where,
 )
 
-FAMILIES = ("gpt2", "llama", *some(OF_EXPERTS, ["mixtral"]))
+FAMILIES = ("gpt2", "llama", "gpt_neox", *some(OF_EXPERTS, ["mixtral"]))
 LINES = ("prompts p", "from other into clean", measured(ONE, "delta"))
 HEADS = "patch layer * head * at last token"
 MLPS = "patch mlp_out layer * at cue token, last token"
