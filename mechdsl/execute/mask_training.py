@@ -34,7 +34,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,6 +51,7 @@ from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.execute.objective_rows import EffectRows
 from mechdsl.execute.patching.differentiated_run import (
     BasePatterns,
+    DifferentiatedRun,
     DrawLanes,
     renormalize_scores,
     write_point,
@@ -94,7 +95,12 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count, vector_width
 from mechdsl.planner.cost import list_dropped_layers
 from mechdsl.planner.rows import number_edge_ends
-from mechdsl.planner.training_cost import RANDOM_CONTROLS, count_scored_rows, count_single_rows
+from mechdsl.planner.training_cost import (
+    RANDOM_CONTROLS,
+    count_decomposed_parts,
+    count_scored_rows,
+    count_single_rows,
+)
 from mechdsl.program import spec
 from mechdsl.program.estimators import BackwardRules
 from mechdsl.program.trainers import (
@@ -1508,38 +1514,81 @@ class EdgeRows(EdgeMaskRows):
         """Return [position, receiver, sender]: the sums over rows of the measure of the irrelevant
         part of the output less that of the clean run; 0 for edges into queries and keys.
 
-        A pass has the clean run of some rows, and then their irrelevant parts.
+        A pass has the clean run of the rows, and then irrelevant parts of several edges.
         """
-        total = torch.zeros(self._size, dtype=torch.float64)
-        run = self._differentiate(rows, trainer.backward)
-        both = lanes.take(np.tile(np.arange(len(rows)), 2))
-        lane, token = self._places(rows, lanes)
-        place, cells = self._places_of(rows), set(self._cells_of_mask.tolist())
+        total = torch.zeros(math.prod(self._size), dtype=torch.float64)
+        most = count_decomposed_parts(len(rows), int(lanes.lengths.max()))
         with torch.no_grad():
-            held = self._hold_irrelevant(rows, lanes)
-            for column, sent in enumerate(self._send_irrelevant(rows, lanes)):
-                ends = [
-                    (number, receiver)
-                    for number, receiver in product(range(self._size[0]), range(self._size[1]))
-                    if self._ends[receiver][0].site not in _ATTENDED
-                    and (number * self._size[1] + receiver) * self._size[2] + column in cells
+            edges = self._receive_irrelevant(rows, lanes, trainer, most)
+            while group := [*islice(edges, most)]:
+                run, every = self._open_parts(rows, lanes, trainer, len(group))
+                writes = [
+                    replace(write, rows=write.rows + part * len(rows))
+                    for part, (_, write) in enumerate(group, 1)
                 ]
-                reads = {n: self._read_received(n) for n in dict.fromkeys(n for _, n in ends)}
-                _, read = run.read([*held, sent], both, [*reads.values()])
-                for number, receiver in ends:
-                    where, own = reads[receiver], torch.nonzero(place == number).flatten()
-                    at, unit = (len(rows) + lane[own], token[own]), self._ends[receiver][1]
-                    columns = both.batch.of_read(where).columns(*at)
-                    index = indices_to_device((at[0], columns), read[where].device)
-                    units = torch.full_like(own, unit)
-                    write = SiteWrite(
-                        where.site, where.layer, *at, units, read[where][index][:, unit]
-                    )
-                    reading, _ = run.read([write], both, ())
-                    (values,) = self._readout.tensors(reading)
-                    whole, irrelevant = values.double().chunk(2)
-                    total[number, receiver, column] = (irrelevant - whole).sum().cpu()
-        return total
+                reading, _ = run.read(writes, every, ())
+                (values,) = self._readout.tensors(reading)
+                whole, *parts = values.double().chunk(1 + len(group))
+                for (cell, _), irrelevant in zip(group, parts, strict=True):
+                    total[cell] = (irrelevant - whole).sum().cpu()
+        return total.unflatten(0, self._size)
+
+    def _open_parts(
+        self, rows: Ints, lanes: DrawLanes, trainer: EdgeScoreTrainer, parts: int
+    ) -> tuple[DifferentiatedRun, DrawLanes]:
+        """Return the run and the lanes of passes with some irrelevant parts of each row."""
+        assert trainer.backward is not None
+        run = self._differentiate(rows, replace(trainer.backward, parts=parts))
+        return run, lanes.take(np.tile(np.arange(len(rows)), 1 + parts))
+
+    def _receive_irrelevant(
+        self, rows: Ints, lanes: DrawLanes, trainer: EdgeScoreTrainer, most: int
+    ) -> Iterator[tuple[int, SiteWrite]]:
+        """Yield the number of each edge in the masks, and what its receiver reads as the irrelevant
+        part, except for queries and keys.
+
+        Args:
+            most: Largest number of senders in a pass.
+        """
+        sites = [SiteRead(s, n) for n in range(self.model.shape.n_layers) for s in ("z", "mlp_out")]
+        whole = self._read_clean(rows, lanes, sites, (), ())
+        lane, token = self._places(rows, lanes)
+        place, senders = self._places_of(rows), enumerate(self._send_irrelevant(rows, lanes))
+        while group := [*islice(senders, most)]:
+            run, every = self._open_parts(rows, lanes, trainer, len(group))
+            writes = self._hold_irrelevant(lanes, whole, len(group))
+            writes += [
+                replace(write, rows=write.rows + part * len(rows))
+                for part, (_, write) in enumerate(group, 1)
+            ]
+            ends = [self._list_decomposed(column) for column, _ in group]
+            reads = {n: self._read_received(n) for own in ends for _, _, n in own}
+            _, read = run.read(writes, every, [*dict.fromkeys(reads.values())])
+            for part, own in enumerate(ends, 1):
+                for cell, number, receiver in own:
+                    where, unit = reads[receiver], self._ends[receiver][1]
+                    at = torch.nonzero(place == number).flatten()
+                    spots = part * len(rows) + lane[at], token[at]
+                    index = spots[0], every.batch.of_read(where).columns(*spots)
+                    values = read[where][indices_to_device(index, read[where].device)][:, unit]
+                    given = lane[at], token[at], torch.full_like(at, unit), values
+                    yield cell, SiteWrite(where.site, where.layer, *given)
+
+    def _list_decomposed(self, column: int) -> list[tuple[int, int, int]]:
+        """List the edges of a sender, except those into queries and keys: the number in the masks,
+        the position and the receiver."""
+        size, cells = self._size, self._candidates_of_mask
+        found = list[tuple[int, int, int]]()
+        for number, (receiver, (where, _)) in product(range(size[0]), enumerate(self._ends)):
+            cell = (number * size[1] + receiver) * size[2] + column
+            if where.site not in _ATTENDED and cell in cells:
+                found.append((cell, number, receiver))
+        return found
+
+    @cached_property
+    def _candidates_of_mask(self) -> frozenset[int]:
+        """The entries of the masks that are candidates."""
+        return frozenset(self._cells_of_mask.tolist())
 
     def _read_received(self, receiver: int) -> SiteRead:
         """Return the site at which a receiver's input is read and written."""
@@ -1548,28 +1597,29 @@ class EdgeRows(EdgeMaskRows):
             return SiteRead("resid_post", self.model.shape.n_layers - 1)
         return where
 
-    def _hold_irrelevant(self, rows: Ints, lanes: DrawLanes) -> list[SiteWrite]:
+    def _hold_irrelevant(
+        self, lanes: DrawLanes, whole: Mapping[SiteRead, Tensor], parts: int
+    ) -> list[SiteWrite]:
         """Write the clean run's heads and MLPs as irrelevant parts of all rows."""
-        layers = range(self.model.shape.n_layers)
-        reads = [SiteRead(site, layer) for layer in layers for site in ("z", "mlp_out")]
         found: list[SiteWrite] = []
-        for where, values in self._read_clean(rows, lanes, reads, (), ()).items():
+        for where, values in whole.items():
             frame, units = lanes.batch.of_read(where), values.shape[2]
             lane, token = frame.tokens()
             index = indices_to_device((lane, frame.columns(lane, token)), values.device)
-            lane, token = (each.repeat_interleave(units) for each in (lane + len(rows), token))
+            first = (1 + torch.arange(parts)).repeat_interleave(len(lane)) * len(lanes.used)
+            lane, token = first + lane.repeat(parts), token.repeat(parts)
+            lane, token = (each.repeat_interleave(units) for each in (lane, token))
             unit = torch.arange(units).repeat(len(lane) // units)
-            own = values[index].flatten(0, 1)
+            own = values[index].flatten(0, 1).repeat(parts, 1)
             found.append(SiteWrite(where.site, where.layer, lane, token, unit, own))
         return found
 
     def _send_irrelevant(self, rows: Ints, lanes: DrawLanes) -> Iterator[SiteWrite]:
-        """Yield the other value of each sender, as its irrelevant part."""
+        """Yield the other value of each sender."""
         lane, token = self._places(rows, lanes)
         for fill in self._fills_of(rows):
             for number, unit in enumerate(fill.units):
-                units, own = torch.full_like(lane, unit), fill.values[:, number]
-                given = lane + len(rows), token, units, own
+                given = lane, token, torch.full_like(lane, unit), fill.values[:, number]
                 yield SiteWrite(fill.where.site, fill.where.layer, *given)
 
     # --- circuits

@@ -18,6 +18,7 @@ from mechdsl.base.text import count_noun
 from mechdsl.fits.reports import IndependenceReport, MixtureReport
 from mechdsl.models.shape import ModelShape
 from mechdsl.planner.cost import (
+    DECOMPOSED_TOKENS,
     Cost,
     count_circuit_work,
     count_pattern_rows,
@@ -310,6 +311,16 @@ def count_scored_rows(
     return max(1, min(batch, fit, CHUNK_BYTES // size))
 
 
+def count_decomposed_parts(rows: int, longest: int) -> int:
+    """Return the number of irrelevant parts of each row in a pass of contextual decomposition.
+
+    Args:
+        rows: Number of rows.
+        longest: Largest number of tokens of a row.
+    """
+    return max(1, DECOMPOSED_TOKENS // max(1, rows * longest) - 1)
+
+
 def _count_points(made: TrainedMask, objective: ResolvedExperiment) -> int:
     """Return how often a training of scores of edges takes gradients."""
     trainer, circuit = made.training.trainer_of(EdgeScoreTrainer), objective.rules[0].circuit
@@ -322,14 +333,20 @@ def _count_points(made: TrainedMask, objective: ResolvedExperiment) -> int:
     return points * (len(list_dropped_layers(objective)) if trainer.drops_layers else 1)
 
 
-def _count_reads(made: TrainedMask, circuit: CircuitTargets) -> tuple[int, int, int]:
+def _count_reads(
+    made: TrainedMask, circuit: CircuitTargets, rows: int, longest: int
+) -> tuple[int, int, int]:
     """Return (number of passes without gradients that score edges, number of prompts of a row in
     all of them, number of edges whose attention weights are read): 0 if scores are gradients alone.
 
     With exact attention weights, these are the clean run, and for each sender a pass that changes
-    queries and one that changes keys. Decomposed activations need a pass for the clean run, and one
-    of two copies of the row for each sender, and for each edge at each position, except those into
-    queries and keys.
+    queries and one that changes keys. Decomposed activations need a pass for the clean run, and
+    passes with a copy of the row for the clean run, one for each of some senders, or for each of
+    some edges at their positions, except those into queries and keys.
+
+    Args:
+        rows: Largest number of rows of a pass.
+        longest: Largest number of tokens of a row.
     """
     trainer = made.training.trainer
     if not isinstance(trainer, EdgeScoreTrainer):
@@ -337,9 +354,11 @@ def _count_reads(made: TrainedMask, circuit: CircuitTargets) -> tuple[int, int, 
     if trainer.decomposes:
         placed = [each.edge for each in made.candidates if isinstance(each, PlacedEdge)]
         edges = placed or [each for each in made.candidates if isinstance(each, tuple)]
-        passes = 1 + len({of for of, _ in circuit.every})
-        passes += sum(not is_query_or_key(to.site) for _, to in edges)
-        return passes, 2 * passes - 1, 0
+        into = sum(not is_query_or_key(to.site) for _, to in edges)
+        copies = len({of for of, _ in circuit.every}), into
+        most = count_decomposed_parts(rows, longest)
+        passes = 1 + sum(-(-count // most) for count in copies)
+        return passes, passes + sum(copies), 0
     if not trainer.fixes_attention:
         return 0, 0, 0
     ends = [(of, SITES[to.site].component) for of, to in circuit.every if is_query_or_key(to.site)]
@@ -621,7 +640,7 @@ def _circuit_cost(
     else:
         tried = _count_tried_circuits(made, circuit, shape)
     longest = int(base.lengths[there].max(initial=1))
-    reads, lanes, attended = _count_reads(made, circuit)
+    reads, lanes, attended = _count_reads(made, circuit, min(rows, batch), longest)
     most, read = max(tokens, default=1), longest if attended else 0
     size = count_scored_rows(len(senders), most, batch, shape, attended=read)
     compared = len({atom.run for atom in objective.measures[0].atoms} - {None, base.name})

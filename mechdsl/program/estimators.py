@@ -41,8 +41,10 @@ class BackwardRules:
     constant_patterns: bool = False
     """The weights of attention are constants."""
     decomposed: bool = False
-    """Lanes are in two halves. The first half is the base run. The second half has the irrelevant
-    parts of contextual decomposition, which depend on the first half. Derivatives don't change."""
+    """Lanes are in groups of equal size. The first is the base run. Each other group has irrelevant
+    parts of contextual decomposition, which depend on the first. Derivatives don't change."""
+    parts: int = 1
+    """Number of groups with irrelevant parts."""
     dropped_layer: int | None = None
     """Layer whose outputs of attention and MLP are constants."""
     dropped_stack: str = ""

@@ -14,6 +14,8 @@ import pytest
 
 import mechdsl
 from mechdsl.diagnostics.rendering import render_full
+from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes
+from mechdsl.planner import training_cost
 from mechdsl.resolve.types import PlacedEdge
 
 from ..execute.support import word_tokenizer
@@ -94,6 +96,29 @@ def test_scores_of_edges_to_the_end_of_a_linear_model_equal_their_paths(tmp_path
                  if of.startswith(f"{result.name} ") and to.startswith("logits")]  # fmt: skip
         np.testing.assert_allclose(values.flat, found, atol=1e-4)
         assert np.abs(values).max() > 1e-2
+
+
+def test_passes_with_one_part_have_the_same_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the clean run of two rows, and of one sender or edge."""
+    line = fit("validation: 0%, batch: 2", call=CALL, objective=DIFFERENCE, at="last token")
+    path, sizes = write(tmp_path, line, USE), list[int]()
+    read = DifferentiatedRun.read
+
+    def count(run: DifferentiatedRun, adds: Any, lanes: DrawLanes, *given: Any) -> Any:
+        sizes.append(len(lanes.used))
+        return read(run, adds, lanes, *given)
+
+    monkeypatch.setattr(DifferentiatedRun, "read", count)
+    expected, together = scores(path, double("gpt2")), max(sizes)
+    sizes.clear()
+    monkeypatch.setattr(training_cost, "DECOMPOSED_TOKENS", 1)
+    own = scores(path, double("gpt2"))
+    assert own.keys() == expected.keys()
+    np.testing.assert_allclose([*own.values()], [*expected.values()], atol=1e-9)
+    assert max(sizes) == 4
+    assert together > 200
 
 
 @pytest.mark.slow

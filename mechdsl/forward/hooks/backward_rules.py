@@ -110,22 +110,20 @@ class _RuledFunctions(TorchFunctionMode):
 class _DecomposedFunctions(TorchFunctionMode):
     """Functions of torch by the rules of contextual decomposition, while the context is open.
 
-    The first half of the lanes are whole activations x, and the second half their irrelevant parts
-    γ. Functions without a rule here act on γ as they act on x.
+    The first group of lanes has whole activations x, and each further group irrelevant parts γ.
+    Functions without a rule here act on γ as they act on x.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parts: int) -> None:
         super().__init__()
+        self._groups = 1 + parts
         self._by_function: dict[Any, Callable[..., Tensor]] = {
-            functional.linear: _decomposed_linear,
-            torch.addmm: _decomposed_addmm,
-            functional.layer_norm: _decomposed_layer_norm,
-            torch.layer_norm: _decomposed_layer_norm,
-            functional.rms_norm: _decomposed_rms_norm,
-            torch.rms_norm: _decomposed_rms_norm,
-            torch.rsqrt: _of_whole,
-            Tensor.rsqrt: _of_whole,
-            **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _decomposed_power),
+            functional.linear: self._linear,
+            torch.addmm: self._addmm,
+            **dict.fromkeys((functional.layer_norm, torch.layer_norm), self._layer_norm),
+            **dict.fromkeys((functional.rms_norm, torch.rms_norm), self._rms_norm),
+            **dict.fromkeys((torch.rsqrt, Tensor.rsqrt), self._of_whole),
+            **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), self._power),
         }
 
     def __torch_function__(
@@ -141,6 +139,80 @@ class _DecomposedFunctions(TorchFunctionMode):
         if rule is None:
             return func(*args, **(kwargs or {}))
         return rule(func, *args, **(kwargs or {}))
+
+    def copy_whole(self, value: Tensor) -> Tensor:
+        """Give irrelevant parts the values of whole activations."""
+        whole, *_ = value.chunk(self._groups)
+        return torch.cat([whole] * self._groups)
+
+    def copy_routing(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give irrelevant parts the experts and the router weights of whole activations."""
+        tokens, *routing = (*args, *kwargs.values())
+        return (tokens, *map(self.copy_whole, routing)), {}
+
+    def _of_whole(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        return self.copy_whole(func(*args, **kwargs))
+
+    def _power(
+        self, func: Callable[..., Tensor], value: Any, exponent: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Take a power; 1 / the size of a vector is that of the whole (Gemma 4's norms)."""
+        rule = self._of_whole if isinstance(exponent, float) and exponent < 0 else _unchanged
+        return rule(func, value, exponent, *args, **kwargs)
+
+    def _share_bias(self, mapped: Tensor, bias: Tensor) -> Tensor:
+        """Add a bias: γ gets a share in proportion to |Wγ| and |Wβ|, and all where both are 0."""
+        whole, *parts = mapped.chunk(self._groups)
+        found = [whole + bias]
+        for irrelevant in parts:
+            relevant_size, irrelevant_size = (whole - irrelevant).abs(), irrelevant.abs()
+            sizes = relevant_size + irrelevant_size
+            found.append(irrelevant + torch.where(sizes > 0, irrelevant_size / sizes, 1.0) * bias)
+        return torch.cat(found)
+
+    def _linear(
+        self,
+        func: Callable[..., Tensor],
+        value: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        mapped = func(value, weight)
+        return mapped if bias is None else self._share_bias(mapped, bias)
+
+    def _addmm(
+        self, func: Callable[..., Tensor], bias: Tensor, value: Tensor, weight: Tensor
+    ) -> Tensor:
+        return self._share_bias(value @ weight, bias)
+
+    def _layer_norm(
+        self,
+        func: Callable[..., Tensor],
+        value: Tensor,
+        shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        *given: Any,
+    ) -> Tensor:
+        """Divide all parts, each less its mean, by the standard deviation of the whole vector."""
+        centered = _center(value, shape)
+        scaled = _weigh(centered / _size(self.copy_whole(centered), shape, eps), weight)
+        return (scaled if bias is None else self._share_bias(scaled, bias)).to(value.dtype)
+
+    def _rms_norm(
+        self,
+        func: Callable[..., Tensor],
+        value: Tensor,
+        shape: Any,
+        weight: Tensor | None = None,
+        eps: float | None = None,
+    ) -> Tensor:
+        """Divide all parts by the root of the mean square of the whole vector."""
+        wide, least = _widen(value), torch.finfo(value.dtype).eps if eps is None else eps
+        return _weigh(wide / _size(self.copy_whole(wide), shape, least), weight).to(value.dtype)
 
 
 @contextmanager
@@ -163,34 +235,8 @@ _UNDECOMPOSED: frozenset[Callable[..., Any]] = frozenset(
 """Functions of norms and biases that have no rule."""
 
 
-def _of_whole(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Give irrelevant parts the value of whole activations."""
-    return _copy_whole(func(*args, **kwargs))
-
-
-def _decomposed_power(
-    func: Callable[..., Tensor], value: Any, exponent: Any, *args: Any, **kwargs: Any
-) -> Tensor:
-    """Take a power; 1 / the size of a vector is that of the whole (Gemma 4's norms)."""
-    rule = _of_whole if isinstance(exponent, float) and exponent < 0 else _unchanged
-    return rule(func, value, exponent, *args, **kwargs)
-
-
-def _copy_whole(value: Tensor) -> Tensor:
-    whole, _ = value.chunk(2)
-    return torch.cat([whole, whole])
-
-
-def _copy_routing(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give irrelevant parts the experts and the router weights of whole activations."""
-    tokens, *routing = (*args, *kwargs.values())
-    return (tokens, *map(_copy_whole, routing)), {}
-
-
 @contextmanager
-def _fix_experts(model: LoadedModel) -> Generator[None]:
+def _fix_experts(model: LoadedModel, functions: _DecomposedFunctions) -> Generator[None]:
     """Fix the selection of experts, before hooks that read or write router weights.
 
     Raises RuleNotApplied.
@@ -205,33 +251,11 @@ def _fix_experts(model: LoadedModel) -> Generator[None]:
             if any("bias" in name for name, _ in experts.named_parameters()):
                 raise RuleNotApplied("no rule applies to the biases of its experts")
             given: Any = {"with_kwargs": True, "prepend": True}
-            handles.append(experts.register_forward_pre_hook(_copy_routing, **given))
+            handles.append(experts.register_forward_pre_hook(functions.copy_routing, **given))
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _share_bias(mapped: Tensor, bias: Tensor) -> Tensor:
-    """Add a bias: γ gets a share in proportion to |Wγ| and |Wβ|, and all where both are 0."""
-    whole, irrelevant = mapped.chunk(2)
-    relevant_size, irrelevant_size = (whole - irrelevant).abs(), irrelevant.abs()
-    sizes = relevant_size + irrelevant_size
-    share = torch.where(sizes > 0, irrelevant_size / sizes, 1.0)
-    return torch.cat([whole + bias, irrelevant + share * bias])
-
-
-def _decomposed_linear(
-    func: Callable[..., Tensor], value: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    mapped = func(value, weight)
-    return mapped if bias is None else _share_bias(mapped, bias)
-
-
-def _decomposed_addmm(
-    func: Callable[..., Tensor], bias: Tensor, value: Tensor, weight: Tensor
-) -> Tensor:
-    return _share_bias(value @ weight, bias)
 
 
 def _widen(value: Tensor) -> Tensor:
@@ -252,33 +276,6 @@ def _size(value: Tensor, shape: Any, eps: float) -> Tensor:
 
 def _weigh(value: Tensor, weight: Tensor | None) -> Tensor:
     return value if weight is None else value * weight
-
-
-def _decomposed_layer_norm(
-    func: Callable[..., Tensor],
-    value: Tensor,
-    shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *given: Any,
-) -> Tensor:
-    """Divide both parts, each less its mean, by the standard deviation of the whole vector."""
-    centered = _center(value, shape)
-    scaled = _weigh(centered / _size(_copy_whole(centered), shape, eps), weight)
-    return (scaled if bias is None else _share_bias(scaled, bias)).to(value.dtype)
-
-
-def _decomposed_rms_norm(
-    func: Callable[..., Tensor],
-    value: Tensor,
-    shape: Any,
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Tensor:
-    """Divide both parts by the root of the mean square of the whole vector."""
-    wide, least = _widen(value), torch.finfo(value.dtype).eps if eps is None else eps
-    return _weigh(wide / _size(_copy_whole(wide), shape, least), weight).to(value.dtype)
 
 
 def _unchanged(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -367,13 +364,13 @@ class RuledPass:
         self.model = model
         self.rules = rules
         self._functions = _RuledFunctions(rules)
-        self._decomposed = _DecomposedFunctions() if rules.decomposed else None
+        self._decomposed = _DecomposedFunctions(rules.parts) if rules.decomposed else None
 
     @contextmanager
     def opened(self) -> Generator[None]:
         """Apply the rules to passes of the model."""
         if self._decomposed is not None:
-            with _fix_experts(self.model), self._decomposed:
+            with _fix_experts(self.model, self._decomposed), self._decomposed:
                 yield
             return
         with ExitStack() as stack:
@@ -393,7 +390,8 @@ class RuledPass:
         Yields its arguments, with the factors of their gradients.
         """
         if self._decomposed is not None:
-            yield _copy_whole(query), _copy_whole(key), value
+            query, key = map(self._decomposed.copy_whole, (query, key))
+            yield query, key, value
             return
         self._functions.in_attention = True
         factors = self.rules.attention_factors
