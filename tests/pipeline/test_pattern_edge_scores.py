@@ -38,7 +38,7 @@ DIFFERENCE = "maximise: logit(answer) - logit(wrong)"
 WHOLE = "validation: 0%, batch: 2, limit: 3"
 FAMILIES = ("gpt2", "llama", "gemma2")
 CALLS = ("atp_qk(size: 12)", "atp_star(size: 12)")
-MORE = (*FAMILIES, "gpt_neox", "qwen3")
+MORE = (*FAMILIES, "gpt_neox", "qwen3", "gpt_oss")
 
 
 def end_of(point: SitePoint) -> End:
