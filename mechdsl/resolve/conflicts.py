@@ -359,23 +359,12 @@ def _explain_no_vision_estimate(
     if rule.edge is not None:
         reason = "gradients of attention weights between patches aren't computed yet"
         return reason, NO_ESTIMATE_HINT
-    if rule.path is not None and (reason := _explain_no_path_of_patches(said, shape)):
-        hint = NO_ESTIMATE_HINT if shape.attends_to_image else "write `using eap`"
-        return reason, hint
     points = () if rule.sites is None else rule.sites.points.values()
-    if kind.fixes_attention and any(is_query_or_key(p.site) for own in points for p in own):
+    inside = any(is_query_or_key(p.site) for own in points for p in own)
+    if kind.fixes_attention and (inside or rule.path is not None):
         reason = "it recomputes attention of tokens, not of the patches of images"
-        return reason, OTHER_ESTIMATOR_HINT
+        return reason, OTHER_ESTIMATOR_HINT if rule.path is None else "write `using eap`"
     return None
-
-
-def _explain_no_path_of_patches(said: spec.Estimator, shape: ModelShape) -> str:
-    """Return why a path in a vision encoder isn't estimated, or an empty text."""
-    if shape.attends_to_image:
-        return "paths in an encoder whose images blocks attend to aren't estimated yet"
-    if said.kind.fixes_attention:
-        return "it recomputes attention of tokens, not of the patches of images"
-    return ""
 
 
 def _of_changed_attention(
@@ -608,7 +597,7 @@ def _of_moved_inputs(
         what, reason = "rules with several source runs", "the base run moves from one run"
         yield _no_estimate(said, own.span, what, reason, hint)
         return
-    if experiment.model.shape.attends_to_image:
+    if experiment.model.shape.attends_to_image and not rule.in_vision:
         reason = "it moves the stream of the text, but not the image that blocks attend to"
         yield _no_estimate(said, own.span, f"`{own.verb}`", reason, hint)
         return

@@ -4,14 +4,16 @@ against autograd on copies of the bare model: one unpadded prompt at a time."""
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -19,6 +21,7 @@ from mechdsl.execute.patching import estimates
 
 from ..quick import some
 from ..reference.ruled import ruled
+from . import test_attended_paths as paths
 from .support import RECORDS, experiment
 from .test_attended_blocks import tower
 from .test_attended_encoder import LOCAL, all_columns
@@ -38,6 +41,7 @@ from .test_attended_images import (
     EACH,
     GRIDS,
     LAYERS,
+    SIZES,
     TILES,
     WIDTH,
     Hook,
@@ -46,6 +50,7 @@ from .test_attended_images import (
     hooked,
     other,
     patch,
+    processor,
     run_text,
     token,
     try_text,
@@ -53,8 +58,10 @@ from .test_attended_images import (
 from .test_attended_paths import (
     HEADS_OF_TEXT,
     HEADS_OF_TOWER,
+    IN_TOWER,
     MARKED,
     MLPS_OF_TEXT,
+    MLPS_OF_TOWER,
     PATHS,
     Path,
     Place,
@@ -174,15 +181,22 @@ def test_smoothgrad_adds_noise_to_all_vectors_of_a_site(
         assert want.max() > 0.01
 
 
-def edge(n: int, path: Path, kind: str) -> float:
-    """The change of the sender times the gradient along the edges from it to the receivers."""
+def edge(n: int, path: Path, kind: str, steps: int = 1) -> float:
+    """The change of the sender times the gradient along the edges from it to the receivers.
+
+    steps: The points at which gradients by receivers are taken, as the inputs of both stacks move
+    from the source run to the base run.
+    """
     module, at = double(kind), path.token(n)
     source = recorded(n, False, [path.sender])[path.sender]
-    places = [*HEADS_OF_TEXT, *(MLPS_OF_TEXT if path.mlps else ())]
+    heads, mlps = HEADS_OF_TEXT, MLPS_OF_TEXT
+    if path.vision:
+        heads, mlps = HEADS_OF_TOWER, MLPS_OF_TOWER
+    places = [*heads, *(mlps if path.mlps else ())]
     base = recorded(n, True, [*places, path.sender])
     own = path.columns(path.head)
     way = (source - base[path.sender])[0, at, own].double()
-    slopes = receivers(n, path, module)
+    slopes = receivers(n, path, module, steps)
     leaf = torch.zeros_like(way).requires_grad_()
     reached: list[Tensor] = []
 
@@ -228,36 +242,74 @@ def logits(n: int, module: Any, hooks: Sequence[Hook]) -> Tensor:
     return last[answer] - last[wrong]
 
 
-def receivers(n: int, path: Path, module: Any) -> list[tuple[tuple[Place, int | None], Tensor]]:
-    """The gradient of the measure by each receiver, in the base run."""
+def receivers(
+    n: int, path: Path, module: Any, steps: int = 1
+) -> list[tuple[tuple[Place, int | None], Tensor]]:
+    """The gradient of the measure by each receiver, in the base run, or between both runs."""
     found: list[tuple[tuple[Place, int | None], Tensor]] = []
+    inputs: list[Place] = [(tower(0), True), (block_at(0), True)]
+    clean, changed = (recorded(n, which, inputs) for which in (False, True))
     for of in (path.receivers or {}).items():
-        leaves: list[Tensor] = []
+        total: Any = 0
+        for step in range(steps):
+            share, leaves = step / steps, list[Tensor]()
 
-        def add(now: Tensor, leaves: list[Tensor] = leaves) -> Tensor:
-            leaves.append(torch.zeros_like(now).requires_grad_())
-            return now + leaves[0]
+            def add(now: Tensor, leaves: list[Tensor] = leaves) -> Tensor:
+                leaves.append(torch.zeros_like(now).requires_grad_())
+                return now + leaves[0]
 
-        value = logits(n, module, [(*of[0], add)])
-        (gradient,) = torch.autograd.grad(value, leaves)
-        found.append((of, of_head(gradient, path, of, path.token(n))))
+            def move(now: Tensor, way: Tensor, share: float = share) -> Tensor:
+                return now + share * way
+
+            hooks: list[Hook] = [
+                (*each, partial(move, way=(clean[each] - changed[each]).double()))
+                for each in inputs
+            ]
+            value = logits(n, module, [*hooks, (*of[0], add)])
+            total = total + torch.autograd.grad(value, leaves)[0] / steps
+        found.append((of, of_head(total, path, of, path.token(n))))
     return found
 
 
 EDGES = [
     (kind, rule)
     for kind in ("eap", "relp", "gim")
-    for rule in PATHS
+    for rule in (*PATHS, *IN_TOWER)
     if kind == "eap" or "frozen" not in rule
 ]
 
 
-@pytest.mark.parametrize("case", some(EDGES, [EDGES[1], EDGES[-4]]), ids=" ".join)
+@pytest.mark.parametrize("case", some(EDGES, [EDGES[1], EDGES[-7]]), ids=" ".join)
 def test_estimated_edges_equal_autograd_with_held_sublayers(case: tuple[str, str]) -> None:
     kind, rule = case
     text = experiment("e", "from clean into changed", f"{rule} using {kind}")
     [found] = run_text(text, "planned", MARKED)
-    expected = np.array([[edge(n, path, kind) for n in ALL] for path in PATHS[rule]])
+    expected = np.array([[edge(n, path, kind) for n in ALL] for path in (PATHS | IN_TOWER)[rule]])
+    shown = (found.measures[0].patched - [run(n, True) for n in ALL])[: len(expected)]
+    np.testing.assert_allclose(shown, expected, atol=3e-4, rtol=1e-3)
+    assert np.abs(expected).max() > 0.01
+
+
+def test_integrated_gradients_move_patches_and_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a gray image of the same size, and to another word."""
+    monkeypatch.setattr(paths, "other", lambda n: n)
+    plain = given
+
+    def grayed(n: int, changed: bool) -> dict[str, Any]:
+        if not changed:
+            return plain(n, changed)
+        height, width = SIZES[n]
+        picture = Image.new("RGB", (width, height), (128,) * 3)
+        read: Any = processor()
+        [text] = read.batch_decode(plain(n, changed)["input_ids"])
+        return dict(read(text=[text], images=[[picture]], return_tensors="pt"))
+
+    for module in (paths, sys.modules[__name__]):
+        monkeypatch.setattr(module, "given", grayed)
+    rule = next(each for each in IN_TOWER if "mlp_norm" in each)
+    text = experiment("e", "from clean into changed", f"{rule} using eap_ig(steps: 3)")
+    [found] = run_text(text, "planned", MARKED.replace("file = other", "mask photo"))
+    expected = np.array([[edge(n, path, "eap", 3) for n in ALL] for path in IN_TOWER[rule]])
     shown = (found.measures[0].patched - [run(n, True) for n in ALL])[: len(expected)]
     np.testing.assert_allclose(shown, expected, atol=3e-4, rtol=1e-3)
     assert np.abs(expected).max() > 0.01
