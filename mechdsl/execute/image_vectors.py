@@ -252,6 +252,7 @@ class ImageVectors:
             mixes=layout.mixes,
             prefix_end=self.reader.prefix_end,
             encode=partial(self._encode, model),
+            index=lambda batch: _tabulate_images(batch, self._occurrences(batch))[1],
         )
         self._known.update(images)
 

@@ -61,7 +61,6 @@ from mechdsl.prompts.runs import (
 )
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
-from mechdsl.resolve.conflicts import QUERIES_AND_KEYS
 from mechdsl.resolve.runs import reads_reply_tokens
 from mechdsl.resolve.types import (
     BasisTargets,
@@ -516,7 +515,7 @@ def gradient_work(
         return sum((found for _ in range(dropped * points)), held + _pattern_work(plan, *given))
     if not said.joins_cells and not said.kind.adds_noise:
         more = _pass(lengths, joined, whole, forwards=int(said.between_runs), backwards=0)
-        more += _changed_attention_work(plan, lengths, joined, whole)
+        more += _changed_attention_work(plan, lengths, joined, whole, lambda _: (patches, encoding))
         return sum((found for _ in range(dropped * points)), more)
     copies = said.steps or int(dict(said.options)["samples"])
     first = _pass(lengths, joined, whole, forwards=1, backwards=0)
@@ -599,11 +598,22 @@ def list_dropped_layers(experiment: ResolvedExperiment) -> list[tuple[str, int |
 
 
 def _changed_attention_work(
-    plan: ExperimentPlan, lengths: Ints, joined: int, whole: CountPasses
+    plan: ExperimentPlan,
+    lengths: Ints,
+    joined: int,
+    whole: CountPasses,
+    encoder: CountPasses,
 ) -> GradientWork:
-    """Count the work of passes that read attention weights with written queries or keys."""
+    """Count the work of passes that read attention weights with written queries or keys.
+
+    encoder: counts passes of the vision encoder.
+    """
     found, n_layers = GradientWork(), plan.experiment.model.shape.n_layers
     for (site, layer), values in _count_changed_attention(plan).items():
+        if SITES[site].stack == "vision":
+            scores = _pass(lengths, joined, encoder, forwards=1 + values, backwards=0)
+            found += scores.of_blocks(1)
+            continue
         scores = _pass(lengths, joined, whole, forwards=1 + values, backwards=0)
         if site in ("q", "k") and layer is not None:  # it stops before the next block
             scores = scores.of_blocks((layer + 1) / n_layers)
@@ -624,7 +634,7 @@ def _count_changed_attention(plan: ExperimentPlan) -> dict[SiteLayer, int]:
             _, own = rule.points.expand(np.array([site]))
             tokens = {*chain.from_iterable(chain.from_iterable(rule.positions[position].hits[:1]))}
             for point in (rule.point_table[number] for number in own.tolist()):
-                if point.site in QUERIES_AND_KEYS:
+                if is_query_or_key(point.site):
                     writes.update({(point, token): count for token in tokens or {0}})
     found = dict[SiteLayer, int]()
     for (point, _), count in writes.items():

@@ -76,9 +76,6 @@ _NO_BLOCK_ESTIMATE = (
 )
 """The reason and the hint for a rule that replaces a block."""
 
-QUERIES_AND_KEYS = ("q", "k", "q cross", "k cross", "q encoder", "k encoder")
-"""Sites that attention weights are computed from, except those of vision encoders of prompts."""
-
 FLAT_UNITS = ("rank", "share")
 """Units of metrics that are piecewise constant."""
 
@@ -292,11 +289,11 @@ def _of_rule(
     """Yield the conflicts of a rule; callers report the first."""
     own = rule.spec
     verb = own.verb if own.observed is None else f"observe {own.observed.word}"
-    shape = experiment.model.shape
     if rule.does.changes == "blocks":
         yield _no_estimate(said, own.span, f"`{verb}`", *_NO_BLOCK_ESTIMATE)
         return
-    if rule.in_vision and (problem := _explain_no_vision_estimate(rule, said, shape)) is not None:
+    problem = _explain_no_vision_estimate(rule, said, experiment) if rule.in_vision else None
+    if problem is not None:
         yield _no_estimate(said, own.span, f"`{verb}` in the vision encoder", *problem)
         return
     if said.kind.place == "attention":
@@ -341,17 +338,17 @@ def _of_rule(
         yield from _check_joint_moves(rule, said)
     if said.between_runs:
         yield from _of_moved_inputs(rule, experiment, said)
-    inside = {p.site: site.span for here in points for p in here if p.site in QUERIES_AND_KEYS}
+    inside = {p.site: site.span for here in points for p in here if is_query_or_key(p.site)}
     if said.kind.fixes_attention and inside:
         yield from _of_changed_attention(rule, inside, experiment, said)
     yield from _of_answers(rule.positions, own.at.span, experiment, said)
 
 
 def _explain_no_vision_estimate(
-    rule: ResolvedRule, said: spec.Estimator, shape: ModelShape
+    rule: ResolvedRule, said: spec.Estimator, experiment: ResolvedExperiment
 ) -> tuple[str, str] | None:
     """Return why a rule in a vision encoder isn't estimated, and a hint."""
-    kind = said.kind
+    kind, shape = said.kind, experiment.model.shape
     if kind.backward is not None and kind.backward.decomposed:
         return "it decomposes the language model, which reads the vectors of images", (
             OTHER_ESTIMATOR_HINT if rule.path is None else "write `using eap`"
@@ -360,11 +357,36 @@ def _explain_no_vision_estimate(
         reason = "gradients of attention weights between patches aren't computed yet"
         return reason, NO_ESTIMATE_HINT
     points = () if rule.sites is None else rule.sites.points.values()
-    inside = any(is_query_or_key(p.site) for own in points for p in own)
-    if kind.fixes_attention and (inside or rule.path is not None):
+    inside = {p.site for own in points for p in own if is_query_or_key(p.site)}
+    if kind.fixes_attention and rule.path is not None:
         reason = "it recomputes attention of tokens, not of the patches of images"
-        return reason, OTHER_ESTIMATOR_HINT if rule.path is None else "write `using eap`"
+        return reason, "write `using eap`"
+    if kind.fixes_attention and inside and shape.attends_to_image:
+        reason = "attention in an encoder whose images blocks attend to isn't recomputed yet"
+        return reason, OTHER_ESTIMATOR_HINT
+    if kind.fixes_attention and "k vision" in inside and _has_other_queries(experiment):
+        reason = "class tokens, margins or others that no image token is made from may attend to "
+        reason += "keys, too, and their attention isn't recomputed yet"
+        return reason, f"{OTHER_ESTIMATOR_HINT}, or name `q vision`"
     return None
+
+
+def _has_other_queries(experiment: ResolvedExperiment) -> bool:
+    """Return whether the vision encoder may have tokens that no image token is made from, such as
+    class tokens and margins, in the base run."""
+    shape = experiment.model.shape
+    vision = shape.others.get("vision")
+    if vision is None or shape.resamples:
+        return vision is not None
+    layout = vision.patches
+    if layout is None or layout.any_size:  # without a size, it reads the patches alone
+        return layout is None and "image_size" in vision.config
+    rows = experiment.table.runs[experiment.spec.base].rows
+    layouts = (each.expansion.layout for row in rows for each in row.pictures.values())
+    return any(
+        len(own.cells) * shape.merged_side**2 < max(1, len(own.tiles)) * layout.tokens
+        for own in layouts
+    )
 
 
 def _of_changed_attention(

@@ -49,17 +49,28 @@ def turn(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return vectors * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
 
 
-def project(module: Any, hidden: Tensor, given: dict[str, Any]) -> list[Tensor]:
-    """Queries, keys and values [head, token, width], over all tiles."""
+def keep(site: str, vectors: Tensor) -> Tensor:
+    return vectors
+
+
+def project(
+    module: Any, hidden: Tensor, given: dict[str, Any], edit: Callable[[str, Tensor], Tensor] = keep
+) -> list[Tensor]:
+    """Queries, keys and values [head, token, width], over all tiles.
+
+    edit: changes `q` and `k` [token, head, width] before they are rotated.
+    """
     flat = hidden.reshape(-1, hidden.shape[-1])
     if hasattr(module, "qkv"):
         q, k, v = module.qkv(flat).reshape(len(flat), 3, module.num_heads, -1).unbind(1)
+        q, k = edit("q", q), edit("k", k)
         q, k = (turn(each, *given["position_embeddings"]) for each in (q, k))
     else:
         parts = [getattr(module, f"{name}_proj")(flat) for name in "qkv"]
         for n, name in enumerate(("q_norm", "k_norm")):
             parts[n] = getattr(module, name, torch.nn.Identity())(parts[n])
         q, k, v = (each.reshape(len(flat), module.num_heads, -1) for each in parts)
+        q, k = edit("q", q), edit("k", k)
     return [each.transpose(0, 1) for each in (q, k, v)]
 
 

@@ -748,14 +748,6 @@ REJECTED = {
         "E0608",
         "it decomposes the language model, which reads the vectors of images",
     ),
-    (f"patch q vision layer 0 head 0 at {CELL}", "atp_qk"): (
-        "E0608",
-        "it recomputes attention of tokens, not of the patches of images",
-    ),
-    (f"patch k vision layer 0 head 0 at {CELL}", "atp_star"): (
-        "E0608",
-        "it recomputes attention of tokens, not of the patches of images",
-    ),
     (f"path z vision layer 0 head 0 -> attn_norm vision layer 1 at {CELL}", "eap_ig"): (
         "E0608",
         "row 3 has 24 tokens in `changed` and 18 in `clean`, and each token moves",

@@ -33,7 +33,7 @@ from mechdsl.forward.hooks.batch import (
 )
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradients
-from mechdsl.forward.hooks.model import LoadedModel, has_single_output
+from mechdsl.forward.hooks.model import IMAGE_TOKENS, LoadedModel, has_single_output
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.planner.rows import TokenHits
 from mechdsl.program.estimators import BackwardRules
@@ -271,7 +271,12 @@ class BasePatterns:
         own = BasePatterns.reads(where)
         scores, weights = (read[each] for each in own)
         frame, heads = batch.of_read(own[1]), weights.shape[2]
-        lane, token = (each.repeat_interleave(heads) for each in frame.tokens())
+        tokens = frame.tokens()
+        if where.stack == "vision":  # queries are patches; others have no weights, or NaN
+            scores, weights = scores.nan_to_num(0.0), weights.nan_to_num(0.0)
+            lane, column = weights[:, :, 0].any(-1).nonzero(as_tuple=True)
+            tokens = lane.cpu(), column.cpu() - frame.starts[lane.cpu()]
+        lane, token = (each.repeat_interleave(heads) for each in tokens)
         spots = (lane, token, torch.arange(heads).repeat(len(token) // heads))
         block = model.stack(where.stack).anatomy.blocks[where.layer]
         has_sink = has_sinks(model.module.get_submodule(block.path))
@@ -300,6 +305,21 @@ class BasePatterns:
         slopes = torch.zeros_like(self.weights, dtype=torch.float64)
         slopes[indices_to_device((lane, self.columns, head), gradient.device)] = gradient.double()
         return slopes
+
+
+def number_keys(
+    model: LoadedModel, batch: Batch, where: SiteRead, lane: Tensor, position: Tensor
+) -> Tensor:
+    """Return [K] the indices of keys among those of their queries, given their positions [K].
+
+    In a vision encoder, positions are those of patches, and the keys of a query are the patches of
+    its image.
+    """
+    if where.stack != "vision":
+        return position
+    count = model.shape.merged_side**2
+    index = IMAGE_TOKENS[model.module].index(batch)
+    return index[lane, batch.columns(lane, position // count)] * count + position % count
 
 
 def renormalize_scores(scores: Tensor, base: Tensor, weights: Tensor, *, has_sink: bool) -> Tensor:

@@ -17,6 +17,7 @@ from mechdsl.execute.patching.differentiated_run import (
     BasePatterns,
     DifferentiatedRun,
     DrawLanes,
+    number_keys,
     renormalize_scores,
 )
 from mechdsl.execute.patching.held_passes import (
@@ -293,7 +294,7 @@ class _ChangedPatterns:
         where = parts[0].where
         assert where.layer is not None
         reads = BasePatterns.reads(where)
-        stop = 0 if where.stack == "encoder" else where.layer + 1
+        stop = 0 if where.stack in ("encoder", "vision") else where.layer + 1
         frame = batch.of_read(reads[1])
         read = run_full(model, batch, stop=stop, writes=noise, reads=[*reads, where]).reads
         base = BasePatterns.of(where, read, batch, model)
@@ -308,19 +309,19 @@ class _ChangedPatterns:
             place = lane[own], position[own], unit[own]
             write = SiteWrite(where.site, where.layer, *place, values, stack=where.stack)
             given = run_full(model, batch, stop=stop, writes=[*noise, write], reads=reads[:1])
-            found.append(given.reads[reads[0]])
+            found.append(given.reads[reads[0]].nan_to_num(0.0))
         if where.site == "q":
             change = np.arange(len(vectors.row))
             place = (lane, frame.columns(lane, position)[:, None], unit[:, None])
             row, keys = vectors.row, None
         else:
+            keys = number_keys(model, batch, where, lane, position)
             shared = heads // unit_count(model.stack(where.stack).shape, "k", where.layer)
             together = np.stack([vectors.row, lane.numpy(), unit.numpy()])
             every, change = np.unique(together, axis=1, return_inverse=True)
             row, lane, unit = every[0], *map(torch.from_numpy, every[1:])
             queries = torch.arange(tokens).expand(len(row), -1)
             place = (lane, queries, unit[:, None] * shared + torch.arange(shared))
-            keys = position
         places = (place[0][:, None, None], place[1][:, :, None], place[2][:, None, :])
         return _ChangedPatterns(base, found, row, places, change.reshape(-1), number, keys)
 
@@ -779,7 +780,7 @@ class GradientEstimates:
 
     def _is_fixed(self, written: _WrittenVectors) -> bool:
         own = written.where
-        return self.kind.fixes_attention and own.site in ("q", "k") and own.stack != "vision"
+        return self.kind.fixes_attention and own.site in ("q", "k")
 
     def _to_first_order(
         self,

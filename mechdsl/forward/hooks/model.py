@@ -387,6 +387,8 @@ class ImageTokenTable:
     """[N] long: the larger side of the image for its last token, 0 for the others."""
     mixes: bool
     """Whether tokens of an image attend to later tokens of the image."""
+    index: Callable[[Batch], Tensor]
+    """Returns [B, T] long: the index of each token in its image; 0 for text."""
     prefix_end: int | None = None
     """The token up to which all tokens of a prompt with an image attend to each other, the first
     one after the images; None if only tokens of images do."""
