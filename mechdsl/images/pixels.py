@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from typing import cast
@@ -285,6 +285,9 @@ def _background(texture: str, size: int, random: Generator) -> Grid:
 
 FloatPixels = NDArray[np.float32]
 
+CACHED_MASKS = 1024
+"""Number of masks of generated shapes in the cache."""
+
 CACHED_IMAGES = 128
 """Number of prepared images in the cache: the runs of a file read them repeatedly."""
 
@@ -358,12 +361,19 @@ def uncut_coverage(region: Region, picture: Picture, size: tuple[int, ...]) -> I
     """Return the coverage of a picture before it is cut. size: (height, width)."""
     height, width = size
     if region.shapes:
-        return Image.fromarray(_drawing(picture).mask.astype(np.uint8) * 255)
+        return _drawn_coverage(replace(picture, changes=(), tile="", cut=None, grouped=False))
     if region.mask is not None:
         mask = files.read_image(region.mask, region.digest).convert("L")
         return mask.point(lambda value: 255 if value else 0)
     assert region.box is not None
     return box_coverage(region.box, (height, width))
+
+
+@lru_cache(maxsize=CACHED_MASKS)
+def _drawn_coverage(picture: Picture) -> Image.Image:
+    """Return the coverage of the shapes of a picture; cached, because several tables of a file
+    have the same pictures."""
+    return Image.fromarray(_drawing(picture).mask.astype(np.uint8) * 255)
 
 
 def region_mask(

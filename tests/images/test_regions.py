@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from mechdsl.images.pixels import (
     draw_shapes,
     model_input,
     process_pixels,
+    region_coverage,
     region_mask,
     render_pixels,
     uncut_coverage,
@@ -98,6 +100,30 @@ def test_region_of_a_resized_image_covers_the_painted_tokens(
     without = [token for token in own.layout.grid if token not in found]
     assert changed[list(found)].min() > 0
     assert changed[without].max() < 0.75 * changed[list(found)].max()
+
+
+def test_shapes_of_a_changed_picture_or_its_tile_are_drawn_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mask is that of the drawing, whatever changes and tiles the picture has."""
+    picture = Picture("shapes", kind="circle", count=2, size=(40, 40), seed=417)
+    drawn: list[int] = []
+
+    def count(kind: str, n: int, size: int, random: np.random.Generator, **how: str) -> object:
+        drawn.append(n)
+        return draw_shapes(kind, n, size, random, **how)
+
+    monkeypatch.setattr(pixels, "draw_shapes", count)
+    whole = np.asarray(region_coverage(Region(shapes=True), picture))
+    random = np.random.Generator(np.random.Philox(417))
+    assert ((whole > 0) == draw_shapes("circle", 2, 40, random).mask).all()
+    changed = replace(picture, changes=(PictureChange("blur", 2.0),))
+    assert (np.asarray(region_coverage(Region(shapes=True), changed)) == whole).all()
+    tile = replace(picture, tile="left", cut=(0, 0, 20, 40))
+    assert (np.asarray(region_coverage(Region(shapes=True), tile)) == whole[:, :20]).all()
+    assert drawn == [2]
+    other = np.asarray(region_coverage(Region(shapes=True), replace(picture, seed=418)))
+    assert (other != whole).any()
 
 
 def test_mask_file_selects_its_tokens(tmp_path: Path) -> None:
