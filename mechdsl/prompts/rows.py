@@ -61,7 +61,7 @@ from mechdsl.prompts.expressions import (
     evaluate,
     is_condition_true,
 )
-from mechdsl.prompts.runs import PromptRun, RunRow, TokenMap, find_text
+from mechdsl.prompts.runs import PositionCell, PromptRun, RunRow, TokenMap, find_text
 from mechdsl.prompts.tokens.chat import ChatProblem, Turn, stand_in_chat
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer, repeat_each
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
@@ -757,6 +757,12 @@ class PromptTable(Record):
     @cached_property
     def _patches(self) -> dict[str, PromptTable]:
         """By the hash of a tokenizer."""
+        return {}
+
+    @cached_property
+    def cells(self) -> dict[object, tuple[PositionCell, ...]]:
+        """Cells of positions that several experiments resolve in these rows, by
+        `resolve_positions`."""
         return {}
 
     def _with_rows(self, of: Callable[[RunRow], RunRow]) -> PromptTable:

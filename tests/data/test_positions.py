@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechdsl.prompts import runs
+from mechdsl.prompts.positions import cells as positions_of_cells
 from mechdsl.prompts.positions.cells import check_token_counts, hit_texts, resolve_positions
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import TokenMap
@@ -51,11 +52,35 @@ def test_positions_of_one_run_share_their_token_maps(
     first = cells("part1 tokens", made, words)
     once = len(mapped)
     assert once
+    made.cells.clear()
     assert cells("part1 tokens", made, words) == first
     assert len(mapped) == once
+    made.cells.clear()
     monkeypatch.setattr(runs, "CACHED_TOKENS", 0)  # long runs would take much memory
     assert cells("part1 tokens", made, words) == first
     assert len(mapped) == 2 * once
+
+
+def test_equal_positions_of_a_table_share_their_cells(
+    words: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = table(PARTS, words, limit=3)
+    first = cells("part1 tokens", made, words)
+    assert cells("part1 tokens", made, words) is first
+    assert cells("part1 tokens", made, words, "fewer")[0].hits != first[0].hits
+    labels = [cells(text, made, words)[0].label for text in ("item 2 token", "item 02 token")]
+    assert labels == ["item 2 token", "item 02 token"]  # as in the file
+    monkeypatch.setattr(positions_of_cells, "CACHED_HITS", 2)  # three rows would be too many
+    assert cells("part2 tokens", made, words) is not cells("part2 tokens", made, words)
+
+
+def test_positions_with_a_loop_or_a_problem_are_resolved_each_time(words: TextTokenizer) -> None:
+    made = table(PARTS, words, limit=3)
+    second, third = (
+        cells("token t", made, words, loop_values={"t": number}, loops=("t",)) for number in (1, 2)
+    )
+    assert [cell.hits for cell in second] != [cell.hits for cell in third]
+    assert [codes(made, "token 99", words) for _ in range(2)] == [["E0310"], ["E0310"]]
 
 
 def codes(made: PromptTable, text: str, tokenizer: TextTokenizer, **options: Any) -> list[str]:

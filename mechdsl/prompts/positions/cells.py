@@ -488,6 +488,10 @@ def is_after(
     return any(tokenizer.token_text(token)[:1].isspace() for token in ids)
 
 
+CACHED_HITS = 2**16
+"""Maximum number of cells times rows of positions that a table caches, at about 100 bytes each."""
+
+
 def resolve_positions(
     positions: ast.Positions,
     table: PromptTable,
@@ -533,6 +537,26 @@ def resolve_positions(
         return _in_images(positions, table, run, answers=answers, replies=replies, **given)
     if side and any(row.source for row in table.runs[run].rows[:1]):
         return _OneSide(positions, table, run, side).resolve(answers, replies, **given)
+    return _resolve(positions, table, run, answers, replies, **given)
+
+
+def _resolve(
+    positions: ast.Positions,
+    table: PromptTable,
+    run: str,
+    answers: AnswerTokens,
+    replies: ReplyTokens,
+    *,
+    tokenizer: TextTokenizer,
+    loop_values: Mapping[str, Any] | None,
+    loops: Collection[str],
+    with_runs: Sequence[str],
+    ranked: RankedTokenLookup | None,
+) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
+    """Resolve positions in all tokens of the rows, as `resolve_positions` does."""
+    key = _cache_key(positions, run, tokenizer, with_runs)
+    if key in table.cells:
+        return table.cells[key], []
     values = loop_values or {}
     numbers = NamedNumbers(values, loops)
     written = numbers.written_out(positions)
@@ -543,7 +567,27 @@ def resolve_positions(
     )
     pairs = zip(positions.items, written.items, strict=True)
     cells = tuple(cell for pair in pairs for cell in resolver.item(*pair, replies))
+    hits = len(cells) * resolver.total
+    if key is not None and not resolver.diagnostics and hits <= CACHED_HITS:
+        table.cells[key] = cells
     return cells, list(dict.fromkeys(resolver.diagnostics))
+
+
+def _cache_key(
+    positions: ast.Positions, run: str, tokenizer: TextTokenizer, with_runs: Sequence[str]
+) -> object:
+    """Return what the cells of positions depend on, except for the table; None if they depend on
+    loops, answers, replies or results."""
+    parts = list(walk(positions))
+    for part in parts:
+        if isinstance(part, ast.Variable | ast.RankedTokens | ast.EachStep):
+            return None
+        if isinstance(part, ast.SpanRef) and {REPLY, ANSWER_SPAN} & {part.name, part.of}:
+            return None
+        if isinstance(part, ast.Position) and part.and_answer:
+            return None
+    texts = tuple([part.span.text for part in parts])  # labels are texts of the file
+    return positions, texts, run, tokenizer, tuple(with_runs)
 
 
 def _in_images(
