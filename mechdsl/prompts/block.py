@@ -751,7 +751,7 @@ class PromptsBlock:
         """Number of rows of one round."""
         return self.size * self.data_size
 
-    @property
+    @cached_property
     def tiles(self) -> int:
         """Number of tiles per image.
 
@@ -761,6 +761,8 @@ class PromptsBlock:
 
     def images_behind(self, number: int) -> int:
         """Return the number of a row's image: equal for its tiles only."""
+        if self.tiles == 1:
+            return number
         turn, index = divmod(number, max(1, self.combinations))
         images = self.combinations // self.tiles
         return turn * images + index % max(1, images)

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
@@ -151,15 +151,15 @@ def _read_files(
         path: As written.
     """
     opened: list[StreamedFile] = []
-    read: list[tuple[str, list[DataRecord]]] = []
+    read: list[DataFile] = []
     for file, name in zip(files, names, strict=True):
         try:
             if streamed:
                 opened.append(STREAMED_READERS[file.suffix.lower()](file, name))
             else:
                 content = file.read_bytes()
-                records = READERS[file.suffix.lower()](content)
-                read.append((sha256(content).hexdigest(), records))
+                parse = _parse_once if len(content) <= CACHED_BYTES else _parse
+                read.append(parse(file.suffix.lower(), content))
         except OSError as error:
             missing = isinstance(error, FileNotFoundError)
             reason = "there is no such file" if missing else str(error.strerror or error)
@@ -172,11 +172,33 @@ def _read_files(
     return found, []
 
 
-def _join_records(read: Sequence[tuple[str, Sequence[DataRecord]]]) -> DataFile:
-    """Return the records of files, by the digest of each."""
-    records = tuple(record for _, own in read for record in own)
+def _of_one_file(records: Sequence[DataRecord], content: bytes) -> DataFile:
+    """Return the records of a file with this content."""
     columns = dict.fromkeys(name for record in records for name in record)
-    files = tuple(FileOfRecords(digest, len(own)) for digest, own in read)
+    digest = sha256(content).hexdigest()
+    files = (FileOfRecords(digest, len(records)),)
+    return DataFile(tuple(records), tuple(columns), files, digest)
+
+
+def _parse(suffix: str, content: bytes) -> DataFile:
+    """Read one file. Raises MalformedData."""
+    return _of_one_file(READERS[suffix](content), content)
+
+
+CACHED_BYTES = 2**20
+"""Maximum size of a data file whose records blocks of prompts share."""
+
+_parse_once = lru_cache(maxsize=16)(_parse)
+"""`_parse`, once for all blocks that read a file: they also share the order of its records."""
+
+
+def _join_records(read: Sequence[DataFile]) -> DataFile:
+    """Return the records of files as those of one."""
+    if len(read) == 1:
+        return read[0]
+    records = tuple(record for own in read for record in own.records)
+    columns = dict.fromkeys(name for own in read for name in own.columns)
+    files = tuple(file for own in read for file in own.files)
     return DataFile(records, tuple(columns), files, _join_digests(files))
 
 
@@ -252,11 +274,11 @@ def read_dataset(
         files = _files(named, span)
         if streamed:
             return _open_dataset(files, named, span)
-        read: list[tuple[str, list[DataRecord]]] = []
+        read: list[DataFile] = []
         count = 0
         for file, data in _contents(named, files, span):
-            read.append((sha256(data).hexdigest(), _records(file, data)))
-            count += len(read[-1][1])
+            read.append(_of_one_file(_records(file, data), data))
+            count += len(read[-1].records)
             if count > limits.COMBINATIONS:
                 raise _Refused(_too_many(named, span, f"{count:,} records", limits.COMBINATIONS))
         if not count:

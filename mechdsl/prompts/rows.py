@@ -897,12 +897,12 @@ class Row(ImageRow):
     @unlocked_property
     def mark(self) -> object:
         """What makes rows equal: prompt, texts and the values without draws."""
-        texts = (self.named_text(name) for name in self.block.texts)
-        fixed = tuple(
-            to_hashable(to_plain(value)) for value in (*self.values.values(), *self.record.values())
-        )
-        marks = tuple(t.id if isinstance(t, TokenId) else t for t in texts)
-        return (self.prompt.text, marks, fixed)
+        texts = map(self.named_text, self.block.texts)
+        # Lists: generators would take as long as the values of most rows.
+        marks = tuple([t.id if isinstance(t, TokenId) else t for t in texts])
+        values = (*self.values.values(), *self.record.values())
+        fixed = [v if type(v) is str else to_hashable(to_plain(v)) for v in values]
+        return (self.prompt.text, marks, tuple(fixed))
 
     # --- names and values -----------------------------------------------------------------------
 
@@ -1208,6 +1208,8 @@ class Row(ImageRow):
 
     def passes(self, conditions: Sequence[ast.Expr], tokenizer: TextTokenizer) -> bool:
         """Return whether all conditions of `where` hold; the tokenizer is the model's."""
+        if not conditions:
+            return True
         self._tokenizer = tokenizer
         try:
             return all(

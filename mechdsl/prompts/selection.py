@@ -253,12 +253,12 @@ class _Collector:
         block = self.block
         if not block.combinations:
             return
-        turn = 0
+        turn, tiles = 0, block.tiles
+        images = block.combinations // tiles
         while True:
-            images = block.combinations // block.tiles
             for number in self.rows.in_order(turn):
                 first = turn * block.combinations + number
-                for tile in range(block.tiles):
+                for tile in range(tiles):
                     yield self.rows[first + tile * images]
             if self.limit is None or not block.draws:
                 return
@@ -275,7 +275,9 @@ class _Collector:
             result.filtered += 1
             return False
         mark = row.mark
-        seen = self.seen.setdefault(mark, _Seen())
+        seen = self.seen.get(mark)
+        if seen is None:
+            seen = self.seen[mark] = _Seen()
         if row.places[RECORD] in seen.records or (self.block.spec.distinct and seen.records):
             result.equal += 1
             return False

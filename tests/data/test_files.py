@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mechdsl.base.source import Source, Span
-from mechdsl.prompts.data_files import read_data_file
+from mechdsl.prompts import data_files
+from mechdsl.prompts.data_files import DataFile, read_data_file
 from mechdsl.syntax import parser as engine
 from mechdsl.vocab.corruptions import CHANGES, NOISES
 
@@ -96,3 +97,22 @@ def test_noise_has_mean_zero_and_standard_deviation_one() -> None:
         assert values.shape == (200, 50)
         assert abs(values.mean()) < 0.05
         assert abs(values.std() - 1) < 0.05
+
+
+def test_blocks_that_read_equal_files_share_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def records(name: str, content: bytes) -> DataFile:
+        (tmp_path / name).write_bytes(content)
+        source = Source(f'rows "{name}"', tmp_path / "f.mech")
+        found, problems = read_data_file(name, Span(source, 5, 7 + len(name)))
+        assert found is not None, problems
+        return found
+
+    lines = b'{"a": 1}\n{"a": 3}\n'
+    first = records("d.jsonl", lines)
+    assert records("copy.jsonl", lines) is first
+    assert records("d.csv", lines).columns == ('{"a": 1}',)  # the suffix is the format
+    assert records("d.jsonl", b'{"a": 2}\n').records == ({"a": 2},)  # the file has changed
+    monkeypatch.setattr(data_files, "CACHED_BYTES", 5)
+    assert records("d.jsonl", lines) is not first
