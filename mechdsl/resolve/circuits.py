@@ -177,7 +177,8 @@ FeatureResolver: TypeAlias = Callable[
 VISION_NOTE = (
     "edges of the vision encoder are ablated at the patches of tokens of images; `embed vision` is "
     "the stream that enters block 0 of the encoder, and `embed` the projector, which reads the end "
-    "of the stream; class tokens and patches without a token have all edges"
+    "of the stream, and in some models also the stream after earlier blocks; class tokens and "
+    "patches without a token have all edges"
 )
 
 STREAM_NOTE = (
@@ -1202,9 +1203,8 @@ def _find_stack(
     elif any(is_neuron(node) or isinstance(node, FeatureNode) for node in nodes):
         what = "a neuron or feature of the vision encoder as a node of a circuit"
         later = "name its MLP: `mlp_out vision layer 0`"
-    elif not work.sites.shape.stands_in and len(work.sites.shape.others[stack].read_after) > 1:
-        read = ", ".join(str(n - 1) for n in work.sites.shape.others[stack].read_after)
-        what = f"an edge of a vision encoder that the language model reads after blocks {read}"
+    elif not work.sites.shape.stands_in and work.sites.shape.others[stack].read_after[0] == 0:
+        what = "an edge of a vision encoder that the language model also reads before block 0"
         later = "write `path z vision layer 0 head 1 -> q vision layer 1 head 0`"
     if what:
         work.diagnostics.append(NotSupported(span=circuit.span, what=what, later=later))

@@ -147,12 +147,12 @@ encoder to the language model (E0335).
 of the encoder. `ablate all but c at photo tokens with zero` ablates all other edges of the encoder
 at the patches of these tokens. `embed vision` is the stream that enters the first block. The
 receiver `embed` is the projector, which reads the stream after the last block, or after the block
-that `vision_feature_layer` names. The projector and the language model are then computed as usual.
-Edges at class tokens, and at patches that belong to no token, are never ablated. `observe overlap`
-and `observe edge_auroc` compare two circuits of the encoder; for `edge_auroc`, the first one must
-be read from a file with scores of all edges. Edges at positions, and neurons and features as nodes,
-are E0108 there. So are circuits in `vipllava` and `qwen3_vl`, whose language model reads the
-encoder after several blocks.
+that `vision_feature_layer` names. In `vipllava` and `qwen3_vl`, the language model reads the
+encoder after several blocks, and an edge to `embed` is an edge to each read after its sender. The
+projector and the language model are then computed as usual. Edges at class tokens, and at patches
+that belong to no token, are never ablated. `observe overlap` and `observe edge_auroc` compare two
+circuits of the encoder; for `edge_auroc`, the first one must be read from a file with scores of all
+edges. Edges at positions, and neurons and features as nodes, are E0108 there.
 
 `circuit c = fit(eap(size: 20), prompts: ask, from: changed, maximise: logit(answer), stack: vision)
 at photo tokens` chooses edges of the encoder by their scores; `eap_ig`, `eap_ig_activations`,

@@ -598,14 +598,6 @@ def test_only_embed_suggests_the_patches(edge: str) -> None:
     assert "embed vision" not in str(found.help_text)
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("vipllava", "0, 1"), ("qwen3_vl", "0, 1")])
-def test_encoder_that_is_read_after_several_blocks_has_no_circuits(name: str, blocks: str) -> None:
-    rule = experiment("e", "ablate c at photo tokens with zero")
-    [found] = errors(name, f"circuit c = {Z}\n{rule}")
-    assert found.code == "E0108"
-    assert f"that the language model reads after blocks {blocks}" in found.message
-
-
 OTHERS = {
     "path": ("path z vision layer 0 head 0 -> q vision layer 1 head 0 at photo tokens", "a `path`"),
     "language path": ("path z layer 0 head 0 -> q layer 1 head 0 at last token", "`path`"),

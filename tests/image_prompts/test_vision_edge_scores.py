@@ -632,12 +632,6 @@ def test_fix_of_measured_images_names_an_option_only_of_fit(
     assert ("measure_on_training_rows" in found.help_text) == allowed
 
 
-def test_encoder_that_is_read_after_several_blocks_has_no_trained_circuits() -> None:
-    [found] = errors_of("vipllava", fit("eap(size: 8)", "with: zero", at="photo tokens"))
-    assert found.code == "E0108"
-    assert "that the language model reads after blocks 0, 1" in found.message
-
-
 def test_encoder_of_an_attended_image_has_no_trained_circuits() -> None:
     text = fit("eap(size: 8)", "with: zero", at="photo tokens")
     lines = f'mech 1\nmodel m = local("x")\n{attended.BLOCK}\n{text}'

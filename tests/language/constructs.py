@@ -306,10 +306,10 @@ _file(
     "reads the end of the stream, of all tokens, through the head of the model. A "
     "circuit in the vision encoder of prompts contains no edges of the language model: `embed "
     "vision -> q vision layer 0 head 1, mlp_out vision layer 1 -> embed`. Here `embed` is the "
-    "projector, which reads the end of the encoder's stream. The rule names tokens of images or "
-    "videos and ablates edges at their patches (`tests/image_prompts/test_vision_circuits.py`). "
-    "Edges of the encoder at positions, neurons and features as its nodes, and encoders whose "
-    "output the language model reads after several blocks are E0108.",
+    "projector, which reads the end of the encoder's stream, and in ViP-LLaVA and Qwen3-VL also "
+    "the stream after earlier blocks. The rule names tokens of images or videos and ablates edges "
+    "at their patches (`tests/image_prompts/test_vision_circuits.py`). Edges of the encoder at "
+    "positions, and neurons and features as its nodes, are E0108.",
     "tests/rules/test_ablated_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997",
 )

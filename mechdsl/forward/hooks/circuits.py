@@ -11,7 +11,8 @@ of the attention to the encoder read the decoder's stream, through the norm of t
 keys and values read the encoder's stream after the last block, through the encoder's final norm.
 
 The vision encoder of a vision-language model has a separate circuit, whose end is the projector:
-it reads the encoder's stream after the last block that the language model reads.
+it reads the encoder's stream after each block that the language model reads. Each time, its input
+is the stream with the shares of the senders so far; the next block continues with the stream.
 
 If norms follow the sums (BERT), the input of a receiver is the stream recomputed from the outputs
 of this pass: after each sublayer, the norm of the sum of the stream, the sublayer's output and
@@ -91,6 +92,9 @@ of the projection."""
 _EARLIER = 2
 """Steps at receivers precede those that read a site before its writes, whose order is one less than
 that of the site."""
+
+_FIRST = (-2, 0)
+"""Order of the steps that precede all others at a module."""
 
 _SUMMED = 0.5
 """Share of a receiver's edges that are ablated with 0; from there on, its input is the sum of the
@@ -699,6 +703,8 @@ class CircuitHooks(ABC):
                 yield from self._split_attention(where, rows)
             else:
                 yield self._whole(where, rows[0])
+            if where.layer is None:
+                yield from self._earlier_ends(rows[0])
         for (attention, path), parts in by_path.items():
             yield from self._projection(attention, path, parts)
 
@@ -1065,6 +1071,48 @@ class CircuitHooks(ABC):
     def _whole(self, where: SiteRead, row: int) -> CircuitStep:
         """Add a step at the input of an MLP or of the end of the model."""
         return self._entrance(where.layer, lambda norm, value: self._at_whole(norm, row, value))
+
+    def _earlier_ends(self, row: int) -> Iterator[CircuitStep]:
+        """Yield the steps after each block that the end of the model reads before the last one: the
+        end has its own input, and the next block continues with the stream.
+
+        Args:
+            row: The number of the end among the receivers.
+        """
+        for layer in self._shape.read_after[:-1]:
+            kept = list[Tensor]()
+
+            def read(
+                value: Tensor,
+                module: nn.Module,
+                given: Tensor,
+                layer: int = layer,
+                kept: list[Tensor] = kept,
+            ) -> Tensor:
+                kept[:] = [self._at(value)]
+                return self._at_earlier_end(row, value, SiteRead("q", layer, self._stack))
+
+            def restore(
+                value: Tensor, module: nn.Module, given: Tensor, kept: list[Tensor] = kept
+            ) -> Tensor:
+                index = self._rows.to(value.device), self._columns.to(value.device)
+                return value.index_put(index, kept.pop().to(value))
+
+            end = self.model.tap("resid_post", layer - 1, self._stack)
+            last = _rank(SiteRead("final_norm", None, self._stack))
+            yield self._add((end.path, end.side, end.item), last, read)
+            begin = self.model.tap("resid_pre", layer, self._stack)
+            yield self._add((begin.path, begin.side, begin.item), _FIRST, restore)
+
+    @abstractmethod
+    def _at_earlier_end(self, row: int, value: Tensor, reader: SiteRead) -> Tensor:
+        """Return the input of the end of the model after an earlier block than the last one.
+
+        Args:
+            row: Number of the receiver.
+            value: [B, T, d_model] the stream.
+            reader: A receiver in the next block, which reads the same senders.
+        """
 
     def _entrance(
         self, layer: int | None, act: Callable[[str | None, Tensor], Tensor]
@@ -1699,18 +1747,26 @@ class _WriteHooks(CircuitHooks):
         self._check_input(self._normed(norm, self._stream, value), value)
         return self._put(value, self._normed(norm, self._input(row, self._stream), value))
 
-    def _at_end(self, row: int, value: Tensor) -> Tensor:
-        """Return the input of the end of the model, [B, T, d_model]."""
+    def _at_earlier_end(self, row: int, value: Tensor, reader: SiteRead) -> Tensor:
+        return self._at_end(row, value, reader)
+
+    def _at_end(self, row: int, value: Tensor, reader: SiteRead | None = None) -> Tensor:
+        """Return the input of the end of the model, [B, T, d_model].
+
+        Args:
+            reader: As in `_at_earlier_end`; None for the last block that the end reads.
+        """
         due, *index = (each.to(value.device) for each in self._ends)
         dtype = torch.promote_types(value.dtype, torch.float32)
         stream = value.new_zeros(len(self._rows), value.shape[-1], dtype=dtype)
         stream = stream.index_put((due,), value[tuple(index)].to(dtype))
-        found = self._input(row, stream)[due.to(stream.device)]
+        found = self._input(row, stream, reader)[due.to(stream.device)]
         return value.index_put(tuple(index), found.to(value))
 
-    def _input(self, row: int, stream: Tensor) -> Tensor:
-        """Return [K, d_model]: what an MLP or the end of the model reads."""
-        where, _ = self._receivers[row]
+    def _input(self, row: int, stream: Tensor, reader: SiteRead | None = None) -> Tensor:
+        """Return [K, d_model]: what an MLP or the end of the model reads; reader: as in
+        `_at_end`."""
+        where = reader or self._receivers[row][0]
         if row not in self._begun or self._changes is None:
             return self._inputs(self._mask[..., row : row + 1, :], stream, where)[0]
         begun = self._begun[row]
@@ -1969,6 +2025,19 @@ class _ReadHooks(CircuitHooks):
 
         self._read.taps.append(EdgeTap(value, [row], to_stream, sublayers=len(self._outputs) - 1))
         return value.clone()
+
+    def _at_earlier_end(self, row: int, value: Tensor, reader: SiteRead) -> Tensor:
+        seen, every = value.clone(), self._read.fills
+        count = sum(each.count for each in every if _is_before(each.where, reader))
+        tap = EdgeTap(
+            seen,
+            [row],
+            lambda gradient: self._at(gradient)[None],
+            None if self._sublayers else slice(0, count),
+            len(self._outputs) - 1,
+        )
+        self._read.taps.append(tap)
+        return seen.clone()
 
     def _before_norm(
         self, path: str | None, stream: Tensor, gradient: Tensor, like: Tensor
