@@ -15,17 +15,18 @@ import pytest
 import mechdsl
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes
+from mechdsl.fits.reports import CircuitReport
 from mechdsl.planner import training_cost
 from mechdsl.resolve.types import PlacedEdge
 
 from ..execute.support import word_tokenizer
-from ..quick import in_turn
+from ..quick import in_turn, some
 from ..rules.models import WITHOUT_NORMS, bare, double
 from ..rules.test_decomposed_estimates import ENDS, along_edge
 from .test_edge_scores import check_planned_cost, fit, open_rows, score
 from .test_pattern_edge_scores import DIFFERENCE
 from .test_placed_edge_scores import USE
-from .test_trained_dictionaries import experiment, write
+from .test_trained_dictionaries import experiment, run, train, write
 from .test_trained_rotations import training_errors
 
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
@@ -119,6 +120,48 @@ def test_passes_with_one_part_have_the_same_scores(
     np.testing.assert_allclose([*own.values()], [*expected.values()], atol=1e-9)
     assert max(sizes) == 4
     assert together > 200
+
+
+@pytest.mark.parametrize("call", [CALL, *some(["atp_qk(size: 12)", "atp_star(size: 12)"], [])])
+def test_circuit_by_scores_equals_its_listed_edges_in_rules(call: str, tmp_path: Path) -> None:
+    """Next to another circuit and a reply, with rules on one block, a mean and a derived run."""
+    rules = [
+        experiment("from turned into clean", "ablate all but c at last token with turned"),
+        experiment("ablate c at tokens * with mean", name="mean", block="even"),
+        experiment(
+            "run changed { ablate mlp_out layer 1 at last token with zero }",
+            "from turned into changed",
+            "ablate c at last token with turned",
+            name="derived",
+        ),
+        experiment(
+            "generate 2",
+            "ablate mlp_out layer 0 at last token with zero",
+            measure="measure logit(answer) as raw",
+            name="reply",
+        ),
+        experiment(
+            "from other into clean", "ablate d at tokens * with other", name="of_d", block="p"
+        ),
+    ]
+    objective = {"objective": DIFFERENCE, "at": "last token"}
+    path = write(tmp_path, fit(call=call, **objective), fit(call="eap(size: 9)", name="d"), *rules)
+    trained = {each.basis: each for each in train(path)}
+    own = run(path, pass_tokens=40).files[0].experiments
+    again = run(path).files[0].experiments
+    reports = [trained[name].report for name in "cd"]
+    listed = [
+        f"circuit {name} = {', '.join(report.chosen)}\n"
+        for name, report in zip("cd", reports, strict=True)
+        if isinstance(report, CircuitReport)
+    ]
+    written = run(write(tmp_path, *listed, *rules), store=False).files[0].experiments
+    for one, two, three in zip(own, again, written, strict=True):
+        for mine, stored, theirs in zip(one.measures, two.measures, three.measures, strict=True):
+            np.testing.assert_array_equal(mine.patched, stored.patched)
+            if one.name not in ("of_d", "mean"):  # rows that `d` isn't trained on, and their means
+                np.testing.assert_allclose(mine.patched, theirs.patched, atol=2e-6)
+                assert np.abs(mine.patched).max() > 1e-3
 
 
 @pytest.mark.slow
