@@ -1277,14 +1277,16 @@ def _check_decomposition(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     if rules is None or circuit is None:
         return
     assert rule.spec.site is not None
+    span = rule.spec.site.span
     what, reason = f"`{objective.model.name}`", explain_missing_rule(rules, shape)
     if shape.takes != "text":
         reason = "circuits are decomposed in models of texts with one stack only"
     elif circuit.neurons or circuit.features:
         what, reason = "a neuron or a feature as a node", "edges of it aren't decomposed yet"
+        span = (rule.spec.nodes or rule.spec.site).span
     if reason:
         yield NoEstimate(
-            span=rule.spec.site.span,
+            span=span,
             statement=objective.spec.trains,
             verb="decompose",
             what=what,
