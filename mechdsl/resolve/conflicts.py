@@ -638,7 +638,8 @@ def _of_moved_inputs(
             row = experiment.table.row_ids[number]
             counts = f"row {row} has {len(first.ids)} tokens in `{base}`"
             reason = f"{counts} and {len(second.ids)} in `{source}`, and each token moves"
-            what = "images of one width and height, and texts" if rule.in_vision else "texts"
+            has_images = bool(first.pictures or second.pictures)
+            what = "images of one width and height, and texts" if has_images else "texts"
             fix = f"choose {what} with as many tokens, or {hint}"
             yield _no_estimate(said, own.span, "prompts of different lengths", reason, fix)
             return

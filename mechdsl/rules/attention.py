@@ -155,7 +155,12 @@ def resolve_edge(
     if does.looks_ahead:
         if not does.fits(rule, queries, keys, sites, work):
             return None
-    elif causal and told and not _check_keys_visible(rule, queries, keys, work):
+    elif (
+        causal
+        and told
+        and not _has_allowed_keys("", work)
+        and not _check_keys_visible(rule, queries, keys, work)
+    ):
         return None
     patched = stack == "vision" and not does.looks_ahead
     if patched and not _check_patches_meet(rule, queries, keys, work):
@@ -410,21 +415,41 @@ def _check_keys_visible(
 def _check_patches_meet(
     rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: ExperimentContext
 ) -> bool:
-    """Report E0332 if every key is in another image or tile than every query."""
+    """Report E0332 if every key is in another image than every query, or in another tile that no
+    rule of the experiment allows."""
     tiles = _list_tiles(queries, keys, work)
     if tiles is None or any(query & key for query, key in tiles):
         return True
+    of_image = any({q[0] for q in query} & {k[0] for k in key} for query, key in tiles)
+    if of_image and _has_allowed_keys("vision", work):
+        return True
     assert rule.onto is not None
+    allow = ", write `allow attention vision …` to let them attend to each other" * of_image
     work.diagnostics.append(
         BadEdit(
             span=rule.onto.span,
             reason="patches attend to patches of the same image and tile",
             what=f"those of `{rule.at.span.written}` are in other images or tiles",
-            hint="name tokens of one tile, write `allow attention vision …` to let them "
-            "attend to each other, or remove `vision`: in the language model, tokens of images do",
+            hint=f"name tokens of one tile{allow}, or remove `vision`: in the language model, "
+            "tokens of images do",
         )
     )
     return False
+
+
+def _has_allowed_keys(stack: str, work: ExperimentContext) -> bool:
+    """Return whether a rule of the experiment or of its runs allows further keys in a stack."""
+    own = work.experiment
+    rules = (*own.rules, *(rule for run in own.derived for rule in run.rules))
+    return any(
+        rule.verb == "allow" and rule.edge is not None and _stack_word(rule.edge) == stack
+        for rule in rules
+    )
+
+
+def _stack_word(edge: spec.EdgeText) -> str:
+    """Return the stack that a file names for an edge; empty for none."""
+    return "" if edge.stack is None else edge.stack.id
 
 
 def _check_patches_hidden(
@@ -452,14 +477,15 @@ def _check_patches_hidden(
     has_windows = kinds is not None and any(kinds[layer] == "windowed" for layer in layers)
     if has_windows or any(q != k for q, k in pairs):
         return True
-    scope = "in all tiles of the image" if work.sites.shape.attends_to_image else "of its tile"
+    of_all = work.sites.shape.attends_to_image
+    scope = "in all tiles of the image" if of_all else "of its tile"
     work.diagnostics.append(
         BadEdit(
             span=rule.onto.span,
             reason="the queries already see these keys",
             what=f"a patch attends to all patches {scope}",
-            hint="name keys in another tile, frame or window of the image, or write "
-            "`reweight attention vision …`",
+            hint=("" if of_all else "name keys in another tile, frame or window of the image, or ")
+            + "write `reweight attention vision …`",
         )
     )
     return False

@@ -23,6 +23,7 @@ from .support import check_cells, experiment
 from .test_encoder_attention import module_of, run_in_both, try_line, with_one_answer
 from .test_families import (
     ALL,
+    BLOCK,
     TWO,
     bare,
     both,
@@ -200,6 +201,24 @@ def test_allowed_patches_of_other_tiles_equal_a_mask_on_the_bare_encoder(
     ]
     assert max(largest) > 0.1
     assert min(largest) > 0.01, largest
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["block attention vision layer 0 from {0}", "set attention vision layer 0 from {0} to 0"],
+)
+def test_other_rules_act_on_allowed_patches(line: str) -> None:
+    """Patches that are allowed, and then have no weight, change nothing."""
+    edges = "photo tile 1 tokens to photo tile 2 tokens"
+    allow = f"allow attention vision layer 0 from {edges}"
+    text = "".join(
+        experiment(f"e{n}", "from clean into changed", *rules)
+        for n, rules in enumerate(([allow], [allow, line.format(edges)]))
+    )
+    block = BLOCK.replace('rows "data.jsonl"', 'rows "data.jsonl"\n  where n = 3')
+    alone, both = (each.measures[0] for each in run_text("llava_next", text, block=block))
+    np.testing.assert_allclose(both.patched, both.base, atol=1e-4)
+    assert np.abs(alone.patched - alone.base).max() > 0.01
 
 
 # --- in combination -------------------------------------------------------------------------------

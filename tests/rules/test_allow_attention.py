@@ -398,6 +398,20 @@ def test_allowed_keys_outside_the_attention_window_equal_the_bare_model(data: Pa
     agree(found, (), {(): cells}, unpatched("mistral"), large=0.02, most=False)
 
 
+@pytest.mark.parametrize(
+    "line", ["block attention layers * from {0}", "set attention layers * from {0} to 0"]
+)
+def test_other_rules_act_on_allowed_keys(data: Path, line: str) -> None:
+    """Keys that are allowed, and then have no weight, change nothing."""
+    edges = "first token to last token"
+    allow = f"allow attention layers * from {edges}"
+    text = experiment("a", allow) + experiment("b", f"{allow}\n  {line.format(edges)}")
+    found = run_file(text, data, "llama", "planned")
+    alone, both = (found[name].measures[0] for name in ("a", "b"))
+    np.testing.assert_allclose(both.patched, both.base, atol=1e-4)
+    assert np.abs(alone.patched - alone.base).max() > 0.02
+
+
 def checked(data: Path, line: str, **facts: Any) -> CheckedFile:
     """Check a file against a shape with changed facts."""
     source = Source(
