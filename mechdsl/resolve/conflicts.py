@@ -607,7 +607,7 @@ def _of_moved_inputs(
     rule: ResolvedRule, experiment: ResolvedExperiment, said: spec.Estimator
 ) -> Iterator[Diagnostic]:
     """Yield conflicts of a rule whose gradients are taken between two runs."""
-    own, runs, path = rule.spec, experiment.table.runs, rule.path
+    own, path = rule.spec, rule.path
     hint = OTHER_ESTIMATOR_HINT if path is None else "write `using eap`"
     if path is None and own.verb != "patch":
         reason = "its gradients are taken on the line between the two prompts of a row, and an "
@@ -631,26 +631,34 @@ def _of_moved_inputs(
         what, reason = f"the run `{rule.run}`", "it has another model or other prompts"
         yield _no_estimate(said, own.span, what, reason, hint)
         return
-    base, source = experiment.spec.base, rule.run
+    if (found := _find_unequal_rows(rule, experiment, hint)) is not None:
+        what, reason, fix = found
+        yield _no_estimate(said, own.span, what, reason, fix)
+
+
+def _find_unequal_rows(
+    rule: ResolvedRule, experiment: ResolvedExperiment, hint: str
+) -> tuple[str, str, str] | None:
+    """Return what differs between the prompts of the first row that doesn't move token by token,
+    the reason and a fix; None if all rows do."""
+    runs, base, source = experiment.table.runs, experiment.spec.base, rule.run
     pairs = zip(runs[base].rows, runs[source].rows, strict=True)
     for number, (first, second) in enumerate(pairs):
+        row = experiment.table.row_ids[number]
         if len(first.ids) != len(second.ids):
-            row = experiment.table.row_ids[number]
             counts = f"row {row} has {len(first.ids)} tokens in `{base}`"
             reason = f"{counts} and {len(second.ids)} in `{source}`, and each token moves"
             has_images = bool(first.pictures or second.pictures)
             what = "images of one width and height, and texts" if has_images else "texts"
             fix = f"choose {what} with as many tokens, or {hint}"
-            yield _no_estimate(said, own.span, "prompts of different lengths", reason, fix)
-            return
+            return "prompts of different lengths", reason, fix
         grids = [_list_grids(each, experiment.model) for each in (first, second) if rule.in_vision]
         if grids and grids[0] != grids[1]:
-            row = experiment.table.row_ids[number]
             reason = f"images of row {row} have other rows and columns of patches in `{source}` "
             reason += f"than in `{base}`, and each patch moves"
             fix = f"use images of one width and height, or {hint}"
-            yield _no_estimate(said, own.span, "images of different sizes", reason, fix)
-            return
+            return "images of different sizes", reason, fix
+    return None
 
 
 def _list_grids(row: RunRow, model: ModelContext) -> list[list[tuple[int, int, int, int]]]:
