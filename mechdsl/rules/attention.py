@@ -155,12 +155,7 @@ def resolve_edge(
     if does.looks_ahead:
         if not does.fits(rule, queries, keys, sites, work):
             return None
-    elif (
-        causal
-        and told
-        and not _has_allowed_keys("", work)
-        and not _check_keys_visible(rule, queries, keys, work)
-    ):
+    elif causal and told and not _check_keys_visible(rule, queries, keys, work):
         return None
     patched = stack == "vision" and not does.looks_ahead
     if patched and not _check_patches_meet(rule, queries, keys, work):
@@ -390,8 +385,13 @@ def _measures_next_token(work: ExperimentContext) -> bool:
 def _check_keys_visible(
     rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: ExperimentContext
 ) -> bool:
-    """Report E0332 if every key is after every query, most likely because they are exchanged."""
+    """Report E0332 if every key is after every query, most likely because they are exchanged.
+
+    A rule of the experiment may allow them.
+    """
     if not queries.written or not keys.written:  # an invalid name is already reported
+        return True
+    if _has_allowed_keys("", work):
         return True
     prompts = (work.table, work.experiment.base, work.model.tokenizer)
     for query, key in _edges(queries, keys):
