@@ -1112,6 +1112,12 @@ def _add_at(model: LoadedModel, point: SitePoint, read: CircuitRead, vectors: Te
     return replace(write_point(point, model, read.rows, read.positions, vectors), mode="add")
 
 
+def _write_parts(group: Sequence[tuple[int, SiteWrite]], rows: int) -> list[SiteWrite]:
+    """Move numbered writes of the first `rows` lanes to those of the irrelevant parts after them,
+    one part for each write."""
+    return [replace(own, rows=own.rows + part * rows) for part, (_, own) in enumerate(group, 1)]
+
+
 def _move_senders(model: LoadedModel, read: CircuitRead, number: int, share: float) -> SiteWrite:
     """Return what the sum of a sublayer gains if the senders of one site move to other values.
 
@@ -1522,11 +1528,7 @@ class EdgeRows(EdgeMaskRows):
             edges = self._receive_irrelevant(rows, lanes, trainer, most)
             while group := [*islice(edges, most)]:
                 run, every = self._open_parts(rows, lanes, trainer, len(group))
-                writes = [
-                    replace(write, rows=write.rows + part * len(rows))
-                    for part, (_, write) in enumerate(group, 1)
-                ]
-                reading, _ = run.read(writes, every, ())
+                reading, _ = run.read(_write_parts(group, len(rows)), every, ())
                 (values,) = self._readout.tensors(reading)
                 whole, *parts = values.double().chunk(1 + len(group))
                 for (cell, _), irrelevant in zip(group, parts, strict=True):
@@ -1557,10 +1559,7 @@ class EdgeRows(EdgeMaskRows):
         while group := [*islice(senders, most)]:
             run, every = self._open_parts(rows, lanes, trainer, len(group))
             writes = self._hold_irrelevant(lanes, whole, len(group))
-            writes += [
-                replace(write, rows=write.rows + part * len(rows))
-                for part, (_, write) in enumerate(group, 1)
-            ]
+            writes += _write_parts(group, len(rows))
             ends = [self._list_decomposed(column) for column, _ in group]
             reads = {n: self._read_received(n) for own in ends for _, _, n in own}
             _, read = run.read(writes, every, [*dict.fromkeys(reads.values())])

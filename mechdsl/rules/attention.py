@@ -322,8 +322,8 @@ class GivenWeight(EdgeIntervention):
             return False
         high = max(amounts.values.values())
         assert rule.edge is not None
-        patched = rule.edge.stack is not None and rule.edge.stack.id == "vision"
-        each_token = work.sites.shape.merged_side**2 if patched else 1
+        in_vision = _stack_word(rule.edge) == "vision"
+        each_token = work.sites.shape.merged_side**2 if in_vision else 1
         counts = (
             len(tokens) * each_token // cell.vectors
             for cell in keys.written.values()
