@@ -178,10 +178,10 @@ def unrank_subset(pool: Sequence[int], size: int, rank: int) -> tuple[int, ...]:
         if left == 1:  # the common case needs no counting
             start, rank = start + rank, 0
         while True:
-            behind = comb(len(pool) - start - 1, left - 1)
-            if rank < behind:
+            following = comb(len(pool) - start - 1, left - 1)
+            if rank < following:
                 break
-            rank -= behind
+            rank -= following
             start += 1
         found.append(pool[start])
         start += 1

@@ -271,14 +271,14 @@ def _check_rules(found: ResolvedExperiment) -> Iterator[Diagnostic]:
             reason = "it observes and changes nothing"
         elif rule.path is not None or rule.does.changes != "sites":
             reason = "an objective applies rules that write vectors at sites"
-        elif any(_is_behind(cell, found) for cell in rule.positions.written.values()):
+        elif any(_is_in_answer(cell, found) for cell in rule.positions.written.values()):
             reason = "it acts on tokens after the prompt"
         if reason:
             what = f"`{rule.spec.verb}`" if rule.spec.observed is None else "`observe`"
             yield _refuse(rule.spec.span, what, reason, "remove the rule")
 
 
-def _is_behind(cell: PositionCell, found: ResolvedExperiment) -> bool:
+def _is_in_answer(cell: PositionCell, found: ResolvedExperiment) -> bool:
     return is_after_prompts(cell, found.table.runs[found.spec.base].rows)
 
 

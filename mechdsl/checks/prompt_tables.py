@@ -756,7 +756,7 @@ class FileContexts:
                 python=self.python,
                 prompts_enough=self._enough,
                 labels=labels or self._labels(name, model.shape),
-                writes=name in self._written_behind,
+                writes=name in self._continued_blocks,
                 used=used,
             )
         except UnsupportedProcessor as unfit:  # may depend on the sizes of the rows' images
@@ -765,7 +765,7 @@ class FileContexts:
             return None, [found]
 
     @cached_property
-    def _written_behind(self) -> frozenset[str]:
+    def _continued_blocks(self) -> frozenset[str]:
         """The blocks after whose prompts a model generates text."""
         every = self.program.experiments
         return frozenset(each.prompts for each in every if each.generation is not None)

@@ -541,7 +541,7 @@ class TaskMismatch(ReasonedDiagnostic):
 
 
 class PositionedOutput(Diagnostic):
-    """`at …` behind a measure of a model that has one output for a whole prompt."""
+    """`at …` after a measure of a model that has one output for a whole prompt."""
 
     code = "E0446"
     depends_on = frozenset({"shape"})

@@ -37,7 +37,7 @@ class UnknownWord(HintedDiagnostic):
 
 
 class ImportFailed(HintedDiagnostic):
-    """A file behind `use` that can't be read."""
+    """A file of `use` that can't be read."""
 
     code = "E0204"
     title = "`{path}` cannot be imported: {reason}"

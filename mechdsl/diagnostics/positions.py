@@ -161,7 +161,7 @@ class NoPositionLeft(Diagnostic):
 
 
 class NoAnswerTokens(HintedDiagnostic):
-    """Tokens of the answer where none stands behind the prompts."""
+    """Tokens of the answer where no answer follows the prompts."""
 
     code = "E0540"
     depends_on = frozenset({"columns"})
@@ -190,7 +190,7 @@ class AnswersDiffer(Diagnostic):
 
 
 class NotInAnswer(ReasonedDiagnostic):
-    """Ways to name tokens of a span that the answer, behind the prompt, doesn't have."""
+    """Ways to name tokens of a span that the answer after the prompt doesn't have."""
 
     code = "E0542"
     title = "`{position}` can't refer to answer tokens"
@@ -218,7 +218,7 @@ class NotInReply(HintedDiagnostic):
 
 
 class RepliesNotUsable(ReasonedDiagnostic):
-    """Replies of another experiment that can't stand behind these prompts."""
+    """Replies of another experiment that can't follow these prompts."""
 
     code = "E0546"
     title = "`{text}` can't follow these prompts: {reason}"
@@ -226,7 +226,7 @@ class RepliesNotUsable(ReasonedDiagnostic):
 
 
 class AnswerNotCovered(Diagnostic):
-    """A rule on the whole prompt, and a measure that reads tokens behind it."""
+    """A rule on the whole prompt, and a measure that reads tokens after it."""
 
     code = "W0741"
     depends_on = frozenset({"tokens"})

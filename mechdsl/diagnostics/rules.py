@@ -367,7 +367,7 @@ class NotOnAPath(ReasonedDiagnostic):
 
 
 class NoPath(Diagnostic):
-    """Senders that lie behind all receivers."""
+    """Senders that come after all receivers."""
 
     code = "E0335"
     title = "no path leads from `{sender}` to `{receiver}`"

@@ -139,17 +139,17 @@ def build_reply_readers(
     return found
 
 
-def merge_reply_values(found: ReadoutResult, behind: ReadoutResult) -> ReadoutResult:
+def merge_reply_values(found: ReadoutResult, in_replies: ReadoutResult) -> ReadoutResult:
     """Combine values read on prompts with values read in replies."""
-    pairs = zip(found.values, behind.values, strict=True)
-    rounding = zip(found.rounding, behind.rounding, strict=True)
+    pairs = zip(found.values, in_replies.values, strict=True)
+    rounding = zip(found.rounding, in_replies.rounding, strict=True)
     return replace(
         found,
         values=[np.where(np.isnan(a), b, a) for a, b in pairs],
         rounding=[a + b for a, b in rounding],
-        broken=found.broken | behind.broken,
-        failed={**found.failed, **behind.failed},
-        gaps={**found.gaps, **behind.gaps},
+        broken=found.broken | in_replies.broken,
+        failed={**found.failed, **in_replies.failed},
+        gaps={**found.gaps, **in_replies.gaps},
     )
 
 
@@ -607,7 +607,7 @@ class UnpatchedRuns:
             shares=plan.shares_rows,
         )
         """Generator of replies; None if no text is generated."""
-        self._behind: dict[tuple[object, ...], dict[int, ReadoutResult]] = {}
+        self._in_replies: dict[tuple[object, ...], dict[int, ReadoutResult]] = {}
         self.passes = 0
         """Number of forward passes so far."""
 
@@ -624,7 +624,7 @@ class UnpatchedRuns:
     def forget(self) -> None:
         """Free all computed values."""
         self._lanes.clear()
-        self._behind.clear()
+        self._in_replies.clear()
         if self.writer is not None:
             self.writer.forget()
 
@@ -913,7 +913,7 @@ class UnpatchedRuns:
             return found
         assert self.writer is not None
         key = (run, prompts.tobytes(), environment, relative)
-        if key not in self._behind:
+        if key not in self._in_replies:
             lanes = np.repeat(prompts, self.named(run).draws)
             none = np.zeros_like(lanes)
             rows, at = RowTable(none, lanes, none), np.arange(len(lanes))
@@ -925,8 +925,8 @@ class UnpatchedRuns:
             }
             replies = self.writer.of_run(self.named(run), prompts)
             have = GeneratedRows(self.named(run), lanes, ())
-            self._behind[key] = read_replies(self, have, replies, readers, relative)
-        return merge_reply_values(found, self._behind[key][id(readout)])
+            self._in_replies[key] = read_replies(self, have, replies, readers, relative)
+        return merge_reply_values(found, self._in_replies[key][id(readout)])
 
     @cached_property
     def _shown(self) -> set[str | None]:

@@ -425,12 +425,12 @@ class FileRun:
         if tell is None or (not later and not self.before):
             return options
         panels = make_plan(later).panels
-        behind = sum(each.count() for panel in panels for each in panel.experiments)
+        left = sum(each.count() for panel in panels for each in panel.experiments)
         before = self.before
 
         def advance(done: int, total: int) -> None:
             self.before = before + done
-            tell(before + done, before + total + behind)
+            tell(before + done, before + total + left)
 
         return replace(options, on_progress=advance)
 

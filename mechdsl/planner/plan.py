@@ -658,7 +658,7 @@ def _acts_in_answers(experiment: ResolvedExperiment, plan: RulePlan) -> bool:
     places = [(plan.written, base)]
     places += [] if plan.keys is None else [(plan.keys, base)]
     places += [] if plan.rule.apart is not None else [(plan.read, plan.rule.run)]
-    return any(hits.lie_behind(runs[run].lengths) for hits, run in places)
+    return any(hits.include_answers(runs[run].lengths) for hits, run in places)
 
 
 def _paths(

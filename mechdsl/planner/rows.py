@@ -138,7 +138,7 @@ class TokenHits:
         np.minimum.at(found, index, token)
         return found
 
-    def lie_behind(self, lengths: Ints) -> bool:
+    def include_answers(self, lengths: Ints) -> bool:
         """Whether any token lies after its prompt, in the answer.
 
         Args:

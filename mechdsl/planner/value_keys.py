@@ -505,10 +505,10 @@ class ExperimentKeys:
         said = self.plan.experiment.spec.estimator
         if said is None or not said.joins_cells:
             return found
-        return mix_numbers(found, self._beside[self._sites[rows.cell], rows.prompt])
+        return mix_numbers(found, self._joined_writes[self._sites[rows.cell], rows.prompt])
 
     @cached_property
-    def _beside(self) -> KeyNumbers:
+    def _joined_writes(self) -> KeyNumbers:
         """Content of all writes to a site, in any order. Shape [site, prompt]."""
         rows = self.plan.rows(self.kept)
         codes = np.array([digest_number(code) for code in self._codes], dtype=np.uint64)

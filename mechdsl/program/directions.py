@@ -628,8 +628,8 @@ def drop_circular_directions(
     """Return the other directions; E0341 for directions that depend on themselves."""
     found = dict(directions)
     for name, definition in directions.items():
-        behind = direction_dependencies([definition.value], directions)
-        if any(each.name == name for each in behind):
+        dependencies = direction_dependencies([definition.value], directions)
+        if any(each.name == name for each in dependencies):
             text = definition.value.span.written
             reason = f"`{name}` is defined in terms of itself"
             hint = "define it with a fit, such as `mean_difference(…)`, or with other directions"

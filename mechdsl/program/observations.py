@@ -117,7 +117,7 @@ def lower_observation(
         site=statement.site,
         at=statement.at or _last_token(),
         onto=statement.other,
-        receiver=_beside(statement.compared, prompts, work),
+        receiver=_compared_with(statement.compared, prompts, work),
         source=source,
         observed=spec.ObservedQuantity(
             span=called.span,
@@ -271,7 +271,7 @@ def _compared_run(run: ast.Expr, prompts: spec.Prompts, work: Statements) -> ast
     return None if name is None else ast.Site((replace(run, id=name),), span=run.span)
 
 
-def _beside(
+def _compared_with(
     site: ast.Site | None, prompts: spec.Prompts | None, work: Statements
 ) -> ast.Site | None:
     """Lower the part after `with`: a site or a run; a block of prompts means its run."""

@@ -95,7 +95,7 @@ def spec_fields(kind: type[Spec]) -> tuple[str, ...]:
 
 
 class RepliesOf(Spec):
-    """`with replies of writes(c: 1)`: what another experiment wrote stands behind the prompts."""
+    """`with replies of writes(c: 1)`: another experiment's replies follow the prompts."""
 
     of: str
     cell: tuple[ArgumentText, ...] = ()
@@ -533,8 +533,8 @@ class Loop(Spec):
 
 
 class Measure(Spec):
-    """`label` is the name of the metric, or the expression as written; with the position behind it
-    where another measure of the experiment goes by the same name and is read elsewhere."""
+    """`label` is the name of the metric, or the expression as written; with the position after it
+    if another measure of the experiment has the same name and is read elsewhere."""
 
     label: str
     metric: ExprText

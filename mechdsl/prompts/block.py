@@ -759,7 +759,7 @@ class PromptsBlock:
         """
         return len(self.domains[TILE]) if self.spec.tiles is not None else 1
 
-    def images_behind(self, number: int) -> int:
+    def image_number(self, number: int) -> int:
         """Return the number of a row's image: equal for its tiles only."""
         if self.tiles == 1:
             return number
@@ -986,7 +986,7 @@ class PromptsBlock:
             note(name_uses(part, self.placeholders), changed)
         if len(self.templates) > 1:
             yield TEMPLATE, tuple(t.text.value for t in self.templates)
-        if self.spec.tiles is not None:  # outermost: `images_behind` depends on it
+        if self.spec.tiles is not None:  # outermost: `image_number` depends on it
             yield TILE, self.domains[TILE]
         for name, values in self.domains.items():
             if name == TILE and self.spec.tiles is not None:

@@ -405,7 +405,7 @@ def _with_texts(
                 if (run.name, name) in found:
                     text = found[run.name, name][number]
                     texts[name] = drop_shared_token(text, moved) or text
-            reply = None if row.reply is None else replace(row.reply, behind=len(moved))
+            reply = None if row.reply is None else replace(row.reply, suffix=len(moved))
             rows.append(extend_row(replace(row, texts=texts, reply=reply), moved, characters))
         runs[run.name] = replace(run, rows=tuple(rows))
     unlike = list(dict.fromkeys(diagnostics))

@@ -877,7 +877,7 @@ class Row(ImageRow):
         Equal records have independent draws.
         """
         data = self.block.data
-        number = self.block.images_behind(self.id)  # tiles of an image share their draws
+        number = self.block.image_number(self.id)  # tiles of an image share their draws
         if data is None:
             return number
         found, at = data.by_content, self.places[RECORD]

@@ -73,12 +73,12 @@ class ReplySpan(Record):
     """The text, without the stop string."""
     stands_in: bool = False
     """The reply is a placeholder: it isn't generated yet."""
-    behind: int = 0
+    suffix: int = 0
     """Number of tokens after the reply that all texts of the block begin with."""
 
     def of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """Return the reply's tokens, given all tokens of a row."""
-        return ids[self.first : len(ids) - self.behind]
+        return ids[self.first : len(ids) - self.suffix]
 
 
 class RunRow(Record):
@@ -567,10 +567,10 @@ def _goes_on(text: str, at: int) -> bool:
     """Return whether a word or a multi-code-point character continues across a position."""
     if not 0 < at < len(text):
         return False
-    before, behind = text[at - 1], text[at]
-    if before in _JOINERS or behind in _JOINERS or behind in _SKIN_TONES or _is_mark(behind):
+    before, after = text[at - 1], text[at]
+    if before in _JOINERS or after in _JOINERS or after in _SKIN_TONES or _is_mark(after):
         return True
-    return _in_word(before) and _in_word(behind)
+    return _in_word(before) and _in_word(after)
 
 
 def _in_word(char: str) -> bool:

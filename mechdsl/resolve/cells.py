@@ -282,9 +282,9 @@ def find_token_mismatches(
         for to, of in (pair for run in hits for pair in zip(*run, strict=False)):
             if to >= len(own.ids) or of >= len(theirs.ids):
                 continue  # tokens of the answer, which are equal
-            behind = len(own.ids) - to
+            tail = len(own.ids) - to
             from_start = to == of and to > prefix
-            from_end = behind == len(theirs.ids) - of and behind > suffix + 1
+            from_end = tail == len(theirs.ids) - of and tail > suffix + 1
             if (from_start or from_end) and own.ids[to] != theirs.ids[of]:
                 found.append((n, to, of))
     return found

@@ -1440,7 +1440,7 @@ class _Draws:
         if what is None:
             reason = "no rule of this experiment has targets that can be drawn at random"
             return _NoDraws(reason, "sites, layers and positions of rules can be drawn")
-        if what == "positions" and any(map(self._is_behind, self.experiment.rules)):
+        if what == "positions" and any(map(self._acts_in_answers, self.experiment.rules)):
             reason = "tokens of an answer have no alternatives"
             return _NoDraws(reason, "draw sites or layers, or name positions of the prompt")
         if what == "positions" and any(rule.acts_later for rule in self.experiment.rules):
@@ -1531,11 +1531,11 @@ class _Draws:
         layers = max(self.shape.in_stack(p.site)[0].n_layers for p in points) if points else 0
         if rule.path is None and layers > 1 and in_layers:
             found.add("layers")
-        if rule.does.drawn_positions and not self._is_behind(rule) and not rule.acts_later:
+        if rule.does.drawn_positions and not self._acts_in_answers(rule) and not rule.acts_later:
             found.add("positions")
         return found
 
-    def _is_behind(self, rule: ResolvedRule) -> bool:
+    def _acts_in_answers(self, rule: ResolvedRule) -> bool:
         """Return whether a rule acts on answer tokens, which have no alternatives."""
         rows = self.experiment.table.runs[self.experiment.spec.base].rows
         return any(is_after_prompts(cell, rows) for cell in rule.positions.written.values())

@@ -237,20 +237,20 @@ def find_answer_tokens(work: ExperimentContext, kinds: Registry[RuleKind]) -> An
         if atom.texts and not atom.of_class
     ]
     found = [atom for elsewhere, atom in of_texts if not elsewhere]
-    behind = (
+    read = (
         [atom for atom in found if any(atom.appended)]
         or [atom for atom in found if atom.form.takes == "continuation"]
         or found
     )
-    if not behind and any(measure is None for _, measure in measures):  # the text is unknown
+    if not read and any(measure is None for _, measure in measures):  # the text is unknown
         return AnswerTokens(((ANSWER_SPAN, (1,) * len(work.table)),))
-    if not behind and of_texts:
+    if not read and of_texts:
         return AnswerTokens(
             reason="measures with `at` read tokens of the prompt",
             hint="measure a text without `at`, or name a position of the prompt",
         )
     return AnswerTokens(
-        tuple((_text_of_metric(atom), atom.lengths) for atom in behind),
+        tuple((_text_of_metric(atom), atom.lengths) for atom in read),
         reason="no measure of this experiment reads a text after the prompt",
         hint="measure one, such as `logprob(answer)`, or name a position of the prompt",
     )
@@ -492,12 +492,14 @@ def _control(
 
 def _rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> list[ResolvedRule | None]:
     """Resolve each rule; None for rejected ones."""
-    behind, replies = find_answer_tokens(work, kinds), get_reply_tokens(work.experiment)
+    answers, replies = find_answer_tokens(work, kinds), get_reply_tokens(work.experiment)
     rules: list[ResolvedRule | None] = []
     for rule in work.experiment.rules:
         kind = kinds[rule.verb]
         work.replies = replies if kind.reads_replies else RULE_REPLIES
-        work.answers = behind if not kind.within_prompt else AnswerTokens(reason=kind.within_prompt)
+        work.answers = (
+            answers if not kind.within_prompt else AnswerTokens(reason=kind.within_prompt)
+        )
         found = resolve_rule(kind.resolve, rule, work)
         rules.append(None if found is None else resolve_steps(found, work))
     return rules

@@ -805,8 +805,8 @@ def remove_tokens(
     read_at: dict[AxisIndices, PositionCell] = {}
     newest: set[AxisIndices] = set()
     for before in positions.written:
-        for behind in product(*(range(sizes[axis]) for axis in more)):
-            key = (*before, *behind)
+        for after in product(*(range(sizes[axis]) for axis in more)):
+            key = (*before, *after)
             at = dict(zip(every_axis, key, strict=True))
             without = tuple(at[axis] for axis in axes) in empty
             for cells, into in ((positions.written, written), (positions.read, read_at)):

@@ -72,7 +72,7 @@ class _Placed:
 
     before: list[ast.Comment] = field(default_factory=list[ast.Comment])
     inside: list[ast.Comment] = field(default_factory=list[ast.Comment])
-    behind: list[ast.Comment] = field(default_factory=list[ast.Comment])
+    trailing: list[ast.Comment] = field(default_factory=list[ast.Comment])
 
 
 class _Writer:
@@ -91,10 +91,10 @@ class _Writer:
         return _spaced(items, depth)
 
     def _statement(self, node: Any, placed: _Placed, depth: int) -> _Item:
-        behind = "".join(f"  {c.text}" for c in placed.behind)
+        trailing = "".join(f"  {c.text}" for c in placed.trailing)
         lines = self._lines(node, placed.inside, depth)
-        lines[-1] += behind
-        end = max([node.span.end, *(c.span.end for c in placed.behind)])
+        lines[-1] += trailing
+        end = max([node.span.end, *(c.span.end for c in placed.trailing)])
         return _Item(node, lines, node.span.start, end)
 
     def _lines(self, node: Any, inside: list[ast.Comment], depth: int) -> list[str]:
@@ -137,7 +137,7 @@ def _place(
         at = comment.span.start
         alone = following is None or at < following
         if alone and not comment.own_line and "\n" not in span.source.text[span.end : at]:
-            placed.behind.append(comment)
+            placed.trailing.append(comment)
             used += 1
     return placed, used
 

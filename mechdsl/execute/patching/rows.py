@@ -335,21 +335,21 @@ def compute_receiver_writes(
             reads[read_of[place]], index = _distinct_places(wanted, own, sender)
             back[place] = own, index
     last = np.flatnonzero(is_end[wanted.point])
-    behind, gaining = SiteRead("resid_post", shape.n_layers - 1), last
+    end, gaining = SiteRead("resid_post", shape.n_layers - 1), last
     if len(last):
-        reads[behind], gaining = _distinct_places(wanted, last, sender)
+        reads[end], gaining = _distinct_places(wanted, last, sender)
     if not reads:  # all receivers are after the end of the pass
         return [], []
     found = run(rows.take(first), draws[first], reads)
     writes: list[SiteWrite] = []
     added: list[SiteWrite] = []
     if len(last):
-        without = base(rows.take(first), draws[first], {behind: reads[behind]})
-        gained = (found[behind] - without[behind])[:, 0]
+        without = base(rows.take(first), draws[first], {end: reads[end]})
+        gained = (found[end] - without[end])[:, 0]
         vectors = gained[array_to_device(gaining, gained.device)]
         unit = np.zeros(len(last), dtype=np.int64)
         part = RuleWrite(wanted.row[last], wanted.token[last], unit, vectors, "add")
-        added.append(join_writes((behind.site, behind.layer), [part]))
+        added.append(join_writes((end.site, end.layer), [part]))
     for place, (own, index) in back.items():
         again, unit = expand_units(unit_of[wanted.point[own]], unit_count(shape, *place))
         own, index = own[again], index[again]
@@ -447,7 +447,7 @@ class Patcher:
         logits, reads, observed, tokens = self._forward(rows, readouts, wanted)
         have = GeneratedRows(rows.run, rows.prompts, (), rows.acting, rows.later)
         lanes_of = partial(self.runs.lanes, run, batch)
-        behind = read_replies(self.runs, have, replies, readers)
+        in_replies = read_replies(self.runs, have, replies, readers)
         for member, many, readout, want, own, read, seen in zip(
             members, repeated, readouts, wanted, logits, reads, observed, strict=True
         ):
@@ -469,8 +469,8 @@ class Patcher:
             written = [replies[row] for row in many.at] if replies else ()
             found = read_samples(readout, reading, written, skip=self.skip[member.number])
             found = replace(found, listed=None if seen is None else seen.listed)
-            if member.number in behind:
-                found = merge_reply_values(found, behind[member.number])
+            if member.number in in_replies:
+                found = merge_reply_values(found, in_replies[member.number])
             yield member, found.over_draws(draws)
 
     def written(

@@ -225,8 +225,8 @@ def _fill_block(
     if SITES[block.place[0]].width == "key":  # keys after the prompt's end stay NaN
         vectors = vectors[..., : view.shape[-1]]
         keys = torch.arange(vectors.shape[-1])
-        behind = keys >= torch.from_numpy(ends[prompt])[:, None, None]
-        vectors = vectors.masked_fill(behind, torch.nan)
+        outside = keys >= torch.from_numpy(ends[prompt])[:, None, None]
+        vectors = vectors.masked_fill(outside, torch.nan)
     where = torch.from_numpy(row), torch.from_numpy(slot)
     view[(*where, slice(None), slice(vectors.shape[-1]))] = vectors
     there[row, slot] = True
@@ -282,14 +282,14 @@ def compute_means(
         readout: Readout whose continuations matter if rules act on them.
 
     Returns:
-        `RuleInputs.means` and `RuleInputs.behind`.
+        `RuleInputs.means` and `RuleInputs.of_texts`.
     """
     averaging = {n: rule for n, rule in enumerate(plan.rules) if rule.rule.does.reads == "mean"}
     means = {
         number: _compute_rule_means(rule, runs, batches, None, directions)
         for number, rule in averaging.items()
     }
-    behind = {
+    of_texts = {
         text.number: {
             number: _compute_rule_means(rule, runs, batches, text, directions)
             for number, rule in averaging.items()
@@ -297,7 +297,7 @@ def compute_means(
         }
         for text in (readout.appended_texts if plan.in_answers else ())
     }
-    return means, behind
+    return means, of_texts
 
 
 def _permute_rows(kept: Ints, keys: Sequence[int], seed: int) -> Ints:
@@ -584,9 +584,9 @@ class DerivedRuns:
         if name not in self._written:
             plan, cells, readout = self.plans[name], self.cells[name], Readout.of(())
             directions = self.directions[name]
-            means, behind = compute_means(plan, self.runs, self.batches, readout, directions)
+            means, of_texts = compute_means(plan, self.runs, self.batches, readout, directions)
             made = compute_cell_vectors(plan, cells, self.runs, self.batches, readout)
-            self._written[name] = RuleInputs(means, behind, self.donors[name], made, directions)
+            self._written[name] = RuleInputs(means, of_texts, self.donors[name], made, directions)
         return self._written[name]
 
     def rules(self, run: PromptRun, prompts: Ints, draw: Ints, batch: Ints) -> RuleWrites:

@@ -138,7 +138,7 @@ class RuleInputs:
 
     means: Mapping[int, RuleMeans]
     """Means by number of the rule."""
-    behind: Mapping[int, Mapping[int, RuleMeans]]
+    of_texts: Mapping[int, Mapping[int, RuleMeans]]
     """Means in passes with a continuation, by number of the metric that reads it; only for rules
     that act on tokens after the prompts."""
     donors: Mapping[int, Ints]
@@ -172,12 +172,12 @@ class RuleInputs:
 
     def made_with(self, rule: int, text: Continuation | None) -> CellVectors | None:
         """Return the vectors that a rule writes with this continuation, if it reads whole cells."""
-        behind = None if text is None else self.made.get((rule, text.number))
-        return self.made.get((rule, None)) if behind is None else behind
+        found = None if text is None else self.made.get((rule, text.number))
+        return self.made.get((rule, None)) if found is None else found
 
     def of(self, text: Continuation | None) -> Mapping[int, RuleMeans]:
         """Return the means in passes with this continuation, by number of the rule."""
-        return self.means if text is None else {**self.means, **self.behind.get(text.number, {})}
+        return self.means if text is None else {**self.means, **self.of_texts.get(text.number, {})}
 
 
 RuleReader: TypeAlias = Callable[[RulePlan], UnpatchedBatch]

@@ -279,11 +279,11 @@ class PanelRunner:
             measured, readout = self.measured[plan.experiment.key], self.readouts
             batches = [own for batch in every if len(own := measured.among(batch))]
             own = self.means_and_donors[plan.experiment.key]
-            means, behind = compute_means(
+            means, of_texts = compute_means(
                 plan, self.runs, batches, readout[plan.experiment.key], own.directions
             )
             made = self._made(plan, batches)
-            found = RuleInputs(means, behind, own.donors, made, own.directions)
+            found = RuleInputs(means, of_texts, own.donors, made, own.directions)
             self.means_and_donors[plan.experiment.key] = found
         self.running = self._sound
 

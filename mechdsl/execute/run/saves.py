@@ -222,8 +222,8 @@ def select_rows_to_save(
         hits: list[Hits] = []
         for row, reply in zip(own, replies, strict=True):
             tokens = find_reply_tokens(cell.reply.of_row(row), reply.ids, reply.text, decode)
-            behind = tuple(len(run.rows[row].ids) - 1 + token for token in tokens)
-            hits.append((behind,) if behind else ())
+            placed = tuple(len(run.rows[row].ids) - 1 + token for token in tokens)
+            hits.append((placed,) if placed else ())
         return replace(cell, hits=tuple(hits), reply=None)
 
     rows = tuple(

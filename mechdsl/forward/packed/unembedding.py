@@ -51,7 +51,7 @@ class ModelUnembedding:
     def logits(self, vectors: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Implement the protocol."""
         last = self.model.shape.n_layers - 1
-        return self._behind(SiteRead("resid_post", last), vectors, tokens)
+        return self._logits_after(SiteRead("resid_post", last), vectors, tokens)
 
     def differentiable_logits(self, vectors: Tensor) -> Tensor:
         """Return the logits of `logits`, which carry gradients of the vectors if these do.
@@ -83,8 +83,8 @@ class ModelUnembedding:
         Bias and cap are left out.
         """
         place = SiteRead("final_norm")
-        zero = self._behind(place, torch.zeros_like(vectors[:1]), tokens)
-        found = self._behind(place, vectors, tokens)
+        zero = self._logits_after(place, torch.zeros_like(vectors[:1]), tokens)
+        found = self._logits_after(place, vectors, tokens)
         return uncap_logits(self.model, found) - uncap_logits(self.model, zero)
 
     def neurons_out(self, layer: int, units: Tensor, values: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class ModelUnembedding:
 
     # --- through the model ------------------------------------------------------------------------
 
-    def _behind(self, place: SiteRead, vectors: Tensor, tokens: Tensor | None) -> Tensor:
+    def _logits_after(self, place: SiteRead, vectors: Tensor, tokens: Tensor | None) -> Tensor:
         """Return [K, tokens]: logits after vectors [K, d_model] are written at a site."""
         found = [self._rows(place, part, tokens) for part in vectors.split(MAX_VECTORS)]
         return torch.cat(found) if found else vectors.new_zeros(0, self.model.shape.outputs)

@@ -254,7 +254,7 @@ def reply_cells(
     cells: list[PositionCell] = []
     for label, place in found:
         if there:
-            hits = tuple(_behind(row, place.of_row(n), tokenizer) for n, row in enumerate(rows))
+            hits = tuple(_reply_hits(row, place.of_row(n), tokenizer) for n, row in enumerate(rows))
             cells += [PositionCell(label, hits)] if any(hits) else []
         else:
             last = tuple(single_token_hit(len(row.ids) - 1) for row in rows)
@@ -270,7 +270,7 @@ def _length(row: RunRow) -> int:
     return 0 if row.reply is None else len(row.reply.of(row.ids))
 
 
-def _behind(row: RunRow, place: ReplyPosition, tokenizer: TextTokenizer) -> Hits:
+def _reply_hits(row: RunRow, place: ReplyPosition, tokenizer: TextTokenizer) -> Hits:
     """Return the hits of a position in the reply after a row's prompt.
 
     While the reply is a placeholder, a text in it is represented by its last token.
@@ -866,8 +866,8 @@ class _Resolver:
             # Special tokens are hit only if they are named or counted.
             counted = isinstance(point.base, ast.TokenIndex)
             hint = "the offset points outside the text; choose a smaller one"
-            behind = self._answer_in(point.base)
-            return self.counted.inside(cells, point, hint, special=counted, behind=behind)
+            in_answer = self._answer_in(point.base)
+            return self.counted.inside(cells, point, hint, special=counted, in_answer=in_answer)
         return cells
 
     def _base(self, base: ast.PointBase, align: str | None) -> list[PositionCell]:
@@ -969,8 +969,8 @@ class _Resolver:
                 tokens = places[k - 1].tokens if len(places) >= k else ()
                 hits.append((tokens if base.plural else tokens[-1:],) if tokens else ())
             name = ref.name if ref.name is not None else f'"{ref.literal}"'
-            behind = f" of {ref.of}" if ref.of is not None else ""
-            cells.append(PositionCell(f"{name} {k}{behind}", tuple(hits), k))
+            within = f" of {ref.of}" if ref.of is not None else ""
+            cells.append(PositionCell(f"{name} {k}{within}", tuple(hits), k))
         self.spans.warn(
             ref,
             (
@@ -1066,7 +1066,7 @@ class _Resolver:
             return []
         if not self.spans.answer_fits(position, from_end=not base.plural) or not cells:
             return []
-        tokens = [self.spans.behind(n) for n in range(self.total)]
+        tokens = [self.spans.answer_tokens(n) for n in range(self.total)]
         if not base.plural:
             return [*cells, *span_cells(ANSWER_SPAN, tokens, {len(own) for own in tokens})]
         hits = ((own[0] + tokens[n],) for n, own in enumerate(cells[0].hits))

@@ -325,7 +325,7 @@ class SpanFinder:
                 ]
             return [m.place(*at) for at in found]
         if self.is_answer(ref):
-            return [SpanOccurrence(0, 0, self.behind(n))]
+            return [SpanOccurrence(0, 0, self.answer_tokens(n))]
         special = self.special_id(ref)
         if special is not None:
             return [
@@ -357,13 +357,13 @@ class SpanFinder:
     def is_answer(self, ref: ast.SpanRef) -> bool:
         """Return whether a span is the text after the prompt: no prompt has a span of that name."""
         named = ref.name == ANSWER_SPAN and ref.of is None
-        return named and not self.of_images and self._answer_is_behind
+        return named and not self.of_images and self._answer_is_after
 
     @cached_property
-    def _answer_is_behind(self) -> bool:
+    def _answer_is_after(self) -> bool:
         return all(span.name != ANSWER_SPAN for span in self._all_spans())
 
-    def behind(self, n: int) -> tuple[int, ...]:
+    def answer_tokens(self, n: int) -> tuple[int, ...]:
         """Return the positions of a row's longest text after its prompt."""
         size = len(self.maps[n].row.ids)
         return tuple(range(size, size + self.answers.longest(n)))
@@ -892,8 +892,8 @@ def _picker(ref: ast.SpanRef) -> tuple[int | None, int]:
 
 def _occurrences(ref: ast.SpanRef) -> list[str]:
     """Return the expressions that select one of several occurrences."""
-    name, behind = ref.span.written, f" of {ref.of}" if ref.of is not None else ""
-    ways = [f"`first-{name} token`", f"`last-{name} token`", f"`{ref.name} 2{behind} token`"]
+    name, within = ref.span.written, f" of {ref.of}" if ref.of is not None else ""
+    ways = [f"`first-{name} token`", f"`last-{name} token`", f"`{ref.name} 2{within} token`"]
     return [*ways, f"`each {name} token` for one run each", f"`{name} tokens` for all of them"]
 
 
@@ -998,7 +998,7 @@ class CountedTokens:
         hint: str,
         *,
         special: bool,
-        behind: bool = False,
+        in_answer: bool = False,
     ) -> list[PositionCell]:
         """Return the cells if all hits are inside the prompts, else none after E0310.
 
@@ -1009,9 +1009,9 @@ class CountedTokens:
             node: The position.
             hint: The hint of E0310.
             special: Special tokens count as inside.
-            behind: Tokens of the answer after the prompt count as inside.
+            in_answer: Tokens of the answer after the prompt count as inside.
         """
-        beyond = [self._beyond(cell, special=special, behind=behind) for cell in cells]
+        beyond = [self._beyond(cell, special=special, in_answer=in_answer) for cell in cells]
         lacking = set[int]().union(*beyond)
         if lacking and self.spans.drops_out(node):
             left = [_without(*each) for each in zip(cells, beyond, strict=True)]
@@ -1039,13 +1039,13 @@ class CountedTokens:
         point = node if isinstance(node, ast.Point) else ast.Point(node, span=node.span)
         return format_position(ast.Position(point, span=node.span))
 
-    def _beyond(self, cell: PositionCell, *, special: bool, behind: bool) -> set[int]:
+    def _beyond(self, cell: PositionCell, *, special: bool, in_answer: bool) -> set[int]:
         """Return the rows in which a cell leaves the prompt."""
         lacking: set[int] = set()
         for n, row in enumerate(cell.hits):
             own = self.maps[n].row
             size = len(own.ids)
-            allowed = range(size + (self.spans.answers.longest(n) if behind else 0))
+            allowed = range(size + (self.spans.answers.longest(n) if in_answer else 0))
             for run in row:
                 inside = all(
                     p in allowed and (special or p >= size or not own.special[p]) for p in run

@@ -193,7 +193,7 @@ class LogitLens(SiteObservation):
 
 @observation("direct_logit", unit="logit")
 class DirectLogit(SiteObservation):
-    """What a component adds to the logits that stand behind `toward`, by itself.
+    """What a component adds to the logits of `toward`, by itself.
 
     Its output goes through the final norm, whose scale is held at that of the stream, and the
     unembedding. Embeddings (`resid_pre layer 0`), attention and MLPs of all layers add up to the

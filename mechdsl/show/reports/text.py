@@ -162,8 +162,8 @@ def scale_note(result: ExperimentResult, data: MeasureData) -> str | None:
         base_run = with_value(result.shown(result.base), base, "")
         nothing = "everything ablated" if result.circuit is None else effect.zero
         return f"0 is {with_value(nothing, source, '')}, 1 is {base_run}"
-    behind = " after the same replies" if data.as_patched else ""
-    zero = f"0 is {with_value(result.shown(result.base) + behind, base, unit)}"
+    after = " after the same replies" if data.as_patched else ""
+    zero = f"0 is {with_value(result.shown(result.base) + after, base, unit)}"
     if data.source is None or data.effect == "relative":
         return zero
     name = result.shown(result.source or "")

@@ -136,8 +136,8 @@ def _is_equal(one: Reply, other: Reply) -> bool:
 
 
 def _end_mark(reply: Reply) -> tuple[ReplyPart, ...]:
-    behind = {"length": LENGTH_MARK, "broken": BROKEN_MARK}.get(reply.ended)
-    return () if behind is None else (ReplyPart(behind),)
+    mark = {"length": LENGTH_MARK, "broken": BROKEN_MARK}.get(reply.ended)
+    return () if mark is None else (ReplyPart(mark),)
 
 
 def _base_replies(result: ExperimentResult, row: int, cell: CellKey) -> Sequence[Reply]:
@@ -244,8 +244,8 @@ def _reply_texts(line: ReplyLine) -> Iterator[Text]:
 
 
 def _part_text(part: ReplyPart) -> Text:
-    before, behind = PART_SIGNS[part.kind]
-    return Text(before + escape_hidden(part.text) + behind, style=PART_STYLES[part.kind])
+    before, after = PART_SIGNS[part.kind]
+    return Text(before + escape_hidden(part.text) + after, style=PART_STYLES[part.kind])
 
 
 TEXTS_STYLE = f"""

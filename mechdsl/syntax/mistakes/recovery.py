@@ -302,8 +302,8 @@ def _causes(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     open_texts = [d.span for d in diagnostics if isinstance(d, UnterminatedString) and d.span]
     swallowed = {span.line for span in open_texts}
     signs = [d.span for d in diagnostics if isinstance(d, UnexpectedCharacter) and d.span]
-    behind = {skip_space(span.source.text, span.end) for span in signs}
-    behind |= {span.start for span in signs}
+    following = {skip_space(span.source.text, span.end) for span in signs}
+    following |= {span.start for span in signs}
     first_on: dict[int, int] = {}
     for span in (d.span for d in diagnostics if d.span is not None):
         first_on[span.line] = min(first_on.get(span.line, span.start), span.start)
@@ -317,7 +317,7 @@ def _causes(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
             return span.start >= first
         # A white-space token is the position of an inserted bracket.
         return isinstance(diagnostic, UnexpectedToken) and (
-            span.start in behind
+            span.start in following
             or span.text.isspace()
             or (not diagnostic.hint and span.start > first_on[span.line])
         )
