@@ -145,6 +145,10 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
 """Pickles that a trainer saves next to a model."""
 
+_FILE_FOLDER = "the folder of the file"
+
+_WRITE_PATH = "write the path from the `.mech` file to the model's folder"
+
 
 def locate_model(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
     """Return the folder with the model's `config.json`.
@@ -184,8 +188,8 @@ def check_weights(folder: Path, model: Model) -> Diagnostic | None:
         return NoWeights(
             span=model.span, model=model.name, what=what, config=ADAPTER_CONFIG, advice=advice
         )
-    hub = model.kind == "hf"
-    advice = f"`hf download {model.path}` fetches them" if hub else "copy them there"
+    cached = model.kind == "hf" and folder == find_snapshot(model.path, model.revision)
+    advice = f"`hf download {model.path}` fetches them" if cached else "copy them there"
     return NoWeights(span=model.span, model=model.name, advice=advice)
 
 
@@ -219,8 +223,8 @@ def _local(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
                 span=model.span,
                 model=model.name,
                 path=model.path,
-                place="the folder of the file",
-                advice="write the path from the `.mech` file to the model's folder",
+                place=_FILE_FOLDER,
+                advice=_WRITE_PATH,
             )
         ]
     return _checked(folder, model)
@@ -235,15 +239,19 @@ def _hub(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
     snapshot = find_snapshot(model.path, model.revision)
     if snapshot is not None and any(map(os.path.isfile, _configs(snapshot))):
         return _checked(snapshot, model, by_name=True)
+    place, advice = "the Hugging Face cache", f"`hf download {model.path}` fetches it"
+    if _is_path(model.path):
+        place, advice = _FILE_FOLDER, _WRITE_PATH
     return None, [
         ModelNotLocal(
-            span=model.span,
-            model=model.name,
-            path=model.path,
-            place="the Hugging Face cache",
-            advice=f"`hf download {model.path}` fetches it",
+            span=model.span, model=model.name, path=model.path, place=place, advice=advice
         )
     ]
+
+
+def _is_path(name: str) -> bool:
+    """Return whether a name can only be a folder: those of the hub have at most one slash."""
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
 
 
 def require_model(found: Iterable[Diagnostic]) -> list[Diagnostic]:
@@ -306,8 +314,7 @@ def _not_a_model(folder: Path, model: Model) -> Diagnostic | None:
             'separate folder: `model tuned = local("adapter", base: m)` reads it from there',
         )
     name = model.name if model.name.isidentifier() else "tuned"  # `mechdsl sites` has a path here
-    here = named.startswith(("/", ".", "~")) or "\\" in named
-    line = f'model m = {"local" if here else "hf"}("{named or "…"}")'
+    line = f'model m = {"local" if _is_path(named) else "hf"}("{named or "…"}")'
     return AdapterFolder(
         span=model.span,
         path=model.path,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from mechdsl import zoo
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.loader import adopt_model, load_model
-from mechdsl.models.folder import weight_files
+from mechdsl.models.folder import check_weights, weight_files
 from mechdsl.zoo import zoo_models
 
 from ..quick import some
@@ -218,6 +218,38 @@ def test_hf_model_missing_from_the_cache_names_the_download_command(
     assert model is None
     assert [d.code for d in problems] == ["E0401"]
     assert problems[0].help_text.startswith("`hf download org/name` fetches it; without it nothing")
+
+
+@pytest.mark.parametrize("path", ["./missing", "../missing", "/missing", "a/b/missing"])
+def test_missing_folder_of_hf_names_no_download(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    _, problems = load_model(statement(path, "hf"))
+    assert [d.code for d in problems] == ["E0401"]
+    assert "the folder of the file" in problems[0].label_text
+    assert problems[0].help_text.startswith("write the path from the `.mech` file")
+
+
+def test_weights_missing_from_a_folder_of_hf_are_not_downloaded(tmp_path: Path) -> None:
+    source = Path(zoo.__path__[0]) / "counting"
+    shutil.copytree(source, tmp_path / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
+    problem = check_weights(tmp_path / "hollow", statement(str(tmp_path / "hollow"), "hf"))
+    assert problem is not None
+    assert problem.help_text == "copy them there"
+
+
+def test_weights_missing_from_the_cache_are_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    source = Path(zoo.__path__[0]) / "counting"
+    shutil.copytree(source, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("abc")
+    _, problems = load_model(statement("org/name", "hf"))
+    assert [d.help_text for d in problems] == ["`hf download org/name` fetches them"]
 
 
 @pytest.mark.parametrize("family", families.VERIFIED)
