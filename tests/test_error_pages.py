@@ -29,6 +29,7 @@ from .cli import conftest as cli
 from .execute.breaking import broke_off
 from .execute.nan import left_out
 from .image_prompts import test_families as families
+from .image_prompts import test_vision_encoder as vision
 from .markdown import Fence, fences
 from .models import broken
 from .statistics_files.skewed_family import too_skewed
@@ -42,6 +43,7 @@ CAUSES = {
     "E0458": lambda: (None, families.miscounted()),
     "E0459": lambda: (None, families.changed_text()),
     "E0650": broke_off,
+    "W0742": lambda: (None, vision.unread_blocks("ablate z vision layer 1 at {} with zero")),
     "W0723": too_skewed,
     "W0750": left_out,
 }

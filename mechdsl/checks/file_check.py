@@ -69,7 +69,7 @@ from mechdsl.diagnostics.positions import (
     OutsidePrompt,
 )
 from mechdsl.diagnostics.prompts import CorruptionWithoutEffect, NoRows, NoTemplate, UnknownValue
-from mechdsl.diagnostics.rules import UNUSED_LOOP, BadLoopValue
+from mechdsl.diagnostics.rules import UNUSED_LOOP, BadLoopValue, UnreadBlocks
 from mechdsl.diagnostics.statistics import BadReport, UnreadableExpectation
 from mechdsl.diagnostics.syntax import (
     BadPlaceholder,
@@ -894,7 +894,7 @@ def _outline(
         found += check_image_support(resolved)
         for each in (*resolved.derived.values(), resolved):
             found += _write_warnings(each) if experiment.prompts != spec.NO_PROMPTS else []
-        found += _answers(resolved)
+        found += [*_answers(resolved), *_unread_blocks(resolved)]
         found += _tested_where_picked(resolved, filled.program)
     checked.diagnostics.extend(filter_certain(found, known.unknown))
     return known
@@ -1133,6 +1133,29 @@ def _answers(experiment: ResolvedExperiment) -> list[Diagnostic]:
 
 def _write_warnings(experiment: ResolvedExperiment) -> list[Diagnostic]:
     return [*_first_tokens(experiment), *_single_rows(experiment)]
+
+
+def _unread_blocks(experiment: ResolvedExperiment) -> list[Diagnostic]:
+    """Warn of rules in a vision encoder after the last block that the language model reads.
+
+    There is no warning if the experiment also reads activations of the encoder.
+    """
+    rules = tuple(experiment.every_rule)
+    reads = any(rule.in_vision and not rule.writes_vision for rule in rules)
+    if reads or experiment.saves or experiment.spec.broken:
+        return []
+    found: list[Diagnostic] = []
+    for rule in rules:
+        ends = rule.sites if rule.path is None else rule.path.receivers
+        if not rule.writes_vision or ends is None:
+            continue
+        last = experiment.model.shape.others["vision"].read_after[-1] - 1
+        layers = [point.layer for here in ends.points.values() for point in here]
+        first = min((-1 if layer is None else layer for layer in layers), default=-1)
+        if first > last >= 0:
+            name = experiment.model.name
+            found.append(UnreadBlocks(span=rule.spec.span, model=name, last=last, first=first))
+    return found
 
 
 def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:

@@ -1,4 +1,4 @@
-"""E0301 to E0304, E032x, E033x, E0341, E0641: site coordinates, directions and rules."""
+"""E0301 to E0304, E032x, E033x, E0341, E0641, W0742: site coordinates, directions and rules."""
 
 from __future__ import annotations
 
@@ -283,6 +283,19 @@ class BadException(ReasonedDiagnostic):
     depends_on = frozenset({"shape"})
     title = "`except {text}` {reason}"
     text: str
+
+
+class UnreadBlocks(Diagnostic):
+    """A rule that writes only in blocks of a vision encoder whose output nothing reads."""
+
+    code = "W0742"
+    depends_on = frozenset({"shape"})
+    title = "this rule has no effect: the language model doesn't read the blocks that it changes"
+    label = "`{model}` reads the vision encoder after block {last}, and this rule starts at {first}"
+    help = "write `layer {last}` or an earlier one"
+    model: str
+    last: int
+    first: int
 
 
 class DictionaryElsewhere(Diagnostic):

@@ -573,7 +573,8 @@ class _ModuleDescription:
         transformers returns activations. They count as a library's, and their code isn't added.
         """
         function = getattr(hook, "__func__", hook)
-        if _is_mechdsl_entry(function):
+        inner = hook.func if isinstance(hook, partial) else hook
+        if _is_mechdsl_entry(getattr(inner, "__func__", inner)):
             return True
         if isinstance(function, FunctionType):
             if get_globals_module(function) == "transformers.utils.output_capturing":

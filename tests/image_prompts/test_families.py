@@ -785,3 +785,16 @@ def test_identity_of_a_model_is_the_same_after_a_reply(name: str) -> None:
     with torch.no_grad():
         module.generate(**inputs(name, 0, 0), max_new_tokens=2)
     assert digest_module(module, "") == before
+
+
+@pytest.mark.parametrize("name", some(NAMES, ["qwen3_vl"]))
+def test_identity_of_a_model_is_the_same_while_hooks_insert_images(name: str) -> None:
+    module = draw(name)
+    before = digest_module(module, "")
+    assert before is not None
+    model, found = adopt_model("m", module, bare(name).processor)
+    assert model is not None, found
+    rule = "ablate resid_post layer 0 at photo tokens with zero"
+    run_text(name, experiment("e", rule), model=model)
+    assert any(part._forward_pre_hooks for part in module.modules())
+    assert digest_module(module, "") == before

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.loading.loader import adopt_model
 
-from ..execute.support import run_on
+from ..execute.support import context, run_on
 from . import support, test_rules
 from .reference import Bare, Edit, at, edited_module, followed, one_head, record_value
 from .support import RECORDS, check_cells, experiment, run_file, try_file
@@ -26,6 +28,7 @@ from .test_families import (
     ALL,
     bare,
     difference,
+    draw,
     inputs,
     run_text,
     under_edits,
@@ -451,3 +454,69 @@ def test_projector_that_mixes_patches_reports_e0413() -> None:
         support.folder_of(LLAVA) / "file.mech",
     )
     assert errors(run_on(source, {"m": model})[1]) == ["E0413"]
+
+
+RUN = "run w { scale mlp_out vision layer 1 at {} by 2 }"
+READS_RUN = "from w into clean\n  patch resid_post layer 0 at {}"
+UNREAD = {
+    "ablate resid_post vision layer 1 at {} with zero": True,
+    "ablate z vision layer 1 heads * at {} with zero": True,
+    "path z vision layer 0 head 0 -> mlp_norm vision layer 1 at {}": True,
+    f"{RUN}\n  {READS_RUN}": True,
+    "ablate resid_post vision layer * at {} with zero": False,
+    "ablate resid_post vision layer 0 at {} with zero": False,
+    f"{RUN}\n  observe norm resid_post vision layer 1 at {{}}\n  {READS_RUN}": False,
+}
+"""Lines of an experiment → whether all that they change is after the block that is read."""
+
+UNREAD_FILE = """mech 1
+
+model vlm = local("downloaded")
+
+prompts ask {
+  x in ["w1", "w2", "w3"]
+  image photo = gray(100)
+  template "{photo} w1 {x}"
+  answer " w1"
+  corrupt changed { x = other(x) }
+}
+
+experiment e {
+  model vlm
+  prompts ask
+  LINE
+  measure logit(answer) as delta
+}
+"""
+
+
+def unread_blocks(line: str) -> list[Diagnostic]:
+    """Return the warnings for a model whose last block of the encoder isn't read."""
+    name = "llava_class"
+    made, _ = adopt_model("vlm", draw(name, vision_feature_layer=-2), bare(name).processor)
+    assert made is not None
+    text = UNREAD_FILE.replace("LINE", line.replace("{}", "photo tokens"))
+    source = Source(text, Path("experiment.mech"))
+    found = check_source(source, models={"vlm": context(source, "vlm", made)}).diagnostics
+    assert not any(each.severity == "error" for each in found), found
+    return [each for each in found if each.code == "W0742"]
+
+
+@pytest.mark.parametrize(("line", "warned"), UNREAD.items())
+def test_rule_after_the_block_that_is_read_gives_a_warning(line: str, warned: bool) -> None:
+    if line.startswith("path"):
+        line = f"from clean into changed\n  {line}"
+    found = unread_blocks(line)
+    assert len(found) == warned
+    for each in found:
+        assert "after block 0, and this rule starts at 1" in each.label_text
+
+
+def test_rule_after_the_block_that_is_read_has_no_effect() -> None:
+    name = "llava_class"
+    made, _ = adopt_model("m", draw(name, vision_feature_layer=-2), bare(name).processor)
+    rule = "patch resid_post vision layer * at photo tokens"
+    [result] = run_text(name, experiment("e", "from clean into changed", rule), model=made)
+    first, last = result.measures[0].patched - result.measures[0].base
+    assert (abs(first) > 1e-3).all()
+    assert (last == 0).all()
