@@ -23,7 +23,6 @@ LONG_ON_PATH = {
     "loading/loader.py:load_model",
     "models/config.py:_shape",
     "models/restart.py:block_work",
-    "resolve/experiment.py:outline_experiment",
 }
 """Functions above the limit that the run of one rule calls. Remove entries; don't add any."""
 

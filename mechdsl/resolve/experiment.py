@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mechdsl.base import limits
@@ -31,7 +31,12 @@ from mechdsl.resolve.conflicts import (
     check_saved_gradients,
     check_weight_rules,
 )
-from mechdsl.resolve.controls import ExcludedSite, resolve_exclusions
+from mechdsl.resolve.controls import (
+    ExcludedSite,
+    resolve_control,
+    resolve_exclusions,
+    resolve_training_control,
+)
 from mechdsl.resolve.directions import expand_own_layers
 from mechdsl.resolve.findings import Finding, FindingPicker
 from mechdsl.resolve.loops import LoopLabels, label_by_depth, resolve_loops
@@ -68,10 +73,11 @@ from mechdsl.resolve.types import (
     MeasureGroup,
     MetricTerm,
     ModelContext,
-    ResolvedControl,
+    ResolvedDirectionFile,
     ResolvedExperiment,
     ResolvedMeasure,
     ResolvedRule,
+    ResolvedSave,
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import number_names, walk
@@ -377,21 +383,69 @@ def outline_experiment(
         program.groups,
     )
     work = _build_context(experiment, program, model, table, onward, diagnostics)
-    experiment = work.experiment
+    parts = _resolve_parts(work, kinds)
+    experiment, axes = work.experiment, parts.axes
+    known = ExperimentOutline(
+        spec=experiment,
+        model=model,
+        table=work.table,
+        axes=(*axes, *build_measure_axes(parts.places, experiment, axes)),
+        perhaps=_find_possible_axes(work, parts.rules)
+        | find_possible_measure_axes(work, parts.measures),
+        measures=parts.measures,
+        resolved=None,
+    )
+    if has_errors(diagnostics) or not parts.are_whole(experiment):
+        return known, diagnostics
+    resolved = _assemble(work, parts, onward)
+    refused = _check_resolved(resolved, program)
+    if refused:
+        return known, [*diagnostics, *refused]
+    resolved, problems = _add_controls(resolved, parts.excluded, program, draws_enough, onward)
+    diagnostics.extend(problems)
+    return (known if problems else replace(known, resolved=resolved)), diagnostics
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """The parts of an experiment as they are resolved; None for rejected rules and measures."""
+
+    rules: Sequence[ResolvedRule | None]
+    everything: tuple[ResolvedRule, ...]
+    derived: Mapping[str, ResolvedExperiment]
+    axes: tuple[Axis, ...]
+    excluded: Sequence[ExcludedSite]
+    measures: tuple[ResolvedMeasure | None, ...]
+    places: tuple[MeasureGroup, ...]
+    keep: tuple[ResolvedMeasure | None, ...]
+    accuracies: Mapping[str, ResolvedMeasure]
+    saves: tuple[ResolvedSave, ...]
+    direction_files: tuple[ResolvedDirectionFile, ...]
+    read_groups: Mapping[str, str]
+
+    def are_whole(self, experiment: spec.Experiment) -> bool:
+        """Return whether no part was rejected."""
+        return (
+            all(len(run.rules) == len(run.spec.rules) for run in self.derived.values())
+            and len(self.saves) == len(experiment.saves)
+            and len(self.direction_files) == len(experiment.saved_directions)
+            and None not in (*self.rules, *self.measures, *self.keep)
+        )
+
+
+def _resolve_parts(work: ExperimentContext, kinds: Registry[RuleKind]) -> _Parts:
+    """Resolve rules, measures and files, and report the errors of each."""
     work.probes = resolve_direction_probes(work)
     derived = define_runs(work, kinds)
-    table = work.table
+    experiment, diagnostics = work.experiment, work.diagnostics
     rules = _rules(work, kinds)
     everything = resolve_everything(work, rules, lambda again: _rules(again, kinds))
     _check_loops_used(work)
     _check_single_rules(work, kinds)
     diagnostics.extend(check_derived_base(rules, work))
     work.draws_agree()
-    axes = tuple(work.axes.values())
-    if any(axis == "model" for axis, _ in experiment.variant):
-        written = tuple(rule.site for rule in experiment.rules)
-        axes = tuple(label_by_depth(axis, written, model.shape.n_layers) for axis in axes)
-    apart = resolve_exclusions(experiment.against, work.sites)
+    axes = _label_axes(work)
+    excluded = resolve_exclusions(experiment.against, work.sites)
     looking = (
         kinds[rule.verb].observes(rule) if found is None else _observation(found)
         for rule, found in zip(experiment.rules, rules, strict=True)
@@ -402,92 +456,108 @@ def outline_experiment(
     keep, accuracies = _other_measures(work, context)
     saves, direction_files = resolve_saves(work, context), resolve_direction_files(work)
     diagnostics.extend(check_accuracies(accuracies, derived, experiment))
-    known = ExperimentOutline(
-        spec=experiment,
-        model=model,
-        table=table,
-        axes=(*axes, *build_measure_axes(places, experiment, axes)),
-        perhaps=_find_possible_axes(work, rules) | find_possible_measure_axes(work, measures),
-        measures=measures,
-        resolved=None,
-    )
     diagnostics.extend(
-        check_removed_blocks([r for r in rules if r], [m for m in measures if m], model.name)
+        check_removed_blocks([r for r in rules if r], [m for m in measures if m], work.model.name)
     )
     diagnostics.extend(check_generation(rules, measures, keep, work))
-    read_groups, shared = describe_saved_groups(experiment, program, table)
+    read_groups, shared = describe_saved_groups(experiment, work.program, work.table)
     diagnostics.extend(shared)
-    whole = all(len(run.rules) == len(run.spec.rules) for run in derived.values())
-    whole &= len(saves) == len(experiment.saves)
-    whole &= len(direction_files) == len(experiment.saved_directions)
-    if has_errors(diagnostics) or not whole or None in (*rules, *measures, *keep):
-        return known, diagnostics
-    resolved = ResolvedExperiment(
-        spec=experiment,
-        model=model,
-        table=table,
-        axes=axes,
-        rules=tuple(rule for rule in rules if rule is not None),
-        measures=tuple(measure for measure in measures if measure is not None),
-        keep=tuple(measure for measure in keep if measure is not None),
-        accuracies=accuracies,
-        read_groups=read_groups,
-        seeds=experiment.seeds or tuple(map(int, work.family_axes.get(SEED_AXIS, ()))),
-        seed=program.seed,
-        nested=work.sites.nested,
+    return _Parts(
+        rules=rules,
         everything=everything,
+        derived=derived,
+        axes=axes,
+        excluded=excluded,
+        measures=measures,
+        places=places,
+        keep=keep,
+        accuracies=accuracies,
+        saves=saves,
+        direction_files=direction_files,
+        read_groups=read_groups,
+    )
+
+
+def _label_axes(work: ExperimentContext) -> tuple[Axis, ...]:
+    """Return the axes; with several models, their layers are labelled by relative depth."""
+    axes = tuple(work.axes.values())
+    if all(axis != "model" for axis, _ in work.experiment.variant):
+        return axes
+    written = tuple(rule.site for rule in work.experiment.rules)
+    return tuple(label_by_depth(axis, written, work.model.shape.n_layers) for axis in axes)
+
+
+def _assemble(work: ExperimentContext, parts: _Parts, onward: FindingPicker) -> ResolvedExperiment:
+    """Build the experiment from whole parts, without its control."""
+    experiment = work.experiment
+    return ResolvedExperiment(
+        spec=experiment,
+        model=work.model,
+        table=work.table,
+        axes=parts.axes,
+        rules=tuple(rule for rule in parts.rules if rule is not None),
+        measures=tuple(measure for measure in parts.measures if measure is not None),
+        keep=tuple(measure for measure in parts.keep if measure is not None),
+        accuracies=parts.accuracies,
+        read_groups=parts.read_groups,
+        seeds=experiment.seeds or tuple(map(int, work.family_axes.get(SEED_AXIS, ()))),
+        seed=work.program.seed,
+        nested=work.sites.nested,
+        everything=parts.everything,
         picks=onward.picks,
         stand_ins=onward.stand_ins,
         sites_of=onward.sites_of,
         partial_layers=work.sites.partial_layers,
-        saves=saves,
-        direction_files=direction_files,
-        derived=derived,
-        places=places,
+        saves=parts.saves,
+        direction_files=parts.direction_files,
+        derived=parts.derived,
+        places=parts.places,
     )
-    problem = _too_many(resolved, program) or _too_many_listed(resolved)
-    refused = [*check_runs_without_blocks(resolved), *([] if problem is None else [problem])]
-    refused += [*check_reply_readers(resolved), *check_estimator(resolved)]
-    refused += check_saved_gradients(resolved)
-    refused += [*check_weight_rules(resolved), *check_other_stacks(resolved)]
-    refused += check_circuits(resolved)
-    refused += check_cross_layer_rules(resolved)
-    refused += check_read_features(resolved)
-    if refused:
-        return known, [*diagnostics, *refused]
-    control, problems = _control(resolved, apart, program, draws_enough, onward)
-    reason = ""
-    if experiment.against is None and not problems:
-        from mechdsl.resolve.controls import resolve_training_control
 
+
+def _check_resolved(resolved: ResolvedExperiment, program: spec.Program) -> list[Diagnostic]:
+    """Check what depends on several parts at once."""
+    problem = _too_many(resolved, program) or _too_many_listed(resolved)
+    return [
+        *check_runs_without_blocks(resolved),
+        *([] if problem is None else [problem]),
+        *check_reply_readers(resolved),
+        *check_estimator(resolved),
+        *check_saved_gradients(resolved),
+        *check_weight_rules(resolved),
+        *check_other_stacks(resolved),
+        *check_circuits(resolved),
+        *check_cross_layer_rules(resolved),
+        *check_read_features(resolved),
+    ]
+
+
+def _add_controls(
+    resolved: ResolvedExperiment,
+    excluded: Sequence[ExcludedSite],
+    program: spec.Program,
+    draws_enough: int | None,
+    onward: FindingPicker,
+) -> tuple[ResolvedExperiment, list[Diagnostic]]:
+    """Add the control and the baselines of an experiment."""
+    control, reason, problems = None, "", list[Diagnostic]()
+    if resolved.spec.against is not None:
+        control, problems = resolve_control(
+            resolved, excluded, program, limits.CELLS, onward, draws_enough
+        )
+    else:
         control, reason, problem = resolve_training_control(resolved, program, draws_enough)
-        problems += [] if problem is None else [problem]
-    diagnostics.extend(problems)
+        problems = [] if problem is None else [problem]
     if problems:
-        return known, diagnostics
-    resolved = replace(
+        return resolved, problems
+    completed = replace(
         resolved,
         control=control,
         without_control=reason,
         bare=build_baseline(resolved),
         circuit_baselines=build_circuit_baselines(resolved),
     )
-    return replace(known, resolved=resolved), diagnostics
-
-
-def _control(
-    resolved: ResolvedExperiment,
-    apart: Sequence[ExcludedSite],
-    program: spec.Program,
-    draws_enough: int | None,
-    onward: FindingPicker,
-) -> tuple[ResolvedControl | None, list[Diagnostic]]:
-    """Resolve the random control of an experiment, if it has one."""
-    if resolved.spec.against is None:
-        return None, []
-    from mechdsl.resolve.controls import resolve_control
-
-    return resolve_control(resolved, apart, program, limits.CELLS, onward, draws_enough)
+    return completed, []
 
 
 def _rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> list[ResolvedRule | None]:
