@@ -253,18 +253,17 @@ def count_dimensions(values: Tensor) -> int:
     return int((values > RANK_TOLERANCE * values[:1]).sum())
 
 
-def whiten(vectors: Tensor, count: int, trainer: str) -> Whitening:
+def whiten(vectors: Tensor, count: int) -> Whitening:
     """Compute whitened principal components.
 
     Args:
         vectors: [vector, width].
         count: Number of components.
-        trainer: Name of the trainer, for the error.
 
     Raises:
         NotFactored: The vectors span fewer dimensions.
     """
-    parts = principal_parts(vectors, count, lambda rank: f"`{trainer}(components: {max(rank, 1)})`")
+    parts = principal_parts(vectors, count, lambda rank: f"`ica(components: {max(rank, 1)})`")
     center, left, values, axes = parts
     largest = axes.abs().argmax(1, keepdim=True)
     signs = axes.gather(1, largest).sign()
@@ -293,7 +292,7 @@ def separate_sources(vectors: Tensor, count: int, steps: int, random: Generator)
         Hyvärinen 1999, doi 10.1109/72.761722: FastICA with all components in parallel and the
         contrast log cosh, as scikit-learn has it.
     """
-    white = whiten(vectors, count, "ica")
+    white = whiten(vectors, count)
     drawn = torch.randn(count, count, generator=random, dtype=torch.float64)
     rotation, done = torch.linalg.qr(drawn)[0], 0
     if steps:

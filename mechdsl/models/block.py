@@ -107,7 +107,6 @@ def head_sizes(
     shape: ModelShape,
     attention: Any,
     projections: Mapping[str, tuple[int, int]],
-    inside: Mapping[str, Any],
 ) -> HeadSizes:
     """Return one block's head sizes: the module's if they differ from the model's."""
 
@@ -147,10 +146,10 @@ def find_qkv(
     raw = {site: tap.layout for site, tap in taps.items()}
     for site, names in _QK_NORMS.items():
         if site in taps and not family.norms_after_rotary:
-            norm = _qk_norm(attention, inside, names, taps[site].layout, family)
+            norm = _qk_norm(attention, inside, names, taps[site].layout)
             taps[site] = norm or taps[site]
     if "k" in taps and "v" not in taps:  # one projection for both, each with a separate norm
-        norm = _qk_norm(attention, inside, _QK_NORMS["v"], raw["k"], family)
+        norm = _qk_norm(attention, inside, _QK_NORMS["v"], raw["k"])
         taps |= {} if norm is None else {"v": norm}
     return taps, inputs
 
@@ -239,7 +238,6 @@ def _qk_norm(
     inside: Mapping[str, Any],
     names: tuple[str, ...],
     raw: TensorLayout,
-    family: Family,
 ) -> HookPoint | None:
     """Find the norm after a query or key projection; attention reads the norm's output."""
     for path, module in inside.items():
@@ -703,7 +701,7 @@ class BlockComponents:
         """Return the hook points of heads, the projections they come from, the output map."""
         shape, module = self.shape, self.inside[attention]
         projections = self._projections(attention)
-        heads = head_sizes(shape, module, projections, self.inside)
+        heads = head_sizes(shape, module, projections)
         try:
             found, inputs = find_qkv(
                 attention, projections, self.inside, heads, self.around.family, self.parts

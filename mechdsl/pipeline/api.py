@@ -22,9 +22,9 @@ from mechdsl.pipeline import build_lazily
 from mechdsl.pipeline.options import (
     dtype_name,
     dtype_problem,
+    measure_problem,
     size_problems,
     store_problem,
-    text_problem,
     to_names,
     word_problem,
 )
@@ -988,7 +988,7 @@ def objective(
     with borrowed_models(models):
         from mechdsl.pipeline.objectives import ObjectiveRequest, open_objective
 
-        raise_errors(text_problem("measure", measure, "name the models: `models={…}`"))
+        raise_errors(measure_problem(measure))
         raise_errors(load_plugins(plugins), word_problem("mode", mode, ("set", "add")))
         raise_errors(size_problems(limit))
         source, python = read_file(file), python_mode(allow_python)

@@ -68,16 +68,12 @@ def word_problem(
     return [BadCommandLine(reason=f"`{name}={word!r}`: there is no such {name}", hint=hint)]
 
 
-def text_problem(name: str, value: object, hint: str) -> list[Diagnostic]:
-    """Report an argument that isn't a text.
-
-    Args:
-        hint: The argument that was probably meant.
-    """
+def measure_problem(value: object) -> list[Diagnostic]:
+    """Report a `measure` that isn't a text, such as a model passed in its place."""
     if value is None or isinstance(value, str):
         return []
-    reason = f"`{name}` is of the type {type(value).__name__}, not a text"
-    return [BadCommandLine(reason=reason, hint=hint)]
+    reason = f"`measure` is of the type {type(value).__name__}, not a text"
+    return [BadCommandLine(reason=reason, hint="name the models: `models={…}`")]
 
 
 def dtype_problem(dtype: str | torch.dtype | None) -> list[Diagnostic]:

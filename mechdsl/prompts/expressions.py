@@ -333,7 +333,7 @@ def _list(call: CallSite) -> RowValue:
     sep = call.text("sep", " ")
     last = call.text("last", sep)
     count = _count(call, nodes[1]) if len(nodes) > 1 else None
-    distinct = _flag(call, "distinct")
+    distinct = _is_distinct(call)
     source = call.argument("from")
     if source is None:
         if count is None:
@@ -357,13 +357,13 @@ def _count(call: CallSite, node: ast.Expr) -> int:
     return int(value)
 
 
-def _flag(call: CallSite, name: str) -> bool:
-    node = call.argument(name)
+def _is_distinct(call: CallSite) -> bool:
+    node = call.argument("distinct")
     if node is None:
         return False
     value = call.value(node)
     if not isinstance(value, bool):
-        raise call.wrong(f"takes `{name}: true` or `{name}: false`", node.span)
+        raise call.wrong("takes `distinct: true` or `distinct: false`", node.span)
     return value
 
 

@@ -217,7 +217,7 @@ def resolve_circuit(
         work.diagnostics.append(NotSupported(span=rule.site.span, what=what, later=later))
         return None
     name = rule.site.span.written if rule.site.ranked is not None else circuit.name
-    left, labels = named, _label_picks(name, rule, named, work)
+    left, labels = named, _label_picks(name, rule, named)
     if rule.without_edge:
         left, labels = _leave_out_each_edge(edges, named, labels[()], rule, work)
         axes = (EDGE_AXIS,)
@@ -1059,10 +1059,7 @@ def _pick_edges(
 
 
 def _label_picks(
-    name: str,
-    rule: spec.Rule,
-    named: Mapping[AxisIndices, PlacedEdges],
-    work: ExperimentContext,
+    name: str, rule: spec.Rule, named: Mapping[AxisIndices, PlacedEdges]
 ) -> dict[AxisIndices, str]:
     """Return the names of what a rule ablates: `all but top 5 of c`."""
     node = None if rule.site is None else rule.site.ranked

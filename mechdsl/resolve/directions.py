@@ -874,7 +874,7 @@ def _best_of_variant(
 ) -> tuple[float, AxisIndices]:
     """Return the mean and the member of the best cell."""
     experiment = part.experiment
-    axes = _family_axes(experiment, family, picked)
+    axes = _family_axes(experiment, family)
     if part.means is None:
         return -1.0, (0,) * len(family.axes)
     import numpy as np
@@ -890,9 +890,7 @@ def _best_of_variant(
     return float(means[cell]), tuple(key)
 
 
-def _family_axes(
-    experiment: ResolvedExperiment, family: DirectionFamily, picked: ast.RankedSelection
-) -> Sequence[int]:
+def _family_axes(experiment: ResolvedExperiment, family: DirectionFamily) -> Sequence[int]:
     """Return the indices of the family's axes among the experiment's axes."""
     name = experiment.name
     using = [

@@ -173,7 +173,7 @@ class PathPatching(RuleKind, Intervention):
         if work.model.shape.encodes_apart:
             attends = work.model.shape.attends_to_image
             does = ATTENDED_IMAGE_PATH if attends else ENCODER_DECODER_PATH
-        if _has_stack(senders, "vision"):
+        if _has_vision(senders):
             does = VISION_PATH
         return ResolvedRule(
             spec=rule, does=does, run=run, sites=senders, positions=positions, path=path
@@ -375,7 +375,7 @@ def _check_ends(
     if rule.receiver.basis_name is None:
         fine = _check_components(rule.receiver.span, receivers, RECEIVERS, "end", work) and fine
     fine = fine and all(check_one_side(rule, ends, work) for ends in (senders, receivers))
-    if fine and rule.frozen_norms and _has_stack(senders, "vision"):
+    if fine and rule.frozen_norms and _has_vision(senders):
         what = "a path with frozen norms in the vision encoder"
         later = "remove `with frozen norms`, so that norms are recomputed"
         work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
@@ -422,8 +422,9 @@ def _check_components(
     return False
 
 
-def _has_stack(targets: SiteTargets, stack: str) -> bool:
-    return any(SITES[p.site].stack == stack for points in targets.points.values() for p in points)
+def _has_vision(targets: SiteTargets) -> bool:
+    points = (point for each in targets.points.values() for point in each)
+    return any(SITES[point.site].stack == "vision" for point in points)
 
 
 def _has_site(targets: SiteTargets, sites: tuple[str, ...]) -> bool:

@@ -612,32 +612,24 @@ class ClampRule(DirectionRule):
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         if rule.direction is not None:
             return super().resolve(rule, work)
-        sites, positions = resolve_targets(rule, work.experiment.base, work)
-        amounts = resolve_amounts(rule.fill, work)
-        if sites is None or positions is None or amounts is None or _has_vectors(rule, sites, work):
-            return None
-        return ResolvedRule(
-            spec=rule,
-            does=NUMBER_CLAMP,
-            run=work.experiment.base,
-            sites=sites,
-            positions=positions,
-            amounts=amounts,
-        )
+        found = resolve_number(rule, NUMBER_CLAMP, work)
+        return None if found is None or _has_vectors(found, work) else found
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
         return normalize_directions(vectors)
 
 
-def _has_vectors(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+def _has_vectors(rule: ResolvedRule, work: ExperimentContext) -> bool:
     """Report E0341 for a site with vectors, which a single number can't replace."""
-    named = {point.site for points in sites.points.values() for point in points}
+    assert rule.sites is not None
+    named = {point.site for points in rule.sites.points.values() for point in points}
     wide = sorted(site for site in named if SITES[site].width != "one")
-    if wide and rule.fill is not None:
+    fill = rule.spec.fill
+    if wide and fill is not None:
         work.diagnostics.append(
             BadDirection(
-                span=rule.fill.span,
-                text=rule.fill.span.written,
+                span=fill.span,
+                text=fill.span.written,
                 reason=f"`{wide[0]}` has vectors, which one number can't specify",
                 hint=f"clamp a neuron, or a component: `clamp DIRECTION of {wide[0]} …`",
             )

@@ -319,7 +319,7 @@ class SiteSteps:
         return step
 
     def own_view(
-        self, places: list[PlacedWrite], reads: list[SiteRead], layout: TensorLayout
+        self, places: list[PlacedWrite], reads: list[SiteRead]
     ) -> Callable[[Tensor], Tensor]:
         """Build a change of a site that is computed only for mechdsl, as [B, T, units, width]."""
 
@@ -873,10 +873,9 @@ class SiteHooks:
             case "head_out":
                 step = self._sites.heads(places, reads, self._tap(replace(where, site="z")).layout)
             case "router" | "expert_out":
-                layout = TensorLayout.whole(tap.layout.units)
                 experts = tap.layout.width if where.site == "router" else tap.layout.units
                 kind = RouterHook if where.site == "router" else ExpertHook
-                change = self._sites.own_view(places, reads, layout)
+                change = self._sites.own_view(places, reads)
                 self._experts.append((tap.path, kind(change, experts, self.frame)))
                 return
             case _ if tap.patches is not None:

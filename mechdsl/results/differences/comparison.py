@@ -745,7 +745,8 @@ def diff_runs(old: RunSource, new: RunSource, store: Path | None = None) -> Diff
     sides = [one.side, two.side]
     if one.id is not None and one.id == two.id:
         sides = [
-            replace(each, note=_join_notes(each.note, "both are the same run")) for each in sides
+            replace(each, note="; ".join(filter(None, (each.note, "both are the same run"))))
+            for each in sides
         ]
     elif sides[0].name == sides[1].name:
         sides = [
@@ -753,10 +754,6 @@ def diff_runs(old: RunSource, new: RunSource, store: Path | None = None) -> Diff
             for each, word in zip(sides, ("old", "new"), strict=True)
         ]
     return compare_results(one.results, two.results, (sides[0], sides[1]))
-
-
-def _join_notes(note: str, more: str) -> str:
-    return f"{note}; {more}" if note else more
 
 
 def _load_run(given: RunSource, other: RunSource, store: Path | None) -> _LoadedRun:

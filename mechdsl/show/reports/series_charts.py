@@ -170,7 +170,7 @@ def _lines_panel(
         form = "area" if numbered else "bar"
         layers.insert(0, null_band_layer(base, form, len(lines), **wide))
     plot = alt.layer(*layers, data=alt.Data(values=records)).properties(
-        width=width, height=_panel_height(280, width)
+        width=width, height=_panel_height(width)
     )
     if series is not None:
         stacked = len(others) == 1 and is_upward(result, others[0])
@@ -219,8 +219,8 @@ def _panel_room(panels: int) -> float | None:
     return room if panels == 1 or layout.is_narrow else room / 2 - 60
 
 
-def _panel_height(height: float, width: float) -> float:
-    return height if page_layout().width is None else min(height, 0.75 * width)
+def _panel_height(width: float) -> float:
+    return 280 if page_layout().width is None else min(280, 0.75 * width)
 
 
 def _number_axis(
