@@ -1075,6 +1075,8 @@ def _missing_argument(
         return None
     mapped = any(isinstance(value, ast.SiteMap) for value in values)
     example = BASIS_METHODS["jacobian"].example if mapped else method.example
+    if enough and method.takes == "training":
+        example = f"{call.name}({values[0].span.written}, {missing[0]}: fruit.train, …)"
     return BadArgument(
         span=call.span,
         name=call.name,

@@ -568,6 +568,12 @@ def test_class_means_basis_equals_the_reference(family: str, mode: str, data: Pa
         ("class_means(cue, q) at resid_post layer 1", "", "E0201", ""),
         ("pca(p, dims: 3)", "", "E0342", "`b` has no site"),
         ("pca(p) at resid_post layer 1", "", "E0207", "needs `dims: …`"),
+        (
+            "fit(sae(features: 4, k: 2)) at resid_post layer 1 at tokens *",
+            "",
+            "E0207",
+            "write `fit(sae(features: 4, k: 2), prompts: fruit.train, …)`",
+        ),
         ("pca(p, dims: 0) at resid_post layer 1", "", "E0342", "from 1 on"),
         ("pca(p, dims: 90) at resid_post layer 1", "", "E0342", "is more than"),
         ("pca(p, size: 3) at resid_post layer 1", "", "E0207", "is not an argument of `pca`"),
