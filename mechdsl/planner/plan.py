@@ -894,14 +894,14 @@ def _needed_runs(
 
 
 def cell_sites(plan: ExperimentPlan) -> Ints:
-    """Return numbers that are equal for cells in which the same rule writes the same site and
-    layer; a cell writes one site. Shape [cell]."""
-    codes: dict[tuple[int, SiteLayer | None], int] = {}
+    """Return numbers that are equal for cells in which the same rule writes the same sites and
+    layers. Shape [cell]."""
+    codes: dict[tuple[int, frozenset[SiteLayer]], int] = {}
     found = np.zeros(plan.n_cells, dtype=np.int64)
     for number, rule in enumerate(plan.rules):
         ends = pairwise(rule.points.offsets.tolist())
         points = [[rule.point_table[at] for at in rule.points.values[a:b]] for a, b in ends]
-        places = [(each[0].site, each[0].layer) if each else None for each in points]
+        places = [frozenset((point.site, point.layer) for point in each) for each in points]
         own = np.array([codes.setdefault((number, each), len(codes)) for each in places])
         acts = True if rule.active is None else rule.active
         found = np.where(acts, own[rule.site_of_cell], found)

@@ -276,8 +276,8 @@ def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[
             yield found
             return
     second = next((rule for rule in rules[1:] if rule.only is None), None)
-    if second is not None:
-        what, reason = "several rules together", "a gradient is for one site of one layer"
+    if second is not None and not (_runs_cells(said) and not experiment.has_path):
+        what, reason = "several rules together", "an estimate is of one rule"
         yield _no_estimate(
             said, second.spec.span, what, reason, "write an experiment for each rule"
         )
@@ -330,10 +330,8 @@ def _of_rule(
     within = sorted({p.site for here in points for p in here if is_query_or_key(p.site)})
     if rules is not None and rules.decomposed and within:
         yield _no_estimate(said, site.span, f"`{within[0]}`", _BASE_WEIGHTS, _EXACT_HINT)
-    if any(len({(p.site, p.layer) for p in here}) > 1 for here in points):
-        what, reason = "several layers together", "a gradient is for one site of one layer"
-        hint = "sweep the layers: `layer *`, or `for l in 0..5`"
-        yield _no_estimate(said, site.span, what, reason, hint)
+    if not _runs_cells(said) and any(map(_reach_each_other, points)):
+        yield _no_estimate(said, site.span, "these sites together", *_REPLACED_CHANGE)
     if said.joins_cells:
         yield from _check_joint_moves(rule, said)
     if said.between_runs:
@@ -342,6 +340,11 @@ def _of_rule(
     if said.kind.fixes_attention and inside:
         yield from _of_changed_attention(rule, inside, experiment, said)
     yield from _of_answers(rule.positions, own.at.span, experiment, said)
+
+
+def _runs_cells(said: spec.Estimator) -> bool:
+    """Return whether a pass is of one cell, so that it has all writes of the cell."""
+    return said.kind.backward is not None and said.kind.backward.decomposed
 
 
 def _explain_no_vision_estimate(
@@ -431,6 +434,13 @@ def _of_basis(
     yield _no_estimate(said, span, "a basis", reason, hint)
 
 
+_REPLACED_CHANGE = (
+    "the value of one replaces the change of another, so each cell would need a backward pass, and "
+    "running it is cheaper",
+    f"sweep the sites: `layer *`, or `for l in 0..5`; or {NO_ESTIMATE_HINT}",
+)
+"""Why gradients don't estimate writes of which one reaches another, and the hint."""
+
 _BASE_WEIGHTS = "attention has the weights of the base run, so the estimate would be 0"
 _EXACT_HINT = "write `using atp_qk`"
 """Why contextual decomposition has no estimate of queries and keys, and the hint."""
@@ -517,10 +527,10 @@ def _find_computed_output(
     return next((end for end in ends if find_inner_sender(points, end)), None)
 
 
-def _reach_each_other(receivers: Sequence[SitePoint]) -> bool:
-    """Return whether the change of a receiver of a cell may reach another one."""
-    inner = {(p.layer, p.site) for p in receivers if SITES[p.site].when != "output"}
-    layers, sites = {layer for layer, _ in inner}, {site for _, site in inner}
+def _reach_each_other(points: Iterable[SitePoint]) -> bool:
+    """Return whether the change of a site of a cell may reach another one."""
+    places = {(p.layer, p.site) for p in points}
+    layers, sites = {layer for layer, _ in places}, {site for _, site in places}
     if sites <= _READ_FROM_ENCODER:
         return False
     heads = {SITES[site].component for site in sites} <= {"q", "k", "v"}
@@ -562,7 +572,11 @@ def _of_path(
         what, reason = "these senders together", "the value of one replaces the change of another"
         hint = "sweep them: `layer *`, or `for s in [attn_out, mlp_out]`"
         yield _no_estimate(said, own.site.span, what, reason, hint)
-    if any(map(_reach_each_other, path.receivers.points.values())):
+    inner = (
+        [p for p in here if SITES[p.site].when != "output"]
+        for here in path.receivers.points.values()
+    )
+    if any(map(_reach_each_other, inner)):
         what, reason = "these receivers together", "the change of one reaches another"
         hint = "sweep them, or name heads' inputs of one layer"
         yield _no_estimate(said, own.receiver.span, what, reason, hint)

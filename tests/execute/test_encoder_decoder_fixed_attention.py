@@ -277,6 +277,33 @@ def test_atp_star_at_other_sites_leaves_out_each_layer(family: str, tmp_path: Pa
         assert expected.max() > 1e-3, site
 
 
+def test_atp_star_of_values_of_two_layers_leaves_out_no_layer(tmp_path: Path) -> None:
+    """No layer contains both sites; values from the encoder don't reach each other."""
+    rule = "patch v cross layers 0..1 heads * at last token"
+    lines = experiment("e", "prompts p", "from other into clean", rule, RAW, "using atp_star")
+    found = run("bart", lines, tmp_path)["e"].measures[0].patched
+    own, expected = [place("bart", "v cross", layer) for layer in (0, 1)], list[float]()
+    for record in ROWS:
+        base, other = text(record), text(record, "other")
+        old = [read("bart", base, at)[[base.last]] for at in own]
+        new = [read("bart", other, at)[[other.last]] for at in own]
+        sizes: list[float] = []
+        for dropped in range(LAYERS):
+            leaves = [each.clone().requires_grad_() for each in old]
+            writes: list[Write] = [
+                (at, [base.last], lambda _, leaf=leaf: leaf)
+                for at, leaf in zip(own, leaves, strict=True)
+            ]
+            with constant("bart", ("", dropped)):
+                value = run_with_gradients("bart", base, writes, record)
+            slopes = torch.autograd.grad(value, leaves, materialize_grads=True)
+            parts = [(n - o) * s for n, o, s in zip(new, old, slopes, strict=True)]
+            sizes.append(abs(float(sum(part.sum() for part in parts))))
+        expected.append(float(np.mean(sizes)))
+    np.testing.assert_allclose(found, [expected], atol=2e-5, rtol=1e-3)
+    assert max(expected) > 1e-3
+
+
 def along_edges(
     family: str, case: Case, record: Record, *, everywhere: bool = False
 ) -> list[float]:

@@ -508,17 +508,17 @@ Passes = tuple[int, int]
 
 
 def count_planned_passes(
-    text: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, folder: Path, monkeypatch: pytest.MonkeyPatch, family: str = "gpt2"
 ) -> tuple[Passes, Passes]:
     """Passes of an experiment with the estimator: those that a plan counts and those that run."""
     write_rows(folder)
-    checked = check_file(text, folder, shared(bare("gpt2")))
+    checked = check_file(text, folder, shared(bare(family)))
     ((own,),) = (panel.experiments for panel in make_plan(checked.experiments).panels)
     work = gradient_work(
         own, np.arange(len(ROWS)), lambda lengths, sources: (lengths, lengths), 10_000
     )
     calls = count_passes(monkeypatch)
-    execute_file(checked, shared(bare("gpt2")))
+    execute_file(checked, shared(bare(family)))
     return (work.joined_forwards, work.joined_backwards), (calls["there"], calls["back"])
 
 

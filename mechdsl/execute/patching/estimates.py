@@ -173,14 +173,6 @@ class _WrittenVectors:
         return replace(self.where, site=self.mode.reads, layer=layer)
 
     @property
-    def origin(self) -> SiteRead:
-        """The site whose coordinates change: for features of a cross-layer transcoder, the output
-        of the MLP of their layer, also for their writes to later layers."""
-        if not isinstance(self.mode, CoordinateWrite):
-            return self.where
-        return replace(self.where, layer=self.mode.find_layer(self.where.layer))
-
-    @property
     def reads(self) -> list[SiteRead]:
         """Sites whose values in the base run `base` needs."""
         return [self.where, *([] if self.source is None else [self.source])]
@@ -597,15 +589,13 @@ class GradientEstimates:
             return self._result(sums, wanted, base)
         written = [_WrittenVectors.of(write, lane_of_row, self.model) for write in writes]
         environments = self._environments(drawn)
-        if self.kind.adds_noise:
-            sums = self._near_base(written, lanes, environments)
-        elif self.between_runs:
+        if self.between_runs:
             sums = self._between_runs(written, lanes, environments)
-        elif self.steps is None:
-            sums = self._at_base(written, lanes, environments)
+        elif self.kind.adds_noise or self.steps is not None:
+            sums_of = self._near_base if self.kind.adds_noise else self._along
+            sums = sums_of(written, lanes, environments, cell_sites(self.plan)[drawn.cell])
         else:
-            groups = cell_sites(self.plan)[drawn.cell]
-            sums = self._along(written, lanes, environments, groups)
+            sums = self._at_base(written, lanes, environments)
         return self._result(sums, wanted, base)
 
     def _environments(self, rows: RowTable) -> Sequence[ItemNumber]:
@@ -663,7 +653,8 @@ class GradientEstimates:
         for each in written:
             if each.where.site not in _STREAMS:
                 stack = "" if each.where.stack == "cross" else each.where.stack
-                own_layer[each.row] = layers.index((stack, each.where.layer))
+                own, now = layers.index((stack, each.where.layer)), own_layer[each.row]
+                own_layer[each.row] = np.where(np.isin(now, (-1, own)), own, len(layers))
         rules = self.kind.backward or BackwardRules()
         total = np.zeros((len(self.readout.measures), len(environments)))
         counts = np.zeros(len(environments))
@@ -976,21 +967,25 @@ class GradientEstimates:
         written: Sequence[_WrittenVectors],
         lanes: DrawLanes,
         environments: Sequence[ItemNumber],
+        groups: Ints,
     ) -> Floats:
-        """Return [measure, row]: values by the mean gradient near the base run, site by site."""
+        """Return [measure, row]: values by the mean gradient near the base run, with noise at the
+        sites of a group of rows."""
         wheres = [each.where for each in written]
         noise = self.differentiated.noise(lanes)
         read = run_full(self.model, lanes.batch, writes=noise, reads=wheres).reads
         found = np.zeros((len(self.readout.measures), len(environments)))
-        for each in written:
-            base = each.base(read, lanes.batch)
-            leaf = self.differentiated.zeros(*base.values.shape)
+        for every in _iter_joint_writes(written, groups):
+            bases = [each.base(read, lanes.batch) for each in every]
+            leaves = [self.differentiated.zeros(*base.values.shape) for base in bases]
+            adds = [each.added(leaf) for each, leaf in zip(every, leaves, strict=True)]
             samples = range(int(self.options["samples"]))
-            moves = ([self._noise_at(each.where, read[each.where], lanes, n)] for n in samples)
-            given = (self.differentiated, [leaf], [each.added(leaf)], moves, lanes, environments)
-            for number, own, (gradient,) in self._mean_gradients(*given):
-                sums = self._sums(each, base, gradient, len(environments))
-                found[number, own] += sums[own]
+            places = dict.fromkeys(each.where for each in every)
+            moves = ([self._noise_at(at, read[at], lanes, n) for at in places] for n in samples)
+            given = (self.differentiated, leaves, adds, moves, lanes, environments)
+            for number, own, gradients in self._mean_gradients(*given):
+                for each in zip(every, bases, gradients, strict=True):
+                    found[number, own] += self._sums(*each, len(environments))[own]
         return self.kind.finish(found)
 
     def _between_runs(
@@ -1152,7 +1147,7 @@ class GradientEstimates:
         environments: Sequence[ItemNumber],
         groups: Ints,
     ) -> Floats:
-        """Return [measure, row]: estimates by the mean gradient along the line, site by site."""
+        """Return [measure, row]: estimates by the mean gradient along the line of each group."""
         assert self.steps is not None
         reads = [*dict.fromkeys(where for each in written for where in each.reads)]
         noise = self.differentiated.noise(lanes)
@@ -1223,11 +1218,10 @@ def _iter_joint_writes(
             different numbers of features, and those of a cross-layer transcoder to later layers.
         groups: [row] equal for rows that move together.
     """
-    for where in dict.fromkeys(each.origin for each in written):
-        same = [each for each in written if each.origin == where]
-        for group in np.unique(groups[np.concatenate([each.row for each in same])]):
-            own = [each.some(groups == group) for each in same]
-            yield [each for each in own if len(each.row)]
+    for group in np.unique(groups):
+        own = [each.some(groups == group) for each in written]
+        if together := [each for each in own if len(each.row)]:
+            yield together
 
 
 def _select_keys(edge: EdgeWrite, batch: Batch) -> SiteWrite:
