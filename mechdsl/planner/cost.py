@@ -1237,10 +1237,20 @@ def settles_circuits(plan: ExperimentPlan) -> bool:
     )
 
 
-def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
+def vision_adds(
+    plan: ExperimentPlan, rows: RowTable, prompts: Ints, *, joined: bool = False
+) -> float:
     """Count the multiply-adds of rules in the vision encoder: it runs on the images of each row,
     and once more on those of the runs that are read. If blocks attend to images, it runs once for
-    the replies of a row, and once for measures of its prompt."""
+    the replies of a row, and once for measures of its prompt.
+
+    Args:
+        plan: The experiment.
+        rows: Its rows.
+        prompts: The prompts of all runs that are read.
+        joined: Whether rows of several cells share passes. If patches of one of them see other
+            tiles in a layer, those of all rows of the pass do, and have no weight.
+    """
     experiment = plan.experiment
     if not experiment.in_vision:
         return 0.0
@@ -1251,12 +1261,37 @@ def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
     passes = 1
     if experiment.generation is not None and experiment.model.shape.encodes_apart:
         passes += any(measure.reply is None for measure in experiment.measures)
-    adds = each[rows.prompt].sum() * plan.draws * passes + each[prompts].sum() * len(read)
-    return float(adds)
+    of_rows = each[rows.prompt]
+    layers = _list_opened_layers(plan)
+    layers = [set().union(*layers)] * len(layers) if joined else layers
+    opened = np.array([len(own) for own in layers])
+    if opened.any():
+        _, across = count_vision_work(experiment, across=True)
+        share = opened[rows.cell] / experiment.model.shape.others["vision"].n_layers
+        of_rows += (across - each)[rows.prompt] * share
+    return float(of_rows.sum() * plan.draws * passes + each[prompts].sum() * len(read))
 
 
-def count_vision_work(experiment: ResolvedExperiment) -> tuple[Ints, Floats]:
+def _list_opened_layers(plan: ExperimentPlan) -> list[set[int | None]]:
+    """Return the layers of the vision encoder in which patches may see other tiles. Per cell."""
+    found: list[set[int | None]] = [set() for _ in range(plan.n_cells)]
+    for rule in plan.rules:
+        if rule.rule.edge is None or rule.rule.edge.change != "allow" or not rule.rule.in_vision:
+            continue
+        for own, site in zip(found, rule.site_of_cell.tolist(), strict=True):
+            first, last = rule.points.offsets[site : site + 2].tolist()
+            own.update(rule.point_table[at].layer for at in rule.points.values[first:last])
+    return found
+
+
+def count_vision_work(
+    experiment: ResolvedExperiment, *, across: bool = False
+) -> tuple[Ints, Floats]:
     """Return the work of the vision encoder on the images of each prompt of the base run.
+
+    Args:
+        experiment: The experiment.
+        across: Whether patches see other tiles of their image in each block.
 
     Returns:
         [row] patches times blocks of the encoder, and [row] their multiply-adds; zeros if no rule
@@ -1268,7 +1303,10 @@ def count_vision_work(experiment: ResolvedExperiment) -> tuple[Ints, Floats]:
     model = experiment.model
     layers = model.shape.others["vision"].n_layers
     works = [
-        [count_picture_work(model.shape, model.tokenizer, each) for each in row.pictures.values()]
+        [
+            count_picture_work(model.shape, model.tokenizer, each, across=across)
+            for each in row.pictures.values()
+        ]
         for row in rows
     ]
     tokens = np.array([sum(count for count, _ in each) for each in works], dtype=np.int64)
@@ -1281,7 +1319,11 @@ _TILE_MULTIPLE = 8
 
 
 def count_picture_work(
-    model: ModelShape, reader: TextTokenizer | None, picture: PromptPicture
+    model: ModelShape,
+    reader: TextTokenizer | None,
+    picture: PromptPicture,
+    *,
+    across: bool = False,
 ) -> tuple[int, float]:
     """Return the patches of an image, and the multiply-adds of one block of the vision encoder.
 
@@ -1289,6 +1331,7 @@ def count_picture_work(
         model: The whole model.
         reader: Its tokenizer, which knows the patches that a resampler reads.
         picture: The image.
+        across: Whether patches see other tiles of the image.
     """
     shape = model.others["vision"]
     block = BlockCost.of(shape)
@@ -1303,7 +1346,7 @@ def count_picture_work(
     layout = shape.patches
     if layout is not None and not layout.any_size:  # also margins without a token, class tokens
         tokens = max(tokens, tiles * layout.tokens)
-    # Patches of a tile see each other.
+    tiles = 1 if across else tiles
     return tokens, tiles * float(block.whole(np.array([tokens // tiles])).sum())
 
 
@@ -1638,7 +1681,9 @@ class PanelWork:
         adds = sum(encoding_adds(plan, rows, joined=self.joins) for plan, rows in plans)
         adds += sum(observation_adds(plan, self.prompts) for plan in self.panel.plans)
         pairs = zip(self.panel.plans, self.rows, strict=True)
-        adds += sum(vision_adds(plan, rows, self.prompts) for plan, rows in pairs)
+        adds += sum(
+            vision_adds(plan, rows, self.prompts, joined=self.joins) for plan, rows in pairs
+        )
         pairs = zip(self.panel.plans, self.observed, strict=True)
         outputs = 2 if self.narrows else self.panel.shape.outputs
         adds += sum(unembedding_adds(plan, rows, outputs) for plan, rows in pairs)

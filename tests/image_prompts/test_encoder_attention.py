@@ -693,6 +693,24 @@ def test_planned_cost_is_near_the_counted_products(name: str, verb: str) -> None
     assert 0.5 < planned / (counter.get_total_flops() / 2) < 2
 
 
+@pytest.mark.parametrize("axis", ["layer 0", "layer *", "layers *"])
+def test_planned_products_with_keys_in_other_tiles_equal_the_counted_ones(axis: str) -> None:
+    """Compared with a rule that allows no keys, on one prompt whose image has several tiles."""
+    block = BLOCK.replace('rows "data.jsonl"', 'rows "data.jsonl"\n  where n = 3')
+    planned, counted = list[float](), list[int]()
+    for verb in ("allow", "block"):
+        rule = f"{verb} attention vision {axis} from photo tokens to photo row 1 col 2 token"
+        text = experiment("e", "from clean into changed", rule)
+        plan = make_plan(check_file(text, folder(), loaded("internvl"), block).experiments)
+        execute(plan, {"m": loaded("internvl")}, None, check=check_denominators)
+        with FlopCounterMode(display=False) as counter:
+            execute(plan, {"m": loaded("internvl")}, None, check=check_denominators)
+        planned.append(plan_cost(plan).planned.multiply_adds)
+        counted.append(counter.get_total_flops() // 2)
+    assert counted[0] > 1.03 * counted[1]
+    assert 0.99 < (planned[0] - planned[1]) / (counted[0] - counted[1]) < 1.01
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
 def test_attention_in_bfloat16_is_that_of_the_model(name: str) -> None:

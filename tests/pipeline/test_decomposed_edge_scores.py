@@ -165,11 +165,12 @@ def test_circuit_by_scores_equals_its_listed_edges_in_rules(call: str, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_planned_cost_of_decomposed_scores_is_within_a_factor_of_two(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, fit("validation: 25%, batch: 2", call=CALL, at="last token"), USE)
-    assert check_planned_cost(path, "gpt2", monkeypatch) == 0
+    assert check_planned_cost(path, family, monkeypatch) == 0
 
 
 def test_nodes_that_are_not_decomposed_are_errors(tmp_path: Path) -> None:
