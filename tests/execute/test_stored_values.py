@@ -309,6 +309,31 @@ def test_observations_over_all_rows_are_stored_by_their_key(line: str, tmp_path:
         assert values[0].shape != values[1].shape or not np.allclose(*values, equal_nan=True)
 
 
+OTHER_RUNS = {
+    "with other at cue token": "with turned at cue token",
+    "of other at cue token with last token": "of turned at cue token with last token",
+    "with turned at cue token": "of other with turned at cue token",
+}
+
+
+@pytest.mark.parametrize("read", OTHER_RUNS)
+def test_similarity_of_another_run_is_computed_again(read: str, tmp_path: Path) -> None:
+    first, second = (
+        looking("e", f"observe similarity resid_post layer 1 {words}")
+        for words in (read, OTHER_RUNS[read])
+    )
+    alone, _ = run(second, tmp_path)
+    with opened(tmp_path, "one") as kept:
+        before, _ = run(first, tmp_path, kept=kept)
+    with opened(tmp_path, "two") as kept:
+        after, done = run(second, tmp_path, kept=kept)
+    close(alone, after)
+    assert done.known == 0
+    assert before is not None
+    assert after is not None
+    assert not np.allclose(arrays(before)["e 0 patched"], arrays(after)["e 0 patched"])
+
+
 TRAINING = support.PROMPTS.replace("prompts p", "prompts q").replace("data.jsonl", "more.jsonl")
 
 
