@@ -79,9 +79,6 @@ _ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
     "/": lambda a, b: a / b,
 }
 
-SUM, LOG_SUM_EXP = "sum", "log_sum_exp"
-"""Calls that combine the terms of several accepted texts; files can't contain them."""
-
 
 def _log_add(a: Any, b: Any) -> Any:
     """Return log(exp(a) + exp(b)) of arrays, or of tensors with their gradients."""
@@ -93,9 +90,11 @@ def _log_add(a: Any, b: Any) -> Any:
 
 
 _COMBINATIONS: Mapping[str, Callable[[Any, Any], Any]] = {
-    SUM: lambda a, b: a + b,
-    LOG_SUM_EXP: _log_add,
+    "sum": lambda a, b: a + b,
+    "log_sum_exp": _log_add,
 }
+"""By `MetricForm.joined`: calls that combine the terms of several accepted texts. Files can't
+contain them."""
 
 _COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
     "<": lambda a, b: a < b,

@@ -48,7 +48,7 @@ from mechdsl.resolve.class_outputs import (
     resolve_class_numbers,
     select_class_form,
 )
-from mechdsl.resolve.loops import LOG_SUM_EXP, SUM, evaluate_arithmetic, iter_divisors
+from mechdsl.resolve.loops import evaluate_arithmetic, iter_divisors
 from mechdsl.resolve.sites import (
     MeasureContext,
     find_item_numbers,
@@ -288,7 +288,8 @@ def _sums_tokens(
     Also reports a text that is one token with another spelling, such as a space before it.
     """
     problem = None
-    if "continuation" not in METRICS[name].forms:
+    whole = METRICS[name].forms.get("continuation")
+    if whole is None or whole.joined is None:
         problem = report_multi_token(parts, name, row, long, context)
     elif name != "logprob" and not context.tokenizer.stands_in:
         problem = report_misspelt_token(parts, name, row, long, context)
@@ -1311,7 +1312,8 @@ def _with_alternatives(expression: ast.Expr, atoms: dict[ast.Expr, MetricTerm]) 
             continue
         del atoms[node]
         atoms.update((part.node, part) for part in atom.alternatives)
-        combine = LOG_SUM_EXP if atom.form.unit == "nat" else SUM
+        combine = METRICS[atom.name].forms["continuation"].joined
+        assert combine is not None
         arguments = tuple(ast.Argument(None, p.node, span=node.span) for p in atom.alternatives)
         total = ast.Call(combine, arguments, span=node.span)
         expression = rewrite(expression, lambda n, old=node, new=total: new if n == old else n)

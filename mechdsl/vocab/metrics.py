@@ -38,6 +38,9 @@ MetricArgument = Literal[
 so a new argument needs an entry in both.
 """
 
+JoinedTexts = Literal["sum", "log_sum_exp"]
+"""How values of single texts give the value of any of them: probabilities are added."""
+
 MetricKind = Literal["number", "category"]
 """Numbers are averaged; for categories, tables show the most frequent one."""
 
@@ -60,6 +63,9 @@ class MetricForm(Record):
     compared: bool = False
     """Whether its numbers are differences from the right number: the answer, or a second
     argument."""
+    joined: JoinedTexts | None = None
+    """How it is computed for any of several texts, of which some have several tokens; without it,
+    these texts are an error."""
 
     @property
     def of_outputs(self) -> bool:
@@ -91,6 +97,7 @@ def metric(
     narrow: bool = False,
     logits: int = 1,
     compared: bool = False,
+    joined: JoinedTexts | None = None,
 ) -> Callable[[MetricFunction], MetricFunction]:
     """Register a function as one form of the metric `name`, here or in a plugin.
 
@@ -100,12 +107,14 @@ def metric(
         name: The name in a file. A metric with several forms registers one function for each.
         takes: What the function receives. The named argument `digits` only selects numerals; no
             named argument reaches the function.
-        unit: The unit in tables, which also determines how rounding is estimated.
+        unit: The unit in tables. It also determines how rounding is estimated: `logit`, `nat` and
+            `number` move like logits, `rank` and `share` if tokens swap, others in proportion.
         kind: Whether values are numbers or categories.
         default: See `MetricForm.default`.
         narrow: See `MetricForm.narrow`.
         logits: See `MetricForm.logits`.
         compared: See `MetricForm.compared`.
+        joined: See `MetricForm.joined`; for metrics that take a continuation.
 
     Raises:
         ValueError: If the metric already has a form with this argument.
@@ -117,7 +126,7 @@ def metric(
             raise ValueError(f"metric `{name}` that takes {takes} is registered twice")
         meaning = (function.__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
         entry.forms[takes] = MetricForm(
-            takes, unit, kind, function, meaning, default, narrow, logits, compared
+            takes, unit, kind, function, meaning, default, narrow, logits, compared, joined
         )
         return function
 
@@ -260,7 +269,7 @@ def logprob_of_any(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 # --- of a text of several tokens ----------------------------------------------------------------
 
 
-@metric("logprob", takes="continuation", unit="nat")
+@metric("logprob", takes="continuation", unit="nat", joined="log_sum_exp")
 def logprob(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """The log probability of a text, summed over its tokens.
 
@@ -273,7 +282,7 @@ def logprob(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return tokens.where(mask, tokens.new_zeros(())).sum(-1)
 
 
-@metric("prob", takes="continuation", unit="probability")
+@metric("prob", takes="continuation", unit="probability", joined="sum")
 def prob_of_continuation(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """The probability of a text of several tokens: the product over its tokens.
 
@@ -285,7 +294,7 @@ def prob_of_continuation(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return logprob(logits, ids, mask).exp()
 
 
-@metric("correct", takes="continuation", unit="share")
+@metric("correct", takes="continuation", unit="share", joined="sum")
 def correct_continuation(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Whether greedy decoding generates a text of several tokens.
 

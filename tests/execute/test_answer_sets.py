@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.vocab.metrics import METRICS, JoinedTexts, Metric, MetricArgument, metric
 
 from ..run_source import run_source
 
@@ -108,6 +109,37 @@ def test_conventions_state_the_sizes_of_answer_sets() -> None:
         "`prob(count + 1..9)` over 3 to 7 numerals per row (`3` to `9`); "
         "`correct(answer, wrong, answer)` over 2 tokens per row; equal tokens count once"
     )
+
+
+@pytest.fixture
+def negated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> JoinedTexts | None:
+    """Register `negated`, minus the log probability of any of several texts, for one test."""
+    monkeypatch.setitem(vars(METRICS)["_entries"], "negated", Metric("negated"))
+    for takes in ("any", "continuation"):
+        joined = request.param if takes == "continuation" else None
+
+        @metric("negated", takes=takes, unit="nat", joined=joined)
+        def _(*arguments: torch.Tensor, of: MetricArgument = takes) -> torch.Tensor:
+            return -METRICS["logprob"].forms[of].function(*arguments)
+
+    return request.param
+
+
+@pytest.mark.parametrize("negated", [None], indirect=True)
+def test_custom_metric_of_texts_of_several_tokens_is_an_error(negated: JoinedTexts | None) -> None:
+    (found,) = problems(FILE.format('negated(answer, " plum fig")'))
+    assert found.code == "E0507"
+    assert problems(FILE.format("negated(answer, wrong)")) == []
+
+
+@pytest.mark.parametrize("negated", ["sum", "log_sum_exp"], indirect=True)
+def test_custom_metric_joins_texts_as_it_declares(negated: JoinedTexts | None) -> None:
+    parts = ["negated(answer)", 'negated(" plum fig")', 'negated(answer, " plum fig")']
+    ran, found = run_source(Source(FILE.format(" as raw\n  measure ".join(parts))))
+    assert ran is not None, found
+    one, other, both = (each.patched[0] for each in ran.experiments[0].measures)
+    expected = one + other if negated == "sum" else np.logaddexp(one, other)
+    np.testing.assert_allclose(both, expected, rtol=1e-5)
 
 
 def test_first_tokens_of_a_list_are_summed_like_texts_of_one_token() -> None:

@@ -1094,7 +1094,7 @@ def _without_lacking(atom: MetricTerm, values: Tensor, prompts: Ints) -> Tensor:
     if not atom.lacking:
         return values
     lacking = array_to_device(np.isin(prompts, atom.lacking), values.device)
-    return values.masked_fill(lacking, -torch.inf if atom.form.unit == "nat" else 0.0)
+    return values.masked_fill(lacking, -torch.inf if atom.form.joined == "log_sum_exp" else 0.0)
 
 
 def _class_logits(atom: MetricTerm, logits: Tensor) -> Tensor:
