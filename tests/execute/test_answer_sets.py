@@ -165,7 +165,7 @@ def test_sets_of_texts_of_several_tokens_equal_a_plain_forward_pass() -> None:
     ran, found = run_source(Source(text.format()))
     assert ran is not None, found
     result = ran.experiments[0]
-    folder = files("mechdsl") / "zoo" / "counting"
+    folder = str(files("mechdsl") / "zoo" / "counting")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
