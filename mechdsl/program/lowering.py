@@ -112,7 +112,7 @@ from mechdsl.program.trainings import lower_objectives, split_by_seed, split_row
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse, parse_setting, read_source
 from mechdsl.syntax.traversal import number_names, walk
-from mechdsl.syntax.words import WEIGHT_OBSERVATIONS
+from mechdsl.syntax.words import get_observation_word
 
 
 def lower_experiment(
@@ -384,7 +384,7 @@ def _of_weights(work: Statements) -> bool:
     free = all(line.toward is None and line.run is None for line in lines)
     return (
         len(lines) == len(work.observed) > 0
-        and words <= WEIGHT_OBSERVATIONS
+        and all(get_observation_word(word).of_weights for word in words)
         and free
         and not any(other)
     )

@@ -27,13 +27,7 @@ from mechdsl.program.spec import whole_number_value
 from mechdsl.program.statements import Statements, expand_metrics, resolve_run_name
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite, walk
-from mechdsl.syntax.words import (
-    BASIS_OBSERVATIONS,
-    GRAPH_OBSERVATIONS,
-    LENSES,
-    OBSERVATION_CONTROLS,
-    PROBE_OBSERVATIONS,
-)
+from mechdsl.syntax.words import get_observation_word
 
 if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
@@ -137,10 +131,10 @@ def lower_observation(
 def _named_bases(call: ast.Call | None, work: Statements) -> tuple[str, ...]:
     """Return the bases, the lens or the probe that an observation names; E0201 for names of
     something else."""
-    if call is None or call.name not in BASIS_OBSERVATIONS | LENSES | PROBE_OBSERVATIONS:
+    facts = None if call is None else get_observation_word(call.name)
+    if call is None or facts is None or not (facts.of_bases or facts.is_lens or facts.of_probes):
         return ()
-    kind = "lens" if call.name in LENSES else "basis"
-    kind = "probe" if call.name in PROBE_OBSERVATIONS else kind
+    kind = "probe" if facts.of_probes else "lens" if facts.is_lens else "basis"
     values = [each.value for each in call.arguments if each.name is None]
     named = [each for each in values if isinstance(each, ast.Name)]
     if kind == "lens":  # a parameter may be the path of a file
@@ -338,7 +332,7 @@ def split_results(
             by_name[named[0]].append(measure.model_copy(update={"observed": True}))
         else:
             plain.append(measure)
-    lenses = [rule for rule in observed if _lower_observed(rule).word in LENSES]
+    lenses = [rule for rule in observed if get_observation_word(_lower_observed(rule).word).is_lens]
     read = [measure.model_copy(update={"observed": True}) for measure in plain]
     plain = [] if lenses else plain
     found: list[ResultSpec] = []
@@ -406,7 +400,7 @@ def _own_measures(
     taken = {*parts.metrics, *(measure.label for measure in others)}
     label = said.name or (f"observed {said.word}" if said.word in taken else said.word)
     metric: ast.Expr = ast.Name(said.word, span=rule.span)
-    if said.toward is not None and said.word not in GRAPH_OBSERVATIONS:
+    if said.toward is not None and not get_observation_word(said.word).has_graph:
         metric = said.toward
     own = spec.Measure(
         span=rule.span,
@@ -416,7 +410,7 @@ def _own_measures(
         effect_span=rule.span,
         observed=True,
     )
-    controls = OBSERVATION_CONTROLS.get(said.word, ())
+    controls = get_observation_word(said.word).controls
     return [
         own,
         *(
@@ -431,7 +425,7 @@ def _own_measures(
 def _written_out(measure: spec.Measure, rule: spec.Rule) -> spec.Measure:
     """Replace the measure's logits by those of the observation's `toward` clause."""
     said = _lower_observed(rule)
-    toward = None if said.word in GRAPH_OBSERVATIONS else said.toward
+    toward = None if get_observation_word(said.word).has_graph else said.toward
 
     def change(node: ast.Node) -> ast.Node:
         own = isinstance(node, ast.Name) and node.id == said.name

@@ -17,7 +17,7 @@ from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.spec import CLEAN
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import NodeT, depth, number_names, rewrite, walk
-from mechdsl.syntax.words import COORDINATE_OBSERVATIONS, VERBS
+from mechdsl.syntax.words import VERBS, get_observation_word
 
 if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
@@ -344,7 +344,7 @@ def _takes_basis(statement: ast.Node, site: ast.Site) -> bool:
     """Whether the site of a rule or an `observe` line may be coordinates of a basis."""
     if isinstance(statement, ast.Observe):
         word = statement.what.id if isinstance(statement.what, ast.Name) else statement.what.name
-        return word in COORDINATE_OBSERVATIONS and statement.site is site
+        return get_observation_word(word).of_coordinates and statement.site is site
     match statement.body if isinstance(statement, ast.Rule) else None:
         case (
             ast.Patch(site=own)

@@ -6,7 +6,7 @@ here, so that the parser can look it up.
 
 from __future__ import annotations
 
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Record, Registry
 
 
 def _words(text: str) -> frozenset[str]:
@@ -87,27 +87,32 @@ CLAUSE_WORDS = CONNECTING_WORDS | _words(
 VERBS: Registry[str] = Registry("rule")
 """Verb of a registered rule → the word before its number, or an empty string."""
 
-LENSES: set[str] = set()
-"""Words after `observe` that give a distribution over tokens, which the experiment's measures
-read instead of the model's own."""
 
-OBSERVATION_CONTROLS: dict[str, tuple[str, ...]] = {}
-"""Word after `observe` → its controls, each a separate measure."""
+class ObservationWord(Record):
+    """Facts of a word after `observe`, for stages before the one that defines it."""
 
-WEIGHT_OBSERVATIONS: set[str] = set()
-"""Words after `observe` that read only weights, so that prompts have no effect."""
+    is_lens: bool = False
+    """It gives a distribution over tokens, which the experiment's measures read instead of the
+    model's own."""
+    of_weights: bool = False
+    """It reads only weights, so that prompts have no effect."""
+    of_bases: bool = False
+    """Its arguments are bases."""
+    of_probes: bool = False
+    """Its argument may be the name of a `probe`: `observe probe(told)`."""
+    of_coordinates: bool = False
+    """It reads named coordinates: `observe value feature 3 of b`."""
+    has_graph: bool = False
+    """It has a graph, which `report graph` draws."""
+    axes: tuple[str, ...] = ()
+    """Axes of its values, if a cell has several."""
+    controls: tuple[str, ...] = ()
+    """Its controls, each a separate measure."""
 
-BASIS_OBSERVATIONS: set[str] = set()
-"""Words after `observe` whose arguments are bases."""
 
-GRAPH_OBSERVATIONS: set[str] = set()
-"""Words after `observe` that have a graph, which `report graph` draws."""
+OBSERVATION_WORDS: Registry[ObservationWord] = Registry("observation")
 
-PROBE_OBSERVATIONS: set[str] = set()
-"""Words after `observe` whose argument may be the name of a `probe`: `observe probe(told)`."""
 
-COORDINATE_OBSERVATIONS: set[str] = set()
-"""Words after `observe` that read named coordinates: `observe value feature 3 of b`."""
-
-OBSERVATION_AXES: dict[str, tuple[str, ...]] = {}
-"""Word after `observe` that gives several values per cell → the axes of these values."""
+def get_observation_word(word: str) -> ObservationWord:
+    """Return the facts of a word after `observe`; those of an unknown word are all false."""
+    return OBSERVATION_WORDS.get(word) or ObservationWord()

@@ -27,16 +27,7 @@ from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext
 from mechdsl.resolve.types import Convention, PositionTargets, ResolvedRule, SitePoint, SiteTargets
 from mechdsl.rules.kinds import resolve_targets, rule_kind
-from mechdsl.syntax.words import (
-    BASIS_OBSERVATIONS,
-    COORDINATE_OBSERVATIONS,
-    GRAPH_OBSERVATIONS,
-    LENSES,
-    OBSERVATION_AXES,
-    OBSERVATION_CONTROLS,
-    PROBE_OBSERVATIONS,
-    WEIGHT_OBSERVATIONS,
-)
+from mechdsl.syntax.words import OBSERVATION_WORDS, ObservationWord
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS, MetricForm
 
@@ -96,22 +87,17 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
         entry.form = MetricForm("observation", unit, "number", _identity, meaning, narrow=True)
         if entry.read_by_measures:
             entry.form = MetricForm("nothing", unit, "number", _top_probability, meaning)
-            LENSES.add(word)
-        if entry.of_weights:
-            WEIGHT_OBSERVATIONS.add(word)
-        if entry.of_bases:
-            BASIS_OBSERVATIONS.add(word)
-        if entry.has_graph:
-            GRAPH_OBSERVATIONS.add(word)
-        if entry.of_probes:
-            PROBE_OBSERVATIONS.add(word)
-        if entry.of_coordinates:
-            COORDINATE_OBSERVATIONS.add(word)
-        axes = (entry.counts,) if entry.counts else entry.value_axes
-        if axes:
-            OBSERVATION_AXES[word] = axes
-        if entry.controls:
-            OBSERVATION_CONTROLS[word] = entry.controls
+        facts = ObservationWord(
+            is_lens=entry.read_by_measures,
+            of_weights=entry.of_weights,
+            of_bases=entry.of_bases,
+            of_probes=entry.of_probes,
+            of_coordinates=entry.of_coordinates,
+            has_graph=entry.has_graph,
+            axes=(entry.counts,) if entry.counts else entry.value_axes,
+            controls=entry.controls,
+        )
+        OBSERVATION_WORDS.add(word, facts)
         OBSERVATIONS.add(word, entry())
         return entry
 
