@@ -1209,7 +1209,7 @@ def _act_together(first: ResolvedRule, second: ResolvedRule) -> bool:
 
 def _keeps_rows(rule: ResolvedRule, experiment: ResolvedExperiment) -> bool:
     """Whether an ablation writes the vectors of a row into the same row, at all positions."""
-    same_run = rule.apart is None and rule.run == experiment.spec.base
+    same_run = rule.external is None and rule.run == experiment.spec.base
     if rule.does.reads not in ("mean", "donor") or not same_run:
         return False
     groups = rule.groups or ("",) * len(experiment.table)

@@ -1344,8 +1344,8 @@ def _list_read_runs(
     in_vision = experiment.in_vision or _are_in_vision(points)
     yield from ((own, run, in_vision) for run in own.runs.values())
     for rule in experiment.every_rule:
-        if rule.apart is not None:
-            yield rule.apart.table, rule.apart.table.runs[rule.apart.run], rule.in_vision
+        if rule.external is not None:
+            yield rule.external.table, rule.external.table.runs[rule.external.run], rule.in_vision
     for fit in _list_fits(experiment):
         if not isinstance(fit, JacobianBasis):
             inside = _are_in_vision(fit.points)

@@ -69,7 +69,7 @@ from mechdsl.prompts.positions.cells import find_reply_tokens
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun, ReplyPosition
 from mechdsl.resolve.runs import reads_observation, reads_reply_tokens
-from mechdsl.resolve.types import ItemNumber, MetricTerm, SiteLayer, SitePoint
+from mechdsl.resolve.types import ExternalRun, ItemNumber, MetricTerm, SiteLayer, SitePoint
 from mechdsl.vocab.metrics import Reply
 
 
@@ -661,10 +661,11 @@ class UnpatchedRuns:
                 self._lanes[self._key(each, prompts, continuation)] = lanes
         return self._lanes[key]
 
-    def apart(
-        self, table: PromptTable, run: PromptRun, prompts: Ints, places: Iterable[SiteLayer]
+    def external_lanes(
+        self, external: ExternalRun, prompts: Ints, places: Iterable[SiteLayer]
     ) -> UnpatchedBatch:
         """Return a run of a different prompt set with these sites; computed once per batch."""
+        table, run = external.table, external.table.runs[external.run]
         reads = frozenset(places)
         key = (*self._key(run, prompts, None), reads)
         if key in self._lanes:

@@ -1222,7 +1222,7 @@ def settles_circuits(plan: ExperimentPlan) -> bool:
             and not rule.rule.circuit.neurons
             and not rule.rule.circuit.features
             and not rule.rule.circuit.stack
-            and rule.rule.apart is None
+            and rule.rule.external is None
             for rule in plan.rules
         )
         and all(atom.point is None for measure in experiment.measures for atom in measure.atoms)

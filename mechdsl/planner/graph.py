@@ -477,12 +477,13 @@ def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadN
         return TransformNode(does.name, (*steered, *bases), detail or "")
     points = rule.sites.points if rule.sites.sources is None else rule.sites.sources
     forward = unpatched_forward(experiment, rule.run)
-    if rule.apart is not None:
-        apart = rule.apart
+    if rule.external is not None:
+        external = rule.external
         other = EncodeNode(
-            *(apart.table.name, apart.part, None, (), apart.run), changed_by=apart.table.changed_by
+            *(external.table.name, external.part, None, (), external.run),
+            changed_by=external.table.changed_by,
         )
-        forward = ForwardNode(experiment.model.key, forward.n_layers, other, rule.apart.run)
+        forward = ForwardNode(experiment.model.key, forward.n_layers, other, external.run)
     read = ReadNode(forward, at, points, rule.positions.read)
     return read if detail is None else TransformNode(does.name, (read, *bases), detail)
 
@@ -704,7 +705,7 @@ def _rule(write: WriteNode, rule: ResolvedRule) -> ResolvedRule:
     sources = None if read.points is rule.sites.points else read.points
     return replace(
         rule,
-        run=rule.run if rule.apart is not None else read.forward.run,
+        run=rule.run if rule.external is not None else read.forward.run,
         sites=replace(rule.sites, sources=sources),
         positions=replace(rule.positions, read=read.positions),
     )
@@ -739,8 +740,8 @@ def _read(forward: ForwardNode) -> Iterator[ForwardNode]:
     """Yield the runs of the sampled rows that values are read in. A mean of another block reads
     separate rows in separate runs."""
     for write in forward.writes:
-        apart = isinstance(write.by, ResolvedRule) and write.by.apart is not None
-        if write.read is not None and not apart:
+        external = isinstance(write.by, ResolvedRule) and write.by.external is not None
+        if write.read is not None and not external:
             yield write.read.forward
 
 

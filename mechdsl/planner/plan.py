@@ -613,7 +613,7 @@ def _rule_plan(
         point_table=tuple(pair[0] for pair in table),
         source_table=tuple(pair[1] for pair in table),
         written=TokenHits.of(written, vectors),
-        read=TokenHits.of(written if rule.apart is not None and not donated else read, vectors),
+        read=TokenHits.of(written if rule.external is not None and not donated else read, vectors),
         averaged=TokenHits.of(read, vectors),
         positions=written,
         sources=read,
@@ -657,7 +657,7 @@ def _acts_in_answers(experiment: ResolvedExperiment, plan: RulePlan) -> bool:
     runs, base = experiment.table.runs, experiment.spec.base
     places = [(plan.written, base)]
     places += [] if plan.keys is None else [(plan.keys, base)]
-    places += [] if plan.rule.apart is not None else [(plan.read, plan.rule.run)]
+    places += [] if plan.rule.external is not None else [(plan.read, plan.rule.run)]
     return any(hits.include_answers(runs[run].lengths) for hits, run in places)
 
 
@@ -1126,12 +1126,12 @@ def _counted(stages: Iterable[SweepStage], panel: Panel, *, several: bool) -> Co
 def external_runs(panel: Panel) -> list[tuple[PromptTable, PromptRun]]:
     """Return runs of other blocks that means and donors are taken from, each on all its rows."""
     found = {
-        (id(rule.rule.apart.table), rule.rule.apart.run): rule.rule.apart
+        (id(rule.rule.external.table), rule.rule.external.run): rule.rule.external
         for plan in (*panel.experiments, *panel.derived.values())
         for rule in plan.rules
-        if rule.rule.apart is not None
+        if rule.rule.external is not None
     }
-    return [(apart.table, apart.table.runs[apart.run]) for apart in found.values()]
+    return [(external.table, external.table.runs[external.run]) for external in found.values()]
 
 
 def _filtering(panel: Panel) -> Iterator[str]:
@@ -1153,7 +1153,7 @@ def _stages(panel: Panel) -> Iterator[SweepStage]:
 def _gathered(rules: Iterable[RulePlan]) -> Iterator[SweepStage]:
     """Yield each run that is averaged or collected as a whole for a rule."""
     for rule in rules:
-        if rule.rule.does.reads in ("mean", "cell") and rule.rule.apart is None:
+        if rule.rule.does.reads in ("mean", "cell") and rule.rule.external is None:
             yield [(rule.rule.run, False)]
 
 
@@ -1185,7 +1185,7 @@ def _row_sweeps(plan: ExperimentPlan) -> Iterator[tuple[str, bool]]:
 def _copied(rules: Iterable[RulePlan]) -> Iterator[tuple[str, bool]]:
     """Yield the runs whose vectors rules copy."""
     for rule in rules:
-        if rule.rule.does.reads in ("run", "donor") and rule.rule.apart is None:
+        if rule.rule.does.reads in ("run", "donor") and rule.rule.external is None:
             yield rule.rule.run, rule.rule.does.reads == "donor"
 
 

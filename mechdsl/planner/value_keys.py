@@ -637,8 +637,8 @@ class ExperimentKeys:
     def _rule(self, plan: RulePlan, donors: Ints | None, cells: WholeCells | None) -> _RuleNumbers:
         rule, reads = plan.rule, plan.rule.does.reads
         each = reads in ("run", "donor", "cell")
-        table = self.table if rule.apart is None else rule.apart.table
-        read = table.runs[rule.run if rule.apart is None else rule.apart.run]
+        table = self.table if rule.external is None else rule.external.table
+        read = table.runs[rule.run if rule.external is None else rule.external.run]
         groups = None
         if reads == "mean" and rule.groups is not None:
             names = [digest_number(name) for name in rule.groups]
@@ -667,9 +667,9 @@ class ExperimentKeys:
         """Return the rows of each mean with their tokens. Shape [position]."""
         rule, prompts = plan.rule, self.kept
         run, table = self.table.runs[rule.run], self.table
-        if rule.apart is not None:
-            table, prompts = rule.apart.table, np.arange(len(rule.apart.table))
-            run = table.runs[rule.apart.run]
+        if rule.external is not None:
+            table, prompts = rule.external.table, np.arange(len(rule.external.table))
+            run = table.runs[rule.external.run]
         contents = self.contents.of(run, table)[prompts]
         if rule.groups is not None:
             groups = [digest_number(rule.groups[row]) for row in prompts.tolist()]
@@ -714,7 +714,7 @@ def edit_digest(rule: ResolvedRule, keys: OperandKeys) -> bytes:
 def _static(rule: ResolvedRule) -> bytes:
     """Digest a rule without its targets; keys of rows contain what it reads in each run."""
     does = rule.does
-    key = does.key(replace(rule, run="", apart=None, groups=None))
+    key = does.key(replace(rule, run="", external=None, groups=None))
     return digest(
         *does.identity, _plain(key), _plain(rule.python),
         None if rule.edge is None else rule.edge.change,

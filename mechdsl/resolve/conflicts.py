@@ -641,7 +641,7 @@ def _of_moved_inputs(
     if path is not None and path.frozen_norms and all(SITES[p.site].when == "output" for p in ends):
         what, reason = "a path to the end with frozen norms", "norms of other runs aren't frozen"
         yield _no_estimate(said, own.span, what, reason, hint)
-    if rule.apart is not None:
+    if rule.external is not None:
         what, reason = f"the run `{rule.run}`", "it has another model or other prompts"
         yield _no_estimate(said, own.span, what, reason, hint)
         return
@@ -889,8 +889,8 @@ def _check_resampled_rules(experiment: ResolvedExperiment) -> Iterator[Diagnosti
     for own, rules in acting:
         for rule in (each for each in rules if each.in_vision):
             read = runs.get(rule.run, own)
-            if rule.apart is not None:
-                read = rule.apart.table.runs[rule.apart.run]
+            if rule.external is not None:
+                read = rule.external.table.runs[rule.external.run]
             problem = _describe_resampled_rule(rule, own, read, reader)
             if problem is not None:
                 what = f"`{_name_rule(rule)}` {problem[0]} in a vision encoder whose patches are "
@@ -1280,7 +1280,7 @@ def check_runs_without_blocks(experiment: ResolvedExperiment) -> Iterator[Diagno
             places = [(base, rule.sites.points)]
             if rule.path is not None:
                 places.append((base, rule.path.receivers.points))
-            if rule.apart is None and rule.does.reads is not None:
+            if rule.external is None and rule.does.reads is not None:
                 places.append((rule.run, rule.sites.sources or rule.sites.points))
             for run, points in places:
                 named = [point for here in points.values() for point in here]

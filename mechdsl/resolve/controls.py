@@ -1767,4 +1767,4 @@ def _writes_any(cell: PositionCell) -> bool:
 
 def _reads_elsewhere(rule: ResolvedRule) -> bool:
     """Return whether a rule reads at other positions, or in other rows, than it writes."""
-    return rule.spec.onto is not None or rule.apart is not None
+    return rule.spec.onto is not None or rule.external is not None

@@ -97,7 +97,7 @@ class _NamedRule:
         """Return the texts of tokens that are read, where they differ from the written tokens."""
         runs, positions = experiment.table.runs, rule.positions
         base = runs[experiment.spec.base]
-        copied = rule.spec.onto is None and rule.apart is None and rule.run != base.name
+        copied = rule.spec.onto is None and rule.external is None and rule.run != base.name
         if not copied or not counts_positions(rule.spec.at):
             return dict.fromkeys(positions.written, ())
         return {

@@ -103,7 +103,7 @@ def define_runs(
             continue  # already reported
         rules = _rules(run, work, kinds)
         base = work.table.runs[run.base]
-        reads = tuple(dict.fromkeys(rule.run for rule in rules if rule.apart is None))
+        reads = tuple(dict.fromkeys(rule.run for rule in rules if rule.external is None))
         draws = max(work.table.runs[name].draws for name in (run.base, *reads))
         made = replace(base, name=run.name, derived=DerivedRun(run.base, reads, draws))
         found[run.name] = ResolvedExperiment(

@@ -86,7 +86,7 @@ def resolve_rule_positions(
     rule: spec.Rule,
     run: str,
     work: ExperimentContext,
-    apart: ExternalRun | None = None,
+    external: ExternalRun | None = None,
     *,
     exchanged: bool = False,
     reader: ExperimentContext | None = None,
@@ -95,7 +95,7 @@ def resolve_rule_positions(
 
     Args:
         run: The run that is read.
-        apart: A run of a different prompt set to read instead, whose rows aren't paired with the
+        external: A run of a different prompt set to read instead, whose rows aren't paired with the
             experiment's rows.
         exchanged: Whether each of two positions receives the vectors of the other.
         reader: The context for the read positions, if the read site has vectors at other tokens
@@ -105,8 +105,8 @@ def resolve_rule_positions(
     nodes = [rule.at] if rule.onto is None else [rule.at, rule.onto]
 
     def find(values: NamedValues) -> PositionMatch | None:
-        if apart is not None:
-            return _match_external(rule.at, apart, values, work)
+        if external is not None:
+            return _match_external(rule.at, external, values, work)
         if rule.onto is None:
             found = _match_same(rule.at, run, values, work, reader)
             return found if rule.token is None else _select_token(rule, found, work)
@@ -495,26 +495,26 @@ def _select_token(
 
 
 def _match_external(
-    positions: ast.Positions, apart: ExternalRun, values: NamedValues, work: ExperimentContext
+    positions: ast.Positions, external: ExternalRun, values: NamedValues, work: ExperimentContext
 ) -> PositionMatch | None:
     """Match positions in the base run with the same positions in rows of a different prompt set."""
     cells = _cells(positions, work.experiment.base, values, work)
-    sources = _cells(positions, apart.run, values, work, table=apart.table)
+    sources = _cells(positions, external.run, values, work, table=external.table)
     if cells is None or sources is None:
         return None
     there = {cell.label: cell for cell in sources if any(cell.hits)}
     kept = [cell for cell in cells if cell.label in there]
     if not kept:
-        run = apart.table.runs[apart.run]
+        run = external.table.runs[external.run]
         work.diagnostics.append(
             AbsentOccurrence(
                 span=positions.span,
                 position=positions.span.written,
-                run=apart.name,
-                lacking=len(apart.table),
-                total=len(apart.table),
+                run=external.name,
+                lacking=len(external.table),
+                total=len(external.table),
                 example=f'"{run.rows[0].text}"',
-                hint=f"name a position that rows of `{apart.name}` have, too",
+                hint=f"name a position that rows of `{external.name}` have, too",
             )
         )
         return None

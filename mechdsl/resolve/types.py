@@ -1304,7 +1304,7 @@ class ResolvedRule(Record):
     """Direction that it steers along."""
     basis: BasisTargets | None = None
     """Coordinates that it changes; None if it changes whole vectors."""
-    apart: ExternalRun | None = None
+    external: ExternalRun | None = None
     """`mean of BLOCK`, `resample of BLOCK`: the run that is read. `positions.read` then refers to
     its rows."""
     python: PythonFunction | None = None

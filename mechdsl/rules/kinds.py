@@ -202,7 +202,7 @@ def resolve_targets(
     rule: spec.Rule,
     run: str,
     work: ExperimentContext,
-    apart: ExternalRun | None = None,
+    external: ExternalRun | None = None,
     *,
     exchanged: bool = False,
 ) -> tuple[SiteTargets | None, PositionTargets | None]:
@@ -221,7 +221,7 @@ def resolve_targets(
         return None, None
     if sites is None and work.model.shape.resamples:
         return None, None  # whether images have rows and columns depends on the stack
-    found = resolve_rule_positions(rule, run, work.reading(sites), apart, exchanged=exchanged)
+    found = resolve_rule_positions(rule, run, work.reading(sites), external, exchanged=exchanged)
     return fill_empty_picks(sites, found)
 
 

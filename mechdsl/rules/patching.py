@@ -143,16 +143,16 @@ class MeanFill(Intervention):
     reads = "mean"
 
     def key(self, rule: ResolvedRule) -> Hashable:
-        apart = None if rule.apart is None else rule.apart.name
-        return rule.run, apart, rule.groups
+        external = None if rule.external is None else rule.external.name
+        return rule.run, external, rule.groups
 
     def detail(self, rule: ResolvedRule) -> str | None:
         return f"by {rule.spec.by}" if rule.spec.by else ""
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        apart = rule.apart
+        external = rule.external
         own = f"the rows of {rule.run} after `limit` and `keep`"
-        rows = own if apart is None else f"the {len(apart.table):,} rows of {apart.name}"
+        rows = own if external is None else f"the {len(external.table):,} rows of {external.name}"
         within = f", within each {rule.spec.by}" if rule.spec.by else ""
         yield Convention("fill", f"mean over {rows}, per position{within}")
 
@@ -166,11 +166,11 @@ class ResampleFill(Intervention):
     reads = "donor"
 
     def key(self, rule: ResolvedRule) -> Hashable:
-        return rule.run, None if rule.apart is None else rule.apart.name
+        return rule.run, None if rule.external is None else rule.external.name
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        if rule.apart is not None:
-            rows = f"one of the {len(rule.apart.table):,} rows of {rule.apart.name}"
+        if rule.external is not None:
+            rows = f"one of the {len(rule.external.table):,} rows of {rule.external.name}"
             how = "drawn for each row from its content and the seed, with replacement"
             yield Convention("fill", f"{rows}, {how}")
             return
@@ -198,7 +198,7 @@ class AblateRule(RuleKind):
 
     def _with_fill(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         base = work.experiment.base
-        does, run, apart = _resolve_fill(rule, work)
+        does, run, external = _resolve_fill(rule, work)
         groups = None if does is None else _groups(rule, does, work)
         read = base if does is None else run
         circuit, definition = None, _find_circuit(rule, work)
@@ -206,19 +206,19 @@ class AblateRule(RuleKind):
             found = resolve_circuit(definition, rule, work, resolve_feature_nodes)
             sites, circuit = (None, None) if found is None else found
             side = "" if circuit is None else find_circuit_side(circuit, rule.at, work)
-            positions = resolve_rule_positions(rule, read, replace(work, side=side), apart)
+            positions = resolve_rule_positions(rule, read, replace(work, side=side), external)
             if circuit is not None and positions is not None:
                 check_ablated_tokens(circuit, positions, rule, work)
                 circuit = replace(circuit, dead=find_dead_edges(circuit, positions, rule, work))
             does = None if does is None else CIRCUIT_FILLS[does.name]
         else:
-            sites, positions = resolve_targets(rule, read, work, apart)
+            sites, positions = resolve_targets(rule, read, work, external)
         if sites is None or positions is None or does is None:
             return None
         if does.over_rows:
             check_even_positions(rule, positions, work)
         check_equal_lengths(
-            rule, sites, positions, does, apart or ExternalRun(work.table, run), work
+            rule, sites, positions, does, external or ExternalRun(work.table, run), work
         )
         return ResolvedRule(
             spec=rule,
@@ -227,7 +227,7 @@ class AblateRule(RuleKind):
             sites=sites,
             positions=positions,
             groups=groups,
-            apart=apart,
+            external=external,
             circuit=circuit,
             basis=None if circuit is None else list_circuit_bases(circuit),
         )
@@ -374,20 +374,20 @@ def _of_block(
         work.diagnostics.append(UnknownName(span=word.of.span, kind="run", name=block, hint=hint))
         return None, base, None
     if of_part is not None:
-        apart = ExternalRun(of_part, "clean", part)
+        external = ExternalRun(of_part, "clean", part)
     else:
-        apart = ExternalRun(table, part or "clean")
-        if apart.run not in table.runs:
+        external = ExternalRun(table, part or "clean")
+        if external.run not in table.runs:
             return _no_such_run(word, table, work), base, None
     if does is None or does.reads is None:
         return _not_a_fill(word.name, word.span, work), base, None
-    noised = table.runs[apart.run].noise is not None
+    noised = table.runs[external.run].noise is not None
     if rule.by is not None or (noised and does.reads == "donor"):
         what = "a mean within groups" if rule.by is not None else "`resample` of noise"
         what = f"{what} of a different prompt set"
         work.diagnostics.append(NotSupported(span=word.of.span, what=what))
         return None, base, None
-    return does, "clean", apart
+    return does, "clean", external
 
 
 def _no_such_run(word: ast.QualifiedRef, table: PromptTable, work: ExperimentContext) -> None:

@@ -135,10 +135,12 @@ def prepared(name: str) -> ResolvedExperiment:
         case "apart of two runs":
             found = resolved("apart")
             (rule,) = found.rules
-            assert rule.apart is not None
-            runs = dict(rule.apart.table.runs)
-            table = replace(rule.apart.table, runs={**runs, "changed": other_row(runs["clean"])})
-            return replace(found, rules=(replace(rule, apart=replace(rule.apart, table=table)),))
+            assert rule.external is not None
+            runs = dict(rule.external.table.runs)
+            table = replace(rule.external.table, runs={**runs, "changed": other_row(runs["clean"])})
+            return replace(
+                found, rules=(replace(rule, external=replace(rule.external, table=table)),)
+            )
         case "noised in sds":
             found = changed(resolved("noised"), RunNoise, "sds", lambda sds: 3.0)
             return changed(found, RunNoise, "sd_tokens", lambda tokens: (5, 6))
@@ -207,7 +209,7 @@ IN_RULE = {
     EdgeTargets: "edge",
     PathTargets: "path",
     CircuitTargets: "circuit",
-    ExternalRun: "apart",
+    ExternalRun: "external",
 }
 
 
@@ -347,7 +349,10 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "inputs": ("text", lambda inputs: one_more(inputs, other_row)),
         "groups": ("mean", turned),
         "amounts": ("number", lambda amounts: replace(amounts, values={(): 0.25})),
-        "apart": ("apart", lambda apart: replace(apart, table=other_table(apart.table))),
+        "external": (
+            "apart",
+            lambda external: replace(external, table=other_table(external.table)),
+        ),
         "python": ("number", lambda python: FUNCTION),
         "edge": ("edges", lambda edge: replace(edge, change="uniform")),
         "path": ("paths", lambda path: replace(path, through_mlps=True)),

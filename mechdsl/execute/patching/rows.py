@@ -659,11 +659,11 @@ class Patcher:
         means_and_donors = self.means_and_donors[number]
 
         def lanes_of(rule: RulePlan) -> UnpatchedBatch:
-            donors, apart = means_and_donors.donors.get(rule.number), rule.rule.apart
+            donors, external = means_and_donors.donors.get(rule.number), rule.rule.external
             prompts = batch if donors is None else np.unique(donors[batch])
-            if apart is not None:
+            if external is not None:
                 places = {(point.site, point.layer) for point in rule.source_table}
-                return self.runs.apart(apart.table, apart.table.runs[apart.run], prompts, places)
+                return self.runs.external_lanes(external, prompts, places)
             named, atom = self.runs.named(rule.rule.run), self._atom(number, text)
             return self.runs.lanes(named, prompts, atom, alone=donors is not None)
 

@@ -239,24 +239,24 @@ def choose_donors(
     found: dict[int, Ints] = {}
     for rule in plan.rules:
         if rule.rule.does.reads == "donor":
-            apart = rule.rule.apart
-            if apart is None:
+            external = rule.rule.external
+            if external is None:
                 found[rule.number] = _permute_rows(kept, table.row_keys, seed)
             else:
                 found[rule.number] = _choose_external_donors(
-                    table, plan.starting_runs[0], apart, seed
+                    table, plan.starting_runs[0], external, seed
                 )
     return found
 
 
 def _choose_external_donors(
-    table: PromptTable, base: PromptRun, apart: ExternalRun, seed: int
+    table: PromptTable, base: PromptRun, external: ExternalRun, seed: int
 ) -> Ints:
     """Return [prompt]: a row of a different prompt set, drawn by the prompt's content.
 
     Rows with other text than the prompt are preferred.
     """
-    keys, run = apart.table.row_keys, apart.table.runs[apart.run]
+    keys, run = external.table.row_keys, external.table.runs[external.run]
     order = sorted(range(len(keys)), key=lambda row: (stable_hash(seed, "donor", keys[row]), row))
     found = np.empty(len(table), dtype=np.int64)
     for prompt, key in enumerate(table.row_keys):
@@ -382,8 +382,8 @@ def _compute_rule_means(
     shape = runs.model.shape
     places = {(p.site, p.layer) for p in rule.source_table}
     size = (len(rule.sources), int(codes.max()) + 1)
-    apart = rule.rule.apart
-    run = runs.named(rule.rule.run) if apart is None else apart.table.runs[apart.run]
+    external = rule.rule.external
+    run = runs.named(rule.rule.run) if external is None else external.table.runs[external.run]
     every = np.arange(len(run.rows), dtype=np.int64)
     longest = int((run.lengths + count_fed_tokens(text, every)).max())
     encoder = _CoordinateEncoder.of(rule, directions, shape)
@@ -399,16 +399,16 @@ def _compute_rule_means(
             extent = len(own.nodes), shape.d_model
             sums[NODES[site], layer] = torch.zeros(*size, slots, *extent, dtype=torch.float64)
     counts = torch.zeros(*size, slots, dtype=torch.float64)
-    read = codes if apart is None else np.zeros(len(apart.table), dtype=np.int64)
-    if apart is not None:
-        every = np.arange(len(apart.table), dtype=np.int64)
+    read = codes if external is None else np.zeros(len(external.table), dtype=np.int64)
+    if external is not None:
+        every = np.arange(len(external.table), dtype=np.int64)
         size = max(len(batch) for batch in batches)
         batches = [every[i : i + size] for i in range(0, len(every), size)]
     for batch in batches:
-        if apart is None:
+        if external is None:
             lanes = runs.lanes(run, batch, None if text is None else text.atom)
         else:
-            lanes = runs.apart(apart.table, run, batch, places)
+            lanes = runs.external_lanes(external, batch, places)
         ends = None
         if rule.in_answers:
             ends = lanes.lengths + np.repeat(count_fed_tokens(text, batch), lanes.draws)
@@ -606,11 +606,11 @@ class DerivedRuns:
         rows = RowTable(none, prompts, none)
 
         def lanes_of(rule: RulePlan) -> UnpatchedBatch:
-            donors, apart = written.donors.get(rule.number), rule.rule.apart
+            donors, external = written.donors.get(rule.number), rule.rule.external
             due = batch if donors is None else np.unique(donors[batch])
-            if apart is not None:
+            if external is not None:
                 places = {(point.site, point.layer) for point in rule.source_table}
-                return self.runs.apart(apart.table, apart.table.runs[apart.run], due, places)
+                return self.runs.external_lanes(external, due, places)
             return self.runs.lanes(self.runs.named(rule.rule.run), due, alone=donors is not None)
 
         shape = self.runs.model.shape

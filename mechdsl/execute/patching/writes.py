@@ -708,7 +708,7 @@ def _iter_circuits(
 def _name_source(rule: RulePlan, every: _WriteTokens, own: Ints) -> str:
     """Return the run whose values are written at the same tokens of the same rows; empty if there
     is none, or if the edges of a circuit have positions."""
-    same = rule.rule.does.reads == "run" and rule.rule.apart is None
+    same = rule.rule.does.reads == "run" and rule.rule.external is None
     same = same and rule.rule.circuit is not None and not rule.rule.circuit.places
     same = same and np.array_equal(every.read[own], every.written[own])
     return rule.rule.run if same else ""

@@ -187,7 +187,7 @@ class RowViews:
         reads = rule.does.reads
         if reads == "mean" and rule.groups is not None:
             yield rule.groups[row]
-        if reads not in ("run", "cell") or rule.apart is not None:
+        if reads not in ("run", "cell") or rule.external is not None:
             return
         hits, run = source.tokens(row), self._run(rule.run)
         yield source.hits[row]
