@@ -410,8 +410,10 @@ class FileRun:
             lost = list(execution.lost.get(exact.key, ()))
             if lost or measured is None:
                 raise _ExactCellsLost(lost)
-            ((own,),) = (panel.experiments for panel in made.panels)
+            plans = {own.experiment.key: own for each in made.panels for own in each.experiments}
+            own = plans[exact.key]
             found = collect_result(own, measured, self.models, execution.profile, self.sizes)
+            found = add_circuit_baselines(found, own, plans, execution.measured)
             found = drop_measures(_run_together([exact], [found]), measured.refused)
             return add_statistics(found, exact.spec, exact.seed)
 

@@ -33,6 +33,7 @@ from mechdsl.planner.encoding import encoding_adds, observation_adds, unembeddin
 from mechdsl.planner.pass_cost import BlockCost, PassCost, has_normed_sums
 from mechdsl.planner.plan import (
     BATCH_ROWS,
+    VECTORS_PER_TOKEN,
     ExperimentPlan,
     Panel,
     WholeCells,
@@ -439,6 +440,9 @@ class GradientWork:
 DECOMPOSED_TOKENS = 1 << 13
 """Maximum number of tokens of a pass of contextual decomposition."""
 
+CIRCUIT_NUMBERS = 1 << 27
+"""Maximum number of numbers of circuits that a pass with gradients stores."""
+
 PATTERN_NUMBERS = 1 << 22
 """Maximum number of attention weights that are recomputed together."""
 
@@ -476,18 +480,15 @@ def gradient_work(
     if said is None:
         return GradientWork()
     run = experiment.table.runs[experiment.spec.base]
-    present = plan.present(prompts)
-    times = np.where(present.any(axis=0), run.draws, 0)
     decomposed = said.kind.backward is not None and said.kind.backward.decomposed
-    if decomposed:  # two lanes for each row
-        times = 2 * run.draws * present.sum(axis=0)
-    own = np.repeat(prompts, times)
+    own = np.repeat(prompts, _count_lanes(plan, prompts, by_cell=decomposed))
     lengths, (patches, encoding) = run.lengths[own], count_vision_work(experiment)
     patches, encoding = patches[own], encoding[own]
+    added = _count_shared_edges(plan, prompts)
 
     def whole(lengths: Ints) -> tuple[Ints, Floats]:
         tokens, adds = count(lengths, run.sources[own])
-        return tokens + patches, adds + encoding
+        return tokens + patches, adds + encoding + added * lengths
 
     by_item = any(atom.by_item for measure in experiment.measures for atom in measure.atoms)
     kinds = len(set(plan.items)) if by_item else 1
@@ -495,6 +496,8 @@ def gradient_work(
     each = max(1, pass_tokens // n_layers)
     if decomposed:
         kinds, each = 0, DECOMPOSED_TOKENS
+    elif plan.leaves_out_edges:  # a run for each item
+        kinds, each = 1, min(each, count_circuit_tokens(plan))
     joined = -(-int(lengths.sum() + patches.sum() // n_layers) // each)
     senders = _count_moved_senders(plan)
     points = (said.steps or 1) * max(1, senders) if said.between_runs else 1
@@ -520,6 +523,67 @@ def gradient_work(
     copies = said.steps or int(dict(said.options)["samples"])
     first = _pass(lengths, joined, whole, forwards=1, backwards=0)
     return sum((found for _ in range(copies * len(set(cell_sites(plan).tolist())))), first)
+
+
+def _count_lanes(plan: ExperimentPlan, prompts: Ints, *, by_cell: bool) -> Ints:
+    """Return the number of lanes of each prompt in a pass with gradients: one, or two for each
+    cell, or one for each run of a circuit as a whole; for each draw of noise. Shape [prompt]."""
+    draws = plan.experiment.table.runs[plan.experiment.spec.base].draws
+    present = plan.present(prompts)
+    if by_cell:
+        return 2 * draws * present.sum(axis=0)
+    if plan.leaves_out_edges:
+        runs = circuit_runs(plan)
+        present = np.stack([present[runs == n].any(axis=0) for n in np.unique(runs)])
+        return draws * present.sum(axis=0)
+    return np.where(present.any(axis=0), draws, 0)
+
+
+def circuit_runs(plan: ExperimentPlan) -> Ints:
+    """Return a number that is equal for cells of `without each edge` with the same circuit as a
+    whole and the same measured items. Shape [cell]."""
+    parts = [
+        np.where(True if rule.active is None else rule.active, rule.position_of_cell, -1)
+        for rule in plan.rules
+    ]
+    by_item = any(atom.by_item for measure in plan.experiment.measures for atom in measure.atoms)
+    if by_item:
+        kinds = list(dict.fromkeys(plan.items))
+        parts.append(np.array([kinds.index(each) for each in plan.items]))
+    return np.unique(np.stack(parts), axis=1, return_inverse=True)[1].reshape(-1)
+
+
+def count_circuit_tokens(plan: ExperimentPlan) -> int:
+    """Return the largest number of tokens of a pass that differentiates by shares of a circuit's
+    edges: it stores the outputs of senders, the inputs of receivers before and after their norm,
+    and a mask for each token."""
+    shape, most = plan.experiment.model.shape, 1
+    for rule in plan.joined_rules:
+        for of, to in rule.edge_ends[0]:
+            senders, receivers = len(of.points), len(to.points)
+            vectors = senders + 2 * receivers
+            neurons = sum(is_neuron(point) for point in to.points) * shape.d_mlp
+            each = (vectors + VECTORS_PER_TOKEN * shape.n_layers) * shape.d_model
+            most = max(most, each + neurons + senders * receivers)
+    return max(1, CIRCUIT_NUMBERS // most)
+
+
+def _count_shared_edges(plan: ExperimentPlan, prompts: Ints) -> float:
+    """Return the multiply-adds per token that runs of a circuit as a whole add to a pass, if each
+    receiver reads separately; 0 for other experiments."""
+    if not plan.leaves_out_edges:
+        return 0.0
+    run, rows = plan.experiment.table.runs[plan.experiment.spec.base], plan.rows(prompts)
+    total, tokens = 0.0, max(1, int(run.lengths[rows.prompt].sum()))
+    for rule in plan.joined_rules:
+        circuit = rule.rule.circuit
+        assert circuit is not None
+        own = rows.take(np.flatnonzero(rule.acts(rows)))
+        written = rule.written.tokens.counts(rule.written_runs(own)).sum()
+        encoded = run.sources[own.prompt].sum() / max(1, run.lengths[own.prompt].sum())
+        work = count_circuit_work(circuit, plan.experiment.model.shape, float(encoded))
+        total += work * float(written) / tokens
+    return total
 
 
 def _sent_work(

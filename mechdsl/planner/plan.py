@@ -61,6 +61,7 @@ from mechdsl.program.spec import SEED_AXIS, Generation
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.bases import CoordinateChange
+from mechdsl.resolve.circuits import join_cells
 from mechdsl.resolve.observations import Observation, RowSetObservation, TokenSetObservation
 from mechdsl.resolve.runs import name_tensor
 from mechdsl.resolve.types import (
@@ -172,6 +173,24 @@ class ExperimentPlan:
                 neurons = max([neurons, *Counter(of_neurons).values()])
         vectors = senders + 2 * receivers + 2 * neurons * shape.d_mlp // shape.d_model
         return 1 + vectors // VECTORS_PER_TOKEN
+
+    @property
+    def leaves_out_edges(self) -> bool:
+        """Whether its cells, each a circuit without one edge, are estimated."""
+        of_circuits = any(plan.rule.circuit is not None for plan in self.rules)
+        return of_circuits and self.experiment.spec.estimator is not None
+
+    @cached_property
+    def joined_rules(self) -> tuple[RulePlan, ...]:
+        """The rules with all cells of `without each edge` as one, as in `join_cells`."""
+        return tuple(
+            replace(
+                plan,
+                rule=join_cells(plan.rule),
+                site_of_cell=(plan.site_of_cell == len(plan.edge_ends)).astype(np.int64),
+            )
+            for plan in self.rules
+        )
 
     @property
     def path(self) -> RulePlan | None:

@@ -263,6 +263,13 @@ class RulePlan:
         return tuple(tuple(map(number_edge_ends, own)) for own in every)
 
     @cached_property
+    def left_out(self) -> tuple[CircuitEdge, ...]:
+        """The edge that each cell of `without each edge` adds or removes, by `site_of_cell`."""
+        circuit = self.rule.circuit
+        assert circuit is not None
+        return tuple(edge for edge in circuit.every if edge in circuit.named[()])
+
+    @cached_property
     def _class_table(self) -> Ints:
         """The class of each token of the base run, shape [prompt, token]; the last column is the
         class of later tokens, which have no place."""

@@ -15,11 +15,19 @@ from mechdsl.base.arrays import Ints
 from mechdsl.base.hashing import digest, digest_number
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.planner.plan import ExperimentPlan, ReconstructedSpot, WholeCells, cell_sites
-from mechdsl.planner.rows import EdgeEnds, RaggedColumn, RowTable, RulePlan, TokenHits
+from mechdsl.planner.rows import (
+    EdgeEnds,
+    RaggedColumn,
+    RowTable,
+    RulePlan,
+    TokenHits,
+    number_edge_ends,
+)
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.prompts.answers import TokenSets
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.circuits import keep_baseline
 from mechdsl.resolve.types import (
     BasisMember,
     BasisTargets,
@@ -598,6 +606,11 @@ class ExperimentKeys:
                 for (site, layer), own in rule.rule.circuit.features.items():
                     basis = self._operands.basis({(layer, None): own.member})
                     nodes += digest(site, layer, basis, own.which)
+                if self.plan.leaves_out_edges:  # estimates depend on the circuit as a whole
+                    whole = keep_baseline(rule.rule, "circuit").circuit
+                    assert whole is not None
+                    (classes,) = whole.edges.values()
+                    nodes += b"".join(_digest_edges(number_edge_ends(own)) for own in classes)
                 edges = [nodes + b"".join(map(_digest_edges, ends)) for ends in rule.edge_ends]
                 own = [*edges, b""]  # the last one: it doesn't act
                 parts.append([own[site] for site in rule.site_of_cell.tolist()])

@@ -1181,6 +1181,14 @@ def keep_baseline(rule: ResolvedRule, which: CircuitBaseline) -> ResolvedRule:
     return replace_circuit(replace(rule, circuit=unplaced), (), {(): named}, which)
 
 
+def join_cells(rule: ResolvedRule) -> ResolvedRule:
+    """Return a rule with `without each edge` as it is with one cell, which ablates every edge that
+    some cell or the circuit as a whole ablates."""
+    assert rule.circuit is not None
+    named: Mapping[AxisIndices, PlacedEdges] = {(): {}} if rule.spec.all_but else rule.circuit.named
+    return replace_circuit(rule, (), named, rule.circuit.name)
+
+
 def _find_stack(
     circuit: spec.Circuit, parts: _CircuitParts, work: ExperimentContext
 ) -> Literal["", "vision"]:

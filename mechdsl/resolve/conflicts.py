@@ -299,12 +299,11 @@ def _of_rule(
     if said.kind.place == "attention":
         yield from _of_edges(rule, verb, experiment, said)
         return
+    if rule.circuit is not None:
+        yield from _of_circuit(rule, experiment, said)
+        return
     if said.kind.place == "paths" or (said.kind.takes_paths and rule.path is not None):
         yield from _of_path(rule, verb, experiment, said)
-        return
-    if rule.circuit is not None:
-        reason = "the edges of a circuit are ablated together, and run"
-        yield _no_estimate(said, own.span, "a circuit", reason, NO_ESTIMATE_HINT)
         return
     if own.verb not in ESTIMABLE_VERBS or rule.path is not None or rule.does.changes != "sites":
         reason = "the written value must be a vector of an unpatched run, or zero"
@@ -352,6 +351,8 @@ def _explain_no_vision_estimate(
 ) -> tuple[str, str] | None:
     """Return why a rule in a vision encoder isn't estimated, and a hint."""
     kind, shape = said.kind, experiment.model.shape
+    if rule.circuit is not None:
+        return "edges between patches aren't estimated yet", NO_ESTIMATE_HINT
     if kind.backward is not None and kind.backward.decomposed:
         return "it decomposes the language model, which reads the vectors of images", (
             OTHER_ESTIMATOR_HINT if rule.path is None else "write `using eap`"
@@ -538,6 +539,34 @@ def _reach_each_other(points: Iterable[SitePoint]) -> bool:
     return len(layers) > 1 or (len(sites) > 1 and not together)
 
 
+def _of_circuit(
+    rule: ResolvedRule, experiment: ResolvedExperiment, said: spec.Estimator
+) -> Iterator[Diagnostic]:
+    """Yield the first conflict of a rule on the edges of a circuit."""
+    own, kind = rule.spec, said.kind
+    assert own.site is not None
+    if not own.without_edge:
+        reason = "its edges are ablated together, in one run"
+        form = f"ablate {'all but ' * own.all_but}{own.site.span.written} without each edge"
+        hint = f"write `{form}` to estimate each edge, or remove `using`"
+        yield _no_estimate(said, own.span, "a circuit", reason, hint)
+        return
+    moves = said.steps is not None or kind.adds_noise
+    reason = ""
+    if not kind.takes_paths:
+        reason = "it estimates writes at sites, not edges between components"
+    elif moves:
+        reason = "it moves activations of an unpatched run, and cells change a run of the circuit"
+    elif kind.fixes_attention or _runs_cells(said):
+        reason = "it starts from attention weights of an unpatched run, not of a run of the circuit"
+    elif not kind.is_effect:
+        reason = f"it returns {kind.value_said}, which isn't an effect that a run has"
+    if reason:
+        yield _no_estimate(said, own.span, "edges of a circuit", reason, "write `using eap`")
+        return
+    yield from _of_answers(rule.positions, own.at.span, experiment, said)
+
+
 def _of_path(
     rule: ResolvedRule, verb: str, experiment: ResolvedExperiment, said: spec.Estimator
 ) -> Iterator[Diagnostic]:
@@ -550,9 +579,7 @@ def _of_path(
             hint = f"remove `using {said.name}` to compute the rules together"
             yield _no_estimate(said, own.span, what, reason, hint)
             return
-        other = (
-            "" if verb not in ESTIMABLE_VERBS or rule.circuit is not None else ", or `using atp`"
-        )
+        other = ", or `using atp`" if verb in ESTIMABLE_VERBS else ""
         yield _no_estimate(said, own.span, f"`{verb}`", reason, f"{PATH_RULE_HINT}{other}")
         return
     assert rule.sites is not None
@@ -727,6 +754,7 @@ def _overlap(cells: list[PositionCell]) -> bool:
 def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
     # An estimator that doesn't fit the path is an error already, and the next one has effects.
     fits = said.kind.place == "paths" or said.kind.takes_paths or not experiment.has_path
+    in_circuit = any(rule.circuit is not None for rule in experiment.rules)
     for measure, own in zip(experiment.measures, experiment.spec.measures, strict=True):
         raw = own.effect == "raw"
         if raw == said.kind.is_effect and fits:
@@ -740,11 +768,13 @@ def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterat
             if raw:
                 reason = f"`{own.effect}` isn't an effect of the rule"
                 hint = "measure `as delta`, `as recovery` or `as relative`"
+                hint = "measure `as minimality` or `as delta`" if in_circuit else hint
             yield _no_estimate(said, own.effect_span, what, reason, hint)
         flat = find_flat_part(
             measure,
             experiment.spec.base,
-            at_base=said.steps is None or (said.between_runs and said.steps == 1),
+            at_base=not in_circuit
+            and (said.steps is None or (said.between_runs and said.steps == 1)),
             along_path=_along_path(experiment, said),
         )
         if flat is not None:

@@ -697,6 +697,8 @@ def build_circuit_baselines(
         axes = tuple(axis for axis in experiment.axes if axis.name in used)
         name = f"{experiment.spec.name} with {which}"
         changed = replace(_read_only(experiment, name), rules=tuple(rules), axes=axes)
+        exact = changed.spec.model_copy(update={"estimator": None})
+        changed = replace(changed, spec=exact)
         found[which] = BaselineExperiment(changed, numbers)
     return found
 

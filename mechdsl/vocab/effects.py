@@ -62,7 +62,8 @@ class EffectKind(Record, kw_only=True):
     @property
     def is_tested_intervention(self) -> bool:
         """Whether it is an effect of the rules that is 0 if they change nothing."""
-        return self.of_intervention and self.tested and self.circuit is None
+        is_relative = self.circuit is None or self.from_circuit
+        return self.of_intervention and self.tested and is_relative
 
     def name_inert_runs(self, base: str) -> str:
         """Name the runs of which an inert cell equals one.

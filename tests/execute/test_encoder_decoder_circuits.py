@@ -665,6 +665,64 @@ def derivatives(
     return {edge: float(own or 0) for edge, own in zip(every, found, strict=True)}
 
 
+ON_PATHS: dict[str, list[Edge]] = {
+    "embed -> logits": [(EMBED, LOGITS)],
+    "embed -> v layer 0 heads *": [(EMBED, ("v", 0, head)) for head in range(HEADS)],
+    "layer 0 heads * -> logits": [(("z", 0, head), LOGITS) for head in range(HEADS)],
+    "embed -> q cross layer 1 heads *": [(EMBED, ("q cross", 1, head)) for head in range(HEADS)],
+    "embed encoder -> v encoder layer 0 heads *": [
+        (ENCODED, ("v encoder", 0, head)) for head in range(HEADS)
+    ],
+    "z encoder layer 0 heads * -> v cross layer 1 heads *": [
+        (("z encoder", 0, of), ("v cross", 1, to)) for of in range(HEADS) for to in range(HEADS)
+    ],
+    "z cross layer 1 heads * -> logits": [(("z cross", 1, head), LOGITS) for head in range(HEADS)],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "rule", "fill"),
+    [
+        ("t5", "all but c", "zero"),
+        pytest.param("t5", "c", "turned", marks=slow),
+        pytest.param("bart", "c", "turned", marks=slow),
+        pytest.param("t5gemma", "c", "zero", marks=slow),
+    ],
+)
+def test_estimates_of_edges_in_both_streams_are_derivatives_in_the_circuit(
+    family: str, rule: str, fill: str, tmp_path: Path
+) -> None:
+    edges = SOME | ON_PATHS
+    circuit = {edge for each in edges.values() for edge in each}
+    lines = f"circuit c = {', '.join(edges)}\n" + experiment(
+        "e",
+        "prompts p",
+        f"ablate {rule} without each edge at tokens * with {fill}",
+        "using eap",
+        DIFFERENCE,
+    )
+    found = ran(family, lines, tmp_path)["e"]
+    every, sign = list_edges(opened(family)), -1 if rule == "c" else 1
+    values: list[dict[Edge, float]] = []
+    for number, own in enumerate(ROWS):
+        sizes = len(text(own).ids), len(starts(family))
+        masks = at_tokens(every, range(sizes[0]), range(sizes[1]), sizes)
+        shares = {edge: float((edge in circuit) == (rule == "c")) for edge in every}
+        leaves = {edge: torch.tensor(shares[edge], requires_grad=True) for edge in circuit}
+        placed = {edge: leaves.get(edge, shares[edge]) * masks[edge] for edge in every}
+        logits = run(Pass(opened(family), fills(family, number, fill), placed), inputs(family, own))
+        value = logits[-1, token(own["a"])] - logits[-1, token(own["b"])]
+        slopes = torch.autograd.grad(value, [*leaves.values()])
+        estimates = (float(value.detach() + sign * slope) for slope in slopes)
+        values.append(dict(zip(leaves, estimates, strict=True)))
+    ends = (str(cell.coords["edge"]).split(" -> ") for cell in found.cells)
+    cells = [(node_of(of, "out"), node_of(to, "norm")) for of, to in ends]
+    assert {*cells} == circuit
+    expected = np.array([[row[edge] for row in values] for edge in cells])
+    np.testing.assert_allclose(found.measures[0].patched, expected, rtol=2e-4, atol=1e-4)
+    assert np.ptp(expected, axis=0).max() > 1e-2
+
+
 def path_scores(
     family: str, number: int, fill: str, at: str, path: str, steps: int
 ) -> dict[Edge, float]:

@@ -97,6 +97,8 @@ EXPERIMENTS = {
     "paths": one("path z layer 0 head 1..2 -> q layer 1..2 head 1 at last token"),
     "circuit": "circuit c = L0H1 -> L1H1.k, L1H1 -> logits\n"
     + one("ablate c at subject token with zero"),
+    "estimated circuit": "circuit c = L0H1 -> L1H1.k, L0H2 -> L1H1.k, L1H1 -> logits\n"
+    + one("ablate all but c without each edge at subject token with zero\n  using eap"),
     "placed circuit": "circuit c = L0H1 -> L1H1.k at subject token, L1H1 -> logits\n"
     + one("ablate c at subject token with zero"),
     "neurons": "circuit c = L0N1 -> L1N1, L1N2 -> logits\n"
@@ -386,6 +388,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
     },
     CircuitTargets: {
         "edges": ("circuit", lambda edges: one_more(edges, fewer_edges)),
+        "named": ("estimated circuit", lambda named: {(): dict([*named[()].items()][:2])}),
         "places": ("placed circuit", lambda places: tuple(map(moved, places))),
         "neurons": ("neurons", lambda neurons: {0: (1,)}),
         "features": (
@@ -505,7 +508,6 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     PathTargets: {"held": "the shape of the model determines it; conventions describe it"},
     CircuitTargets: {
         "every": "the edges of the model, whose key is part of the key",
-        "named": "`edges` are those that are ablated",
         "classes": "sets of `places`; `edges` are those of each class",
         "encoder": "the number of one of `places`; `edges` are those of each class",
         "name": SHOWN,

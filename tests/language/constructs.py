@@ -473,9 +473,13 @@ _file(
     "without this edge. `as minimality` is the faithfulness that the circuit loses, (m(c) − m(c "
     "without the edge)) / (m(base) − m(∅)): Wang et al.'s minimality with K = ∅. An edge with a "
     "minimality of 0 isn't needed while all others are present. Random controls aren't available "
-    "(E0630). A circuit of one edge is an error with `ablate c without each edge` (E0207).",
+    "(E0630). A circuit of one edge is an error with `ablate c without each edge` (E0207). `using "
+    "eap`, `relp` and `gim` estimate each cell without running it: the value of the run of the "
+    "whole circuit, plus the change of what the edge carries times the gradient by what its "
+    "receiver reads in that run. One forward pass, and one backward pass per measure, serve all "
+    "edges.",
     "tests/rules/test_ablated_circuits.py",
-    "Wang et al. 2022, arXiv 2211.00593",
+    "Wang et al. 2022, arXiv 2211.00593; Syed et al. 2023, arXiv 2310.10348",
 )
 _COMPARED = "tests/rules/test_compared_circuits.py"
 _file(

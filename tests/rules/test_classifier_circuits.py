@@ -376,3 +376,37 @@ def test_circuit_with_all_other_edges_ablated_equals_the_fill_run(
     np.testing.assert_allclose(moved.patched, run.patched, atol=1e-4)
     np.testing.assert_allclose(unmoved.patched, run.base, atol=1e-4)
     assert np.abs(moved.patched - unmoved.patched).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("rule", "fill"), [("all but c", "other"), pytest.param("c", "zero", marks=pytest.mark.slow)]
+)
+def test_estimates_of_edges_of_bert_classifier_are_derivatives_in_the_circuit(
+    rule: str, fill: str, tmp_path: Path
+) -> None:
+    lines = ("prompts p", f"ablate {rule} without each edge at tokens * with {fill}", "using eap")
+    measure = "measure logit(class answer) - logit(class wrong) as delta"
+    circuit = list_edges()[::2]
+    text = f"circuit c = {', '.join(f'{of} -> {to}' for of, to in circuit)}\n"
+    text += support.experiment("e", *lines, measure)
+    found = support.run_file(text, tmp_path, bare(), prompts=PROMPTS)["e"]
+    ablated = {*circuit} if rule == "c" else {*list_edges()} - {*circuit}
+    values: list[dict[Edge, float]] = []
+    for own, other in zip(support.prompts(), support.prompts("other"), strict=True):
+        with torch.no_grad():
+            _, filled = classify(other.ids)
+        if fill == "zero":
+            filled = {of: torch.zeros(len(own.ids), WIDTH).double() for of in filled}
+        shares = {edge: torch.zeros((), dtype=torch.double) for edge in circuit}
+        shares = {edge: (own_ + (rule == "c")).requires_grad_() for edge, own_ in shares.items()}
+        value, _ = classify(own.ids, filled, {**dict.fromkeys(ablated, 1.0), **shares})
+        slopes = torch.autograd.grad(value, [*shares.values()])
+        sign = -1 if rule == "c" else 1
+        values.append(
+            {e: float(value.detach() + sign * s) for e, s in zip(shares, slopes, strict=True)}
+        )
+    labels = [str(cell.coords["edge"]).split(" -> ") for cell in found.cells]
+    assert len(labels) == len(circuit)
+    expected = np.array([[row[of, to] for row in values] for of, to in labels])
+    np.testing.assert_allclose(found.measures[0].patched, expected, rtol=1e-4, atol=1e-4)
+    assert np.ptp(expected, axis=0).max() > 1e-2

@@ -648,7 +648,7 @@ def test_interrupted_estimates_of_edges_resume(tmp_path: Path) -> None:
 EDGE = "path layer 0 head * -> q layer 1 head * at last token"
 WRONG = {
     "patch": ("patch layer 0 head * at last token", "eap", "or `using atp`"),
-    "circuit": ("ablate c at tokens * with zero", "eap", "write `path SENDER"),
+    "circuit": ("ablate c at tokens * with zero", "eap", "write `ablate c without each edge`"),
     "block": ("block attention layer 0 from last token to subject token", "eap", "write `path"),
     "atp": (EDGE, "atp", "write `using eap`"),
     "cdt": (EDGE, "cdt", "write `using atp_qk`"),

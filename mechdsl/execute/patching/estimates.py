@@ -34,6 +34,7 @@ from mechdsl.execute.patching.writes import (
     RuleWrite,
     build_edges,
     build_writes,
+    iter_circuits,
     join_writes,
     list_later_writes,
     select_readable_rows,
@@ -42,6 +43,7 @@ from mechdsl.execute.patching.writes import (
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.forward.hooks.batch import (
     Batch,
+    CircuitWrite,
     EdgeWrite,
     RuleWrites,
     SiteRead,
@@ -57,10 +59,12 @@ from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.models.shape import unit_count, vector_width
+from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.cost import (
     DECOMPOSED_TOKENS,
     PATTERN_NUMBERS,
+    circuit_runs,
+    count_circuit_tokens,
     count_pattern_rows,
     count_vision_work,
     list_dropped_layers,
@@ -481,6 +485,52 @@ class _ReceivingPatterns:
         return torch.where(to_device(changes, scores.device), scores, before)
 
 
+@dataclass(frozen=True, eq=False)
+class _EdgeShares:
+    """Shares of a circuit's edges that carry the fill, in runs of the circuit as a whole.
+
+    The metric is differentiated by them. Each cell of `without each edge` changes one.
+    """
+
+    plan: ExperimentPlan
+    """With rules that ablate every edge of some cell."""
+    inputs: RuleInputs
+    leaves: Sequence[Tensor]
+    """[lane, edge] zeros, by number of the rule."""
+
+    def circuits(self, rows: RowTable, draws: Ints, lanes_of: RuleReader) -> list[CircuitWrite]:
+        """Return the edges that carry the fill in runs of the circuit, one for each row."""
+        given = self.plan, rows, draws, lanes_of, self.inputs, self.shape, None
+        return [self._share(*own) for own in iter_circuits(*given)]
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.plan.experiment.model.shape
+
+    def _share(self, rule: RulePlan, of_class: int, write: CircuitWrite) -> CircuitWrite:
+        """Set the shares of edges that some cell changes: 1 in the circuit if the rule ablates the
+        circuit, 0 if it ablates all others."""
+        circuit = rule.rule.circuit
+        assert circuit is not None
+        table = self.inputs.tabulate(rule, 0, of_class, self.shape)
+        (classes,) = circuit.edges.values()
+        place, here = {edge: n for n, edge in enumerate(classes[of_class])}, list[tuple[int, int]]()
+        for number, edge in enumerate(rule.left_out):
+            at = circuit.named[()][edge]
+            if edge in place and (at is None or at & circuit.classes[of_class]):
+                here.append((number, place[edge]))
+        leaf, mask = self.leaves[rule.number], table.mask
+        if not here:
+            return write
+        number, of_table = torch.tensor(here).T
+        row, column = (each[of_table] for each in table.cells)
+        shares = leaf[to_device(write.rows, leaf.device)][:, to_device(number, leaf.device)]
+        shares = shares + (0 if rule.rule.spec.all_but else 1)
+        mask = mask.to(leaf).expand(len(write.rows), *mask.shape)
+        index = torch.arange(len(mask))[:, None], row[None], column[None]
+        return replace(write, mask=mask.index_put(indices_to_device(index, leaf.device), shares))
+
+
 _OTHER_FACTOR = {"q": "k", "k": "q"}
 """The vectors that scores of attention are products with."""
 
@@ -525,6 +575,8 @@ class GradientEstimates:
         self._vision_work = count_vision_work(plan.experiment)
         run = runs.named(plan.experiment.spec.base)
         self.differentiated = DifferentiatedRun(runs, run, readout, batch, self.kind.backward)
+        self._joined_inputs = replace(means_and_donors, edges={})
+        """For rules with all cells of `without each edge` as one."""
 
     def first(self, prompts: Ints, most: int) -> tuple[Ints, int]:
         """Select the first prompts, at least one, that together have up to `most` tokens.
@@ -562,6 +614,9 @@ class GradientEstimates:
         prompts = np.unique(drawn.prompt)
         lane_of_row = np.searchsorted(prompts, drawn.prompt) * draws + draw
         lanes = DrawLanes.of(self.differentiated.unpatched(), prompts, draws)
+        if self.plan.leaves_out_edges:
+            values = self._leave_out_edges(drawn, draw, lanes.take(lane_of_row))
+            return self._result(values, wanted, [np.zeros(len(rows)) for _ in values])
         if self.plan.path is not None:
             fixes = self.kind.fixes_attention
             given = (self.plan, drawn, draw, lane_of_row, self.model.shape)
@@ -665,6 +720,70 @@ class GradientEstimates:
             total += np.abs(self._to_first_order(run, *given)) * counted
             counts += counted
         return self.kind.finish(total / counts)
+
+    def _leave_out_edges(self, rows: RowTable, draws: Ints, lanes: DrawLanes) -> Floats:
+        """Return [measure, row]: the value of a run of the circuit as a whole, plus the change of
+        the share of one edge times the derivative by it in that run.
+
+        Args:
+            rows: Cells of `without each edge`.
+            draws: [row]
+            lanes: [row] of the base run.
+        """
+        environments = self._environments(rows)
+        runs = circuit_runs(self.plan)[rows.cell]
+        same = np.stack([runs, rows.alternative, rows.prompt, draws])
+        _, first, run_of_row = np.unique(same, axis=1, return_index=True, return_inverse=True)
+        run_of_row = run_of_row.reshape(-1)
+        found = np.zeros((len(self.readout.measures), len(rows)))
+        longest = int(lanes.lengths.max())
+        size = max(1, count_circuit_tokens(self.plan) // longest)
+        for begin in range(0, len(first), size):
+            own = first[begin : begin + size]
+            items = [environments[n] for n in own.tolist()]
+            given = rows.take(own), draws[own], lanes.take(own), items
+            here = np.flatnonzero((run_of_row >= begin) & (run_of_row < begin + size))
+            edges = np.stack([rule.site_of_cell[rows.cell[here]] for rule in self.plan.rules])
+            found[:, here] = self._near_circuit(*given, run_of_row[here] - begin, edges)
+        return found
+
+    def _near_circuit(
+        self,
+        runs: RowTable,
+        draws: Ints,
+        lanes: DrawLanes,
+        items: Sequence[ItemNumber],
+        run_of_row: Ints,
+        edges: Ints,
+    ) -> Floats:
+        """Return [measure, row]: what `_leave_out_edges` does, from one pass.
+
+        Args:
+            runs: A row of each run of the circuit.
+            draws: [run]
+            lanes: [run]
+            items: [run]
+            run_of_row: [row]
+            edges: [rule, row] the edge whose share changes.
+        """
+        run = replace(self.differentiated, recompute=False)
+        rules = self.plan.joined_rules
+        leaves = [run.zeros(len(runs), len(rule.left_out)) for rule in rules]
+        shares = _EdgeShares(replace(self.plan, rules=rules), self._joined_inputs, leaves)
+        reading, _ = run.read((), lanes, (), shares.circuits(runs, draws, self.lanes_of))
+        values = self.readout.tensors(replace(reading, items=items))
+        own_values = [value.detach().double().cpu().numpy()[run_of_row] for value in values]
+        found = np.zeros((len(values), len(run_of_row)))
+        for number, value in enumerate(values):
+            gradients = compute_gradients(value.sum(), leaves, keep=number + 1 < len(values))
+            for rule, own, gradient in zip(rules, edges, gradients, strict=True):
+                acts = np.flatnonzero(rule.acts(runs)[run_of_row])
+                index = torch.from_numpy(run_of_row[acts]), torch.from_numpy(own[acts])
+                slope = gradient[indices_to_device(index, gradient.device)].double()[:, None]
+                base = torch.full_like(slope, 0 if rule.rule.spec.all_but else 1)
+                change = self.kind.values(1 - base, base, slope, self.options)
+                found[number, acts] += change.cpu().numpy()
+        return self.kind.finish(found) + np.stack(own_values)
 
     def _decomposed(
         self,

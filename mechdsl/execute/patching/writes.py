@@ -130,6 +130,8 @@ class EdgeTable:
     """By layer, the neurons that are one node together."""
     features: SplitOutputs
     """By output, the features that are nodes."""
+    cells: tuple[Tensor, Tensor]
+    """Receiver and sender in the mask, of each edge."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -643,11 +645,11 @@ def build_rule_writes(
         build_edges(plan, rows, shape, text),
         build_position_ids(plan, rows, text),
         plan.replaced_blocks(int(rows.cell[0])) if len(rows) else (),
-        list(_iter_circuits(plan, rows, draws, *given)),
+        [write for *_, write in iter_circuits(plan, rows, draws, *given)],
     )
 
 
-def _iter_circuits(
+def iter_circuits(
     plan: ExperimentPlan,
     rows: RowTable,
     draws: Ints,
@@ -655,9 +657,9 @@ def _iter_circuits(
     means_and_donors: RuleInputs,
     shape: ModelShape,
     text: Continuation | None,
-) -> Iterator[CircuitWrite]:
+) -> Iterator[tuple[RulePlan, int, CircuitWrite]]:
     """Yield the edges that rules ablate in these rows, rule by rule and circuit by circuit, for
-    each class of tokens."""
+    each class of tokens, with the rule and the class."""
     for rule in plan.rules:
         circuit = rule.rule.circuit
         if circuit is None:
@@ -685,7 +687,7 @@ def _iter_circuits(
                 means_and_donors,
                 shape,
             )
-            yield CircuitWrite(
+            write = CircuitWrite(
                 torch.from_numpy(every.row[own]),
                 torch.from_numpy(every.written[own]),
                 tuple(
@@ -703,6 +705,7 @@ def _iter_circuits(
                 others=table.others,
                 features=table.features,
             )
+            yield rule, of_class, write
 
 
 def _name_source(rule: RulePlan, every: _WriteTokens, own: Ints) -> str:
@@ -870,12 +873,13 @@ def _tabulate(
         [columns[of.site, of.layer, number_unit(of, features)] for of in senders.points]
     )
     mask = torch.zeros(len(receivers.points), len(columns))
-    mask[receivers.of_edge, column[senders.of_edge]] = 1
+    cells = torch.from_numpy(receivers.of_edge), torch.from_numpy(column[senders.of_edge])
+    mask[cells] = 1
     ends = tuple(
         (SiteRead(to.site, to.layer), number_unit(to, features)) for to in receivers.points
     )
     stack = "encoder" if SITES[senders.points[0].site].stack == "encoder" else ""
-    return EdgeTable(places, ends, mask, *list_stream_nodes(others, features, stack))
+    return EdgeTable(places, ends, mask, *list_stream_nodes(others, features, stack), cells)
 
 
 def build_position_ids(

@@ -542,6 +542,24 @@ def _sum_units(values: Tensor, weight: Tensor, count: int) -> Tensor:
     return torch.cat([found, joined[None]])
 
 
+def _sum_shares(shares: Tensor, vectors: Tensor) -> Tensor:
+    """Return [receiver, K, d_model]: the shares of senders' vectors, added up.
+
+    It is a matrix product also for one sender, because changed derivatives of a model's products of
+    activations don't apply to it.
+
+    Args:
+        shares: [receiver, sender] or [K, receiver, sender]
+        vectors: [sender, K, d_model]
+    """
+    return torch.matmul(shares.to(vectors), vectors.transpose(0, 1)).transpose(0, 1)
+
+
+def _by_input(numbers: Tensor) -> Tensor:
+    """Return [input, K or 1, 1] of [input, 1] or [K, input, 1]."""
+    return numbers[:, None] if numbers.dim() == 2 else numbers.movedim(1, 0)
+
+
 def _find_output(senders: SiteRead) -> SiteRead:
     """Return the site of what a sublayer adds to the stream."""
     site = "mlp_out" if senders.site in ("mlp_out", "mlp_hidden") else "attn_out"
@@ -1320,13 +1338,12 @@ class _WriteHooks(CircuitHooks):
             found = stream + (own - self._stream_of(torch.zeros_like(mask)[..., :1, :]))
             if self._norms_follow_sums:
                 return found
-            summed = self._are_summed(mask, reader).bool()
-            summed = summed[:, None] if mask.dim() == 2 else summed.movedim(1, 0)
+            summed = _by_input(self._are_summed(mask, reader).bool())
             return torch.where(summed.to(own.device), own, found)
+        biases = self._biases
+        if reader.site in MLP_INPUTS and self._shape.parallel_block:
+            biases = self._entrance_biases.get(reader.layer or 0, biases)
         if self._changes is not None:
-            biases = self._biases
-            if reader.site in MLP_INPUTS and self._shape.parallel_block:
-                biases = self._entrance_biases.get(reader.layer or 0, biases)
             self._changes[0], self._changes[1] = stream, biases
             changes = self._changes[: _AHEAD + self._end]
             own, summed = mask[..., : self._end], self._are_summed(mask, reader)
@@ -1337,11 +1354,13 @@ class _WriteHooks(CircuitHooks):
             else:
                 found = torch.einsum("kru,ukd->rkd", weights, changes)
             return found.to(stream.device)
-        found = stream.expand(mask.shape[-2], *stream.shape)
-        sums = "ru,ukd->rkd" if mask.dim() == 2 else "kru,ukd->rkd"
+        summed = self._are_summed(mask, reader)
+        shares = mask - summed * self._find_before(reader)[0]
+        of_input = _by_input(summed).to(stream)
+        found = (1 - of_input) * stream + of_input * biases.to(stream)
         for column, gained in self._differences:
-            own = mask[..., column : column + len(gained)].to(gained)
-            found = found + torch.einsum(sums, own, gained).to(found.device)
+            own = shares[..., column : column + len(gained)]
+            found = found + _sum_shares(own, gained).to(found.device)
         return found
 
     def _are_summed(self, mask: Tensor, reader: SiteRead) -> Tensor:
@@ -1441,9 +1460,7 @@ class _WriteHooks(CircuitHooks):
         if count < self._count_units(where):
             rest = output.to(own) - own.sum(0)
         share = mask[..., self._senders[where]].to(own)
-        sums = "ru,ukd->rkd" if mask.dim() == 2 else "kru,ukd->rkd"
-        parts = torch.einsum(sums, 1 - share, own), torch.einsum(sums, share, filled)
-        return rest + parts[0] + parts[1]
+        return rest + _sum_shares(1 - share, own) + _sum_shares(share, filled)
 
     def _shares(self, mask: Tensor, where: SiteRead) -> Tensor:
         """Return [receiver, K, d_model]: what the masked senders of a sublayer add."""
@@ -1453,8 +1470,7 @@ class _WriteHooks(CircuitHooks):
         if gained is None:
             size = mask.shape[-2], *self._outputs[0].shape
             return self._outputs[0].new_zeros(size)
-        sums = "ru,ukd->rkd" if mask.dim() == 2 else "kru,ukd->rkd"
-        return torch.einsum(sums, mask[..., self._senders[where]].to(gained), gained)
+        return _sum_shares(mask[..., self._senders[where]], gained)
 
     def _put(self, value: Tensor, vectors: Tensor) -> Tensor:
         """Return [B, T, width] with [K, width] in it."""

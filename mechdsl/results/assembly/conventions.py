@@ -294,8 +294,12 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
             f"{experiment.spec.source} run to the {base} run, which is the last point"
         )
     change, by = "what is written less what is there", ""
-    if experiment.has_path:
+    of_circuit = any(rule.circuit is not None for rule in experiment.rules)
+    if experiment.has_path or of_circuit:
         change = "the change of the senders"
+    if of_circuit:
+        where = "gradients of the run of the circuit as a whole, whose value they are added to"
+        by = " by the receivers' inputs"
     along = experiment.has_path and said.kind.place == "sites"
     if along and said.between_runs:
         change += ", times the derivative of the receivers' inputs while all else is held"
