@@ -117,12 +117,12 @@ def find_differences(kind: str, table: Mapping[str, Any]) -> list[dict[str, Any]
 
 
 def table() -> dict[str, dict[str, Any]]:
-    """All model types whose shapes follow from the selected defaults."""
-    from transformers import CONFIG_MAPPING
+    """All model types of the library whose shapes follow from the selected defaults."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    sizes = {kind: len(all_parts(drop_nulls(whole(kind)))) for kind in CONFIG_MAPPING}
+    sizes = {kind: len(all_parts(drop_nulls(whole(kind)))) for kind in CONFIG_MAPPING_NAMES}
     found: dict[str, dict[str, Any]] = {}
-    for kind in sorted(CONFIG_MAPPING, key=lambda kind: (sizes[kind], kind)):
+    for kind in sorted(sizes, key=lambda kind: (sizes[kind], kind)):
         if any(shapes(whole(kind))):
             found[kind] = {**found.get(kind, {}), **kept(kind, found)}
             move_defaults(found[kind], found)

@@ -25,6 +25,7 @@ from mechdsl.loading.probe import build_sample
 from mechdsl.loading.verify import checks
 from mechdsl.loading.verify.checks import run_checks
 from mechdsl.models.anatomy import Family
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 from tests.families import build, tables
 from tests.families.parts import Architecture, Stack
 from tests.families.walk import restarts_images, tokenizer
@@ -147,8 +148,7 @@ def test_reads_of_secondary_stacks_equal_hooks(name: str, stack: str) -> None:
     sites = at.model.stack(stack).shape.sites
     for layer in range(at.row.others[stack].count):
         expected = hooks.sites(at.row.others[stack], layer, main=False)
-        inside = checks.STACK_ATTENTION_SITES.get(stack, {"pattern"})
-        assert set(expected) == sites - inside
+        assert set(expected) == sites - {*ATTENTION_INTERNAL_SITES}
         result = run_full(at.model, at.batch, reads=[named(s, layer, stack) for s in expected])
         for number in range(len(at.prompts)):
             _, seen = at.by_hand(number, stack, layer)

@@ -115,7 +115,8 @@ def project(projection: nn.Module, given: Tensor) -> Tensor:
 def _call_without_hooks(module: nn.Module, given: Tensor) -> Tensor:
     # The class's own forward, because a packed pass replaces the instance's.
     forward: Any = type(module).forward
-    return forward(module, given)
+    found = forward(module, given)
+    return found[0] if isinstance(found, tuple) else found  # I-BERT's map also returns a scale
 
 
 def project_heads(z: Tensor, heads: Tensor, weight: Tensor) -> Tensor:
