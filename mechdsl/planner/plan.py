@@ -1122,7 +1122,14 @@ def longest_prompt(panel: Panel) -> int:
 def count_sweeps(panel: Panel, *, several: bool) -> Counter[str]:
     """Return how often each run is computed on all prompts; `several`: in several batches."""
     filtering = set(_filtering(panel))
-    found = _counted(_stages(panel), panel, several=several)
+    measured, *stages = _stages(panel)
+    generates = panel.experiments[0].experiment.generation is not None
+    every = [own for plan in panel.experiments for own in plan.experiment.measures]
+    if not generates or any(own.reply is None for own in every):
+        stages.append(measured)
+    found = _counted(stages, panel, several=several)
+    if generates:  # the prefill of replies is a separate pass
+        found += _counted([measured], panel, several=several)
     for name in panel.runs:
         found[name] = max(1, found[name])
     return found + Counter(filtering)  # their results are not cached
@@ -1194,11 +1201,14 @@ def _made_of(run: str, panel: Panel) -> Iterator[str]:
 
 
 def _row_sweeps(plan: ExperimentPlan) -> Iterator[tuple[str, bool]]:
-    """Yield the runs that rows start from, read and compare with."""
-    yield plan.experiment.spec.base, False
-    yield from _copied(plan.rules)
-    for measure in plan.experiment.measures:
-        yield from ((atom.run, False) for atom in measure.atoms if atom.run is not None)
+    """Yield the runs that rows start from, read and compare with; none if all measures are of
+    replies and no rule reads a run."""
+    measures = plan.experiment.measures
+    read = [*_copied(plan.rules)]
+    read += [(atom.run, False) for own in measures for atom in own.atoms if atom.run is not None]
+    if read or any(measure.reply is None for measure in measures):
+        yield plan.experiment.spec.base, False
+        yield from read
 
 
 def _copied(rules: Iterable[RulePlan]) -> Iterator[tuple[str, bool]]:

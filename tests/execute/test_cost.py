@@ -17,10 +17,20 @@ from mechdsl.forward.hooks.batch import Batch
 from mechdsl.forward.packed.packed_pass import PackedResult, run_packed
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.cost import Cost
-from mechdsl.planner.passes import PASS_NAMES, PASSES, PlanCost, plan_cost
+from mechdsl.planner.passes import PASS_NAMES, PASSES, PlanCost, make_plan, plan_cost
 from mechdsl.planner.plan import Plan
 
-from .support import DIFFERENCE, bare, experiment, run_file
+from ..operations import OperationCounter
+from .support import (
+    DIFFERENCE,
+    bare,
+    check_file,
+    execute_file,
+    experiment,
+    run_file,
+    shared,
+    write_rows,
+)
 
 FROM = "from other into clean"
 HEADS = "patch layer * head * at last token"
@@ -240,3 +250,30 @@ def test_planned_forward_passes_equal_those_of_the_run(
     ((plan, profile),) = done
     planned = plan_cost(plan, 1 << 20, tokens).planned
     assert planned.forwards == profile.passes + profile.unpatched_passes
+
+
+@pytest.mark.parametrize(
+    "measures",
+    [(), pytest.param(("measure logit(answer) as raw",), marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+def test_plan_counts_the_prefill_of_replies_and_the_values_that_a_rule_reads(
+    family: str, measures: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Replies of both runs are generated in passes that aren't read."""
+    write_rows(tmp_path)
+    model, found = shared(bare(family)), list[tuple[float, float]]()
+    for rule in ("scale resid_post layer 1", "patch resid_post layer 1"):
+        end = " by 2" if rule.startswith("scale") else ""
+        lines = ("prompts p limit 1", FROM, "generate 4", f"{rule} at last token{end}", *measures)
+        text = experiment("e", *lines, 'measure matches("w1") as raw')
+        checked = check_file(text, tmp_path, model)
+        execute_file(checked, model)  # the first run of a model tries the cache
+        with OperationCounter() as counter:
+            execute_file(checked, model)
+        planned = plan_cost(make_plan(checked.experiments)).planned.multiply_adds
+        found.append((planned, counter.get_total_flops() / 2))
+    assert all(0.65 < planned / counted < 1.05 for planned, counted in found), found
+    (plain, without), (patched, read) = found
+    if not measures:
+        assert 0.9 < (patched - plain) / (read - without) < 1.1

@@ -312,9 +312,9 @@ def test_replies_runs_and_norms_equal_hooks_on_the_bare_model() -> None:
     np.testing.assert_allclose(norms.measures[0].patched, lengths, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("line", "least"), [("", 0.85), ("generate 3", 0.7)])
+@pytest.mark.parametrize(("line", "least"), [("", 0.85), ("generate 3", 0.87)])
 def test_planned_cost_is_near_the_counted_products(line: str, least: float) -> None:
-    """Convolutions over pixels aren't counted, and neither are unpatched prompts before replies."""
+    """Convolutions over pixels aren't counted."""
     rule = f"patch resid_post vision layer * at {ONE}"
     lines = ["from clean into changed", *([line] if line else []), rule]
     measure = 'measure matches("1|2|3") as raw' if line else MEASURE

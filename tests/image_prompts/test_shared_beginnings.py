@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from mechdsl.execute import unpatched_runs
 from mechdsl.execute.run.panel import execute
@@ -27,6 +26,7 @@ from mechdsl.results.assembly.collection import check_denominators
 
 from ..execute.support import check_file
 from ..images import prompts_of_images as vlm
+from ..operations import OperationCounter
 from ..quick import some
 from .reference import Edit, at
 from .support import experiment
@@ -102,7 +102,7 @@ def count(
     block = BLOCK.replace(' w3"', ' w3 \\n"') if name.startswith("paligemma") else BLOCK
     plan = make_plan(check_file(text, folder(), loaded(name), block).experiments, without=without)
     execute(plan, {"m": loaded(name)}, None, check=check_denominators)  # encodes the images
-    with FlopCounterMode(display=False) as counter:
+    with OperationCounter() as counter:
         execute(plan, {"m": loaded(name)}, None, check=check_denominators)
     return counter.get_total_flops() // 2, plan_cost(plan).planned.multiply_adds
 
