@@ -171,8 +171,10 @@ def _of_verification(experiment: ResolvedExperiment, said: spec.Estimator) -> It
         hint = "write an experiment for each of them"
         yield problem("an experiment with several variants", reason, hint)
     elif not compared:
-        hint = "measure an effect of the rule, such as `as delta`"
-        yield problem("this experiment", "no measure is an effect of the rule", hint)
+        minimal = any(r.circuit is not None and r.spec.all_but for r in experiment.rules)
+        hint = "measure an effect of the rule, such as `as delta`" + " or `as minimality`" * minimal
+        reason = "no measure is an effect that it compares with the runs of cells"
+        yield problem("this experiment", reason, hint)
     elif asked > cells and verify.until != "stable" and is_counted:
         most = count_noun(cells, "cell")
         reason = f"the experiment has {most}"
@@ -277,10 +279,9 @@ def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[
             return
     second = next((rule for rule in rules[1:] if rule.only is None), None)
     if second is not None and not (_runs_cells(said) and not experiment.has_path):
-        what, reason = "several rules together", "an estimate is of one rule"
-        yield _no_estimate(
-            said, second.spec.span, what, reason, "write an experiment for each rule"
-        )
+        what, hint = "several rules together", "write an experiment for each rule"
+        reason = "a path is estimated alone" if _runs_cells(said) else "an estimate is of one rule"
+        yield _no_estimate(said, second.spec.span, what, reason, hint)
 
 
 def _of_rule(
@@ -327,10 +328,13 @@ def _of_rule(
         yield _no_estimate(said, site.span, f"`{flat[0]}`", reason, NO_ESTIMATE_HINT)
     rules = said.kind.backward
     within = sorted({p.site for here in points for p in here if is_query_or_key(p.site)})
+    joined = any(map(_reach_each_other, points))
     if rules is not None and rules.decomposed and within:
-        yield _no_estimate(said, site.span, f"`{within[0]}`", _BASE_WEIGHTS, _EXACT_HINT)
-    if not _runs_cells(said) and any(map(_reach_each_other, points)):
-        yield _no_estimate(said, site.span, "these sites together", *_REPLACED_CHANGE)
+        hint = NO_ESTIMATE_HINT if joined or len(experiment.rules) > 1 else _EXACT_HINT
+        yield _no_estimate(said, site.span, f"`{within[0]}`", _BASE_WEIGHTS, hint)
+    if not _runs_cells(said) and joined:
+        hint = NO_ESTIMATE_HINT if within else f"write `using cdt`, or {NO_ESTIMATE_HINT}"
+        yield _no_estimate(said, site.span, "these sites together", _REPLACED_CHANGE, hint)
     if said.joins_cells:
         yield from _check_joint_moves(rule, said)
     if said.between_runs:
@@ -436,11 +440,10 @@ def _of_basis(
 
 
 _REPLACED_CHANGE = (
-    "the value of one replaces the change of another, so each cell would need a backward pass, and "
-    "running it is cheaper",
-    f"sweep the sites: `layer *`, or `for l in 0..5`; or {NO_ESTIMATE_HINT}",
+    "the value of one may replace what another one changes, so each cell would need a backward "
+    "pass, and running it is cheaper"
 )
-"""Why gradients don't estimate writes of which one reaches another, and the hint."""
+"""Why gradients don't estimate writes of which one may reach another."""
 
 _BASE_WEIGHTS = "attention has the weights of the base run, so the estimate would be 0"
 _EXACT_HINT = "write `using atp_qk`"
@@ -455,7 +458,8 @@ _DROPS_A_PART = (
 
 def _name_other(experiment: ResolvedExperiment) -> str:
     """Return the hint that names another estimator for the rules of an experiment."""
-    return "write `using eap`" if experiment.has_path else OTHER_ESTIMATOR_HINT
+    edges = experiment.has_path or any(rule.circuit is not None for rule in experiment.rules)
+    return "write `using eap`" if edges else OTHER_ESTIMATOR_HINT
 
 
 def _explain_separate_moves(rule: ResolvedRule, basis: BasisTargets) -> str:
@@ -574,8 +578,10 @@ def _of_path(
     own, path = rule.spec, rule.path
     if path is None:
         reason = "it estimates edges between components"
-        if experiment.has_path:
-            what, reason = f"`{verb}` together with a path", "an estimate is of one rule"
+        circuits = any(each.circuit is not None for each in experiment.rules)
+        if experiment.has_path or circuits:
+            other = "a circuit" if circuits else "a path"
+            what, reason = f"`{verb}` together with {other}", "an estimate is of one rule"
             hint = f"remove `using {said.name}` to compute the rules together"
             yield _no_estimate(said, own.span, what, reason, hint)
             return

@@ -884,6 +884,7 @@ def test_planned_cost_is_near_the_counted_products(
     checked = check_file(text, folder(), loaded(), BLOCK)
     plan = make_plan(checked.experiments)
     provide_images(loaded(), checked.experiments[0].table.runs["clean"].rows)
+    execute(plan, {"m": loaded()}, None, check=check_denominators)  # also tries cached keys
     with FlopCounterMode(display=False) as counter:
         execute(plan, {"m": loaded()}, None, check=check_denominators)
     planned = plan_cost(plan).planned.multiply_adds

@@ -344,6 +344,17 @@ WRONG = {
     "layers": ("ablate c without each edge", "atp_star", "attention weights of an unpatched run"),
     "parts": ("ablate c without each edge", "cdt", "attention weights of an unpatched run"),
     "answer": ("ablate c without each edge", "eap", "name tokens of the prompt"),
+    "verified": ("ablate all but c without each edge", "gradient verify top 1", "`using eap`"),
+    "measure": (
+        "ablate all but c without each edge",
+        "eap verify top 1",
+        "such as `as delta` or `as minimality`",
+    ),
+    "rules": (
+        "ablate L0H1 at tokens * with zero\n  ablate c without each edge",
+        "eap",
+        "`ablate` together with a circuit",
+    ),
 }
 
 
@@ -351,7 +362,9 @@ WRONG = {
 def test_edges_without_an_estimate_are_errors(data: Path, key: str) -> None:
     rule, word, hint = WRONG[key]
     at = "tokens * and answer" if key == "answer" else "tokens *"
-    measure = 'measure logprob("w3 w9") as delta' if key == "answer" else LOGIT
+    measures = {"answer": 'measure logprob("w3 w9") as delta'}
+    measures["measure"] = "measure logit(answer) as faithfulness"
+    measure = measures.get(key, LOGIT)
     text = edges("gpt2")[0]
     text += experiment("e", f"{rule} at {at} with zero", f"using {word}", measure=measure)
     found, problems = try_file(text, data, "gpt2")
@@ -359,3 +372,12 @@ def test_edges_without_an_estimate_are_errors(data: Path, key: str) -> None:
     written = render_full(problems, color=False, width=100)
     assert "E0608" in written, written
     assert hint in " ".join(written.split()), written
+
+
+def test_verification_without_a_defined_effect_says_so(data: Path) -> None:
+    """The base run and the run with every edge ablated have one value."""
+    rule = "ablate all but c without each edge at tokens * with other"
+    measure = "measure logit(answer) - logit(answer) as minimality"
+    text = edges("gpt2")[0] + experiment("e", rule, "using eap verify random 2", measure=measure)
+    found = run_file(text, data, "gpt2", "planned")["e"]
+    assert found.conventions["verified"] == "no cell was run, because no cell has a defined effect"

@@ -258,11 +258,15 @@ def test_plan_counts_the_passes_of_joined_sites(
 
 
 CONFLICTS = {
-    "patch h at last token": "these sites together",
-    "patch resid_post layers 0..1 at last token": "these sites together",
-    "patch i at last token": "these sites together",
-    "patch L0H1 at last token\n  patch L0H2 at last token": "several rules together",
+    "patch h at last token": ("these sites together", "= help: remove `using`"),
+    "patch resid_post layers 0..1 at last token": ("these sites together", "write `using cdt`, or"),
+    "patch i at last token": ("these sites together", "write `using cdt`, or"),
+    "patch L0H1 at last token\n  patch L0H2 at last token": (
+        "several rules together",
+        "write an experiment for each rule",
+    ),
 }
+"""Rule → what can't be estimated, and the fix."""
 
 
 @pytest.mark.parametrize("rule", CONFLICTS)
@@ -272,7 +276,10 @@ def test_joined_sites_that_reach_each_other_are_errors(rule: str, tmp_path: Path
     text += experiment("e", *LINES, DELTA, rule, "using integrated_gradients")
     _, errors = try_file(text, tmp_path, bare("gpt2"))
     assert [each.code for each in errors] == ["E0608"]
-    assert f"can't estimate {CONFLICTS[rule]}" in render_full(errors, color=False, width=300)
+    what, fix = CONFLICTS[rule]
+    said = render_full(errors, color=False, width=300)
+    assert f"can't estimate {what}" in said
+    assert fix in said
 
 
 def test_groups_of_a_sweep_move_separately_on_the_line(tmp_path: Path) -> None:
@@ -286,10 +293,19 @@ def test_groups_of_a_sweep_move_separately_on_the_line(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["both"].measures[0].patched, alone, atol=1e-6)
 
 
+def test_cdt_of_queries_and_keys_of_two_layers_proposes_their_runs(tmp_path: Path) -> None:
+    text = "group h = L0H1.q, L1H1.k\n"
+    text += experiment("e", *LINES, DELTA, "patch h at last token", "using cdt")
+    _, errors = try_file(text, tmp_path, bare("gpt2"))
+    said = render_full(errors, color=False, width=300)
+    assert "the estimate would be 0" in said
+    assert "= help: remove `using`" in said
+
+
 def test_cdt_of_a_path_and_a_site_together_is_an_error(tmp_path: Path) -> None:
     rules = ("path layer 0 head 1 -> logits at last token", "patch L1H1 at last token")
     text = experiment("e", *LINES, DELTA, *rules, "using cdt")
     _, errors = try_file(text, tmp_path, bare("gpt2"))
     assert [each.code for each in errors] == ["E0608"]
     said = render_full(errors, color=False, width=300)
-    assert "can't estimate several rules together: an estimate is of one rule" in said
+    assert "can't estimate several rules together: a path is estimated alone" in said

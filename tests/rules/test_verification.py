@@ -295,7 +295,7 @@ ERRORS = {
     "no effect of the rule": (
         (*HEADS[:3], "measure loss as total", "using gradient_input verify top 3"),
         "E0608",
-        "no measure is an effect of the rule",
+        "no measure is an effect that it compares with the runs of cells",
     ),
     "several variants": (
         (

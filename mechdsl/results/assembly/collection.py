@@ -1030,6 +1030,8 @@ def _verification_text(
             "of each measure, all cells that can have an effect were run, on the same rows: the "
             "largest exact effects are proved"
         )
+    if not len(found.cells):
+        return "no cell was run, because no cell has a defined effect"
     parts = [f"the {found.top} with the largest absolute estimates"] if found.top else []
     drawn = len(found.cells) - found.ranked
     drawn_cells = count_noun(drawn, "other" if parts else "cell")
