@@ -1140,16 +1140,16 @@ def _unread_blocks(experiment: ResolvedExperiment) -> list[Diagnostic]:
 
     There is no warning if the experiment also reads activations of the encoder.
     """
-    rules = tuple(experiment.every_rule)
+    rules, encoder = experiment.every_rule, experiment.model.shape.others.get("vision")
     reads = any(rule.in_vision and not rule.writes_vision for rule in rules)
-    if reads or experiment.saves or experiment.spec.broken:
+    if encoder is None or reads or experiment.saves or experiment.spec.broken:
         return []
     found: list[Diagnostic] = []
     for rule in rules:
         ends = rule.sites if rule.path is None else rule.path.receivers
         if not rule.writes_vision or ends is None:
             continue
-        last = experiment.model.shape.others["vision"].read_after[-1] - 1
+        last = (encoder.read_after or (encoder.n_layers,))[-1] - 1
         layers = [point.layer for here in ends.points.values() for point in here]
         first = min((-1 if layer is None else layer for layer in layers), default=-1)
         if first > last >= 0:

@@ -512,6 +512,13 @@ def test_rule_after_the_block_that_is_read_gives_a_warning(line: str, warned: bo
         assert "after block 0, and this rule starts at 1" in each.label_text
 
 
+def test_unread_blocks_of_a_model_that_is_not_on_the_machine_are_not_reported() -> None:
+    text = UNREAD_FILE.replace("LINE", "ablate z vision layer 1 at photo tokens with zero")
+    text = text.replace('local("downloaded")', 'hf("mechdsl-tests/none")')
+    found = check_source(Source(text, Path("experiment.mech"))).diagnostics
+    assert [each.code for each in found] == ["W0710"]
+
+
 def test_rule_after_the_block_that_is_read_has_no_effect() -> None:
     name = "llava_class"
     made, _ = adopt_model("m", draw(name, vision_feature_layer=-2), bare(name).processor)
