@@ -109,6 +109,7 @@ from mechdsl.program.trainings import select_seed, used_masks
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.table import add_stand_in_runs
 from mechdsl.resolve.cells import find_open_axes
+from mechdsl.resolve.circuits import is_unread
 from mechdsl.resolve.expansion import find_selections, split_by_group
 from mechdsl.resolve.experiment import find_omitted_answers, outline_experiment
 from mechdsl.resolve.findings import Finding, VariantFinding
@@ -1140,21 +1141,19 @@ def _unread_blocks(experiment: ResolvedExperiment) -> list[Diagnostic]:
 
     There is no warning if the experiment also reads activations of the encoder.
     """
-    rules, encoder = experiment.every_rule, experiment.model.shape.others.get("vision")
+    rules, shape = experiment.every_rule, experiment.model.shape
     reads = any(rule.in_vision and not rule.writes_vision for rule in rules)
-    if encoder is None or reads or experiment.saves or experiment.spec.broken:
+    if reads or experiment.saves or experiment.spec.broken:
         return []
     found: list[Diagnostic] = []
     for rule in rules:
         ends = rule.sites if rule.path is None else rule.path.receivers
-        if not rule.writes_vision or ends is None:
-            continue
-        last = (encoder.read_after or (encoder.n_layers,))[-1] - 1
-        layers = [point.layer for here in ends.points.values() for point in here]
-        first = min((-1 if layer is None else layer for layer in layers), default=-1)
-        if first > last >= 0:
-            name = experiment.model.name
-            found.append(UnreadBlocks(span=rule.spec.span, model=name, last=last, first=first))
+        points = [] if ends is None else [p for here in ends.points.values() for p in here]
+        if rule.writes_vision and points and all(is_unread(point, shape) for point in points):
+            last, name = shape.others["vision"].read_layers - 1, experiment.model.name
+            first, span = min(point.layer or 0 for point in points), rule.spec.span
+            if last >= 0:
+                found.append(UnreadBlocks(span=span, model=name, last=last, first=first))
     return found
 
 

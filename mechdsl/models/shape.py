@@ -196,6 +196,12 @@ class ModelShape(Record):
     """The part of the config that describes this stack."""
 
     @property
+    def read_layers(self) -> int:
+        """Number of blocks up to the last stream that is read: all but those of a vision encoder
+        whose output the language model doesn't read."""
+        return self.read_after[-1] if self.read_after else self.n_layers
+
+    @property
     def reads_prefix(self) -> bool:
         """Whether no activation depends on later tokens: those of an encoder do."""
         return self.causal and not self.encodes_apart

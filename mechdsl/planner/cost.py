@@ -480,7 +480,7 @@ def gradient_work(
     if said is None:
         return GradientWork()
     run = experiment.table.runs[experiment.spec.base]
-    decomposed = said.kind.backward is not None and said.kind.backward.decomposed
+    decomposed = said.kind.decomposes
     own = np.repeat(prompts, _count_lanes(plan, prompts, by_cell=decomposed))
     lengths, (patches, encoding) = run.lengths[own], count_vision_work(experiment)
     patches, encoding = patches[own], encoding[own]

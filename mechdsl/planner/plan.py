@@ -177,8 +177,7 @@ class ExperimentPlan:
     @property
     def leaves_out_edges(self) -> bool:
         """Whether its cells, each a circuit without one edge, are estimated."""
-        of_circuits = any(plan.rule.circuit is not None for plan in self.rules)
-        return of_circuits and self.experiment.spec.estimator is not None
+        return self.experiment.has_circuit and self.experiment.spec.estimator is not None
 
     @cached_property
     def joined_rules(self) -> tuple[RulePlan, ...]:

@@ -147,6 +147,11 @@ class GradientEstimator:
         return combined
 
     @property
+    def decomposes(self) -> bool:
+        """Whether it is contextual decomposition, which has a pass with all writes of each cell."""
+        return self.backward is not None and self.backward.decomposed
+
+    @property
     def is_effect(self) -> bool:
         """Whether the value estimates an effect of the rule."""
         return not self.value_name

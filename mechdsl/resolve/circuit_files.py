@@ -568,7 +568,7 @@ def _point_in_stack(
     if match["layer"] is None:
         raise NotAnEdge(f"and `{name}` has no layer")
     own = shape.others[stack]
-    layer, layers = int(match["layer"]), (own.read_after or (own.n_layers,))[-1]
+    layer, layers = int(match["layer"]), own.read_layers
     if layer >= layers:
         raise NotAnEdge(f"and `{stack}` has {count_noun(layers, 'layer')}")
     if match["part"] in ("mlp_out", "mlp_norm"):

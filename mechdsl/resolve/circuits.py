@@ -1270,7 +1270,7 @@ def _list_nodes(
     """
     senders, receivers = [SitePoint(in_stack("resid_pre", stack), 0, None)], list[SitePoint]()
     own = shape.others.get(stack, shape)
-    layers = (own.read_after or (own.n_layers,))[-1]
+    layers = own.read_layers
     two = not stack and (has_two_streams(shape) or shape.attends_to_image)
     for layer in range(layers):
         for part in (stack, "cross") if two else (stack,):
@@ -1334,7 +1334,7 @@ def _resolve_edge(
     found = [
         (of, to)
         for of, to in product(senders, receivers)
-        if _is_edge(of, to, shape, {}) and not _is_unread(to, shape)
+        if _is_edge(of, to, shape, {}) and not is_unread(to, shape)
     ]
     open_ends = shape.stands_in and any(
         counts_from_end(node) for node in walk(edge) if isinstance(node, ast.Bound)
@@ -1357,7 +1357,7 @@ def _suggest_other_sender(
     sender: SitePoint, receiver: SitePoint, edge: ast.SiteMap, shape: ModelShape
 ) -> str:
     """Return an edge from the patches, for `embed` with a receiver in the vision encoder."""
-    in_vision = SITES[receiver.site].stack == "vision" and not _is_unread(receiver, shape)
+    in_vision = SITES[receiver.site].stack == "vision" and not is_unread(receiver, shape)
     if sender != EMBEDDING or not in_vision:
         return ""
     return f"; or start at the patches: `embed vision -> {edge.target.span.written}`"
@@ -1379,12 +1379,12 @@ def _list_example_receivers(sender: SitePoint, shape: ModelShape) -> list[str]:
     return list(dict.fromkeys(map(label_node, (*later[:2], *later[-1:]))))
 
 
-def _is_unread(receiver: SitePoint, shape: ModelShape) -> bool:
-    """Return whether a receiver is in a block of the vision encoder whose output the language model
+def is_unread(point: SitePoint, shape: ModelShape) -> bool:
+    """Return whether a site is in a block of the vision encoder whose output the language model
     doesn't read."""
-    if SITES[receiver.site].stack != "vision" or "vision" not in shape.others:
+    if SITES[point.site].stack != "vision" or "vision" not in shape.others:
         return False
-    return (receiver.layer or 0) >= shape.others["vision"].read_after[-1]
+    return (point.layer or 0) >= shape.others["vision"].read_layers
 
 
 def _explain_no_edge(sender: SitePoint, receiver: SitePoint, shape: ModelShape) -> str:
@@ -1393,8 +1393,8 @@ def _explain_no_edge(sender: SitePoint, receiver: SitePoint, shape: ModelShape) 
         return "the receiver reads the image, which doesn't depend on the text"
     if receiver.site == "attn_out":
         return f"the receiver reads only the heads of layer {receiver.layer}"
-    if _is_unread(receiver, shape):
-        last = shape.others["vision"].read_after[-1] - 1
+    if is_unread(receiver, shape):
+        last = shape.others["vision"].read_layers - 1
         return f"the language model reads the vision encoder after block {last}"
     of, to = (SITES[point.site].stack == "vision" for point in (sender, receiver))
     if of != to:

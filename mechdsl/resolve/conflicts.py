@@ -195,7 +195,7 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
     if reason := next(filter(None, (explain_missing_rule(rules, own) for own in stacks)), ""):
         what = f"`{experiment.model.name}`"
         yield _no_estimate(said, said.span, what, reason, _name_other(experiment))
-    elif rules is not None and rules.decomposed and shape.takes not in _DECOMPOSED:
+    elif said.kind.decomposes and shape.takes not in _DECOMPOSED:
         what = f"`{experiment.model.name}`"
         kind = "whose blocks attend to an image" if shape.attends_to_image else "without text"
         reason = f"`{said.name}` isn't computed for models {kind}"
@@ -278,9 +278,11 @@ def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[
             yield found
             return
     second = next((rule for rule in rules[1:] if rule.only is None), None)
-    if second is not None and not (_runs_cells(said) and not experiment.has_path):
+    if second is not None and (experiment.has_path or not said.kind.decomposes):
         what, hint = "several rules together", "write an experiment for each rule"
-        reason = "a path is estimated alone" if _runs_cells(said) else "an estimate is of one rule"
+        reason = (
+            "a path is estimated alone" if said.kind.decomposes else "an estimate is of one rule"
+        )
         yield _no_estimate(said, second.spec.span, what, reason, hint)
 
 
@@ -326,13 +328,12 @@ def _of_rule(
     if flat:
         reason = "gradients aren't computed there"
         yield _no_estimate(said, site.span, f"`{flat[0]}`", reason, NO_ESTIMATE_HINT)
-    rules = said.kind.backward
     within = sorted({p.site for here in points for p in here if is_query_or_key(p.site)})
     joined = any(map(_reach_each_other, points))
-    if rules is not None and rules.decomposed and within:
+    if said.kind.decomposes and within:
         hint = NO_ESTIMATE_HINT if joined or len(experiment.rules) > 1 else _EXACT_HINT
         yield _no_estimate(said, site.span, f"`{within[0]}`", _BASE_WEIGHTS, hint)
-    if not _runs_cells(said) and joined:
+    if joined and not said.kind.decomposes:
         hint = NO_ESTIMATE_HINT if within else f"write `using cdt`, or {NO_ESTIMATE_HINT}"
         yield _no_estimate(said, site.span, "these sites together", _REPLACED_CHANGE, hint)
     if said.joins_cells:
@@ -345,11 +346,6 @@ def _of_rule(
     yield from _of_answers(rule.positions, own.at.span, experiment, said)
 
 
-def _runs_cells(said: spec.Estimator) -> bool:
-    """Return whether a pass is of one cell, so that it has all writes of the cell."""
-    return said.kind.backward is not None and said.kind.backward.decomposed
-
-
 def _explain_no_vision_estimate(
     rule: ResolvedRule, said: spec.Estimator, experiment: ResolvedExperiment
 ) -> tuple[str, str] | None:
@@ -357,7 +353,7 @@ def _explain_no_vision_estimate(
     kind, shape = said.kind, experiment.model.shape
     if rule.circuit is not None:
         return "edges between patches aren't estimated yet", NO_ESTIMATE_HINT
-    if kind.backward is not None and kind.backward.decomposed:
+    if kind.decomposes:
         return "it decomposes the language model, which reads the vectors of images", (
             OTHER_ESTIMATOR_HINT if rule.path is None else "write `using eap`"
         )
@@ -458,7 +454,7 @@ _DROPS_A_PART = (
 
 def _name_other(experiment: ResolvedExperiment) -> str:
     """Return the hint that names another estimator for the rules of an experiment."""
-    edges = experiment.has_path or any(rule.circuit is not None for rule in experiment.rules)
+    edges = experiment.has_path or experiment.has_circuit
     return "write `using eap`" if edges else OTHER_ESTIMATOR_HINT
 
 
@@ -561,7 +557,7 @@ def _of_circuit(
         reason = "it estimates writes at sites, not edges between components"
     elif moves:
         reason = "it moves activations of an unpatched run, and cells change a run of the circuit"
-    elif kind.fixes_attention or _runs_cells(said):
+    elif kind.fixes_attention or kind.decomposes:
         reason = "it starts from attention weights of an unpatched run, not of a run of the circuit"
     elif not kind.is_effect:
         reason = f"it returns {kind.value_said}, which isn't an effect that a run has"
@@ -578,9 +574,8 @@ def _of_path(
     own, path = rule.spec, rule.path
     if path is None:
         reason = "it estimates edges between components"
-        circuits = any(each.circuit is not None for each in experiment.rules)
-        if experiment.has_path or circuits:
-            other = "a circuit" if circuits else "a path"
+        if experiment.has_path or experiment.has_circuit:
+            other = "a circuit" if experiment.has_circuit else "a path"
             what, reason = f"`{verb}` together with {other}", "an estimate is of one rule"
             hint = f"remove `using {said.name}` to compute the rules together"
             yield _no_estimate(said, own.span, what, reason, hint)
@@ -641,7 +636,7 @@ def _of_changed_receivers(
     layers are left out."""
     receivers = (p.site for here in path.receivers.points.values() for p in here)
     inside = {site: span for site in receivers if is_query_or_key(site)}
-    decomposed = said.kind.backward is not None and said.kind.backward.decomposed
+    decomposed = said.kind.decomposes
     if decomposed and inside:
         yield _no_estimate(said, span, f"`{next(iter(inside))}`", _BASE_WEIGHTS, _EXACT_HINT)
     if said.kind.fixes_attention and inside:
@@ -760,7 +755,7 @@ def _overlap(cells: list[PositionCell]) -> bool:
 def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
     # An estimator that doesn't fit the path is an error already, and the next one has effects.
     fits = said.kind.place == "paths" or said.kind.takes_paths or not experiment.has_path
-    in_circuit = any(rule.circuit is not None for rule in experiment.rules)
+    in_circuit = experiment.has_circuit
     for measure, own in zip(experiment.measures, experiment.spec.measures, strict=True):
         raw = own.effect == "raw"
         if raw == said.kind.is_effect and fits:

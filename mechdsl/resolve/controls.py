@@ -655,7 +655,7 @@ def _build_control(
             "`scale mlp_hidden layer 1 neuron 5 at tokens * by 0` has the same effect as "
             "`scale weights of layer 1 neuron 5 by 0`, and random neurons are drawn for it",
         )
-    if any(rule.circuit is not None for rule in experiment.rules):
+    if experiment.has_circuit:
         return _build_circuit_control(experiment, asked, apart, draws)
     if experiment.everything:
         return _build_group_control(experiment, asked, apart, masks, draws)

@@ -1869,6 +1869,11 @@ class ResolvedExperiment(Record):
         return any(rule.path is not None for rule in self.rules)
 
     @property
+    def has_circuit(self) -> bool:
+        """Whether one of its rules ablates edges of a circuit."""
+        return any(rule.circuit is not None for rule in self.rules)
+
+    @property
     def generation(self) -> Generation | None:
         """Generation settings of its rows; None if they generate no text."""
         return self.spec.generation

@@ -582,9 +582,8 @@ def _print_experiments(plan: Plan, console: Console) -> None:
         )
     for each in planned:
         if said := each.experiment.spec.estimator:
-            rules = said.kind.backward
             how = "forward and backward passes over its prompts"
-            if rules is not None and rules.decomposed:
+            if said.kind.decomposes:
                 how = "forward passes over two copies of the prompt for each row"
             console.print(
                 f"{each.experiment.name} runs no row: `{said.text}` runs {how}",

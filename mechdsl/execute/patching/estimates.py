@@ -625,7 +625,7 @@ class GradientEstimates:
             given = (self.lanes_of, self.means_and_donors, self.model.shape)
             writes = build_writes(self.plan, *senders, *given)
             sent = SentRows.of(edges, senders[0], writes, lane_of_row[edges.first])
-            if self.kind.backward is not None and self.kind.backward.decomposed:
+            if self.kind.decomposes:
                 writes = self._decompose_edges(edges, sent, lanes, drawn.cell)
                 items = [self.plan.items[cell] for cell in drawn.cell]
                 sums = self._decomposed(writes, lanes, lane_of_row, items)
@@ -638,7 +638,7 @@ class GradientEstimates:
         else:
             given = (self.lanes_of, self.means_and_donors, self.model.shape)
             writes = build_writes(self.plan, drawn, draw, *given)
-        if self.kind.backward is not None and self.kind.backward.decomposed:
+        if self.kind.decomposes:
             items = [self.plan.items[cell] for cell in drawn.cell]
             sums = self._decomposed(writes, lanes, lane_of_row, items)
             return self._result(sums, wanted, base)

@@ -128,7 +128,7 @@ def explain_no_circuits(model: LoadedModel, stack: str = "") -> str:
     """
     if stack:
         after = has_normed_sums(model, stack)
-        for number in range(model.stack(stack).shape.read_after[-1]):
+        for number in range(model.stack(stack).shape.read_layers):
             reason = _explain_joined_block(model, stack, number, after=after)
             if reason:
                 return f"in block {number} of the vision encoder, {reason}"
@@ -636,8 +636,7 @@ class CircuitHooks(ABC):
             if each.output_norm or (each.sum_norm and each.senders.site == "z")
         }
         self._norms_follow_sums = any(each.sum_norm for each in self._sublayers)
-        read = self._shape.read_after
-        self._last_layer = (read[-1] if read else self._shape.n_layers) - 1
+        self._last_layer = self._shape.read_layers - 1
         """The last block that the end of the model reads."""
         self._ends_before_norm = self._norms_follow_sums or "final_norm" not in self._anatomy.taps
         """Whether the end of the model is the stream after the last block, because no norm of each

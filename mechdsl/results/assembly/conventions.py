@@ -294,7 +294,7 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
             f"{experiment.spec.source} run to the {base} run, which is the last point"
         )
     change, by = "what is written less what is there", ""
-    of_circuit = any(rule.circuit is not None for rule in experiment.rules)
+    of_circuit = experiment.has_circuit
     if experiment.has_path or of_circuit:
         change = "the change of the senders"
     if of_circuit:
@@ -320,7 +320,7 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
     if edges:
         yield "edges", "none is blocked: the rule only selects attention weights"
     alias = "" if said.name == said.kind.name else f"`{said.name}` is "
-    decomposed = said.kind.backward is not None and said.kind.backward.decomposed
+    decomposed = said.kind.decomposes
     where = "" if decomposed else f"; {where}, by autograd"
     if along and not said.between_runs:
         where = (
