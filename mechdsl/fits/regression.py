@@ -156,6 +156,46 @@ class LinearClassifier:
         return self.classes[np.argmax(self.logits(x), axis=1)]
 
 
+@dataclass(frozen=True, eq=False)
+class _LogisticLoss:
+    """Mean loss of a multinomial logistic regression over rows, as a function of its weights.
+
+    Weights are flat: [column, class] in this order.
+    """
+
+    inputs: Floats
+    """[row, column]"""
+    is_own: Floats
+    """[row, class] 1 for the row's class, otherwise 0."""
+    pull: Floats
+    """[column, 1] penalty of the squared weights of a column."""
+
+    def _logits(self, flat: Floats) -> Floats:
+        """Return logits, [row, class], shifted so that the largest of a row is 0."""
+        logits = self.inputs @ flat.reshape(-1, self.is_own.shape[1])
+        logits -= logits.max(axis=1, keepdims=True)
+        return logits
+
+    def __call__(self, flat: Floats) -> tuple[float, Floats]:
+        """Return the loss and its gradient."""
+        weights = flat.reshape(-1, self.is_own.shape[1])
+        logits = self._logits(flat)
+        parts = np.exp(logits)
+        whole = parts.sum(axis=1)
+        surprise = np.log(whole) - logits[self.is_own > 0]
+        gradient = self.inputs.T @ (parts / whole[:, None] - self.is_own) / len(logits)
+        gradient += self.pull * weights
+        return float(surprise.mean() + (self.pull * weights**2).sum() / 2), gradient.ravel()
+
+    def curvature(self, flat: Floats, step: Floats) -> Floats:
+        """Multiply the Hessian of the loss by a step."""
+        parts = np.exp(self._logits(flat))
+        shares, along = parts / parts.sum(axis=1)[:, None], step.reshape(-1, parts.shape[1])
+        moved = self.inputs @ along
+        moved = shares * (moved - (shares * moved).sum(axis=1, keepdims=True))
+        return (self.inputs.T @ moved / len(parts) + self.pull * along).ravel()
+
+
 def fit_logistic(x: Floats, y: Ints, penalty: float) -> LinearClassifier:
     """Fit a multinomial logistic regression with unpenalised intercepts.
 
@@ -189,34 +229,12 @@ def fit_logistic(x: Floats, y: Ints, penalty: float) -> LinearClassifier:
     pull = np.append(penalty / n * scale**2, 0.0)[:, None]
     is_own = np.zeros((n, count))
     is_own[np.arange(n), own] = 1.0
-
-    def probabilities(flat: Floats) -> tuple[Floats, Floats]:
-        """Return class probabilities, [row, class], and −log of that of the row's class, [row]."""
-        logits = inputs @ flat.reshape(-1, count)
-        logits -= logits.max(axis=1, keepdims=True)
-        parts = np.exp(logits)
-        whole = parts.sum(axis=1)
-        return parts / whole[:, None], np.log(whole) - logits[np.arange(n), own]
-
-    def loss(flat: Floats) -> tuple[float, Floats]:
-        """Return the mean loss over rows and its gradient."""
-        weights = flat.reshape(-1, count)
-        shares, surprise = probabilities(flat)
-        gradient = inputs.T @ (shares - is_own) / n + pull * weights
-        return float(surprise.mean() + (pull * weights**2).sum() / 2), gradient.ravel()
-
-    def curvature(flat: Floats, step: Floats) -> Floats:
-        """Multiply the Hessian of the loss by a step."""
-        shares, along = probabilities(flat)[0], step.reshape(-1, count)
-        moved = inputs @ along
-        moved = shares * (moved - (shares * moved).sum(axis=1, keepdims=True))
-        return (inputs.T @ moved / n + pull * along).ravel()
-
+    loss = _LogisticLoss(inputs, is_own, pull)
     found = scipy.optimize.minimize(
         loss,
         np.zeros(inputs.shape[1] * count),
         jac=True,
-        hessp=curvature,
+        hessp=loss.curvature,
         method="trust-ncg",
         options={"maxiter": LOGISTIC_STEPS, "gtol": LOGISTIC_TOLERANCE / 10},
     )

@@ -644,56 +644,79 @@ def _shape(
     model: str = "model",
     span: Span | None = None,
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
-    model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
-    entry = find_family(model_type)
+    """Read the shape; causal: whether tokens see no later ones, None for what the config says."""
+    model_type = _model_type(text, config)
     numbers, refused = _numbers(text, config, takes, model, span)
     if refused:
-        named = names[0] if names else model_type
-        return None, explain_missing_blocks(refused, entry.staged, model=model, named=named)
+        named, staged = names[0] if names else model_type, find_family(model_type).staged
+        return None, explain_missing_blocks(refused, staged, model=model, named=named)
+    if causal is None:
+        causal = _is_causal(text, config, names, takes)
+    return _build_shape(text, config, names, takes, numbers, causal=causal), []
+
+
+def _model_type(text: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    return str(text.get("model_type") or config.get("model_type") or "unknown")
+
+
+def _encodes(text: Mapping[str, Any], config: Mapping[str, Any], names: list[str]) -> bool:
+    """Return whether a model's blocks are those of an encoder."""
+    model_type = _model_type(text, config)
+    if find_family(model_type).encodes:
+        return True
+    return output_task(config, names)[0] != "tokens" and model_type in ENCODER_TYPES
+
+
+def _is_causal(
+    text: Mapping[str, Any], config: Mapping[str, Any], names: list[str], takes: ModelInput
+) -> bool:
+    decodes = not names or output_task(config, names)[0] != "tokens"
+    decodes = decodes or any(name.endswith(DECODER_SUFFIXES) for name in names)
+    encodes = _encodes(text, config, names) and not _decodes(text)
+    both_ways = _attends_both_ways(text, config)
+    return decodes and takes != "image" and not encodes and not both_ways
+
+
+def _build_shape(
+    text: Mapping[str, Any],
+    config: Mapping[str, Any],
+    names: list[str],
+    takes: ModelInput,
+    numbers: Mapping[str, int],
+    *,
+    causal: bool,
+) -> ModelShape:
+    """Build the shape; numbers: the sizes that every model has, by name."""
+    model_type = _model_type(text, config)
+    entry = find_family(model_type)
     n_heads, d_model = numbers["number of heads"], numbers["model width"]
     parallel = entry.arrangement(text) == "parallel"
-    multi_query = bool(text.get("multi_query")) and not text.get("new_decoder_architecture")
     latent = _first(text, ("qk_nope_head_dim",))
-    rotary = _first(text, ("qk_rope_head_dim",))
-    width = _first(text, HEAD_WIDTH_KEYS) or d_model // n_heads
-    d_head = latent + (rotary or 0) if latent else width
-    experts = _first(text, EXPERT_KEYS) or _first(subconfig(text, "ffn_config"), EXPERT_KEYS) or 0
-    experts = 0 if text.get("is_moe") is False else experts
+    d_head = _first(text, HEAD_WIDTH_KEYS) or d_model // n_heads
+    if latent:
+        d_head = latent + (_first(text, ("qk_rope_head_dim",)) or 0)
+    experts = _count_experts(text)
     dense = find_dense_blocks(text, numbers["number of layers"]) if experts else frozenset[int]()
-    sparse = frozenset(range(numbers["number of layers"])) - dense
-    partly: dict[str, frozenset[int]] = {}
-    if dense:
-        partly = dict.fromkeys(("mlp_hidden", *sites_of_module("down")), dense)
-        partly |= {"router": sparse, "expert_out": sparse}
+    sites = available_sites(
+        parallel=parallel,
+        experts=bool(experts),
+        dense=bool(dense) or not experts,
+        mixers=_has_mixers(text),
+    )
     task, labels = output_task(config, names)
-    encodes = entry.encodes or (task != "tokens" and model_type in ENCODER_TYPES)
-    if causal is None:
-        decodes = any(name.endswith(DECODER_SUFFIXES) for name in names) or not names
-        decodes = decodes or task != "tokens"
-        causal = decodes and takes != "image" and (not encodes or _decodes(text))
-        if not find_family(str(config.get("model_type"))).prefix:
-            causal = causal and text.get("use_bidirectional_attention") not in (True, "all")
     return ModelShape(
         architecture=names[0] if names else model_type,
         family=model_type,
         n_layers=numbers["number of layers"],
         n_heads=n_heads,
-        n_kv_heads=n_heads if latent else 1 if multi_query else _kv_heads(text) or n_heads,
+        n_kv_heads=n_heads if latent else _kv_heads(text) or n_heads,
         d_model=d_model,
         d_head=d_head,
-        d_mlp=(_first(text, MLP_FACTOR_KEYS) or 0) * d_model
-        or _first(text, MLP_KEYS)
-        or 4 * d_model,
+        d_mlp=_mlp_width(text, d_model),
         vocab_size=numbers.get("vocabulary size", 0),
         max_positions=max(_first(text, POSITION_KEYS) or 0, 0) or None,
         parallel_block=parallel,
-        sites=available_sites(
-            parallel=parallel,
-            experts=bool(experts),
-            dense=bool(dense) or not experts,
-            mixers=_has_mixers(text),
-        )
-        - ({"logits"} if _without_head(names, model_type, takes, task) else set()),
+        sites=sites - {"logits"} if _without_head(names, model_type, takes, task) else sites,
         d_value=_first(text, ("v_head_dim",)) or d_head,
         d_embed=_first(text, ("input_embedding_size", *EMBEDDING_KEYS)) or d_model,
         n_experts=experts,
@@ -704,11 +727,11 @@ def _shape(
         d_logits=len(labels),
         task=task,
         labels=labels,
-        output_at=output_position(names, encodes=encodes),
+        output_at=output_position(names, encodes=_encodes(text, config, names)),
         patches=read_patch_layout(entry, text) if takes == "image" else None,
-        partly=partly,
+        partly=_list_partial_sites(dense, numbers["number of layers"]),
         config=text,
-    ), []
+    )
 
 
 def _without_head(names: list[str], model_type: str, takes: ModelInput, task: OutputTask) -> bool:
@@ -721,7 +744,39 @@ def _narrow(config: Mapping[str, Any], d_model: int) -> int:
     return width if width != d_model else 0
 
 
+def _mlp_width(config: Mapping[str, Any], d_model: int) -> int:
+    """Return the number of neurons of a block; 4 per dimension if the config names none."""
+    factor = _first(config, MLP_FACTOR_KEYS) or 0
+    return factor * d_model or _first(config, MLP_KEYS) or 4 * d_model
+
+
+def _count_experts(config: Mapping[str, Any]) -> int:
+    """Return the number of experts of a block; 0 for a dense model."""
+    if config.get("is_moe") is False:
+        return 0
+    inner = subconfig(config, "ffn_config")
+    return _first(config, EXPERT_KEYS) or _first(inner, EXPERT_KEYS) or 0
+
+
+def _list_partial_sites(dense: frozenset[int], n_layers: int) -> dict[str, frozenset[int]]:
+    """Return the blocks of each site that only some blocks have; dense: blocks without experts."""
+    if not dense:
+        return {}
+    sparse = frozenset(range(n_layers)) - dense
+    partly = dict.fromkeys(("mlp_hidden", *sites_of_module("down")), dense)
+    return partly | {"router": sparse, "expert_out": sparse}
+
+
+def _attends_both_ways(text: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Return whether the config of a decoder removes its causal mask."""
+    if find_family(str(config.get("model_type"))).prefix:
+        return False
+    return text.get("use_bidirectional_attention") in (True, "all")
+
+
 def _kv_heads(config: Mapping[str, Any]) -> int | None:
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        return 1
     if config.get("new_decoder_architecture") is False:  # Falcon: the key is set but unused
         return None
     return _first(config, KV_HEAD_KEYS)

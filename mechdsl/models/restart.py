@@ -8,7 +8,7 @@ All other values are taken from the unpatched run. No torch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -116,9 +116,61 @@ class RowMasks:
             found = np.maximum(found, own)
         return np.where(self.final.any(axis=1), AFTER_LAST_BLOCK, found)
 
+    @property
+    def seen(self) -> TokenMask:
+        """Tokens up to the last read one of each row."""
+        reads: TokenMask = np.logical_or.reduce([self.final, *self.reads.values()])
+        return mask_to_last(reads) & self.real
+
+    @property
+    def from_first_write(self) -> TokenMask:
+        """Tokens from the first written one of each row on."""
+        none = np.zeros_like(self.real)
+        writes: TokenMask = np.logical_or.reduce([none, *self.writes.values()])
+        return mask_from_first(writes) & self.real
+
+    def of_block(self, layer: int) -> _BlockMasks:
+        """Return the writes and reads in one block."""
+        return _BlockMasks(
+            np.zeros_like(self.real),
+            {site: mask for (site, at), mask in self.writes.items() if at == layer},
+            {site: mask for (site, at), mask in self.reads.items() if at == layer},
+        )
+
     def reached(self, mask: TokenMask, *, causal: bool) -> TokenMask:
         """Return the tokens that attend to any token of the mask."""
         return mask_from_first(mask) if causal else mask.any(axis=1, keepdims=True) & self.real
+
+
+@dataclass(frozen=True, eq=False)
+class _BlockMasks:
+    """The writes and reads in one block."""
+
+    none: TokenMask
+    writes: Mapping[str, TokenMask]
+    reads: Mapping[str, TokenMask]
+
+    @property
+    def written(self) -> TokenMask:
+        """Tokens at which any site is written."""
+        return np.logical_or.reduce([self.none, *self.writes.values()])
+
+    @property
+    def read(self) -> TokenMask:
+        """Tokens at which any site is read."""
+        return np.logical_or.reduce([self.none, *self.reads.values()])
+
+    def read_at(self, sites: Iterable[str]) -> TokenMask:
+        """Return the tokens at which one of these sites is read."""
+        masks = (self.reads.get(site, self.none) for site in sites)
+        return np.logical_or.reduce([self.none, *masks])
+
+    def by_stage(self) -> Mapping[BlockStage, TokenMask]:
+        """Return the written tokens, by the stage of their sites."""
+        at: defaultdict[BlockStage, TokenMask] = defaultdict(lambda: self.none)
+        for site, mask in self.writes.items():
+            at[SITES[site].stage] = at[SITES[site].stage] | mask
+        return at
 
 
 def mask_from_first(mask: TokenMask) -> TokenMask:
@@ -139,35 +191,23 @@ def block_work(
     parallel: attention and MLP read the same stream. causal: no token sees a later one.
     """
     none = np.zeros_like(rows.real)
-    any_read = np.logical_or.reduce([rows.final, *rows.reads.values()])
-    seen = mask_to_last(any_read) & rows.real if shortcuts.last and causal else rows.real
-    carried = rows.writes.get(("embed", None), none) & seen
-    everything = rows.real & seen
-    if shortcuts.prefix and causal:
-        everything = (
-            mask_from_first(np.logical_or.reduce([none, *rows.writes.values()])) & everything
-        )
-    if not shortcuts.resume:
-        carried = everything
-    started = carried.any(axis=1)
+    seen = rows.seen if shortcuts.last and causal else rows.real
+    everything = rows.from_first_write & seen if shortcuts.prefix and causal else seen
+    carried = rows.writes.get(("embed", None), none) & seen if shortcuts.resume else everything
+    started = carried.any(axis=1, keepdims=True)
     held, top = rows.held, rows.top
     of_attention, in_mlp = sites_of_stage("key", "query", "weight"), sites_of_stage("in_mlp")
     for layer in range(n_layers):
-        written = {site: mask for (site, at), mask in rows.writes.items() if at == layer}
-        read = {site: mask for (site, at), mask in rows.reads.items() if at == layer}
-        at: defaultdict[BlockStage, TokenMask] = defaultdict(lambda: none)
-        for site, mask in written.items():
-            at[SITES[site].stage] = at[SITES[site].stage] | mask
-        anything = np.logical_or.reduce([none, *written.values()])
-        reading = np.logical_or.reduce([none, *read.values()])
+        here = rows.of_block(layer)
+        at, anything, reading = here.by_stage(), here.written, here.read
         entered = carried
         if not shortcuts.prefix:
             # A row includes the whole prompt from its starting block on.
-            starting = anything.any(axis=1) & ~started
-            entered = entered | (starting[:, None] & everything)
+            starting = anything.any(axis=1, keepdims=True) & ~started
+            entered = entered | (starting & everything)
         if not shortcuts.inside:
             entered = entered | anything
-        started |= anything.any(axis=1)
+        started |= anything.any(axis=1, keepdims=True)
         needed = rows.final if layer == n_layers - 1 and shortcuts.last else seen
         if shortcuts.last:  # nothing above the row's highest read
             needed = needed & (top > layer)[:, None]
@@ -175,19 +215,14 @@ def block_work(
         changed = entered | at["stream"]
         normed = changed | at["norm"]
         attended_to = normed | at["key"]
-        asked = np.logical_or.reduce(
-            [none, *(read.get(site, none) for site in ATTENTION_INTERNAL_SITES)]
-        )
         attend = normed | at["query"] | at["weight"]
-        attend = (attend | rows.reached(attended_to, causal=causal)) & needed | asked
+        attend = (attend | rows.reached(attended_to, causal=causal)) & needed
+        attend = attend | here.read_at(ATTENTION_INTERNAL_SITES)
         attend = attend & rows.real
         project = normed & seen
         if held is not None:
             attend &= ~held.rows[:, None]
-            projected = np.logical_or.reduce(
-                [none, *(read.get(site, none) for site in of_attention)]
-            )
-            project &= projected | ~held.rows[:, None]
+            project &= here.read_at(of_attention) | ~held.rows[:, None]
         output = attend | (at["mixed"] & needed)
         middle = changed | output | at["middle"]
         mlp = (changed if parallel else middle) | at["mlp"]
@@ -201,6 +236,6 @@ def block_work(
             project=project,
             attend=attend,
             output=output,
-            mlp=np.logical_or.reduce([mlp, *(read.get(site, none) for site in in_mlp)]),
+            mlp=mlp | here.read_at(in_mlp),
         )
         carried = out

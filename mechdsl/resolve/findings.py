@@ -736,6 +736,20 @@ def check_rankable_tokens(
         PickError: If some or all tokens have no value.
     """
     _check_first_measure(experiment)
+    _check_same_prompts(experiment, table, tokenizer)
+    rule = _select_sweeping_rule(experiment, otherwise, windows=windows)
+    if rule.spec.onto is not None and rule.edge is None:
+        raise PickError(
+            f"a cell of `{experiment.name}` has tokens at two positions",
+            "let it sweep single tokens, for example `at each token of …`",
+        )
+    if not (experiment.model.tokenizer.stands_in or (windows and sweeps_windows(rule))):
+        _check_single_tokens(experiment, rule)
+
+
+def _check_same_prompts(
+    experiment: ResolvedExperiment, table: PromptTable, tokenizer: TextTokenizer
+) -> None:
     name = experiment.name
     if experiment.table.name != table.name:
         raise PickError(
@@ -750,6 +764,12 @@ def check_rankable_tokens(
             f"`{name}` ranks tokens of `{experiment.model.name}`, which has a different tokenizer",
             "run both on the same model",
         )
+
+
+def _select_sweeping_rule(
+    experiment: ResolvedExperiment, otherwise: str, *, windows: bool
+) -> ResolvedRule:
+    """Return the first rule that sweeps positions, or rectangles of patches if accepted."""
     rules = select_ranked_rules(experiment)
     sweeping = [rule for rule in rules if "position" in select_ranked_positions(rule)[0].axes]
     moving = windows and next((rule for rule in rules if sweeps_windows(rule)), None)
@@ -758,19 +778,13 @@ def check_rankable_tokens(
     elif experiment.model.tokenizer.stands_in:
         sweeping = [rule for rule in rules if may_sweep(select_ranked_positions(rule)[1])]
     if not sweeping:
-        raise PickError(
-            f"`{name}` doesn't sweep positions",
-            otherwise,
-        )
-    rule = sweeping[0]
-    if rule.spec.onto is not None and rule.edge is None:
-        raise PickError(
-            f"a cell of `{name}` has tokens at two positions",
-            "let it sweep single tokens, for example `at each token of …`",
-        )
-    if experiment.model.tokenizer.stands_in or moving:
-        return
-    rows = experiment.table.runs[experiment.spec.base].rows
+        raise PickError(f"`{experiment.name}` doesn't sweep positions", otherwise)
+    return sweeping[0]
+
+
+def _check_single_tokens(experiment: ResolvedExperiment, rule: ResolvedRule) -> None:
+    """Check that each cell has one token of each prompt."""
+    name, rows = experiment.name, experiment.table.runs[experiment.spec.base].rows
     ends = [len(row.ids) for row in rows]
     for cell in select_ranked_positions(rule)[0].written.values():
         # A loop: cells times rows are the most frequent test of a check.

@@ -302,20 +302,10 @@ def _numbers(
     if not isinstance(values, ast.Range):
         _bad_loop(loop, "`step` needs a range", diagnostics)
         return None
-    low, high = _plain(values.low, parameters), _plain(values.high, parameters)
-    width = 1 if step is None else _plain(step, parameters)
-    if (
-        not isinstance(low, int | float)
-        or not isinstance(high, int | float)
-        or not isinstance(width, int | float)
-    ):
-        names = (node for node in walk((values, step)) if isinstance(node, ast.Name))
-        unknown = next((node for node in names if node.id not in parameters), None)
-        if unknown is None:
-            _bad_loop(loop, "a range needs numbers at both ends", diagnostics)
-        else:
-            diagnostics.append(_unknown(unknown, loop, parameters))
+    bounds = _evaluate_range(loop, values, step, parameters, diagnostics)
+    if bounds is None:
         return None
+    low, high, width = bounds
     percent = [isinstance(each, Percent) for each in (low, high, width)]
     if step is None and isinstance(low, Percent) and isinstance(high, Percent):
         _bad_loop(
@@ -360,6 +350,31 @@ def _numbers(
         return None
     found = (low + i * width for i in range(count))
     return tuple(Percent(value) if all(percent) else value for value in found)
+
+
+def _evaluate_range(
+    loop: spec.Loop,
+    values: ast.Range,
+    step: ast.Expr | None,
+    parameters: Mapping[str, Any],
+    diagnostics: list[Diagnostic],
+) -> tuple[float, float, float] | None:
+    """Return both ends of a range and its step; None after a diagnostic."""
+    low, high = _plain(values.low, parameters), _plain(values.high, parameters)
+    width = 1 if step is None else _plain(step, parameters)
+    if (
+        isinstance(low, int | float)
+        and isinstance(high, int | float)
+        and isinstance(width, int | float)
+    ):
+        return low, high, width
+    names = (node for node in walk((values, step)) if isinstance(node, ast.Name))
+    unknown = next((node for node in names if node.id not in parameters), None)
+    if unknown is None:
+        _bad_loop(loop, "a range needs numbers at both ends", diagnostics)
+    else:
+        diagnostics.append(_unknown(unknown, loop, parameters))
+    return None
 
 
 def _unknown(node: ast.Name, loop: spec.Loop, parameters: Mapping[str, Any]) -> Diagnostic:

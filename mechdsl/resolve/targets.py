@@ -138,6 +138,74 @@ def list_rows(table: PromptTable, run: str, work: ExperimentContext) -> tuple[Ru
     return table.runs[run].rows
 
 
+class _LaterTokens:
+    """The tokens of the base run at some distances after a position, or next to it."""
+
+    def __init__(self, work: ExperimentContext, low: int, high: int | None, both: bool) -> None:
+        self.work = work
+        self.low = low
+        self.high = high
+        self.both = both
+        self.base = work.table.runs[work.experiment.base]
+        self.joins_tiles = work.model.shape.attends_to_image  # patches attend to all tiles
+        in_tiles = work.side == ("source" if self.joins_tiles else "image")
+        self.in_tiles = in_tiles and not work.model.tokenizer.stands_in
+
+    def of(self, row: int, tokens: Iterable[int]) -> tuple[int, ...]:
+        """Return the tokens at the distances from any of these tokens of a row."""
+        if self.in_tiles:
+            return self._of_tiles(row, {*tokens})
+        source, every = self.base.rows[row].source, len(self.base.rows[row].ids)
+        first, end = (0, source) if self.work.side == "source" else (source, every)
+        last = end if self.high is None else self.high + 1
+        found: set[int] = set()
+        for token in tokens:
+            found.update(range(token + self.low, min(end, token + last)))
+            if self.both:
+                found.update(range(max(first, token - last + 1), token - self.low + 1))
+        return tuple(sorted(found))
+
+    def _of_tiles(self, row: int, own: set[int]) -> tuple[int, ...]:
+        """Return the other patches that attend to a row's patches."""
+        tile_of = list_rows(self.work.table, self.base.name, self.work)[row].patch_tokens
+        if self.joins_tiles:
+            tile_of = {token: (image, 0) for token, (image, _) in tile_of.items()}
+        tiles = {tile_of[token] for token in own}
+        own = own if len(own) == 1 else set[int]()  # joined tokens are an error later
+        return tuple(t for t, tile in tile_of.items() if tile in tiles and t not in own)
+
+    def report_absent(self, positions: ast.Positions) -> Diagnostic:
+        """Return E0310: no row has these tokens."""
+        absent = f"a token {self.low} or more after"
+        hint = "name an earlier position, or a smaller distance"
+        if self.in_tiles:
+            absent = f"another token in the {'image' if self.joins_tiles else 'tile'} of"
+            hint = "name a token of an image with more tokens"
+        first = self.base.rows[0]
+        return OutsidePrompt(
+            span=positions.span,
+            position=f"{absent} {positions.span.written}",
+            run=self.base.name,
+            lacking=len(self.work.table),
+            total=len(self.work.table),
+            example=f'"{first.text}"',
+            hint=hint,
+            unit="prompt" if first.image is None else "image",
+        )
+
+
+def _report_later_in_reply(
+    positions: ast.Positions, written: PositionCell, work: ExperimentContext
+) -> Diagnostic:
+    return NotInReply(
+        span=positions.span,
+        position=written.label,
+        reason="a token of a reply that isn't written yet has no known later tokens",
+        hint="append the replies of another experiment: "
+        f"`prompts {work.experiment.prompts} with replies of NAME`",
+    )
+
+
 def resolve_later_positions(
     positions: ast.Positions,
     low: int,
@@ -159,33 +227,7 @@ def resolve_later_positions(
             encoder, they are those of the same tile, or of all tiles that attend to each other.
     """
     base = work.table.runs[work.experiment.base]
-    joins_tiles = work.model.shape.attends_to_image  # patches attend to those of all tiles
-    in_tiles = work.side == ("source" if joins_tiles else "image")
-    in_tiles = in_tiles and not work.model.tokenizer.stands_in
-    absent, hint = f"a token {low} or more after", "name an earlier position, or a smaller distance"
-    if in_tiles:
-        scope = "image" if joins_tiles else "tile"
-        absent = f"another token in the {scope} of"
-        hint = "name a token of an image with more tokens"
-
-    def later(row: int, tokens: Iterable[int]) -> tuple[int, ...]:
-        if in_tiles:
-            tile_of = list_rows(work.table, base.name, work)[row].patch_tokens
-            if joins_tiles:
-                tile_of = {token: (image, 0) for token, (image, _) in tile_of.items()}
-            own = {*tokens}
-            tiles = {tile_of[token] for token in own}
-            own = own if len(own) == 1 else set[int]()  # joined tokens are an error later
-            return tuple(t for t, tile in tile_of.items() if tile in tiles and t not in own)
-        source, every = base.rows[row].source, len(base.rows[row].ids)
-        first, end = (0, source) if work.side == "source" else (source, every)
-        last = end if high is None else high + 1
-        found: set[int] = set()
-        for token in tokens:
-            found.update(range(token + low, min(end, token + last)))
-            if both:
-                found.update(range(max(first, token - last + 1), token - low + 1))
-        return tuple(sorted(found))
+    later = _LaterTokens(work, low, high, both)
 
     def find(values: NamedValues) -> PositionMatch | None:
         cells = _cells(positions, base.name, values, work)
@@ -193,36 +235,18 @@ def resolve_later_positions(
             return None
         written = next((cell for cell in cells if cell.reply is not None), None)
         if written is not None:
-            work.diagnostics.append(
-                NotInReply(
-                    span=positions.span,
-                    position=written.label,
-                    reason="a token of a reply that isn't written yet has no known later tokens",
-                    hint="append the replies of another experiment: "
-                    f"`prompts {work.experiment.prompts} with replies of NAME`",
-                )
-            )
+            work.diagnostics.append(_report_later_in_reply(positions, written, work))
             return None
         pairs: list[tuple[PositionCell, PositionCell]] = []
         for cell in cells:
             hits = tuple(
-                tuple(own for tokens in hit if (own := later(row, tokens)))
+                tuple(own for tokens in hit if (own := later.of(row, tokens)))
                 for row, hit in enumerate(cell.hits)
             )
             pairs.append(cut_to_shared_rows(cell, replace(cell, hits=hits)))
         there = [pair for pair in pairs if any(pair[0].hits)]
         if not there:
-            problem = OutsidePrompt(
-                span=positions.span,
-                position=f"{absent} {positions.span.written}",
-                run=base.name,
-                lacking=len(work.table),
-                total=len(work.table),
-                example=f'"{base.rows[0].text}"',
-                hint=hint,
-                unit="prompt" if base.rows[0].image is None else "image",
-            )
-            work.diagnostics.append(problem)
+            work.diagnostics.append(later.report_absent(positions))
             return None
         kept = {pair[0].label for pair in there}
         left_out = tuple(cell.label for cell in cells if cell.label not in kept)

@@ -330,11 +330,7 @@ def build_observer(
     """
     does = plan.rule.does
     assert isinstance(does, Observation)
-    row, position = plan.written.tokens.expand(plan.written_runs(rows))
-    if replies is not None:
-        own = np.arange(len(rows))
-        cell = plan.position_of_cell[rows.cell]
-        row, position = replies.moved(plan.positions, cell, own, row, position)
+    row, position = _find_observed_positions(plan, rows, replies)
     per_row = np.bincount(row, minlength=len(rows))
     index, point = plan.points.expand(plan.site_of_cell[rows.cell][row])
     row, position = row[index], position[index]
@@ -351,12 +347,10 @@ def build_observer(
         own = np.flatnonzero(kind == number)
         if not len(own):
             continue
-        units_here: Ints | None = unit[own]
+        units_here = None if whole else unit[own]
         if whole and does.by_unit:
             again, units_here = expand_units(unit[own], unit_count(shape, site, layer))
             own = own[again]
-        elif whole:
-            units_here = None
         read = SiteRead(site, layer, pooled=pooled, entropy=entropy)
         place = _add_request(asked, read, at[row[own]], position[own])
         part = _SiteVectors(
@@ -374,11 +368,26 @@ def build_observer(
             coded=_code(plan, (site, layer), rows.cell[row[own]], (place, units_here), systems),
         )
         parts.append(part)
-    places = {
+    return RowObserver(plan.rule, does, len(rows), per_row, join_requests(asked), parts)
+
+
+def _find_observed_positions(
+    plan: RulePlan, rows: RowTable, replies: ReplyTokenMap | None
+) -> tuple[Ints, Ints]:
+    """Return the row and the sequence position of each observed token."""
+    row, position = plan.written.tokens.expand(plan.written_runs(rows))
+    if replies is None:
+        return row, position
+    cell = plan.position_of_cell[rows.cell]
+    return replies.moved(plan.positions, cell, np.arange(len(rows)), row, position)
+
+
+def join_requests(asked: Mapping[SiteRead, Sequence[RowPositions]]) -> dict[SiteRead, RowPositions]:
+    """Join the requests for each site, in order."""
+    return {
         read: (np.concatenate([p[0] for p in own]), np.concatenate([p[1] for p in own]))
         for read, own in asked.items()
     }
-    return RowObserver(plan.rule, does, len(rows), per_row, places, parts)
 
 
 def _code(

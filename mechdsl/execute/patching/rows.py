@@ -31,6 +31,7 @@ from mechdsl.execute.measurement.readout import (
     ReadoutResult,
     RowObserver,
     build_observer,
+    join_requests,
     read_samples,
 )
 from mechdsl.execute.measurement.values import UnusableRow
@@ -96,6 +97,7 @@ from mechdsl.planner.cost import SharedRows
 from mechdsl.planner.plan import ExperimentPlan, Plan
 from mechdsl.planner.rows import (
     PassMember,
+    PathPlan,
     RowTable,
     RulePlan,
     count_columns,
@@ -276,6 +278,16 @@ Takes rows and their noise draws, and returns the values read: [place, units, wi
 
 
 @dataclass(frozen=True, eq=False)
+class _PathPasses:
+    """The passes of one experiment that receiver inputs are read from."""
+
+    patched: SenderPass
+    """With the senders patched and all else held."""
+    without: SenderPass
+    """Without the path."""
+
+
+@dataclass(frozen=True, eq=False)
 class _ReceiverVectors:
     """All vectors that receivers get, as parallel columns."""
 
@@ -285,16 +297,47 @@ class _ReceiverVectors:
     """Index into the receivers' table."""
 
 
-def compute_receiver_writes(
-    experiment: ExperimentPlan,
+@dataclass(frozen=True, eq=False)
+class _ReceiverReads:
+    """Where the passes over senders' rows read the vectors of receivers."""
+
+    reads: Mapping[SiteRead, RowPositions]
+    of_sites: Mapping[SiteLayer, tuple[SiteRead, Ints, Ints]]
+    """By site of receivers: the read, numbers of its vectors, and their indices in the read."""
+    last: Ints
+    """Numbers of the vectors that are added after the last block."""
+    gaining: Ints
+    """Their indices in the read of the last block."""
+
+
+@dataclass(frozen=True, eq=False)
+class _SenderRows:
+    """The distinct rows with patched senders; one serves all receivers of a sender."""
+
+    rows: RowTable
+    draws: Ints
+    """[sender row] noise draw."""
+    of: Ints
+    """[row] the sender row that it reads."""
+
+
+def _list_sender_rows(
+    experiment: ExperimentPlan, plan: RulePlan, rows: RowTable, draws: Ints
+) -> _SenderRows:
+    at = plan.written_runs(rows)
+    same = np.stack([experiment.senders[rows.cell], at, rows.alternative, rows.prompt, draws])
+    _, first, sender = np.unique(same, axis=1, return_index=True, return_inverse=True)
+    return _SenderRows(rows.take(first), draws[first], sender.reshape(-1))
+
+
+def _compute_receiver_writes(
     plan: RulePlan,
-    rows: RowTable,
-    draws: Ints,
-    run: SenderPass,
-    base: SenderPass,
+    cells: Ints,
+    senders: _SenderRows,
+    wanted: _ReceiverVectors,
+    passes: _PathPasses,
     shape: ModelShape,
     directions: FittedDirections,
-    ends: Ints | None = None,
 ) -> tuple[list[SiteWrite], list[SiteWrite]]:
     """Compute the inputs of receivers downstream of patched senders.
 
@@ -302,64 +345,74 @@ def compute_receiver_writes(
     block is added when all other rules have acted.
 
     Args:
-        plan: The plan of its path rule.
-        draws: [row] noise draw.
-        run: Runs rows with the senders patched and all else held.
-        base: Runs rows without the path.
+        plan: The plan of the path rule.
+        cells: [row] its cell.
+        senders: The rows with patched senders.
+        wanted: The vectors that receivers get.
+        passes: The passes over the senders' rows.
         shape: The shape of the model.
         directions: The bases of features that receive.
-        ends: [row] first position after the end of the pass; None if positions needn't be checked.
 
     Returns:
         Writes to the receivers, and what is added after the last block.
     """
-    assert plan.paths is not None
-    at = plan.written_runs(rows)
-    same = np.stack([experiment.senders[rows.cell], at, rows.alternative, rows.prompt, draws])
-    _, first, sender = np.unique(same, axis=1, return_index=True, return_inverse=True)
-    sender = sender.reshape(-1)
-    wanted = _list_receiver_vectors(plan, rows, at, ends)
-    table, is_end = plan.paths.table, plan.paths.is_end
+    paths = plan.paths
+    assert paths is not None
+    end = SiteRead("resid_post", shape.n_layers - 1)
+    planned = _plan_receiver_reads(paths, wanted, senders.of, end)
+    if not planned.reads:  # all receivers are after the end of the pass
+        return [], []
+    found = passes.patched(senders.rows, senders.draws, planned.reads)
+    writes: list[SiteWrite] = []
+    added: list[SiteWrite] = []
+    last = planned.last
+    if len(last):
+        without = passes.without(senders.rows, senders.draws, {end: planned.reads[end]})
+        gained = (found[end] - without[end])[:, 0]
+        vectors = gained[array_to_device(planned.gaining, gained.device)]
+        unit = np.zeros(len(last), dtype=np.int64)
+        part = RuleWrite(wanted.row[last], wanted.token[last], unit, vectors, "add")
+        added.append(join_writes((end.site, end.layer), [part]))
+    unit_of = point_units(paths.table)
+    for place, (read, own, index) in planned.of_sites.items():
+        again, unit = expand_units(unit_of[wanted.point[own]], unit_count(shape, *place))
+        own, index = own[again], index[again]
+        values = found[read]
+        vectors = values[arrays_to_device((index, unit), values.device)]
+        part = RuleWrite(wanted.row[own], wanted.token[own], unit, vectors)
+        for each in write_receiving_features(plan, part, place, cells, directions):
+            every = [(place, each), *list_later_writes(each, place, directions)]
+            writes += [join_writes(to, [own]) for to, own in every]
+    return writes, added
+
+
+def _plan_receiver_reads(
+    paths: PathPlan, wanted: _ReceiverVectors, sender: Ints, end: SiteRead
+) -> _ReceiverReads:
+    """Plan the reads of receiver vectors.
+
+    Args:
+        sender: [row] the row of the sender.
+        end: The stream after the last block.
+    """
+    table, is_end = paths.table, paths.is_end
     places = sorted({(p.site, p.layer) for p in table}, key=str)
     of_point = np.array([places.index((p.site, p.layer)) for p in table], dtype=np.int64)
-    unit_of = point_units(table)
-    reads: dict[SiteRead, RowPositions] = {}
-    back: dict[SiteLayer, tuple[Ints, Ints]] = {}
     read_of = {
         (to.site, to.layer): SiteRead(of.site, of.layer, before=of == to)
-        for to, of in zip(table, plan.paths.reads, strict=True)
+        for to, of in zip(table, paths.reads, strict=True)
     }
+    reads: dict[SiteRead, RowPositions] = {}
+    of_sites: dict[SiteLayer, tuple[SiteRead, Ints, Ints]] = {}
     for number, place in enumerate(places):
         own = np.flatnonzero((of_point[wanted.point] == number) & ~is_end[wanted.point])
         if len(own):
             reads[read_of[place]], index = _distinct_places(wanted, own, sender)
-            back[place] = own, index
-    last = np.flatnonzero(is_end[wanted.point])
-    end, gaining = SiteRead("resid_post", shape.n_layers - 1), last
+            of_sites[place] = read_of[place], own, index
+    last = gaining = np.flatnonzero(is_end[wanted.point])
     if len(last):
         reads[end], gaining = _distinct_places(wanted, last, sender)
-    if not reads:  # all receivers are after the end of the pass
-        return [], []
-    found = run(rows.take(first), draws[first], reads)
-    writes: list[SiteWrite] = []
-    added: list[SiteWrite] = []
-    if len(last):
-        without = base(rows.take(first), draws[first], {end: reads[end]})
-        gained = (found[end] - without[end])[:, 0]
-        vectors = gained[array_to_device(gaining, gained.device)]
-        unit = np.zeros(len(last), dtype=np.int64)
-        part = RuleWrite(wanted.row[last], wanted.token[last], unit, vectors, "add")
-        added.append(join_writes((end.site, end.layer), [part]))
-    for place, (own, index) in back.items():
-        again, unit = expand_units(unit_of[wanted.point[own]], unit_count(shape, *place))
-        own, index = own[again], index[again]
-        values = found[read_of[place]]
-        vectors = values[arrays_to_device((index, unit), values.device)]
-        part = RuleWrite(wanted.row[own], wanted.token[own], unit, vectors)
-        for each in write_receiving_features(plan, part, place, rows.cell, directions):
-            every = [(place, each), *list_later_writes(each, place, directions)]
-            writes += [join_writes(to, [own]) for to, own in every]
-    return writes, added
+    return _ReceiverReads(reads, of_sites, last, gaining)
 
 
 def _distinct_places(
@@ -375,11 +428,11 @@ def _distinct_places(
     return (distinct[0], distinct[1]), inverse.reshape(-1)
 
 
-def _list_receiver_vectors(
-    plan: RulePlan, rows: RowTable, at: Ints, ends: Ints | None
-) -> _ReceiverVectors:
+def _list_receiver_vectors(plan: RulePlan, rows: RowTable, ends: Ints | None) -> _ReceiverVectors:
+    """List the vectors; ends: [row] first position after the end of the pass, None if positions
+    needn't be checked."""
     assert plan.paths is not None
-    row, token = plan.written.tokens.expand(at)
+    row, token = plan.written.tokens.expand(plan.written_runs(rows))
     if ends is not None:
         there = token < ends[row]
         row, token = row[there], token[there]
@@ -586,7 +639,7 @@ class Patcher:
             lanes = self.runs.lanes(run, batch, self._atom(number, text))
             return self._run(rows, lanes, (none, none), reads, None)[1]
 
-        def sent(
+        def patched(
             senders: RowTable, draws: Ints, reads: Mapping[SiteRead, RowPositions]
         ) -> Mapping[SiteRead, Tensor]:
             rows = replace(own, prompts=senders.prompt, draw=draws)
@@ -599,8 +652,15 @@ class Patcher:
             return read(replace(own, prompts=senders.prompt, draw=draws, acting=acting), reads)
 
         ends = None if path.rule.in_vision else find_pass_ends(plan, rows, text)
-        given = (sent, without, shape, self.means_and_donors[number].directions)
-        got, added = compute_receiver_writes(plan, path, rows, draw, *given, ends)
+        got, added = _compute_receiver_writes(
+            path,
+            rows.cell,
+            _list_sender_rows(plan, path, rows, draw),
+            _list_receiver_vectors(path, rows, ends),
+            _PathPasses(patched, without),
+            shape,
+            self.means_and_donors[number].directions,
+        )
         others = self._acting(number, rows, draw, run, batch, text, senders=False)
         return replace(own, acting=RuleWrites(got).then(others).then(RuleWrites(added)))
 
@@ -700,10 +760,7 @@ class Patcher:
         tokens = self.runs.tokens(readouts, rows.batch)
         if rows.all_logits:
             tokens = None
-        reads = {
-            read: (np.concatenate([p[0] for p in own]), np.concatenate([p[1] for p in own]))
-            for read, own in inside.items()
-        }
+        reads = join_requests(inside)
         lanes = self.runs.lanes(rows.run, rows.batch)
         logits, found = self._run(rows, lanes, final, reads, tokens)
         split = {

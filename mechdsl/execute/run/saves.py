@@ -215,26 +215,19 @@ def select_rows_to_save(
     assert tokenizer is not None
     decode = tokenizer.decode
     own = of.tolist()
+    prompts_and_replies = list(zip(own, replies, strict=True))
 
     def found(cell: PositionCell) -> PositionCell:
         if cell.reply is None:
             return replace(cell, hits=tuple(cell.hits[row] for row in own))
         hits: list[Hits] = []
-        for row, reply in zip(own, replies, strict=True):
+        for row, reply in prompts_and_replies:
             tokens = find_reply_tokens(cell.reply.of_row(row), reply.ids, reply.text, decode)
             placed = tuple(len(run.rows[row].ids) - 1 + token for token in tokens)
             hits.append((placed,) if placed else ())
         return replace(cell, hits=tuple(hits), reply=None)
 
-    rows = tuple(
-        replace(
-            run.rows[row],
-            ids=(*run.rows[row].ids, *reply.ids),
-            offsets=(*run.rows[row].offsets, *((0, 0) for _ in reply.ids)),
-            special=(*run.rows[row].special, *(False for _ in reply.ids)),
-        )
-        for row, reply in zip(own, replies, strict=True)
-    )
+    rows = tuple(_append_reply(run.rows[row], reply) for row, reply in prompts_and_replies)
     noise = run.noise
     if noise is not None:
         keys = runs.table.row_keys if noise.row_keys is None else noise.row_keys
@@ -245,16 +238,22 @@ def select_rows_to_save(
             samples=1,
             drawn=tuple(draw.tolist()),
         )
+    several = [("draw", draw, draws), ("sample", sample, samples)]
     return SavedRows(
         replace(save, cells=tuple(map(found, save.cells))),
         replace(run, rows=rows, noise=noise),
         of,
         replies,
-        {
-            name: which
-            for name, which, count in (("draw", draw, draws), ("sample", sample, samples))
-            if count > 1
-        },
+        {name: which for name, which, count in several if count > 1},
+    )
+
+
+def _append_reply(row: RunRow, reply: Reply) -> RunRow:
+    return replace(
+        row,
+        ids=(*row.ids, *reply.ids),
+        offsets=(*row.offsets, *((0, 0) for _ in reply.ids)),
+        special=(*row.special, *(False for _ in reply.ids)),
     )
 
 
