@@ -15,10 +15,8 @@ MAX_CHANGING_FILES = 60
 
 LONG_ON_PATH = {
     # Mostly signature and docstring: each option of the command or of the table is a parameter.
-    "cli/run.py:run",
     "prompts/table.py:build_table",
     # One sequence of steps that share most of their values; extracted steps would pass all of them.
-    "cli/run.py:_run_file",
     "loading/anatomy_proof.py:prove_anatomy",
     "loading/loader.py:load_model",
 }
@@ -29,7 +27,7 @@ LONG_ELSEWHERE = {
     "forward/generation/replies.py:generate_replies",
     "loading/loader.py:adopt_model",
     "loading/loader.py:load_adapter",
-    "pipeline/api.py:plan",
+    # Mostly signature and docstring: the documentation of all options is in one place.
     "pipeline/api.py:run",
     "prompts/other_runs.py:pair_run",
     "show/reports/map_charts.py:_confusion_panel",

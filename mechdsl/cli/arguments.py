@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from mechdsl.base.source import Source
     from mechdsl.checks.file_check import CheckedFile, CheckSettings
-    from mechdsl.program.python_functions import PythonMode
 
 
 class MechFile(click.Path):
@@ -209,45 +208,62 @@ class MalformedSetting(click.UsageError):
     hint = "write `--set NAME=VALUE`, for example `--set depth=12`"
 
 
-def settings_from_options(
-    parameters: tuple[str, ...],
-    limit: int | None = None,
-    only: Sequence[str] = (),
-    python: PythonMode | None = None,
-    *,
-    allow_python: bool = False,
-    require_models: bool = True,
-    allow_outside: bool,
-    untrusted: bool,
-) -> CheckSettings:
-    """Return the settings of the check. Raises `MalformedSetting`.
+class CheckOptions(NamedTuple):
+    """Command-line options for the check of a file."""
 
-    Args:
-        python: Treatment of Python files; None: that of commands with `--allow-python`.
-    """
-    from mechdsl.checks.file_check import CheckSettings
-    from mechdsl.pipeline import build_lazily
-    from mechdsl.program.python_functions import python_mode
+    parameters: tuple[str, ...]
+    """`NAME=VALUE`, as given."""
+    limit: int | None
+    only: tuple[str, ...]
+    allow_python: bool
+    allow_outside: bool
+    untrusted: bool
 
-    given: dict[str, str] = {}
-    for text in parameters:
-        name, equals, value = text.partition("=")
-        name = name.strip()
-        if not equals or not name:
-            raise MalformedSetting(f"`--set {text}` has no {'name' if equals else '`=`'}")
-        if name in given:
-            raise MalformedSetting(f"`--set {name}=…` is given twice")
-        given[name] = value.strip()
-    return CheckSettings(
-        given,
-        limit,
-        tuple(only),
-        python or python_mode(allow_python),
-        require_models,
-        allow_outside,
-        untrusted,
-        build=build_lazily,
-    )
+    def settings(self) -> CheckSettings:
+        """Return the settings of the check. Raises `MalformedSetting`."""
+        from mechdsl.checks.file_check import CheckSettings
+        from mechdsl.pipeline import build_lazily
+        from mechdsl.program.python_functions import python_mode
+
+        given: dict[str, str] = {}
+        for text in self.parameters:
+            name, equals, value = text.partition("=")
+            name = name.strip()
+            if not equals or not name:
+                raise MalformedSetting(f"`--set {text}` has no {'name' if equals else '`=`'}")
+            if name in given:
+                raise MalformedSetting(f"`--set {name}=…` is given twice")
+            given[name] = value.strip()
+        return CheckSettings(
+            given,
+            self.limit,
+            self.only,
+            python_mode(self.allow_python),
+            require_models=True,
+            allow_outside=self.allow_outside,
+            untrusted=self.untrusted,
+            build=build_lazily,
+        )
+
+
+def collect_check_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Pass the given options of `CheckOptions` to a command together, as `checks`."""
+
+    @wraps(command)
+    def told(
+        *args: Any,
+        parameters: tuple[str, ...],
+        limit: int | None = None,
+        only: tuple[str, ...] = (),
+        allow_python: bool = False,
+        allow_outside: bool = False,
+        untrusted: bool,
+        **others: Any,
+    ) -> int:
+        checks = CheckOptions(parameters, limit, only, allow_python, allow_outside, untrusted)
+        return command(*args, checks=checks, **others)
+
+    return told
 
 
 ResultT = TypeVar("ResultT")

@@ -13,10 +13,12 @@ import click
 
 from mechdsl.base.runtime import read_launch
 from mechdsl.cli.arguments import (
+    CheckOptions,
     StoreOptions,
     allow_python_option,
     check_and_print,
     check_mech_file,
+    collect_check_options,
     device_option,
     dtype_option,
     files_argument,
@@ -25,7 +27,6 @@ from mechdsl.cli.arguments import (
     load_plugins,
     plugin_option,
     set_option,
-    settings_from_options,
     store_options,
     untrusted_option,
 )
@@ -69,16 +70,15 @@ CONTINUES = "; the same command continues the training"
 @untrusted_option
 @plugin_option
 @store_options
+@collect_check_options
 def fit(
     files: tuple[Path, ...],
-    parameters: tuple[str, ...],
     device: str,
     dtype: str | None,
     out: Path | None,
     form: str,
-    allow_python: bool,
-    untrusted: bool,
     plugins: tuple[str, ...],
+    checks: CheckOptions,
     stores: StoreOptions,
 ) -> int:
     """Train what files declare with `fit(…)`.
@@ -91,9 +91,7 @@ def fit(
     """
     from mechdsl.pipeline.options import RunOptions
 
-    how = settings_from_options(
-        parameters, allow_python=allow_python, allow_outside=False, untrusted=untrusted
-    )
+    how = checks.settings()
     options = RunOptions(settings=how, device=device, dtype=dtype, fresh=stores.fresh)
     number, count = read_launch()
     if count == 1:
@@ -250,26 +248,23 @@ def _copy(fits: Sequence[TrainedFit], out: Path, form: str) -> bool:
 )
 @click.option("--model", help="The model; by default the file's only edited model or sum.")
 @set_option
-@click.option("--device", default="auto", help="Device: auto, cpu, cuda or cuda:N.")
-@click.option("--dtype", help="Precision of the weights, instead of the file's.")
+@device_option
+@dtype_option
 @allow_python_option
 @untrusted_option
 @plugin_option
+@collect_check_options
 def export(
     file: Path,
     weights: Path,
     model: str | None,
-    parameters: tuple[str, ...],
     device: str,
     dtype: str | None,
-    allow_python: bool,
-    untrusted: bool,
     plugins: tuple[str, ...],
+    checks: CheckOptions,
 ) -> int:
     """Write a model of FILE, with its edits, to a folder that transformers loads."""
-    how = settings_from_options(
-        parameters, allow_python=allow_python, allow_outside=False, untrusted=untrusted
-    )
+    how = checks.settings()
     checked = check_and_print(file, how, plugins)
     if checked is None:
         return INVALID_INPUT

@@ -16,11 +16,13 @@ import click
 from mechdsl.base.files import special_file_kind, write_obstacle
 from mechdsl.base.runtime import read_launch
 from mechdsl.cli.arguments import (
+    CheckOptions,
     PassOptions,
     StoreOptions,
     allow_outside_option,
     allow_python_option,
     check_mech_file,
+    collect_check_options,
     device_option,
     dtype_option,
     files_argument,
@@ -31,7 +33,6 @@ from mechdsl.cli.arguments import (
     pass_options,
     plugin_option,
     set_option,
-    settings_from_options,
     store_options,
     untrusted_option,
 )
@@ -54,8 +55,9 @@ from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 
 if TYPE_CHECKING:
-    from mechdsl.checks.file_check import CheckedFile
+    from mechdsl.checks.file_check import CheckedFile, CheckSettings
     from mechdsl.execute.run_record import ExecutionProfile
+    from mechdsl.pipeline.file_run import RunOutcome
     from mechdsl.pipeline.options import RunOptions
     from mechdsl.planner.plan import Plan
     from mechdsl.results.experiment_result import (
@@ -409,26 +411,22 @@ def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
     help="Exclude and count rows where the model returns NaN or infinity.",
 )
 @verdict_options
+@collect_check_options
 def run(
     files: tuple[Path, ...],
-    parameters: tuple[str, ...],
-    limit: int | None,
     device: str,
     dtype: str | None,
     offload: Path | None,
     out: Path | None,
     form: str,
-    only: tuple[str, ...],
     fits: bool,
     profile: bool,
-    allow_python: bool,
-    allow_outside: bool,
-    untrusted: bool,
     plugins: tuple[str, ...],
     passes: PassOptions,
     stores: StoreOptions,
     allow_nan: bool,
     asked: VerdictOptions,
+    checks: CheckOptions,
 ) -> int:
     """Run files and print their tables.
 
@@ -437,26 +435,8 @@ def run(
     is standard input. A file that is unchanged isn't run again: its results come from the store
     next to it.
     """
-    how = settings_from_options(
-        parameters,
-        limit,
-        only,
-        allow_python=allow_python,
-        allow_outside=allow_outside,
-        untrusted=untrusted,
-    )
-    paths, problems = find_mech_files(files)
-    unloaded = load_plugins(plugins)
-    problems += unloaded
-    # All files are checked before the first one runs (and before torch is imported).
-    everything: list[CheckedFile] = []
-    for path in paths if not unloaded else ():
-        checked, found = check_mech_file(path, how)
-        problems += found
-        if checked is not None:
-            everything.append(checked)
-    if len(everything) > 1:
-        problems += _written_by_several(everything, problems)
+    how = checks.settings()
+    paths, everything, problems = _check_all(files, how, plugins)
     verdicts = VerdictReporter(asked)
     problems += verdicts.refused(everything, out, stores.named or None)
     print_diagnostics(problems)
@@ -490,6 +470,28 @@ def run(
         verdicts.interrupted()
         return status
     return _run_all(everything, options, stores, form, verdicts, profile=profile)
+
+
+def _check_all(
+    files: tuple[Path, ...], settings: CheckSettings, plugins: Sequence[str]
+) -> tuple[list[Path], list[CheckedFile], list[Diagnostic]]:
+    """Check all files before the first one runs, and before torch is imported.
+
+    Returns:
+        The paths, the files that could be read, and the diagnostics.
+    """
+    paths, problems = find_mech_files(files)
+    unloaded = load_plugins(plugins)
+    problems += unloaded
+    everything: list[CheckedFile] = []
+    for path in paths if not unloaded else ():
+        checked, found = check_mech_file(path, settings)
+        problems += found
+        if checked is not None:
+            everything.append(checked)
+    if len(everything) > 1:
+        problems += _written_by_several(everything, problems)
+    return paths, everything, problems
 
 
 def _train_first(
@@ -652,36 +654,17 @@ def _run_file(
         The result, and whether all reports and files could be written; an exit status if the run
         was interrupted or failed.
     """
-    from mechdsl.pipeline.file_run import StoreStopped, run_file
-    from mechdsl.show.progress import ProgressBar
-
-    source = checked.source
-    bar = ProgressBar(source.name)
-    profiles: list[
-        tuple[Plan, ExecutionProfile]
-    ] = []  # several if experiments depend on others' results
+    profiles: list[tuple[Plan, ExecutionProfile]] = []
+    """Several if experiments depend on others' results."""
 
     def keep(plan: Plan, done: ExecutionProfile) -> None:
         profiles.append((plan, done))
 
-    options = replace(
-        options,
-        execution=replace(options.execution, on_progress=bar.advance),
-        on_profile=keep if profile else None,
+    ran = _try_run(
+        checked, replace(options, on_profile=keep if profile else None), keeping, verdicts
     )
-    try:
-        with bar:
-            ran = run_file(checked, options, starting=keeping.start)
-    except StoreStopped as stopped:
-        verdicts.trouble(checked, f"the run failed: {stopped.diagnostic.message}")
-        print_diagnostics([stopped.diagnostic])
-        return INCOMPLETE
-    except Exception as error:
-        verdicts.trouble(checked, f"the run failed: {type(error).__name__}: {error}")
-        status = report_failure(f"the run of {source.name}", error)
-        if keeping.kept:
-            print_line(RESUME_NOTE, out=False)
-        return status
+    if isinstance(ran, int):
+        return ran
     print_diagnostics(ran.diagnostics)
     for note in ran.notes:
         print_line(note, out=False)
@@ -690,12 +673,11 @@ def _run_file(
         verdicts.lost(checked, ran.diagnostics)
         return INVALID_INPUT
     verdicts.add(checked, result)
+    name = checked.source.name
     if options.out is not None and result.not_run:
-        print_line(
-            f"nothing was written to {options.out} because {source.name} was stopped", out=False
-        )
+        print_line(f"nothing was written to {options.out} because {name} was stopped", out=False)
     if not (result.experiments or result.lost or checked.saving):
-        print_line(f"{source.name} has no experiments, so nothing was run", out=False)
+        print_line(f"{name} has no experiments, so nothing was run", out=False)
     shown = _show(result, tables=form == "table")
     for saved in result.saved:
         print_line(saved.line, out=form == "table")
@@ -710,6 +692,30 @@ def _run_file(
         for plan, done in profiles:
             print_profile(plan, done, result.sizes, make_console(stderr=form != "table"))
     return result, shown and not unsaved
+
+
+def _try_run(
+    checked: CheckedFile, options: RunOptions, keeping: _Keeping, verdicts: VerdictReporter
+) -> RunOutcome | int:
+    """Run a file with a progress bar; return the exit status if the run failed."""
+    from mechdsl.pipeline.file_run import StoreStopped, run_file
+    from mechdsl.show.progress import ProgressBar
+
+    bar = ProgressBar(checked.source.name)
+    execution = replace(options.execution, on_progress=bar.advance)
+    try:
+        with bar:
+            return run_file(checked, replace(options, execution=execution), starting=keeping.start)
+    except StoreStopped as stopped:
+        verdicts.trouble(checked, f"the run failed: {stopped.diagnostic.message}")
+        print_diagnostics([stopped.diagnostic])
+        return INCOMPLETE
+    except Exception as error:
+        verdicts.trouble(checked, f"the run failed: {type(error).__name__}: {error}")
+        status = report_failure(f"the run of {checked.source.name}", error)
+        if keeping.kept:
+            print_line(RESUME_NOTE, out=False)
+        return status
 
 
 def _show(result: FileResult, *, tables: bool) -> bool:

@@ -16,8 +16,10 @@ from mechdsl.base.files import write_atomically
 from mechdsl.base.text import count_noun
 from mechdsl.cli.arguments import (
     STDIN,
+    CheckOptions,
     allow_outside_option,
     check_mech_file,
+    collect_check_options,
     files_argument,
     find_mech_files,
     format_option,
@@ -26,7 +28,6 @@ from mechdsl.cli.arguments import (
     plugin_option,
     read_mech_file,
     set_option,
-    settings_from_options,
     untrusted_option,
 )
 from mechdsl.cli.output import INVALID_INPUT, SUCCESS, print_diagnostics, print_line
@@ -48,14 +49,13 @@ if TYPE_CHECKING:
     help="Report models that are missing or have no weights as errors.",
 )
 @plugin_option
+@collect_check_options
 def validate(
     files: tuple[Path, ...],
-    parameters: tuple[str, ...],
-    allow_outside: bool,
-    untrusted: bool,
     form: str,
     require_models: bool,
     plugins: tuple[str, ...],
+    checks: CheckOptions,
 ) -> int:
     """Check files without loading weights. Exit status 2 where one has an error.
 
@@ -65,14 +65,12 @@ def validate(
     if problems:
         print_diagnostics(problems, form, out=form != "full")
         return INVALID_INPUT
-    how = settings_from_options(
-        parameters,
+    how = replace(
+        checks.settings(),
         python="look",
         require_models=require_models,
-        allow_outside=allow_outside,
-        untrusted=untrusted,
+        prompts_enough=limits.CHECKED_PROMPTS,
     )
-    how = replace(how, prompts_enough=limits.CHECKED_PROMPTS)
     paths, problems = find_mech_files(files)
     unchecked: list[str] = []
     unrun: list[str] = []

@@ -12,11 +12,13 @@ from click.shell_completion import CompletionItem
 from mechdsl.base.files import write_atomically
 from mechdsl.base.text import dump_json
 from mechdsl.cli.arguments import (
+    CheckOptions,
     MechFile,
     PassOptions,
     allow_outside_option,
     allow_python_option,
     check_and_print,
+    collect_check_options,
     file_argument,
     format_option,
     limit_option,
@@ -24,7 +26,6 @@ from mechdsl.cli.arguments import (
     pass_options,
     plugin_option,
     set_option,
-    settings_from_options,
     untrusted_option,
 )
 from mechdsl.cli.output import INVALID_INPUT, SUCCESS, make_console, print_diagnostics, print_json
@@ -65,16 +66,13 @@ def complete_page_or_file(
 @allow_outside_option
 @untrusted_option
 @plugin_option
+@collect_check_options
 def explain(
     what: str,
-    parameters: tuple[str, ...],
-    limit: int | None,
     form: str,
     for_agents: bool,
-    allow_python: bool,
-    allow_outside: bool,
-    untrusted: bool,
     plugins: tuple[str, ...],
+    checks: CheckOptions,
 ) -> int:
     """Show each prompt's tokens with the positions marked.
 
@@ -84,14 +82,7 @@ def explain(
     """
     if for_agents or is_page_name(what):
         return _print_page(*(find_agent_page if for_agents else find_page)(what))
-    how = settings_from_options(
-        parameters,
-        limit,
-        allow_python=allow_python,
-        allow_outside=allow_outside,
-        untrusted=untrusted,
-    )
-    checked = check_and_print(Path(what), how, plugins)
+    checked = check_and_print(Path(what), checks.settings(), plugins)
     if checked is None:
         return INVALID_INPUT
     from mechdsl.show import prompts as explaining
@@ -129,22 +120,17 @@ def _print_page(text: str, problems: list[Diagnostic]) -> int:
 @allow_outside_option
 @untrusted_option
 @plugin_option
+@collect_check_options
 def graph(
     file: Path,
-    parameters: tuple[str, ...],
     form: str,
     to: Path | None,
     before: bool,
-    allow_python: bool,
-    allow_outside: bool,
-    untrusted: bool,
     plugins: tuple[str, ...],
+    checks: CheckOptions,
 ) -> int:
     """Draw the intervention graph of a file. `-` is standard input."""
-    how = settings_from_options(
-        parameters, allow_python=allow_python, allow_outside=allow_outside, untrusted=untrusted
-    )
-    checked = check_and_print(file, how, plugins)
+    checked = check_and_print(file, checks.settings(), plugins)
     if checked is None:
         return INVALID_INPUT
     from mechdsl.show.graph import draw_graph
@@ -171,26 +157,16 @@ def graph(
     is_flag=True,
     help="Run the base and source runs, and report detectable effects in the metric's units.",
 )
+@collect_check_options
 def plan(
     file: Path,
-    parameters: tuple[str, ...],
-    limit: int | None,
     measure: bool,
-    allow_python: bool,
-    allow_outside: bool,
-    untrusted: bool,
     plugins: tuple[str, ...],
+    checks: CheckOptions,
     passes: PassOptions,
 ) -> int:
     """Print the graph, cells, rows and passes of a file. `-` is standard input."""
-    how = settings_from_options(
-        parameters,
-        limit,
-        allow_python=allow_python,
-        allow_outside=allow_outside,
-        untrusted=untrusted,
-    )
-    checked = check_and_print(file, how, plugins)
+    checked = check_and_print(file, checks.settings(), plugins)
     if checked is None:
         return INVALID_INPUT
     from mechdsl.pipeline.trained_files import list_training_costs

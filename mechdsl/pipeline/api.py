@@ -1,4 +1,9 @@
-"""The Python API: `run`, `fit`, `validate`, `plan`, `graph`, `explain`, `runs`, `diff` and more."""
+"""The Python API: `run`, `fit`, `validate`, `plan`, `graph`, `explain`, `runs`, `diff` and more.
+
+Each function names its keyword arguments, although several share most of them: notebooks complete
+them statically, and don't expand `**options: Unpack[…]`. `run` has their documentation, and a test
+compares their types and defaults between functions.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import write_atomically
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mechdsl.checks.file_check import CheckedFile, CheckSettings
+    from mechdsl.execute.measurement.values import MeasuredValues
     from mechdsl.execute.objective import ObjectiveMode
     from mechdsl.execute.run_record import ExecutionProfile, PassSizes, TrainedFit
     from mechdsl.forward.hooks.model import LoadedModel
@@ -48,7 +54,7 @@ if TYPE_CHECKING:
     from mechdsl.results.experiment_result import EarlierRun
     from mechdsl.results.results import Results
     from mechdsl.results.runs import Run, Runs
-    from mechdsl.show.output import PlanText, PrintedText, SvgText
+    from mechdsl.show.output import PlanText, PrintedText
     from mechdsl.show.progress import ProgressBar
     from mechdsl.syntax import ast
 
@@ -304,30 +310,26 @@ def run(
     with borrowed_models(models):
         # Inside the function, because imported modules may draw random numbers too.
         from mechdsl.execute.run_record import ExecutionOptions
-        from mechdsl.pipeline.options import RunOptions
         from mechdsl.show.progress import ProgressBar
-        from mechdsl.store.store import store_folder
 
         raise_errors(load_plugins(plugins))
         source = read_file(file)
+        settings = settings_from_arguments(
+            set,
+            limit,
+            only,
+            python_mode(allow_python),
+            allow_outside=allow_outside,
+            untrusted=untrusted,
+            metrics=metrics,
+            rules=rules,
+        )
         found = size_problems(limit, pass_tokens, prompt_tokens)
-        raise_errors(dtype_problem(dtype), found, store_problem(store, fresh))
+        plain = _options_with_store(source, settings, device, dtype, store, found, fresh=fresh)
         profiles: list[tuple[Plan, ExecutionProfile]] = []
         bar = ProgressBar(source.name, shown=progress)
-        named = Path(store) if isinstance(store, str) else store
-        options = RunOptions(
-            settings=settings_from_arguments(
-                set,
-                limit,
-                only,
-                python_mode(allow_python),
-                allow_outside=allow_outside,
-                untrusted=untrusted,
-                metrics=metrics,
-                rules=rules,
-            ),
-            device=str(device),
-            dtype=None if dtype is None else dtype_name(dtype),
+        options = replace(
+            plain,
             offload=None if offload is None else Path(offload),
             out=None if out is None else Path(out),
             without=to_names(no_pass),
@@ -338,25 +340,44 @@ def run(
                 allow_nan=allow_nan,
             ),
             on_profile=(lambda *done: profiles.append(done)) if profile else None,
-            store=store_folder(source.path, named, untrusted=untrusted),
-            fresh=fresh,
             fits=fit,
         )
-        problems: list[Diagnostic] = []
-        finds = "discover" in source.text or "search" in source.text
-        if fit or finds:  # few files need a second check
-            _, problems = _train(source, models, options, progress, discovered=not fit)
-        failed = [each for each in problems if each.severity == "error"]
-        warn_diagnostics([each for each in problems if each not in failed])
-        verdicts = VerdictRequest(against, fail_fast)
-        try:
-            results = _run(source, models, options, bar, verdicts, write_reports=write_reports)
-        except MechdslError as error:  # probably because of what wasn't trained
-            again = [each for each in error.diagnostics if each not in failed]
-            raise MechdslError([*failed, *again]) from error
-        warn_diagnostics(failed)
-        sizes = results.files[0].sizes
-        return replace(results, profile=_profile_text(profiles, sizes))
+        results = _train_and_run(
+            source,
+            models,
+            options,
+            bar,
+            VerdictRequest(against, fail_fast),
+            progress=progress,
+            write_reports=write_reports,
+        )
+        return replace(results, profile=_profile_text(profiles, results.files[0].sizes))
+
+
+def _train_and_run(
+    source: Source,
+    models: BorrowedModels | None,
+    options: RunOptions,
+    bar: ProgressBar,
+    asked: VerdictRequest,
+    *,
+    progress: bool | None,
+    write_reports: bool,
+) -> Results:
+    """Run the trainings that the run needs, then the file."""
+    problems: list[Diagnostic] = []
+    finds = "discover" in source.text or "search" in source.text
+    if options.fits or finds:  # few files need a second check
+        _, problems = _train(source, models, options, progress, discovered=not options.fits)
+    failed = [each for each in problems if each.severity == "error"]
+    warn_diagnostics([each for each in problems if each not in failed])
+    try:
+        results = _run(source, models, options, bar, asked, write_reports=write_reports)
+    except MechdslError as error:  # probably because of what wasn't trained
+        again = [each for each in error.diagnostics if each not in failed]
+        raise MechdslError([*failed, *again]) from error
+    warn_diagnostics(failed)
+    return results
 
 
 @restores_random_state
@@ -380,17 +401,11 @@ def fit(
     Stored trainings aren't repeated, and an interrupted training resumes. A training that fails
     doesn't affect others: a warning is shown.
 
+    The other arguments are those of `run`.
+
     Args:
-        file: As in `run`.
-        models: As in `run`.
-        set: Values of the file's `param` lines.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`.
-        dtype: Overrides the file's dtype.
         out: Folder below which each dictionary is also copied, into a new folder with a model card.
-        progress: As in `run`.
-        allow_python: Run the Python files that the file refers to.
         untrusted: As in `run`; then `store` must be given.
-        plugins: Names of installed plugins to load. They stay loaded until the process ends.
         store: As in `run`, without False. A text needs one.
         fresh: Repeat stored trainings.
 
@@ -418,15 +433,20 @@ def _options_with_store(
     settings: CheckSettings,
     device: str | torch.device,
     dtype: str | torch.dtype | None,
-    store: str | Path | None,
+    store: str | Path | Literal[False] | None,
+    found: Sequence[Diagnostic] = (),
     *,
     fresh: bool = False,
 ) -> RunOptions:
-    """Return the options of a function that reads trainings of a store. Raises MechdslError."""
+    """Return the options of a function with a store.
+
+    Raises:
+        MechdslError: For invalid arguments, and for the problems that were `found` before.
+    """
     from mechdsl.pipeline.options import RunOptions
     from mechdsl.store.store import store_folder
 
-    raise_errors(dtype_problem(dtype), store_problem(store, fresh))
+    raise_errors(dtype_problem(dtype), found, store_problem(store, fresh))
     named = Path(store) if isinstance(store, str) else store
     return RunOptions(
         settings,
@@ -619,15 +639,11 @@ def validate(
     """Return all errors and warnings of a file, as `mechdsl validate` does: without weights, and
     without torch unless models are passed.
 
+    The other arguments are those of `run`.
+
     Args:
-        file: Its path, or its text (with a line break or beginning with `mech `).
-        models: As for `run`.
         metrics: As for `run`; they aren't called.
         rules: As for `run`; they aren't called.
-        set: As for `run`.
-        allow_outside: As for `run`.
-        untrusted: As for `run`.
-        plugins: As for `run`.
         require_models: Whether a model that isn't on this machine, or has no weights, is an error;
             everything that doesn't depend on it is checked either way.
 
@@ -698,15 +714,7 @@ def plan(
     Raises:
         MechdslError: If the file or an argument is invalid.
     """
-    from mechdsl.pipeline.trained_files import list_training_costs
-    from mechdsl.planner.passes import check_pass_names, make_plan
-    from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS
-    from mechdsl.resolve.expansion import add_exact_cells
-    from mechdsl.show.output import PlanText, capture_text
-    from mechdsl.show.plan import print_plan
-
     raise_errors(load_plugins(plugins), size_problems(limit, pass_tokens, prompt_tokens))
-    without = to_names(no_pass)
     how = settings_from_arguments(
         set,
         limit,
@@ -716,23 +724,61 @@ def plan(
         metrics=metrics,
         rules=rules,
     )
-    sizes = pass_tokens or PASS_TOKENS, prompt_tokens or PROMPT_TOKENS
-    if not measure:
-        checked, measured = require_valid_source(file, models, how), None
-        raise_errors(check_pass_names(sorted(without)))
-    else:
-        with borrowed_models(models):
-            from mechdsl.execute.run_record import ExecutionOptions
-            from mechdsl.pipeline.computation import measure_unpatched
-            from mechdsl.pipeline.options import RunOptions
+    without, tokens = to_names(no_pass), (pass_tokens, prompt_tokens)
+    checked, measured = _check_plan(file, models, how, without, tokens if measure else None)
+    return _plan_text(checked, measured, without, *tokens)
 
-            checked, loaded = require_valid_file(read_file(file), models, how)
-            raise_errors(check_pass_names(sorted(without)))
-            execution = ExecutionOptions(pass_tokens=pass_tokens, prompt_tokens=prompt_tokens)
-            measured, found = measure_unpatched(checked, RunOptions(execution=execution), loaded)
-        raise_errors([each for each in found if each.severity == "error"])
-        warn_diagnostics(found)
+
+def _check_plan(
+    file: str | Path,
+    models: BorrowedModels | None,
+    settings: CheckSettings,
+    without: frozenset[str],
+    tokens: tuple[int | None, int | None] | None,
+) -> tuple[CheckedFile, dict[str, MeasuredValues] | None]:
+    """Check a file and the names of disabled passes. Raises MechdslError.
+
+    Args:
+        tokens: Maximum numbers of tokens of a pass over patched rows and of a batch of unpatched
+            prompts, to measure unpatched runs with them; None: measure none.
+    """
+    from mechdsl.planner.passes import check_pass_names
+
+    if tokens is None:
+        checked = require_valid_source(file, models, settings)
+        raise_errors(check_pass_names(sorted(without)))
+        return checked, None
+    with borrowed_models(models):
+        from mechdsl.execute.run_record import ExecutionOptions
+        from mechdsl.pipeline.computation import measure_unpatched
+        from mechdsl.pipeline.options import RunOptions
+
+        checked, loaded = require_valid_file(read_file(file), models, settings)
+        raise_errors(check_pass_names(sorted(without)))
+        execution = ExecutionOptions(pass_tokens=tokens[0], prompt_tokens=tokens[1])
+        measured, found = measure_unpatched(checked, RunOptions(execution=execution), loaded)
+    raise_errors([each for each in found if each.severity == "error"])
+    warn_diagnostics(found)
+    return checked, measured
+
+
+def _plan_text(
+    checked: CheckedFile,
+    measured: dict[str, MeasuredValues] | None,
+    without: frozenset[str],
+    pass_tokens: int | None,
+    prompt_tokens: int | None,
+) -> PlanText:
+    """Return the plan of a file as text."""
+    from mechdsl.pipeline.trained_files import list_training_costs
+    from mechdsl.planner.passes import make_plan
+    from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS
+    from mechdsl.resolve.expansion import add_exact_cells
+    from mechdsl.show.output import PlanText, capture_text
+    from mechdsl.show.plan import print_plan
+
     made = make_plan(list(add_exact_cells(checked.experiments)), without=without)
+    sizes = pass_tokens or PASS_TOKENS, prompt_tokens or PROMPT_TOKENS
     trainings = list_training_costs(checked)
 
     def show(console: Console) -> None:
@@ -743,42 +789,6 @@ def plan(
     for each in checked.experiments:  # an experiment may have several parts
         cells[each.name] = cells.get(each.name, 0) + each.n_there
     return PlanText(text, cells, made.passes)
-
-
-@overload
-def graph(
-    file: str | Path,
-    models: BorrowedModels | None = None,
-    *,
-    metrics: MetricFunctions | None = None,
-    rules: RuleFunctions | None = None,
-    set: ParameterValues | None = None,
-    format: Literal["dot", "mermaid", "text"] = "mermaid",
-    to: str | Path | None = None,
-    before: bool = False,
-    allow_python: bool = False,
-    allow_outside: bool = False,
-    untrusted: bool = False,
-    plugins: Sequence[str] = (),
-) -> PrintedText: ...
-
-
-@overload
-def graph(
-    file: str | Path,
-    models: BorrowedModels | None = None,
-    *,
-    metrics: MetricFunctions | None = None,
-    rules: RuleFunctions | None = None,
-    set: ParameterValues | None = None,
-    format: Literal["svg"],
-    to: str | Path | None = None,
-    before: bool = False,
-    allow_python: bool = False,
-    allow_outside: bool = False,
-    untrusted: bool = False,
-    plugins: Sequence[str] = (),
-) -> SvgText: ...
 
 
 @restores_random_state
@@ -931,11 +941,8 @@ def export(
             set, python=python_mode(allow_python), allow_outside=False, untrusted=untrusted
         )
         checked, loaded = require_valid_file(read_file(file), models, how)
-        options = RunOptions(
-            settings=how,
-            device=str(device),
-            dtype=None if dtype is None else dtype_name(dtype),
-        )
+        named = None if dtype is None else dtype_name(dtype)
+        options = RunOptions(settings=how, device=str(device), dtype=named)
         found, problems = export_model(checked, model, Path(weights), options, loaded)
         raise_errors([each for each in problems if each.severity == "error"])
         warn_diagnostics(problems)

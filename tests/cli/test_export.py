@@ -132,6 +132,9 @@ def test_invalid_export_is_rejected_and_writes_nothing(file: Path, command: Comm
     file.write_text(HEAD + CURED.replace("L1N7", "L1N9999"), encoding="utf-8")
     done = command("export", "file.mech", "--weights", "out")
     assert (done.status, "E0301" in done.err) == (2, True)
+    done = command("export", "file.mech", "--weights", "out", "--model", "toy", "--dtype", "double")
+    assert done.status == 2, done.err
+    assert "'double' is not one of 'float32'" in done.err
     done = command("export", "missing.mech", "--weights", "out")
     assert done.status == 2
     assert not (file.parent / "out").exists()

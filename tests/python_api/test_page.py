@@ -98,6 +98,18 @@ def test_page_describes_each_member_of_a_class(name: str) -> None:
     assert [row[0] for row in rows(f"`{name}`") if not row[1]] == []
 
 
+def test_shared_arguments_have_the_type_and_default_of_run() -> None:
+    """Functions repeat their keyword arguments, so that notebooks complete them."""
+    declared = inspect.signature(mechdsl.run).parameters
+    for name in set(FUNCTIONS) - {"run"}:
+        parameters = inspect.signature(getattr(mechdsl, name)).parameters
+        for argument in parameters.keys() & declared.keys():
+            found = parameters[argument]
+            assert found.default == declared[argument].default, (name, argument)
+            if argument != "store":  # only `run` can do without a store
+                assert found.annotation == declared[argument].annotation, (name, argument)
+
+
 def test_page_lists_each_public_name() -> None:
     assert sorted(named("`mechdsl`")) == sorted(mechdsl.__all__)
     assert all(inspect.getdoc(getattr(mechdsl, name)) for name in mechdsl.__all__)

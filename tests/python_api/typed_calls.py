@@ -13,7 +13,7 @@ from typing import Any, assert_type
 import torch
 
 import mechdsl
-from mechdsl.show.output import PlanText, PrintedText, SvgText
+from mechdsl.show.output import PlanText, PrintedText
 
 
 def margin(logits: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def accepted(path: Path, model: Any, tokenizer: Any) -> None:
     assert_type(mechdsl.plan(path, rules={"halved": halved}), PlanText)
     assert_type(mechdsl.graph(path), PrintedText)
     assert_type(mechdsl.graph(path, format="text"), PrintedText)
-    assert_type(mechdsl.graph(path, format="svg"), SvgText)
+    assert_type(mechdsl.graph(path, format="svg"), PrintedText)
     assert_type(mechdsl.explain(path, format="json"), PrintedText)
     assert_type(mechdsl.diff("last", results), mechdsl.Differences)
     assert_type(mechdsl.runs()[0].results, mechdsl.Results)
@@ -64,7 +64,7 @@ def rejected(path: Path, results: mechdsl.Results) -> None:
     mechdsl.run(path, set={"depth": [1]})  # pyright: ignore[reportArgumentType]
     mechdsl.run(path, store=True)  # pyright: ignore[reportArgumentType]
     mechdsl.run(path, alow_python=True)  # pyright: ignore[reportCallIssue]
-    mechdsl.graph(path, format="png")  # pyright: ignore[reportCallIssue, reportArgumentType]
+    mechdsl.graph(path, format="png")  # pyright: ignore[reportArgumentType]
     mechdsl.explain(path, format="svg")  # pyright: ignore[reportArgumentType]
     results.plot("heatmp")  # pyright: ignore[reportCallIssue, reportArgumentType]
     results["heads"].plot("heatmap", top=3)  # pyright: ignore[reportArgumentType]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mechdsl
-from mechdsl.cli.arguments import settings_from_options
+from mechdsl.cli.arguments import CheckOptions
 
 from ..cli.conftest import Command, command
 from ..fruit import FRUIT
@@ -192,9 +192,9 @@ def test_python_file_is_found_relative_to_the_mech_file(tmp_path: Path) -> None:
 def test_check_without_python_models_imports_no_torch(tmp_path: Path) -> None:
     """Checks don't load models, even if Python may run."""
     write(tmp_path, FRUIT + EXPERIMENT, BUILD)
-    how = settings_from_options((), python="run", allow_outside=False, untrusted=False)
+    options = CheckOptions((), None, (), allow_python=True, allow_outside=False, untrusted=False)
     before = set(sys.modules)
-    assert not check(tmp_path / "file.mech", how).built
+    assert not check(tmp_path / "file.mech", options.settings()).built
     assert "mechdsl.loading.loader" not in set(sys.modules) - before
 
 
