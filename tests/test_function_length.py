@@ -23,8 +23,6 @@ LONG_ON_PATH = {
 """Functions above the limit that the run of one rule calls. Remove entries; don't add any."""
 
 LONG_ELSEWHERE = {
-    "forward/generation/replies.py:__init__",
-    "forward/generation/replies.py:generate_replies",
     "loading/loader.py:adopt_model",
     "loading/loader.py:load_adapter",
     # Mostly signature and docstring: the documentation of all options is in one place.

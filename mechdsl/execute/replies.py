@@ -18,8 +18,8 @@ from mechdsl.base.hashing import digest, digest_number
 from mechdsl.execute.image_vectors import encode_changed_images, provide_images
 from mechdsl.execute.unpatched_batch import build_noise_writes
 from mechdsl.forward.generation.decoding import Decoding
-from mechdsl.forward.generation.replies import generate_replies
-from mechdsl.forward.generation.rules import GenerationRules, RowChoice
+from mechdsl.forward.generation.replies import ReplyRequest, generate_replies
+from mechdsl.forward.generation.rules import GenerationRules
 from mechdsl.forward.hooks.batch import RuleWrites
 from mechdsl.forward.hooks.model import LoadedModel, build_batch, replace_blocks, split_vision
 from mechdsl.planner.rows import RowTable
@@ -180,7 +180,7 @@ class ReplyGenerator:
             )
             for sample in range(samples)
         ]
-        asked = _ReplyRequest(
+        asked = ReplyRequest(
             prompts=[rows.run.rows[prompt].ids for prompt, *_ in lanes],
             sources=[own for prompt, *_ in lanes if (own := rows.run.rows[prompt].source)],
             random=[(self.seed, table.row_keys[prompt], *drawn) for prompt, *drawn in lanes],
@@ -203,7 +203,7 @@ class ReplyGenerator:
         return replace(prefill.outside("vision"), writes=text.writes, edges=text.edges)
 
     def _known(
-        self, model: LoadedModel, rows: GenerationRequest, asked: _ReplyRequest
+        self, model: LoadedModel, rows: GenerationRequest, asked: ReplyRequest
     ) -> list[Reply]:
         """Return replies from the store, and generate missing ones."""
         if self.kept is None or rows.contents is None:
@@ -219,17 +219,19 @@ class ReplyGenerator:
             found |= dict(zip(missing, replies, strict=True))
         return [found[n] for n in range(len(keys))]
 
-    def _write(self, model: LoadedModel, asked: _ReplyRequest) -> list[Reply]:
+    def _write(self, model: LoadedModel, asked: ReplyRequest) -> list[Reply]:
         """Generate replies. If rules act in an encoder of images that blocks attend to, it encodes
         those of each changed row once, before all passes."""
         if not (model.shape.attends_to_image and _acts_in_vision(asked.prefill)):
             return self._generate(model, asked)
+        assert asked.groups is not None
         size = max(asked.sources) * model.shape.d_model * model.dtype.itemsize
         most, found = max(1, _MAX_CHANGED_BYTES // size), list[Reply]()
         groups, lane = np.unique(asked.groups, return_inverse=True)
         for first in range(0, len(groups), most):
             lanes = np.flatnonzero((lane >= first) & (lane < first + most))
             part = asked.some(lanes.tolist())
+            assert part.groups is not None
             _, leading, row = np.unique(part.groups, return_index=True, return_inverse=True)
             rows = part.some(leading.tolist())
             given = rows.prompts, rows.sources, rows.prefill
@@ -239,17 +241,11 @@ class ReplyGenerator:
                 found += self._generate(model, replace(part, prompts=own, prefill=outside))
         return found
 
-    def _generate(self, model: LoadedModel, asked: _ReplyRequest) -> list[Reply]:
+    def _generate(self, model: LoadedModel, asked: ReplyRequest) -> list[Reply]:
         return generate_replies(
             model,
-            asked.prompts,
+            asked,
             _build_decoding(model, self.generation),
-            prefill=asked.prefill,
-            kept=asked.later.kept,
-            steps=asked.later.steps,
-            random=asked.random,
-            groups=asked.groups,
-            sources=asked.sources,
             cached=self.cached,
             shares=self.shares,
         )
@@ -262,34 +258,6 @@ _MAX_CHANGED_BYTES = 1 << 30
 def _acts_in_vision(rules: RuleWrites) -> bool:
     inside = rules.inside("vision")
     return bool(inside.writes or inside.edges or inside.blocks)
-
-
-@dataclass(frozen=True, eq=False)
-class _ReplyRequest:
-    """Requested replies."""
-
-    prompts: Sequence[tuple[int, ...]]
-    random: Sequence[tuple[int, ...]]
-    """[row] seed, content of the prompt, noise draw, content of the cell, sample."""
-    groups: Ints
-    prefill: RuleWrites
-    later: GenerationRules
-    sources: Sequence[int] = ()
-    """[row] number of tokens that an encoder reads; empty without an encoder."""
-
-    def some(self, rows: Sequence[int]) -> _ReplyRequest:
-        """Restrict the request to some rows."""
-        chosen, later = RowChoice(len(self.prompts), rows), self.later
-        return _ReplyRequest(
-            [self.prompts[row] for row in rows],
-            [self.random[row] for row in rows],
-            self.groups[np.array(rows)],
-            chosen.rules(self.prefill),
-            GenerationRules(
-                tuple(map(chosen.write, later.kept)), tuple(map(chosen.step_rules, later.steps))
-            ),
-            [self.sources[row] for row in rows] if self.sources else (),
-        )
 
 
 def _build_decoding(model: LoadedModel, generation: Generation) -> Decoding:

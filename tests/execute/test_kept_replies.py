@@ -42,9 +42,9 @@ def rows_written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of replies generated in each pass."""
     whole, counts = writer.generate_replies, list[int]()
 
-    def write(model: Any, prompts: Any, *given: Any, **named: Any) -> Any:
-        counts.append(len(prompts))
-        return whole(model, prompts, *given, **named)
+    def write(model: Any, request: Any, *given: Any, **named: Any) -> Any:
+        counts.append(len(request.prompts))
+        return whole(model, request, *given, **named)
 
     monkeypatch.setattr(writer, "generate_replies", write)
     return counts

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mechdsl.forward.generation import replies as write_replies_module
 from mechdsl.forward.generation.decoding import Decoding
-from mechdsl.forward.generation.replies import generate_replies
-from mechdsl.forward.generation.rules import StepEdge, StepRules
+from mechdsl.forward.generation.replies import ReplyRequest, generate_replies
+from mechdsl.forward.generation.rules import GenerationRules, StepEdge, StepRules
 from mechdsl.forward.hooks.batch import EdgeWrite, EditWrite, RuleWrites, SiteWrite, WriteMode
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.vocab.metrics import Reply
@@ -133,11 +133,8 @@ class Rules:
             for look in self.looks
             if look.query is None
         ]
-        return {
-            "prefill": prefill,
-            "steps": steps,
-            "kept": [act.write for act in self.kept],
-        }
+        kept = tuple(act.write for act in self.kept)
+        return {"prefill": prefill, "later": GenerationRules(kept, tuple(steps))}
 
     def of(self, rows: Sequence[int]) -> Rules:
         """The rules on these rows, renumbered."""
@@ -175,11 +172,13 @@ def written(
             found[row].append(logits[state].double())
         return choose(logits, states, how, keys, step)
 
-    settings.setdefault("random", [(row,) for row in range(len(prompts))])
+    names = ("prefill", "later", "groups", "sources")
+    asked = {name: settings.pop(name) for name in names if name in settings}
+    asked["random"] = [(row,) for row in range(len(prompts))]
+    request = ReplyRequest(prompts, **{**(rules or Rules()).given(), **asked})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write_replies_module, "choose_next_tokens", listening)
-        given = (rules or Rules()).given()
-        replies = generate_replies(model, prompts, decoding, **{**given, **settings})
+        replies = generate_replies(model, request, decoding, **settings)
     return Written(replies, [torch.stack(found[row]) for row in range(len(prompts))])
 
 

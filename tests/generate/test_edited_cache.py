@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mechdsl.forward.generation.replies import generate_replies
-from mechdsl.forward.generation.rules import StepRules
+from mechdsl.forward.generation.replies import ReplyRequest, generate_replies
+from mechdsl.forward.generation.rules import GenerationRules, StepRules
 from mechdsl.forward.hooks.batch import BlockPairs, RuleWrites, SiteWrite
 
 from ..rules.models import double
@@ -134,7 +134,7 @@ def test_blocks_replaced_during_generation_equal_a_modified_model(
         PROMPTS,
         greedy(TOKENS),
         prefill=RuleWrites(blocks=in_main_stack(first)),
-        steps=steps,
+        later=GenerationRules(steps=tuple(steps)),
         cached=cached,
     )
     agree(found, [by_blocks(name, prompt, first, later, since) for prompt in PROMPTS])
@@ -143,9 +143,9 @@ def test_blocks_replaced_during_generation_equal_a_modified_model(
 def test_block_omitted_in_the_prefill_cannot_attend_in_steps() -> None:
     prefill = RuleWrites(blocks=((("", 1), None),))
     with pytest.raises(ValueError, match="block 1 was omitted earlier but attends in step 1"):
-        generate_replies(model_of("gpt2"), PROMPTS, greedy(2), prefill=prefill)
+        generate_replies(model_of("gpt2"), ReplyRequest(PROMPTS, prefill), greedy(2))
     # One token needs only the prefill.
-    assert generate_replies(model_of("gpt2"), PROMPTS, greedy(1), prefill=prefill)
+    assert generate_replies(model_of("gpt2"), ReplyRequest(PROMPTS, prefill), greedy(1))
 
 
 @pytest.mark.parametrize("edited", [False, True])
@@ -170,8 +170,10 @@ def test_step_writes_use_the_previous_token_as_its_pass_computed_it(edited: bool
         [prompt],
         greedy(TOKENS),
         prefill=RuleWrites(steps(range(len(prompt)))),
-        steps=[StepRules(1, writes=[write]) for write in steps(range(1))],
-        kept=[edit] if edited else [],
+        later=GenerationRules(
+            (edit,) if edited else (),
+            tuple(StepRules(1, writes=[write]) for write in steps(range(1))),
+        ),
     )
 
     last: dict[float, Tensor] = {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mechdsl.forward.generation import replies as cached
-from mechdsl.forward.generation.replies import generate_replies
+from mechdsl.forward.generation.replies import ReplyRequest, generate_replies
 
 from ..execute.support import shared
 from ..models import families
@@ -120,9 +120,9 @@ def test_generation_removes_all_hooks_even_after_a_failure(
         return choose(*given)
 
     monkeypatch.setattr(cached, "choose_next_tokens", stopping)
-    steps = Rules([scaled(0), scaled(1)]).given()["steps"]
+    request = ReplyRequest(PROMPTS[:2], later=Rules([scaled(0), scaled(1)]).given()["later"])
     with pytest.raises(AssertionError, match="stopped") if fails else nullcontext():
-        generate_replies(model, PROMPTS[:2], greedy(TOKENS), steps=steps)
+        generate_replies(model, request, greedy(TOKENS))
     assert opened == [2]
     assert hooks() == before
     assert not torch.is_inference_mode_enabled()

@@ -17,8 +17,8 @@ from mechdsl.forward.generation.decoding import (
     _sample_tokens,
     choose_next_tokens,
 )
-from mechdsl.forward.generation.replies import generate_replies
-from mechdsl.forward.generation.rules import StepEdge, StepRules
+from mechdsl.forward.generation.replies import ReplyRequest, generate_replies
+from mechdsl.forward.generation.rules import GenerationRules, StepEdge, StepRules
 from mechdsl.forward.hooks.batch import EdgeWrite
 
 from .support import Rules, greedy
@@ -147,23 +147,24 @@ def test_samples_do_not_depend_on_the_batch() -> None:
     model, how = model_of("gpt2"), greedy(6, temperature=2.0, top_p=0.95)
     prompts = [prompt for prompt in PROMPTS for _ in range(5)]
     random = [(row, 3, len(prompt)) for row, prompt in enumerate(prompts)]
-    together = generate_replies(model, prompts, how, random=random)
+    together = generate_replies(model, ReplyRequest(prompts, random=random), how)
     assert len({reply.ids for reply in together}) > 10
     for row in (0, 7, 14):
-        [alone] = generate_replies(model, [prompts[row]], how, random=[random[row]])
+        [alone] = generate_replies(model, ReplyRequest([prompts[row]], random=[random[row]]), how)
         assert alone == together[row]
-    whole = generate_replies(model, prompts, how, random=random, cached=False, limit=30)
+    request = ReplyRequest(prompts, random=random)
+    whole = generate_replies(model, request, how, cached=False, limit=30)
     assert whole == together
     rules = Rules(acts("gpt2", 3, "resid_post", "add", "each step", prompts[3]))
-    beside = generate_replies(model, prompts, how, random=random, **rules.given())
+    beside = generate_replies(model, ReplyRequest(prompts, random=random, **rules.given()), how)
     assert [n for n in range(15) if beside[n] != together[n]] == [3]
 
 
 def test_sampling_without_a_key_per_row_is_rejected() -> None:
     with pytest.raises(ValueError, match="need a key"):
-        generate_replies(model_of("gpt2"), PROMPTS, greedy(2, top_k=3))
+        generate_replies(model_of("gpt2"), ReplyRequest(PROMPTS), greedy(2, top_k=3))
     with pytest.raises(ValueError, match="need a key"):
-        generate_replies(model_of("gpt2"), PROMPTS, greedy(2, top_k=3), random=[(1,)])
+        generate_replies(model_of("gpt2"), ReplyRequest(PROMPTS, random=[(1,)]), greedy(2, top_k=3))
 
 
 LETTERS = " abc\néQ"
@@ -246,15 +247,14 @@ def test_step_rules_start_at_step_1() -> None:
 def test_allow_edge_at_the_newest_token_is_rejected() -> None:
     none = torch.zeros(1, dtype=torch.long)
     edge = EdgeWrite(0, "allow", none, none, none, none, none, torch.zeros(1))
+    later = GenerationRules(steps=(StepRules(1, edges=[StepEdge(edge)]),))
     with pytest.raises(ValueError, match="can't be allowed"):
-        generate_replies(
-            model_of("gpt2"), PROMPTS, greedy(3), steps=[StepRules(1, edges=[StepEdge(edge)])]
-        )
+        generate_replies(model_of("gpt2"), ReplyRequest(PROMPTS, later=later), greedy(3))
 
 
 def test_empty_prompt_is_rejected() -> None:
     with pytest.raises(ValueError, match="every prompt needs a token"):
-        generate_replies(model_of("gpt2"), [(1, 2), ()], greedy(3))
+        generate_replies(model_of("gpt2"), ReplyRequest([(1, 2), ()]), greedy(3))
 
 
 def sorted_draw(logits: Any, uniform: float, top_k: int | None, top_p: float | None) -> int:

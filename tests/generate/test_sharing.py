@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,11 +89,11 @@ def test_generation_halves_its_batch_when_memory_runs_out(monkeypatch: pytest.Mo
     tried: list[int] = []
 
     class Small(module.CachedPasses):
-        def __init__(self, model: Any, prompts: Sequence[Any], *rest: Any, **way: Any) -> None:
-            tried.append(len(prompts))
-            if len(prompts) > 20:
+        def __init__(self, model: Any, request: Any, *rest: Any, **way: Any) -> None:
+            tried.append(len(request.prompts))
+            if len(request.prompts) > 20:
                 raise torch.OutOfMemoryError
-            super().__init__(model, prompts, *rest, **way)
+            super().__init__(model, request, *rest, **way)
 
     monkeypatch.setattr(module, "CachedPasses", Small)
     agree(written(model_of(NAME), prompts, greedy(TOKENS), rules), as_expected(whole))

@@ -20,8 +20,8 @@ from benchmarks.synchronisations import (
 )
 from mechdsl.forward.generation.cached_pass import choose_method
 from mechdsl.forward.generation.decoding import Decoding
-from mechdsl.forward.generation.replies import generate_replies
-from mechdsl.forward.generation.rules import StepRules
+from mechdsl.forward.generation.replies import ReplyRequest, generate_replies
+from mechdsl.forward.generation.rules import GenerationRules, StepRules
 from mechdsl.forward.hooks.batch import Batch, EdgeWrite, RuleWrites, SiteRead, SiteWrite, to_device
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.model import LoadedModel
@@ -135,10 +135,9 @@ def replies(model: LoadedModel, decoding: Decoding) -> list[tuple[int, ...]]:
         last = torch.tensor([len(ids) - 1 for ids in prompts])
         factors = torch.full((len(prompts), 1), 0.5 * cell)
         writes.append(SiteWrite("z", cell % 2, rows, last, last % 2, factors, "scale"))
-    steps = [StepRules(1, writes=[write]) for write in writes]
-    found = generate_replies(
-        model, prompts * 8, decoding, prefill=RuleWrites(writes), steps=steps, random=RANDOM
-    )
+    later = GenerationRules(steps=tuple(StepRules(1, writes=[write]) for write in writes))
+    request = ReplyRequest(prompts * 8, RuleWrites(writes), later, RANDOM)
+    found = generate_replies(model, request, decoding)
     return [reply.ids for reply in found]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -32,6 +32,7 @@ from mechdsl.forward.generation.cached_pass import (
 from mechdsl.forward.generation.decoding import Decoding, ReplyBuffer, choose_next_tokens
 from mechdsl.forward.generation.key_value_cache import KeyValueCache, is_single_query_supported
 from mechdsl.forward.generation.rules import (
+    GenerationRules,
     RowChoice,
     RowSharing,
     RowStates,
@@ -82,6 +83,79 @@ StoredVectors = dict[SiteRead, Tensor]
 """Keys and values [token, heads, d_head] of all layers, for the tokens of one state so far."""
 
 
+@dataclass(frozen=True, eq=False)
+class ReplyRequest:
+    """Prompts to generate replies after, and the rules that act."""
+
+    prompts: Sequence[tuple[int, ...]]
+    """[row] token ids."""
+    prefill: RuleWrites = field(default_factory=RuleWrites)
+    """Writes of the prefill, at positions of the prompt."""
+    later: GenerationRules = field(default_factory=GenerationRules)
+    """Edits of keys and values before step 1, each applied to the layer's original values, and
+    writes at the newest token of later passes."""
+    random: Sequence[tuple[int, ...]] = ()
+    """[row] seed of the random numbers of sampled tokens, together with the step; empty without
+    sampling."""
+    groups: Ints | None = None
+    """[row] equal for rows with equal writes, so that equal rows are computed once until their
+    tokens differ; by default rows are shared only until a rule acts on them."""
+    sources: Sequence[int] = ()
+    """[row] number of the prompt's tokens that an encoder reads; empty without an encoder."""
+
+    @property
+    def inside(self) -> bool:
+        """Whether a rule acts within attention."""
+        steps = self.later.steps
+        writes = [*self.prefill.writes, *(each for rules in steps for each in rules.writes)]
+        edges = [*self.prefill.edges, *(each for rules in steps for each in rules.edges)]
+        return bool(edges) or any(write.site in ATTENTION_INTERNAL_SITES for write in writes)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether writes at the newest token depend on the value at the preceding token."""
+        return any(write.mode == "step" for rules in self.later.steps for write in rules.writes)
+
+    def check_blocks(self, tokens: int, shape: ModelShape) -> None:
+        """Raise ValueError if a skipped block runs again, as it lacks keys of the tokens so far.
+
+        Blocks that attend to an image, and those that encode it, need no such keys.
+        """
+        attends = shape.attends_to_image
+        out: set[BlockPlace] = set()
+        for step in range(tokens):
+            blocks = collect_blocks(self.later.steps, step)
+            blocks = blocks if step else _collect_decoder_blocks(self.prefill.blocks)
+            now = {block for block, of in blocks.items() if of is None}
+            if attends:
+                now = {(stack, n) for stack, n in now if not stack and shape.has("k", n)}
+            if out - now:
+                raise ValueError(
+                    f"block {min(out - now)[1]} was omitted earlier but attends in step {step}"
+                )
+            out |= now
+
+    def merged(self) -> ReplyRequest:
+        """Merge the rules into few writes."""
+        count, later = len(self.prompts), self.later
+        kept = merge_writes(RuleWrites(later.kept), count).writes
+        later = GenerationRules(tuple(kept), tuple(join_step_rules(later.steps, count)))
+        return replace(self, prefill=merge_writes(self.prefill, count), later=later)
+
+    def some(self, rows: Sequence[int]) -> ReplyRequest:
+        """Restrict the request to some rows."""
+        chosen, later = RowChoice(len(self.prompts), rows), self.later
+        kept = tuple(own for write in later.kept if len((own := chosen.write(write)).rows))
+        return ReplyRequest(
+            [self.prompts[row] for row in rows],
+            chosen.rules(self.prefill),
+            GenerationRules(kept, tuple(map(chosen.step_rules, later.steps))),
+            [self.random[row] for row in rows] if self.random else (),
+            None if self.groups is None else self.groups[np.array(rows)],
+            [self.sources[row] for row in rows] if self.sources else (),
+        )
+
+
 class FullPasses:
     """Passes that recompute all tokens, with all writes at each of them.
 
@@ -95,31 +169,16 @@ class FullPasses:
     def __init__(
         self,
         model: LoadedModel,
-        prompts: Sequence[tuple[int, ...]],
-        prefill: RuleWrites,
-        kept: Sequence[SiteWrite],
-        steps: Sequence[StepRules],
+        request: ReplyRequest,
         tokens: int,
         limit: int,
-        *,
-        sources: Sequence[int] = (),
     ) -> None:
-        """Prepare passes.
-
-        Args:
-            model: The model.
-            prompts: [row] token ids.
-            prefill: Writes of the prefill.
-            kept: Edits of keys and values after the prefill.
-            steps: Rules of later steps.
-            tokens: Maximum length of a reply.
-            limit: Tokens of one pass.
-            sources: [row] number of tokens that an encoder reads; empty without an encoder.
-        """
+        """Prepare passes; tokens: maximum length of a reply; limit: tokens of one pass."""
         self.model = model
-        self.prompts = prompts
-        self.prefill = prefill
-        self._sources = sources or [0] * len(prompts)
+        self.prompts = request.prompts
+        self.prefill = prefill = request.prefill
+        self._sources = request.sources or [0] * len(request.prompts)
+        kept, steps = request.later.kept, request.later.steps
         self.kept = [write for write in kept if not write.stack]
         self._across = RuleWrites([write for write in kept if write.stack])
         """Edits of an encoder's keys and values, which later passes project again."""
@@ -323,6 +382,23 @@ MAX_RECOMPUTED_TOKENS = 64
 """Tokens of a prefill that may be recomputed to save a separate pass."""
 
 
+@dataclass(eq=False)
+class _PrecedingStep:
+    """The preceding step of generation with cached keys and values."""
+
+    leaders: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """[state] its leading rows, which the following fields describe."""
+    chosen: RowChoice | None = None
+    starting: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """[state] columns of first tokens."""
+    images: AttendedImages | None = None
+    image_writes: Sequence[SiteWrite] = ()
+    acts: tuple[bool, ...] | None = None
+    """Which rules acted; their writes are in `acting`."""
+    acting: RuleWrites = field(default_factory=RuleWrites)
+    open_pass: CachedPass | None = None
+
+
 class CachedPasses:
     """Passes that compute each token once.
 
@@ -333,37 +409,31 @@ class CachedPasses:
     def __init__(
         self,
         model: LoadedModel,
-        prompts: Sequence[tuple[int, ...]],
-        prefill: RuleWrites,
-        kept: Sequence[SiteWrite],
-        steps: Sequence[StepRules],
+        request: ReplyRequest,
         tokens: int,
         limit: int,
         *,
         way: GenerationMethod,
         shares: bool = True,
-        sources: Sequence[int] = (),
     ) -> None:
         """Prepare passes.
 
         Args:
-            prompts: [row] token ids.
-            prefill: Writes of the prefill.
-            kept: Edits of keys and values after the prefill.
-            steps: Rules of later steps.
+            model: The model.
+            request: The rows; their sources are tokens of an image that blocks attend to.
             tokens: Maximum length of a reply.
             limit: Tokens of one pass.
             way: What rows may share.
             shares: Whether equal beginnings of prompts share linear maps.
-            sources: [row] number of tokens of an image that blocks attend to; empty without one.
         """
         self.model = model
-        self.prompts = prompts
-        self.prefill = prefill
+        self.prompts = prompts = request.prompts
+        self.prefill = prefill = request.prefill
+        kept, steps = request.later.kept, request.later.steps
         self.kept = [write for write in kept if not is_of_image(write)]
         self._of_images = [each for each in (*prefill.writes, *kept) if is_of_image(each)]
         """Changes of the images' keys and values, which each pass applies again."""
-        self._sources = np.array(sources or [0] * len(prompts))
+        self._sources = np.array(request.sources or [0] * len(prompts))
         self.steps = steps
         self.limit = limit
         self._shares = shares
@@ -374,65 +444,70 @@ class CachedPasses:
         table = IMAGE_TOKENS.get(model.module)
         self._saved = None if table is None else np.array(list(map(table.saved, prompts)))
         """[row] as `NewTokens.saved`."""
-        layers = model.shape.n_layers
-        acting = find_first_step(len(prompts), prefill, kept, steps)
-        lowest = np.zeros_like(acting)
-        if way.places is not None:
-            lowest = find_lowest_block(model, len(prompts), prefill, kept, steps)
-            if not way.places.attention:
-                lowest -= lowest % 2
         self._texts = number_distinct(prompts)
         """[row] the number of its prompt."""
         distinct = dict(zip(prompts, self._sources.tolist(), strict=True))
         self._distinct = list(distinct)
         self._whole = align_ends(model, self._distinct, list(distinct.values()))
         """Distinct prompts."""
+        self._way, self._places = way, way.places
+        acting = find_first_step(len(prompts), prefill, kept, steps)
+        lowest = self._find_lowest_blocks(request)
         own = _count_own_tokens(prompts, prefill, self._sources)
-        mixes = mixes_images(model, self._whole)
-        if mixes:  # a pass contains all tokens that attend to each other
+        if mixes_images(model, self._whole):  # a pass contains all tokens that attend to each other
             own = np.where(own > 0, self._lengths, 0)
-        most = int(own.max())
-        begins = np.where(acting == 0, lowest, 2 * layers)
-        half_blocks = len(self._whole) * 2 * layers + int((2 * layers - begins).sum())
-        self._together = (
-            way.places is not None
-            and (way.places.several or most == 1)
-            and not mixes
-            and not prefill.numbers
-            and most > 0
-            and all(write.mode != "step" for write in prefill.writes)
-            and most * half_blocks <= 2 * layers * int(own.sum())
-        )
-        """Whether the prefill shares blocks as steps do, with the same number of tokens per prompt.
-
-        This is chosen if it computes less than separate rows. It is impossible for `step` writes,
-        which read the preceding token, possibly from the preceding pass."""
-        self.own = own = np.full_like(own, most) if self._together else own
+        self._together = self._can_run_together(own, acting, lowest)
+        self.own = own = np.full_like(own, own.max()) if self._together else own
         """[row] number of tokens that only its prefill computes."""
-        edited = _count_own_tokens(prompts, RuleWrites(self.kept), self._sources)
-        apart = int(np.maximum(own, edited).max())
-        shares = (
-            way.shares and 2 * len(self._whole) <= len(prompts) and is_single_query_supported(model)
-        )
-        self._common = self.columns - apart if shares else 0
+        self._common = self._count_common_columns()
         """Columns that rows of a prompt have in common throughout."""
         self.keys = self._make_cache(len(prompts), self.columns - self._common, tokens - 1)
-        self._blocks = SharedBlocks(self._texts, acting, lowest, layers)
-        self._way, self._places = way, way.places
-        self._leaders = np.zeros(0, dtype=np.int64)
-        """[state] rows of the preceding step, which the following fields describe."""
-        self._chosen: RowChoice | None = None
-        self._starting = torch.zeros(0)
-        """[state] columns of first tokens."""
-        self._images: AttendedImages | None = None
-        self._image_writes: Sequence[SiteWrite] = ()
+        self._blocks = SharedBlocks(self._texts, acting, lowest, model.shape.n_layers)
         self._few: dict[tuple[bool, ...], Sequence[StepRules]] = {}
         """Merged rules, by which rules act."""
-        self._before: tuple[bool, ...] | None = None
-        """Which rules acted in the preceding step; their writes are in `_acted`."""
-        self._acted = RuleWrites()
-        self._open: CachedPass | None = None
-        """The preceding step."""
+        self._step = _PrecedingStep()
+
+    def _count_common_columns(self) -> int:
+        """Count the columns that neither rules of the prefill nor edits of keys change in any row;
+        0 if rows of a prompt don't share them."""
+        several = 2 * len(self._whole) <= len(self.prompts)
+        if not (self._way.shares and several and is_single_query_supported(self.model)):
+            return 0
+        edited = _count_own_tokens(self.prompts, RuleWrites(self.kept), self._sources)
+        return self.columns - int(np.maximum(self.own, edited).max())
+
+    def _find_lowest_blocks(self, request: ReplyRequest) -> Ints:
+        """Return [row]: the first half block with a rule; 0 if rows share no blocks."""
+        count, later = len(request.prompts), request.later
+        if self._places is None:
+            return np.zeros(count, dtype=np.int64)
+        lowest = find_lowest_block(self.model, count, request.prefill, later.kept, later.steps)
+        return lowest if self._places.attention else lowest - lowest % 2
+
+    def _can_run_together(self, own: Ints, acting: Ints, lowest: Ints) -> bool:
+        """Choose whether the prefill shares blocks as steps do, with the same number of tokens per
+        prompt.
+
+        This is chosen if it computes less than separate rows. It is impossible for `step` writes,
+        which read the preceding token, possibly from the preceding pass.
+
+        Args:
+            own: [row] number of tokens from the first one at which a rule acts.
+            acting: [row] the first step in which a rule acts.
+            lowest: [row] the first half block with a rule.
+        """
+        places, most, half_blocks = self._places, int(own.max()), 2 * self.model.shape.n_layers
+        begins = np.where(acting == 0, lowest, half_blocks)
+        computed = len(self._whole) * half_blocks + int((half_blocks - begins).sum())
+        return (
+            places is not None
+            and (places.several or most == 1)
+            and not mixes_images(self.model, self._whole)
+            and not self.prefill.numbers
+            and most > 0
+            and all(write.mode != "step" for write in self.prefill.writes)
+            and most * computed <= half_blocks * int(own.sum())
+        )
 
     def arranged(self, states: RowStates, ids: Ints) -> RowStates:
         """Order the states of a step for computation.
@@ -460,39 +535,38 @@ class CachedPasses:
         first = self.columns + step - 1
         self.keys.left = len(states.rows)
         self.keys.move(self._blocks.moves, first)
-        newest = array_to_device(ids[rows, -1:], self.model.device)
-        if self._chosen is None or not np.array_equal(rows, self._leaders):
-            self._leaders, self._before = rows, None
-            self._chosen, self._starting = RowChoice(len(self.prompts), rows), self._starts(rows)
-            self._images = self._images_of(self._batch(rows))
-            images = RuleWrites(self._of_images)
-            self._image_writes = self._chosen.rules(images).writes
+        newest, now = array_to_device(ids[rows, -1:], self.model.device), self._step
+        if now.chosen is None or not np.array_equal(rows, now.leaders):
+            now.leaders, now.acts = rows, None
+            now.chosen, now.starting = RowChoice(len(self.prompts), rows), self._starts(rows)
+            now.images = self._images_of(self._batch(rows))
+            now.image_writes = now.chosen.rules(RuleWrites(self._of_images)).writes
             if self.keys.shared is not None:
                 self.keys.shared.stand(self._texts[rows])
         acts = tuple(rules.acts(step) for rules in self.steps)
-        if self._open is not None and self._goes_on(self._open, acts):
-            return self._open.run_on(newest)
+        if now.open_pass is not None and self._goes_on(now.open_pass, acts):
+            return now.open_pass.run_on(newest)
         saved = None if self._saved is None else torch.from_numpy(self._saved[rows])
-        tokens = NewTokens(newest, self._starting, first, saved=saved, images=self._images)
-        acting = self._acting(self._chosen, step, acts)
+        tokens = NewTokens(newest, now.starting, first, saved=saved, images=now.images)
+        acting = self._acting(now.chosen, step, acts)
         every, lineup = slice(0, len(states)), self._blocks.lineup
-        if self._open is None or not self._open.takes(tokens, every, acting, lineup):
+        if now.open_pass is None or not now.open_pass.takes(tokens, every, acting, lineup):
             self.close()
             if step == 1:
-                self._edit(states, self._chosen)
+                self._edit(states, now.chosen)
             by = every, acting, lineup, self._places
-            self._open = CachedPass(self.model, tokens, self.keys, *by)
-        return self._open.run()
+            now.open_pass = CachedPass(self.model, tokens, self.keys, *by)
+        return now.open_pass.run()
 
     def _goes_on(self, before: CachedPass, acts: tuple[bool, ...]) -> bool:
         """Return whether the same rules act on the same rows as in the preceding pass."""
-        return before.repeats and acts == self._before and before.lineup is self._blocks.lineup
+        return before.repeats and acts == self._step.acts and before.lineup is self._blocks.lineup
 
     def close(self) -> None:
         """Remove all hooks."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
+        if self._step.open_pass is not None:
+            self._step.open_pass.close()
+            self._step.open_pass = None
 
     def _prefilled(self, chosen: RowChoice) -> RuleWrites:
         """Return the writes of the prefill."""
@@ -500,13 +574,13 @@ class CachedPasses:
 
     def _acting(self, chosen: RowChoice, step: int, acts: tuple[bool, ...]) -> RuleWrites:
         """Return the writes of a step, which are often those of the preceding step."""
-        lengths = self.columns - self._starting.cpu()
+        lengths = self.columns - self._step.starting.cpu()
         newest = lengths + step - 1
-        if acts != self._before or self._acted.edges:
+        if acts != self._step.acts or self._step.acting.edges:
             every = chosen.step(self._joined(acts), step, lengths, newest)
-            self._before, self._acted = acts, merge_writes(every, len(chosen.rows))
-        writes = [replace(each, positions=newest[each.rows]) for each in self._acted.writes]
-        return replace(self._acted, writes=[*self._image_writes, *writes])
+            self._step.acts, self._step.acting = acts, merge_writes(every, len(chosen.rows))
+        writes = [replace(each, positions=newest[each.rows]) for each in self._step.acting.writes]
+        return replace(self._step.acting, writes=[*self._step.image_writes, *writes])
 
     def _joined(self, acts: tuple[bool, ...]) -> Sequence[StepRules]:
         """Join the acting rules into few writes, cached because rows change more often."""
@@ -590,7 +664,7 @@ class CachedPasses:
         prompts = [self.prompts[row][:n] for row, n in zip(rows[lead], counts, strict=True)]
         rules = RowChoice(len(rows), lead).rules(own)
         make = partial(CachedPasses, way=self._way, shares=self._shares)
-        passes = make(self.model, prompts, rules, (), (), 1, self.limit)
+        passes = make(self.model, ReplyRequest(prompts, rules), 1, self.limit)
         sharing = RowSharing(prompts, find_first_step(len(lead), rules, (), ()), None)
         none = np.zeros((len(lead), 0), dtype=np.int64)
         states = passes.arranged(sharing.first(passes.own), none)
@@ -799,15 +873,9 @@ DEFAULT_PASS_TOKENS = 4096
 
 def generate_replies(
     model: LoadedModel,
-    prompts: Sequence[tuple[int, ...]],
+    request: ReplyRequest,
     decoding: Decoding,
     *,
-    prefill: RuleWrites | None = None,
-    kept: Sequence[SiteWrite] = (),
-    steps: Sequence[StepRules] = (),
-    random: Sequence[tuple[int, ...]] | None = None,
-    groups: Ints | None = None,
-    sources: Sequence[int] = (),
     cached: bool = True,
     shares: bool = True,
     limit: int = DEFAULT_PASS_TOKENS,
@@ -820,17 +888,8 @@ def generate_replies(
 
     Args:
         model: A causal decoder of text, or an encoder-decoder.
-        prompts: [row] token ids.
+        request: The prompts and rules.
         decoding: How tokens are chosen.
-        prefill: Writes of the prefill, at positions of the prompt, outside of encoders of images.
-        kept: Edits of the prompt's keys and values (`k`, `v`) between the prefill and step 1, each
-            applied to the layer's original values.
-        steps: Writes at the newest token of later passes; rows are prompts, as everywhere.
-        random: [row] seed of the random numbers of sampled tokens, together with the step.
-        groups: [row] equal for rows with equal writes, so that equal rows are computed once until
-            their tokens differ; by default rows are shared only until a rule acts on them.
-        sources: [row] number of the prompt's tokens that an encoder reads; empty without an
-            encoder.
         cached: Whether to use a key-value cache, if `choose_method` finds that results agree.
         shares: Whether equal beginnings of prompts share linear maps in a prefill with a cache.
         limit: Tokens of one pass.
@@ -841,29 +900,20 @@ def generate_replies(
         ValueError: The request is impossible.
         WriteMismatch: A write couldn't be applied.
     """
-    given = _GivenRules(prefill or RuleWrites(), kept, steps)
-    if not given.looks_back:  # one merged write couldn't apply rules one after the other
-        given = given.merged(len(prompts))
+    prompts = request.prompts
+    if not request.looks_back:  # one merged write couldn't apply rules one after the other
+        request = request.merged()
     if not all(prompts):
         raise ValueError("every prompt needs a token")
-    if decoding.sampled and (random is None or len(random) != len(prompts)):
+    if decoding.sampled and len(request.random) != len(prompts):
         raise ValueError("sampled tokens need a key of random numbers for each row")
-    given.check_blocks(decoding.tokens, model.shape)
-    cached = cached and not given.looks_back
-    way = choose_method(model, inside=given.inside) if cached else None
-    work = _GenerationJob(
-        model,
-        prompts,
-        decoding,
-        given,
-        [()] * len(prompts) if random is None else random,
-        groups,
-        partial(CachedPasses, way=way, shares=shares)
-        if way and way.kind == "cached"
-        else FullPasses,
-        limit,
-        sources,
-    )
+    request.check_blocks(decoding.tokens, model.shape)
+    cached = cached and not request.looks_back
+    way = choose_method(model, inside=request.inside) if cached else None
+    passes = FullPasses
+    if way is not None and way.kind == "cached":
+        passes = partial(CachedPasses, way=way, shares=shares)
+    work = _GenerationJob(model, request, decoding, passes, limit)
     found: list[Reply | None] = [None] * len(prompts)
     room = get_reply_bytes(model.device) if memory is None else memory
     for rows in _split_batches(model, prompts, decoding.tokens, limit, room):
@@ -903,75 +953,14 @@ class _Passes(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class _GivenRules:
-    """Rules as given by the caller."""
-
-    prefill: RuleWrites
-    kept: Sequence[SiteWrite]
-    steps: Sequence[StepRules]
-
-    @property
-    def inside(self) -> bool:
-        """Whether a rule acts within attention."""
-        writes = [*self.prefill.writes, *(each for rules in self.steps for each in rules.writes)]
-        edges = [*self.prefill.edges, *(each for rules in self.steps for each in rules.edges)]
-        return bool(edges) or any(write.site in ATTENTION_INTERNAL_SITES for write in writes)
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether writes at the newest token depend on the value at the preceding token."""
-        return any(write.mode == "step" for rules in self.steps for write in rules.writes)
-
-    def check_blocks(self, tokens: int, shape: ModelShape) -> None:
-        """Raise ValueError if a skipped block runs again, as it lacks keys of the tokens so far.
-
-        Blocks that attend to an image, and those that encode it, need no such keys.
-        """
-        attends = shape.attends_to_image
-        out: set[BlockPlace] = set()
-        for step in range(tokens):
-            blocks = collect_blocks(self.steps, step)
-            blocks = blocks if step else _collect_decoder_blocks(self.prefill.blocks)
-            now = {block for block, of in blocks.items() if of is None}
-            if attends:
-                now = {(stack, n) for stack, n in now if not stack and shape.has("k", n)}
-            if out - now:
-                raise ValueError(
-                    f"block {min(out - now)[1]} was omitted earlier but attends in step {step}"
-                )
-            out |= now
-
-    def merged(self, count: int) -> _GivenRules:
-        """Merge the rules into few writes; count: number of rows."""
-        return _GivenRules(
-            merge_writes(self.prefill, count),
-            merge_writes(RuleWrites(self.kept), count).writes,
-            join_step_rules(self.steps, count),
-        )
-
-    def of(self, chosen: RowChoice) -> _GivenRules:
-        """Restrict the rules to some rows."""
-        return replace(
-            self,
-            prefill=chosen.rules(self.prefill),
-            kept=[own for write in self.kept if len((own := chosen.write(write)).rows)],
-            steps=[chosen.step_rules(rules) for rules in self.steps],
-        )
-
-
-@dataclass(frozen=True, eq=False)
 class _GenerationJob:
     """Rows to generate text for, batch by batch."""
 
     model: LoadedModel
-    prompts: Sequence[tuple[int, ...]]
+    request: ReplyRequest
     decoding: Decoding
-    given: _GivenRules
-    random: Sequence[tuple[int, ...]]
-    groups: Ints | None
     passes: Callable[..., _Passes]
     limit: int
-    sources: Sequence[int] = ()
 
     def replies(self, rows: Sequence[int]) -> Iterator[tuple[int, Reply]]:
         """Yield rows with their replies; a batch that exceeds memory is halved."""
@@ -991,23 +980,12 @@ class _GenerationJob:
     @torch.inference_mode()
     def _together(self, rows: Sequence[int]) -> list[Reply]:
         """Generate the replies of one batch."""
-        prompts = [self.prompts[row] for row in rows]
-        given = self.given.of(RowChoice(len(self.prompts), rows))
-        acting = find_first_step(len(rows), given.prefill, given.kept, given.steps)
-        groups = None if self.groups is None else self.groups[np.array(rows)]
-        sharing = RowSharing(prompts, acting, groups)
-        passes = self.passes(
-            self.model,
-            prompts,
-            given.prefill,
-            given.kept,
-            given.steps,
-            self.decoding.tokens,
-            self.limit,
-            **({"sources": [self.sources[row] for row in rows]} if self.sources else {}),
-        )
+        part = self.request.some(rows)
+        acting = find_first_step(len(rows), part.prefill, part.later.kept, part.later.steps)
+        sharing = RowSharing(part.prompts, acting, part.groups)
+        passes = self.passes(self.model, part, self.decoding.tokens, self.limit)
         writing = ReplyBuffer(len(rows), self.decoding)
-        random = [self.random[row] for row in rows]
+        random = part.random or [()] * len(rows)
         states, step = sharing.first(passes.own), 0
         with closing(passes):
             while len(states):
