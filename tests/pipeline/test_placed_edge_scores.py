@@ -7,7 +7,7 @@ inputs, one unpadded prompt at a time, summed over the tokens of each position.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from mechdsl.planner.training_cost import training_cost
 from mechdsl.resolve.types import PlacedEdge, TrainedMask
 
 from ..quick import in_turn
-from ..reference.forward import stack
-from ..rules.circuits import EMBED, LOGITS, circuit_pass
+from ..rules.circuits import EMBED, circuit_pass
 from ..rules.models import double
 from ..rules.support import rows, tokens
-from ..rules.test_ablated_circuits import Case, edges, fills, key_heads, named
+from ..rules.test_ablated_circuits import Case, edges, fills, named
+from ..rules.token_paths import Step, find_leading, find_reached, list_steps
 from .test_edge_scores import CALLS, HERE, RULED, fit, open_rows, reference_products, score
 from .test_trained_circuits import PAIR
 from .test_trained_dictionaries import experiment, run, train, write
@@ -216,41 +216,31 @@ def leading(family: str, edges_: Sequence[Any], places: Sequence[str]) -> set[An
     """The edges from which the logits of the last token can be reached in some row, by others of
     them and by every edge at tokens of no position."""
     found = set[Any]()
-    shared = stack(family, double(family)).heads // key_heads(family)
-    for text in rows("clean"):
-        at = [tokens(text, place) for place in places]
-        others = {*range(len(text.ids))}.difference(*at)
-        here = [(named(each.edge), token, each) for each in edges_ for token in at[each.place]]
-        here += [(edge, token, None) for edge in edges(family)[2] for token in others]
-        here.sort(key=lambda own: own[0][0], reverse=True)  # later layers first
-        nodes, before = {(LOGITS, text.last)}, 0
-        while len(nodes) > before:
-            before = len(nodes)
-            for (sender, to), token, each in here:
-                if not nodes.isdisjoint(targets(to, token, text.last, shared)):
-                    nodes.add((sender, token))
-                    found |= {each} - {None}
-    return found
+    for length, steps, named_at in steps_of_rows(family, edges_, places):
+        found |= {named_at.get((own.edge, own.token)) for own in find_leading(steps, length)}
+    return found - {None}
 
 
 def reached(family: str, edges_: Sequence[Any], places: Sequence[str]) -> set[Any]:
     """The edges that can be reached from the embedding of a token in some row, by others of them
     and by every edge at tokens of no position."""
     found = set[Any]()
-    shared = stack(family, double(family)).heads // key_heads(family)
+    for _, steps, named_at in steps_of_rows(family, edges_, places):
+        found |= {named_at.get((own.edge, own.token)) for own in find_reached(steps)}
+    return found - {None}
+
+
+def steps_of_rows(
+    family: str, edges_: Sequence[Any], places: Sequence[str]
+) -> Iterator[tuple[int, list[Step], dict[tuple[tuple[str, str], int], Any]]]:
+    """By row: its number of tokens, the edges at single tokens, and the placed edge of each."""
     for text in rows("clean"):
         at = [tokens(text, place) for place in places]
         others = {*range(len(text.ids))}.difference(*at)
-        here = [(named(each.edge), token, each) for each in edges_ for token in at[each.place]]
-        here += [(edge, token, None) for edge in edges(family)[2] for token in others]
-        nodes, before = {(EMBED, token) for token in range(len(text.ids))}, 0
-        while len(nodes) > before:
-            before = len(nodes)
-            for (sender, to), token, each in here:
-                if (sender, token) in nodes:
-                    nodes |= targets(to, token, text.last, shared)
-                    found |= {each} - {None}
-    return found
+        own = {(named(each.edge), token): each for each in edges_ for token in at[each.place]}
+        every = list_steps(family, len(text.ids))
+        steps = [step for step in every if step.token in others or step[:2] in own]
+        yield len(text.ids), steps, own
 
 
 SOME = ("subject tokens", "cue token")
@@ -288,19 +278,6 @@ def test_random_placed_circuits_have_paths_between_positions(
     for own in drawn:
         assert len(own) == len(direct)
         assert leading(family, own, places) == {*own} == reached(family, own, places)
-
-
-@cache
-def targets(to: str, token: int, last: int, shared: int) -> frozenset[tuple[str, int]]:
-    """The nodes that a receiver at a token is an input of."""
-    name, _, part = to.partition(".")
-    if to == LOGITS or part == "mlp":
-        return frozenset(((to, token),))
-    if part == "q":
-        return frozenset(((name, token),))
-    layer, number = name.removeprefix("L").split("H")
-    heads = range(int(number) * shared, (int(number) + 1) * shared)
-    return frozenset((f"L{layer}H{n}", later) for n in heads for later in range(token, last + 1))
 
 
 def test_placed_circuit_equals_its_listed_edges_in_rules(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ from .test_ablated_circuits import (
     named,
     shape_of,
 )
+from .token_paths import find_leading, find_reached, list_steps
 
 Edge = tuple[str, str]
 Written = tuple[str, str, list[Edge]]
@@ -383,35 +384,16 @@ def walk(
 ) -> dict[Edge, set[int]]:
     """The tokens at which each edge is on a path from an embedding to the logits of the last token,
     by edges at single tokens; `rest` are tokens of every edge."""
-    every = edges(name)[2]
-    shared = len({of for of, _ in every if of.startswith("L0H")}) // key_heads(name)
-    steps: list[tuple[tuple[str, int], list[tuple[str, int]], Edge, int]] = []
-    for of, to in every:
-        for at in {*here.get((of, to), ()), *rest}:
-            node, _, part = to.partition(".")
-            if to == LOGITS:
-                nodes = [(LOGITS, at)]
-            elif part == "mlp":
-                nodes = [(to, at)]
-            elif part == "q":
-                nodes = [(node, at)]
-            else:
-                layer, number = node.removeprefix("L").split("H")
-                heads = range(int(number) * shared, (int(number) + 1) * shared)
-                later = range(at, len(text.ids))
-                nodes = [(f"L{layer}H{n}", token) for n in heads for token in later]
-            steps.append(((of, at), nodes, (of, to), at))
-    reached = {(EMBED, token) for token in range(len(text.ids))}
-    leading, before = {(LOGITS, len(text.ids) - 1)}, -1
-    while len(reached) + len(leading) > before:
-        before = len(reached) + len(leading)
-        for sender, nodes, *_ in steps:
-            reached.update(nodes if sender in reached else ())
-            leading.update((sender,) if leading.intersection(nodes) else ())
+    length = len(text.ids)
+    steps = [
+        step
+        for step in list_steps(name, length)
+        if step.token in rest or step.token in here.get(step.edge, ())
+    ]
     found: dict[Edge, set[int]] = {}
-    for sender, nodes, edge, at in steps:
-        if sender in reached and leading.intersection(nodes) and at in here.get(edge, ()):
-            found.setdefault(edge, set()).add(at)
+    for step in find_leading(find_reached(steps), length):
+        if step.token in here.get(step.edge, ()):
+            found.setdefault(step.edge, set()).add(step.token)
     return found
 
 
