@@ -42,6 +42,8 @@ PRODUCT = 6
 """Minimum number of tests for which a product of parameters without a family is thinned."""
 BUDGET = 0.5
 """Processor seconds that `make test` spends on one function's parameters."""
+SHARE = 4
+"""A function over its budget has at least one in so many of its tests."""
 COSTLY = 0.1
 """Minimum seconds of a test for which its function has a budget."""
 SECONDS = Path(__file__).with_name("seconds.json")
@@ -78,8 +80,9 @@ def thin_out(
       take turns.
     - In any other product of at least `PRODUCT` tests, each value has a test; if it has more than
       two parameters, each pair of values of two parameters has one.
-    - Of what is left, a function has as many tests as its budget allows, at least one: those with
-      the most values of parameters that others don't have, spread over their list.
+    - Of what is left, a function has as many tests as its budget allows, but one at least, and one
+      in `SHARE` of a long list: those with the most values of parameters that others don't have,
+      spread over their list.
 
     Args:
         items: All tests that were collected.
@@ -101,7 +104,8 @@ def thin_out(
         else:
             left = _mark_others(left, _pairs(left))
         if function in seconds and not function.startswith(_UNLIMITED):
-            _mark_others(left, _spread(left, max(1, int(BUDGET / seconds[function]))))
+            most = max(1, len(left) // SHARE, int(BUDGET / seconds[function]))
+            _mark_others(left, _spread(left, most))
 
 
 def _mark_others(tests: list[pytest.Item], taken: Collection[int]) -> list[pytest.Item]:

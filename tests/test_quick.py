@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from .quick import BUDGET, thin_out
+from .quick import BUDGET, SHARE, thin_out
 from .seconds import find_costly
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
@@ -92,10 +92,10 @@ def test_small_product_without_families_and_modes_is_whole() -> None:
 
 
 def test_function_over_budget_keeps_cases_of_its_whole_list() -> None:
-    items = [Item([("a",)], a=a) for a in range(40)]
+    items = [Item([("a",)], a=a) for a in range(4 * SHARE)]
     left = [each["a"] for each in thinned(items, BUDGET / 4)]
     assert len(left) == 4
-    assert [sum(a // 10 == part for a in left) for part in range(4)] == [1, 1, 1, 1]
+    assert [sum(a // SHARE == part for a in left) for part in range(4)] == [1, 1, 1, 1]
 
 
 def test_function_over_budget_keeps_each_value_first() -> None:
@@ -107,6 +107,11 @@ def test_function_over_budget_keeps_each_value_first() -> None:
 
 def test_function_whose_test_exceeds_the_budget_keeps_one() -> None:
     assert len(thinned([Item([("a",)], a=a) for a in range(3)], 2 * BUDGET)) == 1
+
+
+def test_function_over_budget_keeps_a_share_of_a_long_list() -> None:
+    items = [Item([("a",)], a=a) for a in range(5 * SHARE)]
+    assert len(thinned(items, 2 * BUDGET)) == 5
 
 
 def test_function_within_its_budget_is_whole() -> None:

@@ -173,7 +173,8 @@ def test_faithfulness_selects_the_smallest_placed_circuit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TrainingJob, "write_card", lambda *_: None)
-    line = fit(ALL_ROWS, call="eap(faithfulness: 0.5)", at=", ".join(COVERED))
+    options = "validation: 0%, batch: 8, measure_on_training_rows: true"
+    line = fit(options, call="eap(faithfulness: 0.5)", at=", ".join(COVERED))
     path = write(tmp_path, line, USE)
     mask, found = open_rows(path, double("llama"))
     chosen, report = choose(mask, found, tmp_path)
