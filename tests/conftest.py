@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.base.records import EXTERNAL_MODULES
+from mechdsl.base.records import REGISTRIES
 from mechdsl.syntax import parser as grammar
 
 # Imports and collection leave little to collect; `pytest_collection_finish` turns it on again.
@@ -68,9 +68,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def _outside() -> Iterator[None]:
     """Forget external modules that a test registers: the code of a removed module can't be hashed,
     and then nothing in this process could be stored."""
-    before = set(EXTERNAL_MODULES)
+    before = [(registry, set(registry.external_modules)) for registry in REGISTRIES]
     yield
-    EXTERNAL_MODULES.intersection_update(before)
+    for registry, modules in before:
+        registry.external_modules.intersection_update(modules)
+    for registry in REGISTRIES[len(before) :]:
+        registry.external_modules.clear()
 
 
 def pytest_unconfigure() -> None:

@@ -189,23 +189,21 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-EXTERNAL_MODULES: set[str] = set()
-"""Names of modules outside this package that have registered an entry in any registry."""
-
 _PACKAGE = __name__.partition(".")[0]
 
 
-def _note_outside() -> None:
-    """Record the module that registers an entry: the first caller outside the package."""
+def _external_caller() -> str | None:
+    """Return the module that registers an entry, the first caller outside the package; None if a
+    module of the package registers it."""
     frame = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
     while frame.f_back is not None:
         name = frame.f_globals.get("__name__", "")
-        ours = name.partition(".")[0] == _PACKAGE
-        if not ours:
-            EXTERNAL_MODULES.add(name)
-        if not ours or frame.f_code.co_name == "<module>":
-            return
+        if name.partition(".")[0] != _PACKAGE:
+            return name
+        if frame.f_code.co_name == "<module>":
+            return None
         frame = frame.f_back
+    return None
 
 
 def attribute_problem(
@@ -233,14 +231,19 @@ class Registry(Generic[EntryT]):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        self.external_modules: set[str] = set()
+        """Names of modules outside this package that have registered an entry."""
         self._entries: dict[str, EntryT] = {}
+        REGISTRIES.append(self)
 
     def add(self, name: str, entry: EntryT) -> EntryT:
         """Register an entry. A duplicate name is a programming error, so it raises ValueError."""
         if name in self._entries:
             raise ValueError(f"{self.kind} `{name}` is registered twice")
         self._entries[name] = entry
-        _note_outside()
+        module = _external_caller()
+        if module is not None:
+            self.external_modules.add(module)
         return entry
 
     def class_decorator(
@@ -279,3 +282,12 @@ class Registry(Generic[EntryT]):
 
     def items(self) -> Iterable[tuple[str, EntryT]]:
         return self._entries.items()
+
+
+REGISTRIES: list[Registry[Any]] = []
+"""All registries of this process."""
+
+
+def external_modules() -> set[str]:
+    """Return the names of modules outside this package that have registered an entry."""
+    return {module for registry in REGISTRIES for module in registry.external_modules}

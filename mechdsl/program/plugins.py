@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mechdsl.base import records
+from mechdsl.base.records import external_modules
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.command_line import PluginNotLoaded
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -138,7 +138,7 @@ def hash_extension_code() -> dict[str, str]:
     """Return module → SHA-256 of all modules that extend the language, loaded plugins among them,
     and of what they import of the user's code. Raises CodeHashError as `hash_plugin_code`."""
     found: dict[str, str] = {}
-    for module in sorted(records.EXTERNAL_MODULES):
+    for module in sorted(external_modules()):
         found |= hash_module_code(module)
     return found | hash_plugin_code()
 

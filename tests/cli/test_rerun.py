@@ -74,7 +74,8 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
         patch.chdir(folder)
         patch.setenv("COLUMNS", "100")
         patch.setattr(sys, "argv", ["mechdsl", "run", "heads.mech", "--store", "kept"])
-        patch.setattr(records, "EXTERNAL_MODULES", set[str]())  # without those of other tests
+        for registry in records.REGISTRIES:  # without the modules of other tests
+            patch.setattr(registry, "external_modules", set[str]())
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as done:
             cli.main()
     assert done.value.code == 1, err.getvalue()

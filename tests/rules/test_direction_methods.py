@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.base.records import EXTERNAL_MODULES
+from mechdsl.base.records import external_modules
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.pipeline.api import explain, plan
@@ -91,7 +91,7 @@ def test_median_is_described_and_planned() -> None:
     text = TOY.format("median(fruit, factor: 2)")
     assert "median of 8 rows of fruit, factor 2, at L2.resid_post" in explain(text)
     assert "median of 8 rows of fruit, factor 2" in plan(text)
-    assert "tests.rules.median_method" in EXTERNAL_MODULES
+    assert "tests.rules.median_method" in external_modules()
 
 
 def test_validate_with_median_imports_no_numpy() -> None:

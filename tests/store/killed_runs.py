@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mechdsl.base.records import EXTERNAL_MODULES
+from mechdsl.base.records import REGISTRIES
 
 TEXT = """mech 1
 model toy = zoo("counting")
@@ -231,7 +231,8 @@ def _child(
         sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", encoding="utf-8") for n in (1, 2))
         os.chdir(folder)
         os.environ.pop("MECHDSL_STORE", None)
-        EXTERNAL_MODULES.clear()  # modules that other tests of this process have registered
+        for registry in REGISTRIES:  # modules that other tests of this process have registered
+            registry.external_modules.clear()
         Steps(os.open(log, os.O_WRONLY | os.O_APPEND), kill_at).watch()
         if limits is not None:
             limits()
