@@ -56,7 +56,6 @@ from mechdsl.resolve.cells import (
 from mechdsl.resolve.expansion import name_cells, split_by_group
 from mechdsl.resolve.types import ExperimentOutline, ResolvedMeasure
 from mechdsl.syntax import ast
-from mechdsl.syntax.words import get_observation_word
 from mechdsl.vocab.aggregates import AGGREGATES
 from mechdsl.vocab.effects import EFFECTS, FAITHFULNESS
 from mechdsl.vocab.metrics import METRICS
@@ -591,10 +590,7 @@ def _facts_for_reports(
     """Return whether an experiment generates replies, whether it has a circuit, and whether
     positions of this circuit depend on parameters."""
     said = variants[0].spec
-    graph = any(
-        rule.observed is not None and get_observation_word(rule.observed.word).has_graph
-        for rule in said.rules
-    )
+    graph = any(rule.observed is not None and rule.observed.facts.has_graph for rule in said.rules)
     resolved = [each.resolved for each in variants if each.resolved is not None]
     circuits = [rule.circuit for each in resolved for rule in each.rules]
     return {

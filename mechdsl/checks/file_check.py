@@ -128,7 +128,7 @@ from mechdsl.resolve.types import (
     ResolvedExperiment,
     ResolvedRule,
 )
-from mechdsl.rules.kinds import RULES
+from mechdsl.rules.kinds import RULES, registered_words
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.traversal import walk
@@ -591,7 +591,7 @@ def check_source(
         return _check_source(source, settings or CheckSettings(), models or {})
     except RecursionError:  # each type of nesting is limited, but not their sum
         nowhere = Span(source, 0, 0)
-        program, _ = lower_program(ast.File((), span=nowhere), source)
+        program, _ = lower_program(ast.File((), span=nowhere), source, registered_words())
         problem = TooLarge(
             what="this file is nested too deeply",
             place="somewhere in this file",
@@ -622,8 +622,9 @@ def _check_source(
         source,
         reach=source_reach(source, outside=settings.allow_outside, untrusted=settings.untrusted),
     )
-    tree, syntax = parse(source)
-    program, lowered = lower_program(tree, source, settings.parameters, settings.callables)
+    words = registered_words()
+    tree, syntax = parse(source, words)
+    program, lowered = lower_program(tree, source, words, settings.parameters, settings.callables)
     program = program.model_copy(update={"trained": dict(settings.trained)})
     broken = BrokenLines([*syntax, *lowered], tree, program.lost)
     checked = CheckedFile(source, program, settings, diagnostics=[*found, *lowered])
@@ -641,9 +642,7 @@ def _check_source(
         require=settings.require_models,
         prompts_enough=settings.prompts_enough,
     )
-    for prompts in program.prompts.values():
-        for corruption in prompts.corruptions:
-            checked.diagnostics.extend(change_problems(corruption.changes, program.parameters))
+    checked.diagnostics.extend(_corruption_problems(program))
     for experiment in experiments:
         checked.diagnostics.extend(_statements(experiment, program))
     _resolve_edits(checked, contexts)
@@ -674,6 +673,13 @@ def _check_source(
         found = [d for d in found if not isinstance(d, UnusedName)]
     checked.diagnostics = _unique(list_skipped_checks([*syntax, *found], program, source))
     return checked
+
+
+def _corruption_problems(program: spec.Program) -> Iterator[Diagnostic]:
+    """Yield the errors in corruptions that are found without rows."""
+    for prompts in program.prompts.values():
+        for corruption in prompts.corruptions:
+            yield from change_problems(corruption.changes, program.parameters)
 
 
 def _resolve_edits(checked: CheckedFile, contexts: FileContexts) -> None:

@@ -20,7 +20,7 @@ from mechdsl.resolve.conflicts import SITES_WITHOUT_GRADIENT, find_flat_part
 from mechdsl.resolve.expansion import get_whole_spec
 from mechdsl.resolve.experiment import resolve_experiment
 from mechdsl.resolve.types import ResolvedExperiment, SitePoint
-from mechdsl.rules.kinds import RULES
+from mechdsl.rules.kinds import RULES, registered_words
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.traversal import number_names
@@ -150,7 +150,7 @@ def _parse_place(
     place = f"{site} at {at}"
     before = "mech 1 experiment e { patch\n"
     source = Source(f"{before}{place}\n}}\n", origin="site and at")
-    tree, problems = parse(source)
+    tree, problems = parse(source, registered_words())
     here = Span(source, len(before), len(before) + len(place))
     errors = [each for each in problems if each.span is not None and each.span.line == _LINE]
     if "\n" in place or (has_errors(problems) and not errors):

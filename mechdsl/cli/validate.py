@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,6 +34,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 
 if TYPE_CHECKING:
     from mechdsl.checks.file_check import CheckSettings
+    from mechdsl.syntax.tree_builder import RegisteredWords
 
 
 @click.command()
@@ -137,7 +137,7 @@ def fmt(files: tuple[Path, ...], check: bool, plugins: tuple[str, ...]) -> int:
     from mechdsl.syntax.formatter import format_file
     from mechdsl.syntax.frontend import parse
 
-    import_module("mechdsl.vocab.corruptions")  # registers the words that the parser looks up
+    words = _registered_words(plugins)
     paths, problems = find_mech_files(files)
     piped = STDIN in paths
     changed: list[str] = []
@@ -146,11 +146,11 @@ def fmt(files: tuple[Path, ...], check: bool, plugins: tuple[str, ...]) -> int:
         problems += found
         if source is None:
             continue
-        tree, found = parse(source)
+        tree, found = parse(source, words)
         problems += found
         if has_errors(found):
             continue
-        text = format_file(tree)
+        text = format_file(tree, words)
         if path == STDIN and not check:
             sys.stdout.write(text)
         elif text != source.text:
@@ -162,3 +162,15 @@ def fmt(files: tuple[Path, ...], check: bool, plugins: tuple[str, ...]) -> int:
         # Standard output contains only the text.
         print_line(f"{'would change' if check else 'formatted'} {name}", out=check or not piped)
     return INVALID_INPUT if has_errors(problems) or (check and changed) else SUCCESS
+
+
+def _registered_words(plugins: Sequence[str]) -> RegisteredWords:
+    """Return the words that changes add to the language, and those of all entries of plugins."""
+    if plugins:
+        from mechdsl.rules.kinds import registered_words
+
+        return registered_words()
+    from mechdsl.syntax.tree_builder import RegisteredWords
+    from mechdsl.vocab.corruptions import change_signatures
+
+    return RegisteredWords(changes=change_signatures())  # all other words are in the grammar

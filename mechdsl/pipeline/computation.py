@@ -102,7 +102,7 @@ from mechdsl.results.experiment_result import (
     UndecidedExpectation,
 )
 from mechdsl.results.results import package_version
-from mechdsl.rules.kinds import RULES
+from mechdsl.rules.kinds import RULES, registered_words
 from mechdsl.store.index import StoreProblem
 from mechdsl.store.runs import OpenRun
 from mechdsl.syntax.frontend import parse
@@ -715,8 +715,9 @@ def check_with_models(
 
     Adds E0201 for names that the file doesn't define, and errors of the models.
     """
-    syntax, found = parse(source)
-    declared = lower_program(syntax, source, settings.parameters)[0].models
+    words = registered_words()
+    syntax, found = parse(source, words)
+    declared = lower_program(syntax, source, words, settings.parameters)[0].models
     # Before the slow verification of a model. A broken line may be its definition.
     unknown = [name for name in models if name not in declared] if not found else []
     loaded, diagnostics = adopt_models({n: pair for n, pair in models.items() if n in declared})

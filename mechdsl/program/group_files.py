@@ -34,6 +34,7 @@ from mechdsl.dictionaries.folder import read_limited_file
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.traversal import number_names
+from mechdsl.syntax.tree_builder import RegisteredWords
 
 LayerFeature: TypeAlias = tuple[int, int]
 """A layer, and a feature of its transcoder."""
@@ -373,7 +374,8 @@ def read_positions(content: Mapping[str, Any], digest: str, written: str) -> Sav
         reason = f"`{written}` has numbers of positions without the text of `positions`"
         hint = "train it again, and write the file: `mechdsl fit FILE --fresh --out FOLDER`"
         raise UnreadableFile(reason, hint) from None
-    tree, problems = parse(Source(f"mech 1\ngroup g = fit(x) at resid_post layer 0 at {text}\n"))
+    source = Source(f"mech 1\ngroup g = fit(x) at resid_post layer 0 at {text}\n")
+    tree, problems = parse(source, RegisteredWords())
     _, *defined = tree.statements  # after the version
     at = defined[0].at if len(defined) == 1 and isinstance(defined[0], ast.GroupDef) else None
     if problems or tree.lost or at is None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from mechdsl.base import limits
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, UnknownWord
@@ -16,8 +15,7 @@ from mechdsl.images.baselines import (
     baseline_problem,
 )
 from mechdsl.images.sounds import GENERATED_SOUNDS
-from mechdsl.program.names import Namespace, line_reference
-from mechdsl.program.spec import TILE, Constant, Tiles, whole_number_value
+from mechdsl.program.spec import TILE, Tiles
 from mechdsl.syntax import ast
 from mechdsl.syntax.words import name_problem
 
@@ -247,33 +245,6 @@ TILE_VALUES = (TILE, IMAGE_SPAN)
 """Values of each row of tiles: the tile and its image."""
 
 
-def lower_tiles(
-    line: ast.TilesLine, scope: Namespace, parameters: Mapping[str, Constant]
-) -> Tiles | None:
-    """Lower a `tiles` line; None after an error (E0201, E0207)."""
-
-    def refused(name: str, reason: str, hint: str) -> None:
-        bad = BadArgument(span=line.span, name=name, reason=reason, hint=hint)
-        scope.diagnostics.append(bad)
-
-    written = (line.rows, line.cols)
-    named = [scope.use("param", each, line.span) for each in written if isinstance(each, str)]
-    if not all(named):
-        return None
-    sides = [whole_number_value(each, parameters) for each in written]
-    for said, side in zip(written, sides, strict=True):
-        if side is None or side < 1:
-            hint = "write how many rows, then how many columns: `tiles 2 by 3`"
-            return refused(str(said), "is not a whole number above 0", hint)
-    rows, cols = (side or 1 for side in sides)
-    if rows * cols == 1:
-        return refused("tiles 1 by 1", "doesn't cut the images", "remove it: each row is an image")
-    if rows * cols > limits.TILES:
-        reason = f"cuts each image into {rows * cols:,}, more than {limits.TILES:,}"
-        return refused("tiles", reason, "write fewer rows and columns")
-    return Tiles(span=line.span, rows=rows, cols=cols, whole=line.whole)
-
-
 def check_tiles(
     line: ast.TilesLine, image: ast.Expr | None, names: Sequence[ast.Name]
 ) -> list[Diagnostic]:
@@ -283,7 +254,7 @@ def check_tiles(
         image: The image expression of the block.
         names: The names of the block's own values.
     """
-    first = f"`tiles` {line_reference(line.span, line.span)} gives each row this value"
+    first = f"`tiles` on line {line.span.line} gives each row this value"
     found: list[Diagnostic] = [
         DuplicateName(span=name.span, name=name.id, first=first)
         for name in names

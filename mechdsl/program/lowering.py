@@ -112,7 +112,7 @@ from mechdsl.program.trainings import lower_objectives, split_by_seed, split_row
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse, parse_setting, read_source
 from mechdsl.syntax.traversal import number_names, walk
-from mechdsl.syntax.words import get_observation_word
+from mechdsl.syntax.tree_builder import RegisteredWords
 
 
 def lower_experiment(
@@ -384,7 +384,7 @@ def _of_weights(work: Statements) -> bool:
     free = all(line.toward is None and line.run is None for line in lines)
     return (
         len(lines) == len(work.observed) > 0
-        and all(get_observation_word(word).of_weights for word in words)
+        and all(work.scope.words.observation(word).of_weights for word in words)
         and free
         and not any(other)
     )
@@ -532,29 +532,26 @@ def _expand_circuits(
 def lower_program(
     tree: ast.File,
     source: Source,
+    words: RegisteredWords,
     settings: Mapping[str, str] | None = None,
     callables: Sequence[ast.Call] = (),
 ) -> tuple[spec.Program, list[Diagnostic]]:
-    """Return the typed program of a parsed file; `settings` are the `--set k=v` of the command
-    line, `callables` the definitions of functions passed from Python.
+    """Return the typed program of a file that was parsed with the same `words`; `settings` are the
+    `--set k=v` of the command line, `callables` the definitions of functions passed from Python.
 
     Codes: E0108 for unsupported features, E02xx for names, imports and parameters, E0532 and E0535
     for imports that may not be read, E06xx for incomplete experiments, W0730 for unused names,
     W0780 for paths of an untrusted file.
     """
-    scope, parts = Namespace(), Definitions()
+    scope, parts = Namespace(words), Definitions()
     tree, discovered, automatic = _expand_circuits(tree, scope)
-    files = _with_imports(tree, source, scope.diagnostics)
+    files = _with_imports(tree, source, scope)
     scope.derived = frozenset(run.name.id for run in derived_runs(tree))
     _parameters(files, parts, scope, settings or {})
     trees = [file for file, _ in files]
     if source.reach.reads is not None:
         scope.diagnostics.extend(warn_named_paths(trees, parts.parameters))
-    for call in callables:
-        _define_callable(call, parts, scope)
-    # Definitions before experiments: a file may use a name before its definition.
-    for statement, imported in ((each, own) for file, own in files for each in file.statements):
-        _define(statement, imported, parts, scope)
+    _define_all(files, callables, parts, scope)
     _note_splits(automatic, parts)
     check_bases(trees, parts, scope)
     _mark_pools(files, scope)
@@ -589,6 +586,20 @@ def lower_program(
         failed=_list_failed(parts, scope),
     )
     return split_by_seed(whole, scope), _without_missing_names(scope.diagnostics)
+
+
+def _define_all(
+    files: Sequence[tuple[ast.File, bool]],
+    callables: Sequence[ast.Call],
+    parts: Definitions,
+    scope: Namespace,
+) -> None:
+    """Define all names before experiments: a file may use a name before its definition."""
+    for call in callables:
+        _define_callable(call, parts, scope)
+    for file, imported in files:
+        for statement in file.statements:
+            _define(statement, imported, parts, scope)
 
 
 def _list_failed(parts: Definitions, scope: Namespace) -> tuple[str, ...]:
@@ -651,12 +662,11 @@ def _import_failed(use: ast.Use, reason: str, hint: str) -> ImportFailed:
     return ImportFailed(span=use.path.span, path=use.path.value, reason=reason, hint=hint)
 
 
-def _with_imports(
-    tree: ast.File, source: Source, diagnostics: list[Diagnostic]
-) -> list[tuple[ast.File, bool]]:
+def _with_imports(tree: ast.File, source: Source, scope: Namespace) -> list[tuple[ast.File, bool]]:
     """Return the file and everything it imports, imported files first, each once."""
     found: list[tuple[ast.File, bool]] = []
     done: set[Path] = set()
+    diagnostics = scope.diagnostics
 
     def visit(file: ast.File, origin: Source, chain: tuple[Path, ...]) -> None:
         for statement in file.statements:
@@ -687,7 +697,7 @@ def _with_imports(
             diagnostics.append(_unreadable_import(use, path, problems[0]))
             return
         imported = replace(imported, reach=origin.reach)
-        file, problems = parse(imported)
+        file, problems = parse(imported, scope.words)
         diagnostics.extend(problems)
         visit(file, imported, (*chain, real))
 

@@ -9,6 +9,7 @@ from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import DuplicateName, UnknownName, UnusedName
 from mechdsl.syntax import ast
+from mechdsl.syntax.tree_builder import RegisteredWords
 
 DEFINITION_EXAMPLES = {
     "model": 'model {} = zoo("counting")',
@@ -38,6 +39,8 @@ class DefinedName:
 class Namespace:
     """All top-level names of a file and its imports; they share one namespace."""
 
+    words: RegisteredWords
+    """Words that registered entries add to the language."""
     diagnostics: list[Diagnostic] = field(default_factory=list)
     definitions: dict[str, DefinedName] = field(default_factory=dict)
     derived: frozenset[str] = frozenset()

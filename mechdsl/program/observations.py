@@ -27,7 +27,6 @@ from mechdsl.program.spec import whole_number_value
 from mechdsl.program.statements import Statements, expand_metrics, resolve_run_name
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite, walk
-from mechdsl.syntax.words import get_observation_word
 
 if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
@@ -91,17 +90,18 @@ def lower_observation(
     if statement.name is not None:
         work.scope.define("observation", statement.name, imported=False)
     if isinstance(statement, ast.ObserveMaps):
-        return _of_maps(statement, name, loops)
+        return _of_maps(statement, name, loops, work)
     source = None
     if statement.run is not None and prompts is not None:
         source = resolve_run_name(statement.run, prompts, work)
     if isinstance(statement, ast.ObserveAttention):
-        return _of_attention(statement, source, name, loops)
+        return _of_attention(statement, source, name, loops, work)
     if isinstance(statement, ast.ObserveFeatures):
         return _of_features(statement, source, name, loops, prompts, work)
     called = statement.what
     top = _listed_count(statement, work)
     call = called if isinstance(called, ast.Call) else None
+    word = called.id if isinstance(called, ast.Name) else called.name
     toward = statement.toward
     if toward is not None:
         toward = _toward(expand_metrics(toward, work.parts, work.scope))
@@ -115,7 +115,8 @@ def lower_observation(
         source=source,
         observed=spec.ObservedQuantity(
             span=called.span,
-            word=called.id if isinstance(called, ast.Name) else called.name,
+            word=word,
+            facts=work.scope.words.observation(word),
             name=name,
             call=call,
             basis=statement.site.basis_name,
@@ -131,7 +132,7 @@ def lower_observation(
 def _named_bases(call: ast.Call | None, work: Statements) -> tuple[str, ...]:
     """Return the bases, the lens or the probe that an observation names; E0201 for names of
     something else."""
-    facts = None if call is None else get_observation_word(call.name)
+    facts = None if call is None else work.scope.words.observation(call.name)
     if call is None or facts is None or not (facts.of_bases or facts.is_lens or facts.of_probes):
         return ()
     kind = "probe" if facts.of_probes else "lens" if facts.is_lens else "basis"
@@ -165,8 +166,10 @@ def _of_attention(
     source: str | None,
     name: str | None,
     loops: tuple[str, ...],
+    work: Statements,
 ) -> spec.Rule:
     edge, what = statement.edge, statement.by or statement.what
+    word = "attention" if what is None else what.id
     return spec.Rule(
         span=statement.span,
         verb="observe",
@@ -176,7 +179,8 @@ def _of_attention(
         source=source,
         observed=spec.ObservedQuantity(
             span=statement.span if what is None else what.span,
-            word="attention" if what is None else what.id,
+            word=word,
+            facts=work.scope.words.observation(word),
             name=name,
             weights_attention=statement.by is not None,
         ),
@@ -208,6 +212,7 @@ def _of_features(
         observed=spec.ObservedQuantity(
             span=statement.basis.span,
             word="features",
+            facts=work.scope.words.observation("features"),
             name=name,
             top=_listed_count(statement, work),
             basis=statement.basis.id,
@@ -276,7 +281,9 @@ def _compared_with(
     return site if run is None else replace(site, names=(replace(name, id=run),))
 
 
-def _of_maps(statement: ast.ObserveMaps, name: str | None, loops: tuple[str, ...]) -> spec.Rule:
+def _of_maps(
+    statement: ast.ObserveMaps, name: str | None, loops: tuple[str, ...], work: Statements
+) -> spec.Rule:
     """Lower an `observe` line over maps of other experiments."""
     share, region = statement.share, statement.region
     at = statement.at or _last_token()
@@ -289,6 +296,7 @@ def _of_maps(statement: ast.ObserveMaps, name: str | None, loops: tuple[str, ...
         observed=spec.ObservedQuantity(
             span=statement.what.span,
             word=statement.what.id,
+            facts=work.scope.words.observation(statement.what.id),
             name=name,
             maps=statement.maps,
             region=None if region is None else region.span.written,
@@ -332,7 +340,7 @@ def split_results(
             by_name[named[0]].append(measure.model_copy(update={"observed": True}))
         else:
             plain.append(measure)
-    lenses = [rule for rule in observed if get_observation_word(_lower_observed(rule).word).is_lens]
+    lenses = [rule for rule in observed if _lower_observed(rule).facts.is_lens]
     read = [measure.model_copy(update={"observed": True}) for measure in plain]
     plain = [] if lenses else plain
     found: list[ResultSpec] = []
@@ -400,7 +408,7 @@ def _own_measures(
     taken = {*parts.metrics, *(measure.label for measure in others)}
     label = said.name or (f"observed {said.word}" if said.word in taken else said.word)
     metric: ast.Expr = ast.Name(said.word, span=rule.span)
-    if said.toward is not None and not get_observation_word(said.word).has_graph:
+    if said.toward is not None and not said.facts.has_graph:
         metric = said.toward
     own = spec.Measure(
         span=rule.span,
@@ -410,14 +418,13 @@ def _own_measures(
         effect_span=rule.span,
         observed=True,
     )
-    controls = get_observation_word(said.word).controls
     return [
         own,
         *(
             own.model_copy(
                 update={"label": f"{label} {word}", "metric": ast.Name(word, span=rule.span)}
             )
-            for word in controls
+            for word in said.facts.controls
         ),
     ]
 
@@ -425,7 +432,7 @@ def _own_measures(
 def _written_out(measure: spec.Measure, rule: spec.Rule) -> spec.Measure:
     """Replace the measure's logits by those of the observation's `toward` clause."""
     said = _lower_observed(rule)
-    toward = None if get_observation_word(said.word).has_graph else said.toward
+    toward = None if said.facts.has_graph else said.toward
 
     def change(node: ast.Node) -> ast.Node:
         own = isinstance(node, ast.Name) and node.id == said.name

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
+from mechdsl.base import limits
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -26,13 +27,12 @@ from mechdsl.program.images import (
     IMAGE_SPANS,
     check_tiles,
     image_problems,
-    lower_tiles,
     sound_problems,
     video_problems,
 )
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.paths import HF_DATASET_PATH
-from mechdsl.program.spec import CLEAN, Constant
+from mechdsl.program.spec import CLEAN, Constant, whole_number_value
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import field_names, walk
 
@@ -520,13 +520,40 @@ def _images(
         named = [*block.seen.values(), *block.renamed.values()]
         problems = check_tiles(block.tiles, image, named)
         scope.diagnostics.extend(problems)
-        tiles = None if problems else lower_tiles(block.tiles, scope, parameters)
+        tiles = None if problems else _lower_tiles(block.tiles, scope, parameters)
     own = {
         "image": image,
         "tiles": tiles,
         "from_images": not known,
     }
     return _lowered(block).model_copy(update=own)
+
+
+def _lower_tiles(
+    line: ast.TilesLine, scope: Namespace, parameters: Mapping[str, Constant]
+) -> spec.Tiles | None:
+    """Lower a `tiles` line; None after an error (E0201, E0207)."""
+
+    def refused(name: str, reason: str, hint: str) -> None:
+        bad = BadArgument(span=line.span, name=name, reason=reason, hint=hint)
+        scope.diagnostics.append(bad)
+
+    written = (line.rows, line.cols)
+    named = [scope.use("param", each, line.span) for each in written if isinstance(each, str)]
+    if not all(named):
+        return None
+    sides = [whole_number_value(each, parameters) for each in written]
+    for said, side in zip(written, sides, strict=True):
+        if side is None or side < 1:
+            hint = "write how many rows, then how many columns: `tiles 2 by 3`"
+            return refused(str(said), "is not a whole number above 0", hint)
+    rows, cols = (side or 1 for side in sides)
+    if rows * cols == 1:
+        return refused("tiles 1 by 1", "doesn't cut the images", "remove it: each row is an image")
+    if rows * cols > limits.TILES:
+        reason = f"cuts each image into {rows * cols:,}, more than {limits.TILES:,}"
+        return refused("tiles", reason, "write fewer rows and columns")
+    return spec.Tiles(span=line.span, rows=rows, cols=cols, whole=line.whole)
 
 
 def _names_used(definition: ast.PromptsDef, scope: Namespace) -> None:

@@ -11,7 +11,6 @@ from mechdsl.program import spec
 from mechdsl.syntax import ast
 from mechdsl.syntax.parser import Placeholder, parse_template
 from mechdsl.syntax.traversal import NodeT, number_names, rewrite, walk
-from mechdsl.syntax.words import get_observation_word
 
 
 def results_by_observation(experiments: Sequence[spec.Experiment]) -> dict[str, str]:
@@ -170,7 +169,7 @@ def possible_axes(rule: spec.Rule) -> Iterator[str]:
 
 def observation_axes(observed: spec.ObservedQuantity) -> Iterator[str]:
     """Yield the axes given by the type of an observation."""
-    yield from get_observation_word(observed.word).axes
+    yield from observed.facts.axes
     if len(observed.maps) > 1 and not observed.placed:
         yield "map"
 

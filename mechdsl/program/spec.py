@@ -36,6 +36,8 @@ from mechdsl.program.estimators import (
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
+    from mechdsl.syntax.words import ObservationWord
+
     ExprText = ast.Expr
     CallText = ast.Call
     SiteText = ast.Site
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     SiteMapText = ast.SiteMap
     RefText = ast.Ref
     Losses = tuple[ast.LostStatement, ...]
+    WordFacts = ObservationWord
     TrainedFiles = dict[str, tuple[object, str]]
     Where = Span
     Paths = tuple[Path, ...]
@@ -70,7 +73,7 @@ _WRITTEN_AS_TEXT = (
 )
 """Types of syntax trees whose JSON is the source text."""
 
-_WITHOUT_JSON = ("Where", "Paths", "Names", "Sources", "Losses", "TrainedFiles")
+_WITHOUT_JSON = ("Where", "Paths", "Names", "Sources", "Losses", "TrainedFiles", "WordFacts")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
@@ -390,6 +393,8 @@ class ObservedQuantity(Spec):
 
     word: str
     """Type of the observation: `norm`, `logit_lens`."""
+    facts: WordFacts
+    """Facts of the word."""
     name: str | None = None
     """Its name in the file: `as attn`."""
     call: CallText | None = None

@@ -17,7 +17,6 @@ from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.spec import CLEAN
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import NodeT, depth, number_names, rewrite, walk
-from mechdsl.syntax.words import VERBS, get_observation_word
 
 if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
@@ -285,7 +284,7 @@ class Statements:
             elif isinstance(node, ast.SpanRef) and self._is_rejected(node.name):
                 self.unsupported = True  # perhaps a group of positions
             elif isinstance(node, ast.Site) and (name := node.basis_name) is not None:
-                if _takes_basis(statement, node):
+                if self._takes_basis(statement, node):
                     known = name == ast.STANDARD_BASIS or name in {each.name for each in self.loops}
                     known = known or self.scope.use("basis", name, node.span)
                     self.unsupported = self.unsupported or not known
@@ -295,6 +294,28 @@ class Statements:
                     self.scope.has("basis", name)
                     self.later(node.span, "a basis in this statement", BASIS_HINT)
         return not has_errors(self.diagnostics[before:])
+
+    def _takes_basis(self, statement: ast.Node, site: ast.Site) -> bool:
+        """Whether the site of a rule or an `observe` line may be coordinates of a basis."""
+        if isinstance(statement, ast.Observe):
+            what = statement.what
+            word = what.id if isinstance(what, ast.Name) else what.name
+            return self.scope.words.observation(word).of_coordinates and statement.site is site
+        match statement.body if isinstance(statement, ast.Rule) else None:
+            case (
+                ast.Patch(site=own)
+                | ast.Ablate(site=own)
+                | ast.SetSite(site=own)
+                | ast.Add(site=own)
+                | ast.Scale(site=own)
+                | ast.Clamp(site=own, direction=None)
+                | ast.ProjectOut(site=own, direction=None)
+            ):
+                return own is site
+            case ast.PathRule(sender=of, receiver=to):
+                return site in (of, to) and site.basis_name != ast.STANDARD_BASIS
+            case _:
+                return False
 
     def _chooses_positions(self, name: str | None) -> TypeGuard[str]:
         """Whether a name is that of a group of positions that a training chooses, or chose in a
@@ -315,7 +336,7 @@ class Statements:
 
     def _amount(self, body: ast.RegisteredRule) -> None:
         """Report E0101 if a verb has the wrong word, or none, before its number."""
-        takes, verb = VERBS[body.verb.id], body.verb.id
+        takes, verb = self.scope.words.verbs[body.verb.id], body.verb.id
         if takes == body.before:
             return
         span, found = body.span, f"end of the `{verb}` statement"
@@ -338,28 +359,6 @@ def read_groups_of(rule: ast.Rule, work: Statements) -> tuple[tuple[str, str], .
     ends = _list_ends(rule.body)
     named = (work.read_groups.get(node.span) for end in ends for node in (end, *end.excluded))
     return tuple(dict.fromkeys(group for group in named if group is not None))
-
-
-def _takes_basis(statement: ast.Node, site: ast.Site) -> bool:
-    """Whether the site of a rule or an `observe` line may be coordinates of a basis."""
-    if isinstance(statement, ast.Observe):
-        word = statement.what.id if isinstance(statement.what, ast.Name) else statement.what.name
-        return get_observation_word(word).of_coordinates and statement.site is site
-    match statement.body if isinstance(statement, ast.Rule) else None:
-        case (
-            ast.Patch(site=own)
-            | ast.Ablate(site=own)
-            | ast.SetSite(site=own)
-            | ast.Add(site=own)
-            | ast.Scale(site=own)
-            | ast.Clamp(site=own, direction=None)
-            | ast.ProjectOut(site=own, direction=None)
-        ):
-            return own is site
-        case ast.PathRule(sender=of, receiver=to):
-            return site in (of, to) and site.basis_name != ast.STANDARD_BASIS
-        case _:
-            return False
 
 
 def join_features(sites: Sequence[ast.Site], named: ast.Site) -> list[ast.Site]:

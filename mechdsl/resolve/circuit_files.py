@@ -40,6 +40,7 @@ from mechdsl.resolve.types import (
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.traversal import number_names
+from mechdsl.syntax.tree_builder import RegisteredWords
 from mechdsl.vocab.sites import SITES
 
 EMBEDDING = SitePoint("resid_pre", 0, None)
@@ -491,7 +492,8 @@ def _find_feature(name: str, features: Mapping[str, FeatureEnds]) -> FeatureEnds
 
 def _parse_position(text: str) -> ast.Position:
     """Parse the position of an edge. Raises NotAnEdge."""
-    tree, problems = parse(Source(f"mech 1\ncircuit c = embed -> logits at {text}\n"))
+    source = Source(f"mech 1\ncircuit c = embed -> logits at {text}\n")
+    tree, problems = parse(source, RegisteredWords())
     _, *defined = tree.statements  # after the version
     edges = defined[0].edges if len(defined) == 1 and isinstance(defined[0], ast.CircuitDef) else ()
     at = edges[0].at if len(edges) == 1 else None

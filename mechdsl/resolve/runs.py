@@ -56,6 +56,7 @@ from mechdsl.resolve.types import (
     iter_read_points,
 )
 from mechdsl.syntax import ast
+from mechdsl.syntax.words import ObservationWord
 from mechdsl.vocab.effects import CIRCUIT_BASELINES, EFFECTS, RAW, CircuitBaseline
 from mechdsl.vocab.sites import SITES
 
@@ -80,6 +81,10 @@ class RuleKind:
     def observes(self, rule: spec.Rule) -> Observation | None:
         """Return the observation that measures read; None for rules that act."""
         return None
+
+    def observation_words(self) -> Mapping[str, ObservationWord]:
+        """Return the words that may follow its verb, if they name observations."""
+        return {}
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         """Resolve the targets of a rule, and add its sweeps to the axes of the experiment.

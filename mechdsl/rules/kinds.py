@@ -35,7 +35,9 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
-from mechdsl.syntax.words import RESERVED, RULE_WORDS, SOFT_WORDS, VERBS
+from mechdsl.syntax.tree_builder import RegisteredWords
+from mechdsl.syntax.words import RESERVED, RULE_WORDS, SOFT_WORDS, ObservationWord
+from mechdsl.vocab.corruptions import change_signatures
 from mechdsl.vocab.sites import SITES
 
 
@@ -191,11 +193,21 @@ def rule_kind(words: str) -> Callable[[type[RuleKind]], type[RuleKind]]:
         if issubclass(entry, Intervention) and not hasattr(entry, "name"):
             entry.name = words
         RULES.add(words, entry())
-        if words not in SOFT_WORDS:  # all other words are in the grammar
-            VERBS.add(words, entry.takes)
         return entry
 
     return register
+
+
+def registered_words() -> RegisteredWords:
+    """Return the words that registered rules, changes and observations add to the language."""
+    observations: dict[str, ObservationWord] = {}
+    for _, kind in RULES.items():
+        observations |= kind.observation_words()
+    return RegisteredWords(
+        verbs={words: kind.takes for words, kind in RULES.items() if words not in SOFT_WORDS},
+        changes=change_signatures(),
+        observations=observations,
+    )
 
 
 def resolve_targets(

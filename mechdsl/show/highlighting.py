@@ -11,14 +11,13 @@ from pygments.token import Comment, Keyword, Name, Number, Operator, Punctuation
 
 from mechdsl.syntax.parser_tables import grammar_file
 from mechdsl.syntax.words import (
-    CHANGE_WORDS,
     CLAUSE_WORDS,
     DATA_WORDS,
     EXPERIMENT_WORDS,
     SOFT_WORDS,
     TOP_WORDS,
 )
-from mechdsl.vocab.corruptions import CHANGES
+from mechdsl.vocab.corruptions import CHANGES, change_signatures
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS
 from mechdsl.vocab.reports import REPORTS
@@ -30,7 +29,7 @@ _LITERAL = re.compile(r'"([a-z]+)"')
 
 def statement_words() -> list[str]:
     """Return the words that begin a statement or a line, sorted."""
-    begins = TOP_WORDS | DATA_WORDS | EXPERIMENT_WORDS | SOFT_WORDS | CHANGE_WORDS
+    begins = TOP_WORDS | DATA_WORDS | EXPERIMENT_WORDS | SOFT_WORDS | set(change_signatures())
     return sorted(begins - CLAUSE_WORDS)
 
 

@@ -22,6 +22,7 @@ from mechdsl.syntax.printer import (
     format_values,
     statement_body,
 )
+from mechdsl.syntax.tree_builder import RegisteredWords
 
 MAX_WIDTH = 100
 
@@ -30,8 +31,11 @@ class FormatError(RuntimeError):
     """An internal error: the formatted text parses to a different tree."""
 
 
-def format_file(tree: ast.File) -> str:
+def format_file(tree: ast.File, words: RegisteredWords) -> str:
     """Format a file without syntax errors, including every comment.
+
+    Args:
+        words: The words that the file was parsed with.
 
     Raises:
         FormatError: If the result doesn't parse to the same tree with the same comments.
@@ -39,12 +43,12 @@ def format_file(tree: ast.File) -> str:
     comments = sorted(tree.comments, key=lambda c: c.span.start)
     lines = _Writer().block(tree.statements, comments, 0)
     text = "".join(f"{text}\n" for text in lines)
-    _check(tree, text)
+    _check(tree, text, words)
     return text
 
 
-def _check(tree: ast.File, text: str) -> None:
-    again, problems = parse(Source(text))
+def _check(tree: ast.File, text: str, words: RegisteredWords) -> None:
+    again, problems = parse(Source(text), words)
     if again.statements != tree.statements or (problems and tree.statements):
         raise FormatError("the formatted file is not the same program; please report this")
     if sorted(c.text for c in again.comments) != sorted(c.text for c in tree.comments):

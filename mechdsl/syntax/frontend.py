@@ -14,15 +14,19 @@ from mechdsl.diagnostics.files import NotMechFile
 from mechdsl.diagnostics.syntax import NotText, ReservedName, TooLarge, Unreadable
 from mechdsl.syntax import ast
 from mechdsl.syntax.parser import ParserError, run_parser, scan_text, skip_space
+from mechdsl.syntax.tree_builder import RegisteredWords
 
 _FIRST_LINE = re.compile(r"mech\s+\d")
 
 
-def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
+def parse(source: Source, words: RegisteredWords) -> tuple[ast.File, list[Diagnostic]]:
     """Parse a text.
 
     A statement with an error stays in the tree if its meaning is clear (a misspelt word of the
     language); otherwise it is one of the tree's lost statements.
+
+    Args:
+        words: Words in addition to those of the grammar.
 
     Returns:
         The tree and all syntax errors in source order (E0101 to E0111 and E0114, except E0108).
@@ -31,12 +35,12 @@ def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
     if found.problem is not None:
         return ast.File((), found.comments, span=Span(source, 0, 0)), [found.problem]
     try:
-        file, diagnostics = run_parser(source, source.text)
+        file, diagnostics = run_parser(source, source.text, words=words)
     except ParserError as error:
         # Half of this package handles syntax errors; valid files start faster without it.
         from mechdsl.syntax.mistakes.recovery import recover
 
-        file, diagnostics = recover(source, error.offset)
+        file, diagnostics = recover(source, error.offset, words)
     return replace(file, comments=found.comments), _reported(diagnostics)
 
 

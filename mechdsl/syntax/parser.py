@@ -26,8 +26,13 @@ from mechdsl.diagnostics.syntax import BadPlaceholder, EmptyFile, NotText, TooLa
 from mechdsl.syntax import ast
 from mechdsl.syntax.ast import unescape
 from mechdsl.syntax.parser_tables import load_tables
-from mechdsl.syntax.tree_builder import PARSE_CONTEXT, ParseContext, TreeBuilder, WordSubstitution
-from mechdsl.syntax.words import CHANGE_WORDS, VERBS
+from mechdsl.syntax.tree_builder import (
+    PARSE_CONTEXT,
+    ParseContext,
+    RegisteredWords,
+    TreeBuilder,
+    WordSubstitution,
+)
 
 CONTEXTUAL_PRIORITY = 3
 """Priority from which on terminals are read only where the parser accepts them."""
@@ -42,9 +47,9 @@ class MechLexer(Lexer):
 
     Literals, names and punctuation are read everywhere, so that a misplaced one reaches the parser
     and its message names the word. A keyword is always a whole word. One regular expression serves
-    all states, which saves compiling one per state. Words that the grammar doesn't contain are
-    looked up: changes in `CHANGE_WORDS`, rules in `VERBS`. Where a name is possible too, such a
-    verb begins a rule only as the first word of its line.
+    all states, which saves compiling one per state. Words of changes and verbs of rules that the
+    grammar doesn't contain are looked up in the `RegisteredWords` of the parse. Where a name is
+    possible too, such a verb begins a rule only as the first word of its line.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class MechLexer(Lexer):
         text: str = lexer_state.text.text
         position: int = lexer_state.text.start
         end: int = lexer_state.text.end
+        words = PARSE_CONTEXT.get().words
         while position < end:
             found = self.match(text, position)
             if found is None:
@@ -106,9 +112,9 @@ class MechLexer(Lexer):
                     keyword = self.words.get(word)
                     if keyword in accepted:
                         kind = keyword
-                    elif word in CHANGE_WORDS and "CHANGE" in accepted:
+                    elif word in words.changes and "CHANGE" in accepted:
                         kind = "CHANGE"
-                    elif word in VERBS and "VERB" in accepted:
+                    elif word in words.verbs and "VERB" in accepted:
                         alone = "NAME" not in accepted or _first_of_line(text, position)
                         alone = alone or "STAR" in accepted  # after a span, not a number
                         kind = "VERB" if alone else kind
@@ -232,11 +238,13 @@ def run_parser(
     base: int = 0,
     start: str = "start",
     reading: WordSubstitution | None = None,
+    words: RegisteredWords | None = None,
 ) -> tuple[Any, list[Diagnostic]]:
     """Parse `text`, which begins at offset `base` of the source.
 
     Args:
         reading: A word to parse as a different one.
+        words: Words in addition to those of the grammar, for texts with statements.
 
     Returns:
         The result of the start rule, and errors in statements of a valid shape.
@@ -244,7 +252,7 @@ def run_parser(
     Raises:
         ParserError: At the first syntax error.
     """
-    context = ParseContext(source, base, reading)
+    context = ParseContext(source, words or RegisteredWords(), base, reading)
     if reading is not None:
         text = reading.put_into(text)
     token = PARSE_CONTEXT.set(context)

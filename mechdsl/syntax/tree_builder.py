@@ -1,8 +1,8 @@
 """Build the syntax tree from the parser's reductions, with one method per grammar rule.
 
-All lines of `corrupt` blocks that begin with a word have the same shape in the grammar. The
-signature of the word defines which parts are required or allowed; `vocab.corruptions` registers
-the signatures here.
+The grammar knows only shapes. A file is parsed with the `RegisteredWords` of rule kinds,
+observations and changes. All lines of `corrupt` blocks that begin with a word have the same shape
+in the grammar; the signature of the word defines which parts are required or allowed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from lark import Token, Transformer, Tree
@@ -30,7 +31,7 @@ from mechdsl.diagnostics.syntax import (
 from mechdsl.syntax import ast
 from mechdsl.syntax.ast import unescape
 from mechdsl.syntax.forms import FORMS, Form, FormField, FormGroup, FormPart
-from mechdsl.syntax.words import CHANGE_WORDS, RESERVED
+from mechdsl.syntax.words import CHANGE_WORDS, RESERVED, ObservationWord
 
 CHANGE_CLAUSES = {
     "to": "to",
@@ -162,28 +163,33 @@ class ChangeSignature(Record):
         return left if complete else left - _FOLLOWING_TERMINALS
 
 
-CHANGE_SIGNATURES: dict[str, ChangeSignature] = {}
-"""Signatures by the first word of a change."""
+class RegisteredWords(Record):
+    """The words that registered entries add to those of the grammar."""
 
+    verbs: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Verb of a registered rule → the word before its number, or an empty string."""
+    changes: Mapping[str, ChangeSignature] = field(default_factory=dict[str, ChangeSignature])
+    """First word of a change → its signature. The word stays a valid name everywhere else."""
+    observations: Mapping[str, ObservationWord] = field(default_factory=dict[str, ObservationWord])
+    """Word after `observe` → its facts."""
 
-def register_change(word: str, signature: ChangeSignature) -> None:
-    """Register a word that begins a change; the word stays a valid name everywhere else."""
-    CHANGE_SIGNATURES[word] = signature
-    CHANGE_WORDS.add(word)
+    @cached_property
+    def change_words(self) -> frozenset[str]:
+        """First words of lines in a `corrupt` block."""
+        return CHANGE_WORDS.union(self.changes)
+
+    def observation(self, word: str) -> ObservationWord:
+        """Return the facts of a word after `observe`; those of an unknown word are all false."""
+        return self.observations.get(word) or ObservationWord()
 
 
 def _checked_change(change: ast.ChangeLine) -> ast.ChangeLine:
     """Report the first problem with the parts of a change."""
-    wrong = check_change(change)
+    signature = PARSE_CONTEXT.get().words.changes.get(change.word)
+    wrong = None if signature is None else signature.problem(change)
     if wrong is not None:
         _report(wrong)
     return change
-
-
-def check_change(change: ast.ChangeLine) -> Diagnostic | None:
-    """Return the first problem with the parts of a change."""
-    signature = CHANGE_SIGNATURES.get(change.word)
-    return None if signature is None else signature.problem(change)
 
 
 def _unexpected(span: Span, expected: str, hint: str = "") -> Diagnostic:
@@ -221,6 +227,7 @@ class ParseContext:
     """The origin of the text being parsed, and the problems found in it."""
 
     source: Source
+    words: RegisteredWords
     base: int = 0
     """Offset of the parsed text in the source."""
     reading: WordSubstitution | None = None

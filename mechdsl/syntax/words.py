@@ -1,12 +1,8 @@
-"""Words of the language and words that registries add to it.
-
-The grammar knows only shapes. Rule kinds, observations and corruptions register their first word
-here, so that the parser can look it up.
-"""
+"""Words of the grammar, and the facts of a word that names an observation."""
 
 from __future__ import annotations
 
-from mechdsl.base.records import Record, Registry
+from mechdsl.base.records import Record
 
 
 def _words(text: str) -> frozenset[str]:
@@ -25,9 +21,8 @@ DATA_WORDS = _words(
 )
 """First words of lines in a `prompts` or `images` block."""
 
-CHANGE_WORDS = set(_words("swap template add replace blur"))
-"""First words of lines in a `corrupt` block: those of the grammar and those that
-`tree_builder.register_change` adds. The latter stay valid names everywhere else."""
+CHANGE_WORDS = _words("swap template add replace blur")
+"""First words of lines in a `corrupt` block that are words of the grammar."""
 
 RULE_WORDS = _words(
     "patch ablate replace block reweight set path add scale project clamp swap freeze"
@@ -84,9 +79,6 @@ CLAUSE_WORDS = CONNECTING_WORDS | _words(
 )
 """Words that continue a statement, so that a line within it may begin with one of them."""
 
-VERBS: Registry[str] = Registry("rule")
-"""Verb of a registered rule → the word before its number, or an empty string."""
-
 
 class ObservationWord(Record):
     """Facts of a word after `observe`, for stages before the one that defines it."""
@@ -108,11 +100,3 @@ class ObservationWord(Record):
     """Axes of its values, if a cell has several."""
     controls: tuple[str, ...] = ()
     """Its controls, each a separate measure."""
-
-
-OBSERVATION_WORDS: Registry[ObservationWord] = Registry("observation")
-
-
-def get_observation_word(word: str) -> ObservationWord:
-    """Return the facts of a word after `observe`; those of an unknown word are all false."""
-    return OBSERVATION_WORDS.get(word) or ObservationWord()

@@ -13,7 +13,7 @@ from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.prompts import BadCall
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.syntax import ast
-from mechdsl.syntax.tree_builder import ChangeSignature, register_change
+from mechdsl.syntax.tree_builder import ChangeSignature
 from mechdsl.vocab.sites import SITES, unknown_component
 
 if TYPE_CHECKING:
@@ -167,10 +167,14 @@ def change(name: str) -> Callable[[type[K]], type[K]]:
     def entered(kind: type[K]) -> type[K]:
         kind.name = name
         CHANGES.add(name, kind())
-        register_change(name, kind.signature)
         return kind
 
     return entered
+
+
+def change_signatures() -> dict[str, ChangeSignature]:
+    """Return the signature of each registered word that begins a change."""
+    return {word: kind.signature for word, kind in CHANGES.items() if kind is not SET}
 
 
 def change_kind(line: ast.CorruptLine) -> ChangeKind[Any]:

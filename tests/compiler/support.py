@@ -8,11 +8,10 @@ from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.program import spec
-from mechdsl.program.lowering import lower_program
 from mechdsl.resolve.types import ResolvedExperiment
-from mechdsl.syntax.frontend import parse
 
 from .. import fruit
+from ..parsing import lower_program, parse
 
 HEAD = fruit.head(fruit.FEWER, "corrupt other_fruit { item = other(item) }")
 FROM = "from clean into fewer"

@@ -10,11 +10,10 @@ from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.names import UnknownName, UnusedName
-from mechdsl.program.lowering import lower_program
 from mechdsl.program.measures import CORRECTION_WORDS
 from mechdsl.program.significance import CORRECTION_NAMES
-from mechdsl.syntax.frontend import parse
 
+from ..parsing import lower_program, parse
 from .support import DELTA, FROM, HEAD, experiment, lowered
 
 

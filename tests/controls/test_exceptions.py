@@ -16,9 +16,8 @@ from mechdsl.resolve.controls import ExcludedSite, group_excluded_units
 from mechdsl.resolve.types import SitePoint
 from mechdsl.show.console import visible_console
 from mechdsl.show.prompts import print_prompts
-from mechdsl.syntax.formatter import format_file
-from mechdsl.syntax.frontend import parse
 
+from ..parsing import format_file, parse
 from .test_controls import PATCH, START, WHICH, check, checked, control, drawn, effects, explicit
 
 HEADS = "patch layer * head * at last-item token"

@@ -28,8 +28,10 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.prompts.table import build_table
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.rules.kinds import registered_words
 from mechdsl.syntax import ast
-from mechdsl.syntax.frontend import parse
+
+from ..parsing import parse
 
 _WORDS = """
  apple pear plum fig kiwi thing Mary John Tom Anna Luke shop park bag book gave went the When and to
@@ -165,7 +167,7 @@ def tree(text: str, path: Path | None = None) -> ast.File:
 def blocks(text: str, path: Path | None = None) -> dict[str, spec.Prompts]:
     """The prompts blocks of a text, by name."""
     return {
-        s.name.id: lower_prompts(s, Namespace(), {})
+        s.name.id: lower_prompts(s, Namespace(registered_words()), {})
         for s in tree(text, path).statements
         if isinstance(s, ast.PromptsDef)
     }

@@ -9,9 +9,8 @@ import pytest
 from mechdsl.base.source import Source
 from mechdsl.prompts.runs import RunRow
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
-from mechdsl.syntax.formatter import format_file
-from mechdsl.syntax.frontend import parse
 
+from ..parsing import format_file, parse
 from . import chats, support
 from .tokenizers import KINDS, Kind
 

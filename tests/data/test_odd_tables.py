@@ -10,8 +10,8 @@ import mechdsl
 from mechdsl.base.source import Source, Span
 from mechdsl.prompts.data_files import DataFile, read_data_file
 from mechdsl.prompts.expressions import parse_number
-from mechdsl.syntax.formatter import format_file
-from mechdsl.syntax.frontend import parse
+
+from ..parsing import format_file, parse
 
 FILE = """mech 1
 

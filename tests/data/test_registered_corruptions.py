@@ -10,11 +10,9 @@ import pytest
 
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
-from mechdsl.syntax.formatter import format_file
-from mechdsl.syntax.frontend import parse
-from mechdsl.syntax.tree_builder import CHANGE_SIGNATURES
-from mechdsl.syntax.words import CHANGE_WORDS
 from mechdsl.vocab.corruptions import CHANGES
+
+from ..parsing import format_file, parse
 
 FILE = """mech 1
 model toy = zoo("counting")
@@ -43,8 +41,7 @@ def _entries() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
     importlib.import_module("tests.data.shout")
     yield
     for word in ("shout", "erase"):  # other tests use the unmodified language
-        del CHANGES._entries[word], CHANGE_SIGNATURES[word]  # pyright: ignore[reportPrivateUsage]
-        CHANGE_WORDS.discard(word)
+        del CHANGES._entries[word]  # pyright: ignore[reportPrivateUsage]
 
 
 def texts(*lines: str) -> list[str]:

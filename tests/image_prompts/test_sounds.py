@@ -36,8 +36,6 @@ from mechdsl.loading.identity import compute_identity
 from mechdsl.loading.loader import adopt_model
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
-from mechdsl.syntax.formatter import format_file
-from mechdsl.syntax.frontend import parse
 
 from ..execute.encoder_decoders import (
     Place,
@@ -48,6 +46,7 @@ from ..execute.encoder_decoders import (
     zeroed,
 )
 from ..execute.support import MODES, run_on
+from ..parsing import format_file, parse
 from ..run_source import run_source
 from ..shared_models import unchanged
 from . import models

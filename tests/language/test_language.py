@@ -19,9 +19,9 @@ from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.syntax import ast
-from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.traversal import walk
 
+from ..parsing import parse
 from .page import PAGE, Line, page, sections
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,9 @@ from pathlib import Path
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.syntax.frontend import parse
 from tests.markdown import Fence, fences
+
+from ..parsing import parse
 
 HERE = Path(__file__).parent
 FLAGS = {"several", "only-warned", "only-parsed", "python-refused"}

@@ -17,7 +17,8 @@ import pytest
 from mechdsl.base.source import STRING_PATTERN, Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.syntax.frontend import parse
+
+from ..parsing import parse
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((ROOT / "examples").rglob("*.mech"))

@@ -7,9 +7,8 @@ import pytest
 
 from mechdsl.base.source import Source
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.syntax.formatter import format_file
-from mechdsl.syntax.frontend import parse
 
+from ..parsing import format_file, parse
 from .support import HEAD, PLAIN, Array, checked, experiment, patched, run, without_tokens
 
 DELTA = "measure prob(answer) as delta"

@@ -12,9 +12,9 @@ import mechdsl
 from mechdsl.base.source import Source
 from mechdsl.program.group_searches import expand_searches
 from mechdsl.syntax import ast
-from mechdsl.syntax.frontend import parse
 
 from ..cli.conftest import Command, command
+from ..parsing import parse
 from ..quick import some
 from .test_discovered_circuits import BLOCK, run, write
 

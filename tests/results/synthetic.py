@@ -17,8 +17,9 @@ from mechdsl.results.assembly.collection import add_statistics, add_verdicts
 from mechdsl.results.experiment_result import ExperimentResult, Replies
 from mechdsl.statistics.measurements import MeasureData, RandomControlValues
 from mechdsl.syntax import ast
-from mechdsl.syntax.frontend import parse
 from mechdsl.vocab.metrics import Reply
+
+from ..parsing import parse
 
 SPAN = Span(Source(""), 0, 0)
 

@@ -22,12 +22,11 @@ from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.program import spec
-from mechdsl.program.lowering import lower_program
 from mechdsl.program.run_order import add_dependencies, compared_experiments
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.verdicts.decision import known_results
-from mechdsl.syntax.frontend import parse
 
+from ..parsing import lower_program, parse
 from ..run_source import run_source
 from .synthetic import expectation, finished, heads, measure, positions
 

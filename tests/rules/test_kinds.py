@@ -22,10 +22,8 @@ from mechdsl.cli.entry import app
 from mechdsl.resolve.cells import Coord
 from mechdsl.resolve.types import ResolvedRule, VectorBatch
 from mechdsl.rules.kinds import RULES, SiteRule, rule_kind
-from mechdsl.syntax.formatter import format_file
-from mechdsl.syntax.frontend import parse
-from mechdsl.syntax.words import VERBS
 
+from ..parsing import format_file, parse
 from ..quick import in_turn
 from ..reference.forward import Write
 from .support import (
@@ -69,7 +67,6 @@ experiment e {
 
 def _forget(verb: str) -> None:
     RULES._entries.pop(verb)  # type: ignore[attr-defined]
-    VERBS._entries.pop(verb)  # type: ignore[attr-defined]
 
 
 @pytest.fixture

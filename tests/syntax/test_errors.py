@@ -12,11 +12,12 @@ from mechdsl.base.records import close_names, closest_name, edit_distance
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.syntax import ast
-from mechdsl.syntax.frontend import parse, parse_setting, read_source
+from mechdsl.syntax.frontend import parse_setting, read_source
 from mechdsl.syntax.mistakes.hints import HINTS
 from mechdsl.syntax.mistakes.recovery import SLIPS, replace_slips
 from tests.messages.cases import all_cases, program
 
+from ..parsing import parse
 from .snippets import all_snippets, wrapped
 
 

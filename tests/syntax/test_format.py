@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from mechdsl.base.source import Source, Span
 from mechdsl.syntax import ast
-from mechdsl.syntax.formatter import FormatError, format_file
-from mechdsl.syntax.frontend import parse
+from mechdsl.syntax.formatter import FormatError
 
+from ..parsing import format_file, parse
 from .snippets import CHANGES, DATA, TOP, all_snippets, experiment_snippets, wrapped
 
 EXAMPLES = sorted((Path(__file__).parent / "examples").rglob("*.mech"))

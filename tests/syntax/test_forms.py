@@ -15,7 +15,11 @@ from mechdsl.syntax import parser as engine
 from mechdsl.syntax.forms import FORMS, Form, FormField, FormPart, iter_parts
 from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.printer import format_header, format_line
-from mechdsl.syntax.tree_builder import TreeBuilder
+from mechdsl.syntax.tree_builder import RegisteredWords, TreeBuilder
+from mechdsl.vocab.corruptions import change_signatures
+
+WITH_NUDGE = RegisteredWords(verbs={"nudge": ""}, changes=change_signatures())
+"""The words of changes, and a verb of a plugin."""
 
 SAMPLES = {
     "axis": "layer 2",
@@ -108,7 +112,7 @@ def parsed(text: str, node: type[Any]) -> list[ast.Node]:
     """Parse a statement in each place, and return those of the class."""
     found: list[ast.Node] = []
     for place in PLACES.values():
-        tree, problems = parse(Source(place.format(text)))
+        tree, problems = parse(Source(place.format(text)), WITH_NUDGE)
         if not problems and len(tree.statements) == 2:
             found += [each for each in inside(tree.statements[1]) if type(each) is node]
     return found
@@ -125,9 +129,8 @@ def inside(node: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=lambda form: form.node.__name__)
 def test_each_sentence_of_a_form_is_parsed_and_printed(
-    form: Form, monkeypatch: pytest.MonkeyPatch
+    form: Form,
 ) -> None:
-    monkeypatch.setattr(engine, "VERBS", {"nudge"})  # registered by a plugin
     if form.node in PARTS:
         return
     for text in sentences(form.parts, form.node):

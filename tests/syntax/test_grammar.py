@@ -18,11 +18,11 @@ from mechdsl.base import files
 from mechdsl.base.source import Source
 from mechdsl.syntax import ast, parser_tables
 from mechdsl.syntax import parser as engine
-from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.mistakes.messages import FIRST_WORDS
 from mechdsl.syntax.parser import run_parser
 from mechdsl.syntax.words import CLAUSE_WORDS, RESERVED
 
+from ..parsing import parse
 from .snippets import all_snippets, wrapped
 
 EXAMPLES = sorted((Path(__file__).parent / "examples").rglob("*.mech"))

@@ -6,8 +6,9 @@ import pytest
 
 from mechdsl.base.source import Source, Span
 from mechdsl.syntax import ast
-from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.parser import Placeholder, parse_template
+
+from ..parsing import parse
 
 
 def text_of(quoted: str) -> ast.String:

@@ -13,7 +13,7 @@ is the meaning of `observe WORD SITE at POSITIONS`, and `each` computes a number
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -27,7 +27,7 @@ from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext
 from mechdsl.resolve.types import Convention, PositionTargets, ResolvedRule, SitePoint, SiteTargets
 from mechdsl.rules.kinds import resolve_targets, rule_kind
-from mechdsl.syntax.words import OBSERVATION_WORDS, ObservationWord
+from mechdsl.syntax.words import ObservationWord
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS, MetricForm
 
@@ -44,6 +44,20 @@ class ObservationKind(Observation):
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         """Resolve the targets of a line; None after an error. See `RuleKind.resolve`."""
         raise NotImplementedError
+
+    @classmethod
+    def word_facts(cls) -> ObservationWord:
+        """Return the facts of its word for stages that don't know its class."""
+        return ObservationWord(
+            is_lens=cls.read_by_measures,
+            of_weights=cls.of_weights,
+            of_bases=cls.of_bases,
+            of_probes=cls.of_probes,
+            of_coordinates=cls.of_coordinates,
+            has_graph=cls.has_graph,
+            axes=(cls.counts,) if cls.counts else cls.value_axes,
+            controls=cls.controls,
+        )
 
     def clauses_fit(self, rule: spec.Rule, work: ExperimentContext) -> bool:
         """Report E0207 for clauses that it doesn't accept, and for missing positions."""
@@ -87,17 +101,6 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
         entry.form = MetricForm("observation", unit, "number", _identity, meaning, narrow=True)
         if entry.read_by_measures:
             entry.form = MetricForm("nothing", unit, "number", _top_probability, meaning)
-        facts = ObservationWord(
-            is_lens=entry.read_by_measures,
-            of_weights=entry.of_weights,
-            of_bases=entry.of_bases,
-            of_probes=entry.of_probes,
-            of_coordinates=entry.of_coordinates,
-            has_graph=entry.has_graph,
-            axes=(entry.counts,) if entry.counts else entry.value_axes,
-            controls=entry.controls,
-        )
-        OBSERVATION_WORDS.add(word, facts)
         OBSERVATIONS.add(word, entry())
         return entry
 
@@ -187,6 +190,9 @@ class ObserveRule(RuleKind):
 
     def observes(self, rule: spec.Rule) -> Observation | None:
         return None if rule.observed is None else OBSERVATIONS.get(rule.observed.word)
+
+    def observation_words(self) -> Mapping[str, ObservationWord]:
+        return {word: entry.word_facts() for word, entry in OBSERVATIONS.items()}
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.observed is not None

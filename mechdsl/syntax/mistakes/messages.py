@@ -20,7 +20,7 @@ from mechdsl.diagnostics.syntax import (
 from mechdsl.syntax import ast
 from mechdsl.syntax.mistakes.hints import find_hint
 from mechdsl.syntax.parser import keywords
-from mechdsl.syntax.tree_builder import CHANGE_SIGNATURES
+from mechdsl.syntax.tree_builder import RegisteredWords
 from mechdsl.syntax.words import (
     BLOCK_WORDS,
     CHANGE_WORDS,
@@ -32,7 +32,6 @@ from mechdsl.syntax.words import (
     RESERVED,
     SOFT_WORDS,
     TOP_WORDS,
-    VERBS,
 )
 
 _PIECE = re.compile(
@@ -101,13 +100,18 @@ FIRST_WORDS: Mapping[str, Set[str]] = {
     "experiment_lines": EXPERIMENT_WORDS,
     "edit_lines": EDIT_WORDS,
 }
-"""First words of the statements in each type of block."""
+"""First words of the statements in each type of block, except for soft and registered words."""
 
 
-def first_words(kind: str) -> Set[str]:
+def certain_first_words(kind: str, words: RegisteredWords) -> Set[str]:
+    """Return the words that always begin a statement in a type of block."""
+    return words.change_words if kind == "change_lines" else FIRST_WORDS[kind]
+
+
+def first_words(kind: str, words: RegisteredWords) -> Set[str]:
     """Return the first words of a block's statements, with soft words and registered verbs."""
-    own = FIRST_WORDS[kind]
-    return own | SOFT_WORDS | frozenset(VERBS) if kind == "experiment_lines" else own
+    certain = certain_first_words(kind, words)
+    return certain | SOFT_WORDS | frozenset(words.verbs) if kind == "experiment_lines" else certain
 
 
 BLOCK_CONTENTS = {
@@ -315,10 +319,12 @@ def match_brackets(text: str) -> list[Lexeme]:
     return found
 
 
-def statement_starts(text: str, inside: list[Lexeme], kind: str, depth: int) -> list[int]:
+def statement_starts(
+    text: str, inside: list[Lexeme], kind: str, depth: int, words: RegisteredWords
+) -> list[int]:
     """Return the indices of the lexemes that begin a statement of a block."""
     found: list[int] = []
-    words = FIRST_WORDS[kind]
+    certain = certain_first_words(kind, words)
     for i, piece in enumerate(inside):
         if piece.kind != "word" or piece.depth != depth:
             continue
@@ -326,7 +332,7 @@ def statement_starts(text: str, inside: list[Lexeme], kind: str, depth: int) -> 
             continue
         before = inside[i - 1] if i else None
         goes_on = before is not None and before.text in ("+", "-", "/", ",", "=", "->", "..")
-        if piece.text in words:
+        if piece.text in certain:
             inner = piece.text == "from" and not _FROM_INTO.match(text, piece.start)
             if piece.text == "using" and found and inside[found[-1]].text == "discover":
                 inner = True
@@ -379,12 +385,13 @@ _BLOCKS = {
     "edit_lines": "an edit of weights, such as `scale weights of layer 3 neuron 5 by 0`",
 }
 
-_HOMES = (
-    (TOP_WORDS, "at the top level of the file, outside all braces"),
-    (EXPERIMENT_WORDS, "in an `experiment` block"),
-    (DATA_WORDS, "in a `prompts` or `images` block"),
-    (CHANGE_WORDS, "in a `corrupt` block"),
-)
+_HOMES = {
+    "top_lines": "at the top level of the file, outside all braces",
+    "experiment_lines": "in an `experiment` block",
+    "data_lines": "in a `prompts` or `images` block",
+    "change_lines": "in a `corrupt` block",
+}
+"""Where the first words of each type of block belong."""
 
 _CHANGED = {("change_lines", "image"): "change the existing image: `mask image` makes it gray"}
 """A word of another block → the hint for the intended change."""
@@ -406,6 +413,8 @@ class Mistake:
     """The position where the parser stopped, and its statement."""
 
     source: Source
+    words: RegisteredWords
+    """Words in addition to those of the grammar."""
     kind: str
     """Start rule of the parsed lines."""
     begin: int
@@ -464,17 +473,18 @@ def _first_word(mistake: Mistake) -> Diagnostic | None:
             return None
         expected = _BLOCKS[mistake.kind]
         return UnexpectedToken(found=f"`{_short(word.text)}`", expected=expected, span=span)
-    if word.text in first_words(mistake.kind) or _is_definition(mistake):
+    expected_words = first_words(mistake.kind, mistake.words)
+    if word.text in expected_words or _is_definition(mistake):
         return None
-    for words, home in _HOMES:
-        if word.text in words:
+    for kind, home in _HOMES.items():
+        if word.text in certain_first_words(kind, mistake.words):
             return UnexpectedToken(
                 found=f"`{word.text}`",
                 expected=_BLOCKS[mistake.kind],
                 hint=_CHANGED.get((mistake.kind, word.text), f"`{word.text}` belongs {home}"),
                 span=span,
             )
-    meant = closest_name(word.text, first_words(mistake.kind))
+    meant = closest_name(word.text, expected_words)
     if meant is not None:
         return MisspeltWord(word=word.text, meant=meant, span=span)
     said = find_hint("", mistake.source.text[word.start : mistake.end], mistake.accepts)
@@ -515,9 +525,8 @@ def _taken_for_position(mistake: Mistake) -> Diagnostic | None:
     """Report `reverse first` in a `corrupt` block: the shared grammar of all changes reads the
     value of a change as the beginning of a position."""
     words = [piece.text for piece in mistake.statement]
-    signature = (
-        CHANGE_SIGNATURES.get(words[0]) if words and mistake.kind == "change_lines" else None
-    )
+    changes = mistake.words.changes
+    signature = changes.get(words[0]) if words and mistake.kind == "change_lines" else None
     if signature is None or signature.tokens:
         return None
     for n, piece in enumerate(mistake.statement[1:], 1):
@@ -671,7 +680,8 @@ def _expected(mistake: Mistake) -> str:
         left -= {"DIM", "DIMS", "EXCEPT", "WITHOUT"}  # aren't sites
     complete = "$END" in left
     if complete:
-        left -= {name for name in left if known.get(name, "") in FIRST_WORDS[mistake.kind]}
+        following = certain_first_words(mistake.kind, mistake.words)
+        left -= {name for name in left if known.get(name, "") in following}
         left -= {"$END", "DEF", "WITHOUT"}
     texts: list[str] = []
     for text, group in _GROUPS:

@@ -36,7 +36,7 @@ from mechdsl.syntax.mistakes.messages import (
     statement_starts,
 )
 from mechdsl.syntax.parser import ParserError, keywords, run_parser, skip_space
-from mechdsl.syntax.tree_builder import CHANGE_SIGNATURES, LANGUAGE_VERSION, WordSubstitution
+from mechdsl.syntax.tree_builder import LANGUAGE_VERSION, RegisteredWords, WordSubstitution
 
 _WORD_GUESSES = 8
 """Maximum number of suggestions for one word; words of two letters all resemble each other."""
@@ -59,7 +59,7 @@ def guess_words(mistake: Mistake) -> Iterator[tuple[Lexeme, str]]:
         word = statement[at]
         if word.text in known and at not in (stopped, stopped + 1):
             continue
-        words = frozenset(first_words(mistake.kind)) if at == 0 else known
+        words = frozenset(first_words(mistake.kind, mistake.words)) if at == 0 else known
         wanted = {keywords().get(name) for name in mistake.accepts if at == stopped}
         alike = sorted(_near(word.text, words - {word.text}), key=lambda each: each not in wanted)
         for meant in alike[:_WORD_GUESSES]:
@@ -228,7 +228,7 @@ def lost_statement(mistake: Mistake) -> ast.LostStatement:
         begin = ("for", "run", "as")
         names.update(after.text for word, after in pairwise(words) if word.text in begin)
     elif words:
-        known = first_words(mistake.kind)
+        known = first_words(mistake.kind, mistake.words)
         begins = words[0].text in known
         meant = words[0].text if begins else closest_name(words[0].text, known)
         if meant is not None:
@@ -266,18 +266,21 @@ MAX_GUESSED_LENGTH = 2000
 """Maximum length, in characters, of a statement in which words are substituted."""
 
 
-def recover(source: Source, stopped: int) -> tuple[ast.File, list[Diagnostic]]:
+def recover(
+    source: Source, stopped: int, words: RegisteredWords
+) -> tuple[ast.File, list[Diagnostic]]:
     """Parse the valid statements of a text and those whose meaning is clear.
 
     Args:
         stopped: The offset at which the parser stopped.
+        words: Words in addition to those of the grammar.
 
     Returns:
         The tree and the diagnostics of all errors.
     """
     text, diagnostics = replace_slips(source)
     text, unbalanced = balance_brackets(source, text)
-    reader = _Recovery(source, text, match_brackets(text), [*diagnostics, *unbalanced])
+    reader = _Recovery(source, text, match_brackets(text), words, [*diagnostics, *unbalanced])
     begin, version = reader.version()
     found = reader.lines("top_lines", begin, len(text))
     if not reader.diagnostics:
@@ -331,6 +334,7 @@ class _Recovery:
     text: str
     """The source with slips replaced; offsets are unchanged."""
     pieces: list[Lexeme]
+    words: RegisteredWords
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
     lost: list[ast.LostStatement] = field(default_factory=list[ast.LostStatement])
     guesses_left: int = MAX_GUESSES
@@ -375,7 +379,8 @@ class _Recovery:
         """Parse the valid statements of one type between two offsets."""
         found: list[Any] = []
         inside = self._between(begin, end)
-        heads = [inside[i].start for i in statement_starts(self.text, inside, kind, depth)]
+        starts = statement_starts(self.text, inside, kind, depth, self.words)
+        heads = [inside[i].start for i in starts]
         while begin < end and len(self.diagnostics) <= limits.SYNTAX_ERRORS:
             try:
                 return found + self._read(kind, begin, end)
@@ -396,7 +401,9 @@ class _Recovery:
         return self.pieces[first : bisect_left(self.pieces, end, key=_offset)]
 
     def _read(self, kind: str, begin: int, end: int) -> list[Any]:
-        nodes, diagnostics = run_parser(self.source, self.text[begin:end], begin, kind)
+        nodes, diagnostics = run_parser(
+            self.source, self.text[begin:end], begin, kind, words=self.words
+        )
         self.diagnostics += diagnostics
         return list(nodes)
 
@@ -427,6 +434,7 @@ class _Recovery:
         before = self.pieces[after - 1] if after else None
         return Mistake(
             source=self.source,
+            words=self.words,
             kind=kind,
             begin=own,
             end=following,
@@ -441,7 +449,8 @@ class _Recovery:
     def _accepts(self, kind: str, own: int, offset: int, error: ParserError) -> frozenset[str]:
         """Return the terminals accepted at the error; for a change, filtered by its signature."""
         before = [piece.text for piece in self._between(own, offset)]
-        signature = CHANGE_SIGNATURES.get(before[0]) if before and kind == "change_lines" else None
+        changes = self.words.changes
+        signature = changes.get(before[0]) if before and kind == "change_lines" else None
         return error.accepts if signature is None else signature.accepts(before, error.accepts)
 
     def _mistaken(self, kind: str, depth: int, mistake: Mistake) -> list[Any]:
@@ -526,7 +535,9 @@ class _Recovery:
         self, kind: str, mistake: Mistake, text: str, reading: WordSubstitution | None
     ) -> list[Any] | None:
         try:
-            nodes, diagnostics = run_parser(self.source, text, mistake.begin, kind, reading)
+            nodes, diagnostics = run_parser(
+                self.source, text, mistake.begin, kind, reading, self.words
+            )
         except ParserError:
             return None
         self.diagnostics += diagnostics
