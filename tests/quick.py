@@ -42,7 +42,7 @@ PRODUCT = 6
 """Minimum number of tests for which a product of parameters without a family is thinned."""
 BUDGET = 0.5
 """Processor seconds that `make test` spends on one function's parameters."""
-SHARE = 4
+SHARE = 3
 """A function over its budget has at least one in so many of its tests."""
 COSTLY = 0.1
 """Minimum seconds of a test for which its function has a budget."""

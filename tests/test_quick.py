@@ -92,10 +92,10 @@ def test_small_product_without_families_and_modes_is_whole() -> None:
 
 
 def test_function_over_budget_keeps_cases_of_its_whole_list() -> None:
-    items = [Item([("a",)], a=a) for a in range(4 * SHARE)]
-    left = [each["a"] for each in thinned(items, BUDGET / 4)]
-    assert len(left) == 4
-    assert [sum(a // SHARE == part for a in left) for part in range(4)] == [1, 1, 1, 1]
+    items = [Item([("a",)], a=a) for a in range(40)]
+    left = [each["a"] for each in thinned(items, BUDGET / 16)]
+    assert len(left) == 16
+    assert [sum(a // 10 == part for a in left) for part in range(4)] == [4, 4, 4, 4]
 
 
 def test_function_over_budget_keeps_each_value_first() -> None:
