@@ -25,6 +25,7 @@ from mechdsl.statistics.null_bands import compute_null_bands
 from mechdsl.statistics.power import detectable_effect
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
+from mechdsl.syntax.tree_builder import RegisteredWords
 from mechdsl.vocab.effects import EFFECTS
 
 SPAN = Span(Source(""), 0, 0)
@@ -134,7 +135,8 @@ def finished(
 
 @cache
 def _expectation(line: str) -> spec.Expectation:
-    tree, diagnostics = parse(Source(f"mech 1\nexperiment e {{\n  expect {line}\n}}\n"))
+    source = Source(f"mech 1\nexperiment e {{\n  expect {line}\n}}\n")
+    tree, diagnostics = parse(source, RegisteredWords())
     if diagnostics:
         raise ValueError(diagnostics)
     block = tree.statements[-1]

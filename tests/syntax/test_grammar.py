@@ -277,8 +277,10 @@ def test_parsing_imports_no_heavy_package_and_is_fast() -> None:
     code = (
         "import time, sys; t = time.process_time()\n"
         "from mechdsl.base.source import Source; from mechdsl.syntax.frontend import parse\n"
+        "from mechdsl.syntax.tree_builder import RegisteredWords\n"
         "from pathlib import Path\n"
-        "tree, problems = parse(Source(Path(sys.argv[1]).read_text()))\n"
+        "source = Source(Path(sys.argv[1]).read_text())\n"
+        "tree, problems = parse(source, RegisteredWords())\n"
         "assert not problems\n"
         "heavy = {'torch', 'transformers', 'scipy', 'altair', 'networkx', 'pydantic', 'rich'}\n"
         "assert not heavy & set(sys.modules)\n"
