@@ -28,9 +28,6 @@ LONG_ELSEWHERE = {
     # Mostly signature and docstring: the documentation of all options is in one place.
     "pipeline/api.py:run",
     "prompts/other_runs.py:pair_run",
-    "show/reports/map_charts.py:_confusion_panel",
-    "show/reports/map_charts.py:_heatmap_panel",
-    "show/reports/series_charts.py:_lines_panel",
     "syntax/mistakes/messages.py:balance_brackets",
 }
 """The other functions above the limit. Remove entries; don't add any."""

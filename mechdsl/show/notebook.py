@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import escape_xml
@@ -12,14 +12,11 @@ from mechdsl.show.reports.table import (
     EXACT_CELLS_TITLE,
     SEED_MEANS_TITLE,
     Column,
-    active_texts_html,
-    apply_grouping,
-    displayed_cells,
-    exact_cell_columns,
-    measure_table,
-    seed_mean_columns,
+    MeasureTable,
+    active_prompts_html,
+    table_frame,
 )
-from mechdsl.show.reports.text import heading_facts, measure_name, verdict_text, verification_notes
+from mechdsl.show.reports.text import verdict_text
 
 MAX_ROWS = 100
 """Maximum number of displayed rows of a table."""
@@ -34,33 +31,37 @@ def experiment_html(result: ExperimentResult) -> str:
     """Return a table for each measure per `report table` of the file (by default, the largest
     effects), then the conventions and the verdicts. Every text is escaped."""
     parts: list[str] = []
-    shown = result
+    conventions: Mapping[str, str] = {}
     for report in _tables(result):
-        shown = apply_grouping(result, report)
-        for measure, data in enumerate(result.measures):
-            title = f"<b>{escape_xml(result.name)}:</b> {escape_xml(measure_name(data))}"
-            if data.missing is not None:
-                why = escape_xml(f"{data.missing.code}: {data.missing.reason}")
-                parts.append(
-                    f"<p>{title}: <b>not computed</b><br/><span {QUIET_STYLE}>{why}</span></p>"
-                )
-                continue
-            columns, said = measure_table(shown, measure, report)
-            facts = escape_xml(heading_facts(result, data))
-            parts.append(f"<p>{title}<br/><span {QUIET_STYLE}>{facts}</span></p>")
-            parts.append(_table(columns))
-            cut = len(columns[0].cells) - MAX_ROWS
-            more = [f"and {cut} more rows: `to_pandas()` has them all"] if cut > 0 else []
-            parts += _paragraph([escape_xml(line) for line in (*more, *said)])
-            means = seed_mean_columns(shown, measure, displayed_cells(shown, report))
-            parts += [*_paragraph([SEED_MEANS_TITLE]), _table(means)] if means else []
-            exact = exact_cell_columns(shown, measure)
-            parts += [*_paragraph([EXACT_CELLS_TITLE]), _table(exact)] if exact else []
-            parts += _paragraph(list(map(escape_xml, verification_notes(shown, measure))))
-        parts.append(active_texts_html(shown, displayed_cells(shown, report)))
-    parts += _conventions(shown)
+        frame = table_frame(result, report)
+        for each in frame.measures:
+            parts += _measure_html(frame.name, each)
+        parts.append(active_prompts_html(frame.active))
+        conventions = frame.conventions
+    parts += _conventions(conventions)
     parts += _paragraph(list(_verdicts(result)))
     return f'<div class="mechdsl">{"".join(parts)}</div>'
+
+
+def _measure_html(name: str, table: MeasureTable) -> Iterator[str]:
+    """Yield the parts of a measure's table."""
+    title = f"<b>{escape_xml(name)}:</b> {escape_xml(table.title)}"
+    if table.missing is not None:
+        why = escape_xml(f"{table.missing.code}: {table.missing.reason}")
+        yield f"<p>{title}: <b>not computed</b><br/><span {QUIET_STYLE}>{why}</span></p>"
+        return
+    yield f"<p>{title}<br/><span {QUIET_STYLE}>{escape_xml(table.facts)}</span></p>"
+    yield _table(table.columns)
+    cut = len(table.columns[0].cells) - MAX_ROWS
+    more = [f"and {cut} more rows: `to_pandas()` has them all"] if cut > 0 else []
+    yield from _paragraph([escape_xml(line) for line in (*more, *table.notes)])
+    if table.seed_means:
+        yield from _paragraph([SEED_MEANS_TITLE])
+        yield _table(table.seed_means)
+    if table.exact:
+        yield from _paragraph([EXACT_CELLS_TITLE])
+        yield _table(table.exact)
+    yield from _paragraph(list(map(escape_xml, table.exact_notes)))
 
 
 def _tables(result: ExperimentResult) -> list[spec.Report]:
@@ -98,13 +99,13 @@ def _paragraph(lines: Sequence[str]) -> list[str]:
     return [f"<p {QUIET_STYLE}>{'<br/>'.join(lines)}</p>"] if lines else []
 
 
-def _conventions(result: ExperimentResult) -> list[str]:
-    if not result.conventions:
+def _conventions(conventions: Mapping[str, str]) -> list[str]:
+    if not conventions:
         return []
     rows = "".join(
         f'<tr {QUIET_STYLE}><td style="text-align:left">{escape_xml(key)}</td>'
         f'<td style="text-align:left">{escape_xml(str(value))}</td></tr>'
-        for key, value in result.conventions.items()
+        for key, value in conventions.items()
     )
     return [f"<p {QUIET_STYLE}><b>conventions</b></p><table><tbody>{rows}</tbody></table>"]
 

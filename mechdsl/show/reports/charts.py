@@ -34,17 +34,12 @@ from mechdsl.show.reports.canvas import (
 )
 from mechdsl.show.reports.grid import is_numeric, value_text
 from mechdsl.show.reports.text import (
-    MISSING,
     centre_note,
     fewer_prompts_note,
     has_fewer_prompts,
-    mean_texts,
     measure_name,
     missing_note,
     null_band_text,
-    null_p_texts,
-    null_texts,
-    number_format,
     prompt_count_text,
     rounding_note,
     scale_note,
@@ -197,35 +192,6 @@ def faint_caption(result: ExperimentResult, data: MeasureData) -> str | None:
     """Explain faint bars and points."""
     measure = next(n for n, each in enumerate(result.measures) if each is data)
     return thin_note(result, measure, "faint:")
-
-
-def hover_texts(result: ExperimentResult, measure: int) -> list[str]:
-    """Return the tooltip of each cell: its name, its numbers, and its number of prompts."""
-    found, band = result.statistics[measure], result.control(measure)
-    names = [escape_hidden(cell.name) for cell in result.cells]
-    counts = [f"n = {int(n)}" for n in found.n]
-    if result.measures[measure].kind == "category":
-        texts = [
-            f"{value:g} in {share:.0%}" if np.isfinite(value) else "no value"
-            for value, share in zip(found.commonest, found.share, strict=True)
-        ]
-        return [", ".join(parts) for parts in zip(names, texts, counts, strict=True)]
-    write = number_format([*found.mean, *found.low, *found.high])
-    texts = [
-        "no value" if mean == MISSING else mean if interval == MISSING else f"{mean} {interval}"
-        for mean, interval in mean_texts(result, measure, range(len(names)), write)
-    ]
-    if band is not None:
-        nulls = null_texts(band, found, range(len(names)), write)
-        ranks = null_p_texts(band, range(len(names)))
-        ranks = ranks if band.title == "null" else [MISSING] * len(names)
-        bands = [
-            f"{band.title} {null}, p null {p}" if p != MISSING else f"{band.title} {null}"
-            for null, p in zip(nulls, ranks, strict=True)
-        ]
-        insides = [", inside" if inside else "" for inside in band.inside & band.decides]
-        counts = ["".join((n, ", ", *t)) for n, *t in zip(counts, bands, insides, strict=True)]
-    return [", ".join(parts) for parts in zip(names, texts, counts, strict=True)]
 
 
 def add_hover(base: Any, field: str = "hover") -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from textwrap import shorten
@@ -15,6 +15,18 @@ from mechdsl.base.text import escape_hidden, mixes_counts_and_shares, shown_toke
 from mechdsl.program import spec
 from mechdsl.resolve.cells import CellKey, Coord
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.show.reports.text import (
+    MISSING,
+    has_fewer_prompts,
+    is_thin,
+    map_format,
+    map_texts,
+    mean_texts,
+    null_p_texts,
+    null_texts,
+    number_format,
+    significance_marks,
+)
 from mechdsl.statistics.measurements import MeasureData
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.reports import REPORTS, short_names
@@ -115,6 +127,135 @@ def _token_list(tokens: Sequence[str], most: int) -> str:
 
 def _commonest_token(tokens: Sequence[str]) -> str:
     return _token_list(tokens[:1], 1) + "…" * (len(tokens) > 1)
+
+
+@dataclass(frozen=True)
+class FigureCell:
+    """One cell of a measure, as heatmaps, lines and bars show it."""
+
+    value: float
+    """The mean effect, or the most common category."""
+    share: float
+    """Share of the most common category."""
+    low: float
+    high: float
+    null: tuple[float, float]
+    """Ends of the null band."""
+    n: int
+    has_fewer: bool
+    """Whether it has fewer prompts than the fullest cell."""
+    is_thin: bool
+    mark: str
+    """As in `significance_marks`."""
+    value_text: str
+    interval_text: str
+    null_text: str
+    map_text: str
+    """The value with the digits of a map."""
+    hover: str
+    """Tooltip: the cell's name, its numbers, and its number of prompts."""
+
+
+@dataclass(frozen=True)
+class FigureFrame:
+    """One measure as heatmaps, lines and bars show it, in the terminal and as charts."""
+
+    measure: int
+    data: MeasureData
+    cells: Sequence[FigureCell]
+    """In the order of the result."""
+    interval_title: str
+    null_title: str
+    """Heading of the null bands; empty without any."""
+    write: Callable[[float], str]
+    """Format of the numbers of lines and bars."""
+    write_map: Callable[[float], str]
+    """Format of the numbers of a map."""
+
+    @property
+    def is_category(self) -> bool:
+        return self.data.kind == "category"
+
+    @property
+    def values(self) -> Floats:
+        """Shape [cell]."""
+        return np.array([cell.value for cell in self.cells])
+
+    @property
+    def has_fewer(self) -> bool:
+        """Whether any cell has fewer prompts than the fullest."""
+        return any(cell.has_fewer for cell in self.cells)
+
+
+def figure_frame(result: ExperimentResult, measure: int) -> FigureFrame:
+    """Format the numbers of a measure for figures."""
+    data, found, band = (
+        result.measures[measure],
+        result.statistics[measure],
+        result.control(measure),
+    )
+    count = range(len(result.cells))
+    low, high = np.full((2, len(count)), np.nan) if band is None else (band.low, band.high)
+    write = number_format(np.concatenate([found.mean, found.low, found.high, low, high]))
+    category = data.kind == "category"
+    values = found.commonest if category else found.mean
+    texts = mean_texts(result, measure, count, write)
+    nulls = [""] * len(count) if band is None else null_texts(band, found, count, write)
+    write_map: Callable[[float], str] = "{:g}".format if category else map_format(values)
+    maps = [*map(write_map, values)] if category else map_texts(result, measure, write_map)
+    few, thin = has_fewer_prompts(result, measure), is_thin(result, measure)
+    marks, hovers = significance_marks(result, measure), _hover_texts(result, measure)
+    cells = [
+        FigureCell(
+            value=float(values[cell]),
+            share=float(found.share[cell]),
+            low=float(found.low[cell]),
+            high=float(found.high[cell]),
+            null=(float(low[cell]), float(high[cell])),
+            n=int(found.n[cell]),
+            has_fewer=bool(few[cell]),
+            is_thin=bool(thin[cell]),
+            mark=marks[cell],
+            value_text=texts[cell][0],
+            interval_text=texts[cell][1],
+            null_text=nulls[cell],
+            map_text=maps[cell],
+            hover=hovers[cell],
+        )
+        for cell in count
+    ]
+    confidence = result.settings.confidence if result.settings else 95.0
+    title = "" if band is None else band.title
+    return FigureFrame(measure, data, cells, f"{confidence:g} % interval", title, write, write_map)
+
+
+def _hover_texts(result: ExperimentResult, measure: int) -> list[str]:
+    """Return the tooltip of each cell."""
+    found, band = result.statistics[measure], result.control(measure)
+    names = [escape_hidden(cell.name) for cell in result.cells]
+    counts = [f"n = {int(n)}" for n in found.n]
+    if result.measures[measure].kind == "category":
+        texts = [
+            f"{value:g} in {share:.0%}" if np.isfinite(value) else "no value"
+            for value, share in zip(found.commonest, found.share, strict=True)
+        ]
+        return [", ".join(parts) for parts in zip(names, texts, counts, strict=True)]
+    write = number_format([*found.mean, *found.low, *found.high])
+    texts = [
+        "no value" if mean == MISSING else mean if interval == MISSING else f"{mean} {interval}"
+        for mean, interval in mean_texts(result, measure, range(len(names)), write)
+    ]
+    if band is not None:
+        nulls = null_texts(band, found, range(len(names)), write)
+        ranks = null_p_texts(band, range(len(names)))
+        ranks = ranks if band.title == "null" else [MISSING] * len(names)
+        bands = [
+            f"{band.title} {null}, p null {p}" if p != MISSING else f"{band.title} {null}"
+            for null, p in zip(nulls, ranks, strict=True)
+        ]
+        insides = [", inside" if inside else "" for inside in band.inside & band.decides]
+        counts = ["".join((n, ", ", *t)) for n, *t in zip(counts, bands, insides, strict=True)]
+    return [", ".join(parts) for parts in zip(names, texts, counts, strict=True)]
 
 
 COUNTED_TOKEN = re.compile(r"(token )?-?[0-9]+")

@@ -9,10 +9,10 @@ from textwrap import wrap
 from typing import Any
 
 import altair as alt
-import numpy as np
 
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
+from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.canvas import INK, MONO_FONT, QUIET_INK, page_layout, text_width
 from mechdsl.show.reports.charts import (
@@ -24,7 +24,6 @@ from mechdsl.show.reports.charts import (
     apply_theme,
     column_labels,
     facet_chart,
-    hover_texts,
     legend_position,
     panel_header,
     row_labels,
@@ -33,11 +32,14 @@ from mechdsl.show.reports.charts import (
 from mechdsl.show.reports.colours import ColourScale, diverging_colour, measure_scale, scale_format
 from mechdsl.show.reports.grid import (
     ConfusionCounts,
+    FigureFrame,
+    GridPanel,
     axis_name,
     axis_values,
     capitalise,
     chart_axis_title,
     count_confusions,
+    figure_frame,
     grid_panels,
     is_upward,
     position_names,
@@ -74,12 +76,7 @@ from mechdsl.show.reports.text import (
     RANDOM_MARK,
     THIN_MARK,
     fewer_prompts_note,
-    has_fewer_prompts,
-    is_significant,
-    is_thin,
-    is_within_random,
     map_format,
-    map_texts,
     null_band_note,
     significance_note,
     thin_note,
@@ -108,8 +105,8 @@ upward shift of the cell's other number."""
 def heatmap_chart(result: ExperimentResult, report: spec.Report) -> Any:
     """Draw the effect over two axes, one map per measure and combination of the other axes."""
     rows, columns = report.variable or "", report.by or ""
-    maps = [_heatmap_panel(result, measure, rows, columns) for measure, _ in result.computed()]
-    return stack_charts(maps, result)
+    frames = [figure_frame(result, measure) for measure, _ in result.computed()]
+    return stack_charts([_heatmap_panel(result, each, rows, columns) for each in frames], result)
 
 
 @dataclass(frozen=True)
@@ -154,52 +151,17 @@ class _Layout:
         return self.columns.step * len(self.columns.texts)
 
 
-def _heatmap_panel(result: ExperimentResult, measure: int, rows: str, columns: str) -> Any:
-    data, found = result.measures[measure], result.statistics[measure]
-    category = data.kind == "category"
-    values = found.commonest if category else found.mean
-    texts = (
-        [f"{value:g}" for value in values]
-        if category
-        else map_texts(result, measure, map_format(values))
-    )
-    few, under = is_thin(result, measure), hover_texts(result, measure)
-    alike = is_within_random(result, measure)
-    clear = is_significant(result, measure) & ~alike
-    less = has_fewer_prompts(result, measure)
-    numbers = [
-        (THIN_MARK if mark else "") + text + (RANDOM_MARK if random else "")
-        if np.isfinite(value)
-        else ""
-        for value, text, mark, random in zip(values, texts, few, alike, strict=True)
-    ]
+def _heatmap_panel(result: ExperimentResult, frame: FigureFrame, rows: str, columns: str) -> Any:
     axes = axis_name(result, rows), axis_name(result, columns)
     shown = grid_panels(result, axes, position_names(result))
     places = row_order(result, axes[0]), axis_values(result, axes[1])
     names = value_names(result, axes[0]), value_names(result, axes[1])
-    layout = _Layout.of(*places, numbers, counted=bool(less.any()), names=names)
-    row_texts = dict(zip(places[0], layout.rows.texts, strict=True))
-    column_texts = dict(zip(places[1], layout.columns.texts, strict=True))
-    scale = measure_scale(data, values)
-    records = [
-        {
-            "row": row_texts[row],
-            "column": column_texts[column],
-            "value": float(values[cell]),
-            "text": numbers[cell],
-            "strong": scale.is_dark(float(values[cell])),
-            "survives": bool(clear[cell]),
-            "alike": bool(alike[cell]),
-            "n": str(int(found.n[cell])),
-            "fewer": bool(less[cell]),
-            "panel": panel_header(panel.title, layout.width),
-            "hover": under[cell],
-        }
-        for panel in shown
-        for (row, column), cell in panel.cells.items()
-        if np.isfinite(values[cell])
-    ]
-    title = f"Most frequent {quantity_name(data)}" if category else value_title(data)
+    layout = _Layout.of(*places, _numbers(frame), counted=frame.has_fewer, names=names)
+    scale = measure_scale(frame.data, frame.values)
+    records = _map_records(frame, shown, places, layout, scale)
+    title = value_title(frame.data)
+    if frame.is_category:
+        title = f"Most frequent {quantity_name(frame.data)}"
     legend = _scale_legend(
         title, scale, layout.rows.step * len(places[0]), layout.width, len(shown)
     )
@@ -220,7 +182,7 @@ def _heatmap_panel(result: ExperimentResult, measure: int, rows: str, columns: s
     )
     ink = alt.condition("datum.strong", alt.value("white"), alt.value(INK))
     layers = [cells, *_number_layers(base, layout, ink)]
-    if less.any():
+    if frame.has_fewer:
         layers.append(_count_layers(base, layout, ink))
     drawn = alt.layer(*layers, data=alt.Data(values=records))
     drawn = drawn.properties(
@@ -231,14 +193,70 @@ def _heatmap_panel(result: ExperimentResult, measure: int, rows: str, columns: s
     upward = [is_upward(result, axis) for axis in result.axes if axis not in axes] == [True]
     several = facet_chart(drawn, [panel.title for panel in shown], layout.width, upward=upward)
     gaps = len(records) < len(shown) * len(places[0]) * len(places[1])
-    signs = ("bold", RANDOM_MARK) if layout.number else ("dot", "ring")
-    null = null_band_note(result, measure)
-    lines = [significance_note(result, measure, *signs), null]
-    lines += ["grey: no value" if gaps else None]
-    where = "small" if layout.number else "corner (under the pointer)"
-    lines.append(fewer_prompts_note(result, measure, where))
-    lines += [thin_note(result, measure)] if layout.number else []
-    return add_title(several, result, data, *lines)
+    lines = _map_notes(result, frame.measure, numbered=layout.number is not None, gaps=gaps)
+    return add_title(several, result, frame.data, *lines)
+
+
+def _numbers(frame: FigureFrame) -> list[str]:
+    """Return the text of each cell; empty without a value."""
+    return [
+        (THIN_MARK if cell.is_thin else "")
+        + cell.map_text
+        + (RANDOM_MARK if cell.mark == RANDOM_MARK else "")
+        if math.isfinite(cell.value)
+        else ""
+        for cell in frame.cells
+    ]
+
+
+def _map_records(
+    frame: FigureFrame,
+    panels: Sequence[GridPanel],
+    places: tuple[Sequence[Coord], Sequence[Coord]],
+    layout: _Layout,
+    scale: ColourScale,
+) -> list[dict[str, Any]]:
+    """Return the data of a map, one record per cell with a value."""
+    numbers = _numbers(frame)
+    rows = dict(zip(places[0], layout.rows.texts, strict=True))
+    columns = dict(zip(places[1], layout.columns.texts, strict=True))
+    return [
+        {
+            "row": rows[row],
+            "column": columns[column],
+            "value": cell.value,
+            "text": numbers[number],
+            "strong": scale.is_dark(cell.value),
+            "survives": cell.mark == "*",
+            "alike": cell.mark == RANDOM_MARK,
+            "n": str(cell.n),
+            "fewer": cell.has_fewer,
+            "panel": panel_header(panel.title, layout.width),
+            "hover": cell.hover,
+        }
+        for panel in panels
+        for (row, column), number in panel.cells.items()
+        for cell in [frame.cells[number]]
+        if math.isfinite(cell.value)
+    ]
+
+
+def _map_notes(
+    result: ExperimentResult, measure: int, *, numbered: bool, gaps: bool
+) -> Iterator[str | None]:
+    """Yield remarks about a map.
+
+    Args:
+        numbered: Whether its cells contain numbers.
+        gaps: Whether some cells have no value.
+    """
+    signs = ("bold", RANDOM_MARK) if numbered else ("dot", "ring")
+    yield significance_note(result, measure, *signs)
+    yield null_band_note(result, measure)
+    yield "grey: no value" if gaps else None
+    where = "small" if numbered else "corner (under the pointer)"
+    yield fewer_prompts_note(result, measure, where)
+    yield thin_note(result, measure) if numbered else None
 
 
 def _altair_scale(scale: ColourScale) -> Any:
@@ -341,8 +359,37 @@ def _confusion_panel(found: list[ConfusionCounts], row_title: str, column_title:
     below = column_labels(shown, step, room * len(columns))
     names_of_rows = row_labels(rows, 34 if numbered else 18)
     width = below.step * (len(columns) + 1)
-    names = dict(zip(columns, below.texts, strict=True))
-    records = [
+    records = _confusion_records(found, dict(zip(columns, below.texts, strict=True)), width)
+    plain: dict[str, Any] = {"ticks": False, "domain": False}
+    base = add_hover(alt.Chart()).encode(
+        x=alt.X(
+            "column:N",
+            scale=alt.Scale(domain=[*below.texts, COUNT_COLUMN]),
+            axis=alt.Axis(title=column_title, **plain, **_count_axis(below)),
+        ),
+        y=alt.Y(
+            "row:N",
+            scale=alt.Scale(domain=names_of_rows.texts),
+            axis=alt.Axis(title=row_title, **plain, **names_of_rows.options),
+        ),
+    )
+    scale = ColourScale(0.0, 1.0, diverges=False)
+    legend = _scale_legend(
+        "Share of the row's prompts", scale, names_of_rows.step * len(rows), width, len(found)
+    )
+    shades = alt.Color("share:Q", scale=_altair_scale(scale), legend=legend)
+    layers = _confusion_layers(base, shades, numbered=numbered)
+    drawn = alt.layer(*layers, data=alt.Data(values=records)).properties(
+        width=alt.Step(below.step), height=alt.Step(names_of_rows.step)
+    )
+    return facet_chart(drawn, [each.title for each in found], width)
+
+
+def _confusion_records(
+    found: Sequence[ConfusionCounts], names: Mapping[float, str], width: float
+) -> list[dict[str, Any]]:
+    """Return the shares, then the number of prompts of each row; `names` are those of columns."""
+    records: list[dict[str, Any]] = [
         {
             "row": value_text(name),
             "column": names[column],
@@ -370,29 +417,14 @@ def _confusion_panel(found: list[ConfusionCounts], row_title: str, column_title:
         for each in found
         for r, name in enumerate(each.rows)
     ]
-    plain: dict[str, Any] = {"ticks": False, "domain": False}
-    base = add_hover(alt.Chart()).encode(
-        x=alt.X(
-            "column:N",
-            scale=alt.Scale(domain=[*below.texts, COUNT_COLUMN]),
-            axis=alt.Axis(title=column_title, **plain, **_count_axis(below)),
-        ),
-        y=alt.Y(
-            "row:N",
-            scale=alt.Scale(domain=names_of_rows.texts),
-            axis=alt.Axis(title=row_title, **plain, **names_of_rows.options),
-        ),
-    )
-    scale = ColourScale(0.0, 1.0, diverges=False)
-    legend = _scale_legend(
-        "Share of the row's prompts", scale, names_of_rows.step * len(rows), width, len(found)
-    )
+    return records
+
+
+def _confusion_layers(base: Any, shades: Any, *, numbered: bool) -> list[Any]:
+    """Return the layers from back to front; with numbers if there is room."""
+    entries = base.transform_filter(f"datum.column != '{COUNT_COLUMN}'")
     layers: list[Any] = [
-        base.transform_filter(f"datum.column != '{COUNT_COLUMN}'")
-        .mark_rect(stroke="white", strokeWidth=1.5)
-        .encode(
-            color=alt.Color("share:Q", scale=_altair_scale(scale), legend=legend),
-        ),
+        entries.mark_rect(stroke="white", strokeWidth=1.5).encode(color=shades),
         base.transform_filter("datum.own").mark_rect(filled=False, stroke=INK, strokeWidth=1.2),
         base.transform_filter(f"datum.column == '{COUNT_COLUMN}'")
         .mark_text(fontSize=ENTRY_COUNT_SIZE, color=QUIET_INK)
@@ -401,15 +433,11 @@ def _confusion_panel(found: list[ConfusionCounts], row_title: str, column_title:
     if numbered:
         ink = alt.condition("datum.share > 0.6", alt.value("white"), alt.value(INK))
         quiet = alt.condition("datum.share > 0.6", alt.value("#dddddd"), alt.value(QUIET_INK))
-        shares = base.transform_filter(f"datum.column != '{COUNT_COLUMN}'")
-        layers.append(shares.mark_text(fontSize=SHARE_SIZE, dy=-5).encode(text="text:N", color=ink))
-        layers.append(
-            shares.mark_text(fontSize=ENTRY_COUNT_SIZE, dy=8).encode(text="below:N", color=quiet)
-        )
-    drawn = alt.layer(*layers, data=alt.Data(values=records)).properties(
-        width=alt.Step(below.step), height=alt.Step(names_of_rows.step)
-    )
-    return facet_chart(drawn, [each.title for each in found], width)
+        shares = entries.mark_text(fontSize=SHARE_SIZE, dy=-5)
+        counts = entries.mark_text(fontSize=ENTRY_COUNT_SIZE, dy=8)
+        layers.append(shares.encode(text="text:N", color=ink))
+        layers.append(counts.encode(text="below:N", color=quiet))
+    return layers
 
 
 PROMPT_TITLE_HEIGHT = 22

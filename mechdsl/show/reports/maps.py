@@ -7,7 +7,7 @@ or of the prompts. The numbers are always printed, so that no information depend
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from textwrap import wrap
@@ -18,16 +18,17 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.colours import Colour, cell_style, diverging_colour
 from mechdsl.show.reports.grid import (
     ConfusionCounts,
+    FigureFrame,
     axis_name,
     axis_title,
     axis_values,
     count_confusions,
+    figure_frame,
     grid_panels,
     row_order,
     value_text,
@@ -38,17 +39,12 @@ from mechdsl.show.reports.text import (
     THIN_MARK,
     drawable_measures,
     fewer_prompts_note,
-    has_fewer_prompts,
     inert_note,
-    is_thin,
-    map_format,
-    map_texts,
     null_band_note,
     print_conventions,
     print_heading,
     print_notes,
     rounding_note,
-    significance_marks,
     significance_note,
     subscript,
     thin_note,
@@ -168,27 +164,14 @@ def _print_heatmaps(result: ExperimentResult, report: spec.Report, console: Cons
     """Print one map per measure and combination of the remaining axes."""
     rows_axis = axis_name(result, report.variable or "")
     columns_axis = axis_name(result, report.by or "")
+    titles = axis_title(result, rows_axis), axis_title(result, columns_axis)
+    rows, columns = row_order(result, rows_axis), axis_values(result, columns_axis)
+    names = list(map(value_text, rows)), list(map(value_text, columns))
     for measure, data in drawable_measures(result, console):
         print_heading(result, data, console)
-        found = result.statistics[measure]
-        category = data.kind == "category"
-        values = found.commonest if category else found.mean
-        write = (lambda v: f"{v:g}") if category else map_format(values)
-        limit = float(np.nanmax(np.abs(values), initial=0.0)) if np.isfinite(values).any() else 0.0
-        own = _count_texts(result, measure)
-        texts = [*map(write, values)] if category else map_texts(result, measure, write)
-        entries = [
-            MatrixEntry(
-                text, None if category else diverging_colour(value, limit), text.endswith("*")
-            )
-            for i, (value, few) in enumerate(zip(values, is_thin(result, measure), strict=True))
-            for text in [
-                _cell_text(result, measure, i, (THIN_MARK if few else "") + texts[i] + own[i])
-            ]
-        ]
-        titles = axis_title(result, rows_axis), axis_title(result, columns_axis)
+        frame = figure_frame(result, measure)
+        entries = _map_entries(frame)
         width = max(len(entry.text) for entry in entries)
-        rows, columns = row_order(result, rows_axis), axis_values(result, columns_axis)
         for panel in grid_panels(result, (rows_axis, columns_axis)):
             if panel.title:
                 console.print(Text(panel.title, style="bold"), highlight=False)
@@ -201,38 +184,32 @@ def _print_heatmaps(result: ExperimentResult, report: spec.Report, console: Cons
                 ]
                 for row in rows
             ]
-            names = list(map(value_text, rows)), list(map(value_text, columns))
             Matrix(*names, laid_out, *titles, number_width=width).print(console)
-        print_notes(_heatmap_notes(result, measure, write, values), console)
+        print_notes(_heatmap_notes(result, frame), console)
     print_conventions(result, report, console)
 
 
-def _count_texts(result: ExperimentResult, measure: int) -> list[str]:
-    """Return n of each cell if it is smaller than the largest, padded to a common width."""
-    pairs = zip(result.statistics[measure].n, has_fewer_prompts(result, measure), strict=True)
-    texts = [subscript(int(n)) if less else "" for n, less in pairs]
-    width = max(map(len, texts), default=0)
-    return [f"{text:<{width}}" for text in texts]
+def _map_entries(frame: FigureFrame) -> list[MatrixEntry]:
+    """Return each cell with its marks, and n if it is smaller than the largest."""
+    limit = float(np.nanmax(np.abs(frame.values), initial=0.0))
+    counts = [subscript(cell.n) if cell.has_fewer else "" for cell in frame.cells]
+    width = max(map(len, counts), default=0)
+    entries: list[MatrixEntry] = []
+    for cell, count in zip(frame.cells, counts, strict=True):
+        number = (THIN_MARK if cell.is_thin else "") + f"{cell.map_text}{count:<{width}}"
+        text = number + cell.mark if math.isfinite(cell.value) else MISSING
+        colour = None if frame.is_category else diverging_colour(cell.value, limit)
+        entries.append(MatrixEntry(text, colour, text.endswith("*")))
+    return entries
 
 
-def _cell_text(result: ExperimentResult, measure: int, cell: int, number: str) -> str:
-    if not math.isfinite(
-        result.statistics[measure].mean[cell] + 0.0
-        if result.measures[measure].kind == "number"
-        else result.statistics[measure].share[cell]
-    ):
-        return MISSING
-    return number + significance_marks(result, measure)[cell]
-
-
-def _heatmap_notes(
-    result: ExperimentResult, measure: int, write: Callable[[float], str], values: Floats
-) -> list[str]:
-    said: list[str] = []
-    if result.measures[measure].kind == "category":
+def _heatmap_notes(result: ExperimentResult, frame: FigureFrame) -> list[str]:
+    measure, values, said = frame.measure, frame.values, list[str]()
+    if frame.is_category:
         said.append("the most common value of every cell")
     elif np.isfinite(values).any():
-        said.append(f"from {write(np.nanmin(values))} to {write(np.nanmax(values))}")
+        ends = frame.write_map(np.nanmin(values)), frame.write_map(np.nanmax(values))
+        said.append(f"from {ends[0]} to {ends[1]}")
     survived, null = (
         significance_note(result, measure, "*", RANDOM_MARK),
         null_band_note(result, measure),

@@ -20,11 +20,14 @@ from mechdsl.program import spec
 from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import (
+    FigureCell,
+    FigureFrame,
     GridPanel,
     axis_name,
     axis_title,
     axis_values,
     drawn_axes,
+    figure_frame,
     grid_panels,
     value_text,
 )
@@ -33,17 +36,10 @@ from mechdsl.show.reports.text import (
     THIN_MARK,
     drawable_measures,
     figure_notes,
-    has_fewer_prompts,
-    is_thin,
-    mean_texts,
-    null_texts,
-    number_format,
     print_conventions,
     print_heading,
     print_notes,
-    significance_marks,
 )
-from mechdsl.statistics.measurements import CellStatistics
 
 MIN_GAUGE, MAX_GAUGE = 12, 60
 """Minimum and maximum width of drawn intervals, in characters; below it only numbers are shown."""
@@ -71,55 +67,45 @@ class TextScale:
         return round(min(max(place, 0), self.width - 1))
 
 
-@dataclass(frozen=True)
-class IntervalEnds:
-    """The drawn numbers of a cell."""
-
-    mean: float
-    low: float
-    high: float
-    null: tuple[float, float]
-
-
-IntervalDrawer = Callable[[IntervalEnds, TextScale], str]
+IntervalDrawer = Callable[[FigureCell, TextScale], str]
 
 LabelledCell = tuple[Sequence[str], int]
 """Labels of a line, and its cell."""
 
 
-def _empty_gauge(ends: IntervalEnds, scale: TextScale) -> list[str]:
+def _empty_gauge(cell: FigureCell, scale: TextScale) -> list[str]:
     """Return a line with only the null band and a bar at 0."""
     drawn = [" "] * scale.width
-    if math.isfinite(sum(ends.null)):
-        for place in range(scale.at(ends.null[0]), scale.at(ends.null[1]) + 1):
+    if math.isfinite(sum(cell.null)):
+        for place in range(scale.at(cell.null[0]), scale.at(cell.null[1]) + 1):
             drawn[place] = "░"
     drawn[scale.at(0.0)] = "│"
     return drawn
 
 
-def draw_point(ends: IntervalEnds, scale: TextScale) -> str:
+def draw_point(cell: FigureCell, scale: TextScale) -> str:
     """Draw the interval as a line with its mean."""
-    if not math.isfinite(ends.mean) or scale.right <= scale.left:
+    if not math.isfinite(cell.value) or scale.right <= scale.left:
         return ""
-    drawn = _empty_gauge(ends, scale)
-    if math.isfinite(ends.low):
-        for place in range(scale.at(ends.low), scale.at(ends.high) + 1):
+    drawn = _empty_gauge(cell, scale)
+    if math.isfinite(cell.low):
+        for place in range(scale.at(cell.low), scale.at(cell.high) + 1):
             drawn[place] = "─"
-    drawn[scale.at(ends.mean)] = "●"
+    drawn[scale.at(cell.value)] = "●"
     return "".join(drawn).rstrip()
 
 
-def draw_bar(ends: IntervalEnds, scale: TextScale) -> str:
+def draw_bar(cell: FigureCell, scale: TextScale) -> str:
     """Draw a bar from 0 to the mean; the interval is light within the bar and a line beyond."""
-    if not math.isfinite(ends.mean) or scale.right <= scale.left:
+    if not math.isfinite(cell.value) or scale.right <= scale.left:
         return ""
-    drawn = _empty_gauge(ends, scale)
-    zero, mean = scale.at(0.0), scale.at(ends.mean)
+    drawn = _empty_gauge(cell, scale)
+    zero, mean = scale.at(0.0), scale.at(cell.value)
     bar = range(zero + 1, mean + 1) if mean > zero else range(mean, zero)
     for place in bar:
         drawn[place] = "█"
-    if math.isfinite(ends.low):
-        for place in range(scale.at(ends.low), scale.at(ends.high) + 1):
+    if math.isfinite(cell.low):
+        for place in range(scale.at(cell.low), scale.at(cell.high) + 1):
             if place in bar:
                 drawn[place] = "▒"
             elif place != zero:
@@ -135,6 +121,7 @@ def _max_length(texts: Iterable[str]) -> int:
 class IntervalLayout:
     """Texts and widths for all cells of a measure, so that the lines of all panels are aligned."""
 
+    frame: FigureFrame
     titles: Sequence[str]
     """Titles of the labels."""
     widths: Sequence[int]
@@ -143,53 +130,29 @@ class IntervalLayout:
     """Mean of each cell, with a mark if it is significant after correction."""
     counts: list[str]
     """n of each cell; empty if all are equal."""
-    intervals: list[str]
-    interval_title: str
     nulls: list[str]
-    control: str
-    """Heading of `nulls`."""
     """Null band of each cell; empty without one or without room."""
-    ends: list[IntervalEnds]
     scale: TextScale
-    scale_texts: tuple[str, str]
     draw: IntervalDrawer
 
     @classmethod
     def of(
         cls,
-        result: ExperimentResult,
-        measure: int,
+        frame: FigureFrame,
         titles: Sequence[str],
         labels: Sequence[Sequence[str]],
         width: int,
         draw: IntervalDrawer,
     ) -> IntervalLayout:
         """Lay out a measure; `labels` are all labels of each title."""
-        found, band = result.statistics[measure], result.control(measure)
-        null = np.full((2, len(found.mean)), np.nan) if band is None else [band.low, band.high]
-        everything = np.concatenate([found.mean, found.low, found.high, *null])
-        write = number_format(everything)
-        texts = mean_texts(result, measure, range(len(found.mean)), write)
-        intervals = [interval for _, interval in texts]
+        cells = frame.cells
         means = [
-            (THIN_MARK if few else "") + mean + mark
-            for (mean, _), mark, few in zip(
-                texts, significance_marks(result, measure), is_thin(result, measure), strict=True
-            )
+            (THIN_MARK if cell.is_thin else "") + cell.value_text + cell.mark for cell in cells
         ]
-        confidence = result.settings.confidence if result.settings else 95.0
-        title = f"{confidence:g} % interval"
-        nulls = [] if band is None else null_texts(band, found, range(len(found.mean)), write)
-        ends = [
-            IntervalEnds(float(mean), float(low), float(high), (float(least), float(most)))
-            for mean, low, high, least, most in zip(
-                found.mean, found.low, found.high, *null, strict=True
-            )
-        ]
-        counts = [str(int(n)) for n in found.n] if has_fewer_prompts(result, measure).any() else []
-        numbers = (
-            _max_length([MEAN_TITLE, *means]) + _max_length([title, *intervals]) + 3 * COLUMN_GAP
-        )
+        intervals = [frame.interval_title, *(cell.interval_text for cell in cells)]
+        nulls = [cell.null_text for cell in cells] if frame.null_title else []
+        counts = [str(cell.n) for cell in cells] if frame.has_fewer else []
+        numbers = _max_length([MEAN_TITLE, *means]) + _max_length(intervals) + 3 * COLUMN_GAP
         numbers += _max_length(counts) + COLUMN_GAP if counts else 0
         widths = label_widths(titles, labels, width - numbers)
         taken = sum(widths) + COLUMN_GAP * (len(widths) - 1) + numbers
@@ -197,28 +160,29 @@ class IntervalLayout:
             nulls = []
         room = min(MAX_GAUGE, width - taken - (_max_length(nulls) + COLUMN_GAP if nulls else 0))
         # All panels share the scale, which includes 0, so that they can be compared.
-        limits = float(np.nanmin([*everything, 0.0])), float(np.nanmax([*everything, 0.0]))
+        drawn = [0.0, *(end for cell in cells for end in (cell.value, cell.low, cell.high))]
+        drawn += [end for cell in cells for end in cell.null]
+        limits = float(np.nanmin(drawn)), float(np.nanmax(drawn))
         scale = TextScale(*limits, room if room >= MIN_GAUGE and limits[0] < limits[1] else 0)
-        texts = write(limits[0]), write(limits[1])
-        named = "" if band is None else band.title
-        shown = (titles, widths, means, counts, intervals, title, nulls, named)
-        return cls(*shown, ends, scale, texts, draw)
+        return cls(frame, titles, widths, means, counts, nulls, scale, draw)
 
     def print(self, lines: Sequence[LabelledCell], console: Console) -> None:
         """Print one panel."""
         second = _max_length([MEAN_TITLE, *self.means])
-        third = _max_length([self.interval_title, *self.intervals])
-        fourth = _max_length([self.control, *self.nulls])
+        cells = self.frame.cells
+        title, control = self.frame.interval_title, self.frame.null_title
+        third = _max_length([title, *(cell.interval_text for cell in cells)])
+        fourth = _max_length([control, *self.nulls])
         heads = [f"{name:<{width}}" for name, width in zip(self.titles, self.widths, strict=True)]
         n_width = _max_length(["n", *self.counts])
         head = (
             "  ".join(heads)
             + (f"  {'n':>{n_width}}" if self.counts else "")
-            + f"  {MEAN_TITLE:>{second}}  {self.interval_title:<{third}}"
-            + (f"  {self.control:<{fourth}}" if self.nulls else "")
+            + f"  {MEAN_TITLE:>{second}}  {title:<{third}}"
+            + (f"  {control:<{fourth}}" if self.nulls else "")
         )
         if self.scale.width:
-            left, right = self.scale_texts
+            left, right = map(self.frame.write, (self.scale.left, self.scale.right))
             head += f"  {left}{right:>{max(1, self.scale.width - len(left))}}"
         console.print(Text(head.rstrip(), style="dim"), highlight=False, soft_wrap=True)
         for labels, cell in lines:
@@ -226,12 +190,12 @@ class IntervalLayout:
             text = Text().append(first, style="bold")
             if self.counts:
                 text.append(f"  {self.counts[cell]:>{n_width}}")
-            text.append(f"  {self.means[cell]:>{second}}  {self.intervals[cell]:<{third}}")
+            text.append(f"  {self.means[cell]:>{second}}  {cells[cell].interval_text:<{third}}")
             if self.nulls:
                 text.append(f"  {self.nulls[cell]:<{fourth}}")
             if self.scale.width:
                 text.append("  ")
-                text.append(self.draw(self.ends[cell], self.scale), style="blue")
+                text.append(self.draw(cells[cell], self.scale), style="blue")
             text.rstrip()
             console.print(text, highlight=False, soft_wrap=True)
             for line in more:
@@ -273,7 +237,8 @@ def _print_lines(result: ExperimentResult, report: spec.Report, console: Console
             print_notes([f"a category has no line: write `report bars {report.variable}`"], console)
             continue
         labels = [value_text(value) for value in values]
-        layout = IntervalLayout.of(result, measure, [title], [labels], console.width, draw_point)
+        frame = figure_frame(result, measure)
+        layout = IntervalLayout.of(frame, [title], [labels], console.width, draw_point)
         for panel in grid_panels(result, (axis,)):
             if panel.title:
                 console.print(Text(panel.title, style="bold"), highlight=False)
@@ -304,19 +269,19 @@ def _print_bars(result: ExperimentResult, report: spec.Report, console: Console)
     labels = [[value_text(value) for value in each] for each in values]
     for measure, data in drawable_measures(result, console):
         print_heading(result, data, console)
-        category = data.kind == "category"
+        frame = figure_frame(result, measure)
         shares = _Shares(titles, label_widths(titles, labels, console.width - SHARE_WIDTH))
-        layout = IntervalLayout.of(result, measure, titles, labels, console.width, draw_bar)
+        layout = IntervalLayout.of(frame, titles, labels, console.width, draw_bar)
         for panel in grid_panels(result, axes):
             if panel.title:
                 console.print(Text(panel.title, style="bold"), highlight=False)
             lines = _label_cells(panel, values)
-            if category:
-                shares.print(result.statistics[measure], lines, console)
+            if frame.is_category:
+                shares.print(frame.cells, lines, console)
             else:
                 layout.print(lines, console)
         drawn = layout.scale.width > 0
-        if category:
+        if frame.is_category:
             print_notes(
                 ["the most common value of every cell and its share of the prompts"], console
             )
@@ -347,19 +312,21 @@ class _Shares:
     titles: Sequence[str]
     widths: Sequence[int]
 
-    def print(self, found: CellStatistics, lines: Sequence[LabelledCell], console: Console) -> None:
+    def print(
+        self, cells: Sequence[FigureCell], lines: Sequence[LabelledCell], console: Console
+    ) -> None:
         head = f"{label_lines(self.titles, self.widths)[0]}  {'n':>5}  commonest  share"
         room = min(MAX_BAR, console.width - len(head) - 2)
         console.print(Text(head, style="dim"), highlight=False, soft_wrap=True)
-        for texts, cell in lines:
+        for texts, number in lines:
             first, *more = label_lines(texts, self.widths)
-            share = float(found.share[cell])
-            known = math.isfinite(share)
-            value = f"{found.commonest[cell]:g}" if known else MISSING
-            text = Text().append(first, style="bold").append(f"  {int(found.n[cell]):>5}")
-            text.append(f"  {value:>9}  {f'{share:.3f}' if known else MISSING:>5}")
+            cell = cells[number]
+            known = math.isfinite(cell.share)
+            value, share = (cell.map_text, f"{cell.share:.3f}") if known else (MISSING, MISSING)
+            text = Text().append(first, style="bold").append(f"  {cell.n:>5}")
+            text.append(f"  {value:>9}  {share:>5}")
             if known and room >= MIN_BAR:
-                text.append("  ").append("█" * round(share * room), style="blue")
+                text.append("  ").append("█" * round(cell.share * room), style="blue")
             text.rstrip()
             console.print(text, highlight=False, soft_wrap=True)
             for line in more:

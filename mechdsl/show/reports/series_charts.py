@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,6 @@ from mechdsl.show.reports.charts import (
     facet_chart,
     faint_caption,
     fewer_prompts_caption,
-    hover_texts,
     legend_position,
     null_band_caption,
     null_band_layer,
@@ -38,12 +38,14 @@ from mechdsl.show.reports.charts import (
     zero_rule,
 )
 from mechdsl.show.reports.grid import (
+    FigureFrame,
     GridPanel,
     axis_name,
     axis_values,
     capitalise,
     chart_axis_title,
     drawn_axes,
+    figure_frame,
     grid_panels,
     is_numeric,
     is_upward,
@@ -53,7 +55,7 @@ from mechdsl.show.reports.grid import (
     value_names,
     value_title,
 )
-from mechdsl.show.reports.text import fewer_prompts_note, is_thin
+from mechdsl.show.reports.text import fewer_prompts_note
 
 MIN_PANEL_WIDTH, MAX_LINES_WIDTH = 320, 640
 """Minimum and maximum width of a panel along numbers."""
@@ -87,95 +89,122 @@ def lines_chart(result: ExperimentResult, report: spec.Report) -> Any:
         )
         for measure, data in result.computed()
         if data.kind == "number"
-        for drawn, counts in [_lines_panel(result, measure, axis, series)]
+        for drawn, counts in [_lines_panel(result, figure_frame(result, measure), axis, series)]
     ]
     return stack_charts(charts, result)
 
 
 def _lines_panel(
-    result: ExperimentResult, measure: int, word: str, series: str | None
+    result: ExperimentResult, frame: FigureFrame, word: str, series: str | None
 ) -> tuple[Any, str | None]:
     """Return the chart, and where it shows n of cells with fewer prompts."""
-    found, band = result.statistics[measure], result.control(measure)
-    few, under, axis = (
-        is_thin(result, measure),
-        hover_texts(result, measure),
-        axis_name(result, word),
-    )
+    axis = axis_name(result, word)
     values = axis_values(result, axis)
     numbered = is_numeric(values)
     drawn = (axis,) if series is None else (axis, series)
     shown = grid_panels(result, drawn, position_names(result))
-    series_names = {} if series is None else value_names(result, series)
-
-    def line_of(panel_title: str, key: tuple[Coord, ...]) -> str:
-        return (panel_title if series is None else series_names[key[1]]) or " "
-
-    # A series without a number isn't drawn, so it isn't in the legend.
-    seen = {
-        line_of(panel.title, key)
-        for panel in shown
-        for key, cell in panel.cells.items()
-        if np.isfinite(found.mean[cell])
-    }
-    every = [line_of(panel.title, key) for panel in shown for key in panel.cells]
-    if series is not None:
-        every = [series_names[value] or " " for value in axis_values(result, series)]
-    lines = [line for line in dict.fromkeys(every) if line in seen]
-    title = chart_axis_title(result, word)
-    step = max(WORD_WIDTH, SERIES_POINT_WIDTH * len(lines))
-    labels = value_names(result, axis)
+    line_names = {} if series is None else value_names(result, series)
+    order = None if series is None else axis_values(result, series)
+    lines = _list_lines(frame, shown, line_names, order)
     facets = len(shown) if series is not None else 1
     x, names, width = (_number_axis if numbered else _word_axis)(
-        values, title, step, labels, _panel_room(facets)
+        values,
+        chart_axis_title(result, word),
+        max(WORD_WIDTH, SERIES_POINT_WIDTH * len(lines)),
+        value_names(result, axis),
+        _panel_room(facets),
     )
-
-    def end(ends: Any, cell: int) -> float | None:
-        return float(ends[cell]) if np.isfinite(ends[cell]) else None
-
-    records = [
-        {
-            "x": names[key[0]],
-            "line": line_of(panel.title, key),
-            "panel": panel_header(panel.title, width) if series is not None else "",
-            "mean": float(found.mean[cell]),
-            "n": int(found.n[cell]),
-            "top": float(np.nanmax([found.mean[cell], found.high[cell]])),
-            "strength": FAINT_OPACITY if few[cell] else 1.0,
-            "low": end(found.low, cell),
-            "high": end(found.high, cell),
-            "null_low": end(band.low, cell) if band else None,
-            "null_high": end(band.high, cell) if band else None,
-            "hover": under[cell],
-        }
-        for panel in shown
-        for key, cell in panel.cells.items()
-        if np.isfinite(found.mean[cell])
-    ]
-    lines, where = _count_lines(result, measure, records, lines, numbered=numbered)
-    place = legend_position(width, len(shown) if series is not None else 1)
+    records = _line_records(frame, shown, names, line_names, width)
+    lines, where = _count_lines(result, frame.measure, records, lines, numbered=numbered)
     others = [other for other in result.axes if other not in drawn]
     varied = [series] if series is not None else others
     upward = len(varied) == 1 and is_upward(result, varied[0])
     legend = None if series is None else chart_axis_title(result, series)
-    base, apart = alt.Chart().encode(x=x), _line_styles(lines, legend, place, upward=upward)
-    base = base.encode(color=apart.pop("color"))
+    apart = _line_styles(lines, legend, legend_position(width, facets), upward=upward)
+    base = alt.Chart().encode(x=x).encode(color=apart.pop("color"))
     if not numbered and len(lines) > 1:
         base = base.encode(xOffset=alt.XOffset("line:N", sort=lines))
-    layers = _line_layers(base, value_title(result.measures[measure]), apart, numbered)
+    layers = _line_layers(base, value_title(frame.data), apart, numbered)
     if where == "small":
         layers.append(count_marks(base, "top"))
-    if band is not None:
+    if frame.null_title:
         wide = {} if numbered else {"size": min(POINT_BAND_WIDTH, width / len(values) / len(lines))}
-        form = "area" if numbered else "bar"
-        layers.insert(0, null_band_layer(base, form, len(lines), **wide))
+        layers.insert(0, null_band_layer(base, "area" if numbered else "bar", len(lines), **wide))
     plot = alt.layer(*layers, data=alt.Data(values=records)).properties(
         width=width, height=_panel_height(width)
     )
     if series is not None:
         stacked = len(others) == 1 and is_upward(result, others[0])
         plot = facet_chart(plot, [panel.title for panel in shown], width, upward=stacked)
-    return plot, fewer_prompts_note(result, measure, where)
+    return plot, fewer_prompts_note(result, frame.measure, where)
+
+
+def _line_name(names: Mapping[Coord, str], panel: GridPanel, key: tuple[Coord, ...]) -> str:
+    """Return the line of a cell: its value of the series, or its panel without a series."""
+    return (names[key[1]] if key[1:] else panel.title) or " "
+
+
+def _list_lines(
+    frame: FigureFrame,
+    panels: Sequence[GridPanel],
+    names: Mapping[Coord, str],
+    order: Sequence[Coord] | None,
+) -> list[str]:
+    """Return the lines with a number: others aren't drawn, so they aren't in the legend.
+
+    Args:
+        names: Texts of the values of the series.
+        order: These values in order; None without a series.
+    """
+    cells = [(panel, key, cell) for panel in panels for key, cell in panel.cells.items()]
+    seen = {
+        _line_name(names, panel, key)
+        for panel, key, cell in cells
+        if math.isfinite(frame.cells[cell].value)
+    }
+    every = [_line_name(names, panel, key) for panel, key, _ in cells]
+    if order is not None:
+        every = [names[value] or " " for value in order]
+    return [line for line in dict.fromkeys(every) if line in seen]
+
+
+def _line_records(
+    frame: FigureFrame,
+    panels: Sequence[GridPanel],
+    places: Mapping[Coord, Any],
+    names: Mapping[Coord, str],
+    width: float,
+) -> list[dict[str, Any]]:
+    """Return the data of the lines, one record per cell with a number.
+
+    Args:
+        places: Position of each value on the axis.
+        names: Texts of the values of the series, if there is one.
+    """
+    return [
+        {
+            "x": places[key[0]],
+            "line": _line_name(names, panel, key),
+            "panel": panel_header(panel.title, width) if key[1:] else "",
+            "mean": cell.value,
+            "n": cell.n,
+            "top": float(np.nanmax([cell.value, cell.high])),
+            "strength": FAINT_OPACITY if cell.is_thin else 1.0,
+            "low": _finite(cell.low),
+            "high": _finite(cell.high),
+            "null_low": _finite(cell.null[0]),
+            "null_high": _finite(cell.null[1]),
+            "hover": cell.hover,
+        }
+        for panel in panels
+        for key, number in panel.cells.items()
+        for cell in [frame.cells[number]]
+        if math.isfinite(cell.value)
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _count_lines(
@@ -321,7 +350,9 @@ def bars_chart(result: ExperimentResult, report: spec.Report) -> Any:
             fewer_prompts_caption(result, data, written=any(count_labels(result, measure))),
         )
         if data.kind == "category"
-        else add_title(_bars_panel(result, measure, axes), result, data, *said)
+        else add_title(
+            _bars_panel(result, figure_frame(result, measure), axes), result, data, *said
+        )
         for measure, data in result.computed()
         for said in [
             (
@@ -387,50 +418,40 @@ def _bar_width(count: int) -> float:
 
 
 def _bar_records(
-    result: ExperimentResult,
-    measure: int,
-    panels: Sequence[GridPanel],
-    places: _BarPositions,
-    counts: Sequence[str],
+    frame: FigureFrame, panels: Sequence[GridPanel], places: _BarPositions, counts: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return the data of the bars, one record per cell of a drawn series."""
-    found, band = result.statistics[measure], result.control(measure)
-    few, under = is_thin(result, measure), hover_texts(result, measure)
-
-    def number(values: Any, cell: int) -> float | None:
-        return float(values[cell]) if np.isfinite(values[cell]) else None
-
     return [
         {
             **places.key(key),
             "panel": panel_header(panel.title, places.width),
-            "hover": under[cell],
-            "mean": number(found.mean, cell),
-            "strength": FAINT_OPACITY if few[cell] else 0.85,
-            "low": number(found.low, cell),
-            "high": number(found.high, cell),
-            "n": counts[cell],
-            "top": float(np.nanmax([0.0, found.mean[cell], found.high[cell]])),
-            "null_low": number(band.low, cell) if band else None,
-            "null_high": number(band.high, cell) if band else None,
+            "hover": cell.hover,
+            "mean": _finite(cell.value),
+            "strength": FAINT_OPACITY if cell.is_thin else 0.85,
+            "low": _finite(cell.low),
+            "high": _finite(cell.high),
+            "n": counts[number],
+            "top": float(np.nanmax([0.0, cell.value, cell.high])),
+            "null_low": _finite(cell.null[0]),
+            "null_high": _finite(cell.null[1]),
         }
         for panel in panels
-        for key, cell in panel.cells.items()
+        for key, number in panel.cells.items()
+        for cell in [frame.cells[number]]
         if not key[1:] or key[1] in places.series
     ]
 
 
-def _bars_panel(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
-    found, band = result.statistics[measure], result.control(measure)
+def _bars_panel(result: ExperimentResult, frame: FigureFrame, axes: tuple[str, ...]) -> Any:
     shown = grid_panels(result, axes, position_names(result))
     drawn = {
         key[1]
         for panel in shown
         for key, cell in panel.cells.items()
-        if key[1:] and np.isfinite(found.mean[cell])
+        if key[1:] and math.isfinite(frame.cells[cell].value)
     }
-    places, counts = _bar_positions(result, axes, drawn), count_labels(result, measure)
-    records = _bar_records(result, measure, shown, places, counts)
+    places, counts = _bar_positions(result, axes, drawn), count_labels(result, frame.measure)
+    records = _bar_records(frame, shown, places, counts)
     series = list(places.series.values())
     base = add_hover(alt.Chart()).encode(x=places.x)
     colour: Any = alt.value(PALETTE[0])
@@ -443,7 +464,7 @@ def _bars_panel(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -
             upward=is_upward(result, axes[1]),
         )
         colour = alt.Color("series:N", sort=series, scale=series_colours(series), legend=legend)
-    y = alt.Y("mean:Q", axis=alt.Axis(title=value_title(result.measures[measure])))
+    y = alt.Y("mean:Q", axis=alt.Axis(title=value_title(frame.data)))
     bars = base.mark_bar().encode(
         y=y,
         color=colour,
@@ -455,7 +476,7 @@ def _bars_panel(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -
     ends = [across.encode(y=f"{end}:Q") for end in ("low", "high")]
     layers: list[Any] = [
         bars,
-        *([null_band_layer(base, "bar")] if band else []),
+        *([null_band_layer(base, "bar")] if frame.null_title else []),
         zero_rule(),
         whiskers,
         *ends,

@@ -7,7 +7,7 @@ truncated. A table that still doesn't fit is printed as one paragraph per cell.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -32,26 +32,29 @@ from mechdsl.show.reports.colours import cell_style, diverging_colour, needs_whi
 from mechdsl.show.reports.grid import hit_tokens_text, listed_tokens_text, sort_key, value_text
 from mechdsl.show.reports.text import (
     MISSING,
-    drawable_measures,
+    heading_facts,
     inert_note,
     interval_texts,
     is_significant,
     is_within_random,
     mean_texts,
+    measure_name,
     null_band_note,
     null_p_texts,
     null_texts,
     number_format,
     p_text,
-    print_conventions,
-    print_heading,
+    print_all_conventions,
+    print_missing,
     print_notes,
+    print_title,
     rounding_note,
     significance_note,
     verification_notes,
     zero_width_note,
 )
 from mechdsl.statistics.cell_statistics import compute_cell_statistics
+from mechdsl.statistics.measurements import MissingReason
 from mechdsl.vocab.effects import EFFECTS
 
 FILE_WIDTH = 120
@@ -103,47 +106,126 @@ class Column:
         return max([len(self.title), *(len(text) for text in self.cells)])
 
 
+@dataclass(frozen=True)
+class PromptExcerpt:
+    """Part of a prompt, around the token with the highest activation."""
+
+    highest: float
+    pieces: tuple[tuple[str, float | None], ...]
+    """Texts and activations of its tokens."""
+    place: int
+    """Index of the token with the highest activation."""
+
+
+@dataclass(frozen=True)
+class ActiveFeature:
+    """A feature with the prompts on which it is most active."""
+
+    title: str
+    prompts: Sequence[PromptExcerpt]
+
+    @property
+    def limit(self) -> float:
+        """The highest activation."""
+        return max((each.highest for each in self.prompts), default=0.0)
+
+
+@dataclass(frozen=True)
+class MeasureTable:
+    """The table of one measure."""
+
+    title: str
+    facts: str = ""
+    missing: MissingReason | None = None
+    """Why the measure has no table."""
+    columns: Sequence[Column] = ()
+    notes: Sequence[str] = ()
+    seed_means: Sequence[Column] = ()
+    """Means over trainings with several seeds; empty without such means."""
+    exact: Sequence[Column] = ()
+    """Cells that `verify` has run, the largest exact effects first; empty without such cells."""
+    exact_notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class TableFrame:
+    """The contents of a table report, which the terminal, files and notebooks draw."""
+
+    name: str
+    """The experiment."""
+    measures: Sequence[MeasureTable]
+    active: Sequence[ActiveFeature]
+    conventions: Mapping[str, str]
+
+
+def table_frame(result: ExperimentResult, report: spec.Report) -> TableFrame:
+    """Choose the rows and columns of a report, and format their numbers."""
+    shown = _apply_grouping(result, report)
+    first = next((number for number, _ in shown.computed()), None)
+    order = [] if first is None else _order(shown, first, report)
+    return TableFrame(
+        result.name,
+        [_measure_table(result, shown, n, report, order) for n in range(len(shown.measures))],
+        list(_by_feature(shown, order)) if shown.active else [],
+        shown.conventions,
+    )
+
+
+def _measure_table(
+    result: ExperimentResult,
+    shown: ExperimentResult,
+    measure: int,
+    report: spec.Report,
+    first: Sequence[int],
+) -> MeasureTable:
+    """Return the table of a measure.
+
+    Args:
+        shown: The result in groups.
+        first: The cells of the first measure's table, in order.
+    """
+    data = result.measures[measure]
+    if data.missing is not None:
+        return MeasureTable(measure_name(data), missing=data.missing)
+    order = _order(shown, measure, report)
+    return MeasureTable(
+        measure_name(data),
+        heading_facts(result, data),
+        columns=_columns(shown, measure, order),
+        notes=_notes(shown, measure, order, report),
+        seed_means=_seed_mean_columns(shown, measure, first),
+        exact=_exact_cell_columns(shown, measure),
+        exact_notes=verification_notes(shown, measure),
+    )
+
+
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Print one table per measure, and the conventions below the last."""
-    shown = apply_grouping(result, report)
-    for measure, _ in drawable_measures(shown, console):
-        print_heading(result, result.measures[measure], console)
-        columns, said = measure_table(shown, measure, report)
-        _print(columns, console)
-        print_notes(said, console)
-        means = seed_mean_columns(shown, measure, displayed_cells(shown, report))
-        if means:
+    frame = table_frame(result, report)
+    for each in frame.measures:
+        if each.missing is not None:
+            print_missing(f"{frame.name}: {each.title}", [each.missing], console)
+            continue
+        print_title(frame.name, each.title, each.facts, console)
+        _print(each.columns, console)
+        print_notes(each.notes, console)
+        if each.seed_means:
             print_notes(["", SEED_MEANS_TITLE], console)
-            _print(means, console)
-        exact = exact_cell_columns(shown, measure)
-        if exact:
+            _print(each.seed_means, console)
+        if each.exact:
             print_notes(["", EXACT_CELLS_TITLE], console)
-            _print(exact, console)
-            print_notes(verification_notes(shown, measure), console)
-    print_active_texts(shown, displayed_cells(shown, report), console)
-    print_conventions(shown, report, console)
+            _print(each.exact, console)
+            print_notes(each.exact_notes, console)
+    _print_active_prompts(frame.active, console)
+    print_all_conventions(frame.conventions, console)
 
 
-def apply_grouping(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
+def _apply_grouping(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
     """Group the result by the values that the report names."""
     return group_by_value(result, report.by) if report.by in result.row_values else result
 
 
-def displayed_cells(shown: ExperimentResult, report: spec.Report) -> list[int]:
-    """Return the cells of the first measure's table, in order."""
-    measure = next((number for number, _ in shown.computed()), None)
-    return [] if measure is None else _order(shown, measure, report)
-
-
-def measure_table(
-    shown: ExperimentResult, measure: int, report: spec.Report
-) -> tuple[list[Column], list[str]]:
-    """Return the columns and notes of one measure of a grouped result (see `apply_grouping`)."""
-    order = _order(shown, measure, report)
-    return _columns(shown, measure, order), _notes(shown, measure, order, report)
-
-
-def seed_mean_columns(shown: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
+def _seed_mean_columns(shown: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
     """Return the columns of the means over trainings with several seeds; none without such means.
 
     Args:
@@ -190,7 +272,7 @@ def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     """Write plain text, a picture of it, or all rows as CSV."""
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        path.write_text(apply_grouping(result, report).to_csv(), encoding="utf-8")
+        path.write_text(_apply_grouping(result, report).to_csv(), encoding="utf-8")
         return
     text = io.StringIO()
     render(result, report, visible_console(file=text, width=FILE_WIDTH, plain=True))
@@ -278,7 +360,7 @@ def _order(result: ExperimentResult, measure: int, report: spec.Report) -> list[
     return sorted(order, key=lambda i: -np.nan_to_num(size[i], nan=-1.0))[: report.top]
 
 
-def exact_cell_columns(result: ExperimentResult, measure: int) -> list[Column]:
+def _exact_cell_columns(result: ExperimentResult, measure: int) -> list[Column]:
     """Return the columns of the cells that `verify` has run, the largest exact effects first; none
     without such cells."""
     verified = result.verification(measure)
@@ -515,7 +597,7 @@ def _fits(columns: Sequence[Column], width: int) -> bool:
     return sum(column.least + COLUMN_GAP for column in columns) - COLUMN_GAP <= width
 
 
-def _print(columns: list[Column], console: Console) -> None:
+def _print(columns: Sequence[Column], console: Console) -> None:
     kept = list(columns)
     for spare in (4, 3):
         if not _has_room(kept, console.width):
@@ -603,18 +685,7 @@ CHARACTERS_BEFORE, CHARACTERS_AFTER = 160, 60
 """Maximum length of these tokens together; names of image tokens are long."""
 
 
-@dataclass(frozen=True)
-class _Excerpt:
-    """Part of a prompt, around the token with the highest activation."""
-
-    highest: float
-    pieces: tuple[tuple[str, float | None], ...]
-    """Texts and activations of its tokens."""
-    place: int
-    """Index of the token with the highest activation."""
-
-
-def _excerpt(prompt: ActiveText) -> _Excerpt:
+def _excerpt(prompt: ActiveText) -> PromptExcerpt:
     values = [float("-inf") if value is None else value for value in prompt.values]
     highest = max(values)
     place = values.index(highest)
@@ -626,7 +697,7 @@ def _excerpt(prompt: ActiveText) -> _Excerpt:
         pieces[0] = (f"… {pieces[0][0].lstrip()}", pieces[0][1])
     if end < len(values):
         pieces[-1] = (f"{pieces[-1][0].rstrip()} …", pieces[-1][1])
-    return _Excerpt(highest, tuple(pieces), place - begin)
+    return PromptExcerpt(highest, tuple(pieces), place - begin)
 
 
 def _count_shown(tokens: Sequence[str], most: int, characters: int) -> int:
@@ -635,9 +706,7 @@ def _count_shown(tokens: Sequence[str], most: int, characters: int) -> int:
     return sum(length <= characters for length in lengths)
 
 
-def _by_feature(
-    result: ExperimentResult, order: Sequence[int]
-) -> Iterator[tuple[str, list[_Excerpt]]]:
+def _by_feature(result: ExperimentResult, order: Sequence[int]) -> Iterator[ActiveFeature]:
     """Yield each feature in the order of the table, with its prompts."""
     done: set[str] = set()
     for cell in order:
@@ -646,29 +715,25 @@ def _by_feature(
         if name not in done and len(done) < SHOWN_FEATURES:
             done.add(name)
             title = f"{name} · {escape_hidden(key.label)}" if key.label else name
-            yield title, [_excerpt(each) for each in result.active[cell][:SHOWN_PROMPTS]]
+            prompts = [_excerpt(each) for each in result.active[cell][:SHOWN_PROMPTS]]
+            yield ActiveFeature(title, prompts)
 
 
-def print_active_texts(result: ExperimentResult, order: Sequence[int], console: Console) -> None:
-    """Print the prompts of each feature of a table; brackets mark the highest activation.
-
-    Args:
-        order: The displayed cells.
-    """
-    found = list(_by_feature(result, order)) if result.active else []
-    if not any(prompts for _, prompts in found):
+def _print_active_prompts(features: Sequence[ActiveFeature], console: Console) -> None:
+    """Print the prompts of features; brackets mark the highest activation."""
+    highest = [each.highest for feature in features for each in feature.prompts]
+    if not highest:
         return
     console.print(Text("\nmost active prompts", style="bold"), highlight=False)
-    write = number_format([each.highest for _, prompts in found for each in prompts])
-    for name, prompts in found:
-        limit = max((each.highest for each in prompts), default=0.0)
-        console.print(Text(name), highlight=False)
-        for each in prompts:
+    write = number_format(highest)
+    for feature in features:
+        console.print(Text(feature.title), highlight=False)
+        for each in feature.prompts:
             line = Text(f"  {write(each.highest)}  ")
             for place, (token, value) in enumerate(each.pieces):
                 text, space = _split_space(token)
                 marked = f"[{text}]" if place == each.place else text
-                colour = None if not value else diverging_colour(value, limit)
+                colour = None if not value else diverging_colour(value, feature.limit)
                 line.append(space).append(marked, cell_style(colour))
             console.print(line, highlight=False, soft_wrap=False)
 
@@ -679,15 +744,16 @@ def _split_space(token: str) -> tuple[str, str]:
     return escape_hidden(text) or "␣", " " if len(text) < len(token) else ""
 
 
-def active_texts_html(result: ExperimentResult, order: Sequence[int]) -> str:
-    """Return the prompts of each feature of a table as HTML; every text is escaped."""
+def active_prompts_html(features: Sequence[ActiveFeature]) -> str:
+    """Return the prompts of features as HTML; every text is escaped."""
     rows: list[str] = []
-    for name, prompts in _by_feature(result, order) if result.active else ():
-        limit = max((each.highest for each in prompts), default=0.0)
-        for each in prompts:
-            pieces = "".join(_piece_html(token, value, limit) for token, value in each.pieces)
+    for feature in features:
+        for each in feature.prompts:
+            pieces = "".join(
+                _piece_html(token, value, feature.limit) for token, value in each.pieces
+            )
             rows.append(
-                f'<tr><td style="text-align:left">{escape_xml(name)}</td>'
+                f'<tr><td style="text-align:left">{escape_xml(feature.title)}</td>'
                 f'<td style="text-align:right">{each.highest:.3g}</td>'
                 f'<td style="text-align:left">{pieces}</td></tr>'
             )

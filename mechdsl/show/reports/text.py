@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from textwrap import wrap
 
 import numpy as np
@@ -23,6 +23,7 @@ from mechdsl.results.statistics_conventions import (
 from mechdsl.statistics.measurements import (
     CellStatistics,
     MeasureData,
+    MissingReason,
     NullBand,
     may_round_differently,
 )
@@ -191,12 +192,15 @@ def drawable_measures(
         if data.missing is None:
             yield measure, data
             continue
-        console.print()
-        console.print(
-            Text(f"{result.name}: {measure_name(data)}: not computed", style="bold"),
-            highlight=False,
-        )
-        print_hanging(f"{data.missing.code}: ", data.missing.reason, console)
+        print_missing(f"{result.name}: {measure_name(data)}", [data.missing], console)
+
+
+def print_missing(name: str, reasons: Iterable[MissingReason], console: Console) -> None:
+    """Print why a measure or an experiment could not be computed."""
+    console.print()
+    console.print(Text(f"{name}: not computed", style="bold"), highlight=False)
+    for missing in reasons:
+        print_hanging(f"{missing.code}: ", missing.reason, console)
 
 
 def missing_note(result: ExperimentResult) -> str | None:
@@ -211,11 +215,15 @@ def missing_note(result: ExperimentResult) -> str | None:
 
 def print_heading(result: ExperimentResult, data: MeasureData, console: Console) -> None:
     """Print the experiment, the measure and its facts."""
+    print_title(result.name, measure_name(data), heading_facts(result, data), console)
+
+
+def print_title(name: str, what: str, facts: str, console: Console) -> None:
+    """Print the name of an experiment, what is shown of it, and facts."""
     console.print()
-    title = Text(f"{result.name}: ", style="bold")
-    title.append(measure_name(data))
+    title = Text(f"{name}: ", style="bold").append(what)
     console.print(title, highlight=False)
-    console.print(Text(heading_facts(result, data), style="dim"), highlight=False)
+    console.print(Text(facts, style="dim"), highlight=False)
 
 
 def heading_facts(result: ExperimentResult, data: MeasureData) -> str:
@@ -247,13 +255,19 @@ def print_conventions(result: ExperimentResult, report: spec.Report, console: Co
     """Print all conventions: below every table, and below the last figure of an experiment, which
     follows the other figures."""
     followed = report in result.reports and report != result.reports[-1]
-    if not result.conventions or (followed and report.kind != "table"):
+    if not followed or report.kind == "table":
+        print_all_conventions(result.conventions, console)
+
+
+def print_all_conventions(conventions: Mapping[str, str], console: Console) -> None:
+    """Print conventions with their names, if there are any."""
+    if not conventions:
         return
     console.print(Text("conventions", style="dim bold"), highlight=False)
-    key_width = max(len(key) for key in result.conventions)
+    key_width = max(len(key) for key in conventions)
     if key_width > console.width // 3:
         key_width = console.width // 3
-    for key, value in result.conventions.items():
+    for key, value in conventions.items():
         print_hanging(f"  {key:<{key_width}}  ", str(value), console)
 
 
@@ -617,10 +631,7 @@ def figure_notes(result: ExperimentResult, measure: int, *, drawn: bool) -> list
 
 def print_lost_experiment(lost: LostExperiment, console: Console) -> None:
     """Print why an experiment could not be computed, and its expectations, which fail."""
-    console.print()
-    console.print(Text(f"{lost.name}: not computed", style="bold"), highlight=False)
-    for missing in lost.reasons:
-        print_hanging(f"{missing.code}: ", missing.reason, console)
+    print_missing(lost.name, lost.reasons, console)
     print_verdicts(lost, console)
 
 

@@ -24,7 +24,7 @@ from mechdsl.resolve.measures import MEASURED_AXIS, STEP_AXIS
 from mechdsl.results.experiment_result import DEFAULT_SHOWN_PROMPTS, ExperimentResult
 from mechdsl.show.console import visible_console
 from mechdsl.show.reports.canvas import FONT, INK, MONO_FONT, QUIET_INK
-from mechdsl.show.reports.text import print_conventions, print_notes
+from mechdsl.show.reports.text import print_conventions, print_notes, print_title
 from mechdsl.vocab.metrics import Reply
 
 _WORD = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
@@ -197,11 +197,7 @@ PART_SIGNS = {"same": ("", ""), "new": ("{+", "+}"), "gone": ("[-", "-]")}
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Print each prompt with its replies below one another."""
-    console.print()
-    title = Text(f"{result.name}: ", style="bold").append("replies")
-    console.print(title, highlight=False)
-    facts = f"{result.model} · {result.direction}"
-    console.print(Text(facts, style="dim"), highlight=False)
+    print_title(result.name, "replies", f"{result.model} · {result.direction}", console)
     shown = prompt_replies(result, report)
     for each in shown:
         console.print(Text(f"prompt {each.number}: ", style="bold") + Text(_prompt_end(each.text)))
