@@ -37,10 +37,6 @@ def run(*lines: str, **more: str) -> ExperimentResult:
     return run_file(experiment("e", INTO, *lines, "report overlay top 3"), "llava", **more)["e"]
 
 
-def write(value: float) -> str:
-    return f"{value:.12g}"
-
-
 def overlay(result: ExperimentResult) -> Overlay:
     return build_overlays(result, report("overlay", top=3))[0]
 
@@ -48,11 +44,11 @@ def overlay(result: ExperimentResult) -> Overlay:
 def test_overlay_has_each_value_at_its_image_cell() -> None:
     result = run(IMAGES)
     shown = overlay(result)
-    assert len(shown.images(write)) == 3
+    assert len(shown.images()) == 3
     assert not shown.texts()
     data = result.measures[0]
     effects = (data.patched - data.base).reshape(2, GRID**2, -1)  # layer, position, prompt
-    for prompt, maps in enumerate(shown.images(write)):
+    for prompt, maps in enumerate(shown.images()):
         assert [values.shape for _, values in maps.maps] == [(GRID, GRID)] * 2
         assert [title for title, _ in maps.maps] == ["layer 1", "layer 0"]
         for layer, (_, values) in zip((1, 0), maps.maps, strict=True):
@@ -61,14 +57,14 @@ def test_overlay_has_each_value_at_its_image_cell() -> None:
 
 def test_overlay_shows_images_of_the_base_run() -> None:
     sizes = {f"photo: {record['other']}": SIZES[(n + 1) % 4] for n, record in enumerate(RECORDS)}
-    for each in overlay(run(IMAGES)).images(write):
+    for each in overlay(run(IMAGES)).images():
         _, title = each.title.split(", ", 1)
         assert each.pixels.shape[:2] == sizes[title]
 
 
 def test_overlay_shows_text_after_images_if_cells_select_it() -> None:
     shown = overlay(run(BOTH))
-    assert len(shown.images(write)) == len(shown.texts()) == 3
+    assert len(shown.images()) == len(shown.texts()) == 3
     for each in shown.texts():
         assert not any("image" in token for token in each.tokens)
         assert each.tokens[-1] == ":"
@@ -76,7 +72,7 @@ def test_overlay_shows_text_after_images_if_cells_select_it() -> None:
 
 def test_overlay_shows_each_image_of_a_prompt() -> None:
     shown = overlay(run("patch resid_post layer 0 at each token of second", block=TWO))
-    first, second = shown.images(write)[:2]
+    first, second = shown.images()[:2]
     assert np.isnan(first.maps[0][1]).all()
     assert np.isfinite(second.maps[0][1]).all()
 
@@ -104,5 +100,5 @@ def test_overlay_titles_number_the_frames_of_a_video() -> None:
     )
     block = block.replace("{photo} and {second}", "{clip}")
     shown = overlay(run("patch resid_post layer 0 at each frame tokens", block=block))
-    titles = [each.title.split(": ")[0] for each in shown.images(write)[:2]]
+    titles = [each.title.split(": ")[0] for each in shown.images()[:2]]
     assert titles == ["prompt 1, frame 1", "prompt 1, frame 2"]

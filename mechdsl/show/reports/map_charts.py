@@ -64,7 +64,6 @@ from mechdsl.show.reports.overlay_pages import (
     figure_lines,
     first_box_x,
     hover_text,
-    overlay_notes,
     pale_image,
     patch_boxes,
     patch_cover,
@@ -76,7 +75,6 @@ from mechdsl.show.reports.text import (
     RANDOM_MARK,
     THIN_MARK,
     fewer_prompts_note,
-    map_format,
     null_band_note,
     significance_note,
     thin_note,
@@ -447,22 +445,22 @@ PROMPT_TITLE_HEIGHT = 22
 def overlay_chart(result: ExperimentResult, report: spec.Report) -> Any:
     """Draw one chart per numeric measure, with prompts below one another."""
     charts: list[Any] = []
-    for measure, shown in build_overlays(result, report).items():
-        parts = [_maps_chart(shown)] if result.seen else []
-        if not result.seen or shown.texts():
+    for shown in build_overlays(result, report).values():
+        parts = [_maps_chart(shown)] if shown.has_images else []
+        if not shown.has_images or shown.texts():
             parts.append(_tokens_chart(shown))
         drawn = parts[0] if len(parts) == 1 else alt.vconcat(*parts)
-        chart = add_title(drawn, result, result.measures[measure])
-        said = overlay_notes(result, measure, shown)
-        if result.seen:
-            said.append(f"full colour at ±{map_format([shown.limit])(shown.limit)}")
+        chart = add_title(drawn, result, shown.data)
+        said = list(shown.notes)
+        if shown.has_images:
+            said.append(f"full colour at ±{shown.write(shown.limit)}")
         chart.title.subtitle = [*chart.title.subtitle, *said]
         charts.append(chart)
     return stack_charts(charts, result)
 
 
 def _tokens_chart(shown: Overlay) -> Any:
-    write = map_format([shown.limit])
+    write = shown.write
     tokens: list[dict[str, Any]] = []
     titles: list[dict[str, Any]] = []
     top = 0
@@ -503,13 +501,13 @@ def _tokens_chart(shown: Overlay) -> Any:
 
 def _maps_chart(shown: Overlay) -> Any:
     """Draw images and their maps side by side, in lines, with numbers as tooltips."""
-    write = map_format([shown.limit])
+    write = shown.write
     images: list[dict[str, Any]] = []
     patches: list[dict[str, Any]] = []
     titles: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
     top, right = 0.0, 0.0
-    for each in shown.images(write):
+    for each in shown.images():
         size = drawn_size(each)
         titles.append({"x": 0, "y": top + PROMPT_TITLE_HEIGHT / 2, "text": each.title})
         top += PROMPT_TITLE_HEIGHT

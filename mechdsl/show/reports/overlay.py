@@ -19,11 +19,9 @@ from mechdsl.show.reports.overlay_pages import (
     ImageMaps,
     ShadedPrompt,
     build_overlays,
-    overlay_notes,
 )
 from mechdsl.show.reports.text import (
     drawable_measures,
-    map_format,
     print_conventions,
     print_heading,
     print_notes,
@@ -39,13 +37,13 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
             print_notes(["a category has no shades: see `report table`"], console)
             continue
         shown = found[measure]
-        write = map_format([shown.limit])
-        for maps in shown.images(write):
+        write = shown.write
+        for maps in shown.images():
             _patch_matrices(maps, shown.limit, write, console)
         for each in shown.texts():
             console.print(Text(f"prompt {each.prompt + 1}", style="bold"), highlight=False)
             _matrix(each, shown.limit, write).print(console)
-        print_notes(overlay_notes(result, measure, shown), console)
+        print_notes(shown.notes, console)
     print_conventions(result, report, console)
 
 

@@ -52,7 +52,7 @@ from mechdsl.show.reports.colours import (
 )
 from mechdsl.show.reports.grid import UPWARD_AXES, grid_panels, value_title
 from mechdsl.show.reports.text import heading_facts, map_format, measure_name, missing_note
-from mechdsl.statistics.measurements import effect_parts
+from mechdsl.statistics.measurements import MeasureData, effect_parts
 from mechdsl.vocab.effects import EFFECTS
 
 if TYPE_CHECKING:
@@ -92,15 +92,24 @@ class ImageMaps:
 
 @dataclass(frozen=True)
 class Overlay:
-    """The prompts of one measure."""
+    """The prompts of one measure, for the terminal, pages, pictures and charts."""
 
+    data: MeasureData
     prompts: tuple[ShadedPrompt, ...]
     limit: float
     """The largest absolute number, which has the full colour."""
+    notes: tuple[str, ...]
+    """What is shown, and why a prompt's number isn't its own ratio."""
+    has_images: bool
 
-    def images(self, write: Callable[[float], str]) -> list[ImageMaps]:
+    @property
+    def write(self) -> Callable[[float], str]:
+        """The format of the numbers."""
+        return map_format([self.limit])
+
+    def images(self) -> list[ImageMaps]:
         """Return the images with their numbers."""
-        return [image_maps(each, own, write) for each in self.prompts for own in each.images]
+        return [image_maps(each, own, self.write) for each in self.prompts for own in each.images]
 
     def texts(self) -> list[ShadedPrompt]:
         """Return the tokens outside images, of prompts in which cells hit any."""
@@ -121,7 +130,9 @@ def build_overlays(result: ExperimentResult, report: spec.Report) -> Mapping[int
         hit = np.flatnonzero(there)[: report.top or DEFAULT_SHOWN_PROMPTS]
         shaded = tuple(_shade_prompt(result, values, int(prompt)) for prompt in hit if result.hits)
         numbers = [abs(x) for each in shaded for _, row in each.rows for x in row if x == x]
-        found[measure] = Overlay(shaded, max(numbers, default=0.0))
+        notes = tuple(_overlay_notes(result, data, len(shaded)))
+        limit = max(numbers, default=0.0)
+        found[measure] = Overlay(data, shaded, limit, notes, bool(result.seen))
     return found
 
 
@@ -158,13 +169,13 @@ def _shade_prompt(result: ExperimentResult, values: Floats, prompt: int) -> Shad
     return ShadedPrompt(prompt, tokens, tuple(rows), result.seen[prompt] if result.seen else ())
 
 
-def overlay_notes(result: ExperimentResult, measure: int, shown: Overlay) -> list[str]:
-    """Describe the figure, and why a prompt's number isn't its own ratio."""
+def _overlay_notes(result: ExperimentResult, data: MeasureData, prompts: int) -> list[str]:
+    """Describe a figure of some prompts, and why a prompt's number isn't its own ratio."""
     images = bool(result.seen)
-    if not shown.prompts:
+    if not prompts:
         what = "images" if images else "tokens"
         return [f"no {what} to show: these results don't contain them"]
-    count = f"{len(shown.prompts)} of {result.prompts}"
+    count = f"{prompts} of {result.prompts}"
     said = [
         f"{count} prompts, each shown separately; tokens of {result.base}; tokens without a "
         "number belong to no cell"
@@ -174,7 +185,6 @@ def overlay_notes(result: ExperimentResult, measure: int, shown: Overlay) -> lis
             f"the parts of images that the model reads, of {count} prompts, each shown separately; "
             f"numbers are of patches of {result.base}"
         ]
-    data = result.measures[measure]
     effect = EFFECTS[data.effect]
     if ANSWER_TOKENS_KEY in result.conventions:
         said.append("only tokens of the prompts, not those of the answer after them")
@@ -503,12 +513,11 @@ def write_overlay(result: ExperimentResult, report: spec.Report, path: Path) -> 
         _picture(result, found).save(path, report.width)
 
 
-def _heading_lines(result: ExperimentResult, measure: int, shown: Overlay) -> Iterator[str]:
+def _heading_lines(result: ExperimentResult, shown: Overlay) -> Iterator[str]:
     """Yield the title, then the lines below it."""
-    data = result.measures[measure]
-    yield f"{result.name}: {measure_name(data)}"
-    yield heading_facts(result, data)
-    yield from overlay_notes(result, measure, shown)
+    yield f"{result.name}: {measure_name(shown.data)}"
+    yield heading_facts(result, shown.data)
+    yield from shown.notes
     missing = missing_note(result)
     if missing is not None:
         yield missing
@@ -546,7 +555,7 @@ p, small {{ color: {QUIET_INK}; font-size: 12px; margin: 2px 0; }}
 
 
 def _page_html(result: ExperimentResult, found: Mapping[int, Overlay]) -> str:
-    body = "".join(_measure_html(result, measure, shown) for measure, shown in found.items())
+    body = "".join(_measure_html(result, shown) for shown in found.values())
     if not found:
         title, why = map(escape_xml, _empty_picture(result))
         body = f"<h1>{title}</h1><p>{why}</p>"
@@ -557,13 +566,12 @@ def _page_html(result: ExperimentResult, found: Mapping[int, Overlay]) -> str:
     )
 
 
-def _measure_html(result: ExperimentResult, measure: int, shown: Overlay) -> str:
-    first, *facts = _heading_lines(result, measure, shown)
-    data = result.measures[measure]
-    write = map_format([shown.limit])
+def _measure_html(result: ExperimentResult, shown: Overlay) -> str:
+    first, *facts = _heading_lines(result, shown)
+    write = shown.write
     lines = [f"<h1>{escape_xml(first)}</h1>", *(f"<p>{escape_xml(fact)}</p>" for fact in facts)]
-    if result.seen:
-        lines.append(maps_html(shown.images(write), shown.limit, write, value_title(data)))
+    if shown.has_images:
+        lines.append(maps_html(shown.images(), shown.limit, write, value_title(shown.data)))
     for each in shown.texts():
         lines.append(f"<h2>prompt {each.prompt + 1}</h2>")
         columns = token_columns(each, write)
@@ -648,13 +656,13 @@ def _token_html(token: str, value: float, shade: Colour | None, column: TokenCol
 
 def _picture(result: ExperimentResult, found: Mapping[int, Overlay]) -> Canvas:
     canvas = Canvas()
-    for measure, shown in found.items():
-        canvas.heads(*_heading_lines(result, measure, shown))
+    for shown in found.values():
+        canvas.heads(*_heading_lines(result, shown))
         canvas.y += 8
-        write = map_format([shown.limit])
-        if result.seen:
-            title = value_title(result.measures[measure])
-            draw_maps(canvas, shown.images(write), shown.limit, write, title)
+        write = shown.write
+        if shown.has_images:
+            title = value_title(shown.data)
+            draw_maps(canvas, shown.images(), shown.limit, write, title)
         for each in shown.texts():
             canvas.words(f"prompt {each.prompt + 1}", CANVAS_TITLE_SIZE, INK, "bold")
             canvas.y += 4

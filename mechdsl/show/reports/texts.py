@@ -71,6 +71,24 @@ class PromptReplies:
     lines: tuple[ReplyLine, ...]
 
 
+@dataclass(frozen=True)
+class RepliesFrame:
+    """The contents of a report of replies, for the terminal and pages."""
+
+    name: str
+    """The experiment."""
+    facts: str
+    prompts: Sequence[PromptReplies]
+    notes: Sequence[str]
+
+
+def replies_frame(result: ExperimentResult, report: spec.Report) -> RepliesFrame:
+    """Choose the replies and mark their differences."""
+    shown = prompt_replies(result, report)
+    facts = f"{result.model} · {result.direction}"
+    return RepliesFrame(result.name, facts, shown, _reply_notes(result, shown))
+
+
 def prompt_replies(result: ExperimentResult, report: spec.Report) -> list[PromptReplies]:
     """Return the first prompts, `top n` of them."""
     rows = list(result.replies.prompts)[: report.top or DEFAULT_SHOWN_PROMPTS]
@@ -80,7 +98,7 @@ def prompt_replies(result: ExperimentResult, report: spec.Report) -> list[Prompt
     ]
 
 
-def reply_notes(result: ExperimentResult, shown: Sequence[PromptReplies]) -> list[str]:
+def _reply_notes(result: ExperimentResult, shown: Sequence[PromptReplies]) -> list[str]:
     """Describe the content and marks of the report."""
     if not shown:
         return ["no replies to show: these results don't contain them"]
@@ -197,9 +215,9 @@ PART_SIGNS = {"same": ("", ""), "new": ("{+", "+}"), "gone": ("[-", "-]")}
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Print each prompt with its replies below one another."""
-    print_title(result.name, "replies", f"{result.model} · {result.direction}", console)
-    shown = prompt_replies(result, report)
-    for each in shown:
+    frame = replies_frame(result, report)
+    print_title(frame.name, "replies", frame.facts, console)
+    for each in frame.prompts:
         console.print(Text(f"prompt {each.number}: ", style="bold") + Text(_prompt_end(each.text)))
         table = Table(box=None, padding=(0, 2), show_edge=False, show_header=False)
         table.add_column(max_width=max(20, console.width // 3))
@@ -208,14 +226,14 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
             for label, reply in zip(_line_labels(line), _reply_texts(line), strict=True):
                 table.add_row(Text(label, style="" if line.runs else "dim"), reply)
         console.print(table)
-    print_notes(reply_notes(result, shown), console)
+    print_notes(frame.notes, console)
     print_conventions(result, report, console)
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     """Write a page or plain text."""
     if path.suffix.lower() == ".html":
-        path.write_text(texts_page(result, report), encoding="utf-8")
+        path.write_text(_page(replies_frame(result, report)), encoding="utf-8")
         return
     text = io.StringIO()
     render(result, report, visible_console(file=text, width=FILE_WIDTH, plain=True))
@@ -260,13 +278,11 @@ del {{ background: #fbdcdc; }}
 _TAGS = {"same": "{}", "new": "<ins>{}</ins>", "gone": "<del>{}</del>"}
 
 
-def texts_page(result: ExperimentResult, report: spec.Report) -> str:
+def _page(frame: RepliesFrame) -> str:
     """Return a standalone HTML page: the base run's replies and each cell's differences."""
-    shown = prompt_replies(result, report)
-    title = escape_xml(f"{result.name}: replies")
-    facts = escape_xml(f"{result.model} · {result.direction}")
-    notes = "".join(f"<p>{escape_xml(line)}</p>" for line in reply_notes(result, shown))
-    body = "".join(map(_prompt_html, shown))
+    title, facts = escape_xml(f"{frame.name}: replies"), escape_xml(frame.facts)
+    notes = "".join(f"<p>{escape_xml(line)}</p>" for line in frame.notes)
+    body = "".join(map(_prompt_html, frame.prompts))
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{TEXTS_STYLE}</style></head>\n<body><h1>{title}</h1><p>{facts}</p>{notes}{body}"
