@@ -99,7 +99,7 @@ def check_file(
     folder: Path, module: Any, circuit: str, rule: str, measured: str = "rows"
 ) -> tuple[Any, Any]:
     """Return the checked file and the loaded model."""
-    from mechdsl.base.source import Source, Span
+    from mechdsl.base.text import Source, Span
     from mechdsl.checks.file_check import check_source
     from mechdsl.diagnostics.core import has_errors
     from mechdsl.loading.loader import adopt_model
@@ -122,7 +122,7 @@ def check_file(
 def open_scores(folder: Path, module: Any, trainer: str) -> tuple[Callable[[], Tensor], list[str]]:
     """Return a function that scores all edges, and their names."""
     from mechdsl.execute.mask_training import EffectScoring, open_edges
-    from mechdsl.execute.training_vectors import VectorCache
+    from mechdsl.execute.training import VectorCache
     from mechdsl.pipeline.trained_files import fits_of_file
     from mechdsl.program.trainers import EdgeScoreTrainer
     from mechdsl.resolve.sites import label_candidates

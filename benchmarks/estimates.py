@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.planner.passes import make_plan, plan_cost
 from mechdsl.show.plan import (

@@ -154,7 +154,7 @@ class MechdslTask:
     """The checked file and the model."""
 
     def __init__(self, folder: Path, module: Any, features: int) -> None:
-        from mechdsl.base.source import Source, Span
+        from mechdsl.base.text import Source, Span
         from mechdsl.checks.file_check import check_source
         from mechdsl.diagnostics.core import has_errors
         from mechdsl.loading.loader import adopt_model

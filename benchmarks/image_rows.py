@@ -40,7 +40,7 @@ from torch import Tensor
 from benchmarks.bound import restarted, unpatched
 from benchmarks.gpu import finish, large_product
 from benchmarks.work import Shape
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.checks.file_check import CheckedFile, check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.rendering import render_full

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.data import HEAD, random_pairs, words, write_pairs
 from benchmarks.worker import forget_peak, give_back, memory
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.rendering import render_full

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.bound import matmul_rate
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.rendering import render_full

@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.data import HEAD, random_pairs, words, write_pairs
 from benchmarks.model import build
 from benchmarks.work import Shape
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.run.panel import execute

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.checks.file_check import check_source
 from mechdsl.execute.run.saves import save_vectors
 from mechdsl.execute.run_record import ExecutionOptions

@@ -31,13 +31,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.execute import replies as writer
-from mechdsl.execute.replies import find_end_tokens
+from mechdsl.execute import unpatched_runs as writer
 from mechdsl.execute.run.panel import Execution, execute
 from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.execute.unpatched_runs import find_end_tokens
 from mechdsl.loading.loader import adopt_model
 from mechdsl.planner.passes import make_plan
 from mechdsl.program import spec

@@ -68,10 +68,10 @@ def write_rows(folder: Path, prompts: int) -> None:
 
 def make_vectors(folder: Path, module: Any, steps: int) -> Any:
     """Return the vectors of the training that the file declares."""
-    from mechdsl.base.source import Source, Span
+    from mechdsl.base.text import Source, Span
     from mechdsl.checks.file_check import check_source
     from mechdsl.diagnostics.core import has_errors
-    from mechdsl.execute.training_vectors import RowVectors
+    from mechdsl.execute.training import RowVectors
     from mechdsl.loading.loader import adopt_model
     from mechdsl.pipeline.trained_files import fits_of_file
     from mechdsl.program import spec
@@ -208,7 +208,7 @@ def main() -> None:
 
 def report(module: Any, vectors: Any, steps: int, rounds: int) -> None:
     """Time both, in turn, and print medians and ratios."""
-    from mechdsl.execute.training_vectors import VectorCache
+    from mechdsl.execute.training import VectorCache
 
     sample = vectors.declared.sample
     ids = torch.tensor([row.ids for row in sample.run.rows], device=module.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.program import lowering, spec
 from mechdsl.rules.kinds import registered_words

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.loading.loader import GivenModels
 from mechdsl.pipeline.computation import check_with_models

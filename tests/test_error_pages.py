@@ -21,7 +21,7 @@ import pytest
 
 import mechdsl.diagnostics
 from mechdsl.base import limits
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import CODES, Diagnostic, has_errors
 from mechdsl.diagnostics.rendering import render_full
 

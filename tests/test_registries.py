@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.rules.kinds import RULES, SiteRule, registered_words, rule_kind
 from mechdsl.syntax.frontend import parse

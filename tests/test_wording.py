@@ -11,10 +11,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Source, Span, name_list
+from mechdsl.checks.expectations import check_cell_units
 from mechdsl.checks.file_check import check_source
-from mechdsl.checks.p_values import check_cell_units
 from mechdsl.cli.entry import app
 from mechdsl.program.spec import Statistics
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.program import spec
 from mechdsl.resolve.cells import CellKey
 from mechdsl.results.assembly.collection import add_statistics
@@ -26,7 +26,7 @@ from mechdsl.statistics.power import detectable_effect
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.tree_builder import RegisteredWords
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 SPAN = Span(Source(""), 0, 0)
 RESAMPLES = 2000

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from benchmarks.model import build
 from benchmarks.tools.base import Timed, Tool
 from benchmarks.work import Picks, Work, count
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.run.panel import Execution, execute

@@ -10,12 +10,11 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
-from mechdsl.base.text import Percent, measure_names, name_list
+from mechdsl.base.text import Percent, Span, measure_names, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.names import UnknownName, UnknownWord
+from mechdsl.diagnostics.experiments import AmbiguousMeasure, UnreadableExpectation
 from mechdsl.diagnostics.rules import EmptyRange
-from mechdsl.diagnostics.statistics import AmbiguousMeasure, UnreadableExpectation
+from mechdsl.diagnostics.syntax import UnknownName, UnknownWord
 from mechdsl.resolve.cells import COMPONENT_AXIS
 from mechdsl.resolve.types import AxisLabel
 from mechdsl.syntax import ast

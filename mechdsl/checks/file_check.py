@@ -18,8 +18,7 @@ from typing import TypeVar
 
 from mechdsl.base import limits
 from mechdsl.base.records import Record, closest_name
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Source, Span, name_list
 from mechdsl.checks.expectations import check_results
 from mechdsl.checks.models import (
     BuiltModel,
@@ -43,40 +42,41 @@ from mechdsl.diagnostics.core import Diagnostic, did_you_mean, filter_certain, h
 from mechdsl.diagnostics.experiments import (
     NO_GENERATION_REASON,
     BadPick,
+    BadReport,
     EffectNeedsSource,
     EffectWithoutRule,
     NoEstimate,
     NoMeasure,
     PatchWithoutSource,
     SelectionRowsReused,
+    UnreadableExpectation,
     UnreadableMeasure,
 )
 from mechdsl.diagnostics.models import ModelNotLocal
-from mechdsl.diagnostics.names import (
-    BadArgument,
-    FirstTokenWrite,
-    MissingLine,
-    SelfWrite,
-    ShadowedMetric,
-    UnknownName,
-    UnknownWord,
-    UnusedName,
-)
-from mechdsl.diagnostics.positions import (
+from mechdsl.diagnostics.prompts import CorruptionWithoutEffect, NoRows, NoTemplate, UnknownValue
+from mechdsl.diagnostics.rules import (
     NO_REPLY_REASON,
+    UNUSED_LOOP,
     AnswerNotCovered,
+    BadLoopValue,
     NotInReply,
     OutsidePrompt,
+    UnreadBlocks,
 )
-from mechdsl.diagnostics.prompts import CorruptionWithoutEffect, NoRows, NoTemplate, UnknownValue
-from mechdsl.diagnostics.rules import UNUSED_LOOP, BadLoopValue, UnreadBlocks
-from mechdsl.diagnostics.statistics import BadReport, UnreadableExpectation
 from mechdsl.diagnostics.syntax import (
+    BadArgument,
     BadPlaceholder,
+    FirstTokenWrite,
+    MissingLine,
     NotSupported,
     ReservedName,
+    SelfWrite,
+    ShadowedMetric,
     TooLarge,
+    UnknownName,
+    UnknownWord,
     UnterminatedString,
+    UnusedName,
 )
 from mechdsl.models.folder import locate_model
 from mechdsl.program import spec
@@ -87,7 +87,7 @@ from mechdsl.program.directions import (
     used_bases,
     used_directions,
 )
-from mechdsl.program.lowering import lower_program
+from mechdsl.program.lowering import add_dependencies, lower_program, sort_by_dependency
 from mechdsl.program.paths import (
     ROWS_PATH,
     WILDCARD,
@@ -104,7 +104,6 @@ from mechdsl.program.python_functions import (
     check_functions,
     program_functions,
 )
-from mechdsl.program.run_order import add_dependencies, sort_by_dependency
 from mechdsl.program.trainings import select_seed, used_masks
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.table import add_stand_in_runs
@@ -135,8 +134,7 @@ from mechdsl.syntax.traversal import walk
 from mechdsl.syntax.words import AXIS_WORDS, RESERVED
 from mechdsl.vocab.aggregates import AREA_HINTS
 from mechdsl.vocab.corruptions import change_problems
-from mechdsl.vocab.effects import EFFECTS, FAITHFULNESS, EffectKind
-from mechdsl.vocab.metrics import METRICS
+from mechdsl.vocab.metrics import EFFECTS, FAITHFULNESS, METRICS, EffectKind
 
 _MISSING = (
     CorruptionWithoutEffect,

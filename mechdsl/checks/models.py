@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.models import (
     BadModelSum,
@@ -17,9 +17,8 @@ from mechdsl.diagnostics.models import (
     NoImageProcessor,
     VocabularyTooSmall,
 )
-from mechdsl.diagnostics.names import PythonNotAllowed
 from mechdsl.diagnostics.rules import BadWeights
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import NotSupported, PythonNotAllowed
 from mechdsl.models.config import read_shape
 from mechdsl.models.folder import locate_model, require_model
 from mechdsl.models.shape import ModelShape, stand_in_shape
@@ -33,8 +32,13 @@ from mechdsl.prompts.tokens.image_prompts import (
     check_processor,
     read_prompt_tokenizer,
 )
-from mechdsl.prompts.tokens.images import ImageTokenizer, StandInImageTokenizer
-from mechdsl.prompts.tokens.tokenizer import TOKENIZER_FILES, TextTokenizer, has_tokenizer
+from mechdsl.prompts.tokens.tokenizer import (
+    TOKENIZER_FILES,
+    ImageTokenizer,
+    StandInImageTokenizer,
+    TextTokenizer,
+    has_tokenizer,
+)
 from mechdsl.resolve.loops import resolve_loops
 from mechdsl.resolve.model_pairs import list_differences, read_tower_inputs
 from mechdsl.resolve.types import AxisLabel, ModelContext, ResolvedExperiment, SitePoint
@@ -316,7 +320,7 @@ class ModelContexts:
             what = f"an adapter of `{base.name}`, which has two towers,"
             self.diagnostics.append(NotSupported(span=model.span, what=what))
             return None, None
-        from mechdsl.models.adapter_folder import check_adapter_task, check_base_model, read_scaling
+        from mechdsl.models.folder import check_adapter_task, check_base_model, read_scaling
 
         scaling, found = read_scaling(folder, model)
         if scaling is not None:

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mechdsl.base.records import closest_name
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Source, Span, name_list
 from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.experiments import NoEstimate
-from mechdsl.diagnostics.names import BadArgument, UnknownName
+from mechdsl.diagnostics.syntax import BadArgument, UnknownName
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.runs import PositionCell
@@ -24,7 +23,7 @@ from mechdsl.rules.kinds import RULES, registered_words
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.traversal import number_names
-from mechdsl.vocab.effects import DELTA, RAW
+from mechdsl.vocab.metrics import DELTA, RAW
 from mechdsl.vocab.sites import SITES
 
 STATEMENT = "objective"

@@ -16,11 +16,10 @@ from mechdsl.base.text import count_noun, name_list
 from mechdsl.checks.conditions import CellReader, KnownNames, RefusedCondition
 from mechdsl.checks.models import ModelBuilder, ModelContexts, check_input_kind, check_prompt_tokens
 from mechdsl.diagnostics.core import Diagnostic, UnknownFact, filter_certain, has_errors
-from mechdsl.diagnostics.names import BadArgument
-from mechdsl.diagnostics.positions import RepliesNotUsable
+from mechdsl.diagnostics.experiments import UnreadableExpectation
 from mechdsl.diagnostics.prompts import NoRows
-from mechdsl.diagnostics.statistics import UnreadableExpectation
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.rules import RepliesNotUsable
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported
 from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
@@ -31,22 +30,20 @@ from mechdsl.program.python_functions import PythonMode, prompt_functions
 from mechdsl.program.saves import report_streamed_use
 from mechdsl.program.spec import CLEAN, RepliesOf
 from mechdsl.prompts.answers import LabelNaming
-from mechdsl.prompts.block import PromptsBlock
 from mechdsl.prompts.expressions import counts_tokens
 from mechdsl.prompts.other_runs import PairedRun, add_replies, add_stand_in_replies, pair_run
 from mechdsl.prompts.rows import BlockRows, PromptTable
 from mechdsl.prompts.selection import SplitPart
 from mechdsl.prompts.table import (
+    BlockCompiler,
+    RowSelection,
     add_stand_in_runs,
-    block_rows_key,
     build_table,
-    joins_frames,
     stand_in_images,
     stand_in_table,
 )
 from mechdsl.prompts.tokens.image_prompts import report_unprepared
-from mechdsl.prompts.tokens.images import ImageTokenizer
-from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer, TextTokenizer
 from mechdsl.resolve.cells import CellKey, find_open_axes, join_axes, join_cells
 from mechdsl.resolve.expansion import get_whole_spec, name_cells
 from mechdsl.resolve.findings import Finding, PickError, VariantFinding
@@ -485,7 +482,13 @@ class FileContexts:
         self.models = ModelContexts(
             program, diagnostics, given, python=python, build=build, require=require
         )
-        self._rows: dict[str, BlockRows] = {}
+        self._blocks = BlockCompiler(
+            program.prompts,
+            seed=program.seed,
+            words=self.models.words,
+            parameters=program.parameters,
+            python=self.python,
+        )
         self._used: dict[tuple[str, str], frozenset[str]] = {}
         """(Experiment without variant, prompt block) → the corruptions that it names."""
         self._tables: dict[tuple[object, ...], dict[frozenset[str], PromptTable]] = {}
@@ -723,10 +726,7 @@ class FileContexts:
         )
 
     def _compiled(self, name: str, tokenizer: TextTokenizer | None = None) -> BlockRows:
-        key = block_rows_key(self.program.prompts[name], tokenizer)
-        if key not in self._rows:
-            self._rows[key] = BlockRows(self._block(name, tokenizer))
-        return self._rows[key]
+        return self._blocks.rows(self.program.prompts[name], tokenizer)
 
     def _build(
         self,
@@ -743,21 +743,12 @@ class FileContexts:
         try:
             return build_table(
                 self.program.prompts[name],
-                tokenizer=model.tokenizer,
-                seed=self.program.seed,
-                limit=limit,
-                part=part,
-                words=self.models.words,
+                model.tokenizer,
+                self._blocks,
+                RowSelection(limit, part, ids, self._enough, used),
                 max_length=None if any_length else model.shape.max_positions,
-                parameters=self.program.parameters,
-                blocks=self.program.prompts,
-                compiled=self._rows,
-                ids=ids,
-                python=self.python,
-                prompts_enough=self._enough,
                 labels=labels or self._labels(name, model.shape),
                 writes=name in self._continued_blocks,
-                used=used,
             )
         except UnsupportedProcessor as unfit:  # may depend on the sizes of the rows' images
             first = self.program.prompts[name].pictures[0]
@@ -792,19 +783,6 @@ class FileContexts:
         blocks = (name, *(each.name for each in averaged))
         known = [self.program.prompts[each] for each in blocks if each in self.program.prompts]
         return not self.python and any(map(prompt_functions, known))
-
-    def _block(self, name: str, tokenizer: TextTokenizer | None) -> PromptsBlock:
-        prompts = self.program.prompts[name]
-        return PromptsBlock(
-            prompts,
-            seed=self.program.seed,
-            words=self.models.words,
-            parameters=self.program.parameters,
-            blocks=self.program.prompts,
-            python=self.python,
-            chat=None if tokenizer is None else tokenizer.chat_for(prompts),
-            joins_frames=joins_frames(prompts, tokenizer),
-        )
 
     def table_alone(self, name: str) -> None:
         """Check a block that no experiment uses, with the file's only model."""

@@ -15,10 +15,10 @@ from typing import TypeVar, cast
 
 from mechdsl.base import limits
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import BadBasis
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.program import spec
 from mechdsl.program.directions import fit_rows_of_basis, name_nodes
 from mechdsl.program.spec import SEED_AXIS

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from click.shell_completion import CompletionItem
 
-    from mechdsl.base.source import Source
+    from mechdsl.base.text import Source
     from mechdsl.checks.file_check import CheckedFile, CheckSettings
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from mechdsl.base.files import write_atomically
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.cli.output import INVALID_INPUT, SUCCESS, print_diagnostics, print_line
 from mechdsl.diagnostics.core import has_errors

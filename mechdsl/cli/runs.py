@@ -229,7 +229,7 @@ def gc(store: Path | None, limit: int | None) -> int:
     """Remove what nothing refers to any more, and unfinished runs that are a month old."""
     from mechdsl.base.text import count_noun, format_size
     from mechdsl.results.runs import find_store_folder, open_store, store_error
-    from mechdsl.store.index import StoreProblem
+    from mechdsl.store.files import StoreProblem
 
     folder = find_store_folder(None, store)
     with open_store(folder) as opened:

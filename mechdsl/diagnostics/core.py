@@ -8,7 +8,7 @@ from dataclasses import field, fields
 from typing import Any, ClassVar, Literal, TypeAlias, dataclass_transform
 
 from mechdsl.base.records import Record, closest_name
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 
 Severity = Literal["error", "warning"]
 

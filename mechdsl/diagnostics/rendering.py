@@ -11,8 +11,7 @@ from typing import Any, Literal, TextIO
 from urllib.parse import quote
 
 from mechdsl.base import limits
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import dump_json, escape_hidden
+from mechdsl.base.text import Source, Span, dump_json, escape_hidden
 from mechdsl.diagnostics.core import Diagnostic
 
 TAB_WIDTH = 4

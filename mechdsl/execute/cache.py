@@ -17,7 +17,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.hashing import digest
 from mechdsl.execute.measurement.readout import Readout, ReadoutResult
 from mechdsl.execute.pass_layout import PassSizer
-from mechdsl.execute.replies import ReplyCache
+from mechdsl.execute.unpatched_runs import ReplyCache
 from mechdsl.planner.plan import ExperimentPlan, Panel, ReconstructedSpot, WholeCells
 from mechdsl.planner.rows import PassMember, RowTable, RulePlan
 from mechdsl.planner.value_keys import (

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.models import ImagesNotVectors, SiteNotOnModel
 from mechdsl.forward.generation.replies import DEFAULT_PASS_TOKENS
 from mechdsl.forward.generation.rules import RowChoice
@@ -62,7 +62,7 @@ from mechdsl.images.picture import Picture, Video, has_frames, is_grouped
 from mechdsl.images.pixels import render_pixels
 from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.images.sounds import Sound, render_samples
-from mechdsl.models.anatomy import ATTENDED, TILES
+from mechdsl.models.shape import ATTENDED, TILES
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun, RunRow
 from mechdsl.prompts.tokens.image_prompts import (

@@ -62,8 +62,7 @@ from mechdsl.execute.patching.writes import (
     list_stream_nodes,
     number_unit,
 )
-from mechdsl.execute.training import TrainingJob, read_settings
-from mechdsl.execute.training_vectors import VectorCache
+from mechdsl.execute.training import TrainingJob, VectorCache, read_settings
 from mechdsl.execute.vectors import DirectionFits
 from mechdsl.fits.gates import Gates
 from mechdsl.fits.reports import (
@@ -74,6 +73,7 @@ from mechdsl.fits.reports import (
     NodeSearchReport,
 )
 from mechdsl.fits.training import Training, TrainingSettings, TrainingState
+from mechdsl.forward.hooks.backward_rules import compute_gradients
 from mechdsl.forward.hooks.batch import (
     CircuitRead,
     CircuitWrite,
@@ -89,7 +89,6 @@ from mechdsl.forward.hooks.batch import (
 from mechdsl.forward.hooks.circuits import compute_edge_scores, reads_encoder
 from mechdsl.forward.hooks.coordinates import OTHERS, CoordinateSystem, FeatureSplit
 from mechdsl.forward.hooks.full_pass import open_rules, run_full
-from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.hook_points import get_scale, undo_scale
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count, vector_width

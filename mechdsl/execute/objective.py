@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.execute.image_vectors import find_image_problem, provide_images
 from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes, write_point
 from mechdsl.execute.patching.rows import Patcher
@@ -30,7 +30,7 @@ from mechdsl.planner.passes import make_plan
 from mechdsl.planner.rows import RowTable
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.types import ResolvedExperiment, SitePoint, count_numbers
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 ObjectiveMode: TypeAlias = Literal["set", "add"]
 """Whether a tensor replaces the vectors, or is added to them."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.measurement.readout import Readout
 from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes, write_point
-from mechdsl.execute.training_vectors import VectorCache
+from mechdsl.execute.training import VectorCache
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.fits.training import TrainingState

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.measurement.python_metrics import ReplySearchFailed
+from mechdsl.execute.measurement.readout import ReplySearchFailed
 from mechdsl.execute.run_record import PassSizes, SizeOrigin
 from mechdsl.forward.hooks.attention import get_max_scores
 from mechdsl.forward.hooks.batch import (

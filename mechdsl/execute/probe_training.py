@@ -12,8 +12,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.text import HintedError, name_list
 from mechdsl.execute.observation.token_vectors import average_rows, digest_inputs
-from mechdsl.execute.training import TrainingJob
-from mechdsl.execute.training_vectors import VectorCache
+from mechdsl.execute.training import TrainingJob, VectorCache
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.fits.regression import (
     LinearMap,

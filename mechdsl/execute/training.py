@@ -1,26 +1,33 @@
-"""Training of a declared dictionary or lens on activations: its run, files and checkpoints."""
+"""Training of a declared dictionary or lens: its vectors chunk by chunk, run, files, checkpoints.
+
+Vectors are those of the named tokens of the rows of a table, or of the records of files that are
+read in parts.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
+from mechdsl.base.arrays import Ints
 from mechdsl.base.files import compute_digest, replace_file
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.runtime import delay_signals
 from mechdsl.base.text import format_size
 from mechdsl.dictionaries.features import Dictionary, load_dictionary
 from mechdsl.dictionaries.folder import CONFIG_FILE, HOOK_SITES, WEIGHT_FILES, read_dictionary
-from mechdsl.execute.training_vectors import RowVectors, TrainingVectors
+from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.fits.factors import NotFactored, Solution
 from mechdsl.fits.lenses import LensLoss, LensMaps, divergence_from_average
 from mechdsl.fits.processes import own_processes
@@ -31,20 +38,487 @@ from mechdsl.fits.training import (
     Training,
     TrainingSettings,
     TrainingState,
+    VectorSource,
     assess,
     components_explain,
 )
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.packed.unembedding import ModelUnembedding
-from mechdsl.planner.training_cost import count_vector_numbers
-from mechdsl.program.basis_methods import BFLOAT16
+from mechdsl.models.shape import PaddingSide
+from mechdsl.planner.training_cost import (
+    CHUNK_BYTES,
+    count_patches,
+    count_vector_numbers,
+    most_held_out,
+    most_vectors,
+)
+from mechdsl.program.direction_methods import BFLOAT16
+from mechdsl.program.spec import CLEAN
 from mechdsl.program.trainers import IterativeTrainer, LensTrainer, SolvedTrainer
-from mechdsl.resolve.trainings import UNTRAINED_FOLDER, write_texts
-from mechdsl.resolve.types import SitePoint, TrainedDictionary, TrainedLens
+from mechdsl.prompts.data_files import GROUP_BYTES, GROUP_COUNT
+from mechdsl.resolve.trainings import (
+    UNTRAINED_FOLDER,
+    count_held_out,
+    hash_texts,
+    order_rows,
+    write_texts,
+)
+from mechdsl.resolve.types import (
+    FitSample,
+    RecordStream,
+    SitePoint,
+    TrainedDictionary,
+    TrainedLens,
+    count_numbers,
+)
 from mechdsl.resolve.types import Training as DeclaredTraining
 
 if TYPE_CHECKING:
     from mechdsl.resolve.trainings import TextDigests
+
+PART_ROWS = 256
+"""Number of records that are read together."""
+
+NEIGHBOURS = 16
+"""Number of successive records of a file that stay together when records are shuffled."""
+
+
+class TrainingVectors(VectorSource, Protocol):
+    """The vectors of a training, and those that are held out."""
+
+    @property
+    def held_out_count(self) -> int:
+        """Number of rows that the training doesn't use."""
+        ...
+
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """Return vectors of these rows, as `chunk` does."""
+        ...
+
+    def amounts(self, state: TrainingState) -> tuple[int, int]:
+        """Return the numbers of rows and of vectors that a training has learned from."""
+        ...
+
+    def texts(self, state: TrainingState) -> TextDigests | None:
+        """Return digests of the texts that a training has read from files; None without files."""
+        ...
+
+
+class _LastChunk:
+    """The chunk that was read last, which stays in memory."""
+
+    def __init__(self, read: Callable[[int], tuple[Tensor, Tensor]]) -> None:
+        self._read = read
+        self._kept: tuple[int, tuple[Tensor, Tensor]] | None = None
+
+    def get(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return a chunk."""
+        if self._kept is None or self._kept[0] != number:
+            self._kept = None  # two chunks may not fit into memory
+            self._kept = number, self._read(number)
+        return self._kept[1]
+
+
+class VectorCache:
+    """The vectors that were read last: trainings with other seeds and sizes use the same ones."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Hashable, tuple[Tensor, ...]] | None = None
+
+    def get(self, key: Hashable, read: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Return the vectors with a key, which must identify everything that they depend on."""
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None
+            self._kept = key, read()
+        return self._kept[1]
+
+
+@dataclass(frozen=True, eq=False)
+class RowVectors:
+    """The vectors of a training on the rows of a table."""
+
+    declared: DeclaredTraining
+    model: LoadedModel
+    """The model that runs the rows."""
+    seed: int
+    """Seed of noise."""
+    side: PaddingSide | None
+    chunk_bytes: int = CHUNK_BYTES
+    cache: VectorCache = field(default_factory=VectorCache)
+    partner: LoadedModel | None = None
+    """The model that runs the rows of `declared.paired.sample`, if there are any."""
+
+    @cached_property
+    def counts(self) -> Ints:
+        """[row] vectors of each row."""
+        sample = self.declared.sample
+        tokens = [sum(map(len, runs)) for runs in sample.cell.hits]
+        hits = np.array(tokens, dtype=np.int64)
+        return hits * sample.run.draws * count_patches(self.declared, self.model.shape)
+
+    @cached_property
+    def rows(self) -> Ints:
+        """[row] the numbers of all rows with the position, in a random order that depends on the
+        seed and on their contents."""
+        rows = np.flatnonzero(self.counts).tolist()
+        order = order_rows(self.declared, self.declared.sample.table, rows)
+        return np.array(order, dtype=np.int64)
+
+    @property
+    def held_out_count(self) -> int:
+        """Number of rows at the start of `rows` that the training doesn't use."""
+        return count_held_out(self.declared, len(self.rows))
+
+    @cached_property
+    def _groups(self) -> list[Ints]:
+        """The rows of each chunk."""
+        rows = self.rows[self.held_out_count :]
+        most = most_vectors(self.declared, self.model.shape, self.chunk_bytes)
+        ends = np.cumsum(self.counts[rows])
+        number = (ends - 1) // most  # by the last vector of each row
+        return [rows[number == each] for each in np.unique(number)]
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks that together have every vector once."""
+        return len(self._groups)
+
+    def chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the vectors of a chunk that are encoded, and those that are reconstructed.
+
+        [vector, width] float32 each, on the model's device; one tensor if both are the same. The
+        last chunk that was read stays in memory.
+        """
+        return self._last.get(number)
+
+    @cached_property
+    def _last(self) -> _LastChunk:
+        return _LastChunk(lambda number: self._read(self._groups[number]))
+
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """Return vectors of the rows that the training doesn't use, as `chunk` does."""
+        rows = self.rows[: self.held_out_count]
+        most = most_held_out(self.declared, self.model.shape, self.chunk_bytes)
+        few = rows[: int(np.searchsorted(np.cumsum(self.counts[rows]), most)) + 1]
+        return self._read(few)
+
+    def amounts(self, state: TrainingState) -> tuple[int, int]:
+        """Return the numbers of rows and of vectors that a training learns from."""
+        rows = self.rows[self.held_out_count :]
+        return len(rows), int(self.counts[rows].sum())
+
+    def texts(self, state: TrainingState) -> None:
+        """Return None: rows of a table are found by their keys."""
+
+    @cached_property
+    def _is_shared(self) -> bool:
+        """Whether all vectors are read at once and stay in memory."""
+        most = most_vectors(self.declared, self.model.shape, self.chunk_bytes)
+        return self.declared.sample.run.draws == 1 and int(self.counts.sum()) <= most
+
+    def _read(self, rows: Ints) -> tuple[Tensor, Tensor]:
+        found = self._select(rows) if self._is_shared else self._run(rows)
+        paired = self.declared.paired
+        if paired is None or paired.point is not None:
+            return found
+        ordered = np.sort(rows)
+        values = np.array(paired.values)[ordered].repeat(self.counts[ordered], axis=0)
+        return found[0], torch.from_numpy(values).to(found[0])
+
+    def _select(self, rows: Ints) -> tuple[Tensor, Tensor]:
+        """Return what `_run` returns, of vectors that are in memory."""
+        every, sample = np.sort(self.rows), self.declared.sample
+        key = (
+            id(self.model), sample.table.name, sample.table.row_keys, sample.run.name,
+            sample.cell.hits, self.declared.points, self.seed, self.side, self._partner_key,
+        )  # fmt: skip
+        own, other = self.cache.get(key, lambda: self._run(every))
+        wanted = np.isin(np.arange(len(self.counts)), rows)
+        which = torch.from_numpy(np.flatnonzero(np.repeat(wanted, self.counts)))
+        found = own[which.to(own.device)]
+        return found, found if own is other else other[which.to(other.device)]
+
+    @property
+    def _partner_key(self) -> Hashable:
+        """What identifies the vectors of another run, with the rows of this one."""
+        paired = self.declared.paired
+        if paired is None or paired.sample is None:
+            return None
+        run = paired.sample.run
+        return id(self.partner), run.name, paired.sample.cell.hits, paired.point
+
+    def _run(self, rows: Ints) -> tuple[Tensor, Tensor]:
+        read = partial(read_rows, rows=rows, seed=self.seed, side=self.side)
+        count = len(self.declared.outputs)
+        found = read(self.declared.points, self.model, self.declared.sample, outputs=count)
+        paired = self.declared.paired
+        if paired is None or paired.sample is None:
+            return found
+        assert paired.point is not None
+        assert self.partner is not None
+        return found[0], read((paired.point,), self.partner, paired.sample)[0]
+
+
+def read_rows(
+    sites: Sequence[SitePoint],
+    model: LoadedModel,
+    sample: FitSample,
+    rows: Ints,
+    *,
+    seed: int,
+    side: PaddingSide | None,
+    outputs: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Return the vectors of some rows that are encoded, and those that are reconstructed.
+
+    Processes that train together read batches of rows in turn.
+
+    Args:
+        sites: Those of the vectors that are encoded, and then those of the vectors that are
+            reconstructed.
+        sample: The rows and their tokens.
+        seed: Seed of noise.
+        outputs: Number of several sites that are reconstructed together; 0: the last site is.
+
+    Returns:
+        [vector, width] float32 each, in ascending order of the rows, on the model's device; one
+        tensor if both are the same. The vectors of several layers are one after another, [vector,
+        layers * width].
+    """
+    points = list(dict.fromkeys(sites))
+    parts: list[list[Tensor]] = [[] for _ in points]
+    rows, processes = np.sort(rows), own_processes()
+    batches = split_prompts(model, sample.run, points, rows) if len(rows) else []
+    turn = batches[processes.number :: processes.count]
+    for found in _read_batches(model, sample, turn, points, seed, side):
+        for own, vectors in zip(parts, found, strict=True):
+            own.append(vectors)
+    if batches:
+        parts = [processes.share(own, len(batches)) for own in parts]
+    joined = [
+        torch.cat(own)
+        if own
+        else torch.zeros(0, count_numbers(point, model.shape), device=model.device)
+        for point, own in zip(points, parts, strict=True)
+    ]
+    if outputs:
+        return torch.cat(joined[:-outputs], dim=1), torch.cat(joined[-outputs:], dim=1)
+    encoded = joined[:-1] if len(joined) > 2 else joined[:1]
+    return torch.cat(encoded, dim=1) if len(encoded) > 1 else encoded[0], joined[-1]
+
+
+def _read_batches(
+    model: LoadedModel,
+    sample: FitSample,
+    batches: Sequence[Ints],
+    points: Sequence[SitePoint],
+    seed: int,
+    side: PaddingSide | None,
+) -> Iterator[list[Tensor]]:
+    """Yield the vectors of each site, batch by batch."""
+    reader = build_reader(model, sample.table, sample.run, points, seed=seed, side=side)
+    with torch.no_grad():
+        own: list[Tensor] = []
+        for found in read_vectors(reader, points, [sample.cell], batches):
+            own.append(found.vectors.float().clone())
+            if len(own) == len(points):
+                yield own
+                own = []
+
+
+# --- records of files -----------------------------------------------------------------------------
+
+
+class NoVectors(Exception):
+    """No row of a file has the position."""
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedVectors:
+    """The vectors of a training on the records of files, which are never all in memory.
+
+    The records are in a random order of blocks of neighbours. The first blocks are held out; the
+    others are divided into chunks of as many blocks as have about `chunk_bytes` of vectors, by the
+    tokens of the first records. Records that a file stores together, such as those of a row group
+    of Parquet, are in successive chunks, so that a pass through all chunks reads them once.
+    """
+
+    declared: DeclaredTraining
+    model: LoadedModel
+    part: Callable[[Sequence[int]], FitSample | None]
+    """Returns the rows of records, in their order; None if none is left."""
+    side: PaddingSide | None
+    chunk_bytes: int = CHUNK_BYTES
+
+    @property
+    def _stream(self) -> RecordStream:
+        stream = self.declared.stream
+        assert stream is not None
+        return stream
+
+    @cached_property
+    def _blocks(self) -> list[Ints]:
+        """The numbers of the records of each block of neighbours, in a random order."""
+        stream = self._stream
+        size = max(1, min(NEIGHBOURS, stream.count // 32))
+        blocks: list[Ints] = []
+        for first, end in _ranges(stream):
+            numbers = np.arange(first, end)
+            blocks += [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
+        order = np.arange(len(blocks))
+        self._random("training records").shuffle(order)
+        return [blocks[number] for number in order.tolist()]
+
+    def _random(self, what: str) -> np.random.Generator:
+        seed = stable_hash(self.declared.seed, what, self._stream.digest) % 2**63
+        return np.random.default_rng(seed)
+
+    @cached_property
+    def _held_out_blocks(self) -> int:
+        return count_held_out(self.declared, len(self._blocks))
+
+    @property
+    def held_out_count(self) -> int:
+        """Number of records that the training doesn't use."""
+        return sum(map(len, self._blocks[: self._held_out_blocks]))
+
+    @cached_property
+    def _chunks(self) -> list[Ints]:
+        """The records of each chunk, in the order in which they are read."""
+        blocks, windows = self._blocks[self._held_out_blocks :], self._windows
+        blocks.sort(key=lambda block: windows[block[0]])  # stable: random within a window
+        many = self._block_count(most_vectors(self.declared, self.model.shape, self.chunk_bytes))
+        parts = [np.concatenate(blocks[i : i + many]) for i in range(0, len(blocks), many)]
+        return [part[np.lexsort((part, windows[part]))] for part in parts]
+
+    @cached_property
+    def _windows(self) -> Ints:
+        """[record] the number of the window that it belongs to: groups of records of the files, in
+        a random order, as many as are in memory at once."""
+        ranges, sizes = list(_ranges(self._stream)), [size for _, size in self._stream.groups]
+        order = np.arange(len(ranges))
+        self._random("training windows").shuffle(order)
+        windows = np.empty(self._stream.count, dtype=np.int64)
+        window = size = count = 0
+        for number in order.tolist():
+            own = sizes[number]
+            if own and (size + own > GROUP_BYTES or count == GROUP_COUNT):
+                window, size, count = window + 1, 0, 0
+            size, count = size + own, count + (own > 0)
+            windows[slice(*ranges[number])] = window
+        return windows
+
+    def _block_count(self, vectors: int) -> int:
+        """Return how many blocks have about so many vectors, by the tokens of the first records."""
+        first = self.declared.sample.cell.hits
+        tokens = max(1.0, sum(len(run) for row in first for run in row) / max(1, len(first)))
+        return max(1, int(vectors / (tokens * max(map(len, self._blocks)))))
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks that together have every record once."""
+        return len(self._chunks)
+
+    def chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the vectors of a chunk, as `RowVectors.chunk` does.
+
+        For a chunk without vectors, those of the next one that has some. Raises NoVectors.
+        """
+        return self._last.get(number)
+
+    @cached_property
+    def _last(self) -> _LastChunk:
+        return _LastChunk(self._read_chunk)
+
+    def _read_chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        for later in range(self.chunks):
+            found = self._read(self._chunks[(number + later) % self.chunks])
+            if len(found[0]):
+                return found
+        raise NoVectors(self.declared.sample.cell.label)
+
+    @cached_property
+    def _held_out(self) -> Ints:
+        """The held-out records that are read, in the order of the files."""
+        most = most_held_out(self.declared, self.model.shape, self.chunk_bytes)
+        few = min(self._held_out_blocks, self._block_count(most))
+        blocks = self._blocks[:few]
+        return np.sort(np.concatenate(blocks)) if blocks else np.empty(0, dtype=np.int64)
+
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """Return vectors of records that the training doesn't use, as `chunk` does."""
+        return self._read(self._held_out)
+
+    def amounts(self, state: TrainingState) -> tuple[int, int]:
+        """Return the number of different records of the chunks that were begun, and the number of
+        vectors in all steps."""
+        begun = self._chunks[: state.passes + 1] if state.step else []
+        return sum(map(len, begun)), state.step * int(self.declared.options["batch"])
+
+    def texts(self, state: TrainingState) -> TextDigests:
+        """Return digests of the texts of the chunks that were begun, and of held-out records."""
+        begun = [self._held_out, *self._chunks[: state.passes + 1]]
+        found: list[TextDigests] = []
+        for key, records in (part for each in begun for part in self._parts(each)):
+            if key not in self._texts:  # read before an interruption
+                self._texts[key] = _hash_rows(self.part(records.tolist()))
+            found.append(self._texts[key])
+        return np.concatenate(found)
+
+    @cached_property
+    def _texts(self) -> dict[tuple[int, int], TextDigests]:
+        """Digests of the texts of the parts that were read, by their first and last record."""
+        return {}
+
+    def _read(self, records: Ints) -> tuple[Tensor, Tensor]:
+        """Return the vectors of records."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for key, part in self._parts(records):
+            sample = self.part(part.tolist())
+            self._texts[key] = _hash_rows(sample)
+            if sample is not None:
+                found.append(self._read_sample(sample, _rows_with_position(sample)))
+        if not found:
+            return self._read_sample(self.declared.sample, np.empty(0, dtype=np.int64))
+        own = torch.cat([each for each, _ in found])
+        same = found[0][0] is found[0][1]
+        return own, own if same else torch.cat([each for _, each in found])
+
+    def _parts(self, records: Ints) -> list[tuple[tuple[int, int], Ints]]:
+        """Return parts of records that are read together, with the first and the last of each.
+
+        A part is within a window, because its rows may be read more than once.
+        """
+        cuts = np.flatnonzero(np.diff(self._windows[records])) + 1
+        parts = [
+            own[begin : begin + PART_ROWS]
+            for own in np.split(records, cuts)
+            for begin in range(0, len(own), PART_ROWS)
+        ]
+        return [((int(part[0]), int(part[-1])), part) for part in parts]
+
+    def _read_sample(self, sample: FitSample, rows: Ints) -> tuple[Tensor, Tensor]:
+        points, count = self.declared.points, len(self.declared.outputs)
+        return read_rows(points, self.model, sample, rows, seed=0, side=self.side, outputs=count)
+
+
+def _ranges(stream: RecordStream) -> list[tuple[int, int]]:
+    """Return the first record of each group of the files, and the one after its last."""
+    ends = np.minimum(np.cumsum([count for count, _ in stream.groups]), stream.count).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _rows_with_position(sample: FitSample) -> Ints:
+    return np.flatnonzero([bool(sum(map(len, row))) for row in sample.cell.hits])
+
+
+def _hash_rows(sample: FitSample | None) -> TextDigests:
+    """Return digests of the texts of the rows with the position; none without rows."""
+    if sample is None:
+        return hash_texts(())
+    rows = sample.table.runs[CLEAN].rows
+    return hash_texts(rows[row].text for row in _rows_with_position(sample).tolist())
+
 
 STATE_FILES = ("state.json", "state.safetensors")
 """Files of a checkpoint."""

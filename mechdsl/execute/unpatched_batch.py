@@ -39,7 +39,7 @@ from mechdsl.images.pixels import model_input
 from mechdsl.models.shape import PaddingSide
 from mechdsl.prompts.runs import PromptRun, RunNoise, RunRow
 from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN
-from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer
 from mechdsl.resolve.types import MetricTerm, ResolvedMeasure, SiteLayer
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 

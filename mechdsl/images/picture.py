@@ -1,21 +1,114 @@
-"""Images before rendering: files, generated shapes, baseline images, and their regions."""
+"""Images before rendering: files, generated shapes, baseline images, and their regions.
+
+A baseline image is one class. A module outside the package adds one under
+`mechdsl.program.images.image_baseline`, when it is imported before a file is checked.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import warnings
 from dataclasses import field, replace
 from functools import cached_property
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mechdsl.base.records import Record
-from mechdsl.images.baselines import IMAGE_BASELINES
+from mechdsl.base import limits
+from mechdsl.base.files import RELATIVE_PATH_HINT
+from mechdsl.base.records import Record, Registry, attribute_problem
+from mechdsl.base.text import HintedError
 from mechdsl.images.processing import PatchLayout, Processing, crop_corner
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
+
+GRAY_LEVEL = 128
+"""Level of gray, of 255."""
+
+
+class BaselineNumber(Record):
+    """The number in parentheses, as in `gray(100)`."""
+
+    noun: str
+    """With its article, for messages: `a level`."""
+    low: int
+    high: int
+    default: int
+    """Value if a file has no parentheses."""
+    example: int
+
+
+class ImageBaseline:
+    """An image without content, in the size that the model reads."""
+
+    name: ClassVar[str]
+    documentation: ClassVar[str]
+    """Description for the language reference."""
+    number: ClassVar[BaselineNumber | None] = None
+    """The number that a file can give; None if it takes none."""
+    is_uniform: ClassVar[bool] = False
+    """Whether all pixels are equal, so that the size doesn't matter."""
+    is_random: ClassVar[bool] = False
+    """Whether `pixels` depends on the seed, which differs from row to row."""
+
+    def pixels(self, size: tuple[int, int], number: int, seed: int) -> NDArray[np.uint8]:
+        """Return the image in RGB, shape [height, width, 3].
+
+        Args:
+            size: Height and width in pixels.
+            number: The number in parentheses, or its default; 0 if the class takes none.
+            seed: Seed of random draws, 0..2^64-1.
+        """
+        raise NotImplementedError
+
+    def shown(self, number: int) -> str:
+        """Return the image as a file writes it, with its number unless that is the default."""
+        usual = self.number is None or number == self.number.default
+        return self.name if usual else f"{self.name} {number}"
+
+
+IMAGE_BASELINES: Registry[ImageBaseline] = Registry("baseline image")
+
+
+def baseline_problem(name: str, entry: type[ImageBaseline]) -> str | None:
+    """Return the reason that a class can't be registered."""
+    wrong = attribute_problem(entry, texts=("documentation",))
+    if wrong is not None:
+        return wrong
+    if not isinstance(entry.number, BaselineNumber | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return "`number` must be None or a `BaselineNumber`"
+    if entry.pixels is ImageBaseline.pixels:
+        return "it has no `pixels(self, size, number, seed)`"
+    return None
+
+
+@IMAGE_BASELINES.class_decorator("gray", baseline_problem)
+class Gray(ImageBaseline):
+    documentation = "All pixels 128 of 255; `gray(100)` is darker."
+    number = BaselineNumber("a level", 0, 255, default=GRAY_LEVEL, example=100)
+    is_uniform = True
+
+    def pixels(self, size: tuple[int, int], number: int, seed: int) -> NDArray[np.uint8]:
+        import numpy as np  # not at the top: `validate` only reads the registry
+
+        return np.full((*size, 3), number, np.uint8)
+
+
+@IMAGE_BASELINES.class_decorator("noise", baseline_problem)
+class Noise(ImageBaseline):
+    documentation = "Uniform noise, drawn for every channel of every pixel."
+    is_random = True
+
+    def pixels(self, size: tuple[int, int], number: int, seed: int) -> NDArray[np.uint8]:
+        import numpy as np  # not at the top: `validate` only reads the registry
+
+        random = np.random.Generator(np.random.Philox(seed))
+        return random.integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
 HALF_COVERED = 128
@@ -367,3 +460,102 @@ def mean_picture(
     """
     digest, count = _digest(pictures, fit), len(pictures)
     return Picture("mean", digest=digest, said=said, of=pictures, count=count, size=size, fit=fit)
+
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+
+IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+"""Pillow's modes with values up to 255: others would lose precision."""
+
+_SMALLER = "save it smaller: models read a few hundred pixels a side"
+
+
+class MediaError(HintedError):
+    """An image or sound file that can't be used; `reason` and `hint` are for the user."""
+
+
+def inspect_image(path: Path) -> tuple[str, tuple[int, int]]:
+    """Return (SHA-256 of the bytes, (height, width)) of an image, after decoding all its pixels.
+
+    Raises MediaError.
+    """
+    content = _read(path)
+    image = decode_image(content)
+    return sha256(content).hexdigest(), (image.height, image.width)
+
+
+def read_image(path: Path, digest: str) -> Image:
+    """Read an image in RGB. Raises MediaError, also if the file's digest has changed."""
+    content = _read(path)
+    if sha256(content).hexdigest() != digest:
+        raise MediaError("it has changed since it was checked", "run it again when it is written")
+    return decode_image(content)
+
+
+def _read(path: Path) -> bytes:
+    return read_content(path, limits.IMAGE_FILE, _SMALLER)
+
+
+def read_content(path: Path, most: int, advice: str) -> bytes:
+    """Read a file of at most this number of bytes. Raises MediaError.
+
+    advice: what to do with a larger file.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        reason = "there is no such file"
+        if not isinstance(error, FileNotFoundError):
+            reason = str(error.strerror or error).lower()
+        raise MediaError(reason, RELATIVE_PATH_HINT) from None
+    if len(content) > most:
+        raise MediaError(f"it has more than {most:,} bytes", advice)
+    return content
+
+
+def decode_image(content: bytes) -> Image:
+    """Decode an image: upright, in RGB, transparent parts on white. Raises MediaError.
+
+    The size is read from the header before any pixel.
+    """
+    from PIL import Image, ImageOps
+
+    known = ", ".join(IMAGE_FORMATS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about large images, which are rejected below
+        try:
+            image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+            pixels = image.width * image.height
+            if pixels > limits.IMAGE_PIXELS:
+                reason = f"it has {pixels:,} pixels, more than {limits.IMAGE_PIXELS:,}"
+                raise MediaError(reason, _SMALLER)
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                raise MediaError("it moves: it has several frames", "save one of them")
+            if image.mode not in IMAGE_MODES:
+                reason = f"its numbers are of the kind `{image.mode}`"
+                raise MediaError(reason, "save it with 8 bits for each colour")
+            image.load()
+            return flatten_on_white(ImageOps.exif_transpose(image))
+        except Image.DecompressionBombError:
+            reason = f"it has more than {limits.IMAGE_PIXELS:,} pixels"
+            raise MediaError(reason, _SMALLER) from None
+        except Image.UnidentifiedImageError:
+            raise MediaError(f"it isn't an image of the kinds {known}", "save it as one") from None
+        except (OSError, ValueError, SyntaxError, EOFError, TypeError, OverflowError) as error:
+            raise MediaError(f"it is damaged ({_line(error)})", "save it again") from None
+
+
+def flatten_on_white(image: Image) -> Image:
+    """Convert to RGB as transformers' `convert_to_rgb` does."""
+    from PIL import Image as Images
+
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    ground = Images.new("RGBA", image.size, (255, 255, 255, 255))
+    return Images.alpha_composite(ground, image).convert("RGB")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:100] or type(error).__name__

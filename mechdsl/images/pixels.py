@@ -18,17 +18,19 @@ from PIL import Image, ImageFilter
 from mechdsl.base.arrays import Bools
 from mechdsl.base.records import closest_name
 from mechdsl.base.text import count_noun
-from mechdsl.images import files
-from mechdsl.images.baselines import GRAY_LEVEL, IMAGE_BASELINES
 from mechdsl.images.picture import (
+    GRAY_LEVEL,
     HALF_COVERED,
+    IMAGE_BASELINES,
     GridLayout,
+    MediaError,
     Picture,
     PictureChange,
     Region,
     box_coverage,
     pixel_box,
     prepared_coverage,
+    read_image,
 )
 from mechdsl.images.processing import PatchLayout, Processing, crop_corner
 
@@ -293,7 +295,7 @@ CACHED_IMAGES = 128
 
 
 def render_pixels(picture: Picture) -> Pixels:
-    """Render an image with the corruptions' changes before preparation. Raises UnreadableImage."""
+    """Render an image with the corruptions' changes before preparation. Raises MediaError."""
     if picture.cut is None:
         return _uncut(picture)
     left, top, right, bottom = picture.cut
@@ -351,7 +353,7 @@ def _swapped(image: Pixels, change: PictureChange) -> Pixels:
 def region_coverage(region: Region, picture: Picture) -> Image.Image:
     """Return [height, width] from 0 to 255: the share of each pixel of a picture in a region.
 
-    If the picture is a tile, the result covers the tile. Raises `files.UnreadableImage`.
+    If the picture is a tile, the result covers the tile. Raises `MediaError`.
     """
     found = uncut_coverage(region, picture, picture.size)
     return found if picture.cut is None else found.crop(picture.cut)
@@ -363,7 +365,7 @@ def uncut_coverage(region: Region, picture: Picture, size: tuple[int, ...]) -> I
     if region.shapes:
         return _drawn_coverage(replace(picture, changes=(), tile="", cut=None, grouped=False))
     if region.mask is not None:
-        mask = files.read_image(region.mask, region.digest).convert("L")
+        mask = read_image(region.mask, region.digest).convert("L")
         return mask.point(lambda value: 255 if value else 0)
     assert region.box is not None
     return box_coverage(region.box, (height, width))
@@ -381,7 +383,7 @@ def region_mask(
 ) -> Bools:
     """Return [height, width]: whether each pixel of the prepared image is in any of the regions.
 
-    The mask covers the area of the patches. Raises `files.UnreadableImage`.
+    The mask covers the area of the patches. Raises `MediaError`.
     """
     height, width = layout.rows * layout.patch[0], layout.cols * layout.patch[1]
     found = np.zeros((height, width), dtype=np.bool_)
@@ -395,7 +397,7 @@ def _rendered(picture: Picture) -> Pixels:
     match picture.how:
         case "file":
             assert picture.path is not None
-            return np.asarray(files.read_image(picture.path, picture.digest))
+            return np.asarray(read_image(picture.path, picture.digest))
         case "shapes" | "grid":
             return _drawing(picture).pixels
         case "mean":  # an image in a prompt; that of rows is the mean after preparation
@@ -410,7 +412,7 @@ def _rendered(picture: Picture) -> Pixels:
 
 
 def _baseline(name: str, picture: Picture) -> Pixels:
-    """Render a baseline image. Raises UnreadableImage if its class fails."""
+    """Render a baseline image. Raises MediaError if its class fails."""
     height, width = (max(1, side) for side in picture.size)
     hint = f"correct the class of `{name}`"
     try:
@@ -418,11 +420,11 @@ def _baseline(name: str, picture: Picture) -> Pixels:
         found = np.asarray(entry.pixels((height, width), picture.baseline_number, picture.seed))
     except Exception as error:
         reason = f"`pixels` of `{name}` failed: {type(error).__name__}: {error}"
-        raise files.UnreadableImage(reason, hint) from error
+        raise MediaError(reason, hint) from error
     if found.shape != (height, width, 3) or found.dtype != np.uint8:
         returned = f"{found.dtype} {list(found.shape)}"
         reason = f"`pixels` of `{name}` returned {returned} instead of uint8 {[height, width, 3]}"
-        raise files.UnreadableImage(reason, hint)
+        raise MediaError(reason, hint)
     return found
 
 
@@ -436,14 +438,14 @@ def _drawing(picture: Picture) -> ShapesDrawing | GridDrawing:
 
 @lru_cache(maxsize=CACHED_IMAGES)
 def model_input(picture: Picture, processing: Processing) -> FloatPixels:
-    """Return the model's input, [3, height, width]. Raises `files.UnreadableImage`."""
+    """Return the model's input, [3, height, width]. Raises `MediaError`."""
     found = process_picture(picture, processing)
     found.setflags(write=False)
     return found
 
 
 def process_picture(picture: Picture, processing: Processing) -> FloatPixels:
-    """Return the prepared image, [3, height, width]. Raises `files.UnreadableImage`."""
+    """Return the prepared image, [3, height, width]. Raises `MediaError`."""
     if picture.how != "mean":
         later = [change for change in picture.changes if change.patches is not None]
         return process_pixels(render_pixels(picture), processing, later)

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.base import limits
 from mechdsl.base.records import Record
-from mechdsl.images.baselines import BaselineNumber
-from mechdsl.images.files import UnreadableImage, read_content
-from mechdsl.images.picture import Picture
+from mechdsl.images.picture import BaselineNumber, MediaError, Picture, read_content
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,7 +100,7 @@ class Sound(Picture):
 def inspect_sound(path: Path) -> tuple[str, tuple[int, int]]:
     """Return (SHA-256 of the bytes, (sampling rate, number of samples)) of a WAV file.
 
-    Raises UnreadableImage.
+    Raises MediaError.
     """
     content = _read(path)
     rate, samples = _decode(content)
@@ -112,7 +110,7 @@ def inspect_sound(path: Path) -> tuple[str, tuple[int, int]]:
 def render_samples(sound: Sound) -> Samples:
     """Return a sound with the corruptions' changes.
 
-    Raises UnreadableImage, also if the digest of its file has changed.
+    Raises MediaError, also if the digest of its file has changed.
     """
     import numpy as np  # not at the top: `validate` only reads names
 
@@ -121,7 +119,7 @@ def render_samples(sound: Sound) -> Samples:
         content = _read(sound.path)
         if sha256(content).hexdigest() != sound.digest:
             advice = "run it again when it is written"
-            raise UnreadableImage("it has changed since it was checked", advice)
+            raise MediaError("it has changed since it was checked", advice)
         samples = _decode(content)[1]
     else:
         generated = GENERATED_SOUNDS[sound.how]
@@ -143,7 +141,7 @@ def _read(path: Path) -> bytes:
 def _decode(content: bytes) -> tuple[int, Samples]:
     """Return the sampling rate and the mean of the channels of a WAV file.
 
-    Raises UnreadableImage.
+    Raises MediaError.
     """
     import numpy as np  # not at the top: `validate` only reads names
 
@@ -153,11 +151,11 @@ def _decode(content: bytes) -> tuple[int, Samples]:
             frames, count = file.readframes(file.getnframes()), file.getnframes()
     except (wave.Error, EOFError, RuntimeError, ValueError, OverflowError) as error:
         said = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UnreadableImage(f"it isn't a WAV file of PCM samples ({said})", _CONVERT) from None
+        raise MediaError(f"it isn't a WAV file of PCM samples ({said})", _CONVERT) from None
     if width != 2:
-        raise UnreadableImage(f"its samples have {8 * width} bits, not 16", _CONVERT)
+        raise MediaError(f"its samples have {8 * width} bits, not 16", _CONVERT)
     if not count or len(frames) != 2 * channels * count:
         reason = "it has no samples" if not count else "it is shorter than its header says"
-        raise UnreadableImage(reason, "save it again")
+        raise MediaError(reason, "save it again")
     levels = np.frombuffer(frames, "<i2").reshape(-1, channels).mean(1)
     return rate, (levels / _FULL_SCALE).astype(np.float32)

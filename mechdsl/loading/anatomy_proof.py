@@ -27,7 +27,7 @@ from transformers.utils.generic import ModelOutput
 
 from mechdsl.base.files import cache_folder, package_digest, write_atomically
 from mechdsl.base.hashing import digest
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import (
     ComponentNotFound,
@@ -43,8 +43,13 @@ from mechdsl.forward.hooks.batch import Batch, is_out_of_memory
 from mechdsl.forward.hooks.model import BlockStack, CallConvention, CheckOutcome, LoadedModel
 from mechdsl.images.picture import Picture
 from mechdsl.images.pixels import model_input
-from mechdsl.loading.bench import build_image_inputs, build_text_sample
-from mechdsl.loading.probe import OneOutputOnly, build_sample, probe_call
+from mechdsl.loading.bench import (
+    OneOutputOnly,
+    build_image_inputs,
+    build_sample,
+    build_text_sample,
+    probe_call,
+)
 from mechdsl.loading.verify.checks import (
     ATTENTION_IDENTITY,
     PACKED_IDENTITY,
@@ -56,18 +61,24 @@ from mechdsl.loading.verify.checks import (
     retry_with_one_prompt,
     run_checks,
 )
-from mechdsl.models.adapter_folder import PROMPT_ADAPTER_REASON, PROMPT_ADAPTERS
-from mechdsl.models.anatomy import Anatomy, Family, find_family
 from mechdsl.models.block import is_norm, is_transposed
 from mechdsl.models.config import limit_sites, stack_shape
 from mechdsl.models.finder import find_anatomies
-from mechdsl.models.folder import json_digest
-from mechdsl.models.shape import ModelShape, required_stacks, stack_names, unit_count, vector_width
+from mechdsl.models.folder import PROMPT_ADAPTER_REASON, PROMPT_ADAPTERS, json_digest
+from mechdsl.models.shape import (
+    Anatomy,
+    Family,
+    ModelShape,
+    find_family,
+    required_stacks,
+    stack_names,
+    unit_count,
+    vector_width,
+)
 from mechdsl.program.code_hashes import CodeHashError, code_digest, hash_module_code
-from mechdsl.prompts.tokens.images import ImageTokenizer
-from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer, TextTokenizer
 from mechdsl.resolve.types import ModelContext
-from mechdsl.store.index import StoreProblem
+from mechdsl.store.files import StoreProblem
 from mechdsl.vocab.sites import SITES, STACK_SITES
 
 version = cache(metadata.version)
@@ -365,83 +376,113 @@ def prove_anatomy(
         The model, or the problems of the candidate that passed the most checks.
     """
     module.eval()
-    config: Mapping[str, Any] = cast(Any, module).config.to_dict()
-    shapes = {"": shape}
-    for stack in stack_names(shape):
-        other = stack_shape(shape, config, stack)
-        if other is not None:
-            shapes[stack] = other
-    found: dict[str, list[Anatomy]] = {}
-    lost: dict[str, str] = {}
-
-    def lose(stack: str, problem: Diagnostic | str) -> None:
-        told = isinstance(problem, str)
-        lost[stack] = problem if told else f"{problem.message}: {problem.label_text}"
-
-    def left_out() -> list[Diagnostic]:
-        return [
-            StackSkipped(span=span, model=name, stack=stack, reason=reason)
-            for stack, reason in lost.items()
-        ]
-
-    for stack, reason in find_family(str(config.get("model_type"))).lost(config).items():
-        shapes.pop(stack, None)
-        lose(stack, reason)
-    for stack, own in shapes.items():
-        anatomies, problems = find_anatomies(
-            module.named_modules(), own, stack=stack, model=name, span=span
-        )
-        if anatomies:
-            found[stack] = anatomies
-        elif not stack:
-            return None, problems
-        elif problems and stack != "cross":
-            lose(stack, problems[0])
-    key, known = "", None
-    entry = _hash_family(find_family(str(config.get("model_type"))))
-    proofs = None if entry is None else proofs
-    if proofs is not None:
-        key = compute_proof_key(
-            module,
-            config,
-            content=proofs.content,
-            entry=entry,
-            candidates=digest(found, shapes).hex(),
-            **_describe_environment(module),
-        )
-        known = proofs.find(key)
-    at = dict.fromkeys(found, 0) if known is None else dict(known.chosen)
+    search = _AnatomySearch(name, module, shape, span)
+    problems = search.collect()
+    if "" not in search.found:
+        return None, problems
+    key = None if proofs is None else search.proof_key(proofs)
+    known = None if key is None or proofs is None else proofs.find(key)
+    at = dict.fromkeys(search.found, 0) if known is None else dict(known.chosen)
     if known is not None:
-        lost = dict(known.lost)
+        search.lost = dict(known.lost)
     best: dict[str, ProofAttempt] = {}
     while True:
-        stacks = {stack: BlockStack(found[stack][n], shapes[stack]) for stack, n in at.items()}
-        if "cross" in stacks:
-            stacks["cross"] = BlockStack(
-                _match_arrangement(found["cross"], stacks[""].anatomy), shapes["cross"]
-            )
+        stacks = search.stacks(at)
         attempt = _try_anatomies(
             name, module, stacks, tokenizer, provenance=provenance, span=span, known=known
         )
         if attempt.model is not None:
-            if proofs is not None and known is None:
+            if proofs is not None and key is not None and known is None:
                 model = attempt.model
                 packs, idle = model.calling.packs, model.idle
-                proofs.keep(key, Proof(dict(at), dict(lost), model.checks, packs, idle))
-            return attempt.model, [*left_out(), *attempt.problems]
+                proofs.keep(key, Proof(dict(at), dict(search.lost), model.checks, packs, idle))
+            return attempt.model, [*search.left_out(), *attempt.problems]
         stack = "" if attempt.stack == "cross" else attempt.stack
         if stack not in best or attempt.passed > best[stack].passed:
             best[stack] = attempt
         at[stack] += 1
-        if at[stack] < len(found[stack]):
+        if at[stack] < len(search.found[stack]):
             continue
         if not stack and "vision" in at:  # the image may cause the failure
             stack, at[""] = "vision", 0
             best.setdefault(stack, best[""])
         if not stack:
             return None, list(best[stack].problems)
-        lose(stack, best[stack].problems[0])
+        search.lose(stack, best[stack].problems[0])
         del at[stack]
+
+
+class _AnatomySearch:
+    """The candidate anatomies of a model's stacks, and the stacks that have no usable one."""
+
+    def __init__(self, name: str, module: nn.Module, shape: ModelShape, span: Span | None) -> None:
+        """Start without candidates; shape: of the main stack."""
+        self.name = name
+        self.module = module
+        self.span = span
+        self.config: Mapping[str, Any] = cast(Any, module).config.to_dict()
+        self.family = find_family(str(self.config.get("model_type")))
+        self.shapes = {"": shape}
+        for stack in stack_names(shape):
+            other = stack_shape(shape, self.config, stack)
+            if other is not None:
+                self.shapes[stack] = other
+        self.found: dict[str, list[Anatomy]] = {}
+        """Candidates by stack; without stacks that have none."""
+        self.lost: dict[str, str] = {}
+        """Reasons by stack for leaving it out."""
+
+    def collect(self) -> list[Diagnostic]:
+        """Find the candidates; returns the problems of the main stack if it has none."""
+        for stack, reason in self.family.lost(self.config).items():
+            self.shapes.pop(stack, None)
+            self.lose(stack, reason)
+        for stack, own in self.shapes.items():
+            anatomies, problems = find_anatomies(
+                self.module.named_modules(), own, stack=stack, model=self.name, span=self.span
+            )
+            if anatomies:
+                self.found[stack] = anatomies
+            elif not stack:
+                return problems
+            elif problems and stack != "cross":
+                self.lose(stack, problems[0])
+        return []
+
+    def lose(self, stack: str, problem: Diagnostic | str) -> None:
+        """Leave out a stack."""
+        told = isinstance(problem, str)
+        self.lost[stack] = problem if told else f"{problem.message}: {problem.label_text}"
+
+    def left_out(self) -> list[Diagnostic]:
+        """Report the stacks that are left out."""
+        return [
+            StackSkipped(span=self.span, model=self.name, stack=stack, reason=reason)
+            for stack, reason in self.lost.items()
+        ]
+
+    def stacks(self, at: Mapping[str, int]) -> dict[str, BlockStack]:
+        """Return the stacks with one candidate each; at: numbers of the candidates."""
+        found, shapes = self.found, self.shapes
+        stacks = {stack: BlockStack(found[stack][n], shapes[stack]) for stack, n in at.items()}
+        if "cross" in stacks:
+            anatomy = _match_arrangement(found["cross"], stacks[""].anatomy)
+            stacks["cross"] = BlockStack(anatomy, shapes["cross"])
+        return stacks
+
+    def proof_key(self, proofs: ProofStore) -> str | None:
+        """Return the key of the proof; None if the family's code can't be hashed."""
+        entry = _hash_family(self.family)
+        if entry is None:
+            return None
+        return compute_proof_key(
+            self.module,
+            self.config,
+            content=proofs.content,
+            entry=entry,
+            candidates=digest(self.found, self.shapes).hex(),
+            **_describe_environment(self.module),
+        )
 
 
 def _match_arrangement(anatomies: list[Anatomy], main: Anatomy) -> Anatomy:

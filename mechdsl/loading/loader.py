@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from mechdsl import zoo
 from mechdsl.base.runtime import pause_garbage_collection
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Source, Span, name_list
 from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import (
@@ -44,9 +43,8 @@ from mechdsl.diagnostics.models import (
     StackSkipped,
     UnusedWeights,
 )
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import BadWeights
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported
 from mechdsl.forward.hooks.circuits import (
     explain_no_circuits,
     explain_no_features,
@@ -83,7 +81,6 @@ from mechdsl.loading.weight_edits import (
     copy_modules,
     find_output_map,
 )
-from mechdsl.models.adapter_folder import AdapterScaling, read_scaling
 from mechdsl.models.config import (
     add_generation_defaults,
     check_starts,
@@ -94,6 +91,7 @@ from mechdsl.models.config import (
 )
 from mechdsl.models.folder import (
     ADAPTER_CONFIG,
+    AdapterScaling,
     FileHasher,
     check_weights,
     file_stamps,
@@ -101,6 +99,7 @@ from mechdsl.models.folder import (
     hash_file,
     hash_weights,
     locate_model,
+    read_scaling,
     require_model,
     weight_files,
 )
@@ -108,8 +107,12 @@ from mechdsl.models.shape import ModelShape, required_stacks
 from mechdsl.program import spec
 from mechdsl.program.python_functions import PythonFailure, PythonFunction
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer, read_prompt_tokenizer
-from mechdsl.prompts.tokens.images import ImageTokenizer, make_image_tokenizer
-from mechdsl.prompts.tokens.tokenizer import TextTokenizer, has_tokenizer
+from mechdsl.prompts.tokens.tokenizer import (
+    ImageTokenizer,
+    TextTokenizer,
+    has_tokenizer,
+    make_image_tokenizer,
+)
 from mechdsl.resolve.bases import MAPPED_SITES, WeightChange
 from mechdsl.resolve.expansion import expand_controls
 from mechdsl.resolve.measures import check_readable
@@ -164,33 +167,20 @@ def load_model(
     tokenizer, found = _load_reader(folder, shape, model)
     if tokenizer is None:
         return None, found
-    module, reason, untaken = _load_module(
-        folder, shape.architecture, _DTYPES[dtype or model.dtype], spread or {}
-    )
+    module, untaken, found = _load_all_blocks(folder, shape, model, dtype, spread or {})
     if module is None:
-        return None, [LoadFailed(span=model.span, model=model.name, reason=reason)]
-    more = _find_extra_blocks(module, untaken)
-    if more is not None:
-        blocks, there, key = more
-        problem = LayerCountMismatch(
-            span=model.span, model=model.name, blocks=blocks, more=there, key=key
-        )
-        return None, [problem]
-    unused = _report_unused_weights(folder, files, untaken, model)
-    shape = _complete_shape(module, shape)
-    provenance = {
-        **describe_weight_hash(files, hashed),
-        "source": model.source,
-        "revision": _revision(folder, model),
-        "tokenizer": tokenizer.hash,
-    }
-    module = module if spread else module.to(device)
+        return None, found
     loaded, found = prove_any_anatomy(
         model.name,
-        module,
-        shape,
+        module if spread else module.to(device),
+        _complete_shape(module, shape),
         tokenizer,
-        provenance=provenance,
+        provenance={
+            **describe_weight_hash(files, hashed),
+            "source": model.source,
+            "revision": _revision(folder, model),
+            "tokenizer": tokenizer.hash,
+        },
         span=model.span,
         proofs=None if spread else ProofStore(notes),
     )
@@ -199,7 +189,7 @@ def load_model(
         loaded = replace(loaded, identity=folder_identity(model, folder, hashed))
     if file_stamps(model, folder) != before:
         return None, [report_changed_files(model)]
-    return loaded, [*unused, *found]
+    return loaded, [*_report_unused_weights(folder, files, untaken, model), *found]
 
 
 def describe_weight_hash(files: list[Path], hashed: FileHasher | None) -> dict[str, str]:
@@ -253,44 +243,24 @@ def adopt_model(
     Returns:
         The model and its diagnostics: E0407 to E0412, E0451, E0456, E0522, W0711 and W0712.
     """
-    images, texts = _split_processor(tokenizer)
-    processor = _describe_processor(images)
+    passed = _PassedTokenizer(name, tokenizer, bos, span)
     text, found = None, []
-    if processor is None:
-        text, found = _adopt_tokenizer(name, tokenizer, bos, span)
+    if passed.processor is None:
+        text, found = passed.adopt(tokenizer)
         if text is None:
             return None, found
     if (outside := check_adapters(module, name, span)) is not None:
         return None, [outside]
     module = unwrap_model(module)
-    if (quantized := _find_quantized(module)) is not None:
-        part, kind = quantized
-        return None, [QuantizedModel(span=span, model=name, part=part, kind=kind)]
-    config = getattr(module, "config", None)
-    if not hasattr(config, "to_dict"):
-        it = "" if isinstance(cast(object, module), nn.Module) else type(module).__name__
-        reason = f"`{it}` isn't a model of transformers" if it else "it has no transformers config"
-        return None, [LoadFailed(span=span, model=name, reason=reason)]
+    if (unfit := _check_passed_module(module, name, span)) is not None:
+        return None, [unfit]
     shape, found = shape_from_config(_config_values(module), model=name, span=span)
     if shape is None:
         return None, found
     if (unstarted := check_starts(shape, name, span)) is not None:
         return None, [unstarted]
-    if shape.has_processor and isinstance(tokenizer, tuple):
-        reason = "it was passed with an image processor and a tokenizer"
-        hint = "pass the processor of transformers that contains both, such as `TrOCRProcessor`"
-        return None, [NoTokenizer(span=span, model=name, reason=reason, hint=hint)]
-    if text is None and shape.has_processor and texts is not None:
-        chat = getattr(tokenizer, "chat_template", None)
-        text, found = _adopt_tokenizer(name, texts, bos, span, ImagePromptTokenizer, chat)
-        if isinstance(text, ImagePromptTokenizer):
-            text = text.with_processor(tokenizer, getattr(module, "config", None))
-    elif text is None:
-        text, found = _adopt_processor(name, processor, shape, images, span)
-        if text is not None and shape.texts is not None:
-            text, found = _adopt_texts(
-                name, cast(ImageTokenizer, text), texts, shape.texts, bos, span
-            )
+    if text is None or (shape.has_processor and isinstance(tokenizer, tuple)):
+        text, found = passed.adopt_processor(module, shape)
     if text is None:
         return None, found
     text = text.with_starts(shape.starts)
@@ -458,13 +428,31 @@ def _load_module(
     return module, "", sorted(str(key) for key in info.get("unexpected_keys", ()))
 
 
-def _find_extra_blocks(module: nn.Module, untaken: list[str]) -> tuple[int, int, str] | None:
-    """Detect weights of a deeper model.
+def _load_all_blocks(
+    folder: Path,
+    shape: ModelShape,
+    model: spec.Model,
+    dtype: str | None,
+    spread: Mapping[str, object],
+) -> tuple[nn.Module | None, list[str], list[Diagnostic]]:
+    """Load the modules and check that they have as many blocks as the weights.
 
     Returns:
-        Number of blocks in the model, number of blocks in the weights, and one of the extra keys;
-        None if there are no extra blocks.
+        The modules, None on an error; keys of unused weights; and E0411 or E0422.
     """
+    module, reason, untaken = _load_module(
+        folder, shape.architecture, _DTYPES[dtype or model.dtype], spread
+    )
+    if module is None:
+        return None, [], [LoadFailed(span=model.span, model=model.name, reason=reason)]
+    mismatch = _report_extra_blocks(module, untaken, model)
+    return (module, untaken, []) if mismatch is None else (None, [], [mismatch])
+
+
+def _report_extra_blocks(
+    module: nn.Module, untaken: list[str], model: spec.Model
+) -> Diagnostic | None:
+    """Report E0422 for weights of a deeper model; untaken: keys of unused weights."""
     taken = list(module.state_dict())
     for key in reversed(untaken):
         for number in re.finditer(r"(?<=\.)\d+(?=\.)", f".{key}"):
@@ -472,7 +460,13 @@ def _find_extra_blocks(module: nn.Module, untaken: list[str]) -> tuple[int, int,
             alike = re.compile(rf"(.*\.)?{re.escape(key[:start])}(\d+){re.escape(key[end:])}")
             blocks = {int(found[2]) for each in taken if (found := alike.fullmatch(each))}
             if blocks and int(key[start:end]) > max(blocks):
-                return max(blocks) + 1, int(key[start:end]) + 1, key
+                return LayerCountMismatch(
+                    span=model.span,
+                    model=model.name,
+                    blocks=max(blocks) + 1,
+                    more=int(key[start:end]) + 1,
+                    key=key,
+                )
     return None
 
 
@@ -497,6 +491,18 @@ def _report_unused_weights(
     ]
 
 
+def _check_passed_module(module: Any, name: str, span: Span | None) -> Diagnostic | None:
+    """Report a model from Python that is quantized or that has no config of transformers."""
+    if (quantized := _find_quantized(module)) is not None:
+        part, kind = quantized
+        return QuantizedModel(span=span, model=name, part=part, kind=kind)
+    if hasattr(getattr(module, "config", None), "to_dict"):
+        return None
+    it = "" if isinstance(module, nn.Module) else type(module).__name__
+    reason = f"`{it}` isn't a model of transformers" if it else "it has no transformers config"
+    return LoadFailed(span=span, model=name, reason=reason)
+
+
 def _find_quantized(module: Any) -> tuple[str, str] | None:
     """Find a module that torch has quantized: its path and class; None if there is none."""
     parts = module.named_modules() if isinstance(module, nn.Module) else ()
@@ -505,31 +511,6 @@ def _find_quantized(module: Any) -> tuple[str, str] | None:
         if home.startswith("torch.") and ".quantized" in home:
             return path, f"{home.removeprefix('torch.ao.')}.{type(part).__name__}"
     return None
-
-
-def _adopt_tokenizer(
-    name: str,
-    tokenizer: Any,
-    bos: bool | None,
-    span: Span | None,
-    reader: type[TextTokenizer] = TextTokenizer,
-    chat: object = None,
-) -> tuple[TextTokenizer | None, list[Diagnostic]]:
-    if isinstance(tokenizer, TextTokenizer):
-        return tokenizer, []
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if not isinstance(backend, Tokenizer):
-        reason = f"`{type(tokenizer).__name__}` is not a fast tokenizer"
-        return None, [NoTokenizer(span=span, model=name, reason=reason)]
-    roles = {
-        f"{role}_token": getattr(tokenizer, f"{role}_token", None)
-        for role in ("bos", "cls", "sep", "eos")
-    }
-    chat = chat or getattr(tokenizer, "chat_template", None)
-    pad = getattr(tokenizer, "pad_token", None)
-    return reader.from_backend(
-        backend, **roles, pad_token=pad, chat_template=chat, bos=bos, span=span
-    )
 
 
 def _describe_processor(given: Any) -> dict[str, Any] | None:
@@ -550,37 +531,86 @@ def _split_processor(given: Any) -> tuple[Any, Any]:
     return (given, None) if images is None else (images, getattr(given, "tokenizer", None))
 
 
-def _adopt_texts(
-    name: str,
-    reader: ImageTokenizer,
-    tokenizer: Any,
-    shape: ModelShape,
-    bos: bool | None,
-    span: Span | None,
-) -> tuple[TextTokenizer | None, list[Diagnostic]]:
-    if tokenizer is None:
-        reason = "it was passed with only an image processor, but it has a text tower"
-        hint = f'pass both: `models={{"{name}": (model, (image_processor, tokenizer))}}`'
-        return None, [NoTokenizer(span=span, model=name, reason=reason, hint=hint)]
-    own, found = _adopt_tokenizer(name, tokenizer, bos, span)
-    if own is None:
-        return None, found
-    return attach_tokenizer(reader, own, shape, model=name, span=span)
+class _PassedTokenizer:
+    """A tokenizer, image processor or both that Python passes with a model."""
 
+    def __init__(self, name: str, given: Any, bos: bool | None, span: Span | None) -> None:
+        """Split what was passed; bos: whether prompts start with a BOS token, None for default."""
+        self.name = name
+        self.given = given
+        self.bos = bos
+        self.span = span
+        self.images, self.texts = _split_processor(given)
+        self.processor = _describe_processor(self.images)
+        """Settings of the image processor; None without one."""
 
-def _adopt_processor(
-    name: str,
-    processor: dict[str, Any] | None,
-    shape: ModelShape,
-    given: Any,
-    span: Span | None,
-) -> tuple[TextTokenizer | None, list[Diagnostic]]:
-    if shape.takes != "image":
-        reason = f"`{type(given).__name__}` is not a fast tokenizer"
-        return None, [NoTokenizer(span=span, model=name, reason=reason)]
-    if shape.patches is None:
-        return None, [NotATextModel(span=span, model=name, architecture=shape.architecture)]
-    return make_image_tokenizer(processor, shape.patches, model=name, span=span)
+    def adopt(
+        self,
+        tokenizer: Any,
+        reader: type[TextTokenizer] = TextTokenizer,
+        chat: object = None,
+    ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+        """Adopt a tokenizer of texts; chat: a template that replaces the tokenizer's."""
+        if isinstance(tokenizer, TextTokenizer):
+            return tokenizer, []
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if not isinstance(backend, Tokenizer):
+            return None, [self._report(f"`{type(tokenizer).__name__}` is not a fast tokenizer")]
+        roles = {
+            f"{role}_token": getattr(tokenizer, f"{role}_token", None)
+            for role in ("bos", "cls", "sep", "eos")
+        }
+        chat = chat or getattr(tokenizer, "chat_template", None)
+        pad = getattr(tokenizer, "pad_token", None)
+        return reader.from_backend(
+            backend, **roles, pad_token=pad, chat_template=chat, bos=self.bos, span=self.span
+        )
+
+    def adopt_processor(
+        self, module: nn.Module, shape: ModelShape
+    ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+        """Adopt the image processor, with its tokenizer if the model reads texts too."""
+        if shape.has_processor and isinstance(self.given, tuple):
+            reason = "it was passed with an image processor and a tokenizer"
+            hint = "pass the processor of transformers that contains both, such as `TrOCRProcessor`"
+            return None, [self._report(reason, hint)]
+        if shape.has_processor and self.texts is not None:
+            chat = getattr(self.given, "chat_template", None)
+            text, found = self.adopt(self.texts, ImagePromptTokenizer, chat)
+            if isinstance(text, ImagePromptTokenizer):
+                text = text.with_processor(self.given, getattr(module, "config", None))
+            return text, found
+        images, found = self._adopt_images(shape)
+        if images is None or shape.texts is None:
+            return images, found
+        return self._add_texts(images, shape.texts)
+
+    def _adopt_images(self, shape: ModelShape) -> tuple[ImageTokenizer | None, list[Diagnostic]]:
+        if shape.takes != "image":
+            return None, [self._report(f"`{type(self.images).__name__}` is not a fast tokenizer")]
+        if shape.patches is None:
+            problem = NotATextModel(
+                span=self.span, model=self.name, architecture=shape.architecture
+            )
+            return None, [problem]
+        return make_image_tokenizer(self.processor, shape.patches, model=self.name, span=self.span)
+
+    def _add_texts(
+        self, images: ImageTokenizer, shape: ModelShape
+    ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+        """Add the tokenizer of the text tower, which has this shape."""
+        if self.texts is None:
+            reason = "it was passed with only an image processor, but it has a text tower"
+            hint = f'pass both: `models={{"{self.name}": (model, (image_processor, tokenizer))}}`'
+            return None, [self._report(reason, hint)]
+        own, found = self.adopt(self.texts)
+        if own is None:
+            return None, found
+        return attach_tokenizer(images, own, shape, model=self.name, span=self.span)
+
+    def _report(self, reason: str, hint: str = "") -> NoTokenizer:
+        problem = NoTokenizer(span=self.span, model=self.name, reason=reason)
+        return replace(problem, hint=hint) if hint else problem
 
 
 def _hash_parameters(module: nn.Module) -> str:
@@ -661,17 +691,8 @@ def load_adapter(
         return None, [NoPeft(span=model.span, model=model.name, base=base.name)]
     try:
         module = _merge_adapter(base.module, files[0], scaling)
-    except _AdapterMismatch as problem:
-        hint = problem.hint or f"name the model that it was trained on, instead of `{base.name}`"
-        return None, [
-            AdapterDoesNotFit(
-                span=model.span, model=model.name, base=base.name, reason=str(problem), hint=hint
-            )
-        ]
     except Exception as error:  # peft and safetensors pass on errors of their dependencies
-        hint = "it has to load and merge with `PeftModel.from_pretrained(base, folder)`"
-        reason = summarize_error(error)
-        return None, [LoadFailed(span=model.span, model=model.name, reason=reason, hint=hint)]
+        return None, [_report_not_merged(error, model, base)]
     identity = None
     if hashed is not None:
         identity = folder_identity(model, folder, hashed, base=compute_identity(base))
@@ -695,6 +716,17 @@ def load_adapter(
     if file_stamps(model, folder) != before:
         return None, [report_changed_files(model)]
     return loaded, found
+
+
+def _report_not_merged(error: Exception, model: spec.Model, base: LoadedModel) -> Diagnostic:
+    if isinstance(error, _AdapterMismatch):
+        hint = error.hint or f"name the model that it was trained on, instead of `{base.name}`"
+        return AdapterDoesNotFit(
+            span=model.span, model=model.name, base=base.name, reason=str(error), hint=hint
+        )
+    hint = "it has to load and merge with `PeftModel.from_pretrained(base, folder)`"
+    reason = summarize_error(error)
+    return LoadFailed(span=model.span, model=model.name, reason=reason, hint=hint)
 
 
 def _merge_adapter(base: nn.Module, file: Path, scaling: AdapterScaling) -> nn.Module:

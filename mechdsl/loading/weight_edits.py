@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import BadModelSum
 from mechdsl.diagnostics.rules import BadWeights
@@ -19,9 +19,9 @@ from mechdsl.forward.hooks.model import BASE_PREFIX, LoadedModel
 from mechdsl.forward.hooks.module_exchange import get_activation
 from mechdsl.loading.anatomy_proof import ProofStore, prove_anatomy, summarize_error
 from mechdsl.loading.identity import compute_identity
-from mechdsl.models.anatomy import BlockAnatomy, HookPoint, TensorLayout
 from mechdsl.models.block import is_transposed
 from mechdsl.models.folder import json_digest
+from mechdsl.models.shape import BlockAnatomy, HookPoint, TensorLayout
 from mechdsl.program import spec
 from mechdsl.resolve.bases import MAPPED_SITES
 

@@ -8,8 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mechdsl.models.anatomy import BlockAnatomy, BlockArrangement, Family, HookPoint, TensorLayout
-from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape import (
+    BlockAnatomy,
+    BlockArrangement,
+    Family,
+    HookPoint,
+    ModelShape,
+    TensorLayout,
+)
 
 _SPLIT = {
     "q": (

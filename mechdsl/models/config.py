@@ -12,7 +12,7 @@ from typing import Any, cast
 from mechdsl.base import limits
 from mechdsl.base.files import load_json
 from mechdsl.base.limits import is_integer
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import (
     BadSize,
@@ -25,11 +25,12 @@ from mechdsl.diagnostics.models import (
 )
 from mechdsl.images.layouts import IMAGE_LAYOUTS
 from mechdsl.images.processing import PatchLayout
-from mechdsl.models.anatomy import Family, ModelConfig
 from mechdsl.models.families import find_family  # registers the families
 from mechdsl.models.shape import (
     ENCODER_TYPES,
     OTHER_SEQUENCE_CLASSIFIERS,
+    Family,
+    ModelConfig,
     ModelInput,
     ModelShape,
     OutputTask,

@@ -7,19 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import ComponentNotFound
-from mechdsl.models.anatomy import (
-    Anatomy,
-    BlockAnatomy,
-    BlockArrangement,
-    Family,
-    HookPoint,
-    TensorLayout,
-    add_output_sites,
-    find_family,
-)
 from mechdsl.models.block import (
     ATTENTION_NAME,
     MIXER_NAME,
@@ -33,7 +23,17 @@ from mechdsl.models.block import (
     linear_sizes,
 )
 from mechdsl.models.config import has_mixer_blocks
-from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape import (
+    Anatomy,
+    BlockAnatomy,
+    BlockArrangement,
+    Family,
+    HookPoint,
+    ModelShape,
+    TensorLayout,
+    add_output_sites,
+    find_family,
+)
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, ATTENTION_SITES, sites_of_module
 
 

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from mechdsl.base import limits
 from mechdsl.base.files import write_atomically
 from mechdsl.base.runtime import restores_random_state
-from mechdsl.base.source import Source
-from mechdsl.base.text import dump_json
+from mechdsl.base.text import Source, dump_json
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.models import NoTokenizer
 from mechdsl.diagnostics.rendering import Diagnostics, MechdslError, warn_diagnostics

@@ -13,20 +13,30 @@ from mechdsl.base.arrays import Ints
 from mechdsl.base.files import package_digest
 from mechdsl.base.hashing import digest
 from mechdsl.base.runtime import computation_settings, numeric_settings
-from mechdsl.base.source import Source
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Source, name_list
+from mechdsl.checks.expectations import (
+    check_cell_units,
+    check_reachable_p,
+    row_unit,
+    tested_measures,
+)
 from mechdsl.checks.file_check import (
     CheckedFile,
     CheckSettings,
     check_source,
     group_variants,
 )
-from mechdsl.checks.p_values import check_cell_units, check_reachable_p, row_unit, tested_measures
 from mechdsl.checks.prompt_tables import attach_replies
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.experiments import ExperimentFailed, NoRowsKept
-from mechdsl.diagnostics.names import UnknownName
-from mechdsl.diagnostics.statistics import MissingPickResult, PickBySign, RowsLeftOut, SkewedFamily
+from mechdsl.diagnostics.experiments import (
+    ExperimentFailed,
+    MissingPickResult,
+    NoRowsKept,
+    PickBySign,
+    RowsLeftOut,
+    SkewedFamily,
+)
+from mechdsl.diagnostics.syntax import UnknownName
 from mechdsl.execute.cache import RunCache
 from mechdsl.execute.image_vectors import find_image_problem
 from mechdsl.execute.measurement.values import MeasuredValues
@@ -53,10 +63,9 @@ from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import ExperimentPlan, Plan
 from mechdsl.program import spec
 from mechdsl.program.code_hashes import CodeHashError, hash_imported_code
-from mechdsl.program.lowering import lower_program
+from mechdsl.program.lowering import expectation_experiments, lower_program
 from mechdsl.program.plugins import hash_extension_code
 from mechdsl.program.python_functions import program_functions
-from mechdsl.program.run_order import expectation_experiments
 from mechdsl.program.spec import PROMPTS_AXIS, SEED_AXIS
 from mechdsl.prompts.data_files import DataFile
 from mechdsl.prompts.other_runs import remove_replies
@@ -103,7 +112,7 @@ from mechdsl.results.experiment_result import (
 )
 from mechdsl.results.results import package_version
 from mechdsl.rules.kinds import RULES, registered_words
-from mechdsl.store.index import StoreProblem
+from mechdsl.store.files import StoreProblem
 from mechdsl.store.runs import OpenRun
 from mechdsl.syntax.frontend import parse
 

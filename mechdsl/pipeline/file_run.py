@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.files import package_digest
 from mechdsl.base.runtime import active_torch_mode, numeric_settings, preserve_random_state
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, needed_models
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -52,7 +52,7 @@ from mechdsl.results.results import (
     unpack_results,
 )
 from mechdsl.results.runs import about_results, export_archive, export_results
-from mechdsl.store.index import StoreProblem
+from mechdsl.store.files import StoreProblem
 from mechdsl.store.runs import OpenRun, StoredRun
 from mechdsl.store.store import Store
 

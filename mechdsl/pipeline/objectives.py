@@ -121,7 +121,7 @@ class Objective:
         """
         import torch
 
-        from mechdsl.forward.hooks.gradients import AutogradFailed
+        from mechdsl.forward.hooks.backward_rules import AutogradFailed
 
         chosen = self._choose(rows)
         size = (len(chosen), *self.shape[1:])

@@ -56,13 +56,13 @@ from mechdsl.pipeline.identities import (
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.program.code_hashes import CodeHashError, hash_imported_code
 from mechdsl.program.directions import last_token, name_nodes
-from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.plugins import hash_extension_code
 from mechdsl.program.prompts import texts_within
 from mechdsl.program.python_functions import block_functions
 from mechdsl.program.spec import Program
 from mechdsl.program.trainers import (
     ChoosingTrainer,
+    OwnTrainer,
     RotationTrainer,
 )
 from mechdsl.resolve.trainings import (
@@ -93,8 +93,7 @@ from mechdsl.resolve.types import (
     iter_leaf_vectors,
 )
 from mechdsl.results.results import package_version
-from mechdsl.store.files import take_lock
-from mechdsl.store.index import StoreProblem
+from mechdsl.store.files import StoreProblem, take_lock
 from mechdsl.store.store import FITS_FOLDER, Store
 
 if TYPE_CHECKING:

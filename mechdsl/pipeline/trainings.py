@@ -41,10 +41,10 @@ from mechdsl.pipeline.trained_files import (
     packages_of_fit,
     read_fit,
 )
-from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFailure
 from mechdsl.program.trainers import (
     EdgeSearchTrainer,
+    OwnTrainer,
     PairedTrainer,
     ProbeTrainer,
     ScoringTrainer,
@@ -64,13 +64,11 @@ from mechdsl.resolve.types import (
     describe_rotation,
 )
 from mechdsl.results.results import NOT_INSTALLED, package_version
-from mechdsl.store.files import make_folder, sync_folder, take_lock
-from mechdsl.store.index import StoreProblem
+from mechdsl.store.files import StoreProblem, make_folder, sync_folder, take_lock
 from mechdsl.store.store import FITS_FOLDER, Store
 
 if TYPE_CHECKING:
-    from mechdsl.execute.training import TrainingJob
-    from mechdsl.execute.training_vectors import VectorCache
+    from mechdsl.execute.training import TrainingJob, VectorCache
     from mechdsl.forward.hooks.model import LoadedModel
     from mechdsl.models.shape import PaddingSide
 
@@ -277,7 +275,7 @@ def _train_due(
 ) -> tuple[list[TrainedFit], list[Diagnostic]]:
     import torch
 
-    from mechdsl.execute.training_vectors import VectorCache
+    from mechdsl.execute.training import VectorCache
 
     with preserve_random_state():
         from mechdsl.loading.loader import add_tower_views, import_library
@@ -378,11 +376,10 @@ def _explain_failure(fit: DeclaredFit, error: Exception) -> Diagnostic | None:
     from mechdsl.execute.mask_training import NoBasis, NoCircuit, TooFewCandidates
     from mechdsl.execute.probe_training import NoProbe
     from mechdsl.execute.run.saves import RowsRefused
-    from mechdsl.execute.training_vectors import NoVectors
+    from mechdsl.execute.training import NoVectors
     from mechdsl.fits.factors import NotFactored
     from mechdsl.fits.training import Diverged, IndivisibleMemory
-    from mechdsl.forward.hooks.backward_rules import RuleNotApplied
-    from mechdsl.forward.hooks.gradients import AutogradFailed
+    from mechdsl.forward.hooks.backward_rules import AutogradFailed, RuleNotApplied
 
     if isinstance(error, RuleNotApplied):
         reason = f"its rules of gradients don't cover the model ({str(error)[:200]})"
@@ -492,15 +489,20 @@ def _train_on_vectors(
     Args:
         models: Those that run its rows, and the rows that these are correlated with.
     """
-    from mechdsl.execute.component_training import (
+    from mechdsl.execute.dictionary_training import (
         train_components,
         train_correlated,
+        train_cross_layer,
         train_mixture,
+        train_on_decoder,
     )
-    from mechdsl.execute.cross_layer_training import train_cross_layer
-    from mechdsl.execute.decoder_training import train_on_decoder
-    from mechdsl.execute.training import solve_dictionary, train_dictionary, train_lens
-    from mechdsl.execute.training_vectors import RowVectors, StreamedVectors
+    from mechdsl.execute.training import (
+        RowVectors,
+        StreamedVectors,
+        solve_dictionary,
+        train_dictionary,
+        train_lens,
+    )
 
     model, partner = models
     if fit.training.decoder is not None:

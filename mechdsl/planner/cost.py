@@ -29,8 +29,14 @@ from mechdsl.models.restart import (
     block_work,
 )
 from mechdsl.models.shape import ModelShape, unit_count
-from mechdsl.planner.encoding import encoding_adds, observation_adds, unembedding_adds
-from mechdsl.planner.pass_cost import BlockCost, PassCost, has_normed_sums
+from mechdsl.planner.pass_cost import (
+    BlockCost,
+    PassCost,
+    encoding_adds,
+    has_normed_sums,
+    observation_adds,
+    unembedding_adds,
+)
 from mechdsl.planner.plan import (
     BATCH_ROWS,
     VECTORS_PER_TOKEN,

@@ -34,7 +34,7 @@ from mechdsl.resolve.types import (
     count_cells,
     iter_fitted_vectors,
 )
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 from mechdsl.vocab.sites import SITES, stop_layer
 
 

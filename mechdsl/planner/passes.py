@@ -24,7 +24,6 @@ from mechdsl.planner.cost import (
     reply_work,
     run_cost,
 )
-from mechdsl.planner.encoding import context_adds
 from mechdsl.planner.graph import (
     Graph,
     MeasureNode,
@@ -35,6 +34,7 @@ from mechdsl.planner.graph import (
     highest_read,
     stop_early,
 )
+from mechdsl.planner.pass_cost import context_adds
 from mechdsl.planner.plan import (
     DTYPE_BYTES,
     PASS_TOKENS,

@@ -10,9 +10,8 @@ from mechdsl.base.limits import is_integer
 from mechdsl.base.records import closest_name
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
-from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.rules import BadBasis
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported, UnknownWord
 from mechdsl.program import spec
 from mechdsl.program.activation_trainers import (
     LENS_EXAMPLE,
@@ -20,10 +19,11 @@ from mechdsl.program.activation_trainers import (
     OTHER_DICTIONARY_TRAINERS,
     OTHER_LENS_TRAINERS,
     OTHER_PROBE_TRAINERS,
+    OTHER_SOLVED_TRAINERS,
     PROBE_EXAMPLE,
     PROBE_SITES,
 )
-from mechdsl.program.basis_methods import (
+from mechdsl.program.direction_methods import (
     BASIS_METHODS,
     EFFECT_OPTIONS,
     FILLS,
@@ -50,7 +50,6 @@ from mechdsl.program.effect_trainers import (
     SEARCH_EXAMPLE,
     TRAINING_ARGUMENTS,
 )
-from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
 from mechdsl.program.group_files import (
     LayerFeature,
     has_positions,
@@ -61,7 +60,6 @@ from mechdsl.program.group_files import (
     read_positions,
 )
 from mechdsl.program.names import Namespace
-from mechdsl.program.own_trainers import find_own_trainer, find_trainer, trainer_arguments
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.python_functions import is_python_call
 from mechdsl.program.references import all_tokens, lists_positions
@@ -81,6 +79,9 @@ from mechdsl.program.trainers import (
     ScoringTrainer,
     Statement,
     Trainer,
+    find_own_trainer,
+    find_trainer,
+    trainer_arguments,
     trainer_call,
 )
 from mechdsl.syntax import ast

@@ -1,27 +1,46 @@
-"""Content hashes of Python code outside this package: files, and the modules that they import.
+"""Content hashes of Python code outside this package: files, modules and callables.
 
 Imports are found by reading the source: `import x`, `from x import y`, `import_module("x")`. A
 module in a user's folder is hashed with its whole text, an installed module by the versions of the
 packages installed alongside it. Python's standard library is excluded.
+
+A stored result is reused if the hash of a callable is unchanged, so the hash covers everything that
+the function reads: bytecode, default values, closures, globals, and the attributes of the user's
+modules and classes, with their values in memory. A callable that reads anything else isn't hashed,
+and its results are never stored.
 """
 
 from __future__ import annotations
 
 import ast
+import dis
 import os
 import re
 import sys
 import sysconfig
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from hashlib import sha256
 from importlib.util import cache_from_source, find_spec
 from pathlib import Path
-from types import CodeType
-from typing import cast
+from re import Pattern
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+    WrapperDescriptorType,
+)
+from typing import Any, cast
+
+from mechdsl.base.records import Record
 
 MAX_PACKAGE_FILES = 2000
 """Maximum number of files in a package; a larger folder may be, for instance, a home folder."""
@@ -319,3 +338,480 @@ def _describe_constant(value: object) -> str:
             return f"{{{', '.join(parts)}}}"
         case _:
             return f"{type(value).__name__} {value!r}"
+
+
+MAX_ARRAY_BYTES = 16 * 2**20
+"""Maximum total size of the arrays and tensors that a callable reads. They are hashed after every
+call."""
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_SCALARS = (bool, float, complex, str, bytes, type(None), type(Ellipsis), range, slice)
+
+_DYNAMIC_BUILTINS = _words(
+    "__import__ breakpoint compile eval exec globals hash id input locals open vars"
+)
+"""Builtins that read names, files or addresses that aren't visible in the bytecode."""
+
+_CHANGING_MODULES = _words(
+    """_io _random asyncio builtins ctypes datetime gc glob http importlib inspect io linecache mmap
+    multiprocessing os pathlib pickle posix posixpath random requests secrets shelve shutil signal
+    socket sqlite3 subprocess sys tempfile threading time urllib uuid weakref"""
+)
+"""Modules that read files, the network, the clock, the process or random numbers."""
+
+_CHANGING_FUNCTIONS = _words(
+    """bernoulli bernoulli_ default_rng dropout from_file from_pretrained fromfile genfromtxt load
+    load_dataset load_file loadtxt manual_seed memmap multinomial normal normal_ rand rand_like
+    randint randint_like randn randn_like random random_ randperm read_bytes read_csv read_excel
+    read_json read_parquet read_table read_text safe_open seed uniform_ urlopen"""
+)
+"""Functions and methods of packages that read files or draw random numbers."""
+
+_IGNORED_ATTRIBUTES = _words(
+    """__abstractmethods__ __annotate_func__ __annotations__ __annotations_cache__
+    __dataclass_fields__ __dataclass_params__ __dict__ __doc__ __firstlineno__ __match_args__
+    __module__ __orig_bases__ __parameters__ __qualname__ __slotnames__ __static_attributes__
+    __weakref__"""
+)
+"""Attributes of a class that the interpreter sets, and that its methods don't read."""
+
+_NATIVE_METHODS = (
+    WrapperDescriptorType,
+    MethodDescriptorType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+)
+
+
+def hash_callable(function: Callable[..., Any]) -> tuple[str, bytes]:
+    """Hash a callable: its bytecode, and the values of everything that it reads.
+
+    Args:
+        function: A function, a lambda, or a `functools.partial` of one.
+
+    Returns:
+        SHA-256, and the `import` lines of the modules that it uses, for `hash_imported_code`.
+
+    Raises:
+        CodeHashError: If it reads anything whose code or value can't be hashed.
+    """
+    try:
+        reader, parts = _read_callable(function, frozenset())
+        before: set[str] = set()
+        while before != reader.looked_up:  # code that is read later may look up further names
+            before = reader.looked_up
+            reader, parts = _read_callable(function, frozenset(before))
+    except CodeHashError:
+        raise
+    except RecursionError:
+        raise CodeHashError("what it reads is nested too deeply") from None
+    except Exception as error:  # from the user's objects
+        raise CodeHashError(f"what it reads can't be hashed: {type(error).__name__}") from None
+    imports = "".join(f"import {name}\n" for name in sorted(reader.modules))
+    text = f"{sys.version_info[:3]}\n{parts!r}\n{imports}"
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), imports.encode()
+
+
+def _read_callable(function: object, looked_up: frozenset[str]) -> tuple[_Reader, object]:
+    reader = _Reader(looked_up)
+    return reader, reader.read_callable(function)
+
+
+class _CodeNames(Record):
+    """Names in bytecode, including nested functions."""
+
+    read: frozenset[str]
+    """Globals and builtins."""
+    attributes: frozenset[str]
+    texts: frozenset[str]
+    """Texts that may be names of attributes, as for `getattr`."""
+    imported: frozenset[str]
+    """Modules that the code imports itself; relative ones begin with a dot."""
+    assigned: frozenset[str]
+    """Globals that it assigns or deletes."""
+    stored_cells: frozenset[str]
+    """Variables of enclosing functions that it assigns."""
+
+
+class _Reader:
+    def __init__(self, looked_up: frozenset[str]) -> None:
+        """Read the attributes `looked_up` of every module."""
+        self.modules: set[str] = set()
+        self.looked_up = set(looked_up)
+        """Names of attributes in all code that was read."""
+        self._numbers: dict[int, int] = {}
+        self._held: list[object] = []
+        """Objects in `_numbers`, so that no id is reused."""
+        self._open: set[int] = set()
+        """Containers that are being read."""
+        self._array_bytes = 0
+
+    def read_callable(self, function: object) -> object:
+        if isinstance(function, FunctionType | BuiltinFunctionType | type(partial(int))):
+            return self._value("it", function)
+        if isinstance(function, MethodType):
+            owner = type(function.__self__).__name__
+            raise CodeHashError(f"it is a method of a `{owner}`, whose state can't be hashed")
+        raise CodeHashError(f"a `{type(function).__name__}` isn't a plain function")
+
+    def _first_seen(self, value: object) -> int | None:
+        """Return the number of an object that was read before; None for a new one."""
+        known = self._numbers.get(id(value))
+        if known is None:
+            self._numbers[id(value)] = len(self._numbers)
+            self._held.append(value)
+        return known
+
+    # --- functions ---
+
+    def _function(self, name: str, function: FunctionType) -> object:
+        home = str(function.__globals__.get("__name__", ""))  # `functools.wraps` doesn't change it
+        if _is_library(home) and _look_up(home, function.__qualname__) is function:
+            return self._library(name, home, function.__qualname__)
+        known = self._first_seen(function)
+        if known is not None:
+            return ("function", known)
+        code = function.__code__
+        names = _code_names(code)
+        self.looked_up |= names.attributes | names.texts | (names.read & {"getattr"})
+        if not _is_library(home):
+            self._refuse_hidden_inputs(function, names)
+            self._add_source(home)
+        cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+        read = sorted(each for each in names.read if each in function.__globals__)
+        return (
+            code_digest(code),
+            self._value("a default value", function.__defaults__),
+            self._value("a default value", function.__kwdefaults__),
+            self._value("an attribute", vars(function)),
+            [(each, self._value(each, _content(each, cell))) for each, cell in cells],
+            [(each, self._value(each, function.__globals__[each])) for each in read],
+            [(each, self._imported(each, function)) for each in sorted(names.imported)],
+        )
+
+    def _refuse_hidden_inputs(self, function: FunctionType, names: _CodeNames) -> None:
+        """Raise CodeHashError for inputs that the names in the bytecode don't show."""
+        hidden = sorted((names.read & _DYNAMIC_BUILTINS) - function.__globals__.keys())
+        hidden += sorted(names.attributes & _CHANGING_FUNCTIONS)
+        if hidden:
+            raise CodeHashError(f"it calls `{hidden[0]}`, whose result can't be hashed")
+        outer = names.stored_cells & frozenset(function.__code__.co_freevars)
+        assigned = sorted(names.assigned | outer)
+        if assigned:
+            raise CodeHashError(f"it assigns `{assigned[0]}`, which its next call may read")
+
+    def _imported(self, name: str, function: FunctionType) -> object:
+        """Describe a module that code imports itself."""
+        absolute = name
+        if name.startswith("."):
+            package = str(function.__globals__.get("__package__") or "")
+            level = len(name) - len(name.lstrip("."))
+            parts = package.split(".")
+            kept = parts[: len(parts) - level + 1]
+            absolute = ".".join([*kept, name.lstrip(".")]).strip(".")
+        module = sys.modules.get(absolute)
+        if module is None:
+            if _is_library(absolute):
+                return self._library(name, absolute, "")
+            raise CodeHashError(f"it imports `{name}`, which wasn't imported before")
+        root = sys.modules.get(absolute.partition(".")[0], module)
+        return [self._module(name, each) for each in dict.fromkeys((root, module))]
+
+    # --- modules and classes ---
+
+    def _module(self, name: str, module: ModuleType) -> object:
+        home = module.__name__
+        if home == "__main__":
+            raise CodeHashError("it reads the module `__main__`, which can't be hashed")
+        library = _is_library(home)
+        described = self._library(name, home, "") if library else f"module {home}"
+        if library and _root(home) == _PACKAGE:
+            return described
+        if not library:
+            self._add_source(home)
+            self._refuse_computed_names(home)
+        if id(module) in self._open:
+            return described
+        self._open.add(id(module))
+        held = vars(module)
+        values: list[tuple[str, object]] = []
+        for each in sorted(self.looked_up & held.keys()):
+            value = held[each]
+            if not library or _is_patched(value) or type(value) in (bool, int, float, complex):
+                values.append((each, self._value(f"{name}.{each}", value)))
+        self._open.discard(id(module))
+        return (described, values)
+
+    def _refuse_computed_names(self, home: str) -> None:
+        """Raise CodeHashError for code that may read any attribute of a user's module."""
+        computed = sorted(self.looked_up & {"getattr", "__dict__", "attrgetter"})
+        if computed:
+            raise CodeHashError(f"it reads the module `{home}` and uses `{computed[0]}`")
+
+    def _class(self, name: str, kind: type) -> object:
+        home = kind.__module__
+        if _is_library(home) and _look_up(home, kind.__qualname__) is kind:
+            return self._library(name, home, kind.__qualname__)
+        known = self._first_seen(kind)
+        if known is not None:
+            return ("class", known)
+        if type(kind) is not type:
+            meta = type(kind).__name__
+            raise CodeHashError(f"`{name}` is a class of type `{meta}`, which can't be hashed")
+        self._add_source(home)
+        names = sorted(vars(kind).keys() - _IGNORED_ATTRIBUTES)
+        return (
+            kind.__qualname__,
+            [self._class(name, base) for base in kind.__bases__],
+            [(each, self._value(f"{name}.{each}", vars(kind)[each])) for each in names],
+        )
+
+    def _library(self, name: str, home: str, inside: str) -> object:
+        """Describe a part of an installed package, which its version identifies."""
+        root, last = _root(home), inside.rpartition(".")[2]
+        if root in _CHANGING_MODULES and not (root == "builtins" and inside):
+            raise CodeHashError(f"it reads `{name}` of `{root}`, whose results can't be hashed")
+        if last in _CHANGING_FUNCTIONS or (root == "builtins" and last in _DYNAMIC_BUILTINS):
+            raise CodeHashError(f"it calls `{last}`, whose result can't be hashed")
+        if root not in ("builtins", _PACKAGE):
+            self.modules.add(home)
+        return ("library", home, inside)
+
+    def _add_source(self, home: str) -> None:
+        """Add the files of a user's module to the code that must be unchanged."""
+        module = sys.modules.get(home)
+        if home != "__main__" and getattr(module, "__spec__", None) is not None:
+            self.modules.add(home)
+
+    # --- values ---
+
+    def _value(self, name: str, value: object) -> object:
+        match value:
+            case ModuleType():
+                return self._module(name, value)
+            case FunctionType():
+                return self._function(name, value)
+            case type():
+                return self._class(name, value)
+            case BuiltinFunctionType():
+                return self._builtin(name, value)
+            case MethodType():
+                return self._method(name, value)
+            case staticmethod() | classmethod():
+                wrapped = cast("Any", value)
+                return (type(value).__name__, self._value(name, wrapped.__func__))
+            case property():
+                inner = (value.fget, value.fset, value.fdel)
+                return ("property", [self._value(name, each) for each in inner])
+            case _ if isinstance(value, _NATIVE_METHODS):
+                return self._native_method(name, cast("Any", value))
+            case _:
+                return self._data(name, value)
+
+    def _builtin(self, name: str, value: Any) -> object:
+        owner = value.__self__
+        home = value.__module__
+        if isinstance(owner, ModuleType):
+            home = owner.__name__
+        elif isinstance(owner, type):
+            home = owner.__module__
+        if (owner is None or isinstance(owner, ModuleType | type)) and home and _is_library(home):
+            return self._library(name, home, value.__qualname__)
+        raise CodeHashError(f"`{name}` is a `{type(value).__name__}`, which can't be hashed")
+
+    def _native_method(self, name: str, value: Any) -> object:
+        home = value.__objclass__.__module__
+        if _is_library(home):
+            return self._library(name, home, value.__qualname__)
+        return ("slot", value.__name__)  # its class is read as a whole
+
+    def _method(self, name: str, value: MethodType) -> object:
+        owner: object = value.__self__
+        if isinstance(owner, type) or _is_grad_mode(owner):
+            return ("method", self._value(name, owner), self._value(name, value.__func__))
+        kind = type(owner).__name__
+        raise CodeHashError(f"`{name}` is a method of a `{kind}`, whose state can't be hashed")
+
+    def _data(self, name: str, value: object) -> object:
+        kind = type(value)
+        if kind is int:
+            return hex(cast("int", value))
+        if kind in _SCALARS:
+            return repr(value)
+        if kind is partial:
+            call = cast("partial[Any]", value)
+            inner: tuple[object, ...] = (call.func, call.args, call.keywords, vars(call))
+            return ("partial", [self._value(name, each) for each in inner])
+        if kind is Pattern:
+            pattern = cast("Pattern[Any]", value)
+            return ("pattern", repr(pattern.pattern), pattern.flags)
+        if kind in (tuple, list, dict, set, frozenset):
+            return self._container(name, value)
+        described = self._array(name, value)
+        if described is not None:
+            return described
+        if _is_grad_mode(value):
+            return self._library(name, kind.__module__, kind.__qualname__)
+        if (kind.__module__, kind.__name__) in _DESCRIBED_BY_TEXT:
+            return (kind.__name__, repr(value))
+        if (kind.__module__, kind.__name__) == ("numpy", "ufunc"):
+            word = cast("Any", value).__name__
+            if _look_up("numpy", word) is value:
+                return self._library(name, "numpy", word)
+        raise CodeHashError(f"`{name}` is a `{kind.__name__}`, which can't be hashed")
+
+    def _container(self, name: str, value: Any) -> object:
+        if id(value) in self._open:
+            raise CodeHashError(f"`{name}` contains itself")
+        self._open.add(id(value))
+        kind = type(value).__name__
+        if isinstance(value, dict):
+            pairs = cast("dict[object, object]", value).items()
+            found = [(self._value(name, k), self._value(name, v)) for k, v in pairs]
+        else:
+            found = [self._value(name, each) for each in cast("Iterable[object]", value)]
+            if isinstance(value, set | frozenset):
+                found = sorted(found, key=repr)
+        self._open.discard(id(value))
+        return (kind, found)
+
+    def _array(self, name: str, value: Any) -> object:
+        """Describe a numpy array or number, or a tensor; None for anything else."""
+        kind = type(value)
+        where = (kind.__module__, kind.__name__)
+        if where == ("numpy", "ndarray"):
+            held = value
+            said: tuple[object, ...] = ("array", str(value.dtype), value.shape)
+        elif kind.__module__ == "numpy" and hasattr(value, "tobytes") and value.shape == ():
+            held = value  # a number
+            said = ("number", str(value.dtype), ())
+        elif where in (("torch", "Tensor"), ("torch.nn.parameter", "Parameter")):
+            plain = str(value.layout) == "torch.strided" and value.device.type != "meta"
+            if not plain or vars(value) or value.is_quantized:
+                raise CodeHashError(f"`{name}` is a tensor that can't be hashed")
+            said = (kind.__name__, str(value.dtype), tuple(value.shape), value.device.type)
+            said = (*said, value.requires_grad)
+            self._count_bytes(name, value.numel() * value.element_size())
+            held = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
+            held = held.view(sys.modules["torch"].uint8).numpy()
+            return (*said, sha256(held.tobytes()).hexdigest())
+        else:
+            return None
+        if held.dtype.hasobject:
+            raise CodeHashError(f"`{name}` is an array of objects, which can't be hashed")
+        self._count_bytes(name, held.nbytes)
+        return (*said, sha256(held.tobytes()).hexdigest())
+
+    def _count_bytes(self, name: str, size: int) -> None:
+        self._array_bytes += size
+        if self._array_bytes > MAX_ARRAY_BYTES:
+            limit = MAX_ARRAY_BYTES // 2**20
+            raise CodeHashError(f"with `{name}` it reads more than {limit} MiB of arrays")
+
+
+_DESCRIBED_BY_TEXT = frozenset({("torch", "dtype"), ("torch", "device"), ("torch", "Size")})
+
+_GRAD_MODES = frozenset({"no_grad", "enable_grad", "inference_mode"})
+
+
+def _is_grad_mode(value: object) -> bool:
+    """Whether a value is an instance of `torch.no_grad` or the like, as decorators hold."""
+    kind = type(value)
+    return kind.__module__ == "torch.autograd.grad_mode" and kind.__name__ in _GRAD_MODES
+
+
+def _root(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _is_library(module: str) -> bool:
+    """Whether a module belongs to Python, an installed package or mechdsl."""
+    root = _root(module)
+    if root in ("", "__main__"):
+        return False
+    return root in sys.stdlib_module_names or root == _PACKAGE or is_installed(root)
+
+
+def _is_patched(value: object) -> bool:
+    """Whether a value in an installed package is a function of the user."""
+    if not isinstance(value, FunctionType):
+        return False
+    return not _is_library(str(value.__globals__.get("__name__", "")))
+
+
+def _look_up(home: str, path: str) -> object:
+    """Return the object at a path of an imported module; None if there is none."""
+    found: object = sys.modules.get(home)
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _content(name: str, cell: Any) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        raise CodeHashError(f"`{name}` has no value yet") from None
+
+
+# --- bytecode -------------------------------------------------------------------------------------
+
+_ATTRIBUTE_OPERATIONS = _words(
+    "LOAD_ATTR LOAD_METHOD STORE_ATTR DELETE_ATTR LOAD_SUPER_ATTR IMPORT_FROM"
+)
+
+
+@lru_cache(maxsize=4096)
+def _code_names(code: CodeType) -> _CodeNames:
+    attributes: set[str] = set()
+    others: set[str] = set()
+    imported: set[str] = set()
+    assigned: set[str] = set()
+    stored: set[str] = set()
+    level = 0
+    previous: list[Any] = [None, None]
+    for each in dis.get_instructions(code):
+        name = each.argval
+        if each.opname in _ATTRIBUTE_OPERATIONS:
+            attributes.add(name)
+        elif each.opname == "IMPORT_NAME":
+            level = previous[0] if isinstance(previous[0], int) else 0
+            imported.add("." * level + name)
+        elif each.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            assigned.add(name)
+        elif each.opname in ("STORE_DEREF", "DELETE_DEREF"):
+            stored.add(name)
+        elif isinstance(name, str) and name in code.co_names:
+            others.add(name)
+        previous = [previous[1], name]
+    texts = {each for each in _constants(code.co_consts) if each.isidentifier()}
+    inner = [_code_names(each) for each in code.co_consts if isinstance(each, CodeType)]
+    # A name that no known operation uses may be a global.
+    read = others | (set(code.co_names) - attributes - _import_names(imported))
+    return _CodeNames(
+        frozenset(read).union(*(each.read for each in inner)),
+        frozenset(attributes).union(*(each.attributes for each in inner)),
+        frozenset(texts).union(*(each.texts for each in inner)),
+        frozenset(imported).union(*(each.imported for each in inner)),
+        frozenset(assigned).union(*(each.assigned for each in inner)),
+        frozenset(stored).union(*(each.stored_cells for each in inner)),
+    )
+
+
+def _import_names(imported: Iterable[str]) -> set[str]:
+    return {each.lstrip(".") for each in imported}
+
+
+def _constants(constants: Iterable[object]) -> set[str]:
+    """Return the texts among constants, including those in tuples."""
+    found: set[str] = set()
+    for each in constants:
+        if isinstance(each, str):
+            found.add(each)
+        elif isinstance(each, tuple | frozenset):
+            found |= _constants(cast("Iterable[object]", each))
+    return found

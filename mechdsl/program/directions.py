@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base.limits import is_integer
 from mechdsl.base.records import Record
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Source, Span, name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
-from mechdsl.diagnostics.names import BadArgument, UnknownName, UnknownWord
 from mechdsl.diagnostics.rules import BadDirection
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported, UnknownName, UnknownWord
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BASIS_METHODS, ROW_OPERANDS, BasisMethod
-from mechdsl.program.direction_methods import DIRECTION_METHODS, DirectionMethod
+from mechdsl.program.direction_methods import (
+    BASIS_METHODS,
+    DIRECTION_METHODS,
+    ROW_OPERANDS,
+    BasisMethod,
+    DirectionMethod,
+)
 from mechdsl.program.names import Namespace, suggest_split
-from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.spec import Constant, constant_value
-from mechdsl.program.trainers import DirectionTrainer, trainer_call
+from mechdsl.program.trainers import DirectionTrainer, find_trainer, trainer_call
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 

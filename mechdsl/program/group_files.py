@@ -27,8 +27,7 @@ from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile, load_json
 from mechdsl.base.limits import is_integer, is_number
 from mechdsl.base.records import Record
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import count_noun, name_list
+from mechdsl.base.text import Source, Span, count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.dictionaries.folder import read_limited_file
 from mechdsl.syntax import ast

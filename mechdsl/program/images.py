@@ -7,13 +7,8 @@ from typing import TypeVar
 
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.names import BadArgument, DuplicateName, UnknownWord
-from mechdsl.images.baselines import (
-    IMAGE_BASELINES,
-    BaselineNumber,
-    ImageBaseline,
-    baseline_problem,
-)
+from mechdsl.diagnostics.syntax import BadArgument, DuplicateName, UnknownWord
+from mechdsl.images.picture import IMAGE_BASELINES, BaselineNumber, ImageBaseline, baseline_problem
 from mechdsl.images.sounds import GENERATED_SOUNDS
 from mechdsl.program.spec import TILE, Tiles
 from mechdsl.syntax import ast

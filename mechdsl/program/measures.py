@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mechdsl.base import limits
 from mechdsl.base.limits import is_integer
-from mechdsl.base.source import Span
-from mechdsl.base.text import POSITION_SEPARATOR
+from mechdsl.base.text import POSITION_SEPARATOR, Span
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.experiments import BadControl
-from mechdsl.diagnostics.names import BadArgument, RepeatedStatement, UnknownWord
+from mechdsl.diagnostics.syntax import BadArgument, RepeatedStatement, UnknownWord
 from mechdsl.program import spec
 from mechdsl.program.estimators import ESTIMATOR_ALIASES, ESTIMATORS, GradientEstimator
 from mechdsl.program.images import IMAGE_SPAN

@@ -8,11 +8,11 @@ from typing import Any, cast
 
 from mechdsl.base.limits import is_number
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.models import BadModelSum, ModelCircle
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import BadWeights
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.program import spec
 from mechdsl.program.directions import (
     declared_training,

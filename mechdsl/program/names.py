@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mechdsl.base.source import Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Span, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.names import DuplicateName, UnknownName, UnusedName
+from mechdsl.diagnostics.syntax import DuplicateName, UnknownName, UnusedName
 from mechdsl.syntax import ast
 from mechdsl.syntax.tree_builder import RegisteredWords
 

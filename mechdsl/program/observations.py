@@ -12,10 +12,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias, cast
 
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Source, Span, name_list
 from mechdsl.diagnostics.core import did_you_mean
-from mechdsl.diagnostics.names import BadArgument, RepeatedStatement, UnknownName, UnknownWord
+from mechdsl.diagnostics.syntax import BadArgument, RepeatedStatement, UnknownName, UnknownWord
 from mechdsl.program import spec
 from mechdsl.program.references import (
     observation_axes,

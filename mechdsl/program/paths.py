@@ -18,8 +18,7 @@ from mechdsl import zoo
 from mechdsl.base import limits
 from mechdsl.base.files import special_file_kind, write_obstacle
 from mechdsl.base.records import Record
-from mechdsl.base.source import AllowedFolders, Source, Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import AllowedFolders, Source, Span, name_list
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.files import (
     NamedPath,
@@ -29,8 +28,8 @@ from mechdsl.diagnostics.files import (
     WriteOutsideFolder,
 )
 from mechdsl.diagnostics.models import ModelNotFound
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.prompts import TooManyValues
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.program import spec
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.syntax import ast

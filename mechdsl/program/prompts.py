@@ -8,18 +8,17 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 from mechdsl.base import limits
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Source, Span, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.names import (
+from mechdsl.diagnostics.prompts import UnknownValue
+from mechdsl.diagnostics.syntax import (
     BadArgument,
     DuplicateName,
+    NotSupported,
     RepeatedStatement,
     UnknownWord,
     UnusedName,
 )
-from mechdsl.diagnostics.prompts import UnknownValue
-from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.program.images import (
     FRAME_SPAN,

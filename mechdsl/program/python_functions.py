@@ -22,13 +22,11 @@ from typing import Any, Literal
 from uuid import uuid4
 
 from mechdsl.base.files import RELATIVE_PATH_HINT
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import HintedError, name_list
+from mechdsl.base.text import HintedError, Source, Span, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.names import PythonFailed, PythonNotAllowed, PythonNotFound, PythonNotRun
+from mechdsl.diagnostics.syntax import PythonFailed, PythonNotAllowed, PythonNotFound, PythonNotRun
 from mechdsl.program import spec
-from mechdsl.program.callables import hash_callable
-from mechdsl.program.code_hashes import CodeHashError, hash_imported_code
+from mechdsl.program.code_hashes import CodeHashError, hash_callable, hash_imported_code
 from mechdsl.program.paths import PYTHON_PATH, path_to_read
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.experiments import PatchWithoutSource
-from mechdsl.diagnostics.names import BadArgument, DuplicateName, UnknownName, UnknownWord
 from mechdsl.diagnostics.rules import BadBasis, BadDirection
-from mechdsl.diagnostics.syntax import NotSupported, UnexpectedToken
+from mechdsl.diagnostics.syntax import (
+    BadArgument,
+    DuplicateName,
+    NotSupported,
+    UnexpectedToken,
+    UnknownName,
+    UnknownWord,
+)
 from mechdsl.program import spec
 from mechdsl.program.directions import count_prompt_tokens, direction_names, split_factor
 from mechdsl.program.names import line_reference

@@ -13,11 +13,16 @@ from typing import Any, NamedTuple
 from mechdsl.base import limits
 from mechdsl.base.limits import is_number, is_whole_number
 from mechdsl.base.records import Record
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.diagnostics.core import did_you_mean, has_errors
-from mechdsl.diagnostics.names import BadArgument, DuplicateName, MissingLine, UnknownWord
 from mechdsl.diagnostics.prompts import UnsampledRuns
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import (
+    BadArgument,
+    DuplicateName,
+    MissingLine,
+    NotSupported,
+    UnknownWord,
+)
 from mechdsl.program import spec
 from mechdsl.program.names import line_reference
 from mechdsl.program.spec import (

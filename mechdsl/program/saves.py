@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.names import BadArgument, UnknownWord
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported, UnknownWord
 from mechdsl.program import spec
 from mechdsl.program.measures import lower_measure
 from mechdsl.program.spec import whole_number_value

@@ -24,8 +24,7 @@ from typing import (
 
 from mechdsl.base.limits import is_integer, is_number
 from mechdsl.base.records import Record
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import Percent, count_noun
+from mechdsl.base.text import Percent, Source, Span, count_noun
 from mechdsl.program.estimators import (
     ESTIMATOR_ALIASES,
     ESTIMATORS,

@@ -7,11 +7,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeGuard
 
 from mechdsl.base import limits
-from mechdsl.base.source import Span
-from mechdsl.base.text import SHUFFLED_SUFFIX, name_list
+from mechdsl.base.text import SHUFFLED_SUFFIX, Span, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
-from mechdsl.diagnostics.names import BadArgument, DuplicateName, RepeatedStatement, UnknownName
-from mechdsl.diagnostics.syntax import NotSupported, UnexpectedToken
+from mechdsl.diagnostics.syntax import (
+    BadArgument,
+    DuplicateName,
+    NotSupported,
+    RepeatedStatement,
+    UnexpectedToken,
+    UnknownName,
+)
 from mechdsl.program import spec
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.spec import CLEAN

@@ -18,11 +18,10 @@ from dataclasses import replace
 from typing import Any, TypeGuard
 
 from mechdsl.diagnostics.core import did_you_mean, has_errors
-from mechdsl.diagnostics.names import BadArgument, UnknownName
 from mechdsl.diagnostics.rules import BadBasis
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported, UnknownName
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BASIS_METHODS, OBJECTIVES
+from mechdsl.program.direction_methods import BASIS_METHODS, OBJECTIVES
 from mechdsl.program.directions import (
     FitRows,
     declared_training,
@@ -34,7 +33,6 @@ from mechdsl.program.directions import (
 )
 from mechdsl.program.measures import lower_measure, lower_statistics
 from mechdsl.program.names import Namespace
-from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.prompts import named_corruptions
 from mechdsl.program.spec import SEED_AXIS, Constant, constant_value
 from mechdsl.program.statements import Statements, mark_names_used, resolve_run_name
@@ -43,6 +41,7 @@ from mechdsl.program.trainers import (
     EffectTrainer,
     RotationTrainer,
     Trainer,
+    find_trainer,
     trainer_call,
 )
 from mechdsl.syntax import ast

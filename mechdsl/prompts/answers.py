@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 from mechdsl.base import limits
 from mechdsl.base.limits import is_whole_number
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
-from mechdsl.base.text import name_list, quote
+from mechdsl.base.text import Span, name_list, quote
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.prompts import (
     AnswerChangesPrompt,

@@ -12,17 +12,8 @@ from typing import Any
 
 from mechdsl.base import limits
 from mechdsl.base.records import Record, closest_name
-from mechdsl.base.source import Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Span, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.names import (
-    BadArgument,
-    DuplicateName,
-    PythonFailed,
-    PythonNotAllowed,
-    PythonNotFound,
-    UnknownWord,
-)
 from mechdsl.diagnostics.prompts import (
     BadCall,
     CyclicValue,
@@ -32,8 +23,15 @@ from mechdsl.diagnostics.prompts import (
     TooManyValues,
     UnknownValue,
 )
-from mechdsl.images import files
-from mechdsl.images.picture import Picture
+from mechdsl.diagnostics.syntax import (
+    BadArgument,
+    DuplicateName,
+    PythonFailed,
+    PythonNotAllowed,
+    PythonNotFound,
+    UnknownWord,
+)
+from mechdsl.images.picture import Picture, inspect_image
 from mechdsl.images.sounds import SOUND_CHANGES, inspect_sound
 from mechdsl.program import spec
 from mechdsl.program.images import (
@@ -246,10 +244,10 @@ class ImageFiles:
         self._seen: dict[tuple[bool, Path], ImageInfo] = {}
 
     def look(self, path: Path, *, is_sound: bool = False) -> ImageInfo:
-        """Return the hash and size of an image or a sound. Raises `files.UnreadableImage`."""
+        """Return the hash and size of an image or a sound. Raises `MediaError`."""
         key = is_sound, path
         if key not in self._seen:
-            self._seen[key] = (inspect_sound if is_sound else files.inspect_image)(path)
+            self._seen[key] = (inspect_sound if is_sound else inspect_image)(path)
         return self._seen[key]
 
 

@@ -11,9 +11,8 @@ from mechdsl.base.text import count_noun, quote
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoTokenFor
 from mechdsl.diagnostics.prompts import EmptyPrompt, ImageNameAsText, PromptTooLong, UnknownWords
-from mechdsl.images.baselines import GRAY_LEVEL
 from mechdsl.images.layouts import PromptPicture
-from mechdsl.images.picture import MARKER, PictureChange, Video
+from mechdsl.images.picture import GRAY_LEVEL, MARKER, PictureChange, Video
 from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.block import PromptsBlock
@@ -21,8 +20,7 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import RunRow, describe_output
 from mechdsl.prompts.tokens.chat import ASSISTANT, find_turns
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
-from mechdsl.prompts.tokens.images import ImageTokenizer
-from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
+from mechdsl.prompts.tokens.tokenizer import EncodedText, ImageTokenizer, TextTokenizer
 from mechdsl.prompts.values import RichText
 
 

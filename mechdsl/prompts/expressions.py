@@ -15,10 +15,8 @@ from typing import Any, Literal, TypeAlias, cast, overload
 from mechdsl.base import limits
 from mechdsl.base.limits import is_integer, is_number, is_whole_number
 from mechdsl.base.records import Record, Registry, closest_name
-from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun, name_list
+from mechdsl.base.text import Span, count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.names import UnknownName
 from mechdsl.diagnostics.prompts import (
     BadCall,
     BadValue,
@@ -28,6 +26,7 @@ from mechdsl.diagnostics.prompts import (
     UnknownFunction,
     UnknownValue,
 )
+from mechdsl.diagnostics.syntax import UnknownName
 from mechdsl.program.images import DRAWN_IMAGES
 from mechdsl.prompts.values import (
     DrawKey,

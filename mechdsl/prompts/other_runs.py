@@ -8,11 +8,10 @@ from itertools import accumulate, compress, pairwise
 
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun, quote
+from mechdsl.base.text import Span, count_noun, quote
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.prompts import EndingMismatch, PartnerMissing, RowsNotPaired
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.images.layouts import PromptPicture
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.program.spec import CLEAN
@@ -67,26 +66,9 @@ def pair_run(
     """
     other = others.block
     single = _single(others, own, tokenizer)
-    if shuffled and single is not None:
-        reason = f"has nothing to shuffle: `{other.name}` has one row"
-        hint = "remove it: the single row is used for all rows"
-        return None, [BadArgument(span=span, name="shuffled", reason=reason, hint=hint)]
-    if single is None and _cut(other) != _cut(own):
-        reason = f"are {_cut(other) or 'whole'}, and those of `{own.name}` {_cut(own) or 'whole'}"
-        hint = "write the same `tiles` in both blocks, or take a block of one image"
-        bad = BadArgument(span=span, name=other.name, reason=f"has images that {reason}", hint=hint)
-        return None, [bad]
-    if single is None and other.combinations != own.combinations:
-        return None, [
-            RowsNotPaired(
-                span=span,
-                other=other.name,
-                prompts=own.name,
-                others=other.combinations,
-                rows=own.combinations,
-                hint=_pairing(own, other),
-            )
-        ]
+    unfit = _check_pairing(own, other, span, single=single is not None, shuffled=shuffled)
+    if unfit is not None:
+        return None, [unfit]
     wanted = [single] * len(table) if single is not None else list(table.row_ids)
     if shuffled:
         places = [own.place_of(number) for number in table.row_ids]
@@ -110,11 +92,8 @@ def pair_run(
             ),
         ]
     index = [there[number] for number in wanted]
-    how = (
-        "its only row, paired with each row"
-        if single is not None
-        else ("paired by row number with those")
-    )
+    how = "paired by row number with those"
+    how = how if single is None else "its only row, paired with each row"
     how = "paired by a seeded shuffle with those" if shuffled else how
     there_run = _aligned(found, table, run, name, index)
     if single is not None and own.spec.regions and not other.spec.regions:
@@ -122,6 +101,34 @@ def pair_run(
         if has_regions:
             how = "its only row, with the regions of each paired row, paired with those"
     return PairedRun(there_run, how, found.python, found.data_hash), diagnostics
+
+
+def _check_pairing(
+    own: PromptsBlock, other: PromptsBlock, span: Span, *, single: bool, shuffled: bool
+) -> Diagnostic | None:
+    """Check that rows of two blocks can be paired; single: whether the other block has one row."""
+    if shuffled and single:
+        reason = f"has nothing to shuffle: `{other.name}` has one row"
+        hint = "remove it: the single row is used for all rows"
+        return BadArgument(span=span, name="shuffled", reason=reason, hint=hint)
+    if single:
+        return None
+    if _cut(other) != _cut(own):
+        reason = f"are {_cut(other) or 'whole'}, and those of `{own.name}` {_cut(own) or 'whole'}"
+        hint = "write the same `tiles` in both blocks, or take a block of one image"
+        return BadArgument(
+            span=span, name=other.name, reason=f"has images that {reason}", hint=hint
+        )
+    if other.combinations == own.combinations:
+        return None
+    return RowsNotPaired(
+        span=span,
+        other=other.name,
+        prompts=own.name,
+        others=other.combinations,
+        rows=own.combinations,
+        hint=_pairing(own, other),
+    )
 
 
 def deal_rows(rows: Sequence[int], seed: int, own: str, other: str) -> list[int]:

@@ -15,10 +15,8 @@ from mechdsl.base import limits
 from mechdsl.base.hashing import Permutation, stable_hash
 from mechdsl.base.limits import is_whole_number
 from mechdsl.base.records import Record, compact_record, unlocked_property
-from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun, name_list
+from mechdsl.base.text import Span, count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.prompts import (
     ChatRefused,
     ImageTooSmall,
@@ -26,11 +24,12 @@ from mechdsl.diagnostics.prompts import (
     TooManyValues,
     UnreadableImage,
 )
-from mechdsl.images import files
-from mechdsl.images.baselines import IMAGE_BASELINES
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.images.picture import (
     EMPTY_CELL,
+    IMAGE_BASELINES,
     GridLayout,
+    MediaError,
     Picture,
     PictureChange,
     Region,
@@ -205,7 +204,7 @@ def inspect_row_image(
         raise Refusal.of(problems[0])
     try:
         return path, *row.block.image_files.look(path, is_sound=is_sound)
-    except files.UnreadableImage as error:
+    except MediaError as error:
         refused = image_refusal(span, written, error.reason, error.hint, is_sound=is_sound)
         raise refused from None
 

@@ -11,10 +11,8 @@ from math import prod
 from typing import Literal
 
 from mechdsl.base import limits
-from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun, name_list
+from mechdsl.base.text import Span, count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.prompts import (
     CorruptionWithoutEffect,
     EqualRecords,
@@ -22,6 +20,7 @@ from mechdsl.diagnostics.prompts import (
     TemplateUnchanged,
     TooManyValues,
 )
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.images.picture import mean_picture
 from mechdsl.images.processing import TilingProcessor, UnsupportedProcessor
 from mechdsl.program import spec

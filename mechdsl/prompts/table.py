@@ -1,4 +1,10 @@
-"""Build a table of tokenised rows from a prompts block."""
+"""Build a table of tokenised rows from a prompts block, with the tokens that a run inserts.
+
+Inserted tokens (`insert 4 tokens before …`) are placeholders: rules write vectors at their
+positions, `inserted tokens`. All other tokens stay as they are. In images they are vectors of 0
+after the patches, as in visual prompt tuning (Jia et al. 2022, arXiv 2203.12119): their order has
+no effect, because they have no positions.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +20,9 @@ from typing import TypedDict
 
 from mechdsl.base import limits
 from mechdsl.base.hashing import stable_hash
-from mechdsl.base.source import Span
-from mechdsl.base.text import quote
+from mechdsl.base.text import Span, quote
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.models import NoTokenFor
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.prompts import (
     BadChatTemplate,
     ImageNameAsText,
@@ -28,7 +32,7 @@ from mechdsl.diagnostics.prompts import (
     UnknownValue,
     UnknownWords,
 )
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported
 from mechdsl.images.layouts import PromptPicture
 from mechdsl.images.picture import MARKER, Picture, PictureChange
 from mechdsl.program import spec
@@ -53,12 +57,6 @@ from mechdsl.prompts.conventions import (
     token_conventions,
 )
 from mechdsl.prompts.expressions import Constants, WordLookup
-from mechdsl.prompts.insertion import (
-    has_inserted_tokens,
-    insert_image_tokens,
-    insert_tokens,
-    insertion_conventions,
-)
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.positions.spans import SpanFinder
 from mechdsl.prompts.rows import (
@@ -96,16 +94,232 @@ from mechdsl.prompts.selection import (
     unchanged_template_warnings,
 )
 from mechdsl.prompts.tokens.image_prompts import (
+    ImagePromptTokenizer,
     prompt_pictures,
     stand_in_expansion,
 )
-from mechdsl.prompts.tokens.images import ImageTokenizer, StandInImageTokenizer, image_row_fields
-from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
+from mechdsl.prompts.tokens.tokenizer import (
+    EncodedText,
+    ImageTokenizer,
+    StandInImageTokenizer,
+    TextTokenizer,
+    image_row_fields,
+)
 from mechdsl.prompts.values import DrawKey, Refusal, TextSpan, TokenId
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 from mechdsl.syntax.words import RESERVED
 from mechdsl.vocab.corruptions import ActivationChange, TokenChange, changes_of_kind, patch_changes
+
+
+def has_inserted_tokens(run: PromptRun) -> bool:
+    """Return whether a corruption inserted tokens into the prompts of a run."""
+    return any(
+        INSERTED_SPAN in row.places or any(span.name == INSERTED_SPAN for span in row.spans)
+        for row in run.rows[:1]
+    )
+
+
+def insert_tokens(
+    table: PromptTable,
+    run: str,
+    change: ast.ChangeLine,
+    texts: Sequence[str],
+    tokenizer: TextTokenizer,
+) -> tuple[PromptRun, list[Diagnostic]]:
+    """Insert copies of one token before the first or after the last token of a position.
+
+    Args:
+        table: The table.
+        run: Name of the run.
+        change: The line of the corruption.
+        texts: [row] text of the token.
+        tokenizer: Tokenizer of the model.
+
+    Returns:
+        The run; diagnostics E0207 and those of positions.
+    """
+    old, at = table.runs[run], change.before or change.after
+    (count,) = change.values
+    assert at is not None
+    assert isinstance(count, ast.Number)
+    if INSERTED_SPAN in table.sources[0].block.names():
+        reason = "is the name of the inserted tokens, and a value of the prompts has it"
+        return old, [_bad(change, INSERTED_SPAN, reason, "give the value another name")]
+    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer, side="source")
+    if has_errors(found):
+        return old, found
+    rows: list[RunRow] = []
+    lacking = 0
+    for number, (row, text) in enumerate(zip(old.rows, texts, strict=True)):
+        hits = [token for cell in cells for tokens in cell.hits[number] for token in tokens]
+        token, problem = _find_token(change, row, text, tokenizer)
+        if problem is not None:
+            return old, [*found, problem]
+        if not hits:
+            lacking += 1
+            continue
+        index = min(hits) if change.before is not None else max(hits) + 1
+        images = _list_images(row, tokenizer)
+        index = _leave_marks(index, images)
+        made = _insert(row, index, int(count.value), token, text)
+        if made is None:
+            reason = "is inside of a character of several tokens"
+            hint = "name a position between two characters"
+            if any(first < index < end for first, end, _ in images):
+                reason = "is between the tokens of an image, which the model reads as a whole"
+                hint = "insert before or after the image, such as `before photo tokens`"
+            return old, [*found, _bad(at, at.span.written, reason, hint)]
+        rows.append(made)
+    if lacking:
+        reason = f"is missing in {lacking} of {len(old.rows)} prompts"
+        hint = "keep the prompts that have it with `where`, or name another position"
+        return old, [*found, _bad(at, at.span.written, reason, hint)]
+    return replace(old, rows=tuple(rows)), found
+
+
+def _list_images(row: RunRow, tokenizer: TextTokenizer) -> list[tuple[int, int, list[int]]]:
+    """Return the first token and the end of each image in a prompt, with the marks that its
+    processor writes around it, and the tokens that read the image."""
+    before, after = ((), ())
+    if row.pictures and isinstance(tokenizer, ImagePromptTokenizer):
+        before, after = tokenizer.image_marks
+        if tokenizer.bos_after_images is not None:
+            after = (*after, tokenizer.bos_after_images)
+    found: list[tuple[int, int, list[int]]] = []
+    for placed in row.whole_pictures:
+        expansion = placed.picture.expansion
+        first, end = placed.first, placed.first + len(expansion.ids)
+        # A mark joined with the text next to it is a token of the text.
+        for mark in reversed(before):
+            first -= first > 0 and row.special[first - 1] and row.ids[first - 1] == mark
+        for mark in after:
+            end += end < len(row.ids) and row.special[end] and row.ids[end] == mark
+        found.append((first, end, [placed.first + token for token in expansion.cell_of]))
+    return found
+
+
+def _leave_marks(index: int, images: Sequence[tuple[int, int, Sequence[int]]]) -> int:
+    """Move an index between an image and the tokens that its processor writes around it."""
+    for first, end, cells in images:
+        if first < index < end and cells:
+            index = first if index <= min(cells) else end if index > max(cells) else index
+    return index
+
+
+def insert_image_tokens(
+    table: PromptTable, run: str, change: ast.ChangeLine, tokenizer: ImageTokenizer
+) -> tuple[PromptRun, list[Diagnostic]]:
+    """Insert tokens after the last token of each image.
+
+    Returns:
+        The run; diagnostics E0207 and those of positions.
+    """
+    old, at = table.runs[run], change.before or change.after
+    (count,) = change.values
+    assert at is not None
+    assert isinstance(count, ast.Number)
+    if tokenizer.layout.fixed:
+        reason = f"adds tokens that this model can't read: {tokenizer.layout.fixed}"
+        hint = "use another model, such as a ViT, or write vectors at tokens of the image"
+        return old, [_bad(change, change.word, reason, hint)]
+    if any(region.name == INSERTED_SPAN for region in table.sources[0].block.spec.regions):
+        reason = "is the name of the inserted tokens, and a region of the images has it"
+        return old, [_bad(change, INSERTED_SPAN, reason, "give the region another name")]
+    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer)
+    if has_errors(found):
+        return old, found
+    last = all(
+        len(row.ids) - 1 in {token for cell in cells for hit in cell.hits[n] for token in hit}
+        for n, row in enumerate(old.rows)
+    )
+    if change.after is None or not last:
+        reason = "isn't the end of the image, where its inserted tokens are"
+        hint = f"write `insert {count.span.written} tokens after last token`: their order has no "
+        return old, [_bad(at, at.span.written, reason, f"{hint}effect on the model")]
+    return replace(old, rows=tuple(_lengthen(row, int(count.value)) for row in old.rows)), found
+
+
+def _lengthen(row: RunRow, count: int) -> RunRow:
+    """Return the row of an image with tokens after its others."""
+    tokens = tuple(range(len(row.ids), len(row.ids) + count))
+    return replace(
+        row,
+        ids=row.ids + row.ids[-1:] * count,
+        offsets=row.offsets + ((0, 0),) * count,
+        special=row.special + (False,) * count,
+        places={**row.places, INSERTED_SPAN: (*row.places.get(INSERTED_SPAN, ()), tokens)},
+    )
+
+
+def insertion_conventions(block: PromptsBlock) -> dict[str, str]:
+    """Describe the tokens that corruptions insert."""
+    out: dict[str, list[str]] = {}
+    for corruption in block.spec.corruptions:
+        for kind, change in changes_of_kind(TokenChange, corruption.changes):
+            if kind.inserts:
+                said = " ".join(change.span.written.split()).removeprefix(f"{change.word} ")
+                out.setdefault(corruption.name, []).append(said)
+    note = "placeholders, unless a rule writes vectors at `inserted tokens`"
+    if block.spec.kind == "images":
+        note = "vectors of 0 at `embed`, unless a rule writes others at `inserted tokens`"
+    return {f"inserted in {name}": f"{', '.join(said)}: {note}" for name, said in out.items()}
+
+
+def _bad(node: ast.Node, name: str, reason: str, hint: str) -> Diagnostic:
+    return BadArgument(span=node.span, name=name, reason=reason, hint=hint)
+
+
+def _find_token(
+    change: ast.ChangeLine, row: RunRow, text: str, tokenizer: TextTokenizer
+) -> tuple[int, Diagnostic | None]:
+    """Return the token of a text, as it follows the prompt; E0207 unless it is one known token."""
+    ids, _ = tokenizer.continuation(row.text, text)
+    node = change.given
+    assert node is not None
+    if tokenizer.stands_in:
+        return (*ids, 0)[0], None
+    reason = hint = ""
+    if len(ids) != 1 or not text.strip():
+        pieces = " ".join(f"`{tokenizer.token_text(each)}`" for each in ids)
+        reason = f"has {len(ids)} tokens: {pieces}" if ids else "has no token"
+        reason = reason if text.strip() else "is white space"
+        hint = 'write a word of one token, most of which begin with a space: `with " the"`'
+    elif ids[0] == tokenizer.unknown_id:
+        reason, hint = "isn't in the model's vocabulary", "write a word of its vocabulary"
+    problem = _bad(node, node.span.written, reason, hint) if reason else None
+    return (*ids, 0)[0], problem
+
+
+def _insert(row: RunRow, index: int, count: int, token: int, text: str) -> RunRow | None:
+    """Insert tokens before the token `index`; None if that is inside of a character."""
+    before = [i for i in range(index) if not row.special[i]]
+    after = [i for i in range(index, len(row.ids)) if not row.special[i]]
+    at = row.offsets[before[-1]][1] if before else row.offsets[after[0]][0] if after else 0
+    if after and row.offsets[after[0]] != (0, 0) and row.offsets[after[0]][0] < at:
+        return None
+    longer = count * len(text)
+    places = tuple((at + k * len(text), at + (k + 1) * len(text)) for k in range(count))
+    moved = tuple(
+        (start, end) if special else (start + longer, end + longer)
+        for (start, end), special in zip(row.offsets[index:], row.special[index:], strict=True)
+    )
+    spans = tuple(
+        span._replace(
+            start=span.start + longer * (span.start >= at),
+            end=span.end + longer * (span.end > at or span.start >= at),
+        )
+        for span in row.spans
+    )
+    return replace(
+        row,
+        text=row.text[:at] + text * count + row.text[at:],
+        ids=(*row.ids[:index], *(token,) * count, *row.ids[index:]),
+        offsets=(*row.offsets[:index], *places, *moved),
+        special=(*row.special[:index], *(False,) * count, *row.special[index:]),
+        source=row.source + count if row.source else 0,
+        spans=(*spans, TextSpan(INSERTED_SPAN, at, at + longer)),
+    )
 
 
 def replace_tokens(
@@ -328,103 +542,154 @@ _FEWEST_ROWS = 5
 """Minimum number of rows that a check reads, whatever the number of runs."""
 
 
+class BlockCompiler:
+    """Compiles the prompts blocks of a file, each once for all tokenizers that give equal rows."""
+
+    def __init__(
+        self,
+        blocks: PromptsSpecs | None = None,
+        *,
+        seed: int = 0,
+        words: WordLookup | None = None,
+        parameters: Constants | None = None,
+        python: bool = False,
+    ) -> None:
+        """Start without compiled blocks.
+
+        Args:
+            blocks: All prompts of the file, for `from: pairs`.
+            seed: The seed of draws and of the rows' order.
+            words: The plain words of a model's tokenizer, by model name, for `words(MODEL)`.
+            parameters: The file's parameters, as set.
+            python: Whether functions of Python files may run.
+        """
+        self._blocks = blocks or {}
+        self._seed = seed
+        self._words = words
+        self._parameters = parameters or {}
+        self._python = python
+        self._rows: dict[str, BlockRows] = {}
+        """By `block_rows_key`."""
+
+    def rows(self, prompts: spec.Prompts, tokenizer: TextTokenizer | None = None) -> BlockRows:
+        """Return the rows of a block; those of chats and videos depend on the tokenizer."""
+        key = block_rows_key(prompts, tokenizer)
+        if key not in self._rows:
+            block = PromptsBlock(
+                prompts,
+                seed=self._seed,
+                words=self._words,
+                parameters=self._parameters,
+                blocks=self._blocks,
+                python=self._python,
+                chat=None if tokenizer is None else tokenizer.chat_for(prompts),
+                joins_frames=joins_frames(prompts, tokenizer),
+            )
+            self._rows[key] = BlockRows(block)
+        return self._rows[key]
+
+
+@dataclass(frozen=True)
+class RowSelection:
+    """The rows of a block that a table contains."""
+
+    limit: int | None = None
+    """The maximum number of rows."""
+    part: SplitPart | None = None
+    """The part of a split."""
+    ids: Sequence[int] | None = None
+    """Numbers of the only rows to build; rows that `where` drops are missing."""
+    prompts_enough: int | None = None
+    """Number of prompts over all runs after which a check stops (W0790)."""
+    used: Container[str] | None = None
+    """The used corruptions: rows that one of them leaves unchanged are dropped. None: all."""
+
+    def most(self, corruptions: int) -> int | None:
+        """Return the number of rows after which a check stops; None for no limit."""
+        if self.prompts_enough is None:
+            return None
+        return max(_FEWEST_ROWS, self.prompts_enough // (1 + corruptions))
+
+    def select(self, rows: BlockRows, tokenizer: TextTokenizer) -> RowCollection:
+        """Select the rows, with the diagnostics on them."""
+        block = rows.block
+        if self.ids is None:
+            found = select_rows(
+                rows,
+                tokenizer,
+                limit=self.limit,
+                part=self.part,
+                most=self.most(len(block.spec.corruptions)),
+                used=self.used,
+            )
+        else:
+            found = select_rows_by_id(rows, tokenizer, self.ids)
+        if found.cut:
+            unchecked = RowsNotChecked(
+                span=block.spec.span,
+                prompts=block.name,
+                rows=len(found.rows),
+                unit=block.spec.unit,
+            )
+            found.diagnostics.append(unchecked)
+        if found.repeated:
+            found.diagnostics.append(equal_records_warning(block, found))
+        for corruption in block.spec.corruptions:
+            if self.used is None or corruption.name in self.used:
+                same = found.unchanged.get(corruption.name, Counter[int]())
+                found.diagnostics += unchanged_template_warnings(
+                    block, corruption, same, found.compared
+                )
+        return found
+
+
 def build_table(
     prompts: spec.Prompts,
-    *,
     tokenizer: TextTokenizer,
-    seed: int = 0,
-    limit: int | None = None,
-    part: SplitPart | None = None,
-    words: WordLookup | None = None,
+    blocks: BlockCompiler,
+    selection: RowSelection,
+    *,
     max_length: int | None = None,
-    parameters: Constants | None = None,
-    blocks: PromptsSpecs | None = None,
-    compiled: dict[str, BlockRows] | None = None,
-    ids: Sequence[int] | None = None,
-    python: bool = False,
-    prompts_enough: int | None = None,
     labels: LabelNaming = "none",
     writes: bool = False,
-    used: Container[str] | None = None,
 ) -> tuple[PromptTable | None, list[Diagnostic]]:
     """Build the tokenised rows of a block with all its runs.
 
     Args:
         prompts: The block.
         tokenizer: The tokenizer of the model.
-        seed: The seed of draws and of the rows' order.
-        limit: The maximum number of rows.
-        part: The part of a split.
-        words: The plain words of a model's tokenizer, by model name, for `words(MODEL)`.
+        blocks: The compiler of the file's blocks.
+        selection: The rows to build.
         max_length: The maximum number of tokens that the model reads.
-        parameters: The file's parameters, as set.
-        blocks: All prompts of the file, for `from: pairs`.
-        compiled: Compiled blocks with their rows, by `block_rows_key`; a new one is added. Seed,
-            words, parameters and blocks must be the same.
-        ids: Numbers of the only rows to build; rows that `where` drops are missing.
-        python: Whether functions of Python files may run.
-        prompts_enough: Number of prompts over all runs after which a check stops (W0790).
         labels: Whether answers and other texts name a classifier's outputs rather than tokens.
         writes: Whether models generate text after the prompts, which then contain no word of an
             answer.
-        used: The used corruptions: rows that one of them leaves unchanged are dropped. None: all.
 
     Returns:
         The table, None on an error; diagnostics E0202, E0305 to E0315 (positions of a corruption),
         E0501 to E0526, E0550 to E0553, W0701 to W0703, W0781, W0790, W0791.
     """
     tokenizer = tokenizer.reading(written=bool(prompts.chat))
-    key = block_rows_key(prompts, tokenizer)
-    rows = (compiled or {}).get(key) or BlockRows(
-        PromptsBlock(
-            prompts,
-            seed=seed,
-            words=words,
-            parameters=parameters or {},
-            blocks=blocks or {},
-            python=python,
-            chat=tokenizer.chat_for(prompts),
-            joins_frames=joins_frames(prompts, tokenizer),
-        )
-    )
-    if compiled is not None:
-        compiled[key] = rows
+    rows = blocks.rows(prompts, tokenizer)
     block = rows.block
     diagnostics = [*block.diagnostics, *_no_chat(prompts, tokenizer)]
-    diagnostics += set_mean_images(block, tokenizer, prompts_enough)
+    diagnostics += set_mean_images(block, tokenizer, selection.prompts_enough)
     if has_errors(diagnostics) or block.columns_unknown:
         return None, diagnostics
-    most = None
-    if prompts_enough is not None:
-        most = max(_FEWEST_ROWS, prompts_enough // (1 + len(block.spec.corruptions)))
-    if ids is None:
-        found = select_rows(rows, tokenizer, limit=limit, part=part, most=most, used=used)
-    else:
-        found = select_rows_by_id(rows, tokenizer, ids)
-    if found.cut:
-        found.diagnostics.append(
-            RowsNotChecked(
-                span=block.spec.span,
-                prompts=block.name,
-                rows=len(found.rows),
-                unit=block.spec.unit,
-            )
-        )
-    if found.repeated:
-        found.diagnostics.append(equal_records_warning(block, found))
-    for corruption in block.spec.corruptions:
-        if used is None or corruption.name in used:
-            same = found.unchanged.get(corruption.name, Counter[int]())
-            found.diagnostics += unchanged_template_warnings(
-                block, corruption, same, found.compared
-            )
+    found = selection.select(rows, tokenizer)
     diagnostics = list(dict.fromkeys([*block.diagnostics, *found.diagnostics]))
     if has_errors(diagnostics) or not found.rows:
         return None, diagnostics
     builder = _Builder(
-        rows, tokenizer, max_length, labels=labels, whole=most is None, writes=writes, used=used
+        rows,
+        tokenizer,
+        max_length,
+        labels=labels,
+        whole=selection.prompts_enough is None,
+        writes=writes,
+        used=selection.used,
     )
-    table = builder.table(found, limit, part)
+    table = builder.table(found, selection.limit, selection.part)
     return (None if has_errors(builder.diagnostics) else table), [
         *diagnostics,
         *dict.fromkeys(builder.diagnostics),
@@ -968,7 +1233,7 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
         templates=(text(" ".join(f"{{{name}}}" for name in shown) or "word"),),
         texts=tuple(spec.TextDef(span=at, name=name, value=text(" word")) for name in block.texts),
     )
-    table, _ = build_table(made, tokenizer=tokenizer, limit=1)
+    table, _ = build_table(made, tokenizer, BlockCompiler(), RowSelection(limit=1))
     assert table is not None
     table = replace(table, columns_unknown=block.columns_unknown)
     return add_stand_in_runs(table, [corruption.name for corruption in block.spec.corruptions])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.records import compact_record
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.syntax import ast
 

@@ -13,13 +13,12 @@ from mechdsl.base.files import SafetensorsFile, UnreadableFile, inspect_safetens
 from mechdsl.base.records import Record
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import (
     BadBasis,
     DictionaryElsewhere,
     DictionaryOfAnotherModel,
 )
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported
 from mechdsl.dictionaries.folder import (
     CONFIG_FILE,
     CROSS_LAYER_CONFIG,
@@ -35,11 +34,15 @@ from mechdsl.dictionaries.folder import (
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.activation_trainers import CrossLayerTrainer
-from mechdsl.program.basis_methods import BASIS_METHODS, EFFECT_OPTIONS, BasisMethod, basis_size
-from mechdsl.program.direction_methods import MethodError
+from mechdsl.program.direction_methods import (
+    BASIS_METHODS,
+    EFFECT_OPTIONS,
+    BasisMethod,
+    MethodError,
+    basis_size,
+)
 from mechdsl.program.directions import decoded_basis, fit_rows_of_basis, last_token
 from mechdsl.program.group_files import LayerFeature
-from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.paths import (
     DICTIONARY_PATH,
     LABELS_PATH,
@@ -54,6 +57,7 @@ from mechdsl.program.trainers import (
     DictionaryTrainer,
     PairedTrainer,
     SolvedTrainer,
+    find_trainer,
     trainer_call,
 )
 from mechdsl.program.trainings import SEEDS_DIFFER, SEEDS_HINT, list_seeds

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from mechdsl.diagnostics.core import UnknownFact
-from mechdsl.diagnostics.names import UnequalIndexTokens
+from mechdsl.diagnostics.syntax import UnequalIndexTokens
 from mechdsl.program import spec
 from mechdsl.program.references import may_sweep_position
 from mechdsl.program.spec import PROMPTS_AXIS

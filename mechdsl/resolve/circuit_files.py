@@ -23,8 +23,7 @@ from typing import Any, Literal, NoReturn, TypeAlias, cast
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile, load_json
 from mechdsl.base.records import Record
-from mechdsl.base.source import Source
-from mechdsl.base.text import count_noun
+from mechdsl.base.text import Source, count_noun
 from mechdsl.dictionaries.folder import read_limited_file
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.resolve.types import (

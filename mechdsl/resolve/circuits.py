@@ -20,13 +20,11 @@ from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun
+from mechdsl.base.text import Span, count_noun
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.experiments import BadPick
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import AxisDoesNotFit, BadBasis, NoPath, NotOnAPath
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.program import spec
@@ -93,7 +91,7 @@ from mechdsl.resolve.types import (
 from mechdsl.syntax import ast
 from mechdsl.syntax.printer import format_position
 from mechdsl.syntax.traversal import number_names, walk
-from mechdsl.vocab.effects import CircuitBaseline
+from mechdsl.vocab.metrics import CircuitBaseline
 from mechdsl.vocab.sites import SITES, TokenSide, in_stack, write_order
 
 SENDER_WORDS = "`embed`, `L0H1`, `L0.mlp`, `L0N3` or `feature 3 of f`"

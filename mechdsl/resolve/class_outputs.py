@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from mechdsl.base import limits
-from mechdsl.base.source import Span
-from mechdsl.base.text import quote
+from mechdsl.base.text import Span, quote
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.models import (
     ClassOnLanguageModel,

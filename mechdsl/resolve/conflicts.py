@@ -6,13 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 
-from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun
+from mechdsl.base.text import Span, count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.experiments import NO_GENERATION_REASON, NoEstimate
 from mechdsl.diagnostics.models import SiteNotInBlock
-from mechdsl.diagnostics.positions import OutsidePrompt
-from mechdsl.diagnostics.rules import BadWeights
+from mechdsl.diagnostics.rules import BadWeights, OutsidePrompt
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
@@ -45,7 +43,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES, is_query_or_key
 
 ESTIMABLE_VERBS = ("patch", "ablate")

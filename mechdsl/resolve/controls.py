@@ -15,12 +15,11 @@ from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
-from mechdsl.base.text import HintedError, count_noun, name_list
+from mechdsl.base.text import HintedError, Span, count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import BadControl
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import TooManyCells
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.dictionaries.folder import (
     DictionaryFile,
     read_cross_decoder,
@@ -92,7 +91,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
-from mechdsl.vocab.effects import ControlTitle
+from mechdsl.vocab.metrics import ControlTitle
 from mechdsl.vocab.sites import SITES, Stack
 
 

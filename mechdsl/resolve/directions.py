@@ -18,13 +18,14 @@ from mechdsl.base.records import Record
 from mechdsl.base.text import HintedError, count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.experiments import BadPick
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import BadBasis, BadDirection
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BASIS_METHODS, TRAINING_OPTIONS
 from mechdsl.program.direction_methods import (
+    BASIS_METHODS,
     DIRECTION_METHODS,
+    TRAINING_OPTIONS,
     FittedMethod,
     MethodError,
     RowSummary,

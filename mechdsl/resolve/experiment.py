@@ -9,9 +9,8 @@ from typing import Any
 from mechdsl.base import limits
 from mechdsl.base.records import Record, Registry
 from mechdsl.diagnostics.core import Diagnostic, UnknownFact, has_errors
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import UNUSED_LOOP, AxesCollide, BadLoopValue, TooManyCells
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported
 from mechdsl.program import spec
 from mechdsl.program.references import may_sweep, measure_number_names, position_axes, possible_axes
 from mechdsl.program.spec import PROMPTS_AXIS, SEED_AXIS

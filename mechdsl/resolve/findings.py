@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.limits import is_integer
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
-from mechdsl.base.text import HintedError, Percent, name_list
+from mechdsl.base.text import HintedError, Percent, Span, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
-from mechdsl.diagnostics.experiments import BadPick
-from mechdsl.diagnostics.statistics import PickBySign
+from mechdsl.diagnostics.experiments import BadPick, PickBySign
 from mechdsl.program import spec
 from mechdsl.program.references import may_sweep
 from mechdsl.program.spec import SEED_AXIS, constant_value

@@ -14,10 +14,9 @@ from mechdsl.base.text import count_noun, find_run, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.experiments import UnreadableMeasure
 from mechdsl.diagnostics.models import NoLogits, NoSuchOutput
-from mechdsl.diagnostics.names import UnknownName, UnknownWord
 from mechdsl.diagnostics.other_tools import METRIC_NAMES
 from mechdsl.diagnostics.rules import AxisDoesNotFit
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import NotSupported, UnknownName, UnknownWord
 from mechdsl.models.shape import ModelShape
 from mechdsl.program.python_functions import find_function, is_python_call, metric_use
 from mechdsl.program.references import argument_names
@@ -34,7 +33,7 @@ from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, ReplyPosition, TextTokens
 from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN, ImagePromptTokenizer
-from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer
 from mechdsl.resolve.class_outputs import (
     check_class,
     check_class_members,

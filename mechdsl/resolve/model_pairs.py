@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import ModelShapeMismatch, ModelTokenMismatch, NoTokenizer
-from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.prompts import PromptTooLong
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.images.picture import Picture
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
@@ -23,8 +23,7 @@ from mechdsl.prompts.other_runs import PairedRun
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun, RunRow, TextTokens
 from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN
-from mechdsl.prompts.tokens.images import ImageTokenizer, read_processing
-from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer, TextTokenizer, read_processing
 from mechdsl.resolve.types import ModelContext, OppositeTower
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk

@@ -39,7 +39,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite, walk
-from mechdsl.vocab.effects import COMPLETENESS, EFFECTS, FAITHFULNESS
+from mechdsl.vocab.metrics import COMPLETENESS, EFFECTS, FAITHFULNESS
 
 NODE_FORMS: Mapping[str, str] = {
     name: effect.node_form for name, effect in EFFECTS.items() if effect.node_form is not None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.models.shape import ModelShape
 from mechdsl.prompts.expressions import evaluate
 from mechdsl.prompts.rows import PromptTable

@@ -20,8 +20,7 @@ from mechdsl.program.directions import (
     read_probe_names,
     used_bases,
 )
-from mechdsl.program.own_trainers import find_trainer
-from mechdsl.program.trainers import ProbeTrainer, trainer_call
+from mechdsl.program.trainers import ProbeTrainer, find_trainer, trainer_call
 from mechdsl.resolve.directions import (
     DirectionError,
     check_training,

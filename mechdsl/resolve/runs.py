@@ -10,13 +10,11 @@ from typing import ClassVar, Literal
 
 from mechdsl.base.limits import is_whole_number
 from mechdsl.base.records import Registry
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import UnreadableMeasure
-from mechdsl.diagnostics.names import BadArgument
-from mechdsl.diagnostics.positions import NO_REPLY_REASON, AbsentOccurrence, NotInReply
-from mechdsl.diagnostics.rules import UnequalPrompts
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.rules import NO_REPLY_REASON, AbsentOccurrence, NotInReply, UnequalPrompts
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.rules import steps_problem
@@ -57,7 +55,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.words import ObservationWord
-from mechdsl.vocab.effects import CIRCUIT_BASELINES, EFFECTS, RAW, CircuitBaseline
+from mechdsl.vocab.metrics import CIRCUIT_BASELINES, EFFECTS, RAW, CircuitBaseline
 from mechdsl.vocab.sites import SITES
 
 

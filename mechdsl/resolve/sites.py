@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mechdsl.base import limits
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Span, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.experiments import BadPick, UnreadableMeasure
 from mechdsl.diagnostics.models import SiteNotInBlock, SiteNotOnModel
-from mechdsl.diagnostics.names import BadArgument, IndexBeyondModels, UnknownWord
 from mechdsl.diagnostics.prompts import MultiTokenText
 from mechdsl.diagnostics.rules import (
     AxesCollide,
@@ -36,7 +34,7 @@ from mechdsl.diagnostics.rules import (
     UnitOutOfRange,
     loop_hint,
 )
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import BadArgument, IndexBeyondModels, NotSupported, UnknownWord
 from mechdsl.models.shape import ModelShape, check_site, unit_count
 from mechdsl.program import spec
 from mechdsl.program.spec import CLEAN, SEED_AXIS

@@ -11,22 +11,23 @@ from typing import Any, TypeAlias
 
 from mechdsl.base.limits import is_number
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun, name_list
+from mechdsl.base.text import Span, count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.models import SiteNotOnModel
-from mechdsl.diagnostics.names import UnequalIndexTokens, UnknownName
-from mechdsl.diagnostics.positions import AbsentOccurrence, NotInReply, OutsidePrompt, UnequalUnion
 from mechdsl.diagnostics.rules import (
+    AbsentOccurrence,
     AxisDoesNotFit,
     BadAmount,
     BadDirection,
     BadEdit,
     BadLoopValue,
+    NotInReply,
+    OutsidePrompt,
     OverlappingPositions,
+    UnequalUnion,
     UnpairedPositions,
 )
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import NotSupported, UnequalIndexTokens, UnknownName
 from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.models.shape import ModelShape, check_site, unit_count
 from mechdsl.program import spec

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from mechdsl.base.files import SafetensorsFile
 from mechdsl.base.hashing import digest_number, stable_hash
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
-from mechdsl.base.text import Percent, count_noun
+from mechdsl.base.text import Percent, Span, count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import NoEstimate
 from mechdsl.diagnostics.rules import (
@@ -28,9 +27,8 @@ from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.dictionaries.folder import ENCODED_SITES, DictionaryFile
 from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import PROBE_OPTIONS, TRAINING_DEFAULTS
+from mechdsl.program.direction_methods import PROBE_OPTIONS, TRAINING_DEFAULTS
 from mechdsl.program.directions import fit_rows_of_basis, last_token
-from mechdsl.program.own_trainers import OwnTrainer, find_trainer
 from mechdsl.program.spec import CLEAN, SEED_AXIS, Constant
 from mechdsl.program.trainers import (
     ChoosingTrainer,
@@ -39,12 +37,14 @@ from mechdsl.program.trainers import (
     EdgeScoreTrainer,
     EditTrainer,
     NodeSearchTrainer,
+    OwnTrainer,
     RotationTrainer,
+    find_trainer,
     trainer_call,
 )
 from mechdsl.program.trainings import constant_options, list_seeds, used_saved_groups
+from mechdsl.prompts.data_files import StreamedRecords
 from mechdsl.prompts.positions.cells import is_after_prompts, resolve_positions
-from mechdsl.prompts.record_files import StreamedRecords
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun, RunRow
 from mechdsl.resolve.conflicts import (

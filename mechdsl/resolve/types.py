@@ -17,20 +17,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 from mechdsl.base.hashing import digest
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun
+from mechdsl.base.text import Span, count_noun
 from mechdsl.diagnostics.core import UNKNOWN_FACTS, UnknownFact
 from mechdsl.dictionaries.folder import DictionaryFile, FeatureLabels
 from mechdsl.images.layouts import ImageLayout
 from mechdsl.images.picture import Picture
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BFLOAT16
-from mechdsl.program.own_trainers import OwnTrainer
+from mechdsl.program.direction_methods import BFLOAT16
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.program.spec import Generation
 from mechdsl.program.trainers import (
     EditTrainer,
+    OwnTrainer,
     RotationTrainer,
     ScaleTrainer,
     ScoringTrainer,
@@ -43,8 +42,7 @@ from mechdsl.prompts.runs import PositionCell, PromptRun, ReplyPosition
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
-from mechdsl.vocab.effects import CircuitBaseline, ControlTitle
-from mechdsl.vocab.metrics import MetricForm
+from mechdsl.vocab.metrics import CircuitBaseline, ControlTitle, MetricForm
 from mechdsl.vocab.sites import SITES, EdgeChange
 
 if TYPE_CHECKING:

@@ -38,8 +38,7 @@ from mechdsl.statistics.measurements import (
     may_round_differently,
 )
 from mechdsl.statistics.verification import Agreement, VerifiedCells
-from mechdsl.vocab.effects import ControlTitle
-from mechdsl.vocab.metrics import Reply
+from mechdsl.vocab.metrics import ControlTitle, Reply
 
 
 class DocumentPart(BaseModel):

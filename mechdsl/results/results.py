@@ -25,8 +25,7 @@ from safetensors.numpy import load, save
 
 from mechdsl.base import limits
 from mechdsl.base.files import write_atomically
-from mechdsl.base.source import AllowedFolders, Source
-from mechdsl.base.text import count_noun, dump_json, name_list
+from mechdsl.base.text import AllowedFolders, Source, count_noun, dump_json, name_list
 from mechdsl.diagnostics.rendering import Diagnostics
 from mechdsl.execute.run_record import SavedFile
 from mechdsl.program.plugins import plugin_versions
@@ -53,7 +52,7 @@ from mechdsl.results.typed_json import (
     write_diagnostic,
 )
 from mechdsl.statistics.measurements import Interval, MeasureData
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 from mechdsl.vocab.reports import REPORTS
 
 if TYPE_CHECKING:

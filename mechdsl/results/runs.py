@@ -49,7 +49,7 @@ from mechdsl.results.results import (
     pack_results,
     unpack_results,
 )
-from mechdsl.store.index import INDEX_NAME, StoreProblem
+from mechdsl.store.files import INDEX_NAME, StoreProblem
 from mechdsl.store.runs import StoredRun
 from mechdsl.store.store import STORE_OFF, STORE_VARIABLE, Store, store_folder
 

@@ -26,7 +26,7 @@ from mechdsl.statistics.measurements import (
     may_round_differently,
 )
 from mechdsl.vocab.aggregates import ROW_STATISTICS
-from mechdsl.vocab.effects import EFFECTS, EffectKind
+from mechdsl.vocab.metrics import EFFECTS, EffectKind
 
 _METHODS = {
     "t": "Student's t corrected for skewness, over {over}",

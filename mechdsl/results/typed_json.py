@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl import diagnostics
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import Percent
+from mechdsl.base.text import Percent, Source, Span
 from mechdsl.diagnostics.core import CODES, Diagnostic
 from mechdsl.program.spec import Spec
 

@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mechdsl.diagnostics.core import did_you_mean
-from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.rules import BadEdit
-from mechdsl.diagnostics.syntax import NotSupported
-from mechdsl.models.anatomy import has_additive_positions, list_block_kinds
+from mechdsl.diagnostics.syntax import NotSupported, UnknownWord
+from mechdsl.models.shape import has_additive_positions, list_block_kinds
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after, is_found_by_text
 from mechdsl.prompts.runs import PositionCell

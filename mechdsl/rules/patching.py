@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from mechdsl.base.records import Registry
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
-from mechdsl.diagnostics.names import UnknownName, UnknownWord
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import NotSupported, UnknownName, UnknownWord
 from mechdsl.program import spec
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.bases import EXCHANGE, resolve_feature_nodes

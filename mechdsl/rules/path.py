@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.rules import NoPath, NotOnAPath
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape

@@ -11,20 +11,20 @@ from mechdsl.base.hashing import digest_number
 from mechdsl.base.limits import is_number, is_whole_number
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import did_you_mean
-from mechdsl.diagnostics.names import BadArgument, UnknownWord
-from mechdsl.diagnostics.positions import NotInDecoder
-from mechdsl.diagnostics.rules import AxisDoesNotFit
-from mechdsl.diagnostics.syntax import NotSupported
-from mechdsl.images.baselines import GRAY_LEVEL
-from mechdsl.images.picture import PictureChange
-from mechdsl.models.anatomy import find_family, has_additive_positions, list_block_kinds
-from mechdsl.models.shape import ModelShape
+from mechdsl.diagnostics.rules import AxisDoesNotFit, NotInDecoder
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported, UnknownWord
+from mechdsl.images.picture import GRAY_LEVEL, PictureChange
+from mechdsl.models.shape import ModelShape, find_family, has_additive_positions, list_block_kinds
 from mechdsl.program import spec
 from mechdsl.program.spec import constant_value
-from mechdsl.prompts.insertion import has_inserted_tokens
 from mechdsl.prompts.runs import PromptRun
-from mechdsl.prompts.table import change_row_patches, check_chat_markers, replace_tokens
-from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.table import (
+    change_row_patches,
+    check_chat_markers,
+    has_inserted_tokens,
+    replace_tokens,
+)
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer
 from mechdsl.resolve.circuits import find_named_side
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import (

@@ -13,8 +13,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.forward.hooks.model import BlockStack, CheckOutcome, LoadedModel
 from mechdsl.loading.anatomy_proof import describe_idle_components
 from mechdsl.loading.verify.checks import PACKED_IDENTITY
-from mechdsl.models.anatomy import Anatomy, HookPoint
-from mechdsl.models.shape import unit_count, vector_width
+from mechdsl.models.shape import Anatomy, HookPoint, unit_count, vector_width
 from mechdsl.planner.passes import RESTART_PASSES
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 

@@ -18,8 +18,7 @@ from mechdsl.syntax.words import (
     TOP_WORDS,
 )
 from mechdsl.vocab.corruptions import CHANGES, change_signatures
-from mechdsl.vocab.effects import EFFECTS
-from mechdsl.vocab.metrics import METRICS
+from mechdsl.vocab.metrics import EFFECTS, METRICS
 from mechdsl.vocab.reports import REPORTS
 from mechdsl.vocab.sites import SITES
 

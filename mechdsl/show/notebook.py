@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import escape_xml
+from mechdsl.base.text import Source, Span, escape_xml
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.table import (

@@ -18,13 +18,12 @@ from rich.console import Console
 
 from mechdsl.base.files import replace_file
 from mechdsl.base.records import closest_name
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Source, Span, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.experiments import BadReport
 from mechdsl.diagnostics.files import ReportNotWritten
-from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.rendering import MechdslError
-from mechdsl.diagnostics.statistics import BadReport
+from mechdsl.diagnostics.syntax import UnknownWord
 from mechdsl.program import spec
 from mechdsl.program.paths import path_to_write
 from mechdsl.results.experiment_result import ExperimentResult

@@ -30,7 +30,7 @@ from mechdsl.show.graph import to_text
 from mechdsl.statistics.cell_statistics import draw_count
 from mechdsl.statistics.corrections import MULTIPLIER_DRAWS
 from mechdsl.statistics.power import TARGET_POWER, DetectableEffect, detectable_effect
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 if TYPE_CHECKING:
     from mechdsl.execute.measurement.values import MeasuredValues

@@ -19,7 +19,7 @@ from mechdsl.program.spec import NO_PROMPTS
 from mechdsl.prompts.other_runs import REPLY_PLACEHOLDER
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, RunRow, describe_output
-from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer
 from mechdsl.resolve.expansion import get_whole_spec
 from mechdsl.resolve.types import (
     DRAW_AXIS,

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, CellIndex, Floats, Ints
 from mechdsl.base.records import Registry
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.statistics import ZeroDenominator
+from mechdsl.diagnostics.experiments import ZeroDenominator
 from mechdsl.program import spec
 from mechdsl.program.python_functions import PYTHON_CALL
 from mechdsl.program.significance import MAX_RESAMPLES, MIN_UNITS, interval_gap
@@ -28,6 +28,7 @@ from mechdsl.statistics.intervals import (
     share_difference,
     share_interval,
     sign_flip_inference,
+    skewed_t,
     standard_error,
     student_quantile,
     studentise,
@@ -48,9 +49,8 @@ from mechdsl.statistics.measurements import (
     find_repeated_cells,
     reorder_rows,
 )
-from mechdsl.statistics.skewed_t import skewed_t
 from mechdsl.vocab.aggregates import ROW_STATISTICS
-from mechdsl.vocab.effects import EFFECTS, EffectKind
+from mechdsl.vocab.metrics import EFFECTS, EffectKind
 
 _HALVINGS = 40
 """Steps of the search for the level at which limits of shares reach 0."""

@@ -35,9 +35,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mechdsl.base.arrays import Bools, CellIndex, Floats, Ints
-from mechdsl.statistics.intervals import student_quantile
+from mechdsl.statistics.intervals import SkewedT, skewed_t_of_moves, student_quantile
 from mechdsl.statistics.measurements import EffectSums
-from mechdsl.statistics.skewed_t import SkewedT, skewed_t_of_moves
 
 ROUNDING_SHARE = 1e-13
 """Differences below this share of both values are rounding."""

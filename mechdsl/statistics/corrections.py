@@ -21,7 +21,7 @@ from mechdsl.statistics.measurements import (
     find_units,
     reorder_rows,
 )
-from mechdsl.vocab.effects import EffectKind
+from mechdsl.vocab.metrics import EffectKind
 
 MULTIPLIER_DRAWS = 10_000
 """Number of joint normal draws of `correct_by_maximum`."""

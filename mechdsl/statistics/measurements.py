@@ -21,7 +21,7 @@ from mechdsl.base.arrays import Bools, CellIndex, Floats, Ints
 from mechdsl.base.text import plural_noun
 from mechdsl.program import spec
 from mechdsl.program.estimators import find_estimator
-from mechdsl.vocab.effects import ControlTitle, EffectKind
+from mechdsl.vocab.metrics import ControlTitle, EffectKind
 
 WithheldReason: TypeAlias = Literal["", "skewed", "picked"]
 

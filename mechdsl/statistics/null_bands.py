@@ -25,7 +25,7 @@ from mechdsl.statistics.measurements import (
     effect_parts,
     rounding_slack,
 )
-from mechdsl.vocab.effects import EffectKind
+from mechdsl.vocab.metrics import EffectKind
 
 
 def compute_null_bands(

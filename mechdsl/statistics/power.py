@@ -12,8 +12,8 @@ import numpy as np
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.program.significance import MAX_EXACT_FLIPS, smallest_p_value
+from mechdsl.statistics.intervals import skewed_t
 from mechdsl.statistics.measurements import EffectSums
-from mechdsl.statistics.skewed_t import skewed_t
 
 TARGET_POWER = 0.8
 """Probability of detecting an effect of the stated size."""

@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from mechdsl.store.files import CONTENT_SUFFIX, VALUES_SUFFIX
-from mechdsl.store.index import StoreProblem
+from mechdsl.store.files import CONTENT_SUFFIX, VALUES_SUFFIX, StoreProblem
 
 if TYPE_CHECKING:
-    from mechdsl.store.files import Blobs, FileLock, StagedBlob
-    from mechdsl.store.index import Index
+    from mechdsl.store.files import Blobs, FileLock, Index, StagedBlob
 
 
 CELL_KEY_BYTES = 16

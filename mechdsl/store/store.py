@@ -19,24 +19,22 @@ from mechdsl.base.files import write_atomically
 from mechdsl.base.text import parse_size
 from mechdsl.store.files import (
     CONTENT_SUFFIX,
-    STORE_LOCK,
-    VALUES_SUFFIX,
-    Blobs,
-    FileLock,
-    is_held,
-    make_folder,
-    sync_folder,
-    take_lock,
-)
-from mechdsl.store.index import (
     INDEX_NAME,
     MAYBE_BYTES,
     MAYBE_TEXT,
     MAYBE_TIME,
+    STORE_LOCK,
+    VALUES_SUFFIX,
+    Blobs,
     DamagedIndex,
+    FileLock,
     Index,
     StoreProblem,
     hash_file,
+    is_held,
+    make_folder,
+    sync_folder,
+    take_lock,
 )
 from mechdsl.store.runs import DAY, OpenRun, StoredRun, check_content_name, seal
 

@@ -11,7 +11,7 @@ from dataclasses import field
 from typing import Literal
 
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.syntax.forms import statement
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mechdsl.base import limits
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.files import NotMechFile
 from mechdsl.diagnostics.syntax import NotText, ReservedName, TooLarge, Unreadable

@@ -20,7 +20,7 @@ from lark.parsers.lalr_parser import LALR_Parser, _Parser
 from mechdsl.base import limits
 from mechdsl.base.records import Record
 from mechdsl.base.runtime import pause_garbage_collection
-from mechdsl.base.source import STRING_PATTERN, Source, Span
+from mechdsl.base.text import STRING_PATTERN, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.syntax import BadPlaceholder, EmptyFile, NotText, TooLarge
 from mechdsl.syntax import ast

@@ -18,7 +18,7 @@ from lark import Token, Transformer, Tree
 
 from mechdsl.base import limits
 from mechdsl.base.records import Record, close_names
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.syntax import (
     MisspeltWord,

@@ -9,9 +9,8 @@ from mechdsl.base import limits
 from mechdsl.base.limits import is_whole_number
 from mechdsl.base.records import Record, Registry
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.prompts import BadCall
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import NotSupported, UnknownWord
 from mechdsl.syntax import ast
 from mechdsl.syntax.tree_builder import ChangeSignature
 from mechdsl.vocab.sites import SITES, unknown_component

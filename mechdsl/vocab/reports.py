@@ -10,9 +10,8 @@ from typing import Literal, Protocol
 from mechdsl.base.records import Record, Registry
 from mechdsl.base.text import count_noun, measure_names, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.names import UnknownWord
-from mechdsl.diagnostics.statistics import BadReport
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.experiments import BadReport
+from mechdsl.diagnostics.syntax import NotSupported, UnknownWord
 from mechdsl.program import spec
 
 

@@ -9,10 +9,10 @@ from functools import cache
 from typing import Literal
 
 from mechdsl.base.records import Record, Registry
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import did_you_mean
-from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.other_tools import translate_word
+from mechdsl.diagnostics.syntax import UnknownWord
 
 SiteAxis = Literal["layer", "head", "neuron", "expert"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.execute.run_record import ExecutionOptions
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.show.progress import ProgressBar

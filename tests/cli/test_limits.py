@@ -9,7 +9,7 @@ import pytest
 
 from mechdsl.base import limits
 from mechdsl.base.files import load_json
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.prompts import RowsNotChecked

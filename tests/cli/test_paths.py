@@ -493,7 +493,7 @@ def test_only_the_paths_module_resolves_paths_of_a_file() -> None:
     # `resolve/controls.py` names the folder of a training in the store; the modules of dictionaries
     # ask for the folder of weights whose path is resolved.
     allowed = {
-        "base/source.py",
+        "base/text.py",
         "dictionaries/folder.py",
         "program/paths.py",
         "resolve/bases.py",

@@ -132,7 +132,7 @@ def test_rerun_does_not_read_weights(tmp_path: Path) -> None:
     folder = own_model(tmp_path, width=256)
     assert (folder / "model.safetensors").stat().st_size > 20e6
     # The store distrusts files that were written a moment ago; this file stays as it is.
-    now = "from mechdsl.store import index\nindex.RACY_SECONDS = 0\n"
+    now = "from mechdsl.store import files\nfiles.RACY_SECONDS = 0\n"
     first = Watched("run", "own.mech", "--store", "kept", cwd=tmp_path, before=now)
     assert first.done.returncode == 0, first.done.stderr
     assert weights(first)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
-from mechdsl.diagnostics.names import UnknownWord
+from mechdsl.diagnostics.syntax import UnknownWord
 
 FILE = """mech 1
 

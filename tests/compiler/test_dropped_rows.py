@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.types import ResolvedExperiment

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.names import UnknownName, UnusedName
+from mechdsl.diagnostics.syntax import UnknownName, UnusedName
 from mechdsl.program.measures import CORRECTION_WORDS
 from mechdsl.program.significance import CORRECTION_NAMES
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 
 FILE = """mech 1

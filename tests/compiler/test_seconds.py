@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.planner.passes import make_plan, plan_cost
 from mechdsl.show.plan import REFERENCE_PACE, TimeEstimate, count_work, estimate_time

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckedFile, check_source
 from mechdsl.resolve.expansion import name_cells
 from mechdsl.results.document import experiment_document

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
-from mechdsl.execute import component_training, probe_training, training, training_vectors
+from mechdsl.execute import dictionary_training, probe_training, training
 from mechdsl.execute.patching import differentiated_run
 from mechdsl.fits import factors
 from mechdsl.fits import training as fits_training
@@ -181,7 +181,7 @@ def test_estimated_memory_of_a_factorisation_is_within_a_factor_of_two(
     path = write(tmp_path, name, DECLARED[name].replace("limit: 40", "limit: 400"))
     live, vectors = LiveTensors(), 0
     function = "train_correlated" if name == "cca" else "solve_twice"
-    solve, read_rows = getattr(component_training, function), training_vectors.read_rows
+    solve, read_rows = getattr(dictionary_training, function), training.read_rows
 
     def counted(declared: Any, rows: Any, job: Any) -> Any:
         nonlocal vectors
@@ -196,9 +196,9 @@ def test_estimated_memory_of_a_factorisation_is_within_a_factor_of_two(
         return found, found
 
     if name == "nmf":  # the model has no ReLU
-        monkeypatch.setattr(training_vectors, "read_rows", read_nonnegative)
-    for module in (training, component_training):
-        monkeypatch.setattr(module, function, counted, raising=module is component_training)
+        monkeypatch.setattr(training, "read_rows", read_nonnegative)
+    for module in (training, dictionary_training):
+        monkeypatch.setattr(module, function, counted, raising=module is dictionary_training)
     try:
         mechdsl.fit(path, store=tmp_path / "store")
     finally:

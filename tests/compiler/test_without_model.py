@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mechdsl import zoo
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.models.config import shape_from_config

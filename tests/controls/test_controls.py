@@ -17,7 +17,7 @@ import torch
 
 import mechdsl
 from mechdsl.base.hashing import unrank_subset
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.pipeline.options import RunOptions

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.models.shape import ModelShape
 from mechdsl.resolve.controls import ExcludedSite, group_excluded_units

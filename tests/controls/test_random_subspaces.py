@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckedFile, check_source
-from mechdsl.execute.bases import compute_system
+from mechdsl.execute.vectors import compute_system
 from mechdsl.forward.hooks.coordinates import LinearBasis
 from mechdsl.resolve.types import BasisTargets
 

@@ -18,7 +18,7 @@ from tokenizers import (
     trainers,
 )
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.program import spec
 from mechdsl.program.names import Namespace
@@ -26,7 +26,7 @@ from mechdsl.program.prompts import lower_prompts
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell
-from mechdsl.prompts.table import build_table
+from mechdsl.prompts.table import BlockCompiler, RowSelection, build_table
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.rules.kinds import registered_words
 from mechdsl.syntax import ast
@@ -180,8 +180,16 @@ def build(
     if "prompts " not in text:
         text = f"prompts p {{\n{text}\n}}"
     found = blocks(text, path)
-    options.setdefault("words", lambda model: tokenizer.plain_words())
-    return build_table(next(iter(found.values())), tokenizer=tokenizer, blocks=found, **options)
+
+    def take(*names: str) -> dict[str, Any]:
+        return {name: options.pop(name) for name in names if name in options}
+
+    given: dict[str, Any] = {"words": lambda _: tokenizer.plain_words()} | take(
+        "seed", "words", "parameters", "python"
+    )
+    compiler = options.pop("compiler", None) or BlockCompiler(found, **given)
+    selection = RowSelection(**take("limit", "part", "ids", "prompts_enough", "used"))
+    return build_table(next(iter(found.values())), tokenizer, compiler, selection, **options)
 
 
 def table(text: str, tokenizer: TextTokenizer, **options: Any) -> PromptTable:

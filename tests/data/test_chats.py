@@ -10,12 +10,18 @@ from typing import Any
 import pytest
 
 from mechdsl.base import limits
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.prompts.rows import BlockRows, PromptTable
 from mechdsl.prompts.runs import RunRow
-from mechdsl.prompts.table import StandInTokenizer, build_table, replace_tokens
+from mechdsl.prompts.table import (
+    BlockCompiler,
+    RowSelection,
+    StandInTokenizer,
+    build_table,
+    replace_tokens,
+)
 from mechdsl.prompts.tokens.chat import ChatTemplate, parse_chat_template
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
@@ -203,14 +209,16 @@ def test_row_keys_do_not_depend_on_the_chat_template() -> None:
 def test_cached_block_rows_depend_on_the_chat_template() -> None:
     """Rows are computed once per template, not once per block."""
     found = support.blocks('prompts p { x in ["plum", "fig"] chat { user "{x}" } }')
-    compiled: dict[str, BlockRows] = {}
+    compiler = BlockCompiler(found)
+    compiled: list[BlockRows] = []
     for shape in ("chatml", "llama", "chatml"):
         own = chats.tokenizer(shape)
-        made, _ = build_table(found["p"], tokenizer=own, compiled=compiled)
+        made, _ = build_table(found["p"], own, compiler, RowSelection())
+        compiled.append(compiler.rows(found["p"], own))
         assert made is not None
         for row in made.runs["clean"].rows:
             assert row.text == chats.by_library(shape, [("user", row.values["x"])])[0]
-    assert len(compiled) == 2
+    assert compiled[2] is compiled[0] is not compiled[1]
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.prompts import data_files
 from mechdsl.prompts.data_files import DataFile, read_data_file
 from mechdsl.syntax import parser as engine

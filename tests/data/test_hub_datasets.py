@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from mechdsl.base import limits
-from mechdsl.base.source import AllowedFolders, Source
+from mechdsl.base.text import AllowedFolders, Source
 from mechdsl.checks.file_check import check_source
-from mechdsl.prompts import record_files
+from mechdsl.prompts import data_files
 from mechdsl.prompts.data_files import DataFile, read_dataset
 from mechdsl.syntax import ast
 
@@ -178,7 +178,7 @@ def test_missing_pyarrow_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def missing(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(record_files, "import_module", missing)
+    monkeypatch.setattr(data_files, "import_module", missing)
     _, (problem,) = read(tmp_path, 'hf_dataset("pairs", split: "train")')
     assert "pip install 'mechdsl[frames]'" in problem
 

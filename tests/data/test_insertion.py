@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.prompts.runs import RunRow
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import mechdsl
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.prompts.data_files import DataFile, read_data_file
 from mechdsl.prompts.expressions import parse_number
 

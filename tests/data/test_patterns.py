@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mechdsl.base import limits
-from mechdsl.base.source import AllowedFolders, Source, Span
-from mechdsl.prompts import record_files
+from mechdsl.base.text import AllowedFolders, Source, Span
+from mechdsl.prompts import data_files
 from mechdsl.prompts.data_files import DataFile, read_data_file, read_dataset
 from mechdsl.syntax import ast
 
@@ -95,7 +95,7 @@ def test_streamed_pattern_reads_jsonl_and_parquet_files(tmp_path: Path) -> None:
     found = data_of(tmp_path, "*", streamed=True)
     assert texts(found) == ["x", "y", "0", "1", "2", "3", "4"]
     records = found.records
-    assert isinstance(records, record_files.StreamedRecords)
+    assert isinstance(records, data_files.StreamedRecords)
     assert [group.count for group in records.groups] == [2, 2, 2, 1]
     assert [record["said"] for record in records.renamed({"text": "said"})[1:3]] == ["y", "0"]
 
@@ -104,12 +104,12 @@ def test_row_groups_over_the_memory_limit_are_reread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values don't depend on how many row groups fit in memory."""
-    monkeypatch.setattr(record_files, "GROUP_BYTES", 1)
+    monkeypatch.setattr(data_files, "GROUP_BYTES", 1)
     write_parquet(tmp_path / "b.parquet", [{"text": str(n)} for n in range(9)], 2)
     found = data_of(tmp_path, "b.parquet", streamed=True)
     order = [8, 0, 3, 8, 1, 7]
     assert [found.records[number]["text"] for number in order] == [str(n) for n in order]
-    assert isinstance(found.records, record_files.StreamedRecords)
+    assert isinstance(found.records, data_files.StreamedRecords)
     assert len(found.records._open._open) == 1
 
 

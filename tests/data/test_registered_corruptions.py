@@ -8,7 +8,7 @@ from itertools import permutations
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.vocab.corruptions import CHANGES
 

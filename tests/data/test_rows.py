@@ -13,6 +13,7 @@ from mechdsl.base.hashing import stable_hash, stable_hashes
 from mechdsl.prompts import rows
 from mechdsl.prompts.block import PromptsBlock
 from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.table import BlockCompiler
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.prompts.values import content_key
 
@@ -148,11 +149,12 @@ class TestLimit:
             return keys[-1]
 
         monkeypatch.setattr(rows, "content_key", counted)
-        text, compiled = f"prompts p {{ {FRUIT} split 50% }}", dict[str, rows.BlockRows]()
+        text = f"prompts p {{ {FRUIT} split 50% }}"
+        compiler = BlockCompiler(words=lambda _: words.plain_words())
         limits: list[dict[str, Any]] = [{"limit": n} for n in (3, 12, 7)] + [
             {"limit": 5, "part": part} for part in ("train", "test")
         ]
-        shared = [table(text, words, compiled=compiled, **each) for each in limits]
+        shared = [table(text, words, compiler=compiler, **each) for each in limits]
         assert len(keys) == len(set(keys)) == 12
         assert shared == [table(text, words, **each) for each in limits]
 

@@ -13,7 +13,7 @@ import pytest
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.table import build_table
+from mechdsl.prompts.table import BlockCompiler, RowSelection, build_table
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 from .support import blocks, positions
@@ -48,7 +48,7 @@ def build(
     (folder / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
     text = FILE.replace("COUNT", str(count)).replace("CHANGE", change)
     found = blocks(text, folder / "a.mech")
-    return build_table(found["icl"], tokenizer=tokenizer, blocks=found, seed=seed)
+    return build_table(found["icl"], tokenizer, BlockCompiler(found, seed=seed), RowSelection())
 
 
 def made(folder: Path, tokenizer: TextTokenizer, **options: Any) -> PromptTable:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.prompts.table import build_table
+from mechdsl.prompts.table import BlockCompiler, RowSelection, build_table
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 from .support import blocks, build, table, wrapped
@@ -160,7 +160,7 @@ def test_published_facts_are_filtered_by_token_count(tmp_path: Path, gpt2: TextT
     (tmp_path / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     text = 'rows "facts.json" template "{prompt}" answer " {attribute}" where tokens(answer) <= 4'
     (block,) = blocks(f"prompts p {{ {text} }}", tmp_path / "a.mech").values()
-    made, found = build_table(block, tokenizer=gpt2)
+    made, found = build_table(block, gpt2, BlockCompiler(), RowSelection())
     assert made is not None, found
     wanted = [f for f in facts if counted(f" {f['attribute']}", f["prompt"], gpt2) <= 4]
     assert 0 < len(wanted) < len(facts)

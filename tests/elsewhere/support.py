@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import ExperimentResult, FileResult

@@ -264,7 +264,7 @@ def save(family: str, seed: int, folder: Path, **overrides: int) -> None:
 @pytest.mark.slow
 def test_checkpoints_are_models_in_natural_order(folder: Path) -> None:
     """Labels are the text matched by `*`, as numbers if all are numbers."""
-    from mechdsl.base.source import Source
+    from mechdsl.base.text import Source
 
     from ..execute.support import PROMPTS
     from ..run_source import run_source
@@ -332,7 +332,7 @@ def test_models_with_different_layers_or_tokens_are_rejected(folder: Path) -> No
 
 
 def test_checkpoints_share_their_tokenizer_and_prompts(folder: Path) -> None:
-    from mechdsl.base.source import Source
+    from mechdsl.base.text import Source
     from mechdsl.checks.file_check import check_source
     from mechdsl.diagnostics.core import has_errors
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.run_record import ExecutionOptions
 from mechdsl.pipeline.options import RunOptions

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.checks.file_check import CheckedFile, check_source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.rendering import render_full

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.results.experiment_result import ExperimentResult
 
 from .support import MODES, PROMPTS, bare, by_name, run_on, shared, write_rows

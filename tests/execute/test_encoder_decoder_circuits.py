@@ -26,7 +26,7 @@ from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.types import SitePoint
 from mechdsl.show.reports import graph
 from mechdsl.show.reports.circuit_layout import list_edges as list_drawn_edges
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 from ..image_prompts import test_sounds as sounds
 from ..reference.ruled import ruled

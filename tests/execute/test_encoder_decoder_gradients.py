@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mechdsl
-from mechdsl.execute import training_vectors
+from mechdsl.execute import training
 
 from ..quick import some
 from .encoder_decoders import (
@@ -324,14 +324,14 @@ def test_trainings_read_the_vectors_of_hooks_and_their_features_act(
     token = "item" if site == "resid_post encoder" else "last"
     where = "item tokens" if token == "item" else "last token"
     given: list[Tensor] = []
-    read_rows = training_vectors.read_rows
+    read_rows = training.read_rows
 
     def keep(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         found = read_rows(*args, **options)
         given.append(found[0])
         return found
 
-    monkeypatch.setattr(training_vectors, "read_rows", keep)
+    monkeypatch.setattr(training, "read_rows", keep)
     at_site = f"{site} layer 1{head}"
     options = "prompts: p, steps: 3, batch: 4, measure_on_training_rows: true"
     text_of = f"basis b = fit(sae(features: 6, k: 2), {options}) at {at_site} at {where}\n"

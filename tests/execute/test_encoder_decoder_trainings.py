@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.execute import training_vectors
+from mechdsl.execute import training
 from mechdsl.execute.mask_training import MaskRows, open_rows
 from mechdsl.execute.objective_rows import ObjectiveRows
-from mechdsl.execute.training_vectors import VectorCache
+from mechdsl.execute.training import VectorCache
 from mechdsl.fits.training import Training
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.loader import adopt_model
@@ -522,14 +522,14 @@ def test_correlated_sites_have_the_vectors_of_hooks(
 ) -> None:
     """Also of the encoder with the decoder, which have different tokens."""
     given: list[list[float]] = []
-    read_rows = training_vectors.read_rows
+    read_rows = training.read_rows
 
     def keep(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         found = read_rows(*args, **options)
         given.extend(each.tolist() for own in found for each in own)
         return found
 
-    monkeypatch.setattr(training_vectors, "read_rows", keep)
+    monkeypatch.setattr(training, "read_rows", keep)
     options = "prompts: p, measure_on_training_rows: true, validation: 50%"
     lines = f"basis b = fit(cca(components: 1), {options}, with: {other}{view})"
     lines += f" at {site} layer 1 at {at}\n"

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from mechdsl.base.source import Source
-from mechdsl.diagnostics.positions import NotInDecoder
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.rendering import render_full
+from mechdsl.diagnostics.rules import NotInDecoder
 from mechdsl.models.config import shape_from_config
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.value_keys import RunContents

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from mechdsl.execute import replies as writer
-from mechdsl.execute.replies import ReplyCache
+from mechdsl.execute import unpatched_runs as writer
 from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.execute.unpatched_runs import ReplyCache
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import FileResult
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import ExperimentPlan, collect_whole_cells
 from mechdsl.planner.rows import PathPlan, RaggedColumn, RulePlan, TokenHits

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.execute.measurement.readout import Readout, ReadoutInput
 from mechdsl.execute.measurement.values import UnusableRow, report_not_finite

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.results.document import experiment_document
 
 from ..rules.models import bare

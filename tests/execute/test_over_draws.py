@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from mechdsl.diagnostics.names import PythonFailed
+from mechdsl.diagnostics.syntax import PythonFailed
 from mechdsl.execute.measurement.readout import (
     MeasureFailure,
     Readout,

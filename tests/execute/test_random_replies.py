@@ -15,7 +15,7 @@ import torch
 from hypothesis import event
 from hypothesis import strategies as st
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.run_record import ExecutionOptions
 from mechdsl.forward.hooks.model import LoadedModel

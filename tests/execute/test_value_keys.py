@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckSettings
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.rows import RaggedColumn

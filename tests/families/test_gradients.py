@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.forward.hooks import gradients
+from mechdsl.forward.hooks import backward_rules
 from mechdsl.forward.hooks.batch import SiteWrite
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.model import LoadedModel
@@ -137,13 +137,13 @@ def test_recomputed_gradients_equal_stored_ones(name: str, monkeypatch: pytest.M
     if not writes:
         pytest.skip("its blocks have none of these sites")
     calls: list[object] = []
-    run = gradients._BlockFunction.__call__
+    run = backward_rules._BlockFunction.__call__
 
     def count(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(self)
         return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(gradients._BlockFunction, "__call__", count)
+    monkeypatch.setattr(backward_rules._BlockFunction, "__call__", count)
     found: list[tuple[Tensor, ...]] = []
     for recompute in (False, True):
         output = run_full(model, batch, writes=writes, gradients=True, recompute=recompute).logits

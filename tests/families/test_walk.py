@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mechdsl.forward.hooks.batch import Batch, SiteWrite
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.packed.packed_pass import PackedResult, run_packed
-from mechdsl.models.anatomy import HookPoint
+from mechdsl.models.shape import HookPoint
 
 from ..quick import some
 from ..reference import hooks

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.forward.hooks.model import LoadedModel

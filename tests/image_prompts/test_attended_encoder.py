@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.execute.run.panel import execute
 from mechdsl.forward.hooks import model as loaded_models
 from mechdsl.loading.loader import adopt_model

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mechdsl.execute import image_vectors
-from mechdsl.execute import replies as replies_of_rows
+from mechdsl.execute import unpatched_runs as replies_of_rows
 from mechdsl.execute.image_vectors import provide_images
 from mechdsl.execute.run.panel import execute
 from mechdsl.forward.generation import replies as replies_module

@@ -24,7 +24,7 @@ from transformers.models.beit.image_processing_pil_beit import BeitImageProcesso
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.loader import adopt_model

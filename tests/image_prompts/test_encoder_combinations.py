@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.images.layouts import IMAGE_LAYOUTS, ImagePrompt
 from mechdsl.images.processing import UnsupportedProcessor

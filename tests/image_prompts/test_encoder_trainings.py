@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.objective_rows import ObjectiveRows

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.forward.hooks.model import LoadedModel
@@ -766,7 +766,7 @@ def test_facts_of_a_processor_depend_on_its_files_the_libraries_and_the_code(
 
 def test_cached_facts_depend_on_every_imported_module_that_reads_images_or_tokens() -> None:
     """No fact depends on values of pixels, on sounds or on chat templates of texts."""
-    unrelated = {"images/baselines.py", "images/pixels.py", "images/sounds.py"}
+    unrelated = {"images/pixels.py", "images/sounds.py"}
     unrelated.add("prompts/tokens/chat.py")
     imported = set[str]()
     for name in image_prompts._CODE:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.execute.image_vectors import prepare_images
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.results.experiment_result import ExperimentResult

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.images.picture import Picture, mean_picture
 from mechdsl.images.processing import BICUBIC, Processing
 

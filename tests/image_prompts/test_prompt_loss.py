@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.rendering import render_full
 
 from ..execute.support import run_on

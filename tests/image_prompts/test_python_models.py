@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.loading.loader import adopt_model
 
 from ..execute.support import MODES, run_on

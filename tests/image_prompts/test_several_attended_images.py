@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.execute.image_vectors import provide_images
 from mechdsl.forward.hooks import model as model_inputs
 from mechdsl.planner.passes import make_plan

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.positions import UnknownSpan
+from mechdsl.diagnostics.rules import UnknownSpan
 
 from ..execute.support import run_on
 from ..quick import some

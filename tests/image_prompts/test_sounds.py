@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from mechdsl.base import limits
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import UnpreparedImages
@@ -625,7 +625,7 @@ def test_sound_of_another_rate_or_length_reports_e0459(tmp_path: Path) -> None:
 def test_hostile_sound_file_reports_its_problem(
     content: bytes | str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mechdsl.images.files import UnreadableImage
+    from mechdsl.images.picture import MediaError
 
     path, samples = tmp_path / "a.wav", written(0)
     write_wave(
@@ -637,7 +637,7 @@ def test_hostile_sound_file_reports_its_problem(
         path.write_bytes(path.read_bytes()[:-3])
     elif content == "large":
         monkeypatch.setattr(limits, "AUDIO_FILE", path.stat().st_size - 1)
-    with pytest.raises(UnreadableImage, match=reason):
+    with pytest.raises(MediaError, match=reason):
         inspect_sound(path)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.execute.run.panel import execute
 from mechdsl.images.layouts import IMAGE_LAYOUTS
 from mechdsl.loading.loader import adopt_model

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.loader import adopt_model

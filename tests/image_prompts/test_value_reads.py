@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.loading.loader import adopt_model
 
 from ..execute.support import as_in_the_data, run_on

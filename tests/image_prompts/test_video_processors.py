@@ -24,7 +24,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from transformers.utils.import_utils import is_torchvision_available
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.forward.hooks.model import LoadedModel

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.images.layouts import image_layout
 from mechdsl.results.experiment_result import ExperimentResult
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.loading.loader import adopt_model
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.dictionaries.folder import DictionaryFile
-from mechdsl.execute import training_vectors
+from mechdsl.execute import training
 
 from ..execute.support import as_in_the_data
 from ..images import prompts_of_images as vlm
@@ -88,7 +88,7 @@ def record_rows(monkeypatch: pytest.MonkeyPatch, which: int = 0) -> list[Tensor]
     which: 0 for those that are encoded, 1 for those that are reconstructed.
     """
     given: list[Tensor] = []
-    kind: Any = training_vectors.RowVectors
+    kind: Any = training.RowVectors
     read = kind._read
 
     def keep(self: Any, rows: Any) -> tuple[Tensor, Tensor]:

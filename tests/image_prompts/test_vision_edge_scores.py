@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.execute import mask_training, objective_rows
@@ -31,8 +31,7 @@ from mechdsl.execute.mask_training import (
     open_edges,
     open_rows,
 )
-from mechdsl.execute.training import TrainingJob
-from mechdsl.execute.training_vectors import VectorCache
+from mechdsl.execute.training import TrainingJob, VectorCache
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.loader import adopt_model
 from mechdsl.pipeline.trained_files import fits_of_file

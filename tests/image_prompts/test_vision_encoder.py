@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.loading.loader import adopt_model

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckSettings
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rendering import render_full

@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 
 from mechdsl.base import limits
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.images.picture import Picture
 from mechdsl.images.pixels import model_input
 from mechdsl.images.processing import PatchLayout, Processing
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.tokens.images import ImageTokenizer, image_row_fields
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer, image_row_fields
 from mechdsl.resolve.types import ResolvedExperiment
 
 from . import support

@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.loader import adopt_model
 from mechdsl.results.experiment_result import ExperimentResult

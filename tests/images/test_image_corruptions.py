@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.images.picture import Picture, PictureChange, Region, box_coverage, covered_tokens
 from mechdsl.images.pixels import model_input
 from mechdsl.images.processing import Processing
-from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer
 
 from ..reference.hooks import Change
 from ..reference.noise import keyed_by_number, noise

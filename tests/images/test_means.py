@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mechdsl.images.pixels import model_input
-from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer
 
 from ..quick import in_turn
 from . import support

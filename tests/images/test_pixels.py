@@ -16,9 +16,15 @@ import torch
 from PIL import Image, ImageFilter
 
 from mechdsl.base import limits
-from mechdsl.images import files
-from mechdsl.images.files import UnreadableImage, decode_image
-from mechdsl.images.picture import GridLayout, Picture, PictureChange, Region
+from mechdsl.images.picture import (
+    GridLayout,
+    MediaError,
+    Picture,
+    PictureChange,
+    Region,
+    decode_image,
+    inspect_image,
+)
 from mechdsl.images.pixels import model_input, process_pixels, render_pixels
 from mechdsl.images.processing import (
     PROCESSOR_DEFAULTS,
@@ -154,7 +160,7 @@ def test_unreadable_image_reports_its_cause(case: str, monkeypatch: pytest.Monke
     content, said = REFUSED[case]
     if case in ("a bomb", "one pixel too many"):  # before a pixel is decoded
         monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
-    with pytest.raises(UnreadableImage) as refused:
+    with pytest.raises(MediaError) as refused:
         decode_image(content)
     assert said in refused.value.reason
     assert refused.value.hint
@@ -166,24 +172,24 @@ def test_image_file_over_the_size_limit_is_rejected(
     path = tmp_path / "a.png"
     path.write_bytes(saved(PLAIN))
     monkeypatch.setattr(limits, "IMAGE_FILE", path.stat().st_size)
-    assert files.inspect_image(path)[1] == (12, 10)
+    assert inspect_image(path)[1] == (12, 10)
     monkeypatch.setattr(limits, "IMAGE_FILE", path.stat().st_size - 1)
-    with pytest.raises(UnreadableImage, match="more than"):
-        files.inspect_image(path)
-    with pytest.raises(UnreadableImage, match="no such file"):
-        files.inspect_image(tmp_path / "b.png")
+    with pytest.raises(MediaError, match="more than"):
+        inspect_image(path)
+    with pytest.raises(MediaError, match="no such file"):
+        inspect_image(tmp_path / "b.png")
 
 
 def test_image_file_edited_after_inspection_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(saved(PLAIN))
-    digest, size = files.inspect_image(path)
+    digest, size = inspect_image(path)
     picture = Picture("file", path=path, digest=digest, size=size)
     np.testing.assert_array_equal(render_pixels(picture), BYTES)
     path.write_bytes(saved(Image.fromarray(255 - BYTES)))
-    with pytest.raises(UnreadableImage, match="has changed"):
+    with pytest.raises(MediaError, match="has changed"):
         render_pixels(picture)
-    other = Picture("file", path=path, digest=files.inspect_image(path)[0], size=size)
+    other = Picture("file", path=path, digest=inspect_image(path)[0], size=size)
     assert other.text != picture.text
 
 

@@ -13,7 +13,7 @@ from hypothesis import event
 from hypothesis import strategies as st
 from PIL import Image
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.passes import PASS_NAMES

@@ -25,7 +25,7 @@ from mechdsl.images.pixels import (
     uncut_coverage,
 )
 from mechdsl.images.processing import PatchLayout, Processing
-from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer
 from mechdsl.results.assembly.collection import _read_image, overlay_data
 
 from ..quick import some
@@ -133,7 +133,7 @@ def test_mask_file_selects_its_tokens(tmp_path: Path) -> None:
     inside[12:15, 3:5] = inside[20, 10] = True
     path = tmp_path / "mask.png"
     Image.fromarray(np.where(inside, 7, 0).astype(np.uint8)).save(path)
-    from mechdsl.images.files import inspect_image
+    from mechdsl.images.picture import inspect_image
 
     region = Region(mask=path, digest=inspect_image(path)[0])
     found = covered_tokens(

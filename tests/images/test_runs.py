@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.rendering import MechdslError
 from mechdsl.show.prompts import print_prompts

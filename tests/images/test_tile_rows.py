@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rendering import render_full

@@ -15,11 +15,11 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.images.picture import covered_tokens
 from mechdsl.images.pixels import region_coverage
-from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES, run_on

@@ -18,8 +18,7 @@ from mechdsl.vocab.corruptions import (
     ImageChange,
     TokenChange,
 )
-from mechdsl.vocab.effects import EFFECTS
-from mechdsl.vocab.metrics import METRICS, MetricArgument, MetricForm
+from mechdsl.vocab.metrics import EFFECTS, METRICS, MetricArgument, MetricForm
 from mechdsl.vocab.reports import REPORTS
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES, SiteKind
 

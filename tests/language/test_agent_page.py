@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.agent_page import (
     AGENT_EXAMPLES,
@@ -21,8 +21,7 @@ from mechdsl.diagnostics.command_line import agent_page, language_words
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.syntax.words import RULE_WORDS
-from mechdsl.vocab.effects import EFFECTS
-from mechdsl.vocab.metrics import METRICS
+from mechdsl.vocab.metrics import EFFECTS, METRICS
 from mechdsl.vocab.sites import SITES
 
 from ..cli.conftest import Command, command

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.base.source import STRING_PATTERN, Source
+from mechdsl.base.text import STRING_PATTERN, Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 

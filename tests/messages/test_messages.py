@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.rendering import render_full

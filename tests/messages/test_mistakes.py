@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.command_line import find_page
 from mechdsl.diagnostics.core import Diagnostic

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.checks.file_check import CheckSettings
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.forward.hooks.model import LoadedModel

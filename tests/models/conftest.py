@@ -10,7 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.loader import load_model
 from mechdsl.program import spec

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mechdsl.models.anatomy import BlockArrangement, Family, ModelConfig, family
+from mechdsl.models.shape import BlockArrangement, Family, ModelConfig, family
 
 
 @family("gizmo")

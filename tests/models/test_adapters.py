@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.forward.hooks.batch import Batch, SiteRead
@@ -361,7 +361,7 @@ def test_classifier_adapter_brings_its_head_and_rejects_other_tasks(
 
 
 def _scaling(folder: Path) -> Any:
-    from mechdsl.models.adapter_folder import read_scaling
+    from mechdsl.models.folder import read_scaling
 
     scaling, found = read_scaling(folder, statement(str(folder), base="m"))
     assert scaling is not None, [(d.message, d.label_text) for d in found]

@@ -23,9 +23,8 @@ from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
 from mechdsl.forward.packed.packed_pass import run_packed
-from mechdsl.models.anatomy import Anatomy, HookPoint, TensorLayout
 from mechdsl.models.restart import Shortcuts
-from mechdsl.models.shape import PaddingSide
+from mechdsl.models.shape import Anatomy, HookPoint, PaddingSide, TensorLayout
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, stop_layer
 
 from ..quick import in_turn, some

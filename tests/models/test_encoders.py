@@ -22,8 +22,8 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import replace_forward
 from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
 from mechdsl.forward.packed.packed_pass import run_packed
+from mechdsl.loading.bench import build_sample
 from mechdsl.loading.loader import adopt_model
-from mechdsl.loading.probe import build_sample
 from mechdsl.models.restart import Shortcuts
 from mechdsl.models.shape import PaddingSide
 from mechdsl.vocab.sites import SITES

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mechdsl.loading.loader import adopt_model
-from mechdsl.models.anatomy import FAMILIES
+from mechdsl.models.shape import FAMILIES
 
 from ..families.build import model
 from ..families.parts import Architecture, Block, Heads, Stack

@@ -25,7 +25,7 @@ from torch import nn
 
 import mechdsl
 from mechdsl import zoo
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading import identity as reached_code
 from mechdsl.loading.identity import compute_identity, explain_identity

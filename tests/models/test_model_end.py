@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.forward.packed import unembedding
 from mechdsl.forward.packed.unembedding import LINEAR_TOLERANCE, FoldedNorm
 

@@ -21,7 +21,7 @@ from mechdsl.forward.packed.activation_cache import record_activations
 from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.loading.anatomy_proof import _try_anatomies, build_loaded_model, verify_model  # pyright: ignore[reportPrivateUsage]
 from mechdsl.loading.loader import adopt_model, load_model
-from mechdsl.models.anatomy import Anatomy
+from mechdsl.models.shape import Anatomy
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..reference.forward import Write, forward

@@ -18,7 +18,7 @@ import mechdsl
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading import anatomy_proof
 from mechdsl.loading.loader import adopt_model, load_model
-from mechdsl.models.anatomy import FAMILIES, BlockAnatomy, Family
+from mechdsl.models.shape import FAMILIES, BlockAnatomy, Family
 from mechdsl.store.store import Store
 
 from ..families import tables

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.models.anatomy import FAMILIES
 from mechdsl.models.config import read_shape, shape_from_config
-from mechdsl.models.shape import ENCODER_TYPES, check_site, unit_count, vector_width
+from mechdsl.models.shape import ENCODER_TYPES, FAMILIES, check_site, unit_count, vector_width
 from mechdsl.vocab.sites import SITES, find_short_site, stop_layer, write_order
 
 from ..families.parts import Architecture

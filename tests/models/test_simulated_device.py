@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.synchronisations import SIMULATED, counted_synchronisations, to_simulated
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.forward.generation.cached_pass import choose_method
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.loader import adopt_model

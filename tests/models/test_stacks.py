@@ -19,12 +19,11 @@ from mechdsl.forward.hooks.model import LoadedModel, call_with_batch
 from mechdsl.forward.packed.activation_cache import record_activations
 from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.loading import bench
-from mechdsl.loading.bench import get_image_token
+from mechdsl.loading.bench import build_sample, get_image_token
 from mechdsl.loading.loader import adopt_model
-from mechdsl.loading.probe import build_sample
 from mechdsl.loading.verify import checks
 from mechdsl.loading.verify.checks import run_checks
-from mechdsl.models.anatomy import Family
+from mechdsl.models.shape import Family
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 from tests.families import build, tables
 from tests.families.parts import Architecture, Stack

@@ -15,8 +15,8 @@ from mechdsl.loading.anatomy_proof import build_loaded_model, verify_model
 from mechdsl.loading.bench import PROMPT_LENGTHS
 from mechdsl.loading.loader import adopt_model
 from mechdsl.loading.verify.checks import ATTENTION_IDENTITY, PACKED_IDENTITY
-from mechdsl.models.anatomy import Anatomy, BlockAnatomy, HookPoint, TensorLayout
 from mechdsl.models.finder import find_anatomies
+from mechdsl.models.shape import Anatomy, BlockAnatomy, HookPoint, TensorLayout
 
 from . import broken, families
 from .test_against_reference import in_all, with_blocks

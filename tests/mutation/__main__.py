@@ -113,7 +113,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "forward/hooks/*.py": (*MODELS, *VALUES, *FILES),
     "execute/*.py": (*PLANNER, *VALUES, *FILES, *NUMBERS),
-    "statistics/*.py vocab/effects.py": (
+    "statistics/*.py vocab/metrics.py": (
         *STATISTICS,
         *FILES,
         "tests/execute/test_effects.py",

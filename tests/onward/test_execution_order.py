@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.cli.entry import app
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.run_record import ExecutionOptions

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.pipeline.options import RunOptions
 
 from ..quick import some

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 
 from ..run_source import run_source
 from .support import HEAD, best_sites, experiment, patched, run

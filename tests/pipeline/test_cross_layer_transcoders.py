@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
-from mechdsl.execute.training_vectors import RowVectors
+from mechdsl.execute.training import RowVectors
 from mechdsl.fits.reports import CrossLayerReport
 from mechdsl.pipeline.trained_files import fits_of_file, list_training_costs
 

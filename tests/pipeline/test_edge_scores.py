@@ -34,8 +34,7 @@ from mechdsl.execute.mask_training import (
     find_circuit,
     open_edges,
 )
-from mechdsl.execute.training import TrainingJob
-from mechdsl.execute.training_vectors import VectorCache
+from mechdsl.execute.training import TrainingJob, VectorCache
 from mechdsl.fits.reports import CircuitReport
 from mechdsl.forward.hooks import backward_rules, circuits
 from mechdsl.pipeline.trained_files import fits_of_file

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.execute.run import saves
 from mechdsl.pipeline import computation
 from mechdsl.pipeline.options import RunOptions

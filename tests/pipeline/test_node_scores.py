@@ -31,8 +31,7 @@ from mechdsl.execute.mask_training import (
     find_group,
     open_rows,
 )
-from mechdsl.execute.training import TrainingJob
-from mechdsl.execute.training_vectors import VectorCache
+from mechdsl.execute.training import TrainingJob, VectorCache
 from mechdsl.fits.reports import NodeReport
 from mechdsl.pipeline.trained_files import fits_of_file
 from mechdsl.planner.training_cost import training_cost

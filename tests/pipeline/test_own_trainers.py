@@ -19,7 +19,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.execute.training_vectors import RowVectors
+from mechdsl.execute.training import RowVectors
 from mechdsl.fits.reports import MaskReport, RotationReport, VectorReport
 from mechdsl.pipeline.trained_files import fits_of_file
 from mechdsl.program import code_hashes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckedFile, check_source
 from mechdsl.prompts import rows, runs
 from mechdsl.prompts.tokens import tokenizer

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import mechdsl
-from mechdsl.base.source import Source
-from mechdsl.program.group_searches import expand_searches
+from mechdsl.base.text import Source
+from mechdsl.program.discovery import expand_searches
 from mechdsl.syntax import ast
 
 from ..cli.conftest import Command, command

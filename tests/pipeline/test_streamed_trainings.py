@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mechdsl
-from mechdsl.execute import training_vectors
-from mechdsl.execute.training_vectors import PART_ROWS, StreamedVectors
+from mechdsl.execute import training
+from mechdsl.execute.training import PART_ROWS, StreamedVectors
 from mechdsl.pipeline import trainings
 from mechdsl.pipeline.trained_files import fits_of_file
-from mechdsl.prompts import record_files
+from mechdsl.prompts import data_files
 from mechdsl.resolve.trainings import TEXTS_FILE
 from mechdsl.resolve.types import FitSample
 
@@ -220,7 +220,7 @@ def test_parquet_row_groups_are_read_once_per_pass(
     parquet.write_table(table, tmp_path / "texts.parquet", row_group_size=group)
     metadata = parquet.read_metadata(tmp_path / "texts.parquet")
     sizes = [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)]
-    for module in (record_files, training_vectors):
+    for module in (data_files, training):
         monkeypatch.setattr(module, "GROUP_BYTES", 2 * max(sizes))
     monkeypatch.setattr("mechdsl.prompts.rows.CACHED_ROWS", 0)
     block = BLOCK.replace("jsonl", "parquet")
@@ -326,7 +326,7 @@ def test_interrupted_streamed_training_ends_with_the_same_weights(
     """A training of several chunks ends with the weights of an uninterrupted one."""
     from mechdsl.fits.training import Training
 
-    monkeypatch.setattr(training_vectors, "most_vectors", lambda *_: 60)
+    monkeypatch.setattr(training, "most_vectors", lambda *_: 60)
     path = write_file(tmp_path, fit(QUICK.replace("12", "40")), ABLATES)
     (whole,) = train(path)
     expected = (whole.folder / "sae_weights.safetensors").read_bytes()

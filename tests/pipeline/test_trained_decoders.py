@@ -19,7 +19,7 @@ import mechdsl
 from mechdsl.base.hashing import stable_hash
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute import training
-from mechdsl.execute.decoder_training import draw_normal
+from mechdsl.execute.dictionary_training import draw_normal
 
 from ..quick import in_turn
 from .test_trained_dictionaries import (

@@ -22,10 +22,10 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.execute.training_vectors import RowVectors
+from mechdsl.execute.training import RowVectors
 from mechdsl.pipeline.trained_files import DeclaredFit, FitKeys, fits_of_file
 from mechdsl.store.store import FITS_FOLDER
 

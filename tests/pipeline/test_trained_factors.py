@@ -210,7 +210,7 @@ def test_semi_nmf_of_streamed_rows_is_rejected(tmp_path: Path) -> None:
 def test_semi_nmf_vectors_that_exceed_memory_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mechdsl.execute import training_vectors as training
+    from mechdsl.execute import training
 
     monkeypatch.setattr(training.RowVectors, "chunk_bytes", 1000)
     monkeypatch.setattr(training.RowVectors, "_groups", [[], []])

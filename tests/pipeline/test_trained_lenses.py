@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.execute.training_vectors import RowVectors
+from mechdsl.execute.training import RowVectors
 from mechdsl.fits.lenses import LensLoss, LensMaps
 from mechdsl.fits.reports import LensReport
 from mechdsl.forward.packed.unembedding import ModelUnembedding

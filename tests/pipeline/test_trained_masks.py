@@ -25,7 +25,7 @@ from torch import Tensor
 import mechdsl
 from mechdsl.base.hashing import stable_hash
 from mechdsl.execute.mask_training import MaskRows, open_rows
-from mechdsl.execute.training_vectors import VectorCache
+from mechdsl.execute.training import VectorCache
 from mechdsl.fits.reports import MaskReport
 from mechdsl.pipeline.trained_files import fits_of_file
 from mechdsl.resolve.types import SitePoint, TrainedMask

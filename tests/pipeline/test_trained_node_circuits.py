@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.fits.reports import MaskReport
 from mechdsl.results.experiment_result import ExperimentResult

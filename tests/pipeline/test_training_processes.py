@@ -21,8 +21,9 @@ import pytest
 import mechdsl
 from mechdsl.cli.entry import app
 from mechdsl.cli.output import INVALID_INPUT
-from mechdsl.execute import training_vectors
-from mechdsl.fits import sparse_training, training
+from mechdsl.execute import training
+from mechdsl.fits import sparse_training
+from mechdsl.fits import training as training_loop
 from mechdsl.fits.processes import Processes
 
 from . import test_batches_and_precision as batches
@@ -161,7 +162,7 @@ def test_several_processes_train_the_weights_of_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit, also with idle features, several batch layouts and streams."""
-    for module, name in ((sparse_training, "IDLE_STEPS"), (training_vectors, "split_prompts")):
+    for module, name in ((sparse_training, "IDLE_STEPS"), (training, "split_prompts")):
         monkeypatch.setattr(module, name, getattr(module, name))  # restored after `train_all`
     one, several = (train_all(kinds, tmp_path / str(n), n, forked=forked) for n in (1, count))
     assert [own for own in (*one.values(), *several.values()) if isinstance(own, str)] == []
@@ -287,7 +288,7 @@ def test_training_a_module_with_buffers_in_processes_is_rejected(
 ) -> None:
     """The loss of a batch may depend on buffers that the preceding batch modified."""
     path, family, _ = write_file(kind, "llama", tmp_path / kind)
-    monkeypatch.setattr(training, "own_processes", lambda: Processes(2, 0))
+    monkeypatch.setattr(training_loop, "own_processes", lambda: Processes(2, 0))
     with pytest.raises(mechdsl.MechdslError, match="several processes can't divide a step"):
         own.train(Path(path), family)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mechdsl.base.runtime import exit_process, read_launch
-from mechdsl.execute import training_vectors
+from mechdsl.execute import training
 from mechdsl.fits import sparse_training
 from mechdsl.fits.processes import join_processes
 from tests.pipeline.test_own_trainers import train
@@ -27,7 +27,7 @@ from tests.pipeline.test_trained_rotations import (
 def train_all(listed: Path) -> list[str]:
     """Train each file in batches of one or two rows; features become idle after two steps."""
     sparse_training.IDLE_STEPS = 2
-    training_vectors.split_prompts = partial(training_vectors.split_prompts, tokens=16)
+    training.split_prompts = partial(training.split_prompts, tokens=16)
     found = []
     for path, family in json.loads(listed.read_text("utf-8")):
         try:

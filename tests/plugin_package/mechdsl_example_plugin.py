@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from mechdsl.images.baselines import BaselineNumber, ImageBaseline
+from mechdsl.images.picture import BaselineNumber, ImageBaseline
 from mechdsl.program.direction_methods import FittedMethod, RowVectors, direction_method
 from mechdsl.program.estimators import GradientEstimator, estimator
 from mechdsl.program.images import image_baseline

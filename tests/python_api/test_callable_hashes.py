@@ -19,8 +19,7 @@ import pytest
 import torch
 
 import mechdsl
-from mechdsl.program.callables import MAX_ARRAY_BYTES, hash_callable
-from mechdsl.program.code_hashes import CodeHashError
+from mechdsl.program.code_hashes import MAX_ARRAY_BYTES, CodeHashError, hash_callable
 
 from ..fruit import FRUIT
 

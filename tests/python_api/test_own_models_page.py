@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import mechdsl
-from mechdsl.models.anatomy import FAMILIES
+from mechdsl.models.shape import FAMILIES
 
 from ..markdown import fences
 from ..quick import some

@@ -20,8 +20,8 @@ import torch
 import mechdsl
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.names import PythonFailed, PythonNotFound
 from mechdsl.diagnostics.rendering import MechdslError
+from mechdsl.diagnostics.syntax import PythonFailed, PythonNotFound
 from mechdsl.pipeline.computation import run_checked
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.syntax.frontend import read_source

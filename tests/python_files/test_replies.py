@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import mechdsl
-from mechdsl.diagnostics.names import PythonFailed, PythonNotFound
 from mechdsl.diagnostics.rendering import MechdslError
+from mechdsl.diagnostics.syntax import PythonFailed, PythonNotFound
 from mechdsl.results.experiment_result import ExperimentResult
 
 FILE = """

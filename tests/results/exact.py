@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mechdsl.base.source import Span
+from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.results.results import Results
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mechdsl.base.arrays import Floats
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.program import spec
 from mechdsl.resolve.cells import CellKey
 from mechdsl.results.assembly.collection import add_statistics, add_verdicts

@@ -14,11 +14,10 @@ import pytest
 from safetensors.numpy import load, save
 
 import mechdsl
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import Percent
+from mechdsl.base.text import Percent, Source, Span
 from mechdsl.diagnostics.core import CODES
+from mechdsl.diagnostics.experiments import BadReport
 from mechdsl.diagnostics.rendering import Diagnostics
-from mechdsl.diagnostics.statistics import BadReport
 from mechdsl.results import results as archive
 from mechdsl.results import typed_json
 from mechdsl.results.experiment_result import ExperimentResult

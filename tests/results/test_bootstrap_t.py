@@ -15,6 +15,7 @@ from mechdsl.statistics.intervals import (
     StudentisedCells,
     percentiles,
     simultaneous_bounds,
+    skewed_t,
     standard_error,
     studentise,
 )
@@ -26,8 +27,7 @@ from mechdsl.statistics.measurements import (
     UnitRows,
     find_units,
 )
-from mechdsl.statistics.skewed_t import skewed_t
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 from .synthetic import measure, statistics
 

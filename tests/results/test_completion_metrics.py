@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mechdsl.base import limits
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.rendering import render_full
-from mechdsl.execute.measurement.python_metrics import compute_reply_values
+from mechdsl.execute.measurement.readout import compute_reply_values
 from mechdsl.resolve.types import MetricTerm
 from mechdsl.vocab.metrics import METRICS, PatternTimeout, Reply, check_pattern
 

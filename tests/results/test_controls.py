@@ -30,7 +30,7 @@ from mechdsl.statistics.null_bands import (
     min_draws,
     rank_p,
 )
-from mechdsl.vocab.effects import EFFECTS, EffectKind
+from mechdsl.vocab.metrics import EFFECTS, EffectKind
 
 from .synthetic import finished, heads, measure, report, with_controls
 

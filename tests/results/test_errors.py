@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.checks.conditions import KnownMeasure, KnownNames
-from mechdsl.checks.expectations import check_expectation
-from mechdsl.checks.p_values import check_cell_units
+from mechdsl.checks.expectations import check_cell_units, check_expectation
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.program import spec
 from mechdsl.statistics.cell_statistics import check_denominator
 from mechdsl.statistics.measurements import SamplingDesign
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 from mechdsl.vocab.reports import check_report
 
 from .synthetic import expectation, statistics

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.conditions import (
     Arithmetic,
     CellValue,
@@ -22,7 +22,7 @@ from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.program import spec
-from mechdsl.program.run_order import add_dependencies, compared_experiments
+from mechdsl.program.lowering import add_dependencies, compared_experiments
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.verdicts.decision import known_results
 

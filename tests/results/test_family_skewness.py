@@ -13,7 +13,7 @@ from mechdsl.show.output import show_report
 from mechdsl.statistics.cell_statistics import compute_cell_statistics
 from mechdsl.statistics.corrections import CORRECTIONS
 from mechdsl.statistics.measurements import CellStatistics, MeasureData
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 from ..statistics_files.skewed_family import too_skewed
 from .synthetic import measure, report, statistics

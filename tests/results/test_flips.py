@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from mechdsl.checks.p_values import check_cell_units
+from mechdsl.checks.expectations import check_cell_units
 from mechdsl.program.significance import unreachable_cells
 from mechdsl.statistics.cell_statistics import infer
 from mechdsl.statistics.corrections import CORRECTIONS, benjamini_hochberg, holm

@@ -11,7 +11,7 @@ import pytest
 
 import mechdsl
 from mechdsl.statistics.cell_statistics import compute_cell_statistics, mean_range, run_interval
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 TEXT = """mech 1

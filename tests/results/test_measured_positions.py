@@ -12,7 +12,7 @@ from rich.console import Console
 
 import mechdsl
 from mechdsl.base.text import measure_names
-from mechdsl.diagnostics.names import RepeatedStatement
+from mechdsl.diagnostics.syntax import RepeatedStatement
 from mechdsl.show.output import show_report
 
 from ..fruit import head

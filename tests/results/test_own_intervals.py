@@ -7,8 +7,8 @@ import pytest
 
 from mechdsl.results.differences.comparison import compare_results
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.statistics.intervals import skewed_t
 from mechdsl.statistics.measurements import EffectSums
-from mechdsl.statistics.skewed_t import skewed_t
 
 from .synthetic import finished, measure
 from .two_results import only, plain, results

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.program import spec
 from mechdsl.resolve.cells import CellKey

@@ -13,13 +13,14 @@ from scipy.optimize import brentq
 from scipy.stats import nct, t, ttest_1samp
 
 import mechdsl
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.checks.file_check import check_source
 from mechdsl.pipeline.computation import measure_unpatched
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.passes import make_plan
 from mechdsl.program import spec
 from mechdsl.show.plan import plan_measure_units
+from mechdsl.statistics.intervals import skewed_t
 from mechdsl.statistics.measurements import EffectSums
 from mechdsl.statistics.power import (
     detectable_by_flips,
@@ -27,7 +28,6 @@ from mechdsl.statistics.power import (
     detectable_by_t,
     detectable_effect,
 )
-from mechdsl.statistics.skewed_t import skewed_t
 from mechdsl.syntax.frontend import read_source
 
 from ..cli.conftest import HEADS as BY_COUNT

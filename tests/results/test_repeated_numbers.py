@@ -10,7 +10,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.cell_statistics import compute_cell_statistics
 from mechdsl.statistics.corrections import holm
 from mechdsl.statistics.measurements import find_repeated_cells
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 from ..fruit import FRUIT
 from .synthetic import measure, statistics

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.checks.file_check import check_source
 from mechdsl.execute.measurement.readout import Readout, ReadoutInput
 from mechdsl.resolve.types import ItemNumber, MetricTerm, ResolvedMeasure
@@ -23,8 +23,7 @@ from mechdsl.show.reports.text import is_significant, rounding_note, significanc
 from mechdsl.statistics.cell_statistics import compute_cell_statistics
 from mechdsl.statistics.measurements import CellStatistics, MeasureData
 from mechdsl.syntax import ast
-from mechdsl.vocab.effects import EFFECTS
-from mechdsl.vocab.metrics import METRICS, MetricArgument
+from mechdsl.vocab.metrics import EFFECTS, METRICS, MetricArgument
 
 from ..execute.nan import HEAD, experiment, run
 from .synthetic import finished, heads, measure, report, statistics

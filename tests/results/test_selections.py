@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics import experiments
 from mechdsl.resolve.expansion import Selection
 from mechdsl.results.experiment_result import ExperimentResult

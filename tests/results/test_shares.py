@@ -16,7 +16,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.cell_statistics import compute_cell_statistics
 from mechdsl.statistics.intervals import clopper_pearson, share_difference, share_interval
 from mechdsl.statistics.measurements import CellStatistics, EffectSums, MeasureData
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 from .synthetic import finished, heads, measure, statistics
 from .two_results import plain

@@ -12,9 +12,9 @@ from scipy import stats
 from mechdsl.base.arrays import Floats
 from mechdsl.statistics.cell_statistics import compute_cell_statistics, infer, infer_shares
 from mechdsl.statistics.corrections import correct_by_maximum, holm
+from mechdsl.statistics.intervals import skewed_t
 from mechdsl.statistics.measurements import EffectSums, Resamples
-from mechdsl.statistics.skewed_t import skewed_t
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 from ..quick import some
 from .synthetic import measure, statistics

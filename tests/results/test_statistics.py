@@ -16,7 +16,7 @@ from mechdsl.statistics.cell_statistics import (
 )
 from mechdsl.statistics.intervals import percentiles
 from mechdsl.statistics.measurements import CellStatistics, MeasureData, Resamples, SamplingDesign
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 from .synthetic import SPAN, measure, statistics
 

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import beta, norm, spearmanr
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.program.spec import Verification
 from mechdsl.statistics.verification import (
     SEARCH_SAMPLE,

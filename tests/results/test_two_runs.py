@@ -10,8 +10,8 @@ import pytest
 from mechdsl.base.arrays import Floats
 from mechdsl.statistics.comparisons import RunPair, paired_difference, unpaired_difference
 from mechdsl.statistics.corrections import holm
+from mechdsl.statistics.intervals import skewed_t
 from mechdsl.statistics.measurements import EffectSums
-from mechdsl.statistics.skewed_t import skewed_t
 
 CELLS, FAMILIES, LEVEL = 8, 250, 0.05
 MOST_FALSE = 25

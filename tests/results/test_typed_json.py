@@ -19,8 +19,7 @@ from hypothesis.extra import numpy as arrays
 from typing_extensions import TypeAliasType
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import Percent
+from mechdsl.base.text import Percent, Source, Span
 from mechdsl.results.typed_json import Attachments, build_codec, read_value, write_value
 
 from .exact import equal

@@ -12,7 +12,7 @@ from mechdsl.results.differences.comparison import compare_results
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.statistics.cell_statistics import check_denominator
 from mechdsl.statistics.measurements import SamplingDesign
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 from .synthetic import SPAN, finished, measure, statistics
 from .test_leads import verdict

@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import mechdsl
-from mechdsl.base.source import Source, Span
-from mechdsl.base.text import count_noun, plural_noun
+from mechdsl.base.text import Source, Span, count_noun, plural_noun
 from mechdsl.diagnostics.experiments import BadControl, NoRowsKept
 from mechdsl.results.experiment_result import ExperimentResult, missing_reason
 

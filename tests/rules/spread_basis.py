@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mechdsl.program.basis_methods import BasisInput, BasisMethod, LinearMap, basis_method
+from mechdsl.program.direction_methods import BasisInput, BasisMethod, LinearMap, basis_method
 from mechdsl.program.spec import Constant
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult, FileResult

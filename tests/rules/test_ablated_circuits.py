@@ -39,7 +39,7 @@ from mechdsl.resolve.sites import label_node
 from mechdsl.resolve.types import CircuitEdge, SitePoint
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.store.store import Store
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 from ..execute import support as of_files
 from ..execute.support import MODES, shared

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.program.basis_methods import BASIS_METHODS, BasisMethod, LinearMap, basis_method
+from mechdsl.program.direction_methods import BASIS_METHODS, BasisMethod, LinearMap, basis_method
 
 from ..reference.forward import Changes, Write
 from .support import (

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.loading.loader import check_modules
 from mechdsl.resolve.cells import Coord

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.diagnostics.names import UnusedName
+from mechdsl.diagnostics.syntax import UnusedName
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..quick import some

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckedFile, check_source
 from mechdsl.execute import vectors as directions
 from mechdsl.planner import plan

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mechdsl.base.records import external_modules
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.pipeline.api import explain, plan
 from mechdsl.program.direction_methods import (
@@ -97,7 +97,7 @@ def test_median_is_described_and_planned() -> None:
 def test_validate_with_median_imports_no_numpy() -> None:
     code = (
         "import sys, tests.rules.median_method\n"
-        "from mechdsl.base.source import Source\n"
+        "from mechdsl.base.text import Source\n"
         "from mechdsl.checks.file_check import check_source\n"
         f"found = check_source(Source({TOY.format('median(fruit)')!r}))\n"
         "assert not found.diagnostics, found.diagnostics\n"

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.pipeline.options import RunOptions
-from mechdsl.planner.encoding import encoding_adds, observation_adds
+from mechdsl.planner.pass_cost import encoding_adds, observation_adds
 from mechdsl.planner.plan import Plan
 
 from ..execute.support import run_on, shared

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.diagnostics.rules import BadException
 from mechdsl.execute.run_record import ExecutionProfile
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 from ..execute.support import MODES, by_name, run_on, shared
 from ..quick import in_turn

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.rendering import render_full

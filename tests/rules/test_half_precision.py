@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES, as_in_the_data, run_on, shared

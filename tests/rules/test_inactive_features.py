@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.execute.run_record import ExecutionProfile
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import ExperimentResult

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.cost import Cost, PanelCount
 from mechdsl.planner.plan import Plan

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.cli.entry import app
 from mechdsl.resolve.cells import Coord

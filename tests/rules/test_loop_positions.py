@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 
 from ..execute.support import token
 from ..quick import in_turn

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.execute.run_record import ExecutionProfile
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import ExperimentResult

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
 
 FILE = """

@@ -21,7 +21,7 @@ from mechdsl.resolve.circuits import CircuitDraws, EdgeGraph
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 from ..execute import support as of_files
 from ..execute.support import DIFFERENCE, MODES

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.forward.hooks import full_pass
 from mechdsl.forward.hooks.batch import CircuitWrite
@@ -24,7 +24,7 @@ from mechdsl.resolve.sites import describe_position
 from mechdsl.resolve.types import ResolvedRule
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 from ..execute.support import MODES, check_file, shared, token
 from ..quick import in_turn

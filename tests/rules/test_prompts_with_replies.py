@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.results.experiment_result import ExperimentResult
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckSettings
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.pipeline.options import RunOptions

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import CheckSettings
-from mechdsl.diagnostics.names import PythonFailed
+from mechdsl.diagnostics.syntax import PythonFailed
 from mechdsl.execute.patching import rule_inputs
 from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.resolve.matched_draws import draw_features
 from mechdsl.results.experiment_result import FileResult
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mechdsl.execute.bases import read_next_weights
+from mechdsl.execute.vectors import read_next_weights
 from mechdsl.resolve.types import SitePoint
 
 from ..execute.support import shared

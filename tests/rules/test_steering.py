@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.resolve.cells import Coord
 
 from ..execute.support import MODES, by_name, run_on, shared, token

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import BertConfig, BertForMaskedLM
 
-from mechdsl.execute.observation import attention_flows
+from mechdsl.execute.observation import joint
 from mechdsl.execute.run_record import ExecutionOptions
 
 from ..execute import support
@@ -206,7 +206,7 @@ def test_value_norm_of_other_mixtures_has_no_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attention whose heads aren't sums of weighted values, such as attention with gates."""
-    monkeypatch.setattr(attention_flows, "MIXTURE_TOLERANCE", 0.0)
+    monkeypatch.setattr(joint, "MIXTURE_TOLERANCE", 0.0)
     text = support.experiment("e", "prompts p", f"{LINE} by value_norm")
     _, problems = support.try_file(text, tmp_path, bare("gpt2"))
     assert any("isn't the sum of the weighted values" in each.label_text for each in problems)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
 from ..execute.support import MODES, by_name, run_on, shared, token

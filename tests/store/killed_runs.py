@@ -98,9 +98,9 @@ class Steps:
     def watch(self) -> None:
         """Count every step of the store, and log every forward pass."""
         from mechdsl.execute.patching.rows import Patcher
+        from mechdsl.store import files
         from mechdsl.store import files as blobs
         from mechdsl.store import files as disk
-        from mechdsl.store import index
         from mechdsl.store.runs import OpenRun
 
         for owner, name in (
@@ -113,7 +113,7 @@ class Steps:
             (OpenRun, "finish"),
         ):
             self.around(owner, name)
-        steps, writing = self, index.Index.writing
+        steps, writing = self, files.Index.writing
 
         class Watched:
             """A transaction with steps at its begin, and before and after its commit."""
@@ -133,7 +133,7 @@ class Steps:
                 steps.step("after commit")
                 return found
 
-        index.Index.writing = lambda own: Watched(own)  # type: ignore[method-assign, assignment]
+        files.Index.writing = lambda own: Watched(own)  # type: ignore[method-assign, assignment]
         values = Patcher.values
 
         def passed(*args: Any, **named: Any) -> Any:

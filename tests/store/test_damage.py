@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.store.index import INDEX_NAME, INDEX_SCHEMA, StoreProblem
+from mechdsl.store.files import INDEX_NAME, INDEX_SCHEMA, StoreProblem
 from mechdsl.store.runs import pack_values
 from mechdsl.store.store import Store
 from tests.store import writer
@@ -259,7 +259,7 @@ def test_index_is_replaced_after_the_second_undiagnosed_failure(
     """The integrity check finds nothing, but the index is replaced after the second failure."""
     folder = memory / "store"
     damaged(folder, "UPDATE blocks SET hash = 'text'")
-    monkeypatch.setattr("mechdsl.store.index.Index._look_through", lambda _: None)
+    monkeypatch.setattr("mechdsl.store.files.Index._look_through", lambda _: None)
     for _ in range(2):
         with pytest.raises(StoreProblem, match="wrong type"):
             use(folder)

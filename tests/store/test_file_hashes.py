@@ -10,25 +10,25 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.store import index
-from mechdsl.store.index import StoreProblem
+from mechdsl.store import files
+from mechdsl.store.files import StoreProblem
 from mechdsl.store.store import Store
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the list of files that are read for hashing."""
-    files: list[str] = []
+    read_files: list[str] = []
     opened = open
 
     def noting(path: bytes, mode: str) -> object:
-        files.append(os.path.basename(os.fsdecode(path)))
+        read_files.append(os.path.basename(os.fsdecode(path)))
         return opened(path, mode)
 
-    monkeypatch.setattr(index, "open", noting, raising=False)
+    monkeypatch.setattr(files, "open", noting, raising=False)
     # Hashes of files written a moment ago aren't cached, so pretend that a minute has passed.
-    monkeypatch.setattr(index.time, "time", lambda began=time.time: began() + 60)
-    return files
+    monkeypatch.setattr(files.time, "time", lambda began=time.time: began() + 60)
+    return read_files
 
 
 def sha(data: bytes) -> str:
@@ -74,8 +74,8 @@ def test_hash_of_a_just_written_file_is_not_cached(
     """It may be written again within the same tick of the file system's clock."""
     file = tmp_path / "a"
     file.write_bytes(b"a")
-    stat = index._mark(file.stat())
-    monkeypatch.setattr(index, "_mark", lambda _: stat)
+    stat = files._mark(file.stat())
+    monkeypatch.setattr(files, "_mark", lambda _: stat)
     assert store.file_hash(file) == sha(b"a")
     file.write_bytes(b"b")
     assert store.file_hash(file) == sha(b"b")
@@ -83,7 +83,7 @@ def test_hash_of_a_just_written_file_is_not_cached(
     assert store.file_hash(file) == sha(b"b")
     file.write_bytes(b"c")
     os.utime(file, (time.time() + 1e6, time.time() + 1e6))
-    monkeypatch.setattr(index.time, "time", lambda began=time.time: began() + 60)
+    monkeypatch.setattr(files.time, "time", lambda began=time.time: began() + 60)
     assert store.file_hash(file) == sha(b"c"), "one of the future isn't either"
     file.write_bytes(b"d")
     assert store.file_hash(file) == sha(b"d")
@@ -96,10 +96,10 @@ def test_file_modified_during_hashing_is_read_again(
     """The file is read up to three times before an error."""
     file = tmp_path / "a"
     file.write_bytes(b"a")
-    mark = index._mark
+    mark = files._mark
     asked = count()
     monkeypatch.setattr(
-        index, "_mark", lambda found: f"{asked}" if next(asked) < changes else mark(found)
+        files, "_mark", lambda found: f"{asked}" if next(asked) < changes else mark(found)
     )
     if changes == 1_000:
         with pytest.raises(StoreProblem, match="changes while it is read"):
@@ -123,7 +123,7 @@ def test_file_replaced_during_hashing_has_the_hash_of_the_new_file(
             (tmp_path / "new").replace(file)
         return handle
 
-    monkeypatch.setattr(index, "open", replacing, raising=False)
+    monkeypatch.setattr(files, "open", replacing, raising=False)
     assert store.file_hash(file) == sha(b"new")
 
 

@@ -190,7 +190,7 @@ def test_run_that_cannot_begin_holds_no_lock(store: Store, monkeypatch: pytest.M
     with store.begin("left", {}):
         pass
     with monkeypatch.context() as patch:
-        patch.setattr("mechdsl.store.index.Index.writing", full)
+        patch.setattr("mechdsl.store.files.Index.writing", full)
         for key in ("new", "left"):
             with pytest.raises(OSError, match="no space"):
                 store.begin(key, {})

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.store.index import StoreProblem
+from mechdsl.store.files import StoreProblem
 from mechdsl.store.store import Store
 from tests.store import writer
 from tests.store.crash_disk import Disk, Step, laid_out, recorded

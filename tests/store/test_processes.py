@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.store.index import StoreProblem
+from mechdsl.store.files import StoreProblem
 from mechdsl.store.store import Store
 from tests.store import writer
 from tests.store.support import block, cells, values_of
@@ -164,7 +164,7 @@ def test_index_locked_for_too_long_is_a_store_error(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error is a StoreProblem, not SQLite's, and staged files are removed."""
-    monkeypatch.setattr("mechdsl.store.index.WRITE_TIMEOUT", 0.05)
+    monkeypatch.setattr("mechdsl.store.files.WRITE_TIMEOUT", 0.05)
     with Store(store.folder) as other, other.begin("key", {}) as run:
         with store._index.writing(), pytest.raises(StoreProblem, match="another process has held"):
             run.keep(block({cells(1)[0]: {1: 1.0}}))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.store.index import INDEX_NAME, StoreProblem
+from mechdsl.store.files import INDEX_NAME, StoreProblem
 from mechdsl.store.store import Store
 from tests.store import writer
 

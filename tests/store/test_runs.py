@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.store.files import FileLock, is_held, take_lock
-from mechdsl.store.index import StoreProblem
+from mechdsl.store.files import FileLock, StoreProblem, is_held, take_lock
 from mechdsl.store.runs import check_content_name
 from mechdsl.store.store import Store
 from tests.store.support import block, cells, values_of

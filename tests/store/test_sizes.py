@@ -9,8 +9,7 @@ import pytest
 
 from mechdsl.store import runs
 from mechdsl.store import store as store_module
-from mechdsl.store.files import is_held
-from mechdsl.store.index import INDEX_NAME, StoreProblem
+from mechdsl.store.files import INDEX_NAME, StoreProblem, is_held
 from mechdsl.store.store import DEFAULT_SIZE_LIMIT, Store, size_limit
 from tests.store.support import block, cells, values_of
 

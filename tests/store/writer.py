@@ -10,7 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
-from mechdsl.store import files, index
+from mechdsl.store import files
 from mechdsl.store.runs import CachedValues, ValueBlock
 from mechdsl.store.store import Store
 from tests.store.support import block, cells, values_of
@@ -77,13 +77,13 @@ def spoil(what: str) -> None:
 
         blobs.sync_folder = files.sync_folder = lambda _: None
     elif what == "index":
-        prepare = index.Index._prepare
+        prepare = files.Index._prepare
 
-        def unsynced(self: index.Index) -> None:
+        def unsynced(self: files.Index) -> None:
             prepare(self)
             self._connection.execute("PRAGMA synchronous = OFF")
 
-        index.Index._prepare = unsynced
+        files.Index._prepare = unsynced
 
 
 def say(text: str) -> None:

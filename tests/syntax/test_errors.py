@@ -9,7 +9,7 @@ import pytest
 
 from mechdsl.base import limits
 from mechdsl.base.records import close_names, closest_name, edit_distance
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse_setting, read_source

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.formatter import FormatError
 

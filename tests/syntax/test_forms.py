@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.syntax import ast
 from mechdsl.syntax import parser as engine
 from mechdsl.syntax.forms import FORMS, Form, FormField, FormPart, iter_parts

@@ -15,7 +15,7 @@ import pytest
 from lark import Lark
 
 from mechdsl.base import files
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.syntax import ast, parser_tables
 from mechdsl.syntax import parser as engine
 from mechdsl.syntax.mistakes.messages import FIRST_WORDS
@@ -276,7 +276,7 @@ def test_installed_wheel_is_not_modified(
 def test_parsing_imports_no_heavy_package_and_is_fast() -> None:
     code = (
         "import time, sys; t = time.process_time()\n"
-        "from mechdsl.base.source import Source; from mechdsl.syntax.frontend import parse\n"
+        "from mechdsl.base.text import Source; from mechdsl.syntax.frontend import parse\n"
         "from mechdsl.syntax.tree_builder import RegisteredWords\n"
         "from pathlib import Path\n"
         "source = Source(Path(sys.argv[1]).read_text())\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rendering import (
     diagnostic_facts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Source, Span
 from mechdsl.syntax import ast
 from mechdsl.syntax.parser import Placeholder, parse_template
 

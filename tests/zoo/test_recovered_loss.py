@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import mechdsl
-from mechdsl.base.source import Source
+from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
-from mechdsl.execute.training_vectors import RowVectors
+from mechdsl.execute.training import RowVectors
 from mechdsl.pipeline.loaded_models import load_needed_models
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.pipeline.trained_files import fits_of_file

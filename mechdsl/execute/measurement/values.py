@@ -13,7 +13,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.statistics import NotFinite, UndefinedCells, UndefinedMeasure
+from mechdsl.diagnostics.experiments import NotFinite, UndefinedCells, UndefinedMeasure
 from mechdsl.execute.measurement.readout import ListedToken, MeasureFailure, Readout, ReadoutResult
 from mechdsl.forward.hooks.batch import array_to_device
 from mechdsl.forward.hooks.model import LoadedModel

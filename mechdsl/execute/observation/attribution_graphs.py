@@ -20,12 +20,12 @@ from torch import Tensor
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.dictionaries.features import Dictionary
 from mechdsl.dictionaries.folder import SKIP
-from mechdsl.execute.bases import OutputMap
 from mechdsl.execute.measurement.values import GraphFindings, GraphNode
+from mechdsl.execute.vectors import OutputMap
+from mechdsl.forward.hooks.backward_rules import AutogradFailed
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, indices_to_device
 from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
-from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.packed.unembedding import uncap_logits
 from mechdsl.program.estimators import BackwardRules

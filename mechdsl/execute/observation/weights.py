@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.bases import list_directions, list_readers
 from mechdsl.execute.measurement.readout import ListedToken, ObservedValues, Readout, ReadoutInput
+from mechdsl.execute.vectors import list_directions, list_readers
 from mechdsl.fits.agreement import auroc
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.weight_maps import WeightMaps

@@ -23,6 +23,7 @@ from mechdsl.execute.unpatched_batch import (
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, flatten_units, require_logits
 from mechdsl.execute.vectors import SiteVectors, list_tokens
 from mechdsl.forward.hooks.attention import has_sinks
+from mechdsl.forward.hooks.backward_rules import catch_autograd_errors, compute_gradients
 from mechdsl.forward.hooks.batch import (
     Batch,
     CircuitRead,
@@ -32,7 +33,6 @@ from mechdsl.forward.hooks.batch import (
     indices_to_device,
 )
 from mechdsl.forward.hooks.full_pass import run_full
-from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradients
 from mechdsl.forward.hooks.model import IMAGE_TOKENS, LoadedModel, has_single_output
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.planner.rows import TokenHits

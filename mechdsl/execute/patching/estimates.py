@@ -41,6 +41,7 @@ from mechdsl.execute.patching.writes import (
     write_receiving_features,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.forward.hooks.backward_rules import compute_gradients
 from mechdsl.forward.hooks.batch import (
     Batch,
     CircuitWrite,
@@ -57,7 +58,6 @@ from mechdsl.forward.hooks.batch import (
 )
 from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.forward.hooks.full_pass import run_full
-from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.cost import (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.vectors import list_later_decoders
+from mechdsl.forward.hooks.backward_rules import catch_autograd_errors, compute_gradients
 from mechdsl.forward.hooks.batch import (
     Batch,
     RuleWrites,
@@ -22,7 +23,6 @@ from mechdsl.forward.hooks.batch import (
 )
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.full_pass import run_full
-from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradients
 from mechdsl.forward.hooks.model import LoadedModel, has_single_output
 from mechdsl.forward.hooks.weight_maps import FrozenNorms
 from mechdsl.models.restart import HeldSublayers

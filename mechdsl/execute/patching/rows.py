@@ -48,7 +48,6 @@ from mechdsl.execute.patching.writes import (
     select_prefill_rules,
     write_receiving_features,
 )
-from mechdsl.execute.replies import GenerationRequest
 from mechdsl.execute.unpatched_batch import (
     Continuation,
     UnpatchedBatch,
@@ -60,6 +59,7 @@ from mechdsl.execute.unpatched_batch import (
 )
 from mechdsl.execute.unpatched_runs import (
     GeneratedRows,
+    GenerationRequest,
     UnpatchedRuns,
     build_reply_readers,
     flatten_units,

@@ -36,18 +36,16 @@ from mechdsl.execute.pass_layout import (
     measure_seconds,
 )
 from mechdsl.execute.patching.estimates import GradientEstimates
-from mechdsl.execute.patching.features import (
-    FeatureActivity,
-    ReconstructionErrors,
-    find_inactive_rows,
-)
 from mechdsl.execute.patching.rows import Patcher, locate_in_cell, locate_in_run
 from mechdsl.execute.patching.rule_inputs import (
     CellFunctionFailed,
     DerivedRuns,
+    FeatureActivity,
+    ReconstructionErrors,
     choose_donors,
     compute_cell_vectors,
     compute_means,
+    find_inactive_rows,
     report_cell_failure,
 )
 from mechdsl.execute.patching.writes import (
@@ -56,13 +54,11 @@ from mechdsl.execute.patching.writes import (
     RuleReader,
     select_readable_rows,
 )
-from mechdsl.execute.replies import find_end_tokens
 from mechdsl.execute.run_record import ExecutionOptions, ExecutionProfile
-from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.execute.unpatched_runs import UnpatchedRuns, find_end_tokens
 from mechdsl.execute.vectors import DirectionFits, FittedDirections
-from mechdsl.forward.hooks.backward_rules import RuleNotApplied
+from mechdsl.forward.hooks.backward_rules import AutogradFailed, RuleNotApplied
 from mechdsl.forward.hooks.batch import is_out_of_memory, release_memory
-from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.cost import RowSharer, SharedRows

@@ -34,9 +34,9 @@ from mechdsl.execute.run_record import ExecutionOptions, SavedFile
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import DirectionFits, SiteVectors, read_vectors, split_prompts
 from mechdsl.fits.vectors import split_edit
+from mechdsl.forward.hooks.backward_rules import AutogradFailed
 from mechdsl.forward.hooks.batch import try_pass
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
-from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import ModelShape
 from mechdsl.planner.passes import make_plan

@@ -38,7 +38,7 @@ from mechdsl.forward.hooks.module_exchange import (
     replace_activation,
     replace_forward,
 )
-from mechdsl.models.anatomy import BlockAnatomy
+from mechdsl.models.shape import BlockAnatomy
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,6 +43,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mechdsl.forward.hooks.backward_rules import compute_gradients
 from mechdsl.forward.hooks.batch import (
     Batch,
     CircuitRead,
@@ -58,7 +59,6 @@ from mechdsl.forward.hooks.batch import (
     to_device,
 )
 from mechdsl.forward.hooks.coordinates import OTHERS
-from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.hook_points import (
     HookStep,
     apply_scale,
@@ -71,9 +71,8 @@ from mechdsl.forward.hooks.hook_points import (
 )
 from mechdsl.forward.hooks.model import LoadedModel, find_image_readers
 from mechdsl.forward.hooks.module_exchange import load_weights, replace_forward, suspend_hooks
-from mechdsl.models.anatomy import BlockAnatomy, HookPoint, HookSide, TensorLayout
 from mechdsl.models.block import linear_sizes, unwrap_adapter
-from mechdsl.models.shape import unit_count
+from mechdsl.models.shape import BlockAnatomy, HookPoint, HookSide, TensorLayout, unit_count
 from mechdsl.vocab.sites import SITES, write_order
 
 ATTENTION_INPUTS = ("q", "k", "v")

@@ -26,7 +26,12 @@ from mechdsl.forward.hooks.attention_hooks import (
     build_attention_hooks,
     group_by_layer,
 )
-from mechdsl.forward.hooks.backward_rules import RuledPass, suspend_decomposition
+from mechdsl.forward.hooks.backward_rules import (
+    RuledPass,
+    disable_checkpoints,
+    recompute_blocks,
+    suspend_decomposition,
+)
 from mechdsl.forward.hooks.batch import (
     Batch,
     CircuitRead,
@@ -45,7 +50,6 @@ from mechdsl.forward.hooks.batch import (
 )
 from mechdsl.forward.hooks.circuits import open_circuit, skip_modules
 from mechdsl.forward.hooks.coordinates import CoordinateWrite, EarlierChange
-from mechdsl.forward.hooks.gradients import disable_checkpoints, recompute_blocks
 from mechdsl.forward.hooks.hook_points import (
     HookStep,
     InputHook,
@@ -70,8 +74,7 @@ from mechdsl.forward.hooks.model import (
     split_vision,
     with_encoded,
 )
-from mechdsl.models.anatomy import HookPoint, HookSide, TensorLayout
-from mechdsl.models.shape import unit_count, vector_width
+from mechdsl.models.shape import HookPoint, HookSide, TensorLayout, unit_count, vector_width
 from mechdsl.program.estimators import BackwardRules
 from mechdsl.vocab.sites import (
     ATTENTION_INTERNAL_SITES,

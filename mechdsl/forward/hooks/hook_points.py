@@ -18,8 +18,8 @@ from mechdsl.forward.hooks.module_exchange import (
     replace_activation,
     replace_forward,
 )
-from mechdsl.models.anatomy import HookPoint, TensorLayout
 from mechdsl.models.block import is_transposed, unwrap_adapter
+from mechdsl.models.shape import HookPoint, TensorLayout
 
 HookStep = Callable[[Tensor, nn.Module, Tensor], Tensor]
 """(tapped tensor, its module, the module's input) → the tensor that the model continues with."""

@@ -39,8 +39,7 @@ from mechdsl.forward.hooks.module_exchange import (
     load_weights,
     replace_forward,
 )
-from mechdsl.models.anatomy import ATTENDED, TILES, Anatomy, HookPoint
-from mechdsl.models.shape import ModelShape, PaddingSide
+from mechdsl.models.shape import ATTENDED, TILES, Anatomy, HookPoint, ModelShape, PaddingSide
 
 if TYPE_CHECKING:
     from mechdsl.prompts.tokens.tokenizer import TextTokenizer

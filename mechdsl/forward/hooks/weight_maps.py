@@ -16,7 +16,7 @@ from mechdsl.base.arrays import Bools
 from mechdsl.forward.hooks.batch import array_to_device
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import get_activation
-from mechdsl.models.anatomy import BlockAnatomy, TensorLayout
+from mechdsl.models.shape import BlockAnatomy, TensorLayout
 
 TRIAL_SIZE = 1e3
 """Size of trial inputs for norms, at which the ε added to a variance is negligible."""

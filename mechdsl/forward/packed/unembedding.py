@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mechdsl.forward.hooks.backward_rules import catch_autograd_errors
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
 from mechdsl.forward.hooks.full_pass import run_full
-from mechdsl.forward.hooks.gradients import catch_autograd_errors
 from mechdsl.forward.hooks.model import ENCODED, LoadedModel
 from mechdsl.forward.hooks.module_exchange import BlockStub, replace_forward
 from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
 from mechdsl.forward.packed.packed_pass import run_packed
-from mechdsl.models.anatomy import ATTENDED, TILES
 from mechdsl.models.restart import Shortcuts
+from mechdsl.models.shape import ATTENDED, TILES
 
 MAX_VECTORS = 1024
 """Maximum number of vectors in one pass."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import sqrt
 
-from mechdsl.models.anatomy import (
+from mechdsl.models.shape import (
     BlockAnatomy,
     BlockArrangement,
     Family,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mechdsl.models.anatomy import (
+from mechdsl.models.shape import (
     BlockAnatomy,
     BlockArrangement,
     Family,

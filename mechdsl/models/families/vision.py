@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mechdsl.models.anatomy import (
+from mechdsl.models.shape import (
     ATTENDED,
     TILES,
     BlockAnatomy,

@@ -11,11 +11,10 @@ from itertools import accumulate
 from typing import Any, TypeAlias
 
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun, name_list, plural_noun
+from mechdsl.base.text import Span, count_noun, name_list, plural_noun
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
-from mechdsl.diagnostics.names import UnknownWord
-from mechdsl.diagnostics.positions import (
+from mechdsl.diagnostics.rules import (
+    EmptyRange,
     NoPositionLeft,
     NotInAnswer,
     NotInDecoder,
@@ -25,8 +24,7 @@ from mechdsl.diagnostics.positions import (
     ReversedBetween,
     UnequalUnion,
 )
-from mechdsl.diagnostics.rules import EmptyRange
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import NotSupported, UnknownWord
 from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.positions.spans import (
@@ -53,8 +51,7 @@ from mechdsl.prompts.runs import (
     RunRow,
 )
 from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN, ImagePromptTokenizer
-from mechdsl.prompts.tokens.images import ImageTokenizer
-from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer, TextTokenizer
 from mechdsl.prompts.values import render_value
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk

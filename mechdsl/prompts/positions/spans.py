@@ -11,13 +11,15 @@ from typing import Any
 
 from mechdsl.base.limits import is_integer
 from mechdsl.base.records import Record, closest_name
-from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun, name_list
+from mechdsl.base.text import Span, count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
-from mechdsl.diagnostics.positions import (
+from mechdsl.diagnostics.prompts import TokenCoversMore
+from mechdsl.diagnostics.rules import (
     AbsentOccurrence,
     AmbiguousSpan,
     AnswersDiffer,
+    BadLoopValue,
+    EmptyRange,
     NoAnswerTokens,
     NoSuchSpecial,
     NotInAnswer,
@@ -26,8 +28,6 @@ from mechdsl.diagnostics.positions import (
     SpanWithoutToken,
     UnknownSpan,
 )
-from mechdsl.diagnostics.prompts import TokenCoversMore
-from mechdsl.diagnostics.rules import BadLoopValue, EmptyRange
 from mechdsl.diagnostics.syntax import MisspeltWord
 from mechdsl.images.layouts import THUMBNAIL, ImageExpansion, PromptPicture
 from mechdsl.program.images import FRAME_SPAN, IMAGE_SPAN, IMAGE_SPANS
@@ -43,8 +43,7 @@ from mechdsl.prompts.runs import (
     find_text,
     list_places,
 )
-from mechdsl.prompts.tokens.images import ImageTokenizer
-from mechdsl.prompts.tokens.tokenizer import SPECIAL_ROLES, TextTokenizer
+from mechdsl.prompts.tokens.tokenizer import SPECIAL_ROLES, ImageTokenizer, TextTokenizer
 from mechdsl.prompts.values import TextSpan
 from mechdsl.syntax import ast
 from mechdsl.syntax.printer import format_position, format_span

@@ -15,8 +15,7 @@ from typing import Any, TypeVar, cast
 
 from mechdsl.base.files import PACKAGE_FOLDER, cache_folder, write_atomically
 from mechdsl.base.hashing import digest, stable_hashes
-from mechdsl.base.source import Span
-from mechdsl.base.text import quote
+from mechdsl.base.text import Span, quote
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoImageProcessor, UnpreparedImages
 from mechdsl.images.layouts import (

@@ -30,17 +30,15 @@ from mechdsl.execute.measurement.values import (
 from mechdsl.execute.pass_layout import PassSizer
 from mechdsl.execute.run_record import ExecutionProfile
 from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.images.files import UnreadableImage
 from mechdsl.images.layouts import THUMBNAIL
-from mechdsl.images.picture import Picture
+from mechdsl.images.picture import MediaError, Picture
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.program.significance import MIN_UNITS
 from mechdsl.prompts.rows import row_in_patches
 from mechdsl.prompts.runs import PlacedPicture, PromptRun, RunRow
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
-from mechdsl.prompts.tokens.images import ImageTokenizer
-from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer, TextTokenizer
 from mechdsl.resolve.cells import CellKey
 from mechdsl.resolve.circuits import label_places, list_feature_ends
 from mechdsl.resolve.expansion import name_cells
@@ -93,8 +91,7 @@ from mechdsl.statistics.measurements import (
 from mechdsl.statistics.null_bands import compute_null_bands
 from mechdsl.statistics.verification import ExactEffects, VerifiedCells, verify_cells
 from mechdsl.syntax import ast
-from mechdsl.vocab.effects import EFFECTS
-from mechdsl.vocab.metrics import MetricForm, Reply
+from mechdsl.vocab.metrics import EFFECTS, MetricForm, Reply
 
 PromptHits = tuple[tuple[int, ...], ...]
 
@@ -201,17 +198,17 @@ def _read_images(row: RunRow, reader: TextTokenizer | ImageTokenizer | None) -> 
     """Read a row's images; files that have become unreadable are left out."""
     if row.image is not None:
         assert isinstance(reader, ImageTokenizer)
-        with suppress(UnreadableImage):
+        with suppress(MediaError):
             yield _read_image(row.image, reader)
     for placed in row.placed_pictures:
         if placed.picture.expansion.is_sound:
             continue
-        with suppress(UnreadableImage):
+        with suppress(MediaError):
             yield from _read_placed(placed)
 
 
 def _read_image(picture: Picture, reader: ImageTokenizer) -> SeenImage:
-    """Read the image of a row. Raises UnreadableImage."""
+    """Read the image of a row. Raises MediaError."""
     from mechdsl.images.pixels import process_picture
 
     plain = replace(reader.processing, rescale=None, mean=None, std=None)
@@ -226,7 +223,7 @@ def _read_image(picture: Picture, reader: ImageTokenizer) -> SeenImage:
 def _read_placed(placed: PlacedPicture) -> Iterator[SeenImage]:
     """Read the part of an image in a prompt that its tokens read, without a thumbnail.
 
-    Nothing is yielded for an image whose tokens read no part each. Raises UnreadableImage.
+    Nothing is yielded for an image whose tokens read no part each. Raises MediaError.
     """
     from PIL import Image
 

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from mechdsl.base.text import count_noun, measure_names, name_list, quote
 from mechdsl.execute.measurement.values import MeasuredValues
-from mechdsl.execute.replies import SUPPRESSING, find_end_tokens, find_suppressed
 from mechdsl.execute.run_record import ExecutionProfile, PassSizes
 from mechdsl.execute.unpatched_batch import compute_noise_scale
+from mechdsl.execute.unpatched_runs import SUPPRESSING, find_end_tokens, find_suppressed
 from mechdsl.forward.generation.cached_pass import choose_method
 from mechdsl.forward.hooks.model import LoadedModel, shares_position_biases
 from mechdsl.models.shape import ModelShape
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan
 from mechdsl.program.spec import CLEAN, Estimator, Generation
-from mechdsl.prompts.insertion import has_inserted_tokens
+from mechdsl.prompts.table import has_inserted_tokens
 from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN, ImagePromptTokenizer
 from mechdsl.resolve.bases import CoordinateChange
 from mechdsl.resolve.class_outputs import describe_pooling
@@ -42,8 +42,7 @@ from mechdsl.resolve.types import (
 from mechdsl.results.experiment_result import ANSWER_TOKENS_KEY
 from mechdsl.statistics.null_bands import min_draws
 from mechdsl.syntax import ast
-from mechdsl.vocab.effects import EFFECTS
-from mechdsl.vocab.metrics import Reply
+from mechdsl.vocab.metrics import EFFECTS, Reply
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 
 

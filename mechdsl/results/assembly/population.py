@@ -15,7 +15,7 @@ import numpy as np
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.statistics import ExplainedByValues
+from mechdsl.diagnostics.experiments import ExplainedByValues
 from mechdsl.program import spec
 from mechdsl.program.images import IMAGE_SPAN
 from mechdsl.program.spec import TILE
@@ -28,7 +28,7 @@ from mechdsl.statistics.measurements import (
     cells_by_view,
     effect_parts,
 )
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 
 def add_population(

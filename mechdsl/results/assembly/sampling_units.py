@@ -28,7 +28,7 @@ from mechdsl.resolve.types import (
     ResolvedRule,
 )
 from mechdsl.statistics.measurements import SamplingDesign, group_cells_by_view
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 CellView = tuple[int, ...]
 """The properties of a cell that affect the comparison of rows: per rule, the indices of its

@@ -31,7 +31,7 @@ from mechdsl.statistics.cell_statistics import (
 )
 from mechdsl.statistics.comparisons import RunPair, paired_difference, unpaired_difference
 from mechdsl.statistics.corrections import CORRECTIONS
-from mechdsl.statistics.intervals import flip_count, joint_sign_flip_p
+from mechdsl.statistics.intervals import flip_count, joint_sign_flip_p, skewed_t
 from mechdsl.statistics.measurements import (
     EffectParts,
     EffectSums,
@@ -42,8 +42,7 @@ from mechdsl.statistics.measurements import (
     find_units,
     group_cells_by_view,
 )
-from mechdsl.statistics.skewed_t import skewed_t
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 
 def index_by_occurrence(keys: Iterable[Hashable]) -> dict[Hashable, int]:

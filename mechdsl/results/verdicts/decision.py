@@ -27,7 +27,7 @@ from mechdsl.checks.conditions import (
 )
 from mechdsl.checks.expectations import read_expectation
 from mechdsl.program import spec
-from mechdsl.program.run_order import expectation_experiments
+from mechdsl.program.lowering import expectation_experiments
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, finite_number
 from mechdsl.results.statistics_conventions import rank_by_size, selection_text, sign_ranking_note
 from mechdsl.results.verdicts.estimates import Estimate, NoNumber, NotComputed, combine_estimates

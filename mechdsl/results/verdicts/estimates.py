@@ -16,9 +16,14 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.statistics.intervals import FLAT_VARIANCE, StudentisedCells, studentised_pivot
+from mechdsl.statistics.intervals import (
+    FLAT_VARIANCE,
+    SkewedT,
+    StudentisedCells,
+    skewed_t_of_moves,
+    studentised_pivot,
+)
 from mechdsl.statistics.measurements import EffectSums, Resamples
-from mechdsl.statistics.skewed_t import SkewedT, skewed_t_of_moves
 from mechdsl.vocab.aggregates import CellAggregate
 
 Operator = Literal["+", "-", "*", "/"]

@@ -69,7 +69,12 @@ from mechdsl.results.verdicts.estimates import (
 )
 from mechdsl.statistics.cell_statistics import Inference, infer, mean_range, share_limits
 from mechdsl.statistics.comparisons import true_correlation
-from mechdsl.statistics.intervals import SimultaneousBounds, clopper_pearson, simultaneous_bounds
+from mechdsl.statistics.intervals import (
+    SimultaneousBounds,
+    clopper_pearson,
+    simultaneous_bounds,
+    skewed_t,
+)
 from mechdsl.statistics.measurements import (
     NO_INTERVAL_REASONS,
     EffectSums,
@@ -81,9 +86,8 @@ from mechdsl.statistics.measurements import (
     effect_parts,
     find_units,
 )
-from mechdsl.statistics.skewed_t import skewed_t
 from mechdsl.vocab.aggregates import AGGREGATES, CellAggregate
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.base.limits import is_integer
-from mechdsl.diagnostics.names import BadArgument
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported
 from mechdsl.images.processing import PatchLayout
 from mechdsl.program import spec
 from mechdsl.program.spec import constant_value
 from mechdsl.prompts.runs import RunRow
-from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer
 from mechdsl.resolve.observations import ObservedVectors, RowSetObservation
 from mechdsl.resolve.sites import (
     ExperimentContext,

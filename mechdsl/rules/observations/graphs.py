@@ -10,7 +10,7 @@ from mechdsl.base.files import SafetensorsFile
 from mechdsl.base.records import Record
 from mechdsl.base.text import Percent, count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
-from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.program import spec
 from mechdsl.program.group_files import LayerFeature

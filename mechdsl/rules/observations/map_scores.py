@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean
-from mechdsl.diagnostics.names import UnknownName
+from mechdsl.diagnostics.syntax import UnknownName
 from mechdsl.program import spec
 from mechdsl.prompts.runs import PositionCell
-from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer
 from mechdsl.resolve.findings import PickError, VariantFinding
 from mechdsl.resolve.sites import ExperimentContext
 from mechdsl.resolve.targets import resolve_base_positions

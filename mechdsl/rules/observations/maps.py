@@ -11,7 +11,7 @@ from mechdsl.base.records import Record
 from mechdsl.base.text import name_list
 from mechdsl.program import spec
 from mechdsl.prompts.runs import Hits, PositionCell
-from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import ImageTokenizer
 from mechdsl.resolve.findings import Finding, PickError, VariantFinding, check_rankable_tokens
 from mechdsl.resolve.observations import RowSetObservation
 from mechdsl.resolve.sites import ExperimentContext

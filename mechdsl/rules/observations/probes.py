@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from mechdsl.base.records import Record
-from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun
+from mechdsl.base.text import Span, count_noun
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
-from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.program import spec
 from mechdsl.program.activation_trainers import LOGISTIC_PENALTY
 from mechdsl.program.spec import constant_value

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from mechdsl.base.records import Registry
 from mechdsl.diagnostics.core import did_you_mean, has_errors
-from mechdsl.diagnostics.names import BadArgument, UnknownWord
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported, UnknownWord
 from mechdsl.program import spec
 from mechdsl.resolve.observations import Observation
 from mechdsl.resolve.runs import RuleKind
@@ -28,8 +27,7 @@ from mechdsl.resolve.sites import ExperimentContext
 from mechdsl.resolve.types import Convention, PositionTargets, ResolvedRule, SitePoint, SiteTargets
 from mechdsl.rules.kinds import resolve_targets, rule_kind
 from mechdsl.syntax.words import ObservationWord
-from mechdsl.vocab.effects import EFFECTS
-from mechdsl.vocab.metrics import METRICS, MetricForm
+from mechdsl.vocab.metrics import EFFECTS, METRICS, MetricForm
 
 if TYPE_CHECKING:
     from torch import Tensor

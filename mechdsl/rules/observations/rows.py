@@ -11,7 +11,7 @@ from mechdsl.base.hashing import digest_number
 from mechdsl.base.limits import is_integer
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
-from mechdsl.diagnostics.names import BadArgument, UnknownWord
+from mechdsl.diagnostics.syntax import BadArgument, UnknownWord
 from mechdsl.program import spec
 from mechdsl.program.directions import parse_fit_rows, training_rows
 from mechdsl.program.spec import constant_value

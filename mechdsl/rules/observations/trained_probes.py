@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from mechdsl.base.files import compute_digest
 from mechdsl.base.records import Record
 from mechdsl.base.text import count_noun, name_list
-from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.program import spec
 from mechdsl.resolve.directions import find_class
 from mechdsl.resolve.observations import ObservedVectors, RowVectors, evaluate_rows

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.resolve.observations import ObservedVectors

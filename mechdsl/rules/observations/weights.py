@@ -9,8 +9,7 @@ from typing import ClassVar, Literal
 
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean
-from mechdsl.diagnostics.names import BadArgument
-from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.diagnostics.syntax import BadArgument, NotSupported
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
 from mechdsl.prompts.runs import PositionCell

@@ -28,7 +28,7 @@ from mechdsl.show.reports.text import (
     significance_marks,
 )
 from mechdsl.statistics.measurements import MeasureData
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 from mechdsl.vocab.reports import REPORTS, short_names
 
 DEPTH_PATTERN = re.compile(r"[0-9.]+%")

@@ -53,7 +53,7 @@ from mechdsl.show.reports.colours import (
 from mechdsl.show.reports.grid import UPWARD_AXES, grid_panels, value_title
 from mechdsl.show.reports.text import heading_facts, map_format, measure_name, missing_note
 from mechdsl.statistics.measurements import MeasureData, effect_parts
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 if TYPE_CHECKING:
     from mechdsl.images.pixels import Pixels

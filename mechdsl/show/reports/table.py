@@ -55,7 +55,7 @@ from mechdsl.show.reports.text import (
 )
 from mechdsl.statistics.cell_statistics import compute_cell_statistics
 from mechdsl.statistics.measurements import MissingReason
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import EFFECTS
 
 FILE_WIDTH = 120
 """Width of a table in a file, in characters."""

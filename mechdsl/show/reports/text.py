@@ -137,7 +137,7 @@ def measure_name(data: MeasureData) -> str:
 
 def scale_note(result: ExperimentResult, data: MeasureData) -> str | None:
     """Return `0 is fewer (-2.1), 1 is clean (3.4)`: the unpatched runs in the effect's scale."""
-    from mechdsl.vocab.effects import EFFECTS
+    from mechdsl.vocab.metrics import EFFECTS
 
     effect = EFFECTS[data.effect]
     if data.kind == "category" or effect.zero is None:
@@ -403,7 +403,7 @@ def significance_note(
     )
     if band is None or not decided:
         return lead + said
-    from mechdsl.vocab.effects import EFFECTS
+    from mechdsl.vocab.metrics import EFFECTS
 
     inside, weaker = (int(np.count_nonzero(alike & each)) for each in (band.inside, band.weaker))
     by_zero = EFFECTS[result.measures[measure].effect].is_shown_by_zero
@@ -427,7 +427,7 @@ def centre_note(result: ExperimentResult) -> str | None:
 
 def inert_note(result: ExperimentResult, measure: int) -> str | None:
     """Count the cells that were omitted because they can't differ."""
-    from mechdsl.vocab.effects import EFFECTS
+    from mechdsl.vocab.metrics import EFFECTS
 
     count = int(np.count_nonzero(result.measures[measure].inert))
     if not count:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 
 from mechdsl.base.records import closest_name
-from mechdsl.base.source import STRING_PATTERN, Source, Span
+from mechdsl.base.text import STRING_PATTERN, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.other_tools import METRIC_NAMES, find_foreign_path, translate_word
 from mechdsl.diagnostics.syntax import (

@@ -12,7 +12,7 @@ from typing import Any
 
 from mechdsl.base import limits
 from mechdsl.base.records import close_names, closest_name
-from mechdsl.base.source import STRING_PATTERN, Source, Span
+from mechdsl.base.text import STRING_PATTERN, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.syntax import (
     MisspeltWord,
