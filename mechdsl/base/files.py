@@ -67,14 +67,14 @@ def special_file_kind(path: Path, *, stream: bool = False) -> str | None:
     stream: also report a standard stream of this process.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError):  # it doesn't exist, or no file can have this name
         return None
     for number, name in enumerate(_STREAMS if stream else ()):
         with suppress(OSError):
-            if os.path.samestat(found, os.fstat(number)):
+            if os.path.samestat(status, os.fstat(number)):
                 return name
-    return _KINDS.get(stat.S_IFMT(found.st_mode))
+    return _KINDS.get(stat.S_IFMT(status.st_mode))
 
 
 def write_obstacle(path: Path) -> str | None:
@@ -202,10 +202,10 @@ def load_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = 
         raise ValueError(
             f"lists and objects are nested more than {limits.DATA_DEPTH} deep",
         )
-    found = json.loads(text, object_pairs_hook=pairs)
+    value = json.loads(text, object_pairs_hook=pairs)
     if "\\u" in text:  # a lone surrogate raises UnicodeEncodeError, a ValueError
-        json.dumps(found, ensure_ascii=False).encode()
-    return found
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _depth(text: str) -> int:
@@ -268,18 +268,18 @@ def inspect_safetensors(path: Path, written: str, most: int, alone: str) -> Safe
     except OSError as error:
         reason = f"`{written}` can't be read: {error.strerror or error}"
         raise UnreadableFile(reason, "paths are relative to the folder of the file") from None
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     try:
         for name, entry in load_json(header.decode("utf-8")).items():
             if name != "__metadata__" and entry["dtype"] in ("F16", "BF16", "F32", "F64"):
-                found[name] = tuple(int(size) for size in entry["shape"])
+                shapes[name] = tuple(int(size) for size in entry["shape"])
                 dtypes[name] = entry["dtype"]
     except (ValueError, KeyError, TypeError, AttributeError):
         reason = f"`{written}` is not a safetensors file"
         hint = 'write it with `safetensors.torch.save_file({"d": vector}, path)`'
         raise UnreadableFile(reason, hint) from None
-    return SafetensorsFile(path, digest, found, dtypes)
+    return SafetensorsFile(path, digest, shapes, dtypes)
 
 
 def compute_digest(path: Path) -> str:

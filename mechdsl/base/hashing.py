@@ -46,7 +46,7 @@ def _feed(made: Any, value: object) -> None:
             _write(made, "b", value)
         case Mapping():
             pairs = cast("Mapping[object, object]", value)
-            each = sorted(digest(key) + digest(own) for key, own in pairs.items())
+            each = sorted(digest(key) + digest(pair) for key, pair in pairs.items())
             _write(made, "m", b"".join(each))
         case Set():
             _write(made, "e", b"".join(sorted(map(digest, cast("Iterable[object]", value)))))
@@ -126,7 +126,7 @@ class Permutation(Sequence[int]):
         self._half = max(1, ((size - 1).bit_length() + 1) // 2)
         self._mask = (1 << self._half) - 1
         keys = stable_hashes(range(_ROUNDS), *key)
-        self._rounds = [(own & _WORD, dict[int, int]()) for own in keys]
+        self._rounds = [(number & _WORD, dict[int, int]()) for number in keys]
 
     def __len__(self) -> int:
         return self.size
@@ -172,7 +172,7 @@ def choose_subset(
 
 def unrank_subset(pool: Sequence[int], size: int, rank: int) -> tuple[int, ...]:
     """Return the subset of this rank among all of this size, in the order of `itertools`."""
-    found: list[int] = []
+    members: list[int] = []
     start = 0
     for left in range(size, 0, -1):
         if left == 1:  # the common case needs no counting
@@ -183,9 +183,9 @@ def unrank_subset(pool: Sequence[int], size: int, rank: int) -> tuple[int, ...]:
                 break
             rank -= following
             start += 1
-        found.append(pool[start])
+        members.append(pool[start])
         start += 1
-    return tuple(found)
+    return tuple(members)
 
 
 def rank_subset(pool: Sequence[int], chosen: Sequence[int]) -> int:

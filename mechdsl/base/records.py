@@ -114,7 +114,7 @@ def _compared(kind: type[Record]) -> Callable[[Record], tuple[Any, ...]]:
     names = [f.name for f in fields(kind) if f.compare]  # type: ignore[arg-type]
     if len(names) > 1:
         return attrgetter(*names)  # of one name, it wouldn't return a tuple
-    return lambda own: tuple(getattr(own, name) for name in names)
+    return lambda record: tuple(getattr(record, name) for name in names)
 
 
 @cache
@@ -152,11 +152,15 @@ def closest_name(word: str, known: Iterable[str]) -> str | None:
     A third of its letters may differ. For a word of two letters, exactly one known word has to be
     close and to have the same letters, or all its letters and more, or fewer.
     """
-    found = close_names(word, known)
+    closest_names = close_names(word, known)
     if len(word) > 2:
-        return next(iter(found), None)
+        return next(iter(closest_names), None)
     letters = set(word.lower())
-    kept = {each for each in found if letters <= set(each.lower()) or set(each.lower()) < letters}
+    kept = {
+        each
+        for each in closest_names
+        if letters <= set(each.lower()) or set(each.lower()) < letters
+    }
     return kept.pop() if len(kept) == 1 else None
 
 

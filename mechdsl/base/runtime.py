@@ -47,25 +47,25 @@ def restores_random_state(function: Callable[P, R]) -> Callable[P, R]:
 def _random_states() -> list[Callable[[], None]]:
     """Return functions that restore the random generators in use."""
     python = random.getstate()
-    found: list[Callable[[], None]] = [lambda: random.setstate(python)]
+    states: list[Callable[[], None]] = [lambda: random.setstate(python)]
     # Not imported here, so that `validate` needs neither; a library not imported has no state.
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
-        own = numpy.random.get_state()
-        found.append(lambda: numpy.random.set_state(own))
+        state = numpy.random.get_state()
+        states.append(lambda: numpy.random.set_state(state))
     torch: Any = sys.modules.get("torch")
     if torch is None:
-        return found
+        return states
     cpu = torch.get_rng_state()
-    found.append(lambda: torch.set_rng_state(cpu))
+    states.append(lambda: torch.set_rng_state(cpu))
     # A query would initialise an unused device.
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         cuda = torch.cuda.get_rng_state_all()
-        found.append(lambda: torch.cuda.set_rng_state_all(cuda))
+        states.append(lambda: torch.cuda.set_rng_state_all(cuda))
     if torch.backends.mps.is_available():
         mps = torch.mps.get_rng_state()
-        found.append(lambda: torch.mps.set_rng_state(mps))
-    return found
+        states.append(lambda: torch.mps.set_rng_state(mps))
+    return states
 
 
 @contextmanager
@@ -204,10 +204,10 @@ def numeric_settings() -> dict[str, str]:
     The number of threads is omitted: results are equal up to rounding for any number. So is the
     precision of convolutions: see `exact_convolutions`.
     """
-    found = {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ}
+    settings = {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ}
     torch: Any = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "backends"):
-        return found
+        return settings
     now = {
         "matmul precision": _matmul_precision(torch),
         "reduced-precision reductions in float16": (
@@ -228,11 +228,11 @@ def numeric_settings() -> dict[str, str]:
         "plain attention": torch.backends.cuda.math_sdp_enabled(),
         "cudnn attention": torch.backends.cuda.cudnn_sdp_enabled(),
     }
-    found |= {name: str(value) for name, value in now.items() if value != _USUAL[name]}
+    settings |= {name: str(value) for name, value in now.items() if value != _USUAL[name]}
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
-            found[f"autocast on {device}"] = str(torch.get_autocast_dtype(device))
-    return found
+            settings[f"autocast on {device}"] = str(torch.get_autocast_dtype(device))
+    return settings
 
 
 def _matmul_precision(torch: Any) -> str:

@@ -41,9 +41,9 @@ def quote(text: str) -> str:
 
 def name_list(names: Iterable[str]) -> str:
     """Return `` `a`, `b`, `c` ``, empty for no names; long lists are truncated."""
-    found = list(islice(names, MAX_NAMES + 1))
-    more = " …" if len(found) > MAX_NAMES else ""
-    return ", ".join(f"`{shorten(name)}`" for name in found[:MAX_NAMES]) + more
+    shown_names = list(islice(names, MAX_NAMES + 1))
+    more = " …" if len(shown_names) > MAX_NAMES else ""
+    return ", ".join(f"`{shorten(name)}`" for name in shown_names[:MAX_NAMES]) + more
 
 
 POSITION_SEPARATOR = " at "
@@ -124,7 +124,7 @@ def escape_hidden(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return hidden_characters().sub(
-        lambda found: found[0] if found[0] in keep else _written(found[0]), text
+        lambda match: match[0] if match[0] in keep else _written(match[0]), text
     )
 
 
@@ -149,7 +149,7 @@ def dump_json(value: Any, indent: int | None = None) -> str:
         return text
     # Characters that json leaves unescaped are inside strings, except the indent's line breaks.
     return hidden_characters().sub(
-        lambda found: found[0] if found[0] == "\n" else _json_escape(found[0]), text
+        lambda match: match[0] if match[0] == "\n" else _json_escape(match[0]), text
     )
 
 
@@ -180,8 +180,8 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
 def parse_size(text: str) -> int | None:
     """Convert `5GB`, `500 MB`, `1.5T` or `1000` to bytes; None if the text isn't a size."""
-    found = _SIZE.fullmatch(text.strip())
-    return None if found is None else int(float(found[1]) * _UNITS[found[2].upper()])
+    match = _SIZE.fullmatch(text.strip())
+    return None if match is None else int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def format_size(size: int) -> str:
@@ -280,7 +280,7 @@ class Span:
     @property
     def written(self) -> str:
         """The text on one line and without comments, as messages and tables quote it."""
-        return _BETWEEN.sub(lambda found: found[1] or " ", self.text).strip()
+        return _BETWEEN.sub(lambda match: match[1] or " ", self.text).strip()
 
     def to(self, other: Span) -> Span:
         """Return the span from the start of this one to the end of the other."""

@@ -49,7 +49,7 @@ def cell_coordinates(cell: CellKey) -> tuple[CoordinateValues, set[str]]:
     Coordinates include those that only the site's name contains; rules that act together have
     several components.
     """
-    found: CoordinateValues = {}
+    coordinate_values: CoordinateValues = {}
     components: set[str] = set()
     rules = cell.site.split(" + ")
     for rule in rules:
@@ -63,10 +63,10 @@ def cell_coordinates(cell: CellKey) -> tuple[CoordinateValues, set[str]]:
             if len(rules) > 1:
                 continue
             if (part["layer"] or "").isdigit():
-                found[f"{prefix}layer"] = int(part["layer"])
+                coordinate_values[f"{prefix}layer"] = int(part["layer"])
             if part["unit"] and part["index"].isdigit():
-                found[prefix + _UNITS[part["unit"]]] = int(part["index"])
-    return {**cell.also, **found, **cell.coords}, components
+                coordinate_values[prefix + _UNITS[part["unit"]]] = int(part["index"])
+    return {**cell.also, **coordinate_values, **cell.coords}, components
 
 
 class CellSelection(Record):
@@ -210,7 +210,7 @@ class BestCellCondition(Record):
 
     def names(self, cell: CellKey) -> bool:
         """Whether a cell is one of the named cells."""
-        return all(each.matches(cell) for each in self.named)
+        return all(cell_selection.matches(cell) for cell_selection in self.named)
 
 
 class TopCellsCondition(Record):
@@ -257,17 +257,17 @@ class KnownMeasure(Record):
         return self.names[-1]
 
 
-def naming_hint(measures: Sequence[KnownMeasure], found: Sequence[int], of: str = "") -> str:
+def naming_hint(measures: Sequence[KnownMeasure], cells: Sequence[int], of: str = "") -> str:
     """Return a hint that disambiguates measures or suggests a unique name.
 
     Args:
         of: Suffix for the measures of another experiment (` of other`).
     """
-    named = [(each.effect, each.metric) for each in measures]
-    for effect, metric in (named[i] for i in found):
+    named = [(measure.effect, measure.metric) for measure in measures]
+    for effect, metric in (named[i] for i in cells):
         if metric.isidentifier() and named.count((effect, metric)) == 1:
             return f"name a metric, as in `{effect} of {metric}{of}`"
-    effect, metric = named[found[0]]
+    effect, metric = named[cells[0]]
     taken = {name for _, name in named}
     own = next(name for n in count(1) if (name := f"m{n}") not in taken)
     return (
@@ -296,7 +296,7 @@ class KnownNames(Record):
     averaged: Collection[str] = ()
     """Names of the axis that the measures average over, or take the area over."""
     name: str = ""
-    """The experiment's own name."""
+    """The name of the experiment."""
     others: Mapping[str, KnownNames] = field(default_factory=dict[str, "KnownNames"])
     """Names in other experiments with measures that may be referenced, except lost ones."""
     groups: Mapping[str, Sequence[ast.Site]] = field(default_factory=dict[str, Sequence[ast.Site]])
@@ -360,30 +360,30 @@ def ascending_range(
 ) -> tuple[tuple[AxisNumber, AxisNumber]]:
     """Return a range of an axis; E0321 if it is empty."""
     if isinstance(low, int | float) and isinstance(high, int | float) and high < low:
-        found = EmptyRange(span=span, text=span.written, low=f"{high:g}", high=f"{low:g}")
-        raise RefusedCondition(found)
+        problem = EmptyRange(span=span, text=span.written, low=f"{high:g}", high=f"{low:g}")
+        raise RefusedCondition(problem)
     return ((low, high),)
 
 
 def _component(name: str, span: Span) -> str:
     """Return the full name of a component, which must exist."""
-    found = component_name(name)
-    if found not in SITES:
+    component = component_name(name)
+    if component not in SITES:
         raise RefusedCondition(unknown_component(name, span, SHORT_WORDS))
-    return found
+    return component
 
 
 def _axis(axis: ast.Axis) -> AxisRanges:
     """Return the ranges of an axis; empty for `*`."""
-    found: list[tuple[AxisNumber, AxisNumber]] = []
+    axes: list[tuple[AxisNumber, AxisNumber]] = []
     for value in axis.values:
         if isinstance(value, ast.Star):
             return ()
         if isinstance(value, ast.RankedSelection):
             raise unreadable_expectation(value.span, "not an index", "write the number itself")
         low = _bound(value.low)
-        found += ascending_range(low, low if value.high is None else _bound(value.high), value.span)
-    return tuple(found)
+        axes += ascending_range(low, low if value.high is None else _bound(value.high), value.span)
+    return tuple(axes)
 
 
 def _bound(bound: ast.Bound) -> int:
@@ -458,25 +458,25 @@ class CellReader:
         """
         measures = self.known.measures
         text = node.span.written
-        found = self.labelled(node)
-        if not found and isinstance(node, ast.Name):
+        cells = self.labelled(node)
+        if not cells and isinstance(node, ast.Name):
             text = node.id
-            found = [i for i, m in enumerate(measures) if node.id in (m.effect, *m.names)]
-            numbers = [i for i in found if measures[i].kind == "number"]
-            found = numbers or found
+            cells = [i for i, m in enumerate(measures) if node.id in (m.effect, *m.names)]
+            numbers = [i for i in cells if measures[i].kind == "number"]
+            cells = numbers or cells
             # `prob` is short for the only measure `prob(answer)`.
-            found = found or [
+            cells = cells or [
                 i
                 for i, m in enumerate(measures)
                 if m.word == node.id and not m.metric.isidentifier()
             ]
-        elif not found and isinstance(node, ast.QualifiedRef):
-            found = [
+        elif not cells and isinstance(node, ast.QualifiedRef):
+            cells = [
                 i
                 for i, m in enumerate(measures)
                 if m.effect == node.name and node.of.name in m.names
             ]
-        if not found:
+        if not cells:
             words = {m.effect: None for m in measures} | {m.metric: None for m in measures}
             listed = f"{self.whose} measures {name_list(words)}"
             short = [m.word for m in measures if m.word]
@@ -486,25 +486,25 @@ class CellReader:
             hint = AREA_HINTS.get(text.lower(), hint)
             kind = f"measure or effect of {self.whose}"
             raise RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
-        if len(found) > 1:
+        if len(cells) > 1:
             end = f" of {self.known.name}" if self.of_other else ""
-            hint = naming_hint(measures, found, end)
-            raise RefusedCondition(self.which(node.span, text, found, hint))
-        if measures[found[0]].kind == "category":
+            hint = naming_hint(measures, cells, end)
+            raise RefusedCondition(self.which(node.span, text, cells, hint))
+        if measures[cells[0]].kind == "category":
             hint = "categories have no mean; `correct` or `expected(1..9)` are numbers"
             raise unreadable_expectation(
-                node.span, f"`{measures[found[0]].label}` is a category", hint
+                node.span, f"`{measures[cells[0]].label}` is a category", hint
             )
-        return found[0]
+        return cells[0]
 
-    def which(self, span: Span, text: str, found: Sequence[int], hint: str) -> AmbiguousMeasure:
-        named = [self.known.measures[i] for i in found]
-        count = Counter(f"`{each.effect} of {each.label}`" for each in named)
+    def which(self, span: Span, text: str, cells: Sequence[int], hint: str) -> AmbiguousMeasure:
+        named = [self.known.measures[i] for i in cells]
+        count = Counter(f"`{measure.effect} of {measure.label}`" for measure in named)
         candidates = " or ".join(
             f"{name} ({n} times)" if n > 1 else name for name, n in count.items()
         )
         return AmbiguousMeasure(
-            span=span, text=text, count=len(found), candidates=candidates, hint=hint
+            span=span, text=text, count=len(cells), candidates=candidates, hint=hint
         )
 
     # --- cells
@@ -512,37 +512,37 @@ class CellReader:
     def find(self, where: Sequence[CellSelection]) -> list[int]:
         """Return the selected cells, without duplicates in their known coordinates."""
         cells, unknown = self.known.cells or (), self.known.open_axes
-        found: dict[object, int] = {}
+        cell_numbers: dict[object, int] = {}
         for i, cell in enumerate(cells):
-            if all(each.matches(cell, unknown) for each in where):
+            if all(cell_selection.matches(cell, unknown) for cell_selection in where):
                 apart = tuple(v for axis, v in cell.coords.items() if axis not in unknown)
-                found.setdefault(apart if unknown else i, i)
-        return list(found.values())
+                cell_numbers.setdefault(apart if unknown else i, i)
+        return list(cell_numbers.values())
 
-    def not_one(self, span: Span, where: Sequence[CellSelection], found: Sequence[int]) -> NoReturn:
-        text = ", ".join(each.text for each in where)
-        if not found:
+    def not_one(self, span: Span, where: Sequence[CellSelection], cells: Sequence[int]) -> NoReturn:
+        text = ", ".join(cell_selection.text for cell_selection in where)
+        if not cells:
             axes = name_list(self.known.axes) or "none"
             hint = f"name a cell of {self.whose}; its axes are {axes}"
             hint = next(self._quoted(where), hint)
             raise unreadable_expectation(span, f"no cell matches {text}", hint)
-        count = "several" if self.known.open_axes else len(found)
-        example = f"add `{self._apart(found)}` to select one, or take `max(…)` over them"
+        count = "several" if self.known.open_axes else len(cells)
+        example = f"add `{self._apart(cells)}` to select one, or take `max(…)` over them"
         raise unreadable_expectation(span, f"{text} matches {count} cells", example)
 
     def _quoted(self, where: Sequence[CellSelection]) -> Iterator[str]:
         """Yield hints for numbers that are texts, as in `position: "14"`."""
         coords = [item for cell in self.known.cells or () for item in cell.coords.items()]
         known = {_written(*item) for item in coords}
-        for each in where:
-            axis, _, value = each.text.partition(": ")
+        for cell_selection in where:
+            axis, _, value = cell_selection.text.partition(": ")
             if (text := f'{axis}: "{value}"') in known:
                 yield f"write `{text}`"
 
-    def _apart(self, found: Sequence[int]) -> str:
+    def _apart(self, cell_numbers: Sequence[int]) -> str:
         """Describe what distinguishes these cells."""
         cells = self.known.cells or ()
-        coords = [cells[number].coords for number in found]
+        coords = [cells[number].coords for number in cell_numbers]
         for axis, value in coords[0].items():
             if axis not in self.known.open_axes and any(at.get(axis) != value for at in coords):
                 return _written(axis, value)
@@ -564,15 +564,15 @@ class CellReader:
         if self.known.cells is None:
             return
         where = (*own, *among)
-        found, every = self.find(where), self.find(among)
-        if not found:
+        cells, every = self.find(where), self.find(among)
+        if not cells:
             self.not_one(span, where, [])
-        if len(found) == len(every) > 1 and not self.known.open_axes:
-            axes = [axis for axis in self.known.axes if self._differ(axis, found)]
+        if len(cells) == len(every) > 1 and not self.known.open_axes:
+            axes = [axis for axis in self.known.axes if self._differ(axis, cells)]
             name = axes[0] if axes else "NAME"
             raise unreadable_expectation(
                 span,
-                f"all {len(found)} cells match {', '.join(each.text for each in own)}",
+                f"all {len(cells)} cells match {', '.join(each.text for each in own)}",
                 f"compare single cells: `{self.known.measures[0].effect}({name}: …) > …`",
             )
 
@@ -647,8 +647,8 @@ class CellReader:
         """Report E0203 for a label that an axis doesn't have, if its labels are known."""
         if self.known.cells is None or axis in self.known.open_axes:
             return
-        found = (cell.coords[axis] for cell in self.known.cells if axis in cell.coords)
-        labels = list(dict.fromkeys(map(str, found)))
+        axis_labels = (cell.coords[axis] for cell in self.known.cells if axis in cell.coords)
+        labels = list(dict.fromkeys(map(str, axis_labels)))
         if labels and value.value not in labels:
             listed = f"it has {name_list(labels)}"
             hint = did_you_mean(value.value, labels, listed)

@@ -81,14 +81,14 @@ def check_reachable_p(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic
         return []
     settings = experiment.spec.statistics
     blocks: dict[object, list[ResolvedExperiment]] = {}
-    for each in variants:
-        blocks.setdefault(dict(each.spec.variant).get(PROMPTS_AXIS), []).append(each)
+    for variant in variants:
+        blocks.setdefault(dict(variant.spec.variant).get(PROMPTS_AXIS), []).append(variant)
     units: list[int] = []
-    for own in blocks.values():
-        count = _count_units(own[0].table.runs["clean"].rows, settings)
-        units += [count] * _count_tests(own)
-    found = check_cell_units(units, settings, tested[0].span, row_unit(experiment))
-    return found or _check_groups(blocks.values())
+    for block in blocks.values():
+        count = _count_units(block[0].table.runs["clean"].rows, settings)
+        units += [count] * _count_tests(block)
+    problems = check_cell_units(units, settings, tested[0].span, row_unit(experiment))
+    return problems or _check_groups(blocks.values())
 
 
 def _count_units(rows: Sequence[RunRow], settings: spec.Statistics) -> int:
@@ -103,24 +103,24 @@ def _check_groups(blocks: Iterable[Sequence[ResolvedExperiment]]) -> list[Diagno
     its cells are one family, except those with too few rows for a p-value."""
     blocks = list(blocks)
     experiment = blocks[0][0]
-    settings, found = experiment.spec.statistics, list[Diagnostic]()
+    settings, problems = experiment.spec.statistics, list[Diagnostic]()
     for report in experiment.spec.reports:
         by, units = report.by, list[int]()
         if by is None:
             continue
-        for own in blocks:
+        for block in blocks:
             groups: dict[str, list[RunRow]] = {}
-            for row in own[0].table.runs["clean"].rows:
+            for row in block[0].table.runs["clean"].rows:
                 if by in row.values:
                     groups.setdefault(str(row.values[by]), []).append(row)
             for rows in groups.values():
-                units += [_count_units(rows, settings)] * _count_tests(own)
+                units += [_count_units(rows, settings)] * _count_tests(block)
         units = [each for each in units if each >= MIN_UNITS] or units
         if units and len(unreachable_cells(units, settings)) == len(units):
             where = f"in the table by {by}, "
             unit = row_unit(experiment)
-            found += check_cell_units(units, settings, report.span, unit, where)
-    return found
+            problems += check_cell_units(units, settings, report.span, unit, where)
+    return problems
 
 
 def _count_tests(variants: Sequence[ResolvedExperiment]) -> int:
@@ -142,14 +142,16 @@ def _count_cells(variants: Sequence[ResolvedExperiment], *, observed: bool) -> i
         observed: Whether to distinguish cells that differ only in what is observed.
     """
     over, count = variants[0].spec.over, 0
-    for each in variants:
-        fixed = {} if each.place is None else each.place.fixed
-        left_out = fixed.keys() | (frozenset() if observed else each.observed_axes)
-        counted = [axis for axis in each.axes if axis.name not in left_out]
+    for variant in variants:
+        fixed = {} if variant.place is None else variant.place.fixed
+        left_out = fixed.keys() | (frozenset() if observed else variant.observed_axes)
+        counted = [axis for axis in variant.axes if axis.name not in left_out]
         if over is not None:
             counted = [axis for axis in counted if over not in (axis.name, axis.alias)]
-        count += count_cells(counted, each.nested and each.nested.along(each.nested.axes, fixed))
-    labels = {str(dict(each.spec.variant).get(over or "", "")) for each in variants}
+        count += count_cells(
+            counted, variant.nested and variant.nested.along(variant.nested.axes, fixed)
+        )
+    labels = {str(dict(variant.spec.variant).get(over or "", "")) for variant in variants}
     return count // len(labels)
 
 
@@ -334,7 +336,7 @@ class _ConditionReader(CellReader):
             raise unreadable_expectation(
                 span, "it states no condition", "write a condition, or `top 3 contains L9H9`"
             )
-        numbers = [i for i, each in enumerate(self.known.measures) if each.kind == "number"]
+        numbers = [i for i, measure in enumerate(self.known.measures) if measure.kind == "number"]
         if len(numbers) > 1:
             hint = (
                 "`contains` can't name a measure: move the other measures to a separate experiment"
@@ -448,8 +450,8 @@ class _ConditionReader(CellReader):
         if other.id not in self.known.experiments:
             otherwise = "name another experiment of this file"
             hint = did_you_mean(other.id, self.known.experiments, otherwise)
-            found = UnknownName(span=other.span, kind="experiment", name=other.id, hint=hint)
-            raise RefusedCondition(found)
+            problem = UnknownName(span=other.span, kind="experiment", name=other.id, hint=hint)
+            raise RefusedCondition(problem)
         if how == "spearman" and not self.on_mean:
             name = self.argument(node, 0, example).span.written
             hint = (
@@ -511,7 +513,7 @@ class _ConditionReader(CellReader):
             raise unreadable_expectation(named.span, reason, hint)
         if mixes_counts_and_shares(at):
             raise unreadable_expectation(named.span, *_mixture(axis))
-        if any(each in self.known.axes for each in self.known.open_axes):
+        if any(open_axis in self.known.axes for open_axis in self.known.open_axes):
             return
         distinct = set(at)
         if len(distinct) < 2:
@@ -552,34 +554,37 @@ class _ConditionReader(CellReader):
                 hint += f"; to rank the positions of each row, write `{map_example}`"
             raise unreadable_expectation(node.span, "every cell has a value in each row", hint)
         if where and self.known.cells is not None:
-            found = self.find(where)
-            if len(found) > 1:
-                count = "several" if self.known.open_axes else len(found)
-                at = ", ".join(each.text for each in where)
+            cells = self.find(where)
+            if len(cells) > 1:
+                count = "several" if self.known.open_axes else len(cells)
+                at = ", ".join(cell_selection.text for cell_selection in where)
                 hint = f"rows are ranked within one cell: name it, as in {example}"
                 raise unreadable_expectation(node.span, f"{at} matches {count} cells", hint)
-            if not found:
-                self.not_one(node.span, where, found)
+            if not cells:
+                self.not_one(node.span, where, cells)
         return Ranking(measure, where, column=None if run else column, run=run)
 
     def accuracy(self, node: ast.Call) -> str:
         """Return the run of an accuracy; with several blocks or models, the run of one of them."""
         named = [
-            each for name in ACCURACY_ARGUMENTS for each in node.arguments if each.name == name
+            argument
+            for name in ACCURACY_ARGUMENTS
+            for argument in node.arguments
+            if argument.name == name
         ]
         if not named or node.arguments[0] in named or len(node.arguments) != 1 + len(named):
             return self.run(self.only_argument(node, "accuracy(clean)"))
         run = self.argument(node, 0, "accuracy(clean)")
-        name = ", ".join(each.value.span.written.strip('"') for each in named)
+        name = ", ".join(argument.value.span.written.strip('"') for argument in named)
         whose = ACCURACY_ARGUMENTS[named[0].name or ""]
         key = f"{run.span.written} ({name})"
         if key not in self.known.runs:
-            own = [each for each in self.known.runs if each.startswith(f"{run.span.written} (")]
-            if not own:
+            runs = [each for each in self.known.runs if each.startswith(f"{run.span.written} (")]
+            if not runs:
                 self.run(run)  # reports an unknown run
                 reason, hint = f"it runs on one {whose}", "leave it out"
                 raise unreadable_expectation(named[0].span, reason, hint)
-            known = [each.removesuffix(")").partition(" (")[2] for each in own]
+            known = [each.removesuffix(")").partition(" (")[2] for each in runs]
             hint = did_you_mean(name, known, f"it runs on {name_list(known)}")
             unknown = UnknownName(span=named[0].span, kind=whose, name=name, hint=hint)
             raise RefusedCondition(unknown)
@@ -590,20 +595,20 @@ class _ConditionReader(CellReader):
             raise unreadable_expectation(
                 run.span, "not the name of a run", "write `accuracy(clean)`"
             )
-        found = find_run(run.id, self.known.runs)
-        own = [each for each in self.known.runs if each.startswith(f"{run.id} (")]
-        if found is None and own:
-            first = own[0].removesuffix(")").partition(" (")[2]
+        run_name = find_run(run.id, self.known.runs)
+        runs = [each for each in self.known.runs if each.startswith(f"{run.id} (")]
+        if run_name is None and runs:
+            first = runs[0].removesuffix(")").partition(" (")[2]
             words = [w for w in ACCURACY_ARGUMENTS if w in self.known.axes] or ["model"]
             of = ", ".join(f"{w}: {x}" for w, x in zip(words, first.split(", "), strict=False))
             hint = f"name one: `accuracy({run.id}, {of})`"
             reason = f"each {ACCURACY_ARGUMENTS[words[0]]} has a separate accuracy"
             raise unreadable_expectation(run.span, reason, hint)
-        if found is None:
+        if run_name is None:
             known = name_list(self.known.runs)
             hint = did_you_mean(run.id, self.known.runs, f"the runs are: {known}")
             raise RefusedCondition(UnknownName(span=run.span, kind="run", name=run.id, hint=hint))
-        return found
+        return run_name
 
     def only_argument(self, node: ast.Call, example: str) -> ast.Expr:
         self.no_more(node, 1, example)
@@ -655,9 +660,9 @@ class _ConditionReader(CellReader):
         if not isinstance(node, ast.QualifiedRef) or self.labelled(node):
             return self, self.measure(node)
         measures = self.known.measures
-        if any(node.of.whole in each.names for each in measures):
+        if any(node.of.whole in measure.names for measure in measures):
             return self, self.measure(node)
-        labels = [each.label for each in measures]
+        labels = [measure.label for measure in measures]
         other = self.other(node.of, node.of.whole, node.name, labels)
         start = node.span.start
         span = replace(node.span, end=start + len(node.name))
@@ -714,14 +719,14 @@ def check_results(
 ) -> list[Diagnostic]:
     """Check an experiment's use of its results."""
     undecided = _undecided(variants, program)
-    found = _against_axes(variants, program, every)
-    resolved = [each.resolved for each in variants if each.resolved is not None]
-    unknown: list[UnknownFact] = [what for each in variants for what in each.unknown]
+    problems = _against_axes(variants, program, every)
+    resolved = [variant.resolved for variant in variants if variant.resolved is not None]
+    unknown: list[UnknownFact] = [what for variant in variants for what in variant.unknown]
     if len(resolved) == len(variants):
         counted = not undecided and "count" not in unknown
         few = check_reachable_p(resolved)
-        found += [replace(each, by_text=counted) for each in few]
-    return filter_certain(found, unknown)
+        problems += [replace(problem, by_text=counted) for problem in few]
+    return filter_certain(problems, unknown)
 
 
 def _undecided(variants: Sequence[ExperimentOutline], program: spec.Program) -> set[str]:
@@ -750,12 +755,14 @@ def _facts_for_reports(
     positions of this circuit depend on parameters."""
     said = variants[0].spec
     graph = any(rule.observed is not None and rule.observed.facts.has_graph for rule in said.rules)
-    resolved = [each.resolved for each in variants if each.resolved is not None]
-    circuits = [rule.circuit for each in resolved for rule in each.rules]
+    resolved = [variant.resolved for variant in variants if variant.resolved is not None]
+    circuits = [rule.circuit for experiment in resolved for rule in experiment.rules]
     return {
         "writes": said.generation is not None,
         "circuit": graph or any(rule.circuit_name in program.circuits for rule in said.rules),
-        "has_parameters": any(each is not None and "" in each.place_texts for each in circuits),
+        "has_parameters": any(
+            circuit is not None and "" in circuit.place_texts for circuit in circuits
+        ),
     }
 
 
@@ -767,7 +774,7 @@ def _against_axes(
     said = experiment.spec
     own, aliases, perhaps = _axes(variants)
     axes = list(dict.fromkeys([*own, *aliases, *sorted(perhaps)]))
-    tables = list({id(each.table): each.table for each in variants}.values())
+    tables = list({id(variant.table): variant.table for variant in variants}.values())
     rows = [row for table in tables for row in table.runs["clean"].rows]
     of_all = rows[0].values if rows else {}
     for row in rows:
@@ -776,15 +783,15 @@ def _against_axes(
     values = list(of_all)
     columns_unknown = any(table.columns_unknown for table in tables)
     measures = _measures(experiment)
-    found: list[Diagnostic] = [*_effects_of_categories(measures, said)]
+    problems: list[Diagnostic] = [*_effects_of_categories(measures, said)]
     all_known = None not in experiment.measures
     facts = _facts_for_reports(variants, program)
     for report in said.reports:
         of = measures if all_known else None
-        found.extend(check_report(report, axes, values, of, **facts))
+        problems.extend(check_report(report, axes, values, of, **facts))
     by = said.statistics.by
     if by is not None and by not in values and not columns_unknown:
-        found.append(
+        problems.append(
             UnknownName(
                 span=said.statistics.span,
                 kind="value of the prompts",
@@ -796,15 +803,15 @@ def _against_axes(
                 ),
             )
         )
-    found.extend(_of_several_images(by, tables, said))
-    found.extend(_averaged(variants))
-    found.extend(_paired_alike(variants, axes))
+    problems.extend(_of_several_images(by, tables, said))
+    problems.extend(_averaged(variants))
+    problems.extend(_paired_alike(variants, axes))
     if said.expects and measures:
         known = _known(variants, program)
         names = compared_experiments(said).intersection(every) - {experiment.name}
         others = {name: _known(every[name], program) for name in sorted(names)}
         groups = dict(program.groups)
-        groups |= {each.name: each for own in said.expects for each in own.groups}
+        groups |= {group.name: group for expect in said.expects for group in expect.groups}
         truths = {
             "groups": {name: group.sites for name, group in groups.items()},
             "columns": None
@@ -814,8 +821,8 @@ def _against_axes(
         }
         known = replace(known, others=others, **truths)
         for expectation in said.expects:
-            found.extend(check_expectation(expectation, known))
-    return found
+            problems.extend(check_expectation(expectation, known))
+    return problems
 
 
 def _of_several_images(
@@ -850,13 +857,13 @@ def _check_over(variants: Sequence[ExperimentOutline]) -> str | None:
 
 def _axes(variants: Sequence[ExperimentOutline]) -> tuple[list[str], dict[str, str], set[str]]:
     """Return (axes of the results, their second names, axes that may exist)."""
-    own = join_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants])
+    axes = join_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants])
     aliases = {a.alias: a.name for e in variants for a in e.axes if a.alias is not None}
     perhaps = {name for e in variants for name in e.perhaps}
     over = _check_over(variants)
-    own = [name for name in own if name != over]
+    axes = [name for name in axes if name != over]
     aliases = {name: of for name, of in aliases.items() if of != over}
-    return own, aliases, perhaps - {over}
+    return axes, aliases, perhaps - {over}
 
 
 def _averaged(variants: Sequence[ExperimentOutline]) -> Iterator[Diagnostic]:
@@ -922,7 +929,7 @@ def _known(variants: Sequence[ExperimentOutline], program: spec.Program) -> Know
     """Return the names in an experiment that expectations may refer to."""
     experiment = variants[0]
     undecided = _undecided(variants, program)
-    own, aliases, perhaps = _axes(variants)
+    names, aliases, perhaps = _axes(variants)
     over = _check_over(variants)
     seconds = {a.alias for e in variants for a in e.axes if a.alias is not None and a.name == over}
     resolved = [e.resolved for e in variants if e.resolved is not None]
@@ -930,11 +937,11 @@ def _known(variants: Sequence[ExperimentOutline], program: spec.Program) -> Know
     if len(resolved) == len(variants):
         every = [part for e in resolved for part in split_by_group(e)]
         parts = [(e.spec.variant, name_cells(e, undecided, texts=False)) for e in every]
-        cells = join_cells(own if over is None else [*own, over], parts)
+        cells = join_cells(names if over is None else [*names, over], parts)
         cells = cells if over is None else average_cells(cells, over)[0]
     return KnownNames(
         _measures(experiment),
-        list(dict.fromkeys([*own, *aliases, *sorted(perhaps)])) if perhaps else own,
+        list(dict.fromkeys([*names, *aliases, *sorted(perhaps)])) if perhaps else names,
         _runs(variants),
         [e.name for e in program.experiments if e.name != experiment.name],
         aliases,
@@ -948,12 +955,14 @@ def _known(variants: Sequence[ExperimentOutline], program: spec.Program) -> Know
 
 def _runs(variants: Sequence[ExperimentOutline]) -> list[str]:
     """Return the names of runs in results; each block or model has separate runs."""
-    told = distinguish_variants([(each.spec.variant, each.model.name) for each in variants])
+    told = distinguish_variants(
+        [(variant.spec.variant, variant.model.name) for variant in variants]
+    )
     return list(
         dict.fromkeys(
             f"{run} ({whose})" if whose else run
-            for each, whose in zip(variants, told, strict=True)
-            for run in each.table.runs
+            for variant, whose in zip(variants, told, strict=True)
+            for run in variant.table.runs
         )
     )
 
@@ -983,10 +992,10 @@ def _paired_alike(
         name = report.variable
         if report.kind != "confusion" or name is None or name in axes:
             continue
-        for each in variants:
-            source, base = each.spec.source, each.spec.base
-            runs = each.table.runs
-            if source is None or each.table.stands_in or not {source, base} <= runs.keys():
+        for variant in variants:
+            source, base = variant.spec.source, variant.spec.base
+            runs = variant.table.runs
+            if source is None or variant.table.stands_in or not {source, base} <= runs.keys():
                 continue
             values = [row.values.get(name) for row in runs["clean"].rows]
             between = runs[source].prompts != runs[base].prompts

@@ -121,12 +121,7 @@ from mechdsl.resolve.node_circuits import (
     with_everything,
 )
 from mechdsl.resolve.trainings import check_objective
-from mechdsl.resolve.types import (
-    ExperimentOutline,
-    ModelContext,
-    ResolvedExperiment,
-    ResolvedRule,
-)
+from mechdsl.resolve.types import ExperimentOutline, ModelContext, ResolvedExperiment, ResolvedRule
 from mechdsl.rules.kinds import RULES, registered_words
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
@@ -170,29 +165,35 @@ class BrokenLines:
         """
         kinds = ast.ExperimentDef | ast.PromptsDef
         self.source = tree.span.source
-        self.starts = [each.span.start for each in tree.statements if isinstance(each, kinds)]
-        self.names = {name for each in lost for name in each.names}
-        self.lost_words = {words[0] for each in lost if (words := each.span.text.split(None, 1))}
+        self.starts = [
+            statement.span.start for statement in tree.statements if isinstance(statement, kinds)
+        ]
+        self.names = {name for statement in lost for name in statement.names}
+        self.lost_words = {
+            words[0] for statement in lost if (words := statement.span.text.split(None, 1))
+        }
         """First words of the lost statements."""
-        self.refused = [each.name for each in syntax if isinstance(each, ReservedName)]
+        self.refused = [problem.name for problem in syntax if isinstance(problem, ReservedName)]
         """Words of the language that the file uses as names."""
         self.torn: dict[int, set[str]] = defaultdict(set)
         """Words of the lost statements, by their block."""
-        for each in lost:
-            self.torn[self.block(each.span)].update(_WORD.findall(each.span.text))
-        errors = [(each, each.span) for each in syntax if each.span and _of_text(each)]
+        for statement in lost:
+            self.torn[self.block(statement.span)].update(_WORD.findall(statement.span.text))
+        errors = [
+            (problem, problem.span) for problem in syntax if problem.span and _of_text(problem)
+        ]
         self.wrong = {self.block(span) for _, span in errors}
         self.unfinished = {
-            each.name.id
-            for each in tree.statements
-            if isinstance(each, ast.ExperimentDef | ast.PromptsDef)
-            and self.block(each.span) in self.wrong
+            statement.name.id
+            for statement in tree.statements
+            if isinstance(statement, ast.ExperimentDef | ast.PromptsDef)
+            and self.block(statement.span) in self.wrong
         }
         """Blocks that contain an error."""
         self.unclosed = {
             (span.source, span.line)
-            for each, span in errors
-            if isinstance(each, UnterminatedString)
+            for problem, span in errors
+            if isinstance(problem, UnterminatedString)
         }
 
     def block(self, span: Span) -> int:
@@ -206,8 +207,8 @@ class BrokenLines:
         if words is None:
             return frozenset()
         words = words - (RESERVED - AXIS_WORDS)  # `measure` isn't a misspelt `feature`
-        found = {axis for axis in AXIS_WORDS if closest_name(axis, words)}  # even if misspelt
-        return frozenset({*found, *(f"to_{axis}" for axis in found), *_POSITION_AXES})
+        axis_names = {axis for axis in AXIS_WORDS if closest_name(axis, words)}  # even if misspelt
+        return frozenset({*axis_names, *(f"to_{axis}" for axis in axis_names), *_POSITION_AXES})
 
     def names_lost_before(self, span: Span | None) -> bool:
         """Whether the text before a span, in the same line, names a lost definition."""
@@ -273,14 +274,14 @@ SKIPPED_CHECK_KINDS = (
 
 
 def list_skipped_checks(
-    found: Sequence[Diagnostic], program: spec.Program, source: Source
+    problems: Sequence[Diagnostic], program: spec.Program, source: Source
 ) -> list[Diagnostic]:
     """Add the lines of the file that are only partly checked to each W0710."""
     return [
-        replace(each, waiting=_skipped_checks(each.model, program, source))
-        if isinstance(each, ModelNotLocal)
-        else each
-        for each in found
+        replace(problem, waiting=_skipped_checks(problem.model, program, source))
+        if isinstance(problem, ModelNotLocal)
+        else problem
+        for problem in problems
     ]
 
 
@@ -303,14 +304,14 @@ def _skipped_checks(model: str, program: spec.Program, source: Source) -> str:
 
 def _depends_on(name: str | None, program: spec.Program) -> set[str]:
     """Return a model and the models that it is made from."""
-    found: set[str] = set()
+    names: set[str] = set()
     waiting = [] if name is None else [name]
     while waiting:
         name = waiting.pop()
-        if name not in found:
-            found.add(name)
+        if name not in names:
+            names.add(name)
             waiting += program.models[name].bases if name in program.models else ()
-    return found
+    return names
 
 
 def _parts(
@@ -381,8 +382,8 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
         for program, experiments in files
         for save in {
             save.span: save
-            for each in experiments
-            for save in (*each.saves, *each.saved_directions)
+            for experiment in experiments
+            for save in (*experiment.saves, *experiment.saved_directions)
         }.values()
     ]
     if not reports and not saves:
@@ -391,13 +392,13 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
     for program, _ in files:
         for path, what in _read_by(program):
             read.setdefault(_identity(path), (what, program))
-    found: list[Diagnostic] = []
+    diagnostics: list[Diagnostic] = []
     first: dict[Hashable, tuple[spec.Report, spec.Program]] = {}
     for report, program in reports.values():
         assert report.file is not None
         target, problems = path_to_write(f"report {report.kind}", report.file, report.span)
         if target is None:
-            found.extend(problems)
+            diagnostics.extend(problems)
             continue
         path = _identity(target)
         other, of = first.setdefault(path, (report, program))
@@ -414,10 +415,10 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
         else:
             continue
         hint = "use a separate file for each report"
-        found.append(BadReport(span=report.span, kind=report.kind, reason=reason, hint=hint))
+        diagnostics.append(BadReport(span=report.span, kind=report.kind, reason=reason, hint=hint))
     taken = {path: f"the report on line {each.span.line}" for path, (each, _) in first.items()}
     taken |= {path: what for path, (what, _) in read.items()}
-    return [*found, *_saved(saves, taken)]
+    return [*diagnostics, *_saved(saves, taken)]
 
 
 def _saved(
@@ -477,8 +478,8 @@ def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
             for path in paths_to_read(ROWS_PATH, written, prompts.rows.span)[0]:
                 shown = path.name if WILDCARD in written else written
                 yield path, f"`{shown}`, the rows of prompts `{prompts.name}`"
-    made = [(each.name, each.value) for each in program.directions.values()]
-    made += [(each.name, each.method) for each in program.bases.values()]
+    made = [(direction.name, direction.value) for direction in program.directions.values()]
+    made += [(basis.name, basis.method) for basis in program.bases.values()]
     for name, tree in made:
         for node in walk(tree):
             construct, written = path_argument(node, program.parameters) or (None, "")
@@ -603,19 +604,23 @@ def _collect_resolved(outlines: Iterable[ExperimentOutline], checked: CheckedFil
     """Add the experiments that can run to the checked file."""
     skipped = {*checked.unchecked, *checked.unrun}
     resolved = [
-        each.resolved
-        for each in outlines
-        if each.resolved is not None and each.spec.name not in skipped
+        outline.resolved
+        for outline in outlines
+        if outline.resolved is not None and outline.spec.name not in skipped
     ]
-    measured = (each for each in resolved if each.measures)
-    checked.experiments.extend(part for each in measured for part in split_by_group(each))
-    checked.saving.extend(each for each in resolved if each.saves or each.direction_files)
+    measured = (experiment for experiment in resolved if experiment.measures)
+    checked.experiments.extend(
+        part for experiment in measured for part in split_by_group(experiment)
+    )
+    checked.saving.extend(
+        experiment for experiment in resolved if experiment.saves or experiment.direction_files
+    )
 
 
 def _check_source(
     source: Source, settings: CheckSettings, models: Mapping[str, ModelContext]
 ) -> CheckedFile:
-    settings, found = _without_contradiction(settings)
+    settings, problems = _without_contradiction(settings)
     source = replace(
         source,
         reach=source_reach(source, outside=settings.allow_outside, untrusted=settings.untrusted),
@@ -625,7 +630,7 @@ def _check_source(
     program, lowered = lower_program(tree, source, words, settings.parameters, settings.callables)
     program = program.model_copy(update={"trained": dict(settings.trained)})
     broken = BrokenLines([*syntax, *lowered], tree, program.lost)
-    checked = CheckedFile(source, program, settings, diagnostics=[*found, *lowered])
+    checked = CheckedFile(source, program, settings, diagnostics=[*problems, *lowered])
     experiments = list(program.experiments)
     if settings.only:
         experiments = _only(settings.only, checked)
@@ -666,10 +671,10 @@ def _check_source(
         for name, value in program.metrics.items()
         if name in METRICS
     )
-    found = [each for each in checked.diagnostics if not broken.cause(each)]
-    if has_errors([*syntax, *found]):  # an error may be the reason for an unused name
-        found = [d for d in found if not isinstance(d, UnusedName)]
-    checked.diagnostics = _unique(list_skipped_checks([*syntax, *found], program, source))
+    problems = [problem for problem in checked.diagnostics if not broken.cause(problem)]
+    if has_errors([*syntax, *problems]):  # an error may be the reason for an unused name
+        problems = [d for d in problems if not isinstance(d, UnusedName)]
+    checked.diagnostics = _unique(list_skipped_checks([*syntax, *problems], program, source))
     return checked
 
 
@@ -718,12 +723,14 @@ def _resolve_objectives(
     errors."""
     program = checked.program
     wanted = {
-        (own.name, each.model): None
-        for each in experiments
+        (own.name, experiment.model): None
+        for experiment in experiments
         for own in (
-            *used_bases(each, program),
-            *used_directions(each, program),
-            *sorted(used_masks(each, program), key=lambda own: name_nodes(own) is not None),
+            *used_bases(experiment, program),
+            *used_directions(experiment, program),
+            *sorted(
+                used_masks(experiment, program), key=lambda basis: name_nodes(basis) is not None
+            ),
         )
     }
     for name, model in wanted:
@@ -742,10 +749,10 @@ def _resolve_objectives(
         default = objective.rules[0].at.span.source
         if default is not objective.span.source:  # positions that the file doesn't have
             checked.diagnostics[before:] = [
-                each
-                if each.span is None or each.span.source is not default
-                else _report_default_positions(each, objective.rules[0].span)
-                for each in checked.diagnostics[before:]
+                problem
+                if problem.span is None or problem.span.source is not default
+                else _report_default_positions(problem, objective.rules[0].span)
+                for problem in checked.diagnostics[before:]
             ]
         if known.resolved is None:
             continue
@@ -780,7 +787,7 @@ def _without_contradiction(settings: CheckSettings) -> tuple[CheckSettings, list
         "--allow-python": settings.python == "run",
         "--allow-outside": settings.allow_outside,
     }
-    found: list[Diagnostic] = [
+    problems: list[Diagnostic] = [
         BadCommandLine(
             reason=f"`--untrusted` and `{option}` contradict each other",
             hint=f"remove `{option}`; or review the file and remove `--untrusted`",
@@ -788,22 +795,22 @@ def _without_contradiction(settings: CheckSettings) -> tuple[CheckSettings, list
         for option, given in allowed.items()
         if given
     ]
-    return replace(settings, python="refuse", allow_outside=False), found
+    return replace(settings, python="refuse", allow_outside=False), problems
 
 
 def group_variants(experiments: Iterable[ExperimentT]) -> list[list[ExperimentT]]:
     """Group the experiments of the file, each with all its variants."""
-    found: dict[str, list[ExperimentT]] = {}
+    variants: dict[str, list[ExperimentT]] = {}
     for experiment in experiments:
-        found.setdefault(experiment.name, []).append(experiment)
-    return list(found.values())
+        variants.setdefault(experiment.name, []).append(experiment)
+    return list(variants.values())
 
 
 def needed_models(checked: CheckedFile) -> list[str]:
     """Return the names of the models that experiments run on; with `--only` there may be others."""
     running = (*checked.experiments, *checked.saving)
     wanted = {*(e.name for e in running), *checked.unchecked}
-    found = [
+    models = [
         name
         for e in checked.program.experiments
         if e.name in wanted
@@ -814,7 +821,7 @@ def needed_models(checked: CheckedFile) -> list[str]:
         )
         if name is not None
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(models))
 
 
 def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
@@ -858,11 +865,11 @@ def _outline(
     others += [name for rows in fitted for name in rows.models]
     model, *read = (contexts.models.context(name) for name in (experiment.model, *others))
     model = contexts.towers.reading(experiment.prompts, model)
-    if read and any(each.shape.side for each in (model, *read)):
+    if read and any(context.shape.side for context in (model, *read)):
         what = "another model together with one with two towers"
         checked.diagnostics.append(NotSupported(span=experiment.span, what=what))
     _check_fit_models(experiment, checked, contexts, model)
-    if any(each.stands_in for each in (model, *read)):
+    if any(context.stands_in for context in (model, *read)):
         _skip(checked.unchecked, experiment)
     blocks = [experiment.prompts, *(run.prompts for run in experiment.elsewhere)]
     blocks += [name for rows in fitted for name in rows.blocks]
@@ -883,11 +890,11 @@ def _outline(
     model, problems = attach_texts(model, table, experiment)
     checked.diagnostics.extend(problems)
     draws = None if contexts.prompts_enough is None else limits.CHECKED_DRAWS
-    known, found = outline_experiment(
+    known, diagnostics = outline_experiment(
         experiment, filled.program, model, table, RULES, findings, draws
     )
     masks, problems = check_masks(filled, table)
-    found = [*_drop_missing_control(found, experiment, checked.diagnostics), *problems]
+    diagnostics = [*_drop_missing_control(diagnostics, experiment, checked.diagnostics), *problems]
     if experiment.broken or findings.keys() != set(experiment.after):
         known = replace(known, resolved=None)
     if filled.waits:
@@ -895,25 +902,25 @@ def _outline(
     if known.resolved is not None:
         resolved = replace(known.resolved, masks=masks)
         known = replace(known, resolved=resolved)
-        found += check_measure_tokens(resolved)
-        found += check_image_support(resolved)
+        diagnostics += check_measure_tokens(resolved)
+        diagnostics += check_image_support(resolved)
         for each in (*resolved.derived.values(), resolved):
-            found += _write_warnings(each) if experiment.prompts != spec.NO_PROMPTS else []
-        found += [*_answers(resolved), *_unread_blocks(resolved)]
-        found += _tested_where_picked(resolved, filled.program)
-    checked.diagnostics.extend(filter_certain(found, known.unknown))
+            diagnostics += _write_warnings(each) if experiment.prompts != spec.NO_PROMPTS else []
+        diagnostics += [*_answers(resolved), *_unread_blocks(resolved)]
+        diagnostics += _tested_where_picked(resolved, filled.program)
+    checked.diagnostics.extend(filter_certain(diagnostics, known.unknown))
     return known
 
 
 def _drop_missing_control(
-    found: list[Diagnostic], experiment: spec.Experiment, earlier: Sequence[Diagnostic]
+    problems: list[Diagnostic], experiment: spec.Experiment, earlier: Sequence[Diagnostic]
 ) -> list[Diagnostic]:
     """Drop E0207 for `against none` after an error, which may be the reason why the experiment uses
     nothing trained."""
     line = experiment.without_control
     if line is None or not has_errors(earlier):
-        return found
-    return [each for each in found if each.span != line.span]
+        return problems
+    return [problem for problem in problems if problem.span != line.span]
 
 
 def _check_fit_models(
@@ -928,9 +935,9 @@ def _check_fit_models(
             checked.diagnostics += [] if problem is None else [problem]
 
 
-def _unknown_runs(found: Iterable[Diagnostic]) -> set[str]:
+def _unknown_runs(problems: Iterable[Diagnostic]) -> set[str]:
     """Return unknown runs of `from … into …` and `with`, which are already reported."""
-    return {d.name for d in found if isinstance(d, UnknownName) and d.kind == "run"}
+    return {d.name for d in problems if isinstance(d, UnknownName) and d.kind == "run"}
 
 
 def _skip(names: list[str], experiment: spec.Experiment) -> None:
@@ -962,7 +969,7 @@ def _with_means(
             others[fill.of.span.written] = read
     for rows in fit_rows_of_experiment(experiment, checked.program):
         others[rows.key] = contexts.read_by(rows, experiment, model)
-    stands_in = any(each.stands_in for each in (table, *others.values()))
+    stands_in = any(prompt_table.stands_in for prompt_table in (table, *others.values()))
     return replace(table, other_tables=others, stands_in=stands_in) if others else table
 
 
@@ -970,17 +977,19 @@ def _stand_ins(
     experiment: spec.Experiment, checked: CheckedFile, outlines: Mapping[str, ExperimentOutline]
 ) -> dict[str, Finding]:
     """Return placeholders for the results that an experiment uses, except rejected experiments."""
-    found: dict[str, Finding] = {}
+    findings: dict[str, Finding] = {}
     for name in experiment.after:
         variants = [each for each in checked.program.experiments if each.name == name]
-        known = [outlines[each.key] for each in variants if each.key in outlines]
-        parts = [VariantFinding(each.resolved) for each in known if each.resolved is not None]
+        known = [outlines[variant.key] for variant in variants if variant.key in outlines]
+        parts = [
+            VariantFinding(outline.resolved) for outline in known if outline.resolved is not None
+        ]
         for skipped in (checked.unchecked, checked.unrun):
             if name in skipped:
                 _skip(skipped, experiment)
         if parts and len(parts) == len(variants):
-            found[name] = Finding(tuple(parts))
-    return found
+            findings[name] = Finding(tuple(parts))
+    return findings
 
 
 def _tested_where_picked(experiment: ResolvedExperiment, program: spec.Program) -> list[Diagnostic]:
@@ -988,30 +997,30 @@ def _tested_where_picked(experiment: ResolvedExperiment, program: spec.Program) 
     if not experiment.measures:
         return []
     name, block = experiment.name, experiment.table.name
-    own = program.prompts.get(block)
+    prompts = program.prompts.get(block)
     parts = f"run `{{of}}` on `{block}.train` and `{name}` on `{block}.test`"
     hint = f"split the rows: add `split 50%` to `prompts {block}`, then {parts}"
-    if own is not None and own.split is not None:
+    if prompts is not None and prompts.split is not None:
         hint = (
             f"{parts}; if a training reads `{block}.train`, run `{{of}}` on a copy of "
             f"`prompts {block}` with other rows (`where`)"
         )
     return [
         SelectionRowsReused(
-            span=experiment.sites_of[each.of].span,
+            span=experiment.sites_of[selection.of].span,
             experiment=experiment.name,
-            of=each.of,
-            shared=each.shared,
-            rows=each.rows,
-            hint=hint.format(of=each.of),
+            of=selection.of,
+            shared=selection.shared,
+            rows=selection.rows,
+            hint=hint.format(of=selection.of),
         )
-        for each in find_selections([experiment])
+        for selection in find_selections([experiment])
     ]
 
 
 def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diagnostic]:
     """Check the statements of an experiment against one another, independently of the model."""
-    found: list[Diagnostic] = []
+    problems: list[Diagnostic] = []
     for run in (experiment, *experiment.derived):
         rules = [rule for rule in run.rules if rule.observed is None]
         if experiment.broken or not all(_patches_itself(rule, run) for rule in rules):
@@ -1019,20 +1028,22 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
         for rule in rules:
             does = f"this rule patches `{rule.source}` into itself"
             hint = "name two runs, as in `from clean into CORRUPTION`, unless this is a control"
-            found.append(SelfWrite(span=rule.span, does=does, hint=hint, by_text=True))
+            problems.append(SelfWrite(span=rule.span, does=does, hint=hint, by_text=True))
     for measure in experiment.measures:
         effect = EFFECTS.get(measure.effect)
         if effect is None:
             hint = did_you_mean(measure.effect, EFFECTS, f"effects are {', '.join(EFFECTS)}")
             hint = AREA_HINTS.get(measure.effect.lower(), hint)
-            found.append(
+            problems.append(
                 UnknownWord(span=measure.effect_span, kind="effect", word=measure.effect, hint=hint)
             )
         elif measure.observed and effect.name not in ("raw", "delta"):
             reason = f"`{effect.name}` isn't available for observations"
             hint = "write `as raw`, or `as delta` for the change caused by the rules"
             text = measure.span.written
-            found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
+            problems.append(
+                UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint)
+            )
         elif experiment.broken:
             continue  # the error may be why a source or rule is missing
         elif effect.name in NODE_FORMS and not names_circuit(experiment, program):
@@ -1041,27 +1052,29 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
                 reason, hint = problem
                 hint = hint or _suggest_effect_rule(experiment, effect, program)
                 text = measure.span.written
-                found.append(
+                problems.append(
                     UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint)
                 )
         elif effect.circuit is not None and not _has_circuit_rule(experiment, effect, program):
             reason = f"`{effect.name}` is defined for `{effect.circuit} …`"
             hint = _suggest_effect_rule(experiment, effect, program)
             text = measure.span.written
-            found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
+            problems.append(
+                UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint)
+            )
         elif effect.needs_source and experiment.source is None:
             corruptions = program.prompts[experiment.prompts].corruptions
             base = corruptions[0].name if corruptions else "CORRUPTION"
-            found.append(EffectNeedsSource(span=measure.span, effect=effect.name, base=base))
+            problems.append(EffectNeedsSource(span=measure.span, effect=effect.name, base=base))
         elif effect.zero is not None and effect.name != "total" and not _acts(experiment, measure):
-            found.append(
+            problems.append(
                 EffectWithoutRule(
                     span=measure.span,
                     effect=effect.name,
                     instead="raw" if experiment.source is None else "total",
                 )
             )
-    return found
+    return problems
 
 
 def _suggest_effect_rule(
@@ -1082,8 +1095,8 @@ def _suggest_circuit_rule(experiment: spec.Experiment, form: str, program: spec.
     """
     for rule in experiment.rules:
         if rule.circuit_name in program.circuits and rule.site is not None:
-            own = rule.span.source.text[rule.at.span.start : rule.span.end]
-            return f"{form.replace('CIRCUIT', rule.site.span.written)} at {own}"
+            text = rule.span.source.text[rule.at.span.start : rule.span.end]
+            return f"{form.replace('CIRCUIT', rule.site.span.written)} at {text}"
     named = form.replace("CIRCUIT", next(iter(program.circuits), "CIRCUIT"))
     return f"{named} at tokens * with {experiment.source or 'zero'}"
 
@@ -1127,12 +1140,12 @@ def _answers(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Warn of a rule on the whole prompt if a measure reads tokens after it."""
     return [
         AnswerNotCovered(
-            span=each.at.span,
-            measure=each.measure,
-            tokens=each.tokens,
-            instead=each.instead,
+            span=answer.at.span,
+            measure=answer.measure,
+            tokens=answer.tokens,
+            instead=answer.instead,
         )
-        for each in find_omitted_answers(experiment)
+        for answer in find_omitted_answers(experiment)
     ]
 
 
@@ -1149,7 +1162,7 @@ def _unread_blocks(experiment: ResolvedExperiment) -> list[Diagnostic]:
     reads = any(rule.in_vision and not rule.writes_vision for rule in rules)
     if reads or experiment.saves or experiment.spec.broken:
         return []
-    found: list[Diagnostic] = []
+    problems: list[Diagnostic] = []
     for rule in rules:
         ends = rule.sites if rule.path is None else rule.path.receivers
         points = [] if ends is None else [p for here in ends.points.values() for p in here]
@@ -1157,14 +1170,14 @@ def _unread_blocks(experiment: ResolvedExperiment) -> list[Diagnostic]:
             last, name = shape.others["vision"].read_layers - 1, experiment.model.name
             first, span = min(point.layer or 0 for point in points), rule.spec.span
             if last >= 0:
-                found.append(UnreadBlocks(span=span, model=name, last=last, first=first))
-    return found
+                problems.append(UnreadBlocks(span=span, model=name, last=last, first=first))
+    return problems
 
 
 def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Warn of a write at token 0, which may be the attention sink."""
     base = experiment.table.runs[experiment.spec.base]
-    found: list[Diagnostic] = []
+    problems: list[Diagnostic] = []
     for rule in experiment.rules:
         # The tokens that another experiment selects are unknown before the run.
         ranked = any(isinstance(node, ast.RankedTokens) for node in walk(rule.spec.at))
@@ -1177,9 +1190,9 @@ def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
             # A sweep over every token includes token 0 with a clear label.
             if row is not None and len(rule.positions.written) == 1 and len(cell.hits[row][0]) == 1:
                 token = experiment.model.tokenizer.token_text(base.rows[row].ids[0])
-                found.append(FirstTokenWrite(span=rule.spec.at.span, token=token))
+                problems.append(FirstTokenWrite(span=rule.spec.at.span, token=token))
                 break
-    return found
+    return problems
 
 
 def _single_rows(experiment: ResolvedExperiment) -> list[Diagnostic]:
@@ -1192,7 +1205,7 @@ def _single_rows(experiment: ResolvedExperiment) -> list[Diagnostic]:
         return []
     rules = [rule for rule in experiment.rules if rule.spec.verb != "observe"]
     changing = [rule for rule in rules if not _keeps_rows(rule, experiment)]
-    found: dict[Span, Diagnostic] = {}
+    problems: dict[Span, Diagnostic] = {}
     for rule in rules:
         if any(_act_together(rule, each) for each in changing):
             continue  # also if the rule itself changes rows
@@ -1200,8 +1213,8 @@ def _single_rows(experiment: ResolvedExperiment) -> list[Diagnostic]:
         within = f" by {rule.spec.by}" if rule.spec.by else ""
         does = f"`with {fill}{within}` has no second row, so each row keeps its values"
         hint = _suggest_rows(experiment)
-        found[rule.spec.span] = SelfWrite(span=rule.spec.span, does=does, hint=hint)
-    return list(found.values())
+        problems[rule.spec.span] = SelfWrite(span=rule.spec.span, does=does, hint=hint)
+    return list(problems.values())
 
 
 def _act_together(first: ResolvedRule, second: ResolvedRule) -> bool:
@@ -1226,14 +1239,14 @@ def _keeps_rows(rule: ResolvedRule, experiment: ResolvedExperiment) -> bool:
 
 def _suggest_rows(experiment: ResolvedExperiment) -> str:
     """Return the hint for an experiment with too few rows for a mean."""
-    own, table = experiment.spec, experiment.table
-    if own.limit is not None and len(table) == own.limit:
-        return f"write a larger number than `limit {own.limit}`"
+    definition, table = experiment.spec, experiment.table
+    if definition.limit is not None and len(table) == definition.limit:
+        return f"write a larger number than `limit {definition.limit}`"
     block = None if table.block_rows is None else table.block_rows.block
     if block is not None and block.draws:
-        written = own.part is not None and not block.spec.split_for
-        name = f"{table.name}.{own.part}" if written else table.name
+        written = definition.part is not None and not block.spec.split_for
+        name = f"{table.name}.{definition.part}" if written else table.name
         return f"write how many rows to sample: `prompts {name} limit 40`"
-    if own.part == "test":
+    if definition.part == "test":
         return f"write the mean of the training rows: `with mean of {table.name}.train`"
     return f"give `{table.name}` more rows"

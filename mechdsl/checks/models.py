@@ -48,10 +48,10 @@ from mechdsl.syntax.traversal import walk
 
 def largest_indices(program: spec.Program) -> dict[str, int]:
     """Return the highest index of a `layer`, `head`, `neuron` and `expert` in the file."""
-    found: dict[str, int] = {}
+    indices: dict[str, int] = {}
     for word, index in _named_indices(program):
-        found[word] = max(index, found.get(word, 0))
-    return found
+        indices[word] = max(index, indices.get(word, 0))
+    return indices
 
 
 def _named_indices(program: spec.Program) -> Iterator[tuple[str, int]]:
@@ -140,7 +140,7 @@ def check_measure_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Check that the model has all tokens that measures name."""
     if experiment.model.shape.takes == "image":
         return []
-    every = [atom for each in (*experiment.measures, *experiment.keep) for atom in each.atoms]
+    every = [atom for measure in (*experiment.measures, *experiment.keep) for atom in measure.atoms]
     atoms = [atom for atom in every if not atom.of_class]
     named = (token for atom in atoms for token in atom.named)
     return _all_there(named, experiment.model, "a measure")
@@ -203,13 +203,13 @@ class ModelContexts:
     def context(self, name: str) -> ModelContext:
         """Return what is known about a model, or a placeholder if it is missing or rejected."""
         if name not in self._models:
-            found = self.given.get(name) or self._read(name)
-            if not found.shape.stands_in and not found.tokenizer.stands_in:
-                problems = check_tokenizer(found)
+            context = self.given.get(name) or self._read(name)
+            if not context.shape.stands_in and not context.tokenizer.stands_in:
+                problems = check_tokenizer(context)
                 self.diagnostics.extend(problems)
                 if problems:
-                    found = replace(found, tokenizer=self.stand_in)
-            self._models[name] = found
+                    context = replace(context, tokenizer=self.stand_in)
+            self._models[name] = context
         return self._models[name]
 
     def fitting(self, model: ModelContext, table: PromptTable) -> ModelContext:
@@ -241,8 +241,8 @@ class ModelContexts:
         elif model.base is not None:
             shape, tokenizer = self._adapted(model, self.context(model.base))
         elif (folder := self._folder(model)) is not None:
-            shape, found = read_shape(folder, model=model.name, span=model.span)
-            self.diagnostics.extend(found)
+            shape, problems = read_shape(folder, model=model.name, span=model.span)
+            self.diagnostics.extend(problems)
             if shape is not None and shape.takes == "image":
                 tokenizer = self._images(folder, shape, model)
             elif shape is not None or has_tokenizer(folder):
@@ -257,13 +257,13 @@ class ModelContexts:
     def _images(self, folder: Path, shape: ModelShape, model: spec.Model) -> TextTokenizer | None:
         """Return the image processor of the model."""
         assert shape.patches is not None  # otherwise its folder is rejected
-        reader, found = read_tower_inputs(folder, shape, model)
-        self.diagnostics.extend(found)
+        reader, problems = read_tower_inputs(folder, shape, model)
+        self.diagnostics.extend(problems)
         return reader
 
     def _folder(self, model: spec.Model) -> Path | None:
-        folder, found = locate_model(model, model.span.source.folder)
-        self.diagnostics.extend(require_model(found) if self.require else found)
+        folder, problems = locate_model(model, model.span.source.folder)
+        self.diagnostics.extend(require_model(problems) if self.require else problems)
         return folder
 
     def _made(
@@ -278,8 +278,8 @@ class ModelContexts:
         elif self.mode == "look":
             self.diagnostics.append(check_python_model(model, function, required=self.require))
         elif self.build is not None and not has_errors(self.diagnostics):
-            made, found = self.build(model, function)
-            self.diagnostics.extend(found)
+            made, problems = self.build(model, function)
+            self.diagnostics.extend(problems)
         if made is None:
             return None, None
         self.built[model.name] = made
@@ -322,19 +322,25 @@ class ModelContexts:
             return None, None
         from mechdsl.models.folder import check_adapter_task, check_base_model, read_scaling
 
-        scaling, found = read_scaling(folder, model)
+        scaling, problems = read_scaling(folder, model)
         if scaling is not None:
-            found += check_base_model(folder, model, base.spec)
-            found += check_adapter_task(folder, model, base.spec, base.shape)
-        self.diagnostics.extend(found)
-        if has_errors(found):
+            problems += check_base_model(folder, model, base.spec)
+            problems += check_adapter_task(folder, model, base.spec, base.shape)
+        self.diagnostics.extend(problems)
+        if has_errors(problems):
             return None, None
         tokenizer = base.tokenizer
         if has_tokenizer(folder):
-            own = self._tokenizer(folder, model.model_copy(update={"bos": base.spec.bos}))
-            own = own and own.with_starts(base.shape.starts)
-            if own is None or base.tokenizer.stands_in or not own.same_as(base.tokenizer):
-                tokenizer = own
+            text_tokenizer = self._tokenizer(
+                folder, model.model_copy(update={"bos": base.spec.bos})
+            )
+            text_tokenizer = text_tokenizer and text_tokenizer.with_starts(base.shape.starts)
+            if (
+                text_tokenizer is None
+                or base.tokenizer.stands_in
+                or not text_tokenizer.same_as(base.tokenizer)
+            ):
+                tokenizer = text_tokenizer
         return base.shape, tokenizer
 
     @cached_property
@@ -355,9 +361,9 @@ class ModelContexts:
             key = (model.bos, *(file.read_bytes() for file in files if file.is_file()))
         if key not in self._tokenizers:
             read = read_prompt_tokenizer if images else TextTokenizer.from_folder
-            found, problems = read(folder, model.bos, span=model.span)
+            tokenizer, problems = read(folder, model.bos, span=model.span)
             self.diagnostics.extend(problems)
-            self._tokenizers[key] = found
+            self._tokenizers[key] = tokenizer
         return self._tokenizers[key]
 
     def words(self, name: str) -> list[str] | None:
@@ -378,20 +384,20 @@ def check_input_kind(prompts: spec.Prompts, model: ModelContext) -> Diagnostic |
     if shape.stands_in or prompts.name == spec.NO_PROMPTS:
         return None
     images = prompts.kind == "images"
-    sounds = [each for each in prompts.pictures if each.is_sound]
+    sounds = [picture for picture in prompts.pictures if picture.is_sound]
     hears = shape.takes == "sound to text"
     if (sounds or hears) and not (hears and len(sounds) == len(prompts.pictures) > 0):
         return _unheard(prompts, model, sounds)
     if prompts.pictures and (shape.has_processor or shape.takes == "image"):
         if shape.has_processor:
             at = prompts.pictures[0].span
-            video = next((each for each in prompts.pictures if each.is_video), None)
+            video = next((picture for picture in prompts.pictures if picture.is_video), None)
             at = at if video is None else video.span
             videos = video is not None
-            found = check_processor(
+            problems = check_processor(
                 model.tokenizer, model=model.name, span=at, videos=videos, sounds=hears
             )
-            return next(iter(found), None)
+            return next(iter(problems), None)
     elif prompts.pictures:
         hint = "choose a vision-language model for it, or remove the images"
         return _mismatch(prompts, model, ("texts", "of texts with images", hint))
@@ -448,19 +454,19 @@ def check_image_support(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Report E0108 for rules, saves and metrics that aren't applicable to images."""
     if experiment.model.shape.takes != "image":
         return []
-    found: list[Diagnostic] = []
+    problems: list[Diagnostic] = []
     for rule in experiment.every_rule:
         if rule.does.changes == "input" and isinstance(rule.spec.fill, ast.String):
-            found.append(NotSupported(span=rule.spec.span, what="a text in an image"))
+            problems.append(NotSupported(span=rule.spec.span, what="a text in an image"))
         elif rule.sites is not None:
             points = [p for here in rule.sites.points.values() for p in here]
-            found += _of_logits(points, rule.spec.span)
+            problems += _of_logits(points, rule.spec.span)
     for save in experiment.saves:
-        found += _of_logits(save.points, save.spec.span)
+        problems += _of_logits(save.points, save.spec.span)
     for measure in experiment.measures:
         points = [atom.point for atom in measure.atoms if atom.point is not None]
-        found += _of_logits(points, measure.expression.span)
-    return found
+        problems += _of_logits(points, measure.expression.span)
+    return problems
 
 
 def _of_logits(points: Iterable[SitePoint], span: Span) -> list[Diagnostic]:
@@ -471,7 +477,7 @@ def _of_logits(points: Iterable[SitePoint], span: Span) -> list[Diagnostic]:
 
 def check_edits(edits: ResolvedExperiment) -> list[Diagnostic]:
     """Report E0344 for edits with several directions, of which one would be used after another."""
-    found: list[Diagnostic] = []
+    problems: list[Diagnostic] = []
     for rule in edits.rules:
         assert rule.sites is not None
         axes = set[str]()
@@ -484,8 +490,8 @@ def check_edits(edits: ResolvedExperiment) -> list[Diagnostic]:
             named = rule.spec.direction.span.written
             reason = f"`{named}` is a direction for each {several[0]}"
             hint = f"select one: `{named}[{several[0]} 2]`"
-            found.append(BadWeights(span=rule.spec.direction.span, reason=reason, hint=hint))
-    return found
+            problems.append(BadWeights(span=rule.spec.direction.span, reason=reason, hint=hint))
+    return problems
 
 
 def _bare(model: ModelContext) -> Diagnostic:

@@ -91,7 +91,7 @@ def resolve_objective(
         return None, problems
     found, problems = resolve_experiment(asked, checked.program, own.model, own.table, RULES)
     if found is None:
-        return None, [each for each in problems if each.severity == "error"]
+        return None, [problem for problem in problems if problem.severity == "error"]
     problems = [*_check_place(found), *_check_gradient(found), *_check_rules(found)]
     if problems:
         return None, problems[:1]
@@ -108,7 +108,7 @@ def _refuse(span: Span, what: str, reason: str, hint: str) -> NoEstimate:
 
 
 def _choose_experiment(checked: CheckedFile, name: str | None) -> ResolvedExperiment | Diagnostic:
-    known = list(dict.fromkeys(each.name for each in checked.experiments))
+    known = list(dict.fromkeys(experiment.name for experiment in checked.experiments))
     if name is None and len(known) == 1:
         (name,) = known
     if name not in known:
@@ -119,16 +119,16 @@ def _choose_experiment(checked: CheckedFile, name: str | None) -> ResolvedExperi
             reason = f"the file has {len(known) or 'no'} experiments with a measure"
             hint = f'name one: `experiment="{known[0]}"`' if known else listed
         return BadCommandLine(reason=reason, hint=hint)
-    own = [each for each in checked.experiments if each.name == name]
-    if len(own) > 1:
-        what = f"`{name}`, which has {len(own)} results"
+    experiments = [experiment for experiment in checked.experiments if experiment.name == name]
+    if len(experiments) > 1:
+        what = f"`{name}`, which has {len(experiments)} results"
         hint = "write an experiment with one model, source and basis, and measures at one position"
-        return _refuse(own[0].spec.span, what, "an objective is one of them", hint)
-    return own[0]
+        return _refuse(experiments[0].spec.span, what, "an objective is one of them", hint)
+    return experiments[0]
 
 
 def _choose_measure(experiment: ResolvedExperiment, label: str | None) -> spec.Measure | Diagnostic:
-    measures = {each.label: each for each in experiment.spec.measures}
+    measures = {measure.label: measure for measure in experiment.spec.measures}
     if label is None and len(measures) == 1:
         (label,) = measures
     if label in measures:
@@ -151,7 +151,9 @@ def _parse_place(
     source = Source(f"{before}{place}\n}}\n", origin="site and at")
     tree, problems = parse(source, registered_words())
     here = Span(source, len(before), len(before) + len(place))
-    errors = [each for each in problems if each.span is not None and each.span.line == _LINE]
+    errors = [
+        problem for problem in problems if problem.span is not None and problem.span.line == _LINE
+    ]
     if "\n" in place or (has_errors(problems) and not errors):
         return None, [_bad_place(here, "is more than a site and a position", _EXAMPLE)]
     if errors:
@@ -179,22 +181,22 @@ def _parse_place(
     return rule, []
 
 
-def _check_spec(own: spec.Experiment) -> Iterator[Diagnostic]:
+def _check_spec(experiment: spec.Experiment) -> Iterator[Diagnostic]:
     """Yield E0608 for statements of an experiment that an objective can't include."""
-    (measure,) = own.measures
-    if own.generation is not None:
+    (measure,) = experiment.measures
+    if experiment.generation is not None:
         reason, hint = "a selected token has no gradient", "remove `generate`"
-        yield _refuse(own.generation.span, "generated text", reason, hint)
-    elif own.estimator is not None:
+        yield _refuse(experiment.generation.span, "generated text", reason, hint)
+    elif experiment.estimator is not None:
         reason = "the experiment estimates its effects"
-        yield _refuse(own.estimator.span, f"`{measure.label}`", reason, "remove `using`")
-    elif own.after:
-        reason = f"its rules depend on the results of `{own.after[0]}`"
+        yield _refuse(experiment.estimator.span, f"`{measure.label}`", reason, "remove `using`")
+    elif experiment.after:
+        reason = f"its rules depend on the results of `{experiment.after[0]}`"
         hint = "write the selected sites"
-        yield _refuse(own.span, f"`{own.name}`", reason, hint)
-    elif own.derived:
+        yield _refuse(experiment.span, f"`{experiment.name}`", reason, hint)
+    elif experiment.derived:
         reason, hint = "the experiment has a run with rules", "write the rules in the experiment"
-        yield _refuse(own.derived[0].span, f"`{own.derived[0].name}`", reason, hint)
+        yield _refuse(experiment.derived[0].span, f"`{experiment.derived[0].name}`", reason, hint)
     elif measure.observed:
         reason, hint = "it measures an observation", "measure the output of the model"
         yield _refuse(measure.span, f"`{measure.label}`", reason, hint)
@@ -205,11 +207,11 @@ def _check_spec(own: spec.Experiment) -> Iterator[Diagnostic]:
         yield _refuse(measure.effect_span, what, reason, hint)
 
 
-def _check_place(found: ResolvedExperiment) -> Iterator[Diagnostic]:
+def _check_place(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0207 for a site or positions that aren't one vector of one or several tokens, and
     E0608 for a site in the vision encoder."""
-    (save,) = found.saves
-    run, said = found.table.runs[save.run], save.spec
+    (save,) = experiment.saves
+    run, said = experiment.table.runs[save.run], save.spec
     if any(SITES[point.site].stack == "vision" for point in save.points):
         what = f"`{said.site.span.written}`"
         reason = "the vision encoder runs before the language model, without gradients"
@@ -227,7 +229,7 @@ def _check_place(found: ResolvedExperiment) -> Iterator[Diagnostic]:
     for cell in save.cells:
         many = next((n for n, hits in enumerate(cell.hits) if len(hits) > 1), None)
         if many is not None:
-            reason = f"is in row {found.table.row_ids[many]} {len(cell.hits[many])} times"
+            reason = f"is in row {experiment.table.row_ids[many]} {len(cell.hits[many])} times"
             yield _bad_place(said.at.span, reason, "name one of them: `item 1 token`")
 
 
@@ -235,58 +237,62 @@ def _bad_place(span: Span, reason: str, hint: str) -> BadArgument:
     return BadArgument(span=span, name=span.written, reason=reason, hint=hint)
 
 
-def _check_encoders(found: ResolvedExperiment) -> Iterator[Diagnostic]:
+def _check_encoders(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0608 for rules in a vision encoder."""
-    for rule in found.rules:
+    for rule in experiment.rules:
         if rule.in_vision:
             reason = "it acts in the vision encoder, before the language model"
             yield _refuse(rule.spec.span, f"`{rule.spec.verb}`", reason, "remove the rule")
 
 
-def _check_gradient(found: ResolvedExperiment) -> Iterator[Diagnostic]:
+def _check_gradient(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0608 for a measure or runs without a gradient."""
-    (measure,), (said,) = found.measures, found.spec.measures
-    flat = find_flat_part(measure, found.spec.base, at_base=False)
+    (measure,), (said,) = experiment.measures, experiment.spec.measures
+    flat = find_flat_part(measure, experiment.spec.base, at_base=False)
     if flat is not None:
         yield _refuse(said.metric.span, f"`{flat[0]}`", *flat[1:])
     elif measure.in_reply is not None:
         hint = "measure a logit, a probability or a difference of logits"
         yield _refuse(said.span, "tokens of a reply", "a selected token has no gradient", hint)
-    for run in (found.spec.base, *(rule.run for rule in found.rules), *measure.compared_runs):
-        if found.table.runs[run].noise is not None:
+    for run in (
+        experiment.spec.base,
+        *(rule.run for rule in experiment.rules),
+        *measure.compared_runs,
+    ):
+        if experiment.table.runs[run].noise is not None:
             hint = "name a corruption that changes the text"
-            yield _refuse(found.spec.span, f"the run `{run}`", "it has noise", hint)
+            yield _refuse(experiment.spec.span, f"the run `{run}`", "it has noise", hint)
 
 
-def _check_rules(found: ResolvedExperiment) -> Iterator[Diagnostic]:
+def _check_rules(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0608 for rules that an objective can't apply."""
-    if found.n_cells > 1:
+    if experiment.n_cells > 1:
         hint = "name one site, position and number in each rule, or set a `param`"
-        what = f"`{found.name}`, which has {found.n_cells} cells"
-        yield _refuse(found.spec.span, what, "an objective is one of them", hint)
-    for rule in found.rules:
+        what = f"`{experiment.name}`, which has {experiment.n_cells} cells"
+        yield _refuse(experiment.spec.span, what, "an objective is one of them", hint)
+    for rule in experiment.rules:
         reason = ""
         if rule.spec.observed is not None:
             reason = "it observes and changes nothing"
         elif rule.path is not None or rule.does.changes != "sites":
             reason = "an objective applies rules that write vectors at sites"
-        elif any(_is_in_answer(cell, found) for cell in rule.positions.written.values()):
+        elif any(_is_in_answer(cell, experiment) for cell in rule.positions.written.values()):
             reason = "it acts on tokens after the prompt"
         if reason:
             what = f"`{rule.spec.verb}`" if rule.spec.observed is None else "`observe`"
             yield _refuse(rule.spec.span, what, reason, "remove the rule")
 
 
-def _is_in_answer(cell: PositionCell, found: ResolvedExperiment) -> bool:
-    return is_after_prompts(cell, found.table.runs[found.spec.base].rows)
+def _is_in_answer(cell: PositionCell, experiment: ResolvedExperiment) -> bool:
+    return is_after_prompts(cell, experiment.table.runs[experiment.spec.base].rows)
 
 
 def describe_autograd_failure(objective: ResolvedObjective, said: str) -> Sequence[Diagnostic]:
     """Return E0608 for a model that autograd can't differentiate."""
-    own = objective.experiment
-    reason = f"autograd can't follow `{own.model.name}` ({said[:200]})"
+    experiment = objective.experiment
+    reason = f"autograd can't follow `{experiment.model.name}` ({said[:200]})"
     hint = "use a model without in-place operations"
-    return [_refuse(own.spec.span, f"`{own.measures[0].label}`", reason, hint)]
+    return [_refuse(experiment.spec.span, f"`{experiment.measures[0].label}`", reason, hint)]
 
 
 def describe_overwrite(objective: ResolvedObjective, number: int) -> Sequence[Diagnostic]:

@@ -157,7 +157,7 @@ class TowerModels:
         if ref is None or images is None or images.kind != "images" or unknown:
             return attach_placeholder_images(model, table)
         reader = self._model(model.name)
-        found, problems = pair_run(
+        run, problems = pair_run(
             table,
             self._compiled(experiment.prompts, model.tokenizer).block,
             self._compiled(ref.name, reader.tokenizer),
@@ -168,21 +168,21 @@ class TowerModels:
             span=ref.span,
         )
         self._say(problems, reader, ref.name)
-        if found is None:
+        if run is None:
             return attach_placeholder_images(model, table)
-        own = [row.image for row in found.run.rows if row.image is not None]
+        pictures = [row.image for row in run.run.rows if row.image is not None]
         every = None
         if measures_choice(experiment):
             whole = self._every(ref.name, reader)
             rows = () if whole is None else whole.runs[CLEAN].rows
             every = [row.image for row in rows if row.image is not None]
-        return attach_images(model, table, ref.name, own, every)
+        return attach_images(model, table, ref.name, pictures, every)
 
     def _every(self, name: str, model: ModelContext) -> PromptTable | None:
         """Return all rows of a block, without limits."""
         if name not in self._whole:
-            self._whole[name], found = self._build(name, model)
-            self._say(found, model, name)
+            self._whole[name], problems = self._build(name, model)
+            self._say(problems, model, name)
         return self._whole[name]
 
 
@@ -278,23 +278,23 @@ def attach_replies(
         if part.means is None:
             tokens = _room(named, every[0], table, model)
             return add_stand_in_replies(table, named.text, tokens), []
-        found, problems = add_replies(table, _only(part, cell), model.tokenizer, named.text)
-        _check_lengths(found, model, named)
+        prompt_table, problems = add_replies(table, _only(part, cell), model.tokenizer, named.text)
+        _check_lengths(prompt_table, model, named)
     except PickError as refusal:
         problem = _bad(named, refusal.reason, refusal.hint)
     except RefusedCondition as refusal:
         problem = _reworded(named, refusal.diagnostic)
     else:
-        return found, problems
+        return prompt_table, problems
     return add_stand_in_replies(table, named.text, _ANY), [problem]
 
 
 def _parts(finding: Finding) -> list[VariantFinding]:
     """Return one part per variant, because measures at several positions share their replies."""
-    found: dict[object, VariantFinding] = {}
+    parts: dict[object, VariantFinding] = {}
     for part in finding.parts:
-        found.setdefault(get_whole_spec(part.experiment).variant, part)
-    return list(found.values())
+        parts.setdefault(get_whole_spec(part.experiment).variant, part)
+    return list(parts.values())
 
 
 def _check(
@@ -363,22 +363,22 @@ def _cell(
     cells = join_cells(axes, own)
     known = KnownNames((), axes, cells=cells, open_axes=undecided, name=named.of)
     finder = CellReader(known, of_other=True)
-    found = finder.find(finder.wheres(named.cell))
-    if len(found) != 1 and not (undecided and found):
-        raise _not_one(named, axes, cells, len(found))
-    return every[found[0]]
+    cell_numbers = finder.find(finder.wheres(named.cell))
+    if len(cell_numbers) != 1 and not (undecided and cell_numbers):
+        raise _not_one(named, axes, cells, len(cell_numbers))
+    return every[cell_numbers[0]]
 
 
 def _not_one(
-    named: RepliesOf, axes: Sequence[str], cells: Sequence[CellKey], found: int
+    named: RepliesOf, axes: Sequence[str], cells: Sequence[CellKey], count: int
 ) -> PickError:
-    if found:
+    if count:
         said = ", ".join(
             f'{axis}: "{value}"' if isinstance(value, str) else f"{axis}: {value}"
             for axis, value in cells[0].coords.items()
         )
         return PickError(
-            f"{found} cells of `{named.of}` generate replies"
+            f"{count} cells of `{named.of}` generate replies"
             + (" there" if named.cell else ", each different"),
             f"select one cell: `replies of {named.of}({said})`",
         )
@@ -440,12 +440,12 @@ def _bad(named: RepliesOf, reason: str, hint: str) -> Diagnostic:
     return RepliesNotUsable(span=named.span, text=named.text, reason=reason, hint=hint)
 
 
-def _reworded(named: RepliesOf, found: Diagnostic) -> Diagnostic:
+def _reworded(named: RepliesOf, problem: Diagnostic) -> Diagnostic:
     """Reword an error about a named cell, because the context isn't an expectation."""
-    if not isinstance(found, UnreadableExpectation):
-        return found
+    if not isinstance(problem, UnreadableExpectation):
+        return problem
     return RepliesNotUsable(
-        span=found.span or named.span, text=named.text, reason=found.reason, hint=found.hint
+        span=problem.span or named.span, text=named.text, reason=problem.reason, hint=problem.hint
     )
 
 
@@ -528,7 +528,7 @@ class FileContexts:
             labels: Naming of answers, if a different model defines it.
             used: Used corruptions, each of which must change every row; None for all.
         """
-        runs = frozenset(each.name for each in self.program.prompts[name].corruptions)
+        runs = frozenset(corruption.name for corruption in self.program.prompts[name].corruptions)
         used = runs if used is None else used & runs
         if self.limit is not None and not trains:
             limit = self.limit if limit is None else min(limit, self.limit)
@@ -563,14 +563,14 @@ class FileContexts:
             self.diagnostics.append(problem)
         elif not self.needs_python(name):
             if self.program.prompts[name].streamed:
-                table, found = self._first_part(name, model)
+                table, problems = self._first_part(name, model)
             else:
-                table, found = self._build(
+                table, problems = self._build(
                     name, model, limit=limit, part=part, labels=labels, used=used
                 )
             if table is not None:
-                found = [*found, *check_prompt_tokens(table, model)]
-            self._say(found, model, name)
+                problems = [*problems, *check_prompt_tokens(table, model)]
+            self._say(problems, model, name)
         if table is None:
             table = stand_in_table(self._compiled(name).block, self.models.stand_in)
             if self.program.prompts[name].kind == "images":
@@ -595,18 +595,18 @@ class FileContexts:
 
     def part(self, name: str, model: ModelContext, ids: Sequence[int]) -> StreamedPart:
         """Return these rows of a block whose rows are read in parts."""
-        table, found = self._build(name, model, ids=ids, any_length=True)
+        table, problems = self._build(name, model, ids=ids, any_length=True)
         most = model.shape.max_positions
         if table is None or most is None:
-            return StreamedPart(table, found)
+            return StreamedPart(table, problems)
         rows = zip(table.row_ids, table.runs[CLEAN].rows, strict=True)
         fitting = [number for number, row in rows if len(row.ids) <= most]
         too_long = len(table) - len(fitting)
         if not fitting:
             return StreamedPart(None, [], too_long)
         if too_long:
-            table, found = self._build(name, model, ids=fitting)
-        return StreamedPart(table, found, too_long)
+            table, problems = self._build(name, model, ids=fitting)
+        return StreamedPart(table, problems, too_long)
 
     def of_experiment(
         self, experiment: spec.Experiment, model: ModelContext, labels: LabelNaming | None = None
@@ -656,13 +656,13 @@ class FileContexts:
         another block, maybe in the opposite tower of the model, or of another model."""
         key = (id(table), model.key, "partner", run.name)
         if run.name not in table.runs and key not in self._joined:
-            found, problems = None, []
+            partner, problems = None, []
             if table.stands_in:
                 pass
             elif run.prompts is not None:
-                own = self.models.context(model.name)
-                reader = self.towers.reading(run.prompts, own) if own.shape.texts else model
-                found, problems = self._of_block(run, run.prompts, model, table, reader)
+                context = self.models.context(model.name)
+                reader = self.towers.reading(run.prompts, context) if context.shape.texts else model
+                partner, problems = self._of_block(run, run.prompts, model, table, reader)
             else:
                 assert run.model is not None
                 other = self.models.context(run.model)
@@ -672,9 +672,9 @@ class FileContexts:
                     theirs = self.table(
                         table.name, other, None, None, used=frozenset(), trains=True
                     )
-                    found, problems = build_model_run(table, theirs, other, model, run)
+                    partner, problems = build_model_run(table, theirs, other, model, run)
             self._say(problems, model, *(name for name in (run.prompts,) if name))
-            joined = None if found is None else join_runs(table, [found])
+            joined = None if partner is None else join_runs(table, [partner])
             self._joined[key] = joined or add_stand_in_runs(table, [run.name])
         return self._joined.get(key, table)
 
@@ -691,10 +691,10 @@ class FileContexts:
         key = (id(table), experiment.replies.span, model.name)
         if key not in self._replied:
             others = [self.models.context(run.model) for run in experiment.elsewhere if run.model]
-            found, problems = attach_replies(
+            prompt_table, problems = attach_replies(
                 table, experiment, self.program, finding, model, others
             )
-            self._replied[key] = found
+            self._replied[key] = prompt_table
             self.diagnostics.extend(problems)
         return self._replied[key]
 
@@ -752,8 +752,8 @@ class FileContexts:
             )
         except UnsupportedProcessor as unfit:  # may depend on the sizes of the rows' images
             first = self.program.prompts[name].pictures[0]
-            found = report_unprepared(unfit, model.name, first.span, sounds=first.is_sound)
-            return None, [found]
+            problem = report_unprepared(unfit, model.name, first.span, sounds=first.is_sound)
+            return None, [problem]
 
     @cached_property
     def _continued_blocks(self) -> frozenset[str]:
@@ -778,10 +778,10 @@ class FileContexts:
 
     def needs_python(self, name: str) -> bool:
         """Whether the rows of a block require Python that isn't run here."""
-        own = self.program.prompts[name]
-        averaged = averaged_blocks(node for _, node in own.named_images)
-        blocks = (name, *(each.name for each in averaged))
-        known = [self.program.prompts[each] for each in blocks if each in self.program.prompts]
+        prompt = self.program.prompts[name]
+        averaged = averaged_blocks(node for _, node in prompt.named_images)
+        blocks = (name, *(ref.name for ref in averaged))
+        known = [self.program.prompts[block] for block in blocks if block in self.program.prompts]
         return not self.python and any(map(prompt_functions, known))
 
     def table_alone(self, name: str) -> None:
@@ -820,12 +820,12 @@ class FileContexts:
         key = (id(table), model.name, run.name, experiment.broken, read)
         if key not in self._runs:
             if run.prompts is not None:
-                found, problems = self._of_block(run, run.prompts, model, table)
+                partner, problems = self._of_block(run, run.prompts, model, table)
             else:
-                found, problems = self._of_model(run, experiment, model, table)
+                partner, problems = self._of_model(run, experiment, model, table)
             if not experiment.broken:  # the error may be why they don't fit
                 self._say(problems, model, *(name for name in (run.prompts,) if name))
-            self._runs[key] = found
+            self._runs[key] = partner
         return self._runs[key]
 
     def _of_block(
@@ -844,8 +844,8 @@ class FileContexts:
         """
         if self.needs_python(prompts):
             return None, []
-        own, other = self.models.reading(prompts, model), self.program.prompts[prompts]
-        reader = reader or own
+        context, other = self.models.reading(prompts, model), self.program.prompts[prompts]
+        reader = reader or context
         if other.streamed:
             return None, [report_streamed_use(other, run.span)]
         if (problem := check_input_kind(other, reader)) is not None:
@@ -857,7 +857,7 @@ class FileContexts:
             return None, rows.block.diagnostics
         return pair_run(
             table,
-            self._compiled(table.name, own.tokenizer).block,
+            self._compiled(table.name, context.tokenizer).block,
             rows,
             run.run,
             name=run.name,

@@ -25,12 +25,7 @@ from mechdsl.program.spec import SEED_AXIS
 from mechdsl.program.trainers import ChoosingTrainer, NodeSearchTrainer
 from mechdsl.program.trainings import list_seeds, used_masks, used_saved_positions
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.resolve.circuit_files import (
-    EMBEDDING,
-    ENCODER_EMBEDDING,
-    VISION_EMBEDDING,
-    VISION_END,
-)
+from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING, VISION_EMBEDDING, VISION_END
 from mechdsl.resolve.directions import describe_rows
 from mechdsl.resolve.sites import label_candidates, without_coordinates
 from mechdsl.resolve.trainings import (
@@ -86,8 +81,8 @@ def find_trained_nodes(name: str, program: spec.Program) -> spec.Basis | None:
         name: Name of the circuit.
     """
     nodes = name_nodes(program.masks[name]) if name in program.masks else None
-    found = None if nodes is None else program.masks.get(nodes.id)
-    return None if found is None or found.chooses_positions else found
+    basis = None if nodes is None else program.masks.get(nodes.id)
+    return None if basis is None or basis.chooses_positions else basis
 
 
 def check_seeds_of_nodes(
@@ -193,16 +188,16 @@ def fill_groups(
             waits = mask is None or not mask.is_trained
             coordinates.append(_ChosenCoordinates(definition, sites[0], waits))
         old = groups[definition.name]
-        found = {
+        fields = {
             "sites": sites,
             "choices": () if mask is None else tuple(_list_choices(mask)),
             "waits": mask is None or not mask.is_trained,
             "ranked": () if mask is None else tuple(_rank_sites(mask, definition)),
         }
-        groups[definition.name] = old.model_copy(update=found)
+        groups[definition.name] = old.model_copy(update=fields)
     expects = tuple(
-        each.model_copy(update={"groups": tuple(groups[own.name] for own in each.groups)})
-        for each in experiment.expects
+        expect.model_copy(update={"groups": tuple(groups[group.name] for group in expect.groups)})
+        for expect in experiment.expects
     )
     experiment = experiment.model_copy(update={"expects": expects})
     if coordinates or positions:
@@ -226,20 +221,20 @@ def _list_saved_positions(
 
 def _list_labels(mask: TrainedMask) -> Iterator[str]:
     """Yield the labels of the chosen positions."""
-    for own in mask.members:
-        if isinstance(own, PositionChoice):
-            yield own.label
+    for member in mask.members:
+        if isinstance(member, PositionChoice):
+            yield member.label
 
 
 def _fill_circuit(old: spec.Circuit, mask: TrainedMask, definition: spec.Basis) -> spec.Circuit:
     """Return a circuit with the edges that a training chose."""
-    found: dict[str, object] = {"scores": mask.scores}
+    fields: dict[str, object] = {"scores": mask.scores}
     if isinstance(mask.candidates[0], PlacedEdge):
         scores = dict(zip(mask.candidates, mask.scores, strict=False))
-        found = {"placed_scores": tuple(scores[own] for own in mask.chosen if own in scores)}
+        fields = {"placed_scores": tuple(scores[own] for own in mask.chosen if own in scores)}
     edges = tuple(_edges_of(mask.chosen, definition))
-    found |= {"edges": edges, "nodes": tuple(_name_nodes(definition))}
-    return old.model_copy(update=found)
+    fields |= {"edges": edges, "nodes": tuple(_name_nodes(definition))}
+    return old.model_copy(update=fields)
 
 
 def _list_choices(mask: TrainedMask) -> Iterator[int]:
@@ -265,7 +260,9 @@ def _rank_sites(mask: TrainedMask, definition: spec.Basis) -> Iterator[ast.Site]
 def _sites_of(chosen: tuple[MaskCandidate, ...], site: ast.Site, span: Span) -> Iterator[ast.Site]:
     """Yield the candidates' site with the layer and the units of some candidates, layer by layer;
     or with the chosen coordinates of its vector."""
-    numbers = tuple(each.number for each in chosen if isinstance(each, SiteCoordinate))
+    numbers = tuple(
+        coordinate.number for coordinate in chosen if isinstance(coordinate, SiteCoordinate)
+    )
     if numbers:
         axes = tuple(
             replace(axis, values=_values(numbers, span)) if axis is site.coordinates else axis
@@ -273,7 +270,7 @@ def _sites_of(chosen: tuple[MaskCandidate, ...], site: ast.Site, span: Span) -> 
         )
         yield replace(site, axes=axes, excluded=())
         return
-    points = [each for each in chosen if isinstance(each, SitePoint)]
+    points = [point for point in chosen if isinstance(point, SitePoint)]
     for layer in dict.fromkeys(point.layer for point in points):
         units = tuple(p.unit for p in points if p.layer == layer and p.unit is not None)
         own = {"layer": () if layer is None else (layer,)}
@@ -287,13 +284,13 @@ def _sites_of(chosen: tuple[MaskCandidate, ...], site: ast.Site, span: Span) -> 
 def _edges_of(chosen: tuple[MaskCandidate, ...], definition: spec.Basis) -> Iterator[ast.SiteMap]:
     """Yield chosen edges as a file names them."""
     span = definition.span
-    for each in chosen:
-        edge, at = each if isinstance(each, tuple) else None, None
-        if isinstance(each, PlacedEdge):
+    for points in chosen:
+        edge, at = points if isinstance(points, tuple) else None, None
+        if isinstance(points, PlacedEdge):
             assert definition.at is not None
-            edge, at = each.edge, definition.at.items[each.place]
+            edge, at = points.edge, definition.at.items[points.place]
         if edge is not None:
-            of, to = (_end(own, span) for own in edge)
+            of, to = (_end(point, span) for point in edge)
             yield ast.SiteMap(of, to, at, span=span)
 
 
@@ -439,7 +436,7 @@ def _numbers_of(item: ast.Site, site: ast.Site) -> list[ast.AxisRange]:
     if item.coordinates is None or without_coordinates(item) != without_coordinates(site):
         return []
     values = item.coordinates.values
-    return [replace(own, span=item.span) for own in values if isinstance(own, ast.AxisRange)]
+    return [replace(value, span=item.span) for value in values if isinstance(value, ast.AxisRange)]
 
 
 def check_masks(
@@ -497,9 +494,9 @@ def _compared_across_models(
     several = [axis for axis, _ in experiment.variant if axis in ("model", SEED_AXIS)]
     if not several:
         return None
-    for each in experiment.expects:
-        if any(group.name == definition.name for group in each.groups):
+    for expect in experiment.expects:
+        if any(group.name == definition.name for group in expect.groups):
             reason = f"has other sites for each {several[0]}, and the experiment has several"
             hint = f"write an experiment for each {several[0]}"
-            return BadArgument(span=each.span, name=definition.name, reason=reason, hint=hint)
+            return BadArgument(span=expect.span, name=definition.name, reason=reason, hint=hint)
     return None

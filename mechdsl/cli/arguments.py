@@ -43,12 +43,14 @@ class MechFile(click.Path):
             names = sorted(os.listdir(folder + slash or "."))
         except OSError:
             names = []
-        found = [
+        completions = [
             name
             for name in names
             if name.startswith(begun) and name.endswith(".mech") and (begun or name[0] != ".")
         ]
-        items = [CompletionItem(folder + slash + name) for name in found if name.isprintable()]
+        items = [
+            CompletionItem(folder + slash + name) for name in completions if name.isprintable()
+        ]
         return [*items, CompletionItem(incomplete, type="dir")]
 
 
@@ -277,7 +279,7 @@ _FILES_EACH = 4
 
 def find_mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnostic]]:
     """Return the files; folders are searched recursively and sorted by name. Codes: E0208."""
-    found: list[Path] = []
+    mech_files: list[Path] = []
     problems: list[Diagnostic] = []
     if paths.count(STDIN) > 1:
         problems.append(
@@ -288,7 +290,7 @@ def find_mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnosti
         )
     for path in paths:
         if path == STDIN:
-            found.append(path)
+            mech_files.append(path)
         elif os.path.isdir(path):  # unlike `Path.is_dir`, accepts any name
             inside = sorted(path.rglob("*.mech"))
             if not inside:
@@ -298,10 +300,10 @@ def find_mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnosti
                         hint="name a `.mech` file, or a folder that contains one",
                     )
                 )
-            found.extend(inside)
+            mech_files.extend(inside)
         else:
-            found.append(path)
-    return list(dict.fromkeys(found)), problems
+            mech_files.append(path)
+    return list(dict.fromkeys(mech_files)), problems
 
 
 def read_mech_file(path: Path) -> tuple[Source | None, list[Diagnostic]]:
@@ -394,8 +396,8 @@ def _divided(
                     raise RuntimeError(f"the process checking {file} ended unexpectedly")
                 for reader in cast("list[Connection]", wait(readers)):
                     try:
-                        done, found = reader.recv()
-                        results[done] = found
+                        done, outcome = reader.recv()
+                        results[done] = outcome
                     except EOFError:
                         readers.remove(reader)
             one = results.pop(number)
@@ -427,8 +429,8 @@ def _work_through(
             if number >= len(files):
                 return
             try:
-                found = work(files[number], how)
+                outcome = work(files[number], how)
             except Exception as error:
                 writer.send((number, error))
                 return
-            writer.send((number, found))
+            writer.send((number, outcome))

@@ -118,7 +118,7 @@ def main() -> None:
     # Torch's threads spin while they wait for one another: with a core in use by other work, that
     # took thirty times as long. Sleeping has no measurable cost.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if sys.argv[1:2] == ["validate"] and not any(own.startswith("--plugin") for own in sys.argv):
+    if sys.argv[1:2] == ["validate"] and not any(name.startswith("--plugin") for name in sys.argv):
         _import_lark()  # no other code of this process uses lark
     try:
         prepare_streams()

@@ -136,8 +136,8 @@ def _fit_files(
     problems += load_plugins(plugins)
     everything: list[CheckedFile] = []
     for path in paths if not problems else ():
-        checked, found = check_mech_file(path, options.settings)
-        problems += found
+        checked, diagnostics = check_mech_file(path, options.settings)
+        problems += diagnostics
         everything += [] if checked is None else [checked]
     print_diagnostics(problems)
     if has_errors(problems):
@@ -146,10 +146,10 @@ def _fit_files(
     status = SUCCESS
     for checked in everything:
         try:
-            found, own, status_of_file = train_with_bar(checked, options, stores)
+            diagnostics, own, status_of_file = train_with_bar(checked, options, stores)
         except KeyboardInterrupt as error:
             return report_interruption(error, CONTINUES)
-        done += found
+        done += diagnostics
         problems += own
         status = max(status, status_of_file)
     if form == "json":
@@ -170,8 +170,8 @@ def _print_json(fits: Sequence[TrainedFit], problems: Sequence[Diagnostic]) -> N
     document = {
         "schema": 1,
         "fits": [each.to_dict() for each in fits],
-        "seeds": [each.to_dict() for each in group_by_seeds(fits)],
-        "diagnostics": [diagnostic_facts(each) for each in problems],
+        "seeds": [reports.to_dict() for reports in group_by_seeds(fits)],
+        "diagnostics": [diagnostic_facts(problem) for problem in problems],
     }
     print_json(json.dumps(document, indent=1))
 
@@ -208,9 +208,9 @@ def train_with_bar(
     bar = ProgressBar(source.name, unit="steps")
     try:
         with bar:
-            own = replace(options, store=folder)
+            run_options = replace(options, store=folder)
             done, problems = train_file(
-                checked, own, on_progress=StepCounter(bar).advance, discovered=discovered
+                checked, run_options, on_progress=StepCounter(bar).advance, discovered=discovered
             )
     except Exception as error:
         if not own_processes().is_first:

@@ -100,9 +100,9 @@ def examples(folder: Path | None, listed: bool) -> int:
 
 def _list(origin: Path) -> int:
     """Print each example with the first sentence of its comment."""
-    found = sorted(origin.glob("*.mech"))
-    width = max(len(path.name) for path in found)
-    for path in found:
+    paths = sorted(origin.glob("*.mech"))
+    width = max(len(path.name) for path in paths)
+    for path in paths:
         print_line(f"{path.name:{width}}  {_about(path.read_text(encoding='utf-8'))}")
     return SUCCESS
 

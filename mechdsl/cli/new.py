@@ -184,9 +184,9 @@ def new(
     position = _ask("Where to patch", at, list(POSITIONS), interactive)
     measured = _ask("What to measure", measure, list(MEASURES), interactive)
     text = experiment_text(chosen, expression, site, position, measured)
-    found = check_source(Source(text, file)).diagnostics
-    print_diagnostics(found)
-    if has_errors(found):
+    problems = check_source(Source(text, file)).diagnostics
+    print_diagnostics(problems)
+    if has_errors(problems):
         print_line(f"`{file}` was not written, because it would not run", out=False)
         return INVALID_INPUT
     write_atomically(file, text)

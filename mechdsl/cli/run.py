@@ -130,20 +130,20 @@ class VerdictReporter:
         """
         from mechdsl.diagnostics.rendering import MechdslError
 
-        found: list[Diagnostic] = []
+        problems: list[Diagnostic] = []
         if self.asked.against is not None:
             from mechdsl.results.runs import find_earlier_run, prepare_file
 
             try:
-                asked = [prepare_file(each) for each in files]
+                asked = [prepare_file(file) for file in files]
                 self.earlier = find_earlier_run(self.asked.against, asked, store)
             except MechdslError as error:
-                found += error.diagnostics
+                problems += error.diagnostics
         if self.asked.junit is not None:
             problem = _unfit(self.asked.junit, files, out, self.asked.against)
             self.writable = problem is None
-            found += [] if problem is None else [problem]
-        return found
+            problems += [] if problem is None else [problem]
+        return problems
 
     def wrong(self, paths: Sequence[Path], problems: Sequence[Diagnostic]) -> None:
         """Write the report of a command that runs nothing because of errors."""
@@ -152,10 +152,10 @@ class VerdictReporter:
         from mechdsl.show.junit import JunitSuite, JunitTest, diagnostic_suite
 
         names = {str(path): list[JunitTest]() for path in paths}
-        for each in problems:
-            if each.severity == "error":
-                name = "mechdsl" if each.span is None else each.span.source.name
-                names.setdefault(name, []).append(diagnostic_suite(each))
+        for problem in problems:
+            if problem.severity == "error":
+                name = "mechdsl" if problem.span is None else problem.span.source.name
+                names.setdefault(name, []).append(diagnostic_suite(problem))
         left = JunitTest("the file runs", "skipped", "not run because of other errors")
         self.done = [JunitSuite(name, tests=tests or [left]) for name, tests in names.items()]
         self._write()
@@ -181,14 +181,16 @@ class VerdictReporter:
         from mechdsl.results.assembly.collection import build_lost_experiment
         from mechdsl.results.experiment_result import FileResult
 
-        first = {each.name: each for each in reversed(checked.reported)}
-        errors = [each for each in problems if each.severity == "error"]
-        lost = tuple(build_lost_experiment(each, errors) for each in reversed(first.values()))
+        first = {experiment.name: experiment for experiment in reversed(checked.reported)}
+        errors = [problem for problem in problems if problem.severity == "error"]
+        lost = tuple(
+            build_lost_experiment(experiment, errors) for experiment in reversed(first.values())
+        )
         self.add(checked, FileResult(checked.source.name, (), lost=lost))
 
     def add(self, checked: CheckedFile, result: FileResult) -> None:
         """Record the result of a file's run."""
-        self.waiting = [each for each in self.waiting if each is not checked]
+        self.waiting = [file for file in self.waiting if file is not checked]
         self.done.append(result)
         self._write()
 
@@ -199,7 +201,7 @@ class VerdictReporter:
         from mechdsl.show.junit import JunitSuite, JunitTest
 
         test = JunitTest("the run completes", "error", reason, "broke off")
-        self.waiting = [each for each in self.waiting if each is not checked]
+        self.waiting = [file for file in self.waiting if file is not checked]
         self.done.append(JunitSuite(checked.source.name, tests=[test]))
         self._write()
 
@@ -210,10 +212,10 @@ class VerdictReporter:
             return False
         last = results[-1]
         verdicts = (*last.experiments, *last.lost)
-        if not any(self.ends(last.file, each.name, each.outcomes) for each in verdicts):
+        if not any(self.ends(last.file, verdict.name, verdict.outcomes) for verdict in verdicts):
             return False
         left, self.waiting = self.waiting, []
-        self.done += [_not_run(each) for each in left]
+        self.done += [_not_run(file) for file in left]
         self._write()
         unrun, undecided = _left_out(self._results())
         for what, names in (("not run", unrun), ("not decided", undecided)):
@@ -225,7 +227,7 @@ class VerdictReporter:
     @property
     def not_run(self) -> tuple[FileResult, ...]:
         """Whole files that `--fail-fast` skipped."""
-        return tuple(each for each in self._results() if each.not_run and not _ran(each))
+        return tuple(result for result in self._results() if result.not_run and not _ran(result))
 
     def interrupted(self) -> None:
         """Write the report of an interrupted run."""
@@ -234,7 +236,7 @@ class VerdictReporter:
     def _results(self) -> list[FileResult]:
         from mechdsl.results.experiment_result import FileResult
 
-        return [each for each in self.done if isinstance(each, FileResult)]
+        return [result for result in self.done if isinstance(result, FileResult)]
 
     # --- after the runs
 
@@ -270,10 +272,10 @@ class VerdictReporter:
         assert self.asked.junit is not None
         against = self.against()
         suites: list[JunitSuite] = []
-        for each in self.done:
-            suites += [each] if isinstance(each, JunitSuite) else build_suites([each], against)
+        for suite in self.done:
+            suites += [suite] if isinstance(suite, JunitSuite) else build_suites([suite], against)
         unfinished = JunitTest("the file runs", "error", why, "not finished")
-        suites += [JunitSuite(each.source.name, tests=[unfinished]) for each in self.waiting]
+        suites += [JunitSuite(file.source.name, tests=[unfinished]) for file in self.waiting]
         try:
             write_atomically(self.asked.junit, junit_text(suites))
         except OSError as error:
@@ -302,18 +304,18 @@ def _unfit(
         return _unwritten(path, reason)
     from mechdsl.checks.file_check import find_overwritten
 
-    over = find_overwritten(path, [(each.program, each.reported) for each in files])
+    over = find_overwritten(path, [(file.program, file.reported) for file in files])
     said = None if over is None else f"would overwrite {over}"
     kept: dict[Path, str] = {}
     if against is not None:
         from mechdsl.results.runs import is_export
 
-        folders = [Path(against), *(Path(against) / each.source.stem for each in files)]
+        folders = [Path(against), *(Path(against) / file.source.stem for file in files)]
         its = "the run given by `--against`"
         kept = {folder: its for folder in folders if is_export(folder)}
     if out is not None:
         kept |= {
-            out / each.source.stem: f"the `--out` folder of {each.source.name}" for each in files
+            out / file.source.stem: f"the `--out` folder of {file.source.name}" for file in files
         }
     real = path.resolve()
     for folder, its in kept.items():
@@ -332,12 +334,13 @@ def _not_run(checked: CheckedFile) -> FileResult:
         UndecidedExpectation,
     )
 
-    first = {each.name: each for each in reversed(checked.reported)}
+    first = {experiment.name: experiment for experiment in reversed(checked.reported)}
     left = [
         SkippedExperiment(
-            each.name, tuple(UndecidedExpectation(e.text, e.span.line) for e in each.expects)
+            experiment.name,
+            tuple(UndecidedExpectation(e.text, e.span.line) for e in experiment.expects),
         )
-        for each in reversed(first.values())
+        for experiment in reversed(first.values())
     ]
     text = checked.source.text.encode()
     return FileResult(
@@ -358,16 +361,19 @@ def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
     unrun: list[str] = []
     undecided: list[str] = []
     for file in files:
-        ran = {each.name for each in (*file.experiments, *file.lost)}
+        ran = {experiment.name for experiment in (*file.experiments, *file.lost)}
         if not _ran(file) and file.not_run:
             unrun.append(file.file)
             continue
         place = f"{file.file}: " if len(files) > 1 else ""
-        for each in file.not_run:
-            if each.name in ran:
-                undecided += [f"{place}{each.name}: expect {e.text}" for e in each.expects]
+        for skipped_experiment in file.not_run:
+            if skipped_experiment.name in ran:
+                undecided += [
+                    f"{place}{skipped_experiment.name}: expect {e.text}"
+                    for e in skipped_experiment.expects
+                ]
             else:
-                unrun.append(f"{place}{each.name}")
+                unrun.append(f"{place}{skipped_experiment.name}")
     return unrun, undecided
 
 
@@ -519,13 +525,13 @@ def _train_first(
         if not fits_of_file(checked, discovered=discovered):
             continue
         try:
-            own = replace(options, fresh=False)
-            done, _, status = train_with_bar(checked, own, stores, discovered=discovered)
+            run_options = replace(options, fresh=False)
+            done, _, status = train_with_bar(checked, run_options, stores, discovered=discovered)
         except KeyboardInterrupt as error:
             return report_interruption(error, CONTINUES)
         if status == INVALID_INPUT:  # trainings without a store
             return status
-        trained = [each for each in done if each.seconds]
+        trained = [fit for fit in done if fit.seconds]
         if trained:
             print_trained_fits(trained, make_console(stderr=True))
     return None
@@ -547,9 +553,9 @@ def _written_by_several(files: list[CheckedFile], said: list[Diagnostic]) -> lis
     """Report reports of one file that would overwrite a file that another one reads or writes."""
     from mechdsl.checks.file_check import check_output_files
 
-    found = check_output_files([(checked.program, checked.reported) for checked in files])
-    known = {(each.code, each.span) for each in said}
-    return [each for each in found if (each.code, each.span) not in known]
+    problems = check_output_files([(checked.program, checked.reported) for checked in files])
+    known = {(problem.code, problem.span) for problem in said}
+    return [problem for problem in problems if (problem.code, problem.span) not in known]
 
 
 def _run_all(
@@ -566,7 +572,7 @@ def _run_all(
     from mechdsl.results.results import Results, package_versions
     from mechdsl.store.store import store_folder
 
-    found: list[FileResult] = []
+    file_results: list[FileResult] = []
     failed: list[int] = []
     lost = False
     not_run: list[str] = []
@@ -581,8 +587,8 @@ def _run_all(
             continue
         keeping = _Keeping()
         try:
-            own = replace(options, store=store)
-            done = _run_file(checked, own, form, keeping, verdicts, profile=profile)
+            run_options = replace(options, store=store)
+            done = _run_file(checked, run_options, form, keeping, verdicts, profile=profile)
         except KeyboardInterrupt as error:
             verdicts.interrupted()
             return report_interruption(error, keeping.said)
@@ -592,7 +598,7 @@ def _run_all(
             failed.append(done)
         else:
             result, shown = done
-            found.append(result)
+            file_results.append(result)
             whole &= shown
         if verdicts.stop(form):
             break
@@ -601,11 +607,11 @@ def _run_all(
             f"not run because output is lost and nothing would be saved: {', '.join(not_run)}",
             out=False,
         )
-    if not found and failed:
+    if not file_results and failed:
         verdicts.tell(form)
         return max(failed)
     results = Results(
-        tuple(found) + verdicts.not_run, package_versions(), against=verdicts.against()
+        tuple(file_results) + verdicts.not_run, package_versions(), against=verdicts.against()
     )
     if form == "json":
         print_json(results.to_json())
@@ -616,7 +622,7 @@ def _run_all(
 
 def _has_files(checked: CheckedFile) -> bool:
     """Whether any report is written to a file."""
-    return any(report.file for each in checked.reported for report in each.reports)
+    return any(report.file for experiment in checked.reported for report in experiment.reports)
 
 
 class _Keeping:

@@ -64,10 +64,10 @@ class RunNameType(click.ParamType[str]):
         from mechdsl.results.runs import LAST_RUN, find_store_folder, load_runs
 
         try:
-            found = [run.id for run in load_runs(find_store_folder(None, ctx.params.get("store")))]
+            ids = [run.id for run in load_runs(find_store_folder(None, ctx.params.get("store")))]
         except MechdslError:
-            found = []
-        begun = [CompletionItem(id) for id in [LAST_RUN, *found] if id.startswith(incomplete)]
+            ids = []
+        begun = [CompletionItem(id) for id in [LAST_RUN, *ids] if id.startswith(incomplete)]
         return [*begun, *MechFile().shell_complete(ctx, param, incomplete)]
 
 
@@ -81,10 +81,10 @@ class SizeType(click.ParamType[int]):
 
         if isinstance(value, int):
             return value
-        found = parse_size(value)
-        if found is None:
+        size = parse_size(value)
+        if size is None:
             self.fail(f"`{value}` isn't a size such as `5GB` or `500MB`", param, ctx)
-        return found
+        return size
 
 
 store_option = click.option(
@@ -115,15 +115,15 @@ def list_runs(store: Path | None, form: str) -> int:
     from mechdsl.results.runs import Runs, find_store_folder, has_store, load_runs
 
     folder = find_store_folder(None, store)
-    found = Runs() if store is None and not has_store(folder) else load_runs(folder)
+    stored_runs = Runs() if store is None and not has_store(folder) else load_runs(folder)
     if form == "json":
         from mechdsl.base.text import dump_json
 
-        print_json(dump_json([each.facts.as_json() for each in found], 2))
-    elif found:
+        print_json(dump_json([stored_run.facts.as_json() for stored_run in stored_runs], 2))
+    elif stored_runs:
         from mechdsl.show.runs import print_runs
 
-        print_runs([each.facts for each in found], make_console())
+        print_runs([stored_run.facts for stored_run in stored_runs], make_console())
     else:
         print_line(f"{folder} has no stored runs", out=False)
     return SUCCESS
@@ -202,13 +202,13 @@ def remove(run: tuple[str, ...], store: Path | None) -> int:
     """Remove runs. The values that they computed stay, for other runs; `gc` removes them."""
     from mechdsl.results.runs import Run, find_run, find_store_folder, open_store
 
-    found: dict[str, Run] = {}
+    chosen_runs: dict[str, Run] = {}
     for name in run:  # find all before removing the first one
         folder = find_store_folder(name, store)
         with open_store(folder) as opened:
             stored = find_run(opened, name)
-        found[stored.id] = Run(folder, stored)
-    for each in found.values():
+        chosen_runs[stored.id] = Run(folder, stored)
+    for each in chosen_runs.values():
         each.remove()
         print_line(f"removed {each.id} ({each.file})")
     return SUCCESS
@@ -264,16 +264,18 @@ def trainings(store: Path | None, keys: tuple[str, ...], form: str) -> int:
     if keys:
         removed, problems = remove_trainings(folder, keys)
         print_diagnostics(problems)
-        for each in removed:
-            print_line(f"removed {each.short_key} ({each.name}, {format_size(each.size)})")
+        for training in removed:
+            print_line(
+                f"removed {training.short_key} ({training.name}, {format_size(training.size)})"
+            )
         return INVALID_INPUT if problems else SUCCESS
-    found = list_trainings(folder)
+    stored_trainings = list_trainings(folder)
     if form == "json":
-        print_json(dump_json([each.to_dict() for each in found], 2))
-    elif found:
+        print_json(dump_json([training.to_dict() for training in stored_trainings], 2))
+    elif stored_trainings:
         from mechdsl.show.trainings import print_stored_trainings
 
-        print_stored_trainings(found, make_console())
+        print_stored_trainings(stored_trainings, make_console())
     else:
         print_line(f"{folder} has no trainings", out=False)
     return SUCCESS
@@ -310,14 +312,14 @@ def diff(old: str, new: str, store: Path | None, form: str) -> int:
     from mechdsl.results.differences.comparison import diff_runs
 
     try:
-        found = diff_runs(old, new, store)
+        differences = diff_runs(old, new, store)
     except MechdslError as error:
         print_diagnostics(error.diagnostics)
         return INVALID_INPUT
     if form == "json":
-        print_json(found.to_json())
+        print_json(differences.to_json())
     else:
         from mechdsl.show.runs import print_differences
 
-        print_differences(found, make_console())
-    return EXPECTATION_FAILED if found.changed else SUCCESS
+        print_differences(differences, make_console())
+    return EXPECTATION_FAILED if differences.changed else SUCCESS

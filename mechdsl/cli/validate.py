@@ -106,11 +106,11 @@ class _Validated(NamedTuple):
 def _validated(path: Path, how: CheckSettings) -> _Validated:
     from mechdsl.models.folder import report_missing_weights
 
-    checked, found = check_mech_file(path, how)
+    checked, problems = check_mech_file(path, how)
     if checked is None:
-        return _Validated(found)
+        return _Validated(problems)
     hollow = report_missing_weights(checked.program.models.values())
-    return _Validated(found, checked.unchecked, checked.unrun, hollow)
+    return _Validated(problems, checked.unchecked, checked.unrun, hollow)
 
 
 def _without(experiments: list[str], what: str) -> str:
@@ -142,13 +142,13 @@ def fmt(files: tuple[Path, ...], check: bool, plugins: tuple[str, ...]) -> int:
     piped = STDIN in paths
     changed: list[str] = []
     for path in paths:
-        source, found = read_mech_file(path)
-        problems += found
+        source, diagnostics = read_mech_file(path)
+        problems += diagnostics
         if source is None:
             continue
-        tree, found = parse(source, words)
-        problems += found
-        if has_errors(found):
+        tree, diagnostics = parse(source, words)
+        problems += diagnostics
+        if has_errors(diagnostics):
             continue
         text = format_file(tree, words)
         if path == STDIN and not check:

@@ -218,14 +218,14 @@ def sites(model: str, form: str, plugins: tuple[str, ...]) -> int:
     from mechdsl.loading.loader import import_library, inspect_model
 
     import_library()
-    found, problems = inspect_model(model)
-    if found is None:
+    loaded_model, problems = inspect_model(model)
+    if loaded_model is None:
         print_diagnostics(problems)
         return INVALID_INPUT
     from mechdsl.show import anatomy as anatomy_table
 
     if form == "json":
-        print(json.dumps(anatomy_table.sites_document(found, problems), indent=1))
+        print(json.dumps(anatomy_table.sites_document(loaded_model, problems), indent=1))
     else:
-        anatomy_table.print_sites(found, problems, make_console())
+        anatomy_table.print_sites(loaded_model, problems, make_console())
     return SUCCESS

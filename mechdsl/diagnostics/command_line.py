@@ -128,16 +128,16 @@ def _word_page(word: str) -> str:
     with the word near their beginning come first, and of these sections on images last.
     """
     whole = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
-    found = [
+    pages = [
         (match.start(), row)
         for row in _language_rows()
         if (match := whole.search(_without_texts(row[1]))) is not None
     ]
-    first = min((start for start, _ in found), default=0)
+    first = min((start for start, _ in pages), default=0)
     if first <= 1:  # the example is in backticks
-        found = [each for each in found if each[0] == first]
-    found.sort(key=lambda each: (each[0], "image" in each[1][0].lower()))
-    rows = [row for _, row in found]
+        pages = [page for page in pages if page[0] == first]
+    pages.sort(key=lambda each: (each[0], "image" in each[1][0].lower()))
+    rows = [row for _, row in pages]
     lines: list[str] = []
     for n, (section, example, meaning) in enumerate(rows[:_SHOWN_ROWS]):
         if n == 0 or section != rows[n - 1][0]:

@@ -72,8 +72,8 @@ class Diagnostic(Record, kw_only=True):
         """Format a text with the facts and the correct plurals: `1 row`, `2 rows`."""
         facts = self._facts()
 
-        def counted(found: re.Match[str]) -> str:
-            return found[0][:-1] if facts[found[1]] == 1 else found[0]
+        def counted(match: re.Match[str]) -> str:
+            return match[0][:-1] if facts[match[1]] == 1 else match[0]
 
         return _COUNTED.sub(counted, wording).format(**facts)
 
@@ -117,10 +117,12 @@ def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:
 
 
 def filter_certain(
-    found: Iterable[Diagnostic], unknown: Collection[UnknownFact]
+    problems: Iterable[Diagnostic], unknown: Collection[UnknownFact]
 ) -> list[Diagnostic]:
     """Return the diagnostics that are certain regardless of the unknown facts."""
-    return [each for each in found if each.by_text or each.depends_on.isdisjoint(unknown)]
+    return [
+        problem for problem in problems if problem.by_text or problem.depends_on.isdisjoint(unknown)
+    ]
 
 
 def did_you_mean(

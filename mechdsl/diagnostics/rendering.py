@@ -210,7 +210,7 @@ def _tail(text: str, room: int, cut: str) -> str:
 
 def diagnostic_facts(diagnostic: Diagnostic) -> dict[str, Any]:
     """Return the content of every machine-readable form; lines and columns are 1-based."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "code": diagnostic.code,
         "severity": diagnostic.severity,
         "message": diagnostic.message,
@@ -224,10 +224,10 @@ def diagnostic_facts(diagnostic: Diagnostic) -> dict[str, Any]:
     }
     if diagnostic.span is not None:
         source = diagnostic.span.source
-        found["file"] = source.name
-        found["line"], found["column"] = source.line_column(diagnostic.span.start)
-        found["end_line"], found["end_column"] = source.line_column(diagnostic.span.end)
-    return found
+        facts["file"] = source.name
+        facts["line"], facts["column"] = source.line_column(diagnostic.span.start)
+        facts["end_line"], facts["end_column"] = source.line_column(diagnostic.span.end)
+    return facts
 
 
 def render_json(diagnostics: Iterable[Diagnostic]) -> str:
@@ -346,12 +346,12 @@ class Diagnostics(list[Diagnostic]):
     @property
     def errors(self) -> Diagnostics:
         """The errors, which keep a file from running."""
-        return Diagnostics(each for each in self if each.severity == "error")
+        return Diagnostics(problem for problem in self if problem.severity == "error")
 
     @property
     def warnings(self) -> Diagnostics:
         """The warnings, with which a file runs."""
-        return Diagnostics(each for each in self if each.severity == "warning")
+        return Diagnostics(problem for problem in self if problem.severity == "warning")
 
     def render(self, format: DiagnosticFormat = "full") -> str:
         """Return the output of `mechdsl validate --format FORMAT`.
@@ -416,8 +416,8 @@ def render_one_line(diagnostic: Diagnostic) -> str:
 def warn_diagnostics(diagnostics: Iterable[Diagnostic]) -> None:
     """Show each diagnostic through `warnings`, with the location of the call to this package."""
     level = _frames_of_ours()
-    for each in sort_diagnostics(diagnostics):
-        warnings.warn(MechdslWarning(each), stacklevel=level)
+    for problem in sort_diagnostics(diagnostics):
+        warnings.warn(MechdslWarning(problem), stacklevel=level)
 
 
 def _frames_of_ours() -> int:

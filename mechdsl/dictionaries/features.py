@@ -73,8 +73,8 @@ def _project(
     weights: DictionaryWeights, vectors: Tensor, which: Tensor | None, bias: str
 ) -> Tensor:
     """Return x W_enc + b, of all features or of some."""
-    found = project_some(vectors, weights["W_enc"], which)
-    return found + (weights[bias] if which is None else weights[bias][which])
+    activations = project_some(vectors, weights["W_enc"], which)
+    return activations + (weights[bias] if which is None else weights[bias][which])
 
 
 @encoder("standard")
@@ -90,9 +90,9 @@ class JumpReluEncoder(Encoder):
     """ReLU of a linear map, where it exceeds a threshold."""
 
     def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
-        found = _project(weights, vectors, which, "b_enc")
+        activations = _project(weights, vectors, which, "b_enc")
         threshold = weights["threshold"] if which is None else weights["threshold"][which]
-        return found.relu() * (found > threshold)
+        return activations.relu() * (activations > threshold)
 
 
 @encoder("gated")
@@ -102,10 +102,10 @@ class GatedEncoder(Encoder):
     def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
         zero = torch.zeros_like(weights["b_gate"])
         shared = DictionaryWeights(weights.file, {**weights.tensors, "zero": zero})
-        found = _project(shared, vectors, which, "zero")
+        activations = _project(shared, vectors, which, "zero")
         parts = (weights["b_gate"], weights["r_mag"].exp(), weights["b_mag"])
         gate, scale, bias = (part if which is None else part[which] for part in parts)
-        return (found * scale + bias).relu() * (found + gate > 0)
+        return (activations * scale + bias).relu() * (activations + gate > 0)
 
 
 @encoder("topk")
@@ -115,10 +115,10 @@ class TopKEncoder(Encoder):
     def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
         file = weights.file
         assert file.k is not None
-        found = _project(weights, vectors, None, "b_enc")
+        activations = _project(weights, vectors, None, "b_enc")
         if file.scales_by_decoder:
-            found = found * weights["W_dec"].norm(dim=-1)
-        return self._largest(found, min(file.k, file.features))
+            activations = activations * weights["W_dec"].norm(dim=-1)
+        return self._largest(activations, min(file.k, file.features))
 
     def _largest(self, found: Tensor, count: int) -> Tensor:
         values, index = found.topk(count, dim=-1, sorted=False)
@@ -166,16 +166,16 @@ class MatchingPursuitEncoder(Encoder):
     def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
         file, decoder = weights.file, weights["W_dec"]
         residual = vectors.clone()
-        found = vectors.new_zeros(len(vectors), file.features)
+        activations = vectors.new_zeros(len(vectors), file.features)
         done = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
-        before = found != 0
+        before = activations != 0
         for _ in range(file.most_steps or file.width_in):
             index = (residual @ decoder.T).relu().argmax(dim=1)
             rows = decoder[index]
             values = (residual * rows).sum(-1).relu() * ~done
-            found.scatter_add_(1, index[:, None], values[:, None])
+            activations.scatter_add_(1, index[:, None], values[:, None])
             residual = residual - values[:, None] * rows
-            support = found != 0
+            support = activations != 0
             if file.stops_on_same_support:
                 done = done | (support == before).all(dim=1)
             if file.residual_threshold > 0:
@@ -183,7 +183,7 @@ class MatchingPursuitEncoder(Encoder):
             before = support
             if bool(done.all()):
                 break
-        return found
+        return activations
 
 
 @encoder("temporal")
@@ -191,11 +191,13 @@ class TemporalEncoder(Encoder):
     """The k largest ReLU features of the part of a vector that preceding vectors don't predict."""
 
     def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
-        found = _temporal_codes(weights, vectors)
+        temporal_codes = _temporal_codes(weights, vectors)
         if weights.file.k is None:
-            return found
-        values, index = found.topk(min(weights.file.k, weights.file.features), dim=-1, sorted=False)
-        return torch.zeros_like(found).scatter(-1, index, values)
+            return temporal_codes
+        values, index = temporal_codes.topk(
+            min(weights.file.k, weights.file.features), dim=-1, sorted=False
+        )
+        return torch.zeros_like(temporal_codes).scatter(-1, index, values)
 
 
 def _temporal_codes(weights: DictionaryWeights, vectors: Tensor) -> Tensor:
@@ -263,7 +265,7 @@ class Dictionary:
         key = vectors.device, vectors.dtype
         if key not in self._moved:
             with torch.inference_mode(False):  # later passes may differentiate by the vectors
-                moved = {name: each.to(vectors) for name, each in self._loaded.tensors.items()}
+                moved = {name: tensor.to(vectors) for name, tensor in self._loaded.tensors.items()}
             self._moved[key] = DictionaryWeights(self.file, moved)
         return self._moved[key]
 
@@ -310,11 +312,11 @@ class Dictionary:
         # Each vector has its own gradient, also if it equals another one.
         repeated = None if vectors.requires_grad else distinct_rows(vectors)
         if repeated is None:
-            found = self._encode(vectors, None)
-            return found if which is None else found.gather(1, which)
+            activations = self._encode(vectors, None)
+            return activations if which is None else activations.gather(1, which)
         distinct, number = repeated
-        found = self._encode(distinct, None)
-        return found[number] if which is None else found[number[:, None], which]
+        activations = self._encode(distinct, None)
+        return activations[number] if which is None else activations[number[:, None], which]
 
     def _encode(self, vectors: Tensor, which: Tensor | None) -> Tensor:
         weights = self._like(vectors)
@@ -362,9 +364,9 @@ class Dictionary:
             which: [m] long, their numbers.
             vectors: [K, width] the reconstructed vectors, whose norms the reconstruction may use.
         """
-        found = features[:, :, None] * self._rows(self._like(features))[which]
+        contributions = features[:, :, None] * self._rows(self._like(features))[which]
         scale = None if self.file.transcodes else self._normalised(vectors)[1]
-        return found if scale is None else found * scale[:, None]
+        return contributions if scale is None else contributions * scale[:, None]
 
     def decode(self, features: Tensor, vectors: Tensor) -> Tensor:
         """Return [K, width] reconstructions.
@@ -375,13 +377,15 @@ class Dictionary:
                 transcoder with a skip connection adds a linear function of them.
         """
         weights = self._like(features)
-        found = features @ self._rows(weights)
-        found = found + weights["b_dec"] if self.file.adds_bias else found
+        reconstruction = features @ self._rows(weights)
+        reconstruction = (
+            reconstruction + weights["b_dec"] if self.file.adds_bias else reconstruction
+        )
         if self.file.transcodes:
-            return found + vectors @ weights[SKIP].T if self.file.skips else found
+            return reconstruction + vectors @ weights[SKIP].T if self.file.skips else reconstruction
         _, scale, shift = self._normalised(vectors)
-        found = found if scale is None else found * scale
-        return found if shift is None else found + shift
+        reconstruction = reconstruction if scale is None else reconstruction * scale
+        return reconstruction if shift is None else reconstruction + shift
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """Return [K, width]: the reconstructions of vectors [K, width]."""
@@ -396,9 +400,9 @@ class Dictionary:
             which: [K, m] long; None for all.
         """
         rows = self._rows(self._like(vectors))
-        found = combine_some(change, rows, which)
+        shift = combine_some(change, rows, which)
         scale = None if self.file.transcodes else self._normalised(vectors)[1]
-        return vectors + (found if scale is None else found * scale)
+        return vectors + (shift if scale is None else shift * scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -463,9 +467,11 @@ def _load_checked(path: Path, digest: str, names: Mapping[str, str]) -> dict[str
     for written in names.values():
         if not bool(every[written].isfinite().all()):
             raise ValueError(f"`{written}` has NaN or infinity")
-    found = {name: every[written] for name, written in names.items()}
-    wide = {name: torch.promote_types(each.dtype, torch.float32) for name, each in found.items()}
-    return {name: each.to(wide[name]) for name, each in found.items()}
+    tensors = {name: every[written] for name, written in names.items()}
+    wide = {
+        name: torch.promote_types(tensor.dtype, torch.float32) for name, tensor in tensors.items()
+    }
+    return {name: tensor.to(wide[name]) for name, tensor in tensors.items()}
 
 
 def load_dictionary(file: DictionaryFile) -> Dictionary:
@@ -569,12 +575,12 @@ def solve_nonnegative(vectors: Tensor, factors: Tensor, penalties: Tensor) -> Te
     gram = rows @ rows.T
     size = max(1, SOLVED_BYTES // (8 * gram.numel()))
     parts: list[Tensor] = []
-    for own in products.split(size) if len(products) else ():
+    for product in products.split(size) if len(products) else ():
         with torch.no_grad():
-            positive = _find_support(own, gram)
-        parts.append(_solve(own, gram, positive))
-    found = torch.cat(parts) if parts else products
-    return found.clamp_min(0).to(vectors)
+            positive = _find_support(product, gram)
+        parts.append(_solve(product, gram, positive))
+    nonnegative = torch.cat(parts) if parts else products
+    return nonnegative.clamp_min(0).to(vectors)
 
 
 def _solve(products: Tensor, gram: Tensor, passive: Tensor) -> Tensor:
@@ -593,14 +599,14 @@ def _find_support(products: Tensor, gram: Tensor) -> Tensor:
     the first coefficient is 0, which leaves the passive set.
     """
     count = len(gram)
-    found = torch.zeros_like(products)
+    support = torch.zeros_like(products)
     passive = torch.zeros_like(products, dtype=torch.bool)
     barred = torch.zeros_like(passive)  # factors that rounding lets in and out again
     limit = ROUNDING * products.abs().amax(1, keepdim=True)
     left = torch.arange(len(products), device=products.device)
     feasible = torch.ones_like(left, dtype=torch.bool)
     for _ in range(6 * count + 6):  # twice the limit of SciPy, whose steps are pairs of these
-        gradient = products[left] - found[left] @ gram
+        gradient = products[left] - support[left] @ gram
         open_ = ~passive[left] & ~barred[left] & (gradient > limit[left])
         going = open_.any(1) | ~feasible[left]
         left, gradient, open_ = left[going], gradient[going], open_[going]
@@ -609,7 +615,7 @@ def _find_support(products: Tensor, gram: Tensor) -> Tensor:
         entering = feasible[left]
         best = gradient.where(open_, gradient.new_full((), -torch.inf)).argmax(1)
         passive[left[entering], best[entering]] = True
-        solved, now = _solve(products[left], gram, passive[left]), found[left]
+        solved, now = _solve(products[left], gram, passive[left]), support[left]
         negative = passive[left] & (solved <= 0)
         shares = now / (now - solved).clamp_min(torch.finfo(now.dtype).tiny)
         shares = shares.where(negative, now.new_ones(()))
@@ -617,7 +623,7 @@ def _find_support(products: Tensor, gram: Tensor) -> Tensor:
         leaves = negative & (shares <= share)
         moved = (now + share * (solved - now)).masked_fill(leaves, 0)
         fine = ~negative.any(1)
-        found[left] = torch.where(fine[:, None], solved, moved)
+        support[left] = torch.where(fine[:, None], solved, moved)
         passive[left] &= ~leaves
         improves = entering & (share[:, 0] > 0)
         barred[left] = (barred[left] | leaves & (now == 0)) & ~improves[:, None]
@@ -651,12 +657,12 @@ def log_densities(
     diagonal = precisions.diagonal(dim1=1, dim2=2) if full else precisions
     diagonal = diagonal.reshape(len(means), -1).expand(-1, width)
     constants = log_weights + diagonal.log().sum(1) - width / 2 * math.log(2 * math.pi)
-    found: list[Tensor] = []
+    densities: list[Tensor] = []
     for mean, factor, constant in zip(means, precisions, constants, strict=True):
         off = wide - mean
         scaled = off @ factor if full else off * factor
-        found.append(constant - scaled.square().sum(1) / 2)
-    return torch.stack(found, dim=1)
+        densities.append(constant - scaled.square().sum(1) / 2)
+    return torch.stack(densities, dim=1)
 
 
 def mean_log_likelihood(vectors: Tensor, tensors: Mapping[str, Tensor]) -> float:
@@ -673,5 +679,5 @@ def assign_components(
 
     Probabilities below `SMALLEST` are 0. Arguments are those of `log_densities`.
     """
-    found = log_densities(vectors, means, precisions, log_weights).softmax(dim=1)
-    return (found * (found >= SMALLEST)).to(vectors)
+    likelihoods = log_densities(vectors, means, precisions, log_weights).softmax(dim=1)
+    return (likelihoods * (likelihoods >= SMALLEST)).to(vectors)

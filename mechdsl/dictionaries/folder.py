@@ -419,12 +419,16 @@ def read_cross_decoder(file: DictionaryFile, layer: int, layers: int) -> Safeten
     path = file.path.parent / f"{name}.safetensors"
     if not path.is_file():
         raise UnreadableFile(f"`{written}` doesn't exist", hint)
-    found = inspect_safetensors(path, written, limits.DICTIONARY_FILE, "use a smaller dictionary")
+    safetensors_file = inspect_safetensors(
+        path, written, limits.DICTIONARY_FILE, "use a smaller dictionary"
+    )
     shape = (file.features, layers - layer, file.width_out)
-    if found.shapes != {name: shape}:
-        has = name_list(f"`{key}` {list(own)}" for key, own in sorted(found.shapes.items()))
+    if safetensors_file.shapes != {name: shape}:
+        has = name_list(
+            f"`{key}` {list(numbers)}" for key, numbers in sorted(safetensors_file.shapes.items())
+        )
         raise UnreadableFile(f"`{written}` has {has}, not `{name}` {list(shape)}", hint)
-    return found
+    return safetensors_file
 
 
 def _read_cross_layer_config(path: Path, written: str) -> tuple[Mapping[str, object], bytes]:

@@ -54,9 +54,9 @@ class RunCache:
 
     def settle(self, sizes: PassSizer) -> None:
         """Store the sizes of passes, so that a resumed run uses the same layout."""
-        found = asdict(sizes)
-        if found != self.run.sizes:
-            self.run.settle(found)
+        fields = asdict(sizes)
+        if fields != self.run.sizes:
+            self.run.settle(fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +81,13 @@ class _KeyedValues:
 
     def find(self, keys: KeyNumbers) -> tuple[Bools, Floats]:
         """Return [key] whether there is a value, and [key, column] values, NaN if missing."""
-        found = np.full((len(keys), self.values.shape[1]), np.nan)
+        values = np.full((len(keys), self.values.shape[1]), np.nan)
         if not len(self.keys):
-            return np.zeros(len(keys), dtype=np.bool_), found
+            return np.zeros(len(keys), dtype=np.bool_), values
         place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         there = self.keys[place] == keys
-        found[there] = self.values[place[there]]
-        return there, found
+        values[there] = self.values[place[there]]
+        return there, values
 
 
 def _mix_cell(code: int | Ints, rows: KeyNumbers) -> KeyNumbers:
@@ -124,16 +124,16 @@ class PatchedCache:
         """Return, per measure, [row] if this run has already computed all these rows of a pass."""
         every = range(len(self._keys.cells))
         parts = [self._part(number, rows, *self._of(number, rows)) for number in every]
-        found = self._run.own(parts)
-        whole = [found[each][1] for each in parts if each in found]
+        entries = self._run.own(parts)
+        whole = [entries[part][1] for part in parts if part in entries]
         if len(whole) < len(parts) or any(len(each) < len(rows) for each in whole):
             return None
         return [values[:, 0] for values in whole]
 
     def _find(self, known: Sequence[_KeyedValues], rows: RowTable) -> tuple[Bools, list[Floats]]:
         every, found = np.ones(len(rows), dtype=np.bool_), list[Floats]()
-        for number, own in enumerate(known):
-            there, values = own.find(self._row_keys(number, rows))
+        for number, keyed_values in enumerate(known):
+            there, values = keyed_values.find(self._row_keys(number, rows))
             every &= there
             found.append(values[:, 0])
         return every, found
@@ -174,12 +174,12 @@ class PatchedCache:
                 yield self._keys.cells[number][int(codes[each[0]])], keys[each], values[each]
 
 
-def _is_usable(found: ReadoutResult, number: int) -> Bools:
+def _is_usable(result: ReadoutResult, number: int) -> Bools:
     """Return [row]: whether a measure has a value. Others are recomputed for their reason."""
-    good = ~found.broken
-    if number in found.failed:
+    good = ~result.broken
+    if number in result.failed:
         return np.zeros_like(good)
-    gap = found.gaps.get(number)
+    gap = result.gaps.get(number)
     if gap is not None:
         good[gap.rows] = False
     return good
@@ -231,8 +231,8 @@ class ErrorCache:
         """Return [prompt of the table, 2] errors from before the run or an interrupted attempt of
         it, NaN if missing."""
         cell, rows = self._keys.of_spot(spot)
-        found = dict(self._run.own([cell]) if self._run.resumed else {})
-        known = _KeyedValues.of(found or self._run.earlier([cell]), {cell: 0})
+        entries = dict(self._run.own([cell]) if self._run.resumed else {})
+        known = _KeyedValues.of(entries or self._run.earlier([cell]), {cell: 0})
         there, values = known.find(_mix_cell(0, rows))
         return np.where(there[:, None], values, np.nan)
 
@@ -283,8 +283,8 @@ class PanelCache:
             cells: By name and number of the rule, the whole cells.
         """
         for name, plan in plans.items():
-            run, own = self._table.runs[name], donors[name]
-            self._contents.define(self._table, run, plan, rows, own, cells[name])
+            run, numbers = self._table.runs[name], donors[name]
+            self._contents.define(self._table, run, plan, rows, numbers, cells[name])
 
     def keys(
         self,
@@ -325,7 +325,7 @@ class PanelCache:
             cells.setdefault(cell, []).append((rows, values))
         if not cells:
             return
-        joined = [_drop_duplicates(own) for own in cells.values()]
+        joined = [_drop_duplicates(numbers) for numbers in cells.values()]
         starts = np.cumsum([0, *(len(rows) for rows, _ in joined)])
         rows = np.concatenate([rows for rows, _ in joined])
         values = np.concatenate([values for _, values in joined])
@@ -353,9 +353,9 @@ class PanelCache:
     ) -> ReadoutResult | None:
         """Return complete values of this run, else complete values from before it, else None."""
         for own in (True, False):
-            every, found = self._unpatched(readout, run, prompts, item, relative, own=own)
+            every, result = self._unpatched(readout, run, prompts, item, relative, own=own)
             if every.all():
-                return found
+                return result
         return None
 
     def _unpatched(
@@ -390,8 +390,8 @@ class PanelCache:
     def _known(self, cell: bytes, *, own: bool) -> _KeyedValues:
         """Look up a cell of an unpatched run; the first result of this process is reused."""
         if (cell, own) not in self._looked_up:
-            found = self._run.own([cell]) if own else self._run.earlier([cell])
-            self._looked_up[cell, own] = _KeyedValues.of(found, {cell: 0})
+            entries = self._run.own([cell]) if own else self._run.earlier([cell])
+            self._looked_up[cell, own] = _KeyedValues.of(entries, {cell: 0})
         return self._looked_up[cell, own]
 
     def measured(
@@ -435,12 +435,12 @@ class PanelCache:
         """
         key = (id(measure), run, item, relative)
         if key not in self._keys:
-            own, contents = self._table.runs[run], self._contents
-            model = contents.models[own.model or contents.model]
+            prompt_run, contents = self._table.runs[run], self._contents
+            model = contents.models[prompt_run.model or contents.model]
             cell = digest("unpatched", model, measure_digest(measure), relative)
             try:
-                rows = measure_row_keys(measure, own, item, self._table, contents)
-                self._keys[key] = cell, mix_numbers(contents.of(own, self._table), rows)
+                rows = measure_row_keys(measure, prompt_run, item, self._table, contents)
+                self._keys[key] = cell, mix_numbers(contents.of(prompt_run, self._table), rows)
             except TypeError:
                 self._keys[key] = cell, None
         return self._keys[key]
@@ -474,7 +474,7 @@ class JointCache:
 
     def made(self, cell: int, columns: Ints, values: Sequence[Floats]) -> None:
         """Queue a cell until `flush`; values: per measure, [column], or one number for all."""
-        every = np.stack([np.broadcast_to(each, columns.shape) for each in values], axis=1)
+        every = np.stack([np.broadcast_to(value, columns.shape) for value in values], axis=1)
         self._made.append((self.keys[cell], columns.astype(np.uint64), every))
 
     def flush(self) -> None:
@@ -551,20 +551,20 @@ def _digest_shared(
 
 def _describe_cell(plan: ExperimentPlan, rule: RulePlan, cell: int, rows: Ints) -> Sequence[object]:
     """Describe the sites, positions and further coordinates of a cell."""
-    index = [int(own[cell]) for own in plan.coordinates]
+    index = [int(coordinate[cell]) for coordinate in plan.coordinates]
     along = dict(zip((axis.name for axis in plan.experiment.axes), index, strict=True))
-    own = rule.rule
-    sites, other, edge, does = own.sites, own.compared_sites, own.edge, own.does
+    resolved = rule.rule
+    sites, other, edge, does = resolved.sites, resolved.compared_sites, resolved.edge, resolved.does
     assert sites is not None
     assert isinstance(does, RowSetObservation)
     targets = [sites] if other is None else [sites, other]
-    points = [each.points[tuple(along[axis] for axis in each.axes)] for each in targets]
+    points = [target.points[tuple(along[axis] for axis in target.axes)] for target in targets]
     place = int(rule.position_of_cell[cell])
     spots = [rule.positions[place], rule.sources[place]]
     if edge is not None and rule.key_of_cell is not None:
         spots.append(list(edge.keys.written.values())[int(rule.key_of_cell[cell])])
     return [
-        [[(p.site, p.layer, p.unit) for p in each] for each in points],
+        [[(p.site, p.layer, p.unit) for p in site_points] for site_points in points],
         [_list_hits(spot, rows) for spot in spots],
         *(along.get(does.counts), plan.items[cell], place if _has_training(rule) else None),
     ]

@@ -102,29 +102,29 @@ def train_cross_layer(
     write_cross_layer(job.folder, scaling.unscale(model.weights()), *facts)
     measured = held_out if len(held_out[0]) else vectors.chunk(0)
     before = WrittenTranscoder.read(job.start_folder, len(layers)).assess(*measured)
-    found = WrittenTranscoder.read(job.folder, len(layers)).assess(*measured)
+    fits = WrittenTranscoder.read(job.folder, len(layers)).assess(*measured)
     solution = Solution(model.weights(), loop.state.step, loop.state.stopped)
     report = CrossLayerReport(
         **report_amounts(vectors, loop.state, solution, len(held_out[0])),
         layers=list(layers),
-        explained=[each.explained for each in found],
-        active=[each.active for each in found],
-        inactive=[each.inactive for each in found],
-        untrained_explained=[each.explained for each in before],
-        components_explained=_components_explain(vectors.chunk(0)[1], measured[1], found),
+        explained=[fit.explained for fit in fits],
+        active=[fit.active for fit in fits],
+        inactive=[fit.inactive for fit in fits],
+        untrained_explained=[fit.explained for fit in before],
+        components_explained=_components_explain(vectors.chunk(0)[1], measured[1], fits),
     )
     job.write_texts(vectors.texts(loop.state))
     job.write_card(report)
     return report
 
 
-def _components_explain(trained_on: Tensor, targets: Tensor, found: Sequence[Fit]) -> list[float]:
+def _components_explain(trained_on: Tensor, targets: Tensor, fits: Sequence[Fit]) -> list[float]:
     """Return, for each layer, the share of the variance that principal components explain, as many
     as features of this and earlier layers are active."""
     shares: list[float] = []
     active = 0.0
-    parts = (own.chunk(len(found), dim=1) for own in (trained_on, targets))
-    for own, wanted, fit in zip(*parts, found, strict=True):
+    parts = (tensor.chunk(len(fits), dim=1) for tensor in (trained_on, targets))
+    for own, wanted, fit in zip(*parts, fits, strict=True):
         active += fit.active
         count = min(max(1, round(active)), own.shape[1])
         shares.append(components_explain(own.contiguous(), wanted.contiguous(), count))
@@ -141,12 +141,12 @@ class LayerScaling:
     @classmethod
     def of(cls, inputs: Tensor, targets: Tensor, layers: int) -> LayerScaling:
         """Compute them from vectors, [vector, layers * width] each."""
-        parts = (own.chunk(layers, dim=1) for own in (inputs, targets))
+        parts = (vectors.chunk(layers, dim=1) for vectors in (inputs, targets))
         return cls(tuple(Scaling.of(*own) for own in zip(*parts, strict=True)))
 
     def apply(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return centred and scaled vectors."""
-        parts = (own.chunk(len(self.layers), dim=1) for own in (inputs, targets))
+        parts = (vectors.chunk(len(self.layers), dim=1) for vectors in (inputs, targets))
         scaled = [
             scaling.apply(own, wanted)
             for scaling, own, wanted in zip(self.layers, *parts, strict=True)
@@ -164,16 +164,16 @@ class LayerScaling:
         count = len(self.layers)
         flat = ("b_enc", "b_dec", "threshold")
         parts = {name: weights[name].chunk(count) for name in flat if name in weights}
-        found: list[dict[str, Tensor]] = []
-        for layer, own in enumerate(self.layers):
+        tensors: list[dict[str, Tensor]] = []
+        for layer, scaling in enumerate(self.layers):
             decoder = weights[name_decoder(layer)].unflatten(1, (count - layer, -1))
-            given = {name: each[layer] for name, each in parts.items()}
+            given = {name: part[layer] for name, part in parts.items()}
             given |= {"W_enc": weights["W_enc"][layer], "W_dec": decoder[:, 0]}
-            made = unscale_weights(given, own.centers, own.scales, subtracts_bias=False)
-            factors = [own.scales[1] / later.scales[1] for later in self.layers[layer:]]
+            made = unscale_weights(given, scaling.centers, scaling.scales, subtracts_bias=False)
+            factors = [scaling.scales[1] / later.scales[1] for later in self.layers[layer:]]
             made["W_dec"] = decoder * torch.tensor(factors).to(decoder)[:, None]
-            found.append(made)
-        return found
+            tensors.append(made)
+        return tensors
 
 
 def write_cross_layer(
@@ -186,7 +186,7 @@ def write_cross_layer(
         model: Name of the model.
     """
     for layer, tensors in enumerate(layers):
-        own = {name: each for name, each in tensors.items() if name != "W_dec"}
+        own = {name: tensor for name, tensor in tensors.items() if name != "W_dec"}
         own["W_enc"] = own["W_enc"].T
         for file, content in (("W_enc", own), ("W_dec", {"W_dec": tensors["W_dec"]})):
             path = folder / f"{file}_{layer}.safetensors"
@@ -254,10 +254,10 @@ class WrittenTranscoder:
 
         def of_layer(layer: int, wanted: Tensor) -> Fit:
             return assess(
-                lambda own: self.reconstruct(own.chunk(count, dim=1), layer), inputs, wanted
+                lambda tensor: self.reconstruct(tensor.chunk(count, dim=1), layer), inputs, wanted
             )
 
-        return [of_layer(layer, own) for layer, own in enumerate(targets.chunk(count, dim=1))]
+        return [of_layer(layer, tensor) for layer, tensor in enumerate(targets.chunk(count, dim=1))]
 
 
 def train_components(
@@ -271,15 +271,15 @@ def train_components(
     """
     untrained, trained = solve_twice(declared, vectors, job)
     writer = DictionaryWriter.of_solution(declared, job)
-    own, _ = vectors.chunk(0)
+    tensors, _ = vectors.chunk(0)
     held_out, _ = vectors.held_out()
-    measured = held_out if len(held_out) else own
+    measured = held_out if len(held_out) else tensors
     with torch.no_grad():
         random = writer.load(writer.write(job.start_folder, untrained.tensors)).encode(measured)
         system = writer.load(writer.write(job.folder, trained.tensors))
         coordinates = system.encode(measured)
         explained = writer.assess(job.folder, (measured, measured)).explained
-        center, axes = principal_axes(own, declared.features)
+        center, axes = principal_axes(tensors, declared.features)
         principal = (measured.double() - center) @ axes.T
     report = IndependenceReport(
         **report_amounts(vectors, TrainingState(), trained, len(held_out)),
@@ -305,21 +305,21 @@ def train_mixture(
     writer = DictionaryWriter.of_solution(declared, job)
     writer.write(job.start_folder, untrained.tensors)
     writer.write(job.folder, trained.tensors)
-    own, _ = vectors.chunk(0)
+    tensors, _ = vectors.chunk(0)
     held_out, _ = vectors.held_out()
-    measured = held_out if len(held_out) else own
+    measured = held_out if len(held_out) else tensors
     found = trained.tensors
     weights = found["W_dec"], found["precision"], found["log_weights"]
     likely = log_densities(measured - found["b_dec"].to(measured), *weights).argmax(1)
     assert declared.training is not None
     random, steps = start_generator(declared.training), int(declared.training.options["steps"])
-    single = fit_mixture(own, 1, declared.covariance, 1, random)
+    single = fit_mixture(tensors, 1, declared.covariance, 1, random)
     report = MixtureReport(
         **report_amounts(vectors, TrainingState(), trained, len(held_out)),
         log_likelihood=mean_log_likelihood(measured, trained.tensors),
         untrained=mean_log_likelihood(measured, untrained.tensors),
         single=mean_log_likelihood(measured, single.tensors),
-        shuffled=_shuffled_likelihood(declared, (own, held_out), steps, random),
+        shuffled=_shuffled_likelihood(declared, (tensors, held_out), steps, random),
         components=declared.features,
         empty=declared.features - len(likely.unique()),
     )
@@ -337,12 +337,12 @@ def _shuffled_likelihood(
             it is computed on the training vectors.
         steps: As in the training.
     """
-    own, held_out = vectors
-    _, axes = principal_axes(own, own.shape[1])
-    own = shuffle_axes(own, axes, random)
-    found = fit_mixture(own, declared.features, declared.covariance, steps, random)
-    measured = shuffle_axes(held_out, axes, random) if len(held_out) else own
-    return mean_log_likelihood(measured, found.tensors)
+    tensors, held_out = vectors
+    _, axes = principal_axes(tensors, tensors.shape[1])
+    tensors = shuffle_axes(tensors, axes, random)
+    solution = fit_mixture(tensors, declared.features, declared.covariance, steps, random)
+    measured = shuffle_axes(held_out, axes, random) if len(held_out) else tensors
+    return mean_log_likelihood(measured, solution.tensors)
 
 
 FEWEST_PAIRS = 3
@@ -362,29 +362,31 @@ def train_correlated(
     training = declared.training
     assert training is not None
     trainer, steps = training.trainer_of(PairedTrainer), int(training.options["steps"])
-    own, other = read_together(vectors)
+    tensors, other = read_together(vectors)
     held_out = vectors.held_out()
-    measured = held_out if len(held_out[0]) else (own, other)
-    if min(len(measured[0]), len(own)) < FEWEST_PAIRS:
+    measured = held_out if len(held_out[0]) else (tensors, other)
+    if min(len(measured[0]), len(tensors)) < FEWEST_PAIRS:
         raise NotFactored(
             f"correlations need {FEWEST_PAIRS} held-out vectors, and there are {len(measured[0])}",
             "name more rows or tokens, or hold out more rows: `validation: 50%`",
         )
     given = training.of_trainer
-    pair = trainer.solve(own, other, given, steps, start_generator(training))
-    random = trainer.solve(own, other, given, 0, start_generator(training)).align(own, other)
+    pair = trainer.solve(tensors, other, given, steps, start_generator(training))
+    random = trainer.solve(tensors, other, given, 0, start_generator(training)).align(
+        tensors, other
+    )
     order = torch.randperm(len(other), generator=start_generator(training)).to(other.device)
-    shuffled = trainer.solve(own, other[order], given, steps, start_generator(training))
-    components = pair_components(own, other, declared.features)
+    shuffled = trainer.solve(tensors, other[order], given, steps, start_generator(training))
+    components = pair_components(tensors, other, declared.features)
     job.on_step(steps, steps)
-    writer, solution = DictionaryWriter.of_solution(declared, job), pair.solution(own)
-    writer.write(job.start_folder, random.solution(own).tensors)
+    writer, solution = DictionaryWriter.of_solution(declared, job), pair.solution(tensors)
+    writer.write(job.start_folder, random.solution(tensors).tensors)
     folder = writer.write(job.folder, solution.tensors)
     report = CorrelationReport(
         **report_amounts(vectors, TrainingState(), solution, len(held_out[0])),
         explained=writer.assess(folder, (measured[0], measured[0])).explained,
         correlations=tuple(pair.correlate(*measured).tolist()),
-        training=float(pair.correlate(own, other).mean()),
+        training=float(pair.correlate(tensors, other).mean()),
         shuffled=float(shuffled.correlate(*measured).mean()),
         untrained=float(random.correlate(*measured).mean()),
         components=float(components.correlate(*measured).mean()),
@@ -425,13 +427,13 @@ class DirectionVectors:
 
     def chunk(self, number: int) -> tuple[Tensor, Tensor]:
         """Return the training directions, [vector, width] float32, twice."""
-        found = self.directions[self._order[self.held_out_count :]]
-        return found, found
+        direction = self.directions[self._order[self.held_out_count :]]
+        return direction, direction
 
     def held_out(self) -> tuple[Tensor, Tensor]:
         """Return the other directions, as `chunk` does."""
-        found = self.directions[self._order[: self.held_out_count]]
-        return found, found
+        direction = self.directions[self._order[: self.held_out_count]]
+        return direction, direction
 
     def amounts(self, state: TrainingState) -> tuple[int, int]:
         """Return the number of training directions, twice."""
@@ -464,13 +466,13 @@ def draw_normal(trained_on: Tensor, count: int, seed: int) -> Tensor:
         seed: Determines the vectors.
     """
     random = torch.Generator().manual_seed(stable_hash(seed, "normal directions") % 2**63)
-    own = trained_on.double().cpu()
-    center = own.mean(0)
-    variances, axes = torch.linalg.eigh((own - center).T @ (own - center) / len(own))
+    tensor = trained_on.double().cpu()
+    center = tensor.mean(0)
+    variances, axes = torch.linalg.eigh((tensor - center).T @ (tensor - center) / len(tensor))
     root = axes * variances.clamp_min(0).sqrt() @ axes.T  # unique, unlike the axes
-    drawn = torch.randn(count, own.shape[1], generator=random, dtype=torch.float64)
-    found = center + drawn @ root
-    return (found / found.norm(dim=1, keepdim=True)).to(trained_on)
+    drawn = torch.randn(count, tensor.shape[1], generator=random, dtype=torch.float64)
+    directions = center + drawn @ root
+    return (directions / directions.norm(dim=1, keepdim=True)).to(trained_on)
 
 
 def train_on_decoder(
@@ -493,8 +495,10 @@ def train_on_decoder(
             f"{len(directions)} of {file.features:,} features have a decoder that isn't 0",
             "name another dictionary",
         )
-    own = DirectionVectors(training, directions)
-    normal = draw_normal(own.chunk(0)[0], len(own.directions), training.seed)
+    direction_vectors = DirectionVectors(training, directions)
+    normal = draw_normal(
+        direction_vectors.chunk(0)[0], len(direction_vectors.directions), training.seed
+    )
     first = replace(job, on_step=lambda done, steps: job.on_step(done, 2 * steps))
     control = replace(
         job,
@@ -503,8 +507,8 @@ def train_on_decoder(
         on_step=lambda done, steps: job.on_step(steps + done, 2 * steps),
     )
     control.folder.mkdir(exist_ok=True)
-    report = train_dictionary(declared, own, first)
+    report = train_dictionary(declared, direction_vectors, first)
     chance = train_dictionary(declared, DirectionVectors(training, normal), control)
-    found = DecoderReport(**asdict(report), normal_explained=chance.explained)
-    job.write_card(found)
-    return found
+    decoder_report = DecoderReport(**asdict(report), normal_explained=chance.explained)
+    job.write_card(decoder_report)
+    return decoder_report

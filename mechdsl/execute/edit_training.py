@@ -63,7 +63,9 @@ def train_rotation(
         rotation = trainer.start(rows.first_vectors, training.of_trainer, start_generator(training))
         start = rotation.matrix.clone()
         model = EditLoss(rotation, rows, settings.batch)
-        loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
+        loop = Training(
+            model, rows, rows.held_out(), settings, lambda tensor, other: (tensor, other)
+        )
         job.run(loop)
     directions = rotation.directions().detach()
     job.write_tensors(ROTATION_FILE, {ROTATION: directions})
@@ -100,7 +102,9 @@ def train_vector(
             trained.draw_start(others, random)
         start = trained.vector().detach().clone()
         model = EditLoss(trained, rows, settings.batch)
-        loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
+        loop = Training(
+            model, rows, rows.held_out(), settings, lambda tensor, other: (tensor, other)
+        )
         job.run(loop)
     vector = trained.vector().detach()
     count = trainer.count_tokens(training.of_trainer)
@@ -153,7 +157,7 @@ class _Values:
         """Return the mean with a vector; None for the base run."""
         edit: Edit | None = None
         if vector is not None:
-            edit = lambda own, other: self.trained.write(own, vector)  # noqa: E731
+            edit = lambda tensor, other: self.trained.write(tensor, vector)  # noqa: E731
         return self.rows.mean(self.rows.measured, edit, self.batch)
 
     def edited_means(self) -> tuple[float, float, float]:
@@ -171,9 +175,9 @@ class _Values:
     def edit_means(self, edit: LowRankEdit) -> tuple[float, float, float, float, float]:
         """Return means with the edit, in random subspaces, with random edits, with the mean of what
         it adds, and of the base run."""
-        own, turned, unedited = self.edited_means()
+        means, turned, unedited = self.edited_means()
         random = self._mean_of_draws("random edits", edit.draw_random)
-        return own, turned, random, self.mean(edit.mean_change(self.vector)), unedited
+        return means, turned, random, self.mean(edit.mean_change(self.vector)), unedited
 
     def all_means(self) -> tuple[float, float, float, float | None]:
         """Return these means, and that with the mean difference from the source run at the length
@@ -205,7 +209,9 @@ def train_scales(declared: TrainedVector, rows: ObjectiveRows, job: TrainingJob)
     with torch.enable_grad():
         scales = trainer.start(rows.first_vectors, training.of_trainer, start_generator(training))
         model = EditLoss(scales, rows, settings.batch)
-        loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
+        loop = Training(
+            model, rows, rows.held_out(), settings, lambda tensor, other: (tensor, other)
+        )
         job.run(loop)
     factors = scales.factors().detach()
     job.write_tensors(VECTOR_FILE, {VECTOR: factors})
@@ -227,7 +233,7 @@ def _controls(
     mean for all channels, with 0, and without scales."""
 
     def mean(scale: Tensor | None) -> float:
-        edit: Edit | None = None if scale is None else (lambda own, other: own * scale)
+        edit: Edit | None = None if scale is None else (lambda tensor, other: tensor * scale)
         return rows.mean(rows.measured, edit, batch)
 
     random = torch.Generator().manual_seed(stable_hash(rows.declared.seed, "orders") % 2**63)

@@ -65,10 +65,7 @@ from mechdsl.images.sounds import Sound, render_samples
 from mechdsl.models.shape import ATTENDED, TILES
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun, RunRow
-from mechdsl.prompts.tokens.image_prompts import (
-    IMAGE_TOKEN,
-    ImagePromptTokenizer,
-)
+from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN, ImagePromptTokenizer
 from mechdsl.resolve.types import (
     FitSample,
     FittedBasis,
@@ -165,23 +162,23 @@ class ImageVectors:
         vectors = torch.where(known[..., None], self._vectors[at], torch.nan)
         return torch.where((ids >= IMAGE_TOKEN)[..., None], vectors.to(output), output)
 
-    def _keep_later(self, model: LoadedModel, found: Sequence[Tensor], places: Tensor) -> None:
+    def _keep_later(self, model: LoadedModel, vectors: Sequence[Tensor], places: Tensor) -> None:
         """Add vectors of new images that the model adds after its first blocks.
 
         Args:
             model: The model.
-            found: For each of the first blocks, the vectors of the new tokens.
+            vectors: For each of the first blocks, the vectors of the new tokens.
             places: [N] the order of all tokens, the new ones last.
         """
         if not self._later:
-            self._later = [each.new_empty(0, each.shape[1]) for each in found]
-            for number in range(len(found)):
+            self._later = [vector.new_empty(0, vector.shape[1]) for vector in vectors]
+            for number in range(len(vectors)):
                 block = model.module.get_submodule(model.anatomy.blocks[number + 1].path)
                 hook = partial(self._before_block, number)
                 block.register_forward_pre_hook(hook, with_kwargs=True)
         self._later = [
-            torch.cat([own, new.to(own)])[places]
-            for own, new in zip(self._later, found, strict=True)
+            torch.cat([tensor, new.to(tensor)])[places]
+            for tensor, new in zip(self._later, vectors, strict=True)
         ]
 
     def _before_block(
@@ -202,26 +199,26 @@ class ImageVectors:
     def provide(self, model: LoadedModel, rows: Iterable[RunRow]) -> None:
         """Compute the vectors of the rows' images that aren't known yet."""
         new = {
-            key: each
+            key: picture
             for row in rows
-            for marker, each in row.pictures.items()
-            if (key := (marker, each.picture.grouped)) not in self._known
+            for marker, picture in row.pictures.items()
+            if (key := (marker, picture.picture.grouped)) not in self._known
         }
         by_extent: dict[tuple[int, ...], list[tuple[ImageKey, PromptPicture]]] = {}
-        for key, each in new.items():
-            by_extent.setdefault(each.picture.extent, []).append((key, each))
+        for key, picture in new.items():
+            by_extent.setdefault(picture.picture.extent, []).append((key, picture))
         for alike in by_extent.values():
             for start in range(0, len(alike), _AT_ONCE):
                 self._add(model, alike[start : start + _AT_ONCE])
 
     def _add(self, model: LoadedModel, images: Sequence[tuple[ImageKey, PromptPicture]]) -> None:
-        batch, own = prepare_images(model, self.reader, [each for _, each in images])
+        batch, pixels = prepare_images(model, self.reader, [picture for _, picture in images])
         with _record_later_vectors(model) as later:
             vectors = run_full(model, batch, stop=0, reads=[_EMBED]).reads[_EMBED][:, :, 0]
         tokens = [
             token
-            for (marker, _), each in images
-            for token in self.reader.vector_tokens(marker, each.expansion)
+            for (marker, _), picture in images
+            for token in self.reader.vector_tokens(marker, picture.expansion)
         ]
         device = self._tokens.device
         order = torch.cat([self._tokens, torch.tensor(tokens, device=device)])
@@ -229,20 +226,20 @@ class ImageVectors:
         first = len(self._images)
         new = [
             (first + number, index)
-            for number, (_, each) in enumerate(images)
-            for index in range(sum(each.expansion.is_image))
+            for number, (_, picture) in enumerate(images)
+            for index in range(sum(picture.expansion.is_image))
         ]
         self._places = torch.cat([self._places, torch.tensor(new, device=device)])[places]
         self._images += [key for key, _ in images]
-        self._vectors = torch.cat([self._vectors, vectors[own].to(self._vectors)])[places]
+        self._vectors = torch.cat([self._vectors, vectors[pixels].to(self._vectors)])[places]
         layout = self.reader.layout
         if layout.several_layers:
             self._keep_later(model, later, places)
         is_video = isinstance(images[0][1].picture, Video)
         if is_video and layout.numbering == "by row and column":
-            numbers = _number_frames(model, batch, own)
+            numbers = _number_frames(model, batch, pixels)
         else:
-            cells = [row for _, each in images for row in _number_cells(each.expansion)]
+            cells = [row for _, picture in images for row in _number_cells(picture.expansion)]
             numbers = torch.tensor(cells, device=device)
         self._numbers = torch.cat([self._numbers, numbers])[places]
         IMAGE_TOKENS[model.module] = ImageTokenTable(
@@ -262,13 +259,13 @@ class ImageVectors:
         """Return the images in the prompts of a batch."""
         at, known = find_tokens(self._tokens, batch.ids)
         places, known = self._places[at].cpu(), known.cpu()
-        found: list[_Occurrence] = []
-        for row, (own, there) in enumerate(zip(places, known, strict=True)):
+        occurrences: list[_Occurrence] = []
+        for row, (place, there) in enumerate(zip(places, known, strict=True)):
             columns = there.nonzero()[:, 0]
-            firsts = (own[columns, 1] == 0).nonzero()[:, 0].tolist()
+            firsts = (place[columns, 1] == 0).nonzero()[:, 0].tolist()
             for part in columns.tensor_split(firsts)[1:]:
-                found.append(_Occurrence(row, int(own[part[0], 0]), part))
-        return found
+                occurrences.append(_Occurrence(row, int(place[part[0], 0]), part))
+        return occurrences
 
     def _encode(
         self,
@@ -286,15 +283,15 @@ class ImageVectors:
         count = model.shape.merged_side**2
         inside = [_number_patches(write, batch, every, count) for write in writes]
         within = [_number_edges(edge, batch, every, count) for edge in edges]
-        ablated = [_number_patches(each, batch, every, count) for each in circuits]
+        ablated = [_number_patches(circuit, batch, every, count) for circuit in circuits]
         written = {n for each in (*inside, *within, *ablated) for n in each.rows.tolist()}
         changed = {*range(len(every))} if blocks else written
         first = _find_first_equal(() if within else writes, every)
         # Equal images without writes, or with equal ones, share a lane.
         lanes: dict[tuple[ImageKey, int], list[int]] = {}
-        for n, each in enumerate(every):
+        for n, occurrence in enumerate(every):
             if n in changed or reads:
-                key = self._images[each.image], first[n] if n in written else -1
+                key = self._images[occurrence.image], first[n] if n in written else -1
                 lanes.setdefault(key, []).append(n)
         by_extent: dict[tuple[int, ...], list[tuple[ImageKey, list[int]]]] = {}
         for (image, _), numbers in lanes.items():
@@ -306,11 +303,11 @@ class ImageVectors:
             for start in range(0, len(alike), _AT_ONCE):
                 own = alike[start : start + _AT_ONCE]
                 given = inside, reads, blocks, within, ablated
-                found, later = self._run(model, run, own, *given)
-                vectors.add([numbers for _, numbers in own], found, later)
-        for each in circuits:
-            if isinstance(each, CircuitRead):
-                each.join_parts()
+                tensors, later = self._run(model, run, own, *given)
+                vectors.add([numbers for _, numbers in own], tensors, later)
+        for circuit in circuits:
+            if isinstance(circuit, CircuitRead):
+                circuit.join_parts()
         return vectors.writes(self._known_later(batch)), vectors.reads
 
     def _known_later(self, batch: Batch) -> list[Tensor]:
@@ -320,7 +317,7 @@ class ImageVectors:
             [B, T, d_model] for each of the blocks; those of text don't matter.
         """
         at, _ = find_tokens(self._tokens, batch.ids)
-        return [own[at] for own in self._later]
+        return [tensor[at] for tensor in self._later]
 
     def _run(
         self,
@@ -358,27 +355,27 @@ class ImageVectors:
         if isinstance(patches, SiteNotOnModel):
             raise WriteMismatch(patches.reason)
         model = self._with_encoder(model, pictures[0].picture.extent)
-        batch, own = prepare_images(model, self.reader, pictures)
+        batch, pixels = prepare_images(model, self.reader, pictures)
         grid = replace(Batch.grid(len(distinct), patches.count), pools=patches.pool())
         batch = batch.with_inputs(batch.extra, vision=grid)
         batch = batch.take(torch.tensor([distinct.index(image) for image, _ in lanes]))
-        columns = own[0].nonzero()[:, 0]
+        columns = pixels[0].nonzero()[:, 0]
         inside: list[SiteWrite] = []
         within: list[EdgeWrite] = []
         for lane, (_, (number, *_)) in enumerate(lanes):
             inside += patches.place_writes(writes, number, lane)
             within += patches.place_edges(edges, number, lane)
         lane_of = {number: lane for lane, (_, (number, *_)) in enumerate(lanes)}
-        ablated = [each for own in circuits for each in patches.place_circuit(own, lane_of)]
+        ablated = [each for circuit in circuits for each in patches.place_circuit(circuit, lane_of)]
         with _record_later_vectors(model) as later, exchange_blocks(model, blocks):
             asked = [_EMBED, *reads]
             changes: dict[str, Any] = {"writes": inside, "edges": within, "circuits": ablated}
-            found = run(model, batch, reads=asked, **changes).reads
+            tensors = run(model, batch, reads=asked, **changes).reads
         values = {
-            each: found[each] if each.pooled else patches.select(found[each], each)
+            each: tensors[each] if each.pooled else patches.select(tensors[each], each)
             for each in reads
         }
-        values[_EMBED] = found[_EMBED][:, columns]
+        values[_EMBED] = tensors[_EMBED][:, columns]
         return values, [each.unflatten(0, (len(lanes), -1)) for each in later]
 
     def find_patches(self, model: LoadedModel, image: PromptPicture) -> _Patches | SiteNotOnModel:
@@ -398,10 +395,10 @@ class ImageVectors:
         if names is None or not has_frames(extent):
             return model
         if self._video_stack is None:
-            own = model.stack("vision")
+            block_stack = model.stack("vision")
             if not _have_equal_modules(model.module, *names):
                 raise UnsupportedProcessor("its encoders of images and videos differ")
-            self._video_stack = replace(own, anatomy=_move(own.anatomy, *names))
+            self._video_stack = replace(block_stack, anatomy=_move(block_stack.anatomy, *names))
         return replace(model, others={**model.others, "vision": self._video_stack})
 
     def _find_patches(self, model: LoadedModel, image: PromptPicture) -> _Patches | SiteNotOnModel:
@@ -409,7 +406,7 @@ class ImageVectors:
             model = self._with_encoder(model, image.picture.extent)
         except UnsupportedProcessor as unfit:
             return _report_patches(model, str(unfit))
-        batch, own = prepare_images(model, self.reader, [image])
+        batch, pixels = prepare_images(model, self.reader, [image])
         count, tile = _count_patches(model, batch)
         size = EncoderSize(tile, model.shape.merged_side)
         try:
@@ -434,14 +431,14 @@ class ImageVectors:
         if sizes in self._proved:
             return patches
         is_first = all(each[0] != form for each in self._proved)
-        if not self._prove(model, batch, own, patches, every=is_first):
+        if not self._prove(model, batch, pixels, patches, every=is_first):
             reason = "a change of the patches of some of its tokens changes other tokens"
             return _report_patches(model, reason)
         self._proved.add(sizes)
         return patches
 
     def _prove(
-        self, model: LoadedModel, batch: Batch, own: Tensor, patches: _Patches, *, every: bool
+        self, model: LoadedModel, batch: Batch, tensor: Tensor, patches: _Patches, *, every: bool
     ) -> bool:
         """Return whether a change of the patches of some tokens changes these tokens only.
 
@@ -451,11 +448,11 @@ class ImageVectors:
         Args:
             model: The model.
             batch: A prompt of one image.
-            own: [1, T] bool, its tokens.
+            tensor: [1, T] bool, its tokens.
             patches: The patches to test.
             every: As in `_divide_tokens`.
         """
-        columns = own[0].nonzero()[:, 0]
+        columns = tensor[0].nonzero()[:, 0]
         if len(patches.of_token) != len(columns) or not patches.are_distinct():
             return False
         tests = [(torch.zeros(0, dtype=torch.long), torch.zeros(len(columns), dtype=torch.bool))]
@@ -469,13 +466,13 @@ class ImageVectors:
             rows = [torch.full_like(changed, lane) for lane, (changed, _) in enumerate(lanes)]
             changes = torch.cat(rows), torch.cat([changed for changed, _ in lanes])
             while layers:
-                found = _find_changes(model, given, columns, changes, layers[0])
-                if found.any():
+                differences = _find_changes(model, given, columns, changes, layers[0])
+                if differences.any():
                     break
                 layers.pop(0)
             else:
                 return False
-            if not bool((found == expected).all()):
+            if not bool((differences == expected).all()):
                 return False
         return True
 
@@ -551,7 +548,7 @@ def _divide_tokens(count: int, *, every: bool) -> list[Tensor]:
     if not every and digits > _DISTINGUISHED_DIGITS:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
         sets = [order < count // 2]
-    return [own == inside for own in sets for inside in (True, False)]
+    return [tensor == inside for tensor in sets for inside in (True, False)]
 
 
 def _find_changes(
@@ -581,8 +578,8 @@ def _find_changes(
         mode="scale",
         stack="vision",
     )
-    found = run_full(model, batch, stop=0, writes=[turned], reads=[_EMBED]).reads[_EMBED]
-    vectors = found[:, columns, 0]
+    embeddings = run_full(model, batch, stop=0, writes=[turned], reads=[_EMBED]).reads[_EMBED]
+    vectors = embeddings[:, columns, 0]
     apart = (vectors - vectors[:1]).abs().amax(-1)
     return (apart > _TOLERANCE * vectors[0].abs().max()).cpu()
 
@@ -615,8 +612,8 @@ def _count_patches(model: LoadedModel, batch: Batch) -> tuple[int, int]:
         run_full(model, batch, stop=0)
     finally:
         handle.remove()
-    [found] = seen
-    return found
+    [patches] = seen
+    return patches
 
 
 _NO_PATCHES_HINT = "use `embed` at the tokens of an image"
@@ -652,32 +649,32 @@ class _Patches:
         """
         if self.tiles is None:
             there = (self.of_token[:, 0] >= 0).nonzero()[:, 0]
-            found = list[tuple[Tensor, Tensor]]()
+            test_pairs = list[tuple[Tensor, Tensor]]()
             for chosen in _divide_tokens(len(there), every=every):
                 expected = torch.zeros(len(self.of_token), dtype=torch.bool)
                 expected[there[chosen]] = True
-                found.append((self.of_token[there[chosen]].flatten(), expected))
-            return found
+                test_pairs.append((self.of_token[there[chosen]].flatten(), expected))
+            return test_pairs
         used = self.of_token[self.of_token >= 0]
         unused = torch.ones(self.count, dtype=torch.bool)
         unused[used] = False
         nothing = torch.zeros(len(self.of_token), dtype=torch.bool)
         if self.sources is None:
             tests = [(self.of_token[self.tiles == n], self.tiles == n) for n in self.tiles.unique()]
-            found = [(own[own >= 0], tokens) for own, tokens in tests]
+            test_pairs = [(tensor[tensor >= 0], tokens) for tensor, tokens in tests]
         else:
-            found = [
+            test_pairs = [
                 (used[chosen], self._find_readers(used[chosen]))
                 for chosen in _divide_tokens(len(used), every=every)
             ]
-        return [*found, (unused.nonzero()[:, 0], nothing)]
+        return [*test_pairs, (unused.nonzero()[:, 0], nothing)]
 
     def _find_readers(self, patches: Tensor) -> Tensor:
         """Return [token] bool: whether each token is interpolated from some of these patches."""
         assert self.sources is not None
-        own = torch.zeros(self.count, dtype=torch.bool)
-        own[patches] = True
-        return torch.stack([own[read].any() for read in self.sources])
+        mask = torch.zeros(self.count, dtype=torch.bool)
+        mask[patches] = True
+        return torch.stack([mask[read].any() for read in self.sources])
 
     def are_distinct(self) -> bool:
         """Return whether the encoder has all of them, and no token shares one with another."""
@@ -707,21 +704,21 @@ class _Patches:
             `of_key`, with 0 for keys that don't exist.
         """
         order = self.of_token.flatten().to(values.device)
-        found = values[:, order.clamp(min=0)]
+        value = values[:, order.clamp(min=0)]
         if _is_over_keys(read.site) and not read.entropy:
             keys = self.of_key.to(values.device)
-            found = found[..., keys.clamp(min=0)].masked_fill_(keys < 0, 0)
-        found[:, order < 0] = torch.nan
-        return found
+            value = value[..., keys.clamp(min=0)].masked_fill_(keys < 0, 0)
+        value[:, order < 0] = torch.nan
+        return value
 
     def pool(self) -> PatchPools:
         """Return the token of each of the encoder's tokens; itself if a resampler reads it."""
         of_token = self.of_token if self.tiles is None else self.of_token.reshape(-1, 1)
-        tokens, each = of_token.shape
+        tokens, pool = of_token.shape
         there = of_token >= 0
         of_patch = torch.full((self.count,), tokens)
-        of_patch[of_token[there]] = torch.arange(tokens)[:, None].expand(-1, each)[there]
-        return PatchPools(of_patch, tokens, each)
+        of_patch[of_token[there]] = torch.arange(tokens)[:, None].expand(-1, pool)[there]
+        return PatchPools(of_patch, tokens, pool)
 
     def keep(self, write: SiteWrite) -> SiteWrite:
         """Return a write without the numbers of `TokenHits` that no patch of a resampler has."""
@@ -734,12 +731,12 @@ class _Patches:
     ) -> Iterator[SiteWrite]:
         """Yield the writes in an image, with its lane as the row and the encoder's tokens."""
         for write in writes:
-            own = self.keep(write.some(write.rows == image))
-            if len(own.rows):
-                if _is_over_keys(own.site) and own.values.shape[1] > 1:
-                    own = replace(own, values=self._find_values(own.values))
-                rows = torch.full_like(own.rows, lane)
-                yield replace(own, rows=rows, positions=self.find(own.positions))
+            site_write = self.keep(write.some(write.rows == image))
+            if len(site_write.rows):
+                if _is_over_keys(site_write.site) and site_write.values.shape[1] > 1:
+                    site_write = replace(site_write, values=self._find_values(site_write.values))
+                rows = torch.full_like(site_write.rows, lane)
+                yield replace(site_write, rows=rows, positions=self.find(site_write.positions))
 
     def _find_values(self, values: Tensor) -> Tensor:
         """Return [K, token of the encoder], given values over keys [K, key].
@@ -751,17 +748,22 @@ class _Patches:
             raise WriteMismatch("vectors over the keys of an image have too few keys")
         there = self.of_key >= 0
         keys = to_device(there.nonzero()[:, 0], values.device)
-        found = values.new_zeros(len(values), self.count)
-        found[:, to_device(self.of_key[there], values.device)] = values[:, keys]
-        return found
+        indices = values.new_zeros(len(values), self.count)
+        indices[:, to_device(self.of_key[there], values.device)] = values[:, keys]
+        return indices
 
     def place_edges(self, edges: Iterable[EdgeWrite], image: int, lane: int) -> Iterator[EdgeWrite]:
         """Yield the edges in an image, likewise."""
         for edge in edges:
-            own = edge.some(edge.rows == image)
-            if len(own.rows):
-                rows, queries = torch.full_like(own.rows, lane), self.find(own.queries)
-                yield replace(own, rows=rows, queries=queries, keys=self.find(own.keys))
+            edge_write = edge.some(edge.rows == image)
+            if len(edge_write.rows):
+                rows, queries = (
+                    torch.full_like(edge_write.rows, lane),
+                    self.find(edge_write.queries),
+                )
+                yield replace(
+                    edge_write, rows=rows, queries=queries, keys=self.find(edge_write.keys)
+                )
 
     def place_circuit(
         self, circuit: CircuitWrite | CircuitRead, lanes: Mapping[int, int]
@@ -791,10 +793,10 @@ class _Patches:
         Raises:
             WriteMismatch: A token isn't made from patches.
         """
-        found = self.of_token.flatten()[positions]
-        if bool((found < 0).any()):
+        indices = self.of_token.flatten()[positions]
+        if bool((indices < 0).any()):
             raise WriteMismatch("a token of an image isn't made from patches")
-        return found
+        return indices
 
 
 @dataclass(frozen=True, eq=False)
@@ -813,9 +815,9 @@ def _tabulate_images(batch: Batch, images: Sequence[_Occurrence]) -> tuple[Tenso
     of the token in the image."""
     number = torch.full(batch.ids.shape, -1)
     index = torch.zeros(batch.ids.shape, dtype=torch.long)
-    for n, each in enumerate(images):
-        number[each.row, each.columns] = n
-        index[each.row, each.columns] = torch.arange(len(each.columns))
+    for n, image in enumerate(images):
+        number[image.row, image.columns] = n
+        index[image.row, image.columns] = torch.arange(len(image.columns))
     return number, index
 
 
@@ -862,8 +864,8 @@ def _number_edges(
 
     rows, queries = find(edge.rows, edge.queries)
     of_key, keys = find(edge.rows[edge.entries], edge.keys)
-    own = of_key == rows[edge.entries]
-    return replace(edge, rows=rows, queries=queries, entries=edge.entries[own], keys=keys[own])
+    mask = of_key == rows[edge.entries]
+    return replace(edge, rows=rows, queries=queries, entries=edge.entries[mask], keys=keys[mask])
 
 
 def _is_over_keys(site: str) -> bool:
@@ -946,9 +948,9 @@ class _ImagesOfBatch:
 
         each: Number of patches of a token.
         """
-        own = self.images[number]
-        start = self.batch.starts[own.row]
-        first = (own.columns - start) * each + start
+        image = self.images[number]
+        start = self.batch.starts[image.row]
+        first = (image.columns - start) * each + start
         return (first[:, None] + torch.arange(each)).flatten()
 
     def writes(self, later: Sequence[Tensor]) -> list[SiteWrite]:
@@ -959,17 +961,19 @@ class _ImagesOfBatch:
         """
         if not self._embedded:
             return []
-        own = [self.images[n] for n in self._embedded]
-        rows = torch.cat([torch.full((len(each.columns),), each.row) for each in own])
-        columns = torch.cat([each.columns for each in own])
+        occurrences = [self.images[n] for n in self._embedded]
+        rows = torch.cat(
+            [torch.full((len(occurrence.columns),), occurrence.row) for occurrence in occurrences]
+        )
+        columns = torch.cat([occurrence.columns for occurrence in occurrences])
         values = torch.cat(list(self._embedded.values()))
         at = rows, columns - self.batch.starts[rows], torch.zeros_like(rows)
-        found = [SiteWrite("embed", None, *at, values)]
+        writes = [SiteWrite("embed", None, *at, values)]
         for layer, plain in enumerate(later):
             changed = torch.cat([each[layer] for each in self._later.values()])
             added = changed - plain[rows, columns].to(changed)
-            found.append(SiteWrite("resid_pre", layer + 1, *at, added, mode="add"))
-        return found
+            writes.append(SiteWrite("resid_pre", layer + 1, *at, added, mode="add"))
+        return writes
 
 
 _LATER_VECTORS = "deepstack_visual_embeds"
@@ -982,47 +986,47 @@ def _record_later_vectors(model: LoadedModel) -> Generator[list[Tensor]]:
 
     They are those of all tokens of images in a pass, in order, [tokens, d_model] for each block.
     """
-    found: list[Tensor] = []
+    vectors: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found[:] = kwargs.get(_LATER_VECTORS) or ()
+        vectors[:] = kwargs.get(_LATER_VECTORS) or ()
 
     tap = model.anatomy.taps.get("embed")
     if tap is None:
-        yield found
+        yield vectors
         return
     language = model.module.get_submodule(tap.path)
     handle = language.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        yield found
+        yield vectors
     finally:
         handle.remove()
 
 
 def _number_cells(expansion: ImageExpansion) -> list[tuple[int, int, int, int]]:
     """Return the offsets and the advance of `ImageTokenTable` for the tokens of an image."""
-    found = [(0, 0, 0, 0)] * sum(expansion.is_image)
-    if len(expansion.layout.cells) == len(found):
+    numbers = [(0, 0, 0, 0)] * sum(expansion.is_image)
+    if len(expansion.layout.cells) == len(numbers):
         cells = expansion.layout.cells
-        found = [(cell.tile - 1, cell.row - 1, cell.col - 1, 0) for cell in cells]
-    return [*found[:-1], (*found[-1][:3], max(expansion.size))]
+        numbers = [(cell.tile - 1, cell.row - 1, cell.col - 1, 0) for cell in cells]
+    return [*numbers[:-1], (*numbers[-1][:3], max(expansion.size))]
 
 
-def _number_frames(model: LoadedModel, batch: Batch, own: Tensor) -> Tensor:
+def _number_frames(model: LoadedModel, batch: Batch, tensor: Tensor) -> Tensor:
     """Return [N, 4] as `_number_cells`, from the model's numbers for prompts of one video each.
 
     Args:
         model: A model that numbers tokens of videos by frame, row and column.
         batch: The prompts, in which text follows each video.
-        own: [B, T] bool, the tokens of the videos.
+        tensor: [B, T] bool, the tokens of the videos.
     """
     module: Any = model.module
     count = module.model.get_rope_index
     given = {"input_ids": batch.ids, "attention_mask": batch.mask, **batch.extra}
     known = signature(count).parameters
     numbers: Tensor = count(**{name: each for name, each in given.items() if name in known})[0]
-    found: list[Tensor] = []
-    for row, tokens in enumerate(own):
+    frames: list[Tensor] = []
+    for row, tokens in enumerate(tensor):
         columns = tokens.nonzero()[:, 0]
         gaps = (columns.diff() > 1).nonzero()[:, 0] + 1
         for part in columns.tensor_split(gaps.tolist()):  # text may separate the frames
@@ -1030,8 +1034,8 @@ def _number_frames(model: LoadedModel, batch: Batch, own: Tensor) -> Tensor:
             offsets = numbers[:, row, part].T - start
             advance = offsets.new_zeros(len(offsets), 1)
             advance[-1] = numbers[:, row, part[-1] + 1].min() - start
-            found.append(torch.cat([offsets, advance], 1))
-    return torch.cat(found)
+            frames.append(torch.cat([offsets, advance], 1))
+    return torch.cat(frames)
 
 
 def _remove_hooks(module: nn.Module) -> None:
@@ -1137,15 +1141,15 @@ def encode_changed_images(
     """
     known, each, made = IMAGE_INPUTS[model.module], model.shape.attended, list[int]()
     inside = rules.inside("vision")
-    acting = {row for each in (*inside.writes, *inside.edges) for row in each.rows.tolist()}
+    acting = {row for write in (*inside.writes, *inside.edges) for row in write.rows.tolist()}
     rows = sorted(range(len(prompts)) if inside.blocks else acting)
     changed, vectors = [*prompts], _encode_rows(model, prompts, sources, inside, rows)
-    for row, own in vectors.items():
+    for row, vector in vectors.items():
         images, ids = list[int](), prompts[row]
         for first in range(0, sources[row], each):
             token = next(_CHANGED_IMAGES)
             tiles = known.find(model, ids[first])[TILES]
-            inputs = {ATTENDED: own[first : first + each], TILES: tiles}
+            inputs = {ATTENDED: vector[first : first + each], TILES: tiles}
             known.add(token, lambda _, inputs=inputs: inputs)
             images += [token] * each
             made.append(token)
@@ -1182,10 +1186,10 @@ def _encode_rows(
 
         handle = module.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
         batch = build_batch(model, [prompts[row] for row in rows], counts, model.calling.side)
-        own = RowChoice(len(prompts), rows).rules(rules)
+        writes = RowChoice(len(prompts), rows).rules(rules)
         try:
             with replace_blocks(model, rules.blocks):
-                run_full(model, batch, stop=0, writes=own.writes, edges=own.edges)
+                run_full(model, batch, stop=0, writes=writes.writes, edges=writes.edges)
         finally:
             handle.remove()
         ends = zip(rows, seen[0], counts, strict=True)
@@ -1195,9 +1199,9 @@ def _encode_rows(
         return {}
     is_small = len(rows) * max(map(len, prompts)) <= DEFAULT_PASS_TOKENS
     if is_small or len(rows) == 1:
-        found = try_pass(encode, can_shrink=len(rows) > 1)
-        if found is not None:
-            return found
+        encoded_rows = try_pass(encode, can_shrink=len(rows) > 1)
+        if encoded_rows is not None:
+            return encoded_rows
     half, given = len(rows) // 2, (model, prompts, sources, rules)
     return _encode_rows(*given, rows[:half]) | _encode_rows(*given, rows[half:])
 
@@ -1225,7 +1229,10 @@ def prepare_images(
     from PIL import Image
 
     extent = pictures[0].picture.extent
-    every = [[Image.fromarray(render_pixels(own)) for own in _frames(each)] for each in pictures]
+    every = [
+        [Image.fromarray(render_pixels(frame)) for frame in _frames(picture)]
+        for picture in pictures
+    ]
     times = 2 if is_grouped(extent) else 1
     images, videos = ((), every) if has_frames(extent) else ([own * times for own in every], ())
     texts = [reader.text_of(extent).given * times] * len(pictures)
@@ -1233,9 +1240,12 @@ def prepare_images(
     rows: list[list[int]] = made["input_ids"].tolist()
     extra = dict(_further_inputs(model, made))
     if times > 1 and not copies:
-        rows = [_without_copy(own, reader.token_of(extent)) for own in rows]
+        rows = [_without_copy(row, reader.token_of(extent)) for row in rows]
         count = times * len(pictures)
-        extra = {key: own[::times] if len(own) == count else own for key, own in extra.items()}
+        extra = {
+            key: tensor[::times] if len(tensor) == count else tensor
+            for key, tensor in extra.items()
+        }
     batch = Batch.of(rows, model.pad_id, model.calling.side, model.device)
     return batch.with_inputs(extra), batch.ids == reader.token_of(extent)
 
@@ -1245,14 +1255,14 @@ def _without_copy(ids: Sequence[int], token: int) -> list[int]:
 
     token: the token that each vector of an image replaces.
     """
-    own = [at for at, each in enumerate(ids) if each == token]
-    second = {*own[len(own) // 2 :]}
+    numbers = [at for at, each in enumerate(ids) if each == token]
+    second = {*numbers[len(numbers) // 2 :]}
     return [each for at, each in enumerate(ids) if at not in second]
 
 
 def _frames(picture: PromptPicture) -> tuple[Picture, ...]:
-    own = picture.picture
-    return own.of if isinstance(own, Video) else (own,)
+    video = picture.picture
+    return video.of if isinstance(video, Video) else (video,)
 
 
 def _further_inputs(model: LoadedModel, made: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -1339,17 +1349,17 @@ def _list_read_runs(
 ) -> Iterator[tuple[PromptTable, PromptRun, bool]]:
     """Yield the runs that an experiment reads, also of other prompts, and whether it reads or
     changes vectors in the vision encoder there."""
-    own = experiment.table
+    table = experiment.table
     points = (point for save in experiment.saves for point in save.points)
     in_vision = experiment.in_vision or _are_in_vision(points)
-    yield from ((own, run, in_vision) for run in own.runs.values())
+    yield from ((table, run, in_vision) for run in table.runs.values())
     for rule in experiment.every_rule:
         if rule.external is not None:
             yield rule.external.table, rule.external.table.runs[rule.external.run], rule.in_vision
     for fit in _list_fits(experiment):
         if not isinstance(fit, JacobianBasis):
             inside = _are_in_vision(fit.points)
-            yield from ((each.table, each.run, inside) for each in fit.samples)
+            yield from ((sample.table, sample.run, inside) for sample in fit.samples)
 
 
 def _list_fits(
@@ -1380,7 +1390,9 @@ def _check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> Imag
     for marker, picture in row.pictures.items():
         if (form := _name_form(picture)) not in vectors.apart:
             vectors.apart[form] = _compare_forms(model, vectors.reader, row, marker)
-    apart = max(vectors.apart[_name_form(each)] for each in row.pictures.values())
+    apart = max(
+        vectors.apart[_name_form(prompt_picture)] for prompt_picture in row.pictures.values()
+    )
     if apart <= max(_TOLERANCE, 8 * torch.finfo(model.dtype).eps):
         return None
     return ImagesNotVectors(
@@ -1405,11 +1417,13 @@ def _check_patches(model: LoadedModel, rows: Iterable[RunRow]) -> SiteNotOnModel
     first = _first_image(model, every)
     if first is None:
         return None
-    pictures = (each for row in every for each in row.pictures.values())
-    for picture in {each.picture.extent: each for each in pictures}.values():
-        found = first[1].find_patches(model, picture)
-        if isinstance(found, SiteNotOnModel):
-            return found
+    pictures = (prompt_picture for row in every for prompt_picture in row.pictures.values())
+    for picture in {
+        prompt_picture.picture.extent: prompt_picture for prompt_picture in pictures
+    }.values():
+        patches = first[1].find_patches(model, picture)
+        if isinstance(patches, SiteNotOnModel):
+            return patches
     return None
 
 
@@ -1422,7 +1436,7 @@ def _check_attended_patches(model: LoadedModel, rows: Sequence[RunRow]) -> SiteN
 
     The first image decides, because the encoder has equal columns for all of them.
     """
-    row = next((own for own in rows if own.pictures), None)
+    row = next((run_row for run_row in rows if run_row.pictures), None)
     if row is None:
         return None
     if model.module not in _ATTENDED:
@@ -1468,16 +1482,16 @@ def _compare_forms(
     largest logit."""
     picture = row.pictures[marker]
     text = [token for token in row.ids if token < IMAGE_TOKEN][-_TEXT_AFTER:]
-    batch, own = prepare_images(model, reader, [picture], copies=True)
+    batch, pixels = prepare_images(model, reader, [picture], copies=True)
     with torch.inference_mode():
         given = {"input_ids": batch.ids, "attention_mask": batch.mask, **batch.extra}
         given = _with_text(given, text, follows_prefix=reader.prefix_end is not None)
         expected = call_module(model, given).logits
         ids = given["input_ids"].clone()
         tokens = torch.tensor(reader.vector_tokens(marker, picture.expansion), device=ids.device)
-        ids[:, : own.shape[1]][own] = tokens.repeat(int(own.sum()) // len(tokens))
+        ids[:, : pixels.shape[1]][pixels] = tokens.repeat(int(pixels.sum()) // len(tokens))
         mask = given["attention_mask"]
         lengths = mask.sum(1).cpu()
         plain = Batch(ids, mask, lengths, torch.zeros_like(lengths))
-        found = call_module(model, build_arguments(model, plain)).logits
-    return float((found - expected).abs().max() / expected.abs().max())
+        logits = call_module(model, build_arguments(model, plain)).logits
+    return float((logits - expected).abs().max() / expected.abs().max())

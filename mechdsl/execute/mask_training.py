@@ -65,13 +65,7 @@ from mechdsl.execute.patching.writes import (
 from mechdsl.execute.training import TrainingJob, VectorCache, read_settings
 from mechdsl.execute.vectors import DirectionFits
 from mechdsl.fits.gates import Gates
-from mechdsl.fits.reports import (
-    MASK_FILE,
-    CircuitReport,
-    MaskReport,
-    NodeReport,
-    NodeSearchReport,
-)
+from mechdsl.fits.reports import MASK_FILE, CircuitReport, MaskReport, NodeReport, NodeSearchReport
 from mechdsl.fits.training import Training, TrainingSettings, TrainingState
 from mechdsl.forward.hooks.backward_rules import compute_gradients
 from mechdsl.forward.hooks.batch import (
@@ -122,12 +116,7 @@ from mechdsl.resolve.circuits import (
     has_two_streams,
 )
 from mechdsl.resolve.sites import label_candidates
-from mechdsl.resolve.trainings import (
-    key_of_candidate,
-    moved_positions,
-    order_places,
-    paired_cells,
-)
+from mechdsl.resolve.trainings import key_of_candidate, moved_positions, order_places, paired_cells
 from mechdsl.resolve.types import (
     BasisTargets,
     CircuitEdge,
@@ -193,14 +182,14 @@ class MaskRows(EffectRows[Tensor]):
     def _tokens(self) -> Ints:
         """[vector, 2] the position of each vector, and the number of its token there."""
         cells = [written for written, _ in paired_cells(self.objective)]
-        found = [
+        tokens = [
             (number, token)
             for row in np.sort(self.rows).tolist()
             for number, cell in enumerate(cells)
             for hit in cell.hits[row]
             for token in range(len(hit))
         ]
-        return np.array(found, dtype=np.int64)
+        return np.array(tokens, dtype=np.int64)
 
     @cached_property
     def _slots(self) -> Ints:
@@ -215,17 +204,17 @@ class MaskRows(EffectRows[Tensor]):
             read: Returns [vector, …] of some rows, one or more.
         """
         trained = np.bincount(self._slots[self._trained_vectors.numpy()])
-        found: list[Tensor] = []
+        means: list[Tensor] = []
         for part in self._training_parts():
             slots, values = self._slots[self._vectors_of(part)[0]], read(part)
-            empty = (each.new_zeros(self._slots.max() + 1, *each.shape[1:]) for each in values)
-            found = found or list(empty)
+            empty = (value.new_zeros(self._slots.max() + 1, *value.shape[1:]) for value in values)
+            means = means or list(empty)
             for slot in np.unique(slots):
-                own = torch.from_numpy(np.flatnonzero(slots == slot))
-                share = len(own) / int(trained[slot])
-                for total, each in zip(found, values, strict=True):
-                    total[slot] += share * each[own.to(each.device)].mean(0)
-        return found
+                indices = torch.from_numpy(np.flatnonzero(slots == slot))
+                share = len(indices) / int(trained[slot])
+                for total, value in zip(means, values, strict=True):
+                    total[slot] += share * value[indices.to(value.device)].mean(0)
+        return means
 
     def _slots_of(self, rows: Ints) -> Tensor:
         """Return [vector] the numbers of the means of some rows' vectors."""
@@ -259,12 +248,12 @@ class MaskRows(EffectRows[Tensor]):
         Args:
             chosen: Numbers of the gates that the mask chose.
         """
-        found: list[list[int]] = []
+        choices: list[list[int]] = []
         for number in range(RANDOM_CONTROLS):
             random = torch.Generator().manual_seed(stable_hash(seed, "choice", number) % 2**63)
             order = torch.randperm(len(self.active), generator=random)
-            found.append(sorted(order[: len(chosen)].tolist()))
-        return found
+            choices.append(sorted(order[: len(chosen)].tolist()))
+        return choices
 
     def describe_random(self, chosen: Sequence[int], seed: int) -> str:
         """Return how random choices were drawn, if it isn't as `against random` draws them."""
@@ -280,14 +269,14 @@ class MaskRows(EffectRows[Tensor]):
         """
         rows, size = np.sort(rows), max(1, batch // len(written))
         edit = torch.from_numpy(written).float()[:, None]
-        found: list[Floats] = []
+        means: list[Floats] = []
         with torch.no_grad():
             for part in (rows[i : i + size] for i in range(0, len(rows), size)):
                 lanes = self._lanes(part, len(written))
                 values = self._measure(part, lanes, self._writes(part, lanes, edit), [])
-                found.append(values.unflatten(0, (len(part), -1)).cpu().numpy())
+                means.append(values.unflatten(0, (len(part), -1)).cpu().numpy())
                 self._unpatched.forget()
-        return np.concatenate(found).mean(axis=0)
+        return np.concatenate(means).mean(axis=0)
 
     def _shares(self, rows: Ints, edit: Tensor) -> Tensor:
         """Return [vector, candidate] float32 shares of the vectors of some rows, for one draw of
@@ -326,7 +315,7 @@ class VectorMaskRows(MaskRows, ABC):
             vectors: [vector, width] of each site that is read.
         """
         counts = (unit_count(self.model.shape, *where) for where in self._written)
-        return [own.unflatten(1, (n, -1)) for own, n in zip(vectors, counts, strict=True)]
+        return [vector.unflatten(1, (n, -1)) for vector, n in zip(vectors, counts, strict=True)]
 
     def _incoming(self, rows: Ints) -> dict[SiteLayer, Tensor] | None:
         """Return [vector, units, width] that come in at each site and layer in some rows; None if
@@ -335,7 +324,7 @@ class VectorMaskRows(MaskRows, ABC):
             return None
         if self._fill == "mean":
             slots = self._slots_of(rows)
-            read = [own[slots.to(own.device)] for own in self._means]
+            read = [mean[slots.to(mean.device)] for mean in self._means]
         else:
             read = self._split_units(self._vectors_in(rows))
         return dict(zip(self._written, read, strict=True))
@@ -356,18 +345,18 @@ class VectorMaskRows(MaskRows, ABC):
             incoming: [vector, units, width] y of all units, the same in every draw; None for 0.
             shares: [vector, unit] m
         """
-        (lane, token), own = lanes, shares.reshape(-1, 1)
+        (lane, token), tensor = lanes, shares.reshape(-1, 1)
         at = (
             lane.repeat_interleave(len(unit)),
             token.repeat_interleave(len(unit)),
             unit.repeat(len(lane)),
         )
-        found = [SiteWrite(*where, *at, 1 - own, mode="scale")]
+        site_writes = [SiteWrite(*where, *at, 1 - tensor, mode="scale")]
         if incoming is not None:
             values = incoming[:, unit.to(incoming.device)]
             values = values.repeat(len(lane) // len(values), 1, 1)
-            found.append(SiteWrite(*where, *at, own * values.flatten(0, 1), mode="add"))
-        return found
+            site_writes.append(SiteWrite(*where, *at, tensor * values.flatten(0, 1), mode="add"))
+        return site_writes
 
 
 @dataclass(frozen=True, eq=False)
@@ -379,10 +368,10 @@ class SiteMaskRows(VectorMaskRows):
     @cached_property
     def _gates(self) -> dict[SiteLayer, Ints]:
         """The gates at each site and layer."""
-        found: dict[SiteLayer, list[int]] = {}
+        gates: dict[SiteLayer, list[int]] = {}
         for number, point in enumerate(self.candidates):
-            found.setdefault((point.site, point.layer), []).append(number)
-        return {where: np.array(own, dtype=np.int64) for where, own in found.items()}
+            gates.setdefault((point.site, point.layer), []).append(number)
+        return {where: np.array(numbers, dtype=np.int64) for where, numbers in gates.items()}
 
     @property
     def joint(self) -> Sequence[Ints]:
@@ -399,14 +388,14 @@ class SiteMaskRows(VectorMaskRows):
         """Return what the gates write at each site."""
         shares, at = self._shares(rows, edit), self._places(rows, lanes)
         incoming = self._incoming(rows) or {}
-        found: list[SiteWrite] = []
+        writes: list[SiteWrite] = []
         for where, gates in self._gates.items():
             named = [self.candidates[gate].unit for gate in gates.tolist()]
             every = torch.arange(unit_count(self.model.shape, *where))
             unit = every if None in named else torch.tensor(named)
-            own = shares[:, torch.from_numpy(gates).to(shares.device)].expand(-1, len(unit))
-            found += self._mix(where, unit, at, own, incoming.get(where))
-        return found
+            tensor = shares[:, torch.from_numpy(gates).to(shares.device)].expand(-1, len(unit))
+            writes += self._mix(where, unit, at, tensor, incoming.get(where))
+        return writes
 
 
 @dataclass(frozen=True, eq=False)
@@ -449,7 +438,10 @@ class EdgeMaskRows(VectorMaskRows):
     @cached_property
     def edges(self) -> list[CircuitEdge]:
         """The edge of each candidate."""
-        return [each.edge if isinstance(each, PlacedEdge) else each for each in self.candidates]
+        return [
+            candidate.edge if isinstance(candidate, PlacedEdge) else candidate
+            for candidate in self.candidates
+        ]
 
     @cached_property
     def _senders(self) -> dict[SiteLayer, tuple[int, ...]]:
@@ -461,16 +453,16 @@ class EdgeMaskRows(VectorMaskRows):
         """By output, the features that are nodes. Raises NoBasis."""
         rule = self.objective.rules[0]
         fits = DirectionFits(self.model, {}, self.objective.seed, self.side)
-        found: dict[SiteLayer, FeatureSplit] = {}
-        for (site, layer), own in self._circuit.features.items():
-            name = own.member.name
-            alone = BasisTargets(name, (name,), ({(layer, None): own.member},), (), {})
+        splits: dict[SiteLayer, FeatureSplit] = {}
+        for (site, layer), feature in self._circuit.features.items():
+            name = feature.member.name
+            alone = BasisTargets(name, (name,), ({(layer, None): feature.member},), (), {})
             system, problems = fits.of_basis(alone, rule.spec.span)
             if system is None:
                 raise NoBasis(problems)
             assert isinstance(system, Dictionary)
-            found[site, layer] = FeatureSplit(system, own.which, own.member.reads)
-        return found
+            splits[site, layer] = FeatureSplit(system, feature.which, feature.member.reads)
+        return splits
 
     @cached_property
     def _others(self) -> dict[SiteLayer, tuple[int, ...]]:
@@ -497,15 +489,15 @@ class EdgeMaskRows(VectorMaskRows):
         """Return [vector, unit, width] at each site and layer; the units of an MLP whose features
         are nodes are these nodes."""
         read = dict(zip([*self._written, *self._encoded], vectors, strict=True))
-        found = super()._split_units([read[where] for where in self._written])
+        units = super()._split_units([read[where] for where in self._written])
         for number, (site, layer) in enumerate(self._written):
             split = self._splits.get((site, layer))
             if split is not None:
-                own = read[site, layer]
-                inputs = read[split.reads, layer] if split.reads else own
+                tensor = read[site, layer]
+                inputs = read[split.reads, layer] if split.reads else tensor
                 with torch.no_grad():
-                    found[number] = split.split(own, inputs, split.nodes)
-        return found
+                    units[number] = split.split(tensor, inputs, split.nodes)
+        return units
 
     @cached_property
     def _columns(self) -> dict[SitePoint, int]:
@@ -528,14 +520,19 @@ class EdgeMaskRows(VectorMaskRows):
     def _size(self) -> tuple[int, int, int]:
         """Sizes of the masks of all positions, [position, receiver, sender]; without positions of
         edges, one mask."""
-        places = {each.place for each in self.candidates if isinstance(each, PlacedEdge)}
+        places = {
+            candidate.place for candidate in self.candidates if isinstance(candidate, PlacedEdge)
+        }
         return max(1, len(places)), len(self._receivers), len(self._columns)
 
     @cached_property
     def _cells_of_mask(self) -> Tensor:
         """[candidate] number of its entry in the masks, [position, receiver, sender]."""
         _, receivers, senders = self._size
-        places = [each.place if isinstance(each, PlacedEdge) else 0 for each in self.candidates]
+        places = [
+            candidate.place if isinstance(candidate, PlacedEdge) else 0
+            for candidate in self.candidates
+        ]
         return torch.tensor(
             [
                 (place * receivers + self._receivers[to]) * senders + self._columns[of]
@@ -555,19 +552,23 @@ class EdgeMaskRows(VectorMaskRows):
         if not self._has_two_streams:
             return super()._read(run, cell, points, rows)
         rows = np.sort(self.rows if rows is None else rows)
-        encoded, found = _find_encoded(run, cell, rows), dict[int, Tensor]()
+        encoded, tensors = _find_encoded(run, cell, rows), dict[int, Tensor]()
         for encodes in (True, False):
-            own = [n for n, p in enumerate(points) if (SITES[p.site].stack == "encoder") == encodes]
+            numbers = [
+                n for n, p in enumerate(points) if (SITES[p.site].stack == "encoder") == encodes
+            ]
             here, part = encoded == encodes, _take_side(run, cell, encodes=encodes)
-            read = super()._read(run, part, [points[n] for n in own], rows) if here.any() else []
-            for place, number in enumerate(own):
+            read = (
+                super()._read(run, part, [points[n] for n in numbers], rows) if here.any() else []
+            )
+            for place, number in enumerate(numbers):
                 width = count_numbers(points[number], self.model.shape)
                 dtype = torch.promote_types(self.model.dtype, torch.float32)
                 device = self.model.device
-                found[number] = torch.zeros(len(encoded), width, dtype=dtype, device=device)
+                tensors[number] = torch.zeros(len(encoded), width, dtype=dtype, device=device)
                 if read:
-                    found[number][here.to(device)] = read[place].to(found[number])
-        return [found[number] for number in range(len(points))]
+                    tensors[number][here.to(device)] = read[place].to(tensors[number])
+        return [tensors[number] for number in range(len(points))]
 
     @cached_property
     def _has_two_streams(self) -> bool:
@@ -597,15 +598,17 @@ class EdgeMaskRows(VectorMaskRows):
         encoded = encoded.repeat(count // len(encoded))
         for encodes in (True, False):
             at = torch.nonzero(encoded == encodes).flatten()
-            own, first, columns = list[SenderFill](), 0, list[int]()
+            sender_fills, first, columns = list[SenderFill](), 0, list[int]()
             for fill in fills:
                 if (fill.where.stack == "encoder") == encodes:
-                    own.append(replace(fill, values=fill.values[at.to(fill.values.device)]))
+                    sender_fills.append(
+                        replace(fill, values=fill.values[at.to(fill.values.device)])
+                    )
                     columns += range(first, first + fill.count)
                 first += fill.count
             ends = [n for n, (to, _) in enumerate(receivers) if reads_encoder(to) == encodes]
-            if len(at) and own and ends:
-                yield StreamEnds(at, ends, tuple(own), columns)
+            if len(at) and sender_fills and ends:
+                yield StreamEnds(at, ends, tuple(sender_fills), columns)
 
     def _places_of(self, rows: Ints) -> Tensor:
         """Return [vector] the mask of each vector of some rows."""
@@ -616,7 +619,7 @@ class EdgeMaskRows(VectorMaskRows):
     @cached_property
     def graph(self) -> PathGraph[Any, Any]:
         """The candidates as edges between nodes."""
-        placed = [each for each in self.candidates if isinstance(each, PlacedEdge)]
+        placed = [candidate for candidate in self.candidates if isinstance(candidate, PlacedEdge)]
         if placed:
             return PlacedGraph(self.model_graph, placed, order_places(self.objective))
         if self._has_two_streams or self._circuit.stack:
@@ -627,8 +630,8 @@ class EdgeMaskRows(VectorMaskRows):
     @cached_property
     def model_graph(self) -> EdgeGraph:
         """The nodes and edges of the model."""
-        own = self._circuit
-        return EdgeGraph(self.model.shape, own.neurons, own.features, stack=own.stack)
+        circuit = self._circuit
+        return EdgeGraph(self.model.shape, circuit.neurons, circuit.features, stack=circuit.stack)
 
     @property
     def _circuit(self) -> CircuitTargets:
@@ -639,9 +642,14 @@ class EdgeMaskRows(VectorMaskRows):
 
     @property
     def dictionaries(self) -> dict[str, dict[str, str]]:
-        members = {own.member.name: own.member.operand for own in self._circuit.features.values()}
-        found = {n: own.digest for n, own in members.items() if isinstance(own, DictionaryFile)}
-        return {"dictionaries": found} if found else {}
+        members = {
+            feature.member.name: feature.member.operand
+            for feature in self._circuit.features.values()
+        }
+        digests = {
+            n: member.digest for n, member in members.items() if isinstance(member, DictionaryFile)
+        }
+        return {"dictionaries": digests} if digests else {}
 
     def random_choices(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
         """Return random circuits of the same number of edges, as `against random` draws them; any
@@ -674,8 +682,8 @@ class EdgeMaskRows(VectorMaskRows):
             number = {edge: n for n, edge in enumerate(self.candidates)}
             drawing = CircuitDraws(self.graph, [self.candidates[n] for n in chosen], seed)
             drawn = drawing.draws(RANDOM_CONTROLS)
-            found = [sorted(number[edge] for edge in edges) for edges in drawn]
-            self._drawn[key] = found if len(found) == RANDOM_CONTROLS else []
+            draws = [sorted(number[edge] for edge in edges) for edges in drawn]
+            self._drawn[key] = draws if len(draws) == RANDOM_CONTROLS else []
         return self._drawn[key]
 
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[SiteWrite]:
@@ -704,14 +712,14 @@ class EdgeMaskRows(VectorMaskRows):
             return [write]
         return [
             CircuitWrite(
-                write.rows[own.at],
-                write.positions[own.at],
-                own.fills,
-                tuple(write.receivers[n] for n in own.ends),
-                write.mask[own.at.to(write.mask.device)][:, own.ends][:, :, own.columns],
-                **self._nodes_of(stream_of(own.fills)),
+                write.rows[stream.at],
+                write.positions[stream.at],
+                stream.fills,
+                tuple(write.receivers[n] for n in stream.ends),
+                write.mask[stream.at.to(write.mask.device)][:, stream.ends][:, :, stream.columns],
+                **self._nodes_of(stream_of(stream.fills)),
             )
-            for own in self._list_streams(rows, write.fills, write.receivers, len(write.rows))
+            for stream in self._list_streams(rows, write.fills, write.receivers, len(write.rows))
         ]
 
     def _fills(
@@ -731,8 +739,8 @@ class EdgeMaskRows(VectorMaskRows):
                 values = torch.zeros(count, len(every), vector_width(self.model.shape, *where))
             else:
                 split = self._splits.get(where)
-                own = every if split is None else [split.nodes.index(unit) for unit in every]
-                values = incoming[where][:, own]
+                numbers = every if split is None else [split.nodes.index(unit) for unit in every]
+                values = incoming[where][:, numbers]
             fills.append(SenderFill(SiteRead(*where), units, values, others))
         return tuple(fills)
 
@@ -761,7 +769,9 @@ class PositionMaskRows(VectorMaskRows):
     @property
     def places(self) -> dict[str, dict[str, object]]:
         at = self.objective.rules[0].spec.at.span.written
-        return {"positions": {"at": at, "labels": [each.label for each in self.candidates]}}
+        return {
+            "positions": {"at": at, "labels": [candidate.label for candidate in self.candidates]}
+        }
 
     @cached_property
     def active(self) -> Ints:
@@ -777,15 +787,15 @@ class PositionMaskRows(VectorMaskRows):
         which, _ = self._vectors_of(rows)
         shares, point = self._shares(rows, edit), self.declared.made
         number, draws = torch.from_numpy(self._tokens[which, :1]), len(shares) // len(which)
-        own = shares.gather(1, number.to(shares.device).repeat(draws, 1))
+        writes = shares.gather(1, number.to(shares.device).repeat(draws, 1))
         if self._fill == "mean":
             known = np.isin(self._slots[which], self._slots[self._trained_vectors.numpy()])
-            own = own * torch.from_numpy(known).to(own)[:, None].repeat(draws, 1)
+            writes = writes * torch.from_numpy(known).to(writes)[:, None].repeat(draws, 1)
         (where,), incoming = self._written, self._incoming(rows) or {}
         every = torch.arange(unit_count(self.model.shape, *where))
         unit = every if point.unit is None else torch.tensor([point.unit])
-        own, at = own.expand(-1, len(unit)), self._places(rows, lanes)
-        return self._mix(where, unit, at, own, incoming.get(where))
+        writes, at = writes.expand(-1, len(unit)), self._places(rows, lanes)
+        return self._mix(where, unit, at, writes, incoming.get(where))
 
 
 @dataclass(frozen=True, eq=False)
@@ -810,10 +820,10 @@ class CoordinateMaskRows(MaskRows):
     def dictionaries(self) -> dict[str, dict[str, str]]:
         basis, name = self.objective.rules[0].basis, self.candidates[0].basis
         assert basis is not None
-        own = basis.at(self.declared.made).operand
-        if name is None or not isinstance(own, DictionaryFile):
+        operand = basis.at(self.declared.made).operand
+        if name is None or not isinstance(operand, DictionaryFile):
             return {}
-        return {"dictionaries": {name: own.digest}}
+        return {"dictionaries": {name: operand.digest}}
 
     @cached_property
     def _encoded(self) -> SitePoint:
@@ -835,8 +845,8 @@ class CoordinateMaskRows(MaskRows):
     @cached_property
     def _means(self) -> Tensor:
         """[token, candidate]"""
-        (found,) = self._average(lambda rows: [self._encode(self._vectors_in(rows)[self._place])])
-        return found
+        (means,) = self._average(lambda rows: [self._encode(self._vectors_in(rows)[self._place])])
+        return means
 
     @property
     def _place(self) -> int:
@@ -847,12 +857,12 @@ class CoordinateMaskRows(MaskRows):
         """Return [vector, candidate] each: coordinates of the base run in some rows, and those that
         come in."""
         vectors = self._vectors_in(rows)
-        own = self._encode(vectors[self._place])
+        tensors = self._encode(vectors[self._place])
         if self._fill == "zero":
-            return own, torch.zeros_like(own)
+            return tensors, torch.zeros_like(tensors)
         if self._fill == "mean":
-            return own, self._means[self._slots_of(rows).to(own.device)]
-        return own, self._encode(vectors[-1])
+            return tensors, self._means[self._slots_of(rows).to(tensors.device)]
+        return tensors, self._encode(vectors[-1])
 
     @cached_property
     def _coordinates(self) -> tuple[Tensor, Tensor]:
@@ -865,14 +875,16 @@ class CoordinateMaskRows(MaskRows):
         if self._is_bounded:
             return self._encoded_in(rows)
         which = torch.from_numpy(self._vectors_of(rows)[0])
-        own, new = (each[which.to(each.device)] for each in self._coordinates)
-        return own, new
+        coordinates, new = (
+            coordinate[which.to(coordinate.device)] for coordinate in self._coordinates
+        )
+        return coordinates, new
 
     def _which(self, count: int) -> Tensor | None:
         """Return [count, candidate] numbers of the coordinates; None for all."""
         if len(self.candidates) == self._system.size:
             return None
-        numbers = torch.tensor([each.number for each in self.candidates])
+        numbers = torch.tensor([candidate.number for candidate in self.candidates])
         return numbers.to(self.model.device).expand(count, -1)
 
     def _encode(self, vectors: Tensor) -> Tensor:
@@ -883,15 +895,15 @@ class CoordinateMaskRows(MaskRows):
     def active(self) -> Ints:
         """[gate] numbers of the coordinates that a write changes in some training row."""
         parts = map(self._coordinates_in, self._training_parts())
-        changed = [(own != new).any(0).cpu().numpy() for own, new in parts]
+        changed = [(tensor != new).any(0).cpu().numpy() for tensor, new in parts]
         return np.flatnonzero(np.any(changed, axis=0))
 
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[SiteWrite]:
         """Return the vectors whose coordinates are f + m (f′ − f)."""
-        own, new = self._coordinates_in(rows)
-        shares = self._shares(rows, edit).to(own)
-        draws = len(shares) // len(own)
-        change = shares * (new - own).repeat(draws, 1)
+        tensor, new = self._coordinates_in(rows)
+        shares = self._shares(rows, edit).to(tensor)
+        draws = len(shares) // len(tensor)
+        change = shares * (new - tensor).repeat(draws, 1)
         vectors = self._vectors_in(rows)[0].repeat(draws, 1)
         written = self._system.shift(vectors, change, self._which(len(vectors)))
         return [write_point(self.declared.made, self.model, *self._places(rows, lanes), written)]
@@ -906,17 +918,21 @@ def open_rows(
 ) -> MaskRows:
     """Return the rows that a mask is trained on."""
     given = mask.training, objective, model, side
-    edges = [each for each in mask.candidates if isinstance(each, tuple)]
-    placed = [each for each in mask.candidates if isinstance(each, PlacedEdge)]
+    edges = [candidate for candidate in mask.candidates if isinstance(candidate, tuple)]
+    placed = [candidate for candidate in mask.candidates if isinstance(candidate, PlacedEdge)]
     if edges or placed:
         return EdgeMaskRows(*given, edges or placed, cache=cache)
-    sites = [each for each in mask.candidates if isinstance(each, SitePoint)]
+    sites = [candidate for candidate in mask.candidates if isinstance(candidate, SitePoint)]
     if sites:
         return SiteMaskRows(*given, sites, cache=cache)
-    positions = [each for each in mask.candidates if isinstance(each, PositionChoice)]
+    positions = [
+        candidate for candidate in mask.candidates if isinstance(candidate, PositionChoice)
+    ]
     if positions:
         return PositionMaskRows(*given, positions, cache=cache)
-    coordinates = [each for each in mask.candidates if isinstance(each, SiteCoordinate)]
+    coordinates = [
+        candidate for candidate in mask.candidates if isinstance(candidate, SiteCoordinate)
+    ]
     return CoordinateMaskRows(*given, coordinates, cache=cache)
 
 
@@ -969,7 +985,7 @@ class GateLoss:
         self, parts: Sequence[tuple[Tensor, Tensor]], number: int, step: int, progress: float
     ) -> Tensor:
         """Return the loss of a part of a batch, whose rows have the samples of the whole batch."""
-        whole, rows = (torch.cat([own for own, _ in parts]).sort().values, parts[number][0])
+        whole, rows = (torch.cat([tensor for tensor, _ in parts]).sort().values, parts[number][0])
         drawn = self.gates.sample(len(whole), step, progress)[torch.isin(whole, rows)]
         sign = 1 if self.rows.declared.minimises else -1
         return sign * self.rows.values(rows.numpy(), self._edit(drawn)).mean()
@@ -984,7 +1000,7 @@ class GateLoss:
         self.gates.after_step()
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: each.detach() for name, each in self.parameters.items()}
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
 
 def train_mask(
@@ -1010,13 +1026,15 @@ def train_mask(
         gates = trainer.start(count, training.of_trainer, training.seed)
         gates.shrinks = declared.noun == "edge"
         model = GateLoss(gates, rows, settings.batch, declared.keeps)
-        loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
+        loop = Training(
+            model, rows, rows.held_out(), settings, lambda tensor, other: (tensor, other)
+        )
         job.run(loop)
     likely = gates.probabilities().detach()
     chosen = gates.chosen()
     measured = rows.measured
     single, single_rows = _choose_single_effects(model, settings)
-    random = [model.mean(measured, each) for each in rows.random_choices(chosen, training.seed)]
+    random = [model.mean(measured, choice) for choice in rows.random_choices(chosen, training.seed)]
     every = torch.ones(len(rows.candidates))
     numbers = rows.active.tolist()
     report = MaskReport(
@@ -1056,8 +1074,8 @@ def _write_choice(path: Path, rows: MaskRows, likely: Tensor, chosen: Sequence[i
     probabilities = np.zeros(len(rows.candidates))
     probabilities[rows.active] = likely.numpy()
     content = {
-        "sites": [key_of_candidate(each) for each in rows.candidates],
-        "labels": [label_candidates((each,)) for each in rows.candidates],
+        "sites": [key_of_candidate(candidate) for candidate in rows.candidates],
+        "labels": [label_candidates((candidate,)) for candidate in rows.candidates],
         "probabilities": probabilities.tolist(),
         "chosen": rows.active[list(chosen)].tolist(),
         **rows.places,
@@ -1114,7 +1132,10 @@ def _add_at(model: LoadedModel, point: SitePoint, read: CircuitRead, vectors: Te
 def _write_parts(group: Sequence[tuple[int, SiteWrite]], rows: int) -> list[SiteWrite]:
     """Move numbered writes of the first `rows` lanes to those of the irrelevant parts after them,
     one part for each write."""
-    return [replace(own, rows=own.rows + part * rows) for part, (_, own) in enumerate(group, 1)]
+    return [
+        replace(site_write, rows=site_write.rows + part * rows)
+        for part, (_, site_write) in enumerate(group, 1)
+    ]
 
 
 def _move_senders(model: LoadedModel, read: CircuitRead, number: int, share: float) -> SiteWrite:
@@ -1146,7 +1167,9 @@ def _move_neurons(read: CircuitRead, where: SiteRead, share: float) -> SiteWrite
     """Move neurons to other values, because a norm follows the sum of what they add."""
     [fill] = [fill for fill in read.fills if fill.where == where]
     units = torch.tensor((*fill.units, *fill.others))
-    rows, positions = (own.repeat_interleave(len(units)) for own in (read.rows, read.positions))
+    rows, positions = (
+        tensor.repeat_interleave(len(units)) for tensor in (read.rows, read.positions)
+    )
     values = share * read.activations[where].flatten()[:, None]
     given = where.site, where.layer, rows, positions, units.repeat(len(read.rows)), values
     return SiteWrite(*given, mode="add", stack=where.stack)
@@ -1190,7 +1213,7 @@ class EdgeRows(EdgeMaskRows):
         cells = moved_positions(self.objective)
         if count_tokens(cells[0]) == count_tokens(self._cells[0]):
             return self
-        own = {each.name: getattr(self, each.name) for each in fields(EdgeRows)}
+        own = {field.name: getattr(self, field.name) for field in fields(EdgeRows)}
         return MovedEdgeRows(**own, scored=self, moved=cells)
 
     def describe_rest(self) -> str:
@@ -1224,9 +1247,9 @@ class EdgeRows(EdgeMaskRows):
         """
         scored = self.scored_by(trainer)
         with torch.enable_grad():
-            found = scored._score(rows, trainer, steps)[: self._size[0]]
+            score = scored._score(rows, trainer, steps)[: self._size[0]]
         scored._unpatched.forget()
-        return found.flatten().cpu()[self._cells_of_mask].numpy()
+        return score.flatten().cpu()[self._cells_of_mask].numpy()
 
     def _score(self, rows: Ints, trainer: EdgeScoreTrainer, steps: int) -> Tensor:
         """Return [position, receiver, sender]: the sums of scores over some rows."""
@@ -1237,27 +1260,27 @@ class EdgeRows(EdgeMaskRows):
         if trainer.fixes_attention:
             return self._score_with_patterns(rows, lanes, streams, trainer)
         places = self._scored_places(rows)
-        reads = [self._open_read(rows, lanes, own, places) for own in streams]
+        reads = [self._open_read(rows, lanes, stream, places) for stream in streams]
 
         def score(added: Sequence[SiteWrite], wanted: Sequence[slice]) -> list[Tensor]:
             return self._score_at(rows, lanes, reads, added, wanted, trainer.backward)[0]
 
         every = [slice(None)] * len(reads)
-        found = score((), every)
+        scores = score((), every)
         shares = [1 - step / steps for step in range(1, steps)]
         for share in shares if trainer.path == "inputs" else ():
             moves = [_move_senders(self.model, read, 0, share) for read in reads]
-            _add_to_all(found, score(moves, every))
+            _add_to_all(scores, score(moves, every))
         for number, read in enumerate(reads if trainer.path == "activations" else ()):
             for place, columns in enumerate(number_senders(read.fills).values()):
                 wanted = [columns if n == number else slice(0, 0) for n in range(len(reads))]
                 for share in shares:
                     move = _move_senders(self.model, read, place, share)
-                    _add_to_all(found, score([move], wanted))
+                    _add_to_all(scores, score([move], wanted))
         if not self._has_two_streams:
-            return found[0] / steps
+            return scores[0] / steps
         # The last place is for tokens that aren't scored.
-        return self._join_streams(streams, [part / steps for part in found], self._size[0] + 1)
+        return self._join_streams(streams, [part / steps for part in scores], self._size[0] + 1)
 
     def _open_streams(self, rows: Ints, lanes: DrawLanes) -> list[StreamEnds]:
         """Return the edges of each stream at the tokens of some rows."""
@@ -1267,22 +1290,22 @@ class EdgeRows(EdgeMaskRows):
         return list(self._list_streams(rows, fills, self._ends, len(lane)))
 
     def _join_streams(
-        self, streams: Sequence[StreamEnds], found: Sequence[Tensor], places: int
+        self, streams: Sequence[StreamEnds], gradients: Sequence[Tensor], places: int
     ) -> Tensor:
         """Return [place, receiver, sender] of all edges.
 
         Args:
-            found: [place, receiver, sender] of each stream.
+            gradients: [place, receiver, sender] of each stream.
             places: Number of places.
         """
-        total = found[0].new_zeros(places, *self._size[1:])
-        for own, part in zip(streams, found, strict=True):
-            at = torch.tensor(own.ends)[:, None], torch.tensor(own.columns)
+        total = gradients[0].new_zeros(places, *self._size[1:])
+        for stream, part in zip(streams, gradients, strict=True):
+            at = torch.tensor(stream.ends)[:, None], torch.tensor(stream.columns)
             total[: len(part), *at] = part
         return total
 
     def _open_read(
-        self, rows: Ints, lanes: DrawLanes, own: StreamEnds, places: Tensor | None
+        self, rows: Ints, lanes: DrawLanes, stream_ends: StreamEnds, places: Tensor | None
     ) -> CircuitRead:
         """Return what passes read in one stream.
 
@@ -1290,10 +1313,17 @@ class EdgeRows(EdgeMaskRows):
             places: [vector] the numbers of sums that tokens are in, or None for one sum.
         """
         lane, token = self._places(rows, lanes)
-        ends = tuple(self._ends[n] for n in own.ends)
-        places = None if places is None else places[own.at.to(places.device)]
-        features = self._nodes_of(stream_of(own.fills))["features"]
-        return CircuitRead(lane[own.at], token[own.at], own.fills, ends, places, features=features)
+        ends = tuple(self._ends[n] for n in stream_ends.ends)
+        places = None if places is None else places[stream_ends.at.to(places.device)]
+        features = self._nodes_of(stream_of(stream_ends.fills))["features"]
+        return CircuitRead(
+            lane[stream_ends.at],
+            token[stream_ends.at],
+            stream_ends.fills,
+            ends,
+            places,
+            features=features,
+        )
 
     def _scored_places(self, rows: Ints) -> Tensor | None:
         """Return [vector] the position of each vector of some rows, or None for one sum."""
@@ -1327,8 +1357,8 @@ class EdgeRows(EdgeMaskRows):
             leaf = torch.zeros(size, dtype=dtype, device=device, requires_grad=True)
             writes.append(_add_at(self.model, _EMBEDDINGS[read.stack], read, leaf))
         run = self._differentiate(rows, backward)
-        weights = [run.zeros(*each.size) for each in patterns]
-        writes += [each.added(own) for each, own in zip(patterns, weights, strict=True)]
+        weights = [run.zeros(*pattern.size) for pattern in patterns]
+        writes += [pattern.added(weight) for pattern, weight in zip(patterns, weights, strict=True)]
         values = self._measure(rows, lanes, [*writes, *added], reads, backward)
         with open_rules(self.model, backward):
             return compute_edge_scores(values.sum(), reads, wanted, weights)
@@ -1345,27 +1375,32 @@ class EdgeRows(EdgeMaskRows):
         """Return [position, receiver, sender]: sums of scores in the clean run, by the exact
         attention weights for edges into queries and keys."""
         fixed = {n for n, (where, _) in enumerate(self._ends) if where.site in _ATTENDED}
-        free = [replace(own, ends=[n for n in own.ends if n not in fixed]) for own in streams]
+        free = [
+            replace(stream, ends=[n for n in stream.ends if n not in fixed]) for stream in streams
+        ]
         count = len(rows) if trainer.drops_layers else 1  # absolute values are those of rows
         group = torch.zeros(len(self._vectors_of(rows)[0]), dtype=torch.long)
         if trainer.drops_layers:
             group = torch.from_numpy(np.repeat(np.arange(count), self._vectors_of(rows)[1]))
         places = group * self._size[0] + self._places_of(rows)
-        reads = [self._open_read(rows, lanes, own, places.to(self.model.device)) for own in free]
+        reads = [
+            self._open_read(rows, lanes, stream_ends, places.to(self.model.device))
+            for stream_ends in free
+        ]
         base = self._read_patterns(rows, lanes, sorted(fixed))
         every, slopes = [slice(None)] * len(reads), list[dict[SiteRead, Tensor]]()
         rounds = self._list_rounds(trainer)
         total = torch.zeros(self._size, dtype=torch.float64, device=self.model.device)
         for backward, share in rounds:
-            found, weights = self._score_at(
+            scores, weights = self._score_at(
                 rows, lanes, reads, (), every, backward, [*base.values()]
             )
-            joined = self._join_streams(free, found, count * self._size[0])
+            joined = self._join_streams(free, scores, count * self._size[0])
             joined = joined.unflatten(0, (count, -1))
             joined = joined.abs() if trainer.drops_layers else joined
             total += joined.sum(0) * share.to(total)[:, None]
             pairs = zip(base.items(), weights, strict=True)
-            slopes.append({where: own.expand(given) for (where, own), given in pairs})
+            slopes.append({where: patterns.expand(given) for (where, patterns), given in pairs})
         for receivers, column, parts in self._score_patterns(rows, lanes, base, slopes):
             for (_, share), values in zip(rounds, parts, strict=True):
                 values = values.abs() if trainer.drops_layers else values
@@ -1395,8 +1430,8 @@ class EdgeRows(EdgeMaskRows):
         reads = dict.fromkeys(own for each in wheres for own in BasePatterns.reads(each))
         with torch.no_grad():
             read = self._read_clean(rows, lanes, [*reads], (), ())
-        found = (BasePatterns.of(each, read, lanes.batch, self.model) for each in wheres)
-        return {each.where: each for each in found}
+        base_patterns = (BasePatterns.of(each, read, lanes.batch, self.model) for each in wheres)
+        return {pattern.where: pattern for pattern in base_patterns}
 
     def _read_clean(
         self,
@@ -1436,7 +1471,7 @@ class EdgeRows(EdgeMaskRows):
         senders = np.array([self._columns[of] for of, _ in self.edges])
         receivers = np.array([self._receivers[to] for _, to in self.edges])
         sites = np.array([self._ends[n][0].site for n in receivers.tolist()])
-        held = [each.held() for each in base.values()]
+        held = [patterns.held() for patterns in base.values()]
         with torch.no_grad():
             fills = self._fills_of(rows)
         for column, site in product(np.unique(senders).tolist(), _ATTENDED):
@@ -1451,9 +1486,11 @@ class EdgeRows(EdgeMaskRows):
                 circuits = self._ablations(rows, lanes, torch.from_numpy(changed[None]), fills)
                 read = self._read_clean(rows, lanes, [*scores.values()], held, circuits)
             for where, numbers in ends.items():
-                own = base[replace(where, site="pattern")]
-                given = [each[own.where] for each in slopes]
-                sums = self._sum_weights(rows, lanes, where, read[scores[where]], own, given)
+                base_patterns = base[replace(where, site="pattern")]
+                given = [each[base_patterns.where] for each in slopes]
+                sums = self._sum_weights(
+                    rows, lanes, where, read[scores[where]], base_patterns, given
+                )
                 units = [self._ends[number][1] for number in numbers]
                 yield numbers, column, [each[..., units] for each in sums]
 
@@ -1462,11 +1499,11 @@ class EdgeRows(EdgeMaskRows):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the lane, the token and the position of each vector of some rows in the stream
         that a receiver reads."""
-        found = (*self._places(rows, lanes), self._places_of(rows))
+        places = (*self._places(rows, lanes), self._places_of(rows))
         if not self._has_two_streams:
-            return found
+            return places
         encoded = _find_encoded(self._runs[0], self._cells[0], rows)
-        lane, token, place = (each[encoded == reads_encoder(where)] for each in found)
+        lane, token, place = (location[encoded == reads_encoder(where)] for location in places)
         return lane, token, place
 
     def _sum_weights(
@@ -1489,7 +1526,7 @@ class EdgeRows(EdgeMaskRows):
         """
         lane, token, place = self._find_tokens(rows, lanes, where)
         count = unit_count(self.model.stack(where.stack).shape, where.site, where.layer)
-        found = [each.new_zeros(len(rows), self._size[0], count) for each in slopes]
+        sums = [each.new_zeros(len(rows), self._size[0], count) for each in slopes]
         before, weights = base.scores.double(), base.weights.double()
 
         def change(scores: Tensor) -> Tensor:
@@ -1500,18 +1537,18 @@ class EdgeRows(EdgeMaskRows):
             column = lanes.batch.of_read(where).columns(lane, token)
             queries = indices_to_device((lane, column), scores.device)
             at, changed = indices_to_device((lane, place), scores.device), change(scores.double())
-            for total, slope in zip(found, slopes, strict=True):
+            for total, slope in zip(sums, slopes, strict=True):
                 total.index_put_(at, (changed * slope).sum(-1)[queries], accumulate=True)
-            return found
+            return sums
         for number in range(self._size[0]):
             there = torch.zeros(len(rows), scores.shape[-1], dtype=torch.bool)
             there[lane[place == number], token[place == number]] = True
             there = to_device(there, scores.device)[:, None, None]
             changed = change(torch.where(there, scores.double(), before))
-            for total, slope in zip(found, slopes, strict=True):
+            for total, slope in zip(sums, slopes, strict=True):
                 of_head = (changed * slope).sum((1, 3))
                 total[:, number] = of_head.unflatten(1, (count, -1)).sum(2)
-        return found
+        return sums
 
     # --- scores by contextual decomposition
 
@@ -1576,12 +1613,12 @@ class EdgeRows(EdgeMaskRows):
         """List the edges of a sender, except those into queries and keys: the number in the masks,
         the position and the receiver."""
         size, cells = self._size, self._candidates_of_mask
-        found = list[tuple[int, int, int]]()
+        triples = list[tuple[int, int, int]]()
         for number, (receiver, (where, _)) in product(range(size[0]), enumerate(self._ends)):
             cell = (number * size[1] + receiver) * size[2] + column
             if where.site not in _ATTENDED and cell in cells:
-                found.append((cell, number, receiver))
-        return found
+                triples.append((cell, number, receiver))
+        return triples
 
     @cached_property
     def _candidates_of_mask(self) -> frozenset[int]:
@@ -1599,7 +1636,7 @@ class EdgeRows(EdgeMaskRows):
         self, lanes: DrawLanes, whole: Mapping[SiteRead, Tensor], parts: int
     ) -> list[SiteWrite]:
         """Write the clean run's heads and MLPs as irrelevant parts of all rows."""
-        found: list[SiteWrite] = []
+        site_writes: list[SiteWrite] = []
         for where, values in whole.items():
             frame, units = lanes.batch.of_read(where), values.shape[2]
             lane, token = frame.tokens()
@@ -1608,9 +1645,9 @@ class EdgeRows(EdgeMaskRows):
             lane, token = first + lane.repeat(parts), token.repeat(parts)
             lane, token = (each.repeat_interleave(units) for each in (lane, token))
             unit = torch.arange(units).repeat(len(lane) // units)
-            own = values[index].flatten(0, 1).repeat(parts, 1)
-            found.append(SiteWrite(where.site, where.layer, lane, token, unit, own))
-        return found
+            tensor = values[index].flatten(0, 1).repeat(parts, 1)
+            site_writes.append(SiteWrite(where.site, where.layer, lane, token, unit, tensor))
+        return site_writes
 
     def _send_irrelevant(self, rows: Ints, lanes: DrawLanes) -> Iterator[SiteWrite]:
         """Yield the other value of each sender."""
@@ -1639,17 +1676,17 @@ class EdgeRows(EdgeMaskRows):
         """
         rows, size = np.sort(rows), max(1, batch // len(circuits))
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        found: list[Floats] = []
+        means: list[Floats] = []
         with torch.no_grad():
             for part in parts:
                 lanes = self._lanes(part, len(circuits))
                 fills = () if circuits.all() else self._fills_of(part)
                 writes = self._ablations(part, lanes, torch.from_numpy(~circuits), fills)
                 values = self._measure(part, lanes, [], writes)
-                found.append(values.unflatten(0, (len(part), -1)).cpu().numpy())
+                means.append(values.unflatten(0, (len(part), -1)).cpu().numpy())
                 if len(parts) > 1:
                     self._unpatched.forget()
-        return np.concatenate(found).mean(axis=0)
+        return np.concatenate(means).mean(axis=0)
 
     def _ablations(
         self, rows: Ints, lanes: DrawLanes, ablated: Tensor, every_fill: Sequence[SenderFill]
@@ -1682,13 +1719,13 @@ class EdgeRows(EdgeMaskRows):
             mask = every[:, places].flatten(0, 1)
             write = CircuitWrite(lane, token, tuple(fills), ends, mask, **self._nodes_of(""))
             return self._split_write(rows, write)
-        found: list[CircuitWrite] = []
+        writes: list[CircuitWrite] = []
         for number, mask in enumerate(every[0]):  # one mask for all tokens of a position
             own = torch.nonzero(places == number).flatten()
             if mask.any():
                 at, parts = (lane[own], token[own]), tuple(fill.take(own) for fill in fills)
-                found.append(CircuitWrite(*at, parts, ends, mask, **self._nodes_of("")))
-        return found
+                writes.append(CircuitWrite(*at, parts, ends, mask, **self._nodes_of("")))
+        return writes
 
 
 @dataclass(frozen=True, eq=False)
@@ -1711,7 +1748,7 @@ class MovedEdgeRows(EdgeRows):
         return self.moved
 
     def _scored_places(self, rows: Ints) -> Tensor | None:
-        scored, own = self.scored, self._vectors_of(rows)[0]
+        scored, vector = self.scored, self._vectors_of(rows)[0]
         number = dict[tuple[int, int], int]()
         for row in rows.tolist():
             vectors = range(scored._starts[row], scored._starts[row + 1])
@@ -1719,9 +1756,9 @@ class MovedEdgeRows(EdgeRows):
             for token, place in zip(tokens, scored._tokens[list(vectors), 0].tolist(), strict=True):
                 number[row, token] = place if self._size[0] > 1 else 0
         each = ((row, token) for row in rows.tolist() for token in self.moved[0].hits[row][0])
-        found = torch.tensor([number.get(own, self._size[0]) for own in each])
-        assert len(found) == len(own)
-        return found.to(self.model.device)
+        places = torch.tensor([number.get(own, self._size[0]) for own in each])
+        assert len(places) == len(vector)
+        return places.to(self.model.device)
 
 
 def count_tokens(cell: PositionCell) -> int:
@@ -1737,8 +1774,8 @@ def open_edges(
     cache: VectorCache,
 ) -> EdgeRows:
     """Return the rows of a search for a circuit."""
-    edges = [each for each in circuit.candidates if isinstance(each, tuple)]
-    placed = [each for each in circuit.candidates if isinstance(each, PlacedEdge)]
+    edges = [candidate for candidate in circuit.candidates if isinstance(candidate, tuple)]
+    placed = [candidate for candidate in circuit.candidates if isinstance(candidate, PlacedEdge)]
     batch = int(circuit.training.options["batch"])
     given = circuit.training, objective, model, side, edges or placed, batch
     return EdgeRows(*given, cache=cache)
@@ -1753,13 +1790,13 @@ def find_circuit(declared: TrainedMask, rows: EdgeRows, job: TrainingJob) -> Cir
         OSError: A file can't be written.
     """
     if isinstance(declared.training.trainer, EdgeScoreTrainer):
-        found = _score_edges(declared.training, rows, job)
+        circuit = _score_edges(declared.training, rows, job)
     else:
-        found = _search_edges(declared.training, rows, job)
-    report = _report(rows, found)
+        circuit = _search_edges(declared.training, rows, job)
+    report = _report(rows, circuit)
     if isinstance(declared.training.trainer, EdgeSearchTrainer):
         report = replace(report, made=report.made + _describe_aim(declared.training, report))
-    _write_circuit(job.folder / MASK_FILE, rows, found)
+    _write_circuit(job.folder / MASK_FILE, rows, circuit)
     job.write_card(report, MASK_FILE)
     return report
 
@@ -1859,11 +1896,11 @@ class EffectScoring:
         while self._done < len(self._rows.trained):
             part = self._rows.trained[self._done : self._done + size]
             score = partial(self._score, part)
-            found = try_pass(score, can_shrink=len(part) > 1)
-            if found is None:
+            scores = try_pass(score, can_shrink=len(part) > 1)
+            if scores is None:
                 size = len(part) // 2
                 continue
-            self._total += found
+            self._total += scores
             self._done += len(part)
             yield
 
@@ -1924,17 +1961,17 @@ class CircuitMeter:
         If memory runs out, further passes have half as many rows. Raises NoCircuit.
         """
         self.measured += len(circuits)
-        found: list[Floats] = []
-        while sum(map(len, found)) < len(circuits):
-            first = sum(map(len, found))
+        averages: list[Floats] = []
+        while sum(map(len, averages)) < len(circuits):
+            first = sum(map(len, averages))
             part = circuits[first : first + self.together]
             measure = partial(self._rows.means_with, self._rows.trained, part, self._batch)
             part_means = try_pass(measure, can_shrink=self._batch > 1)
             if part_means is None:
                 self._batch //= 2
             else:
-                found.append(part_means)
-        means = np.concatenate(found)
+                averages.append(part_means)
+        means = np.concatenate(averages)
         if not np.isfinite(means).all():
             raise NoCircuit("the measure is NaN or infinite", "use another measure, or other rows")
         return means
@@ -2069,7 +2106,9 @@ class EdgeSearch:
             if not due:
                 self._decided += 1
                 continue
-            tried = [[edge for own in due[: n + 1] for edge in own] for n in range(len(due))]
+            tried = [
+                [edge for numbers in due[: n + 1] for edge in numbers] for n in range(len(due))
+            ]
             for edges, mean in zip(due, self._means(tried).tolist(), strict=True):
                 self.scores[edges] = mean - self._value
                 self._decided += 1
@@ -2080,13 +2119,13 @@ class EdgeSearch:
 
     def _due(self, unit: SitePoint) -> list[list[int]]:
         """Return the edges that are left of each of the next steps of a unit, in one pass."""
-        found: list[list[int]] = []
+        batches: list[list[int]] = []
         for step in self._steps[self._decided : self._decided + self._meter.together]:
             left = [n for n in map(self._numbers.__getitem__, step.edges) if self.kept[n]]
             if step.unit != unit or not left:
                 break
-            found.append(left)
-        return found
+            batches.append(left)
+        return batches
 
     def _drop_dead(self) -> None:
         """Ablate the edges that lead only to ablated ones."""
@@ -2177,21 +2216,21 @@ class NodeRows:
         shares = torch.zeros(len(self.candidates), dtype=torch.float64)
         if not trainer.integrates:
             return self._slopes(rows, shares)
-        found = np.zeros(len(self.candidates))
-        for own in self.masked.joint:
+        score = np.zeros(len(self.candidates))
+        for numbers in self.masked.joint:
             for step in range(steps):
                 moved = shares.clone()
-                moved[torch.from_numpy(own)] = (step + 0.5) / steps
-                found[own] += self._slopes(rows, moved)[own] / steps
-        return found
+                moved[torch.from_numpy(numbers)] = (step + 0.5) / steps
+                score[numbers] += self._slopes(rows, moved)[numbers] / steps
+        return score
 
     def _slopes(self, rows: Ints, shares: Tensor) -> Floats:
         """Return [candidate]: gradients of the sum of the measure over rows by shares."""
         with torch.enable_grad():
             leaf = shares.repeat(len(rows), 1).requires_grad_()
             total = self.masked.values(rows, leaf).sum()
-            (found,) = compute_gradients(total, [leaf], keep=False)
-        return found.sum(0).numpy()
+            (slopes,) = compute_gradients(total, [leaf], keep=False)
+        return slopes.sum(0).numpy()
 
     def mean_with(self, rows: Ints, written: Bools) -> float:
         """Return the mean of the measure over rows while some candidates are written.
@@ -2245,11 +2284,11 @@ def find_group(declared: TrainedMask, masked: MaskRows, job: TrainingJob) -> Nod
     if size is not None and size >= count:
         raise TooFewCandidates(declared, count, size)
     if isinstance(trainer, NodeScoreTrainer):
-        found = _score_nodes(training, trainer, rows, job)
+        group = _score_nodes(training, trainer, rows, job)
     else:
-        found = _search_nodes(training, rows, job)
-    report = _report_nodes(rows, found)
-    _write_scores(job.folder / MASK_FILE, rows, found)
+        group = _search_nodes(training, rows, job)
+    report = _report_nodes(rows, group)
+    _write_scores(job.folder / MASK_FILE, rows, group)
     job.write_card(report, MASK_FILE)
     return report
 
@@ -2340,8 +2379,8 @@ class NodeSearch:
         """Return [group]: the means over training rows while the candidates of a group are
         written."""
         written = np.zeros((len(groups), len(self.scores)), dtype=np.bool_)
-        for own, group in zip(written, groups, strict=True):
-            own[list(group)] = True
+        for mask, group in zip(written, groups, strict=True):
+            mask[list(group)] = True
         return self._meter.means(~written)
 
     def capture(self) -> dict[str, Any]:
@@ -2379,27 +2418,27 @@ def _search_nodes(training: DeclaredTraining, rows: NodeRows, job: TrainingJob) 
     return FoundGroup(np.array(search.chosen), search.scores, True, search.measured, made)
 
 
-def _report_nodes(rows: NodeRows, found: FoundGroup) -> NodeReport:
+def _report_nodes(rows: NodeRows, group: FoundGroup) -> NodeReport:
     """Compare a group with its controls.
 
     The main result of a group by a search is that of writing the group; of a group by scores, that
     of writing all other candidates.
     """
-    chosen, scores, searches = found.chosen, found.scores, found.ranks
+    chosen, scores, searches = group.chosen, group.scores, group.ranks
     masked, measured, count = rows.masked, rows.masked.measured, len(scores)
     every, none = np.ones(count, dtype=np.bool_), np.zeros(count, dtype=np.bool_)
-    own = np.isin(np.arange(count), chosen)
+    mask = np.isin(np.arange(count), chosen)
     random: list[float] = []
     for drawn in masked.random_choices(chosen.tolist(), masked.declared.seed):
         left = every.copy()
         left[masked.active[drawn]] = False
         random.append(rows.mean_with(measured, ~left if searches else left))
-    kept, alone = rows.mean_with(measured, ~own), rows.mean_with(measured, own)
+    kept, alone = rows.mean_with(measured, ~mask), rows.mean_with(measured, mask)
     return (NodeSearchReport if searches else NodeReport)(
-        *masked.outcome(TrainingState(step=found.steps)),
+        *masked.outcome(TrainingState(step=group.steps)),
         chosen={label_candidates((rows.candidates[n],)): float(scores[n]) for n in chosen.tolist()},
         candidates=len(masked.active),
-        made=found.made,
+        made=group.made,
         trained=alone if searches else kept,
         random=float(np.mean(random)),
         draws=len(random),
@@ -2411,17 +2450,17 @@ def _report_nodes(rows: NodeRows, found: FoundGroup) -> NodeReport:
     )
 
 
-def _write_scores(path: Path, rows: NodeRows, found: FoundGroup) -> None:
+def _write_scores(path: Path, rows: NodeRows, group: FoundGroup) -> None:
     """Write the candidates with their scores, null for those that change no training row, and the
     numbers of those of the group: ascending, or `ranked` in their order if it isn't that of
     scores."""
     active = frozenset(rows.masked.active.tolist())
     content = {
-        "sites": [key_of_candidate(each) for each in rows.candidates],
-        "labels": [label_candidates((each,)) for each in rows.candidates],
-        "scores": [own if n in active else None for n, own in enumerate(found.scores.tolist())],
-        "chosen": (found.chosen if found.ranks else np.sort(found.chosen)).tolist(),
-        **({"ranked": True} if found.ranks else {}),
+        "sites": [key_of_candidate(candidate) for candidate in rows.candidates],
+        "labels": [label_candidates((candidate,)) for candidate in rows.candidates],
+        "scores": [score if n in active else None for n, score in enumerate(group.scores.tolist())],
+        "chosen": (group.chosen if group.ranks else np.sort(group.chosen)).tolist(),
+        **({"ranked": True} if group.ranks else {}),
         **rows.masked.places,
         **rows.masked.dictionaries,
         "prompts": rows.masked.prompts,
@@ -2432,17 +2471,17 @@ def _write_scores(path: Path, rows: NodeRows, found: FoundGroup) -> None:
 # --- reports of circuits --------------------------------------------------------------------------
 
 
-def _report(rows: EdgeRows, found: FoundCircuit) -> CircuitReport:
+def _report(rows: EdgeRows, circuit: FoundCircuit) -> CircuitReport:
     """Compare a circuit with its controls."""
     measured, every = rows.measured, range(len(rows.candidates))
-    seed, chosen = rows.declared.seed, found.chosen
-    random = [rows.mean_with(measured, own) for own in rows.random_choices(chosen, seed)]
+    seed, chosen = rows.declared.seed, circuit.chosen
+    random = [rows.mean_with(measured, choice) for choice in rows.random_choices(chosen, seed)]
     return CircuitReport(
-        *rows.outcome(TrainingState(step=found.steps)),
-        chosen={label_candidates((rows.candidates[n],)): float(found.scores[n]) for n in chosen},
+        *rows.outcome(TrainingState(step=circuit.steps)),
+        chosen={label_candidates((rows.candidates[n],)): float(circuit.scores[n]) for n in chosen},
         candidates=len(every),
-        selected=found.selected,
-        made=found.made,
+        selected=circuit.selected,
+        made=circuit.made,
         drawn=rows.describe_random(chosen, seed),
         trained=rows.mean_with(measured, chosen),
         random=float(np.mean(random)),
@@ -2452,14 +2491,14 @@ def _report(rows: EdgeRows, found: FoundCircuit) -> CircuitReport:
     )
 
 
-def _write_circuit(path: Path, rows: EdgeRows, found: FoundCircuit) -> None:
+def _write_circuit(path: Path, rows: EdgeRows, circuit: FoundCircuit) -> None:
     """Write all edges with their scores, the numbers of those of the circuit, and the dictionaries
     whose features are nodes."""
     content = {
-        "sites": [key_of_candidate(each) for each in rows.candidates],
-        "labels": [label_candidates((each,)) for each in rows.candidates],
-        "scores": found.scores.tolist(),
-        "chosen": list(found.chosen),
+        "sites": [key_of_candidate(candidate) for candidate in rows.candidates],
+        "labels": [label_candidates((candidate,)) for candidate in rows.candidates],
+        "scores": circuit.scores.tolist(),
+        "chosen": list(circuit.chosen),
         **rows.dictionaries,
         "prompts": rows.prompts,
     }

@@ -60,11 +60,11 @@ class ObjectiveVectors:
     def of(cell: PositionCell, prompts: Ints) -> ObjectiveVectors:
         """List the vectors of a position in rows of a table."""
         tokens = [cell.hits[prompt][0] for prompt in prompts]
-        counts = [len(each) for each in tokens]
+        counts = [len(token) for token in tokens]
         return ObjectiveVectors(
             np.repeat(np.arange(len(prompts)), counts),
             np.concatenate([np.arange(count) for count in counts]),
-            np.concatenate([np.array(each, dtype=np.int64) for each in tokens]),
+            np.concatenate([np.array(token, dtype=np.int64) for token in tokens]),
         )
 
 
@@ -139,8 +139,8 @@ class ObjectiveRun:
             inputs = self._panel.means_and_donors[self.experiment.key]
             good = select_readable_rows(self._plan, rows, inputs, self._readout.passes)
             kept = np.unique(rows.take(good).prompt)
-        own = [row for row in kept.tolist() if row not in lacking and self.cell.hits[row]]
-        return np.array(own, dtype=np.int64)
+        prompts = [row for row in kept.tolist() if row not in lacking and self.cell.hits[row]]
+        return np.array(prompts, dtype=np.int64)
 
     def _build_rules(self) -> list[SiteWrite]:
         """Build the writes of the rules in all rows, whose values don't depend on the tensor."""
@@ -164,10 +164,10 @@ class ObjectiveRun:
     def find_overwriting_rule(self) -> int | None:
         """Return the number of a rule that replaces a written vector; None if none does."""
         every = np.ones(len(self.prompts), dtype=np.bool_)
-        own = self._write(torch.zeros(self.shape), every)
-        places = set(_list_places(own))
+        site_write = self._write(torch.zeros(self.shape), every)
+        places = set(_list_places(site_write))
         for write in self._rules:
-            replaces = write.where == own.where and write.mode == "set"
+            replaces = write.where == site_write.where and write.mode == "set"
             if replaces and not places.isdisjoint(_list_places(write)):
                 return write.rule
         return None
@@ -181,12 +181,12 @@ class ObjectiveRun:
         batches = split_prompts(model, run, [self.point], self.prompts)
         with torch.no_grad():
             every = read_vectors(reader, [self.point], [self.cell], batches)
-            vectors = torch.cat([each.vectors.clone() for each in every])
+            vectors = torch.cat([site_vectors.vectors.clone() for site_vectors in every])
         wide = torch.promote_types(vectors.dtype, torch.float32)
-        found = torch.zeros(self.shape, dtype=wide, device=vectors.device)
+        tensors = torch.zeros(self.shape, dtype=wide, device=vectors.device)
         row, slot = torch.from_numpy(self.vectors.row), torch.from_numpy(self.vectors.slot)
-        found[row, slot] = vectors.to(wide)
-        return found
+        tensors[row, slot] = vectors.to(wide)
+        return tensors
 
     def values(self, tensor: Tensor, rows: Ints, mode: ObjectiveMode) -> Tensor:
         """Return [row] float64: the measure of rows in which the tensor is written.
@@ -206,8 +206,8 @@ class ObjectiveRun:
         lanes = DrawLanes.of(differentiated.unpatched(), prompts, 1)
         is_used = np.zeros(len(self.prompts), dtype=np.bool_)
         is_used[rows] = True
-        own = replace(self._write(tensor, is_used), mode=mode)
-        writes = [own, *(_select_rows(each, is_used) for each in self._rules)]
+        site_write = replace(self._write(tensor, is_used), mode=mode)
+        writes = [site_write, *(_select_rows(rule, is_used) for rule in self._rules)]
         reading, _ = differentiated.read(writes, lanes, ())
         items = [self._plan.items[0]] * len(prompts)
         (values,) = self._readout.tensors(replace(reading, items=items))
@@ -219,9 +219,9 @@ class ObjectiveRun:
     def _write(self, tensor: Tensor, is_used: Bools) -> SiteWrite:
         """Write [row, position, width] at the tokens of the used rows."""
         where = self.vectors
-        own = is_used[where.row]
-        row = torch.from_numpy((np.cumsum(is_used) - 1)[where.row[own]])
-        slot, token = torch.from_numpy(where.slot[own]), torch.from_numpy(where.token[own])
+        mask = is_used[where.row]
+        row = torch.from_numpy((np.cumsum(is_used) - 1)[where.row[mask]])
+        slot, token = torch.from_numpy(where.slot[mask]), torch.from_numpy(where.token[mask])
         vectors = tensor[row.to(tensor.device), slot.to(tensor.device)]
         return write_point(self.point, self.model, row, token, vectors)
 

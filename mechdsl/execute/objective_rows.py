@@ -50,7 +50,7 @@ Edit = Callable[[Tensor, Tensor], Tensor]
 """[vector, width] vectors of the base run and of the source run → the vectors that are written."""
 
 
-def take_source(own: Tensor, other: Tensor) -> Tensor:
+def take_source(tensor: Tensor, other: Tensor) -> Tensor:
     """The edit that writes the whole vectors of the source run."""
     return other
 
@@ -155,10 +155,10 @@ class EffectRows(ABC, Generic[EditT]):
         parts: list[list[Tensor]] = [[] for _ in points]
         # What stays in memory has the model's precision, also if a step in bf16 needs it first.
         with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
-            for each in read_vectors(reader, points, [cell], batches):
-                parts[each.point].append(each.vectors.clone())
-        joined = [torch.cat(own) for own in parts]
-        return [own.to(torch.promote_types(own.dtype, torch.float32)) for own in joined]
+            for vector in read_vectors(reader, points, [cell], batches):
+                parts[vector.point].append(vector.vectors.clone())
+        joined = [torch.cat(part) for part in parts]
+        return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in joined]
 
     @cached_property
     def _starts(self) -> Ints:
@@ -175,7 +175,7 @@ class EffectRows(ABC, Generic[EditT]):
     @property
     def _numbers(self) -> int:
         """Numbers in memory for each vector that is edited."""
-        points = [point for _, own in self._reads for point in own]
+        points = [point for _, site_points in self._reads for point in site_points]
         return sum(count_numbers(point, self.model.shape) for point in points)
 
     @cached_property
@@ -205,20 +205,20 @@ class EffectRows(ABC, Generic[EditT]):
 
     def _read_all(self, rows: Ints) -> tuple[Tensor, ...]:
         """Return [vector, width] of what `_reads` names, in the order of the table's rows."""
-        found = [
-            own
+        tensors = [
+            tensor
             for number, points in self._reads
-            for own in self._read(self._runs[number], self._cells[number], points, rows)
+            for tensor in self._read(self._runs[number], self._cells[number], points, rows)
         ]
-        assert len({len(own) for own in found}) <= 1
-        return tuple(found)
+        assert len({len(tensor) for tensor in tensors}) <= 1
+        return tuple(tensors)
 
     def _vectors_in(self, rows: Ints) -> tuple[Tensor, ...]:
         """Return `_vectors` in these rows; they are read again unless all rows fit into memory."""
         if self._is_bounded:
             return self._read_all(rows)
         which = torch.from_numpy(self._vectors_of(rows)[0])
-        return tuple(each[which.to(each.device)] for each in self._vectors)
+        return tuple(vector[which.to(vector.device)] for vector in self._vectors)
 
     def _training_parts(self) -> list[Ints]:
         """Return the training rows, ascending, in parts whose vectors fit into memory."""
@@ -234,15 +234,15 @@ class EffectRows(ABC, Generic[EditT]):
     @cached_property
     def _unpatched(self) -> UnpatchedRuns:
         """The base run and the runs that the measure compares it with."""
-        own, point = self.objective, self.declared.made
-        said, (measure,) = own.rules[0].spec, own.spec.measures
+        objective, point = self.objective, self.declared.made
+        said, (measure,) = objective.rules[0].spec, objective.spec.measures
         assert said.site is not None
-        base = own.spec.base
+        base = objective.spec.base
         line = spec.Save(
             span=said.span, site=said.site, at=said.at, run=base, file="", gradient=measure
         )
-        save = ResolvedSave(line, base, (point,), (self._cells[0],), None, own.measures[0])
-        panel = build_save_panel(replace(own, saves=(save,)))
+        save = ResolvedSave(line, base, (point,), (self._cells[0],), None, objective.measures[0])
+        panel = build_save_panel(replace(objective, saves=(save,)))
         return UnpatchedRuns(
             panel, self.model, (self._readout,), plan=make_plan([]), side=self.side
         )
@@ -340,7 +340,7 @@ class EffectRows(ABC, Generic[EditT]):
         rows = np.sort(rows)
         with torch.no_grad():
             parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-            return float(torch.cat([self.values(each, edit) for each in parts]).mean())
+            return float(torch.cat([self.values(part, edit) for part in parts]).mean())
 
 
 @dataclass(frozen=True, eq=False)
@@ -363,11 +363,11 @@ class ObjectiveRows(EffectRows[Edit]):
         inserted into them; None otherwise."""
         run, hits = self._runs[0], self._cells[0].hits
         first = int(self.rows[0])
-        own = run.rows[first]
-        new = {token for tokens in own.places.get(INSERTED_SPAN, ()) for token in tokens}
+        row = run.rows[first]
+        new = {token for tokens in row.places.get(INSERTED_SPAN, ()) for token in tokens}
         if not new.intersection(hits[first][0]):
             return None
-        others = tuple(token for token in range(len(own.ids)) if token not in new)
+        others = tuple(token for token in range(len(row.ids)) if token not in new)
         cell = PositionCell(IMAGE_SPAN, ((others,),) * len(hits))
         return self._read(run, cell, [self.declared.made], self.rows[:IMAGE_ROWS])[0]
 
@@ -377,20 +377,20 @@ class ObjectiveRows(EffectRows[Edit]):
         if self.objective.spec.source is None:
             return None
         count = sum(len(self._vectors_of(part)[0]) for part in self._training_parts())
-        found: Tensor | None = None
+        difference: Tensor | None = None
         for part in self._training_parts():
-            own, other = self._vectors_in(part)
-            mean = len(own) / count * (other - own).mean(0)
-            found = mean if found is None else found + mean
-        return found
+            vectors, other = self._vectors_in(part)
+            mean = len(vectors) / count * (other - vectors).mean(0)
+            difference = mean if difference is None else difference + mean
+        return difference
 
     def _is_of_vectors(self, edit: Edit) -> bool:
         return True
 
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Edit) -> list[SiteWrite]:
         """Return the edited vectors of some rows."""
-        own, other = self._vectors_in(rows)
-        point, written = self.declared.made, edit(own, other)
+        vectors, other = self._vectors_in(rows)
+        point, written = self.declared.made, edit(vectors, other)
         return [write_point(point, self.model, *self._places(rows, lanes), written)]
 
 
@@ -455,4 +455,4 @@ class EditLoss:
         self.edited.after_step()
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: each.detach() for name, each in self.parameters.items()}
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}

@@ -30,14 +30,7 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.restart import Shortcuts
 from mechdsl.models.shape import ModelShape
 from mechdsl.planner.cost import SharedRows, settles_circuits
-from mechdsl.planner.plan import (
-    PASS_TOKENS,
-    PROMPT_TOKENS,
-    ExperimentPlan,
-    Panel,
-    Plan,
-    batch_size,
-)
+from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS, ExperimentPlan, Panel, Plan, batch_size
 from mechdsl.planner.rows import PassMember
 from mechdsl.program.python_functions import PythonFailure
 from mechdsl.prompts.rows import PromptTable
@@ -253,17 +246,17 @@ def compute_row_widths(
     """Return per distinct row: its number of tokens, and blocks times tokens."""
     widths = np.zeros(len(shared), dtype=np.int64)
     blocks = np.zeros(len(shared), dtype=np.int64)
-    for number, each in enumerate(plans):
-        own = np.flatnonzero(shared.owner == number)
-        if not len(own):
+    for number, plan in enumerate(plans):
+        indices = np.flatnonzero(shared.owner == number)
+        if not len(indices):
             continue
-        rows = shared.rows.take(own)
-        lengths = each.lengths(rows)
-        own_cuts = None if each.whole else shortcuts
-        first = each.leftmost(rows) if own_cuts and own_cuts.prefix else np.zeros_like(lengths)
-        widths[own] = np.maximum(1, lengths - first) * each.draws * each.token_weight
-        low = each.lowest[rows.cell] if own_cuts and own_cuts.resume else 0
-        blocks[own] = np.maximum(1, each.experiment.model.shape.n_layers - low)
+        rows = shared.rows.take(indices)
+        lengths = plan.lengths(rows)
+        own_cuts = None if plan.whole else shortcuts
+        first = plan.leftmost(rows) if own_cuts and own_cuts.prefix else np.zeros_like(lengths)
+        widths[indices] = np.maximum(1, lengths - first) * plan.draws * plan.token_weight
+        low = plan.lowest[rows.cell] if own_cuts and own_cuts.resume else 0
+        blocks[indices] = np.maximum(1, plan.experiment.model.shape.n_layers - low)
     return widths, widths * blocks.astype(np.float64)
 
 
@@ -291,26 +284,26 @@ def group_rows(
     settles = np.zeros(len(shared), dtype=np.int64)
     has_circuit = np.zeros(len(shared), dtype=np.bool_)
     numbered: dict[tuple[BlockPairs, tuple[tuple[int, ...], ...]], int] = {}
-    for number, each in enumerate(plans):
-        own = np.flatnonzero(shared.owner == number)
-        which = each.starting_run(shared.rows.take(own))
+    for number, experiment_plan in enumerate(plans):
+        indices = np.flatnonzero(shared.owner == number)
+        which = experiment_plan.starting_run(shared.rows.take(indices))
         numbers: list[int] = []
-        for run in each.starting_runs:
+        for run in experiment_plan.starting_runs:
             known = [n for n, other in enumerate(runs) if other is run]
             numbers.append(known[0] if known else len(runs))
             if not known:
                 runs.append(run)
-        if len(own):
-            start[own] = np.array(numbers, dtype=np.int64)[which]
-            draws[own] = each.draws
-            whole[own] = each.whole
-            settles[own] = plan.skips_inert and settles_circuits(each)
-        cells = shared.rows.cell[own]
-        if each.ablates_circuits:
-            circuit[own], has_circuit[own] = cells, True
+        if len(indices):
+            start[indices] = np.array(numbers, dtype=np.int64)[which]
+            draws[indices] = experiment_plan.draws
+            whole[indices] = experiment_plan.whole
+            settles[indices] = plan.skips_inert and settles_circuits(experiment_plan)
+        cells = shared.rows.cell[indices]
+        if experiment_plan.ablates_circuits:
+            circuit[indices], has_circuit[indices] = cells, True
         for cell in np.unique(cells).tolist():
-            pairs = each.replaced_blocks(cell), each.block_steps(cell)
-            blocks[own[cells == cell]] = numbered.setdefault(pairs, len(numbered))
+            pairs = experiment_plan.replaced_blocks(cell), experiment_plan.block_steps(cell)
+            blocks[indices[cells == cell]] = numbered.setdefault(pairs, len(numbered))
     is_packed = has_circuit & (whole == 0) & packs
     keys = [start, draws, whole, blocks, settles, is_packed]
     if not plan.joins_rows:
@@ -319,31 +312,31 @@ def group_rows(
     group = group.reshape(-1)
     ranges = np.where(is_packed, 0, np.where(has_circuit, _begin_ranges(widths), widths))
     order = np.lexsort((shared.rows.prompt, widths, circuit, ranges, group))
-    for own in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
-        if len(own):
-            yield runs[int(start[own[0]])], own
+    for indices in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
+        if len(indices):
+            yield runs[int(start[indices[0]])], indices
 
 
 def _begin_ranges(widths: Ints) -> Ints:
     """Return [row] the smallest width of the range that a row's width is in: the largest width of a
     range is at most `WIDTH_RANGE` times the smallest."""
-    found, first = np.zeros_like(widths), 0
+    ranges, first = np.zeros_like(widths), 0
     for width in np.unique(widths).tolist():
         first = first if first and width <= WIDTH_RANGE * first else width
-        found[widths == width] = first
-    return found
+        ranges[widths == width] = first
+    return ranges
 
 
 def list_members(shared: SharedRows, chosen: Ints) -> list[PassMember]:
     """List the rows that these distinct rows represent, by experiment."""
     place = np.full(len(shared), -1, dtype=np.int64)
     place[chosen] = np.arange(len(chosen))
-    found: list[PassMember] = []
+    members: list[PassMember] = []
     for number, (distinct, rows) in enumerate(shared.members):
-        own = np.flatnonzero(place[distinct] >= 0)
-        if len(own):
-            found.append(PassMember(number, rows.take(own), place[distinct[own]]))
-    return found
+        indices = np.flatnonzero(place[distinct] >= 0)
+        if len(indices):
+            members.append(PassMember(number, rows.take(indices), place[distinct[indices]]))
+    return members
 
 
 RowReplies = list[tuple[Reply, ...]]
@@ -405,24 +398,24 @@ def estimate_reply_bytes(
     shared: SharedRows, plans: Sequence[ExperimentPlan], itemsize: int, shape: ModelShape
 ) -> Floats:
     """Estimate [distinct row] bytes for generation: all keys and values, and written vectors."""
-    found = np.zeros(len(shared))
+    reply_bytes = np.zeros(len(shared))
     kept = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head
     for number, plan in enumerate(plans):
-        own = np.flatnonzero(shared.owner == number)
+        indices = np.flatnonzero(shared.owner == number)
         generation = plan.experiment.generation
-        if not len(own) or generation is None:
+        if not len(indices) or generation is None:
             continue
-        rows = shared.rows.take(own)
+        rows = shared.rows.take(indices)
         lengths, lanes = plan.lengths(rows), plan.draws * generation.samples
-        vectors = np.zeros(len(own))
+        vectors = np.zeros(len(indices))
         for rule in plan.rules:
             if rule.rule.does.changes == "sites":
                 wide = np.array([_count_cached_numbers(shape, point) for point in rule.point_table])
                 row, point = rule.points.expand(rule.site_of_cell[rows.cell])
-                vectors += np.bincount(row, wide[point], len(own))
+                vectors += np.bincount(row, wide[point], len(indices))
         tokens = kept * (lengths + generation.tokens) + vectors * (lengths + 1)
-        found[own] = itemsize * lanes * tokens
-    return found
+        reply_bytes[indices] = itemsize * lanes * tokens
+    return reply_bytes
 
 
 def _count_cached_numbers(shape: ModelShape, point: SitePoint) -> int:

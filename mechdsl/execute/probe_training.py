@@ -85,9 +85,9 @@ class ProbeRows:
         strata = targets.tolist() if declared.classes else None
         share = float(training.options["validation"]) / 100
         held_out = hold_out(keys, share, training.seed, strata)
-        found = cls(declared, model, seed, side, rows, keys, targets, held_out, cache)
-        found.check()
-        return found
+        probe_rows = cls(declared, model, seed, side, rows, keys, targets, held_out, cache)
+        probe_rows.check()
+        return probe_rows
 
     @property
     def training_keys(self) -> list[bytes]:
@@ -146,8 +146,10 @@ class ProbeRows:
             id(self.model), sample.table.name, sample.table.row_keys, sample.run.name,
             sample.cell.hits, training.inputs, self.seed, self.side,
         )  # fmt: skip
-        read = self.cache.get(key, lambda: tuple(torch.from_numpy(own) for _, own in self._read()))
-        yield from zip(training.inputs, (own.numpy() for own in read), strict=True)
+        read = self.cache.get(
+            key, lambda: tuple(torch.from_numpy(values) for _, values in self._read())
+        )
+        yield from zip(training.inputs, (tensor.numpy() for tensor in read), strict=True)
 
     def _read(self) -> Iterator[tuple[SitePoint, Floats]]:
         training = self.declared.training
@@ -161,9 +163,9 @@ class ProbeRows:
                 self.model, sample.table, sample.run, some, seed=self.seed, side=self.side
             )
             batches = split_prompts(self.model, sample.run, some, self.rows)
-            found = read_vectors(lanes, some, [sample.cell], batches)
-            for point, own in zip(some, average_rows(found, widths, self.rows), strict=True):
-                yield point, own.astype(np.float64)
+            vectors = read_vectors(lanes, some, [sample.cell], batches)
+            for point, row in zip(some, average_rows(vectors, widths, self.rows), strict=True):
+                yield point, row.astype(np.float64)
 
     def fit(self, vectors: Floats, targets: Floats) -> LinearMap:
         """Fit a probe, with an output for every class.
@@ -181,12 +183,12 @@ class ProbeRows:
         if not self.declared.classes:
             return trainer.fit(vectors, targets, folds, options)
         there, index = np.unique(targets, return_inverse=True)
-        found = trainer.fit(vectors, index.astype(np.float64), folds, options)
+        linear_map = trainer.fit(vectors, index.astype(np.float64), folds, options)
         # Shuffled values may lack a class, which is then never predicted.
         weights = np.zeros((vectors.shape[1], self.declared.outputs))
         intercept = np.full(self.declared.outputs, -np.inf)
-        own = there.astype(np.int64)
-        weights[:, own], intercept[own] = found.weights, found.intercept
+        numbers = there.astype(np.int64)
+        weights[:, numbers], intercept[numbers] = linear_map.weights, linear_map.intercept
         return LinearMap(weights, intercept)
 
     def score(self, probe: LinearMap, vectors: Floats) -> float | None:
@@ -198,31 +200,31 @@ class ProbeRows:
         made, wanted = probe(vectors[self.measured]), self.targets[self.measured]
         if self.declared.classes:
             return float((made.argmax(axis=1) == wanted).mean())
-        found = float(r_squared(wanted, made).mean())
-        return found if np.isfinite(found) else None
+        score = float(r_squared(wanted, made).mean())
+        return score if np.isfinite(score) else None
 
     def score_constant(self) -> float | None:
         """Return the same for the most common class, or the mean, of training rows."""
-        own, width = self.training_targets, 1
+        training_targets, width = self.training_targets, 1
         if self.declared.classes:
-            counts = np.bincount(own.astype(np.int64), minlength=self.declared.outputs)
+            counts = np.bincount(training_targets.astype(np.int64), minlength=self.declared.outputs)
             intercept = counts.astype(np.float64)
         else:
-            intercept = np.array([own.mean()])
+            intercept = np.array([training_targets.mean()])
         nothing = LinearMap(np.zeros((width, len(intercept))), intercept)
         return self.score(nothing, np.zeros((len(self.rows), width)))
 
     def score_random(self, point: SitePoint, vectors: Floats) -> float | None:
         """Return the mean of the same over probes of one random direction of the vectors."""
         scale = fit_standardiser(vectors[~self.held_out])
-        scaled, found = scale(vectors), list[float | None]()
+        scaled, scores = scale(vectors), list[float | None]()
         for draw in range(RANDOM_DIRECTIONS):
             key = self.declared.training.seed, "random direction", name_probe_map(point), draw
             random = np.random.default_rng(stable_hash(*key))
             along = scaled @ random.standard_normal((scaled.shape[1], 1))
             probe = self.fit(along[~self.held_out], self.training_targets)
-            found.append(self.score(probe, along))
-        known = [each for each in found if each is not None]
+            scores.append(self.score(probe, along))
+        known = [score for score in scores if score is not None]
         return float(np.mean(known)) if known else None
 
 
@@ -251,18 +253,18 @@ def train_probe(
     dealt = shuffle_targets(rows.training_keys, rows.training_targets[:, None], training.seed)[:, 0]
     scores: list[tuple[float | None, ...]] = []
     for number, (point, vectors) in enumerate(rows.vectors()):
-        own, name = vectors[~rows.held_out], name_probe_map(point)
+        vector, name = vectors[~rows.held_out], name_probe_map(point)
         try:
-            maps = {name: rows.fit(own, rows.training_targets)}
-            maps[f"shuffled.{name}"] = rows.fit(own, dealt)
-            made = [rows.score(each, vectors) for each in maps.values()]
+            maps = {name: rows.fit(vector, rows.training_targets)}
+            maps[f"shuffled.{name}"] = rows.fit(vector, dealt)
+            made = [rows.score(linear_map, vectors) for linear_map in maps.values()]
             scores.append((*made, rows.score_random(point, vectors)))
         except (ValueError, ArithmeticError) as problem:
             hint = "use other rows, another position, or a larger `penalty`"
             raise NoProbe(str(problem), hint) from problem
-        for key, each in maps.items():
-            tensors[f"{key}.weight"] = torch.from_numpy(np.ascontiguousarray(each.weights.T))
-            tensors[f"{key}.bias"] = torch.from_numpy(each.intercept)
+        for key, linear_map in maps.items():
+            tensors[f"{key}.weight"] = torch.from_numpy(np.ascontiguousarray(linear_map.weights.T))
+            tensors[f"{key}.bias"] = torch.from_numpy(linear_map.intercept)
         job.on_step(number + 1, len(training.inputs))
     job.write_tensors(PROBE_FILE, tensors)
     trained, shuffled, random = (list(each) for each in zip(*scores, strict=True))
@@ -274,7 +276,10 @@ def train_probe(
         predicts=declared.target,
         unit="accuracy" if declared.classes else "R²",
         distinct_rows=len(set(rows.training_keys)),
-        layers=[own.layer if own.unit is None else label_node(own) for own in training.inputs],
+        layers=[
+            site_point.layer if site_point.unit is None else label_node(site_point)
+            for site_point in training.inputs
+        ],
         trained=trained,
         shuffled=shuffled,
         random=random,

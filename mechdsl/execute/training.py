@@ -217,13 +217,13 @@ class RowVectors:
         return self.declared.sample.run.draws == 1 and int(self.counts.sum()) <= most
 
     def _read(self, rows: Ints) -> tuple[Tensor, Tensor]:
-        found = self._select(rows) if self._is_shared else self._run(rows)
+        run = self._select(rows) if self._is_shared else self._run(rows)
         paired = self.declared.paired
         if paired is None or paired.point is not None:
-            return found
+            return run
         ordered = np.sort(rows)
         values = np.array(paired.values)[ordered].repeat(self.counts[ordered], axis=0)
-        return found[0], torch.from_numpy(values).to(found[0])
+        return run[0], torch.from_numpy(values).to(run[0])
 
     def _select(self, rows: Ints) -> tuple[Tensor, Tensor]:
         """Return what `_run` returns, of vectors that are in memory."""
@@ -232,11 +232,11 @@ class RowVectors:
             id(self.model), sample.table.name, sample.table.row_keys, sample.run.name,
             sample.cell.hits, self.declared.points, self.seed, self.side, self._partner_key,
         )  # fmt: skip
-        own, other = self.cache.get(key, lambda: self._run(every))
+        tensor, other = self.cache.get(key, lambda: self._run(every))
         wanted = np.isin(np.arange(len(self.counts)), rows)
         which = torch.from_numpy(np.flatnonzero(np.repeat(wanted, self.counts)))
-        found = own[which.to(own.device)]
-        return found, found if own is other else other[which.to(other.device)]
+        vectors = tensor[which.to(tensor.device)]
+        return vectors, vectors if tensor is other else other[which.to(other.device)]
 
     @property
     def _partner_key(self) -> Hashable:
@@ -250,13 +250,13 @@ class RowVectors:
     def _run(self, rows: Ints) -> tuple[Tensor, Tensor]:
         read = partial(read_rows, rows=rows, seed=self.seed, side=self.side)
         count = len(self.declared.outputs)
-        found = read(self.declared.points, self.model, self.declared.sample, outputs=count)
+        run = read(self.declared.points, self.model, self.declared.sample, outputs=count)
         paired = self.declared.paired
         if paired is None or paired.sample is None:
-            return found
+            return run
         assert paired.point is not None
         assert self.partner is not None
-        return found[0], read((paired.point,), self.partner, paired.sample)[0]
+        return run[0], read((paired.point,), self.partner, paired.sample)[0]
 
 
 def read_rows(
@@ -290,16 +290,16 @@ def read_rows(
     rows, processes = np.sort(rows), own_processes()
     batches = split_prompts(model, sample.run, points, rows) if len(rows) else []
     turn = batches[processes.number :: processes.count]
-    for found in _read_batches(model, sample, turn, points, seed, side):
-        for own, vectors in zip(parts, found, strict=True):
-            own.append(vectors)
+    for tensors in _read_batches(model, sample, turn, points, seed, side):
+        for part, vectors in zip(parts, tensors, strict=True):
+            part.append(vectors)
     if batches:
-        parts = [processes.share(own, len(batches)) for own in parts]
+        parts = [processes.share(part, len(batches)) for part in parts]
     joined = [
-        torch.cat(own)
-        if own
+        torch.cat(part)
+        if part
         else torch.zeros(0, count_numbers(point, model.shape), device=model.device)
-        for point, own in zip(points, parts, strict=True)
+        for point, part in zip(points, parts, strict=True)
     ]
     if outputs:
         return torch.cat(joined[:-outputs], dim=1), torch.cat(joined[-outputs:], dim=1)
@@ -318,12 +318,12 @@ def _read_batches(
     """Yield the vectors of each site, batch by batch."""
     reader = build_reader(model, sample.table, sample.run, points, seed=seed, side=side)
     with torch.no_grad():
-        own: list[Tensor] = []
-        for found in read_vectors(reader, points, [sample.cell], batches):
-            own.append(found.vectors.float().clone())
-            if len(own) == len(points):
-                yield own
-                own = []
+        tensors: list[Tensor] = []
+        for vector in read_vectors(reader, points, [sample.cell], batches):
+            tensors.append(vector.vectors.float().clone())
+            if len(tensors) == len(points):
+                yield tensors
+                tensors = []
 
 
 # --- records of files -----------------------------------------------------------------------------
@@ -432,9 +432,9 @@ class StreamedVectors:
 
     def _read_chunk(self, number: int) -> tuple[Tensor, Tensor]:
         for later in range(self.chunks):
-            found = self._read(self._chunks[(number + later) % self.chunks])
-            if len(found[0]):
-                return found
+            vectors = self._read(self._chunks[(number + later) % self.chunks])
+            if len(vectors[0]):
+                return vectors
         raise NoVectors(self.declared.sample.cell.label)
 
     @cached_property
@@ -458,12 +458,12 @@ class StreamedVectors:
     def texts(self, state: TrainingState) -> TextDigests:
         """Return digests of the texts of the chunks that were begun, and of held-out records."""
         begun = [self._held_out, *self._chunks[: state.passes + 1]]
-        found: list[TextDigests] = []
+        texts: list[TextDigests] = []
         for key, records in (part for each in begun for part in self._parts(each)):
             if key not in self._texts:  # read before an interruption
                 self._texts[key] = _hash_rows(self.part(records.tolist()))
-            found.append(self._texts[key])
-        return np.concatenate(found)
+            texts.append(self._texts[key])
+        return np.concatenate(texts)
 
     @cached_property
     def _texts(self) -> dict[tuple[int, int], TextDigests]:
@@ -472,17 +472,17 @@ class StreamedVectors:
 
     def _read(self, records: Ints) -> tuple[Tensor, Tensor]:
         """Return the vectors of records."""
-        found: list[tuple[Tensor, Tensor]] = []
+        batches: list[tuple[Tensor, Tensor]] = []
         for key, part in self._parts(records):
             sample = self.part(part.tolist())
             self._texts[key] = _hash_rows(sample)
             if sample is not None:
-                found.append(self._read_sample(sample, _rows_with_position(sample)))
-        if not found:
+                batches.append(self._read_sample(sample, _rows_with_position(sample)))
+        if not batches:
             return self._read_sample(self.declared.sample, np.empty(0, dtype=np.int64))
-        own = torch.cat([each for each, _ in found])
-        same = found[0][0] is found[0][1]
-        return own, own if same else torch.cat([each for _, each in found])
+        tensor = torch.cat([each for each, _ in batches])
+        same = batches[0][0] is batches[0][1]
+        return tensor, tensor if same else torch.cat([each for _, each in batches])
 
     def _parts(self, records: Ints) -> list[tuple[tuple[int, int], Ints]]:
         """Return parts of records that are read together, with the first and the last of each.
@@ -491,9 +491,9 @@ class StreamedVectors:
         """
         cuts = np.flatnonzero(np.diff(self._windows[records])) + 1
         parts = [
-            own[begin : begin + PART_ROWS]
-            for own in np.split(records, cuts)
-            for begin in range(0, len(own), PART_ROWS)
+            numbers[begin : begin + PART_ROWS]
+            for numbers in np.split(records, cuts)
+            for begin in range(0, len(numbers), PART_ROWS)
         ]
         return [((int(part[0]), int(part[-1])), part) for part in parts]
 
@@ -705,10 +705,10 @@ def solve_twice(
     """
     training = declared.training
     assert training is not None
-    own, _ = read_together(vectors)
+    tensors, _ = read_together(vectors)
     trainer, steps = training.trainer_of(SolvedTrainer), int(training.options["steps"])
     untrained, trained = (
-        trainer.solve(own, training.of_trainer, count, start_generator(training))
+        trainer.solve(tensors, training.of_trainer, count, start_generator(training))
         for count in (0, steps)
     )
     job.on_step(steps, steps)
@@ -771,13 +771,13 @@ def _finish_dictionary(
     first = vectors.chunk(0)
     measured = held_out if len(held_out[0]) else first
     before = finish.assess(finish.write(job.start_folder, untrained), measured)
-    found = finish.assess(finish.write(job.folder, trained.tensors), measured)
-    components = components_explain(first[1], measured[1], max(1, round(found.active)))
+    fit = finish.assess(finish.write(job.folder, trained.tensors), measured)
+    components = components_explain(first[1], measured[1], max(1, round(fit.active)))
     report = TrainingReport(
         **report_amounts(vectors, state, trained, len(held_out[0])),
-        explained=found.explained,
-        active=found.active,
-        inactive=found.inactive,
+        explained=fit.explained,
+        active=fit.active,
+        inactive=fit.inactive,
         untrained_explained=before.explained,
         components_explained=components,
     )
@@ -805,7 +805,8 @@ class Scaling:
         """Compute them from vectors, [vector, width] each."""
         centers = inputs.double().mean(0).float(), targets.double().mean(0).float()
         scales = [
-            _scale(own - center) for own, center in zip((inputs, targets), centers, strict=True)
+            _scale(vectors - center)
+            for vectors, center in zip((inputs, targets), centers, strict=True)
         ]
         return cls(centers, (scales[0], scales[1]))
 
@@ -836,13 +837,16 @@ class DictionaryWriter:
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
         """Write weights and configuration."""
-        own = self.declared
+        dictionary = self.declared
         made = unscale_weights(
-            weights, self.scaling.centers, self.scaling.scales, subtracts_bias=not own.transcodes
+            weights,
+            self.scaling.centers,
+            self.scaling.scales,
+            subtracts_bias=not dictionary.transcodes,
         )
         made = {name: tensor.cpu().contiguous() for name, tensor in made.items()}
         config: dict[str, Any]
-        if own.transcodes and own.architecture == "topk":
+        if dictionary.transcodes and dictionary.architecture == "topk":
             path, config = folder / WEIGHT_FILES["sparsify"], self._sparsify_config()
             made["encoder.weight"] = made.pop("W_enc").T.contiguous()
             made["encoder.bias"] = made.pop("b_enc")
@@ -854,32 +858,37 @@ class DictionaryWriter:
         return folder
 
     def _sparsify_config(self) -> dict[str, Any]:
-        own = self.declared
+        dictionary = self.declared
         return {
             "activation": "topk",
-            "k": own.k,
-            "num_latents": own.features,
-            "d_in": own.width_in,
+            "k": dictionary.k,
+            "num_latents": dictionary.features,
+            "d_in": dictionary.width_in,
             "transcode": True,
-            "skip_connection": own.skips,
+            "skip_connection": dictionary.skips,
         }
 
     def _sae_lens_config(self) -> dict[str, Any]:
-        own, training = self.declared, self.declared.training
+        dictionary, training = self.declared, self.declared.training
         assert training is not None
-        suffix = "skip_transcoder" if own.skips else "transcoder"
+        suffix = "skip_transcoder" if dictionary.skips else "transcoder"
         names = {"standard": suffix, "jumprelu": f"jumprelu_{suffix}"}
         hooks = [hook_name(point) for point in (training.encoded, training.made)]
-        metadata = {"hook_name": hooks[0], "hook_name_out": hooks[1] if own.transcodes else None}
+        metadata = {
+            "hook_name": hooks[0],
+            "hook_name_out": hooks[1] if dictionary.transcodes else None,
+        }
         metadata["model_name"] = self.facts.get("model_name")
         return {
-            "architecture": names[own.architecture] if own.transcodes else own.architecture,
-            "d_in": own.width_in,
-            "d_sae": own.features,
-            **({} if own.k is None else {"k": own.k}),
-            **({"d_out": own.width_out} if own.transcodes else {}),
+            "architecture": names[dictionary.architecture]
+            if dictionary.transcodes
+            else dictionary.architecture,
+            "d_in": dictionary.width_in,
+            "d_sae": dictionary.features,
+            **({} if dictionary.k is None else {"k": dictionary.k}),
+            **({"d_out": dictionary.width_out} if dictionary.transcodes else {}),
             "dtype": "float32",
-            "apply_b_dec_to_input": not own.transcodes,
+            "apply_b_dec_to_input": not dictionary.transcodes,
             "normalize_activations": "none",
             "metadata": {name: value for name, value in metadata.items() if value is not None},
         }
@@ -893,7 +902,7 @@ class DictionaryWriter:
     def assess(self, folder: Path, measured: tuple[Tensor, Tensor]) -> Fit:
         """Assess a written dictionary, as rules will read it."""
         system = self.load(folder)
-        return assess(lambda own: (system.encode(own), system.reconstruct(own)), *measured)
+        return assess(lambda tensor: (system.encode(tensor), system.reconstruct(tensor)), *measured)
 
 
 def hook_name(point: SitePoint) -> str | None:
@@ -913,7 +922,7 @@ def _keep(loop: Training, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = f"state-{state.step}.safetensors"
     with replace_file(folder / name) as made:
-        save_file({name: own.cpu().contiguous() for name, own in state.tensors.items()}, made)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.tensors.items()}, made)
     with replace_file(folder / STATE_FILES[0]) as made:
         made.write_text(json.dumps({**state.numbers(), "tensors": name}), "utf-8")
     for other in folder.glob("state-*.safetensors"):
@@ -956,7 +965,7 @@ def train_lens(
         maps = trainer.start(width, layers, training.of_trainer, device)
         lens = LensLoss(maps, logits)
         settings = read_settings(training, device)
-        loop = Training(lens, vectors, held_out, settings, lambda own, last: (own, last))
+        loop = Training(lens, vectors, held_out, settings, lambda tensor, last: (tensor, last))
         job.run(loop)
     job.write_tensors(LENS_FILE, lens.weights())
     first = vectors.chunk(0)

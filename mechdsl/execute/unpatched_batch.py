@@ -17,13 +17,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.image_vectors import provide_images
-from mechdsl.forward.hooks.batch import (
-    Batch,
-    RuleWrites,
-    SiteRead,
-    SiteWrite,
-    to_device,
-)
+from mechdsl.forward.hooks.batch import Batch, RuleWrites, SiteRead, SiteWrite, to_device
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.hook_points import fuse_activations
 from mechdsl.forward.hooks.model import (
@@ -132,11 +126,11 @@ def get_continuation_ids(atom: MetricTerm, prompt: int) -> tuple[int, ...]:
 
 def collect_measured_positions(measures: Sequence[ResolvedMeasure]) -> tuple[MeasuredPosition, ...]:
     """Collect the distinct positions that measures read."""
-    found: list[MeasuredPosition] = []
+    positions: list[MeasuredPosition] = []
     for measure in measures:
-        if measure.at not in found:
-            found.append(measure.at)
-    return tuple(found)
+        if measure.at not in positions:
+            positions.append(measure.at)
+    return tuple(positions)
 
 
 def compute_unpatched(
@@ -239,22 +233,22 @@ class _RunPart:
 
     def found(self, done: _BatchPass, rows: slice) -> UnpatchedBatch:
         """Extract this run's values from the pass; rows: its rows in the batch."""
-        own, result = done.batch.part(rows), done.result
+        batch, result = done.batch.part(rows), done.result
         logits = None if result.logits is None else result.logits[rows]
         loss = None
         if self.asked.loss is not None and logits is not None:
-            loss = compute_prompt_loss(self.asked.loss, logits, own, self.run, self.lanes)
+            loss = compute_prompt_loss(self.asked.loss, logits, batch, self.run, self.lanes)
         if done.full and logits is not None and self.at is not None:
-            logits = select_positions(logits, own, self.at)
+            logits = select_positions(logits, batch, self.at)
         kept = None if self.asked.lowest is None else done.kept
         return UnpatchedBatch(
             run=self.run.name,
             prompts=self.prompts,
             draws=self.run.draws,
-            batch=own,
+            batch=batch,
             lengths=self.lengths,
-            reads={read: found[rows] for read, found in done.reads.items()},
-            kept=None if kept is None else kept.part(rows, own),
+            reads={read: vectors[rows] for read, vectors in done.reads.items()},
+            kept=None if kept is None else kept.part(rows, batch),
             logits=None if self.at is None else logits,
             tokens=done.tokens,
             loss=loss,
@@ -383,8 +377,8 @@ def compute_prompt_loss(
     for lane, prompt in enumerate(lanes):
         row = run.rows[prompt]
         start = int(batch.starts[lane])
-        own = torch.tensor(_predicted(row)[row.source :])
-        mask[lane, start + row.source : start + len(row.ids)] = own
+        tensor = torch.tensor(_predicted(row)[row.source :])
+        mask[lane, start + row.source : start + len(row.ids)] = tensor
     known = batch.ids < logits.shape[-1]
     ids, mask = batch.ids.where(known, 0), to_device(mask, known.device) & known
     return atom.form.function(logits, ids, mask)
@@ -491,8 +485,8 @@ def _image_deviation(model: LoadedModel, noise: RunNoise) -> float:
         prompts = np.arange(first, min(first + _IMAGES_PER_PASS, len(run.rows)), dtype=np.int64)
         [seen] = compute_unpatched(model, [(run, asked)], prompts, (), seed=0, side=None)
         vectors = seen.reads[SiteRead(noise.site)].double().cpu().numpy()
-        for own, prompt in zip(vectors, prompts, strict=True):
-            found = own[list(noise.sd_images[prompt][1])]
-            count, total = count + found.size, total + float(found.sum())
-            squares += float((found**2).sum())
+        for vector, prompt in zip(vectors, prompts, strict=True):
+            deviation = vector[list(noise.sd_images[prompt][1])]
+            count, total = count + deviation.size, total + float(deviation.sum())
+            squares += float((deviation**2).sum())
     return float(np.sqrt((squares - total**2 / count) / (count - 1)))

@@ -115,11 +115,11 @@ class ReplyCache:
 
     def find(self, keys: Sequence[bytes], model: LoadedModel) -> dict[int, Reply]:
         """Look up replies, by number of the key."""
-        found = {**self._run.earlier(keys), **self._run.own(keys)}
+        entries = {**self._run.earlier(keys), **self._run.own(keys)}
         return {
-            number: _decode_reply(found[key][1][:, 0].astype(np.int64).tolist(), model)
+            number: _decode_reply(entries[key][1][:, 0].astype(np.int64).tolist(), model)
             for number, key in enumerate(keys)
-            if key in found
+            if key in entries
         }
 
     def keep(self, keys: Sequence[bytes], replies: Sequence[Reply]) -> None:
@@ -232,7 +232,7 @@ class ReplyGenerator:
         ]
         asked = ReplyRequest(
             prompts=[rows.run.rows[prompt].ids for prompt, *_ in lanes],
-            sources=[own for prompt, *_ in lanes if (own := rows.run.rows[prompt].source)],
+            sources=[source for prompt, *_ in lanes if (source := rows.run.rows[prompt].source)],
             random=[(self.seed, table.row_keys[prompt], *drawn) for prompt, *drawn in lanes],
             groups=np.repeat(np.arange(count), samples),
             prefill=prefill,
@@ -259,8 +259,10 @@ class ReplyGenerator:
         if self.kept is None or rows.contents is None:
             return self._write(model, asked)
         samples = self.generation.samples
-        drawn = asked.random if self.generation.sampled else [own[2::2] for own in asked.random]
-        keys = [digest(rows.contents[n // samples], *own) for n, own in enumerate(drawn)]
+        drawn = (
+            asked.random if self.generation.sampled else [numbers[2::2] for numbers in asked.random]
+        )
+        keys = [digest(rows.contents[n // samples], *numbers) for n, numbers in enumerate(drawn)]
         found = self.kept.find(keys, model)
         missing = [n for n in range(len(keys)) if n not in found]
         if missing:
@@ -276,7 +278,7 @@ class ReplyGenerator:
             return self._generate(model, asked)
         assert asked.groups is not None
         size = max(asked.sources) * model.shape.d_model * model.dtype.itemsize
-        most, found = max(1, _MAX_CHANGED_BYTES // size), list[Reply]()
+        most, replies = max(1, _MAX_CHANGED_BYTES // size), list[Reply]()
         groups, lane = np.unique(asked.groups, return_inverse=True)
         for first in range(0, len(groups), most):
             lanes = np.flatnonzero((lane >= first) & (lane < first + most))
@@ -288,8 +290,8 @@ class ReplyGenerator:
             with encode_changed_images(model, *given) as prompts:
                 own = [prompts[n] for n in row.tolist()]
                 outside = part.prefill.outside("vision")
-                found += self._generate(model, replace(part, prompts=own, prefill=outside))
-        return found
+                replies += self._generate(model, replace(part, prompts=own, prefill=outside))
+        return replies
 
     def _generate(self, model: LoadedModel, asked: ReplyRequest) -> list[Reply]:
         return generate_replies(
@@ -328,13 +330,13 @@ def _build_decoding(model: LoadedModel, generation: Generation) -> Decoding:
 
 def find_end_tokens(model: LoadedModel) -> frozenset[int]:
     """Return the tokens that end generation, from the configs and the tokenizer (end of text)."""
-    found: list[Any] = []
+    tokens: list[Any] = []
     for name in ("generation_config", "config"):
         named = getattr(getattr(model.module, name, None), "eos_token_id", None)
-        found += named if isinstance(named, list | tuple) else [named]
+        tokens += named if isinstance(named, list | tuple) else [named]
     if model.tokenizer is not None:
-        found.append(model.tokenizer.role_ids.get("eos"))
-    return frozenset(token for token in found if isinstance(token, int))
+        tokens.append(model.tokenizer.role_ids.get("eos"))
+    return frozenset(token for token in tokens if isinstance(token, int))
 
 
 SUPPRESSING = ("suppress_tokens", "begin_suppress_tokens")
@@ -402,7 +404,7 @@ class ReplyReader:
     def seen(self) -> tuple[int, ...]:
         """Numbers of the measures of observed values."""
         every = enumerate(self.readout.measures) if self.looks is not None else ()
-        return tuple(n for n, each in every if reads_observation(each) and n not in self.skip)
+        return tuple(n for n, measure in every if reads_observation(measure) and n not in self.skip)
 
 
 def build_reply_readers(
@@ -413,28 +415,28 @@ def build_reply_readers(
     systems: Sequence[Mapping[str, CoordinateSystem]],
 ) -> dict[int, ReplyReader]:
     """Build the readers of these rows' replies, by number of the experiment."""
-    found: dict[int, ReplyReader] = {}
-    for each in members:
-        plan = plans[each.number]
-        items = [plan.items[cell] for cell in each.rows.cell]
-        given = (plan, readouts[each.number], each.rows, each.at, items, skip[each.number])
-        reader = ReplyReader(*given, systems[each.number])
+    readers: dict[int, ReplyReader] = {}
+    for member in members:
+        plan = plans[member.number]
+        items = [plan.items[cell] for cell in member.rows.cell]
+        given = (plan, readouts[member.number], member.rows, member.at, items, skip[member.number])
+        reader = ReplyReader(*given, systems[member.number])
         if reader.readout.in_replies or reader.seen:
-            found[each.number] = reader
-    return found
+            readers[member.number] = reader
+    return readers
 
 
-def merge_reply_values(found: ReadoutResult, in_replies: ReadoutResult) -> ReadoutResult:
+def merge_reply_values(result: ReadoutResult, in_replies: ReadoutResult) -> ReadoutResult:
     """Combine values read on prompts with values read in replies."""
-    pairs = zip(found.values, in_replies.values, strict=True)
-    rounding = zip(found.rounding, in_replies.rounding, strict=True)
+    pairs = zip(result.values, in_replies.values, strict=True)
+    rounding = zip(result.rounding, in_replies.rounding, strict=True)
     return replace(
-        found,
+        result,
         values=[np.where(np.isnan(a), b, a) for a, b in pairs],
         rounding=[a + b for a, b in rounding],
-        broken=found.broken | in_replies.broken,
-        failed={**found.failed, **in_replies.failed},
-        gaps={**found.gaps, **in_replies.gaps},
+        broken=result.broken | in_replies.broken,
+        failed={**result.failed, **in_replies.failed},
+        gaps={**result.gaps, **in_replies.gaps},
     )
 
 
@@ -444,15 +446,15 @@ def average_samples(samples: Sequence[ReadoutResult]) -> ReadoutResult:
         return samples[0]
 
     def mean(every: Sequence[Floats]) -> Floats:
-        found = np.stack(every, axis=1)
-        return average_present(found, ~np.isnan(found))
+        averages = np.stack(every, axis=1)
+        return average_present(averages, ~np.isnan(averages))
 
     return ReadoutResult(
-        [mean(own) for own in zip(*(each.values for each in samples), strict=True)],
-        np.any([each.broken for each in samples], axis=0),
-        [mean(own) for own in zip(*(each.rounding for each in samples), strict=True)],
-        {n: each for one in samples for n, each in one.failed.items()},
-        {n: each for one in samples for n, each in one.gaps.items()},
+        [mean(own) for own in zip(*(sample.values for sample in samples), strict=True)],
+        np.any([sample.broken for sample in samples], axis=0),
+        [mean(own) for own in zip(*(sample.rounding for sample in samples), strict=True)],
+        {n: measure_failure for one in samples for n, measure_failure in one.failed.items()},
+        {n: gap for one in samples for n, gap in one.gaps.items()},
     )
 
 
@@ -534,10 +536,10 @@ class _Pass:
 
     def site(self, read: SiteRead, rows: Ints, positions: Ints) -> Tensor:
         """Return [K, units, width]: values read at these positions."""
-        found = self.result.reads[read]
+        vectors = self.result.reads[read]
         row = torch.from_numpy(rows)
         index = row, self.batch.of_read(read).columns(row, torch.from_numpy(positions))
-        return found[indices_to_device(index, found.device)]
+        return vectors[indices_to_device(index, vectors.device)]
 
 
 _WITH_RULES = 0
@@ -571,17 +573,17 @@ class _ReplyPasses:
             local[chunk] = np.arange(len(chunk))
             looking = [self._look(reader, local) for reader in self.readers]
             reads: dict[int, dict[SiteRead, None]] = {key: {} for key in self.asked}
-            for reader, own in zip(self.readers, looking, strict=True):
-                if own is not None:
-                    reads[self._key(self._source(reader))].update(dict.fromkeys(own[1].places))
+            for reader, numbers in zip(self.readers, looking, strict=True):
+                if numbers is not None:
+                    reads[self._key(self._source(reader))].update(dict.fromkeys(numbers[1].places))
             passes = {
                 key: self._pass(asked, chunk, list(reads[key])) for key, asked in self.asked.items()
             }
-            for number, (reader, own) in enumerate(zip(self.readers, looking, strict=True)):
+            for number, (reader, numbers) in enumerate(zip(self.readers, looking, strict=True)):
                 for group in self.groups[number]:
                     self._read_group(number, reader, group, local, passes)
-                if own is not None:
-                    self._read_look(number, reader, *own, passes)
+                if numbers is not None:
+                    self._read_look(number, reader, *numbers, passes)
         return self.found
 
     # --- requests -----------------------------------------------------------------------------
@@ -644,8 +646,8 @@ class _ReplyPasses:
 
     def _lengths(self, run: PromptRun) -> Ints:
         """Return [row]: number of prompt tokens."""
-        found = [len(run.rows[prompt].ids) for prompt in self.rows.prompts.tolist()]
-        return np.array(found, dtype=np.int64)
+        lengths = [len(run.rows[prompt].ids) for prompt in self.rows.prompts.tolist()]
+        return np.array(lengths, dtype=np.int64)
 
     def _chunks(self) -> Iterator[Ints]:
         """Split the rows into chunks that share a pass."""
@@ -710,17 +712,19 @@ class _ReplyPasses:
 
     def _acting(self, run: PromptRun | None, chunk: Ints) -> RuleWrites:
         """Build the writes at all positions of prompts and replies."""
-        rows, own = self.rows, run or self.rows.run
-        model, table = self.runs.model_of(own), self.runs.table
-        noise = build_noise_writes(model, own.noise, rows.prompts, table.row_keys, self.runs.seed)
+        rows, prompt_run = self.rows, run or self.rows.run
+        model, table = self.runs.model_of(prompt_run), self.runs.table
+        noise = build_noise_writes(
+            model, prompt_run.noise, rows.prompts, table.row_keys, self.runs.seed
+        )
         prefill = RuleWrites(noise)
         if run is None:
             prefill = prefill.then(rows.prefill)
-        found = RowChoice(self.count, chunk.tolist()).rules(prefill)
+        writes = RowChoice(self.count, chunk.tolist()).rules(prefill)
         if run is not None:
-            return found
+            return writes
         assert not rows.later.kept  # rejected earlier: prompt and replies would see different keys
-        lengths = torch.from_numpy(self._lengths(own))
+        lengths = torch.from_numpy(self._lengths(prompt_run))
         written = np.array([len(reply.ids) for reply in rows.replies], dtype=np.int64)
         later: list[RuleWrites] = []
         for step in range(1, self.longest + 1):
@@ -731,7 +735,7 @@ class _ReplyPasses:
                 rows.later.steps, step, lengths[there], newest
             )
             later.append(acting.moved(torch.from_numpy(place)))
-        return merge_steps(found, later)
+        return merge_steps(writes, later)
 
     # --- values -------------------------------------------------------------------------------
 
@@ -794,14 +798,14 @@ class _ReplyPasses:
         rows = np.flatnonzero((local[reader.at] >= 0) & places.there(plan, reader.rows))
         if not len(rows):
             return None
-        own = replace(places, at=reader.at[rows])
+        reply_token_map = replace(places, at=reader.at[rows])
         shape = self.runs.model.shape
         return rows, build_observer(
             plan,
             reader.rows.take(rows),
             local[reader.at[rows]],
             shape,
-            own,
+            reply_token_map,
             systems=reader.systems,
         )
 
@@ -814,11 +818,11 @@ class _ReplyPasses:
         passes: Mapping[int, _Pass],
     ) -> None:
         own = passes[self._key(self._source(reader))]
-        found = {read: own.site(read, *places) for read, places in seen.places.items()}
+        vectors = {read: own.site(read, *places) for read, places in seen.places.items()}
         measures = [replace(reader.readout.measures[n], at={}) for n in reader.seen]
         readout, prompts = Readout.of(measures), np.unique(reader.rows.prompt[rows])
         tokens = self.runs.observed_tokens(readout, prompts)
-        observed: ObservedValues = seen.observed(found, self.runs.unembedding, tokens)
+        observed: ObservedValues = seen.observed(vectors, self.runs.unembedding, tokens)
         reading = replace(self._reading(reader, rows, None, None), observed=observed)
         self._take(number, reader.seen, rows, readout.read(reading))
 
@@ -828,8 +832,13 @@ class _ReplyPasses:
         for n, values, rounding in zip(measures, own.values, own.rounding, strict=True):
             whole.values[n][rows], whole.rounding[n][rows] = values, rounding
         whole.broken[rows] |= own.broken
-        failed: dict[int, MeasureFailure] = {measures[n]: each for n, each in own.failed.items()}
-        gaps = {measures[n]: ValueGap(rows[each.rows], each.reason) for n, each in own.gaps.items()}
+        failed: dict[int, MeasureFailure] = {
+            measures[n]: measure_failure for n, measure_failure in own.failed.items()
+        }
+        gaps = {
+            measures[n]: ValueGap(rows[value_gap.rows], value_gap.reason)
+            for n, value_gap in own.gaps.items()
+        }
         for n, gap in gaps.items():
             before = whole.gaps.get(n)
             if before is not None:
@@ -867,16 +876,16 @@ class UnpatchedRuns:
         self.only_looks = is_read_only(panel)
         self.readouts = readouts
         narrow = all(readout.narrow for readout in readouts)
-        accuracies = any(each.experiment.accuracies for each in panel.experiments)
+        accuracies = any(experiment.experiment.accuracies for experiment in panel.experiments)
         self.narrow = plan.narrows_logits and narrow and not accuracies
         self.spots = collect_measured_positions(
             [m for readout in readouts for m in readout.measures]
         )
         if {} not in self.spots:  # accuracies read the last token
             self.spots = (*self.spots, {})
-        self.in_answers = any(each.in_answers for each in panel.experiments)
+        self.in_answers = any(experiment.in_answers for experiment in panel.experiments)
         self.needs_full_passes = any(
-            each.experiment.needs_full_passes for each in panel.experiments
+            experiment.experiment.needs_full_passes for experiment in panel.experiments
         )
         self.loss = next((g.loss for g in readouts if g.loss is not None), None)
         self.rules_of: Callable[[PromptRun, Ints, Ints, Ints], RuleWrites] | None = None
@@ -933,17 +942,20 @@ class UnpatchedRuns:
                 due += self._companions(run, prompts)
             rules = self._rules(run, prompts)  # may run others
             self.passes += 1
-            found = compute_unpatched(
+            batches = compute_unpatched(
                 self.model_of(run),
-                [(each, self._request(each, prompts, continuation)) for each in due],
+                [
+                    (prompt_run, self._request(prompt_run, prompts, continuation))
+                    for prompt_run in due
+                ],
                 prompts,
                 self.table.row_keys,
                 seed=self.seed,
                 side=self.side,
                 rules=rules,
             )
-            for each, lanes in zip(due, found, strict=True):
-                self._lanes[self._key(each, prompts, continuation)] = lanes
+            for prompt_run, lanes in zip(due, batches, strict=True):
+                self._lanes[self._key(prompt_run, prompts, continuation)] = lanes
         return self._lanes[key]
 
     def external_lanes(
@@ -958,11 +970,11 @@ class UnpatchedRuns:
         self.passes += 1
         stop, shares = self.model.shape.n_layers + 1, self.plan.shares_rows
         request = UnpatchedRequest(reads=reads, stop=stop, shares=shares)
-        (found,) = compute_unpatched(
+        (batch,) = compute_unpatched(
             self.model, [(run, request)], prompts, table.row_keys, seed=self.seed, side=self.side
         )
-        self._lanes[key] = found
-        return found
+        self._lanes[key] = batch
+        return batch
 
     def everything(
         self,
@@ -976,7 +988,7 @@ class UnpatchedRuns:
         places = frozenset((read.site, read.layer) for read in reads)
         request = UnpatchedRequest(reads=places, continuation=continuation)
         prompts = np.array([prompt], dtype=np.int64)
-        (found,) = compute_unpatched(
+        (unpatched,) = compute_unpatched(
             self.model_of(run),
             [(run, request)],
             prompts,
@@ -985,7 +997,7 @@ class UnpatchedRuns:
             side=self.side,
             rules=self._rules(run, prompts),
         )
-        return {read: found.reads[read] for read in reads}
+        return {read: unpatched.reads[read] for read in reads}
 
     def reader(self, run: PromptRun, points: Iterable[SitePoint]) -> BatchReader:
         """Build a reader of these sites of a run, including its rules.
@@ -998,7 +1010,7 @@ class UnpatchedRuns:
         def lanes(prompts: Ints) -> UnpatchedBatch:
             rules = self._rules(run, prompts)
             self.passes += 1
-            (found,) = compute_unpatched(
+            (unpatched,) = compute_unpatched(
                 model,
                 [(run, request)],
                 prompts,
@@ -1007,7 +1019,7 @@ class UnpatchedRuns:
                 side=self.side,
                 rules=rules,
             )
-            return found
+            return unpatched
 
         return lanes
 
@@ -1017,7 +1029,7 @@ class UnpatchedRuns:
         return self.rules_of(run, prompts, draw, batch)
 
     def _rules(self, run: PromptRun, prompts: Ints) -> RuleWrites | None:
-        """Build the writes of a run in its own lanes; None for a run without rules."""
+        """Build the writes of a run in separate lanes; None for a run without rules."""
         if run.derived is None:
             return None
         lanes, draw = np.repeat(prompts, run.draws), np.tile(np.arange(run.draws), len(prompts))
@@ -1104,15 +1116,15 @@ class UnpatchedRuns:
         """Return [K] ascending: tokens whose logits these readouts read; None for all."""
         if not self.plan.narrows_logits or not all(readout.narrow for readout in readouts):
             return None
-        found = sorted(set[int]().union(*(readout.tokens(prompts) for readout in readouts)))
-        return to_device(torch.tensor(found, dtype=torch.long), self.model.device)
+        tokens = sorted(set[int]().union(*(readout.tokens(prompts) for readout in readouts)))
+        return to_device(torch.tensor(tokens, dtype=torch.long), self.model.device)
 
     def observed_tokens(self, readout: Readout, prompts: Ints) -> Tensor | None:
         """Return [K] ascending: tokens whose observed logits a readout reads; None for all."""
-        found = readout.observed_tokens(prompts)
-        if found is None:
+        observed_tokens = readout.observed_tokens(prompts)
+        if observed_tokens is None:
             return None
-        return to_device(torch.tensor(found, dtype=torch.long), self.model.device)
+        return to_device(torch.tensor(observed_tokens, dtype=torch.long), self.model.device)
 
     @cached_property
     def unembedding(self) -> ModelUnembedding:
@@ -1152,9 +1164,9 @@ class UnpatchedRuns:
         written = self._written(readout, run, prompts)
         if readout.only_replies:
             reading = self._nothing_read(run, prompts, environment)
-            found = read_samples(readout, reading, written, relative, skip=skip)
-            found = self._with_replies(found, readout, run, prompts, environment, relative)
-            return found.over_draws(self.named(run).draws)
+            result = read_samples(readout, reading, written, relative, skip=skip)
+            result = self._with_replies(result, readout, run, prompts, environment, relative)
+            return result.over_draws(self.named(run).draws)
         plain = self.lanes(self.named(run), prompts)
         lanes = np.repeat(prompts, plain.draws)
         draws = np.tile(np.arange(plain.draws), len(prompts))
@@ -1178,9 +1190,9 @@ class UnpatchedRuns:
             largest=self._of_spots(readout, plain.largest),
             has_loss=None if plain.loss is None else has_loss(self.named(run), lanes),
         )
-        found = read_samples(readout, reading, written, relative, skip=skip)
-        found = self._with_replies(found, readout, run, prompts, environment, relative)
-        return found.over_draws(plain.draws)
+        result = read_samples(readout, reading, written, relative, skip=skip)
+        result = self._with_replies(result, readout, run, prompts, environment, relative)
+        return result.over_draws(plain.draws)
 
     def _with_replies(
         self,
@@ -1238,30 +1250,30 @@ class UnpatchedRuns:
         rounding = [np.zeros(count) for _ in readout.measures]
         return ReadoutResult(values, np.zeros(count, dtype=np.bool_), rounding, {}, {})
 
-    def _of_spots(self, readout: Readout, found: Tensor | None) -> Tensor | None:
+    def _of_spots(self, readout: Readout, vectors: Tensor | None) -> Tensor | None:
         """Select [lane, spot of the readout, ...] from [lane, spot, ...]."""
-        if found is None or not readout.needs_plain:
+        if vectors is None or not readout.needs_plain:
             return None
         spots = torch.tensor([self.spots.index(spot) for spot in readout.spots])
-        return found[:, to_device(spots, found.device)]
+        return vectors[:, to_device(spots, vectors.device)]
 
     def references(
         self, readout: Readout, prompts: Ints, row_prompts: Ints, draws: Ints
     ) -> dict[int, Tensor]:
         """Return the values that `kl(run)`, `js(run)` and `cosine(SITE, run)` compare rows with."""
-        found: dict[int, Tensor] = {}
+        references: dict[int, Tensor] = {}
         for number, (spot, atom) in enumerate(readout.atoms):
             if atom.run is None or readout.in_reply[number]:
                 continue
             reference = self.lanes(self.named(atom.run), prompts)
             lane = reference.lane(row_prompts, draws)
             if atom.point is not None:
-                found[number] = self._activation(atom, readout.spots[spot], reference, lane)
+                references[number] = self._activation(atom, readout.spots[spot], reference, lane)
             else:
                 logits = require_logits(reference.logits)
                 index = array_to_device(lane, logits.device)
-                found[number] = logits[index, self.spots.index(readout.spots[spot])]
-        return found
+                references[number] = logits[index, self.spots.index(readout.spots[spot])]
+        return references
 
     def _activation(
         self, atom: MetricTerm, spot: MeasuredPosition, lanes: UnpatchedBatch, lane: Ints
@@ -1284,12 +1296,12 @@ def _share_a_pass(run: PromptRun, other: PromptRun) -> bool:
     return first.image is None or len(first.ids) == len(second.ids)
 
 
-def flatten_units(found: Tensor, atom: MetricTerm) -> Tensor:
+def flatten_units(vectors: Tensor, atom: MetricTerm) -> Tensor:
     """Flatten [row, units, width] to [row, 1, width]; only the named unit, if there is one."""
     assert atom.point is not None
     if atom.point.unit is not None:
-        found = found[:, [atom.point.unit]]
-    return found.flatten(1)[:, None]
+        vectors = vectors[:, [atom.point.unit]]
+    return vectors.flatten(1)[:, None]
 
 
 def require_logits(logits: Tensor | None) -> Tensor:

@@ -107,8 +107,8 @@ class PythonCoordinates:
 
     def encode(self, vectors: Tensor, which: Tensor | None) -> Tensor:
         """Return features: [K, size], or [K, m] of those in `which`."""
-        found = self.encoder.encode(vectors).to(vectors)
-        return found if which is None else found.gather(1, which)
+        activations = self.encoder.encode(vectors).to(vectors)
+        return activations if which is None else activations.gather(1, which)
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """Return [K, width]: the reconstructions of vectors [K, width]."""
@@ -136,14 +136,14 @@ def load_encoder(function: PythonFunction, width: int, size: int) -> PythonCoord
     ):
         try:
             with torch.no_grad():
-                found = getattr(made.encoder, name)(given)
+                encoder = getattr(made.encoder, name)(given)
         except Exception as error:
             reason = f"`{name}` raised {type(error).__name__}: {error}"
             hint = f"`{name}` must accept a tensor of {list(given.shape)}"
             raise function.failure(reason, hint, error=error) from error
-        if not isinstance(found, Tensor) or list(found.shape) != shape:
-            own = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            reason = f"`{name}` returned {own} for {list(given.shape)}"
+        if not isinstance(encoder, Tensor) or list(encoder.shape) != shape:
+            numbers = list(encoder.shape) if isinstance(encoder, Tensor) else type(encoder).__name__
+            reason = f"`{name}` returned {numbers} for {list(given.shape)}"
             raise function.failure(reason, f"it must return a tensor of {shape}")
     return made
 
@@ -266,9 +266,9 @@ def compute_system(
     if member.method == "neurons":
         return StandardBasis(member.size)
     arrays = _BasisArrays(member, rows, weights)
-    found = linear_map(BASIS_METHODS[member.method], arrays, member.options, member.size)
-    center = None if found.center is None else torch.from_numpy(found.center)
-    return LinearBasis.of(torch.from_numpy(found.directions), center)
+    system = linear_map(BASIS_METHODS[member.method], arrays, member.options, member.size)
+    center = None if system.center is None else torch.from_numpy(system.center)
+    return LinearBasis.of(torch.from_numpy(system.directions), center)
 
 
 def read_written_weights(model: LoadedModel, site: str, layer: int) -> Tensor:
@@ -279,10 +279,10 @@ def read_written_weights(model: LoadedModel, site: str, layer: int) -> Tensor:
     maps = WeightMaps(model)
     try:
         with load_weights(model.module), torch.no_grad():
-            found = maps.neurons(layer) if site == "mlp_out" else maps.output(layer).flatten(0, 1)
+            neurons = maps.neurons(layer) if site == "mlp_out" else maps.output(layer).flatten(0, 1)
     except NoLinearMap as error:
         raise ValueError(str(error)) from error
-    return found.T.double().cpu()
+    return neurons.T.double().cpu()
 
 
 def read_next_weights(model: LoadedModel, point: SitePoint) -> Tensor:
@@ -291,11 +291,11 @@ def read_next_weights(model: LoadedModel, point: SitePoint) -> Tensor:
     For one head of `z`, it is the head's part of the map. Raises ValueError if it isn't linear.
     """
     assert point.layer is not None
-    found = read_written_weights(model, NEXT_MAPS[point.site], point.layer)
+    weights = read_written_weights(model, NEXT_MAPS[point.site], point.layer)
     if point.unit is None:
-        return found
+        return weights
     size = vector_width(model.shape, point.site, point.layer)
-    return found[:, point.unit * size : (point.unit + 1) * size]
+    return weights[:, point.unit * size : (point.unit + 1) * size]
 
 
 # --- Jacobians ------------------------------------------------------------------------------------
@@ -340,10 +340,10 @@ def mean_jacobian_product(
     total = torch.zeros(width, width, dtype=torch.float64)
     passes = 0
     for part in _split(model, basis, spots):
-        found = _jacobians(model, basis, [spot[:2] for spot in part], seed, side)
+        jacobians = _jacobians(model, basis, [spot[:2] for spot in part], seed, side)
         weights = torch.tensor([1 / (rows * count * draws) for _, _, count in part])
         weights = weights.double().repeat_interleave(draws)
-        scaled = found.cpu().double() * weights.sqrt()[:, None, None]
+        scaled = jacobians.cpu().double() * weights.sqrt()[:, None, None]
         flat = (scaled.transpose(1, 2) if basis.of_target else scaled).flatten(0, 1)
         total += flat.T @ flat
         passes += 1
@@ -375,10 +375,10 @@ def _jacobians(
     prompts = np.array([prompt for prompt, _ in spots], dtype=np.int64)
     keys = basis.sample.table.row_keys
     noise = build_noise_writes(model, run.noise, prompts, keys, seed)
-    own = [run.rows[prompt] for prompt, _ in spots]
-    ids = [row.ids for row in own]
+    run_rows = [run.rows[prompt] for prompt, _ in spots]
+    ids = [row.ids for row in run_rows]
     batch = Batch.of(ids, model.pad_id, side or model.calling.side, model.device)
-    batch = add_images(model, batch, own)
+    batch = add_images(model, batch, run_rows)
     lanes, tokens = torch.arange(len(spots)), torch.tensor([token for _, token in spots])
     dtype = torch.promote_types(model.dtype, torch.float32)
     width = count_numbers(basis.source, model.shape)
@@ -393,11 +393,11 @@ def _jacobians(
             reads=[read],
             gradients=True,
         )
-    found = result.reads[read]
+    tensors = result.reads[read]
     # A classifier has one output, whatever the token.
     one = read.site == "logits" and has_single_output(model)
     columns = torch.zeros_like(lanes) if one else batch.columns(lanes, tokens)
-    vectors = found[indices_to_device((lanes, columns), found.device)]
+    vectors = tensors[indices_to_device((lanes, columns), tensors.device)]
     unit = basis.target.unit
     vectors = vectors.flatten(1) if unit is None else vectors[:, unit]
     last = vectors.shape[1] - 1
@@ -474,16 +474,16 @@ def read_vectors(
     """
     hits: dict[tuple[int, int], TokenHits] = {}
     for count, batch in enumerate(batches):
-        found = lanes(batch)
+        unpatched = lanes(batch)
         for number, cell in enumerate(positions):
             for place, point in enumerate(points):
-                each = found.patches if SITES[point.site].stack == "vision" else 1
-                if (number, each) not in hits:
-                    hits[number, each] = TokenHits.of([cell], each)
-                row, draw, token = list_tokens(hits[number, each], batch, found.draws)
-                lane = torch.from_numpy(found.lane(row, draw))
-                vectors = _select_vectors(found, point, lane, token)
-                own = each // cell.vectors  # positions of patches have one vector each
+                patches = unpatched.patches if SITES[point.site].stack == "vision" else 1
+                if (number, patches) not in hits:
+                    hits[number, patches] = TokenHits.of([cell], patches)
+                row, draw, token = list_tokens(hits[number, patches], batch, unpatched.draws)
+                lane = torch.from_numpy(unpatched.lane(row, draw))
+                vectors = _select_vectors(unpatched, point, lane, token)
+                own = patches // cell.vectors  # positions of patches have one vector each
                 yield SiteVectors(count, place, number, row, draw, token // own, vectors, own)
 
 
@@ -496,11 +496,13 @@ def list_tokens(hits: TokenHits, batch: Ints, draws: int) -> tuple[Ints, Ints, I
     return np.repeat(prompts, draws), draw, np.repeat(token, draws)
 
 
-def _select_vectors(found: UnpatchedBatch, point: SitePoint, lane: Tensor, token: Ints) -> Tensor:
+def _select_vectors(
+    unpatched: UnpatchedBatch, point: SitePoint, lane: Tensor, token: Ints
+) -> Tensor:
     """Return [K, width]: one site in these lanes at these tokens."""
     where = SiteRead(point.site, point.layer)
-    read = found.reads[where]
-    index = lane, found.batch.of_read(where).columns(lane, torch.from_numpy(token))
+    read = unpatched.reads[where]
+    index = lane, unpatched.batch.of_read(where).columns(lane, torch.from_numpy(token))
     vectors = read[indices_to_device(index, read.device)]
     return vectors.flatten(1) if point.unit is None else vectors[:, point.unit]
 
@@ -617,8 +619,8 @@ class FittedDirections:
         if mode not in self._later:
             systems = list_later_decoders(mode.system, layer)
             self._later[mode] = {
-                later: replace(mode, system=own, reads_layer=layer)
-                for later, own in systems.items()
+                later: replace(mode, system=system, reads_layer=layer)
+                for later, system in systems.items()
             }
         return self._later[mode]
 
@@ -741,10 +743,10 @@ class DirectionFits:
     ) -> None:
         """Read the samples of directions that aren't computed yet, and of other fits."""
         due = [member for member in members if member.name not in self._made]
-        found: dict[int, _Fit | JacobianBasis] = {
+        fits_by_id: dict[int, _Fit | JacobianBasis] = {
             id(fit): fit for member in due for fit in iter_fitted_vectors(member.vector)
         } | dict(fits)
-        rows = [fit for fit in found.values() if not isinstance(fit, JacobianBasis)]
+        rows = [fit for fit in fits_by_id.values() if not isinstance(fit, JacobianBasis)]
         self._gather([fit for fit in rows if id(fit) not in self._read])
 
     def _compute(self, members: Collection[DirectionMember], span: Span) -> list[Diagnostic]:
@@ -796,8 +798,8 @@ class DirectionFits:
     def _system(self, member: BasisMember) -> CoordinateSystem:
         if isinstance(member.operand, OutputWeights):
             vector = member.operand.vector
-            own = None if vector is None else self._vector(vector)
-            return read_output_map(self.model, member.operand, own)
+            system = None if vector is None else self._vector(vector)
+            return read_output_map(self.model, member.operand, system)
         return compute_system(member, self._operand(member), self._next_weights(member))
 
     def _next_weights(self, member: BasisMember) -> Callable[[], Tensor]:
@@ -822,7 +824,7 @@ class DirectionFits:
                 case JacobianBasis() as own:
                     return self._jacobians(own)
                 case SpannedBasis(vectors=vectors):
-                    return torch.stack([self._vector(each) for each in vectors])
+                    return torch.stack([self._vector(vector) for vector in vectors])
                 case TokenBasis(tokens=tokens):
                     return torch.stack([self._unembedding(token) for token in tokens])
                 case SavedVector() as saved:
@@ -834,12 +836,14 @@ class DirectionFits:
 
         return read
 
-    def _jacobians(self, own: JacobianBasis) -> Tensor:
+    def _jacobians(self, basis: JacobianBasis) -> Tensor:
         """Return [width, width]: the mean product of a basis's Jacobians."""
-        model = self.model if own.sample.run.model is None else self.others[own.sample.run.model]
-        found = mean_jacobian_product(model, own, seed=self.seed, side=self.side)
-        self.passes += found.passes
-        return found.product
+        model = (
+            self.model if basis.sample.run.model is None else self.others[basis.sample.run.model]
+        )
+        product = mean_jacobian_product(model, basis, seed=self.seed, side=self.side)
+        self.passes += product.passes
+        return product.product
 
     # --- reading ----------------------------------------------------------------------------------
 
@@ -872,9 +876,9 @@ class DirectionFits:
         lanes = build_reader(model, table, run, points, seed=self.seed, side=self.side)
         batches = split_prompts(model, run, points)
         self.passes += len(batches)
-        for found in read_vectors(lanes, points, cells, batches):
-            for rows in takers.get((found.point, found.position), ()):
-                rows.take(found)
+        for vector in read_vectors(lanes, points, cells, batches):
+            for rows in takers.get((vector.point, vector.position), ()):
+                rows.take(vector)
 
     # --- computation ------------------------------------------------------------------------------
 
@@ -958,15 +962,15 @@ class _RowVectors:
         (row, _), index, counts = np.unique(lines, axis=1, return_inverse=True, return_counts=True)
         index = index.ravel()  # NumPy 2.0 keeps the first axis
         vectors = found.vectors.double().cpu()
-        own = torch.zeros(len(row), vectors.shape[1], dtype=torch.float64)
-        own.index_add_(0, torch.from_numpy(index), vectors)
-        own /= torch.from_numpy(counts)[:, None]
+        tensors = torch.zeros(len(row), vectors.shape[1], dtype=torch.float64)
+        tensors.index_add_(0, torch.from_numpy(index), vectors)
+        tensors /= torch.from_numpy(counts)[:, None]
         self.count += len(row)
-        total = own.sum(0)
+        total = tensors.sum(0)
         self._total = total if self._total is None else self._total + total
         self._rows.append(row)
         if self.needs_rows:
-            self._parts.append(own.numpy())
+            self._parts.append(tensors.numpy())
 
     @property
     def width(self) -> int:
@@ -1010,12 +1014,12 @@ def _load_vector(vector: SavedVector) -> Tensor:
     if vector.role == "edit":
         reads, writes, offset = (tensors[name] for name in name_edit_tensors(vector.key))
         return torch.cat([reads, writes, offset[None]]).double()
-    found = tensors[vector.key].double()
+    loaded = tensors[vector.key].double()
     if not isinstance(vector, ProbeVector):
-        return found
-    others = [number for number in range(len(found)) if number != vector.of_class]
-    own = found[vector.of_class]
-    return own - found[others].mean(0) if others else own
+        return loaded
+    others = [number for number in range(len(loaded)) if number != vector.of_class]
+    tensor = loaded[vector.of_class]
+    return tensor - loaded[others].mean(0) if others else tensor
 
 
 def _draw_like(like: Tensor, draw: str, seed: int, *, shuffles: bool) -> Tensor:

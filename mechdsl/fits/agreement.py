@@ -183,9 +183,9 @@ def area_under_curve(curve: Floats, at: Floats) -> Floats:
     """
     if len(at) < 2 or not (np.diff(at) > 0).all():
         raise ValueError("a curve needs two steps, in ascending order")
-    found = np.trapezoid(curve, at, axis=-1) / (at[-1] - at[0])
+    area = np.trapezoid(curve, at, axis=-1) / (at[-1] - at[0])
     # Rounding must not give a constant curve another height: shares of 1 have exact limits.
-    return np.clip(found, curve.min(axis=-1), curve.max(axis=-1))
+    return np.clip(area, curve.min(axis=-1), curve.max(axis=-1))
 
 
 def infidelity(values: Floats, taken: Bools, drops: Floats) -> float:

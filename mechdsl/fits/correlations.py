@@ -134,8 +134,8 @@ def correlate_sets(
             "write `ridge: 0.1`, or name more rows or tokens",
         )
     if steps:
-        found = torch.linalg.svd(sets[0].shrunk.T @ sets[1].shrunk, full_matrices=False)
-        turns = [found[0][:, :count], found[2][:count].T]
+        decomposition = torch.linalg.svd(sets[0].shrunk.T @ sets[1].shrunk, full_matrices=False)
+        turns = [decomposition[0][:, :count], decomposition[2][:count].T]
     else:
         turns = [_draw_turn(rank, count, random) for rank in ranks]
     first, second = (each.encode(turn) for each, turn in zip(sets, turns, strict=True))
@@ -257,7 +257,7 @@ def _decompose(
     """Return the sparse weights u, v for which u · Z v is largest, and the iterations done."""
     if not steps:
         drawn = [torch.randn(size, generator=random, dtype=torch.float64) for size in table.shape]
-        first, second = (_shrink(each, own) for each, own in zip(drawn, bounds, strict=True))
+        first, second = (_shrink(each, bound) for each, bound in zip(drawn, bounds, strict=True))
         return (first, second), 0
     second = torch.linalg.svd(table, full_matrices=False)[2][0]
     first = _shrink(table @ second, bounds[0])
@@ -276,8 +276,8 @@ def _shrink(weights: Tensor, bound: float) -> Tensor:
     """Return weights of length 1 that are soft-thresholded until their sizes sum to `bound`."""
 
     def made(threshold: float) -> Tensor:
-        found = weights.sign() * (weights.abs() - threshold).clamp_min(0)
-        return found / found.norm().clamp_min(1e-300)
+        shrunk = weights.sign() * (weights.abs() - threshold).clamp_min(0)
+        return shrunk / shrunk.norm().clamp_min(1e-300)
 
     if float(made(0.0).abs().sum()) <= bound:
         return made(0.0)
@@ -298,8 +298,9 @@ def _shrink(weights: Tensor, bound: float) -> Tensor:
 
 def pair_components(own: Tensor, other: Tensor, count: int) -> CorrelatedPair:
     """Return the first principal components of each set, in pairs: a control."""
-    found = [_whiten(each, count, 0.0) for each in (own, other)]
+    components = [_whiten(each, count, 0.0) for each in (own, other)]
     first, second = (
-        each.encode(torch.eye(len(each.deviations))[:, :count].double()) for each in found
+        component.encode(torch.eye(len(component.deviations))[:, :count].double())
+        for component in components
     )
     return CorrelatedPair(first, second, 0, converged=False).align(own, other)

@@ -85,10 +85,10 @@ def factor_nonnegative(vectors: Tensor, start: Tensor, steps: int) -> Solution:
     first = torch.full((len(matrix), len(start)), float(matrix.mean()), dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = model.fit_transform(matrix.numpy(), W=first.numpy(), H=start.numpy().copy())
+        factors = model.fit_transform(matrix.numpy(), W=first.numpy(), H=start.numpy().copy())
     done = int(model.n_iter_)
     rows = torch.from_numpy(model.components_)
-    ordered = _ordered(torch.from_numpy(found), rows)
+    ordered = _ordered(torch.from_numpy(factors), rows)
     return _solution(ordered, done, stopped_early=done < steps)
 
 
@@ -154,8 +154,8 @@ def _update_rows(rows: Tensor, products: Tensor, gram: Tensor) -> None:
         gram: [factor, factor] products of the activations of two factors.
     """
     for factor in gram.diagonal().nonzero()[:, 0].tolist():
-        found = products[factor] - gram[factor] @ rows + gram[factor, factor] * rows[factor]
-        rows[factor] = _unit(found[None])[0]
+        product = products[factor] - gram[factor] @ rows + gram[factor, factor] * rows[factor]
+        rows[factor] = _unit(product[None])[0]
 
 
 def _solution(rows: Tensor, steps: int, *, stopped_early: bool, penalty: float = 0.0) -> Solution:
@@ -331,10 +331,10 @@ def median_kurtosis(coordinates: Tensor) -> float:
     Args:
         coordinates: [vector, component].
     """
-    own = coordinates.double().cpu()
-    own = own - own.mean(0)
-    variance = own.square().mean(0).clamp_min(torch.finfo(own.dtype).tiny)
-    return float((own.pow(4).mean(0) / variance.square() - 3).abs().quantile(0.5))
+    tensor = coordinates.double().cpu()
+    tensor = tensor - tensor.mean(0)
+    variance = tensor.square().mean(0).clamp_min(torch.finfo(tensor.dtype).tiny)
+    return float((tensor.pow(4).mean(0) / variance.square() - 3).abs().quantile(0.5))
 
 
 # --- mixtures of Gaussians ------------------------------------------------------------------------

@@ -123,9 +123,9 @@ def linear_kernel(x: Floats) -> Floats:
         The kernel, [row, row].
     """
     rows = _centred(x)
-    found = rows @ rows.T
-    np.fill_diagonal(found, 0.0)
-    return found
+    kernel = rows @ rows.T
+    np.fill_diagonal(kernel, 0.0)
+    return kernel
 
 
 def cka_unbiased(k: Floats, other: Floats) -> float:
@@ -169,8 +169,8 @@ def _pairs(k: Floats, other: Floats) -> tuple[tuple[Floats, Floats], ...]:
     return (k, other), (k, k), (other, other)
 
 
-def _ratio(both: Floats, own: Floats, others: Floats) -> Floats:
-    root = np.sqrt(np.maximum(own, 0.0) * np.maximum(others, 0.0))
+def _ratio(both: Floats, values: Floats, others: Floats) -> Floats:
+    root = np.sqrt(np.maximum(values, 0.0) * np.maximum(others, 0.0))
     return np.divide(both, root, out=np.full_like(root, np.nan), where=root > 0)
 
 

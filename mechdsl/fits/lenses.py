@@ -68,10 +68,10 @@ class LensLoss:
         with torch.no_grad():
             wanted = self._log_probabilities(targets)
         total = torch.zeros((), device=inputs.device)
-        for layer, own in self._predictions(inputs):
+        for layer, tensor in self._predictions(inputs):
             # The logits of one layer at a time are in memory: its gradients are computed here, and
             # those of the returned value are the same.
-            total = total + _detach(divergence(wanted, own).mean(), self.maps.of(layer))
+            total = total + _detach(divergence(wanted, tensor).mean(), self.maps.of(layer))
         return total
 
     @torch.no_grad()
@@ -80,14 +80,14 @@ class LensLoss:
         sums = torch.zeros(len(self.maps.layers), dtype=torch.float64)
         for part, last in zip(inputs.split(PART), targets.split(PART), strict=True):
             wanted = self._log_probabilities(last)
-            for number, (_, own) in enumerate(self._predictions(part)):
-                sums[number] += float(divergence(wanted, own).double().sum())
+            for number, (_, tensor) in enumerate(self._predictions(part)):
+                sums[number] += float(divergence(wanted, tensor).double().sum())
         return sums / len(inputs)
 
     def _predictions(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield each layer with log probabilities of the lens, [vector, vocab]."""
-        own = inputs.chunk(len(self.maps.layers), dim=1)
-        for layer, vectors in zip(self.maps.layers, own, strict=True):
+        tensors = inputs.chunk(len(self.maps.layers), dim=1)
+        for layer, vectors in zip(self.maps.layers, tensors, strict=True):
             yield layer, self._log_probabilities(self.maps.apply(layer, vectors))
 
     def _log_probabilities(self, vectors: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class LensLoss:
 
     def weights(self) -> dict[str, Tensor]:
         """Return A and b of all layers."""
-        return {name: own.detach() for name, own in self.parameters.items()}
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
 
 @torch.no_grad()
@@ -131,6 +131,9 @@ def _detach(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Return a scalar with the value and the gradients of a loss, whose graph is freed."""
     gradients = torch.autograd.grad(loss, parameters)
     linear = torch.stack(
-        [(own * found).sum() for own, found in zip(parameters, gradients, strict=True)]
+        [
+            (parameter * gradient).sum()
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+        ]
     ).sum()
     return loss.detach() + linear - linear.detach()

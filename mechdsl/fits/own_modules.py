@@ -1,4 +1,4 @@
-"""Modules of the user's own, while they are trained.
+"""User-defined modules during their training.
 
 Random numbers of a module depend on the seed and the step alone, and checkpoints contain its
 parameters and buffers. Everything else that a module changes is therefore an error.
@@ -54,7 +54,9 @@ class OwnModule:
             raise self.fail("__init__", "made no module", "make it a subclass of `torch.nn.Module`")
         self.module = module.to(like.device, like.dtype)
         every = dict(module.named_parameters())
-        self.parameters = {name: own for name, own in every.items() if own.requires_grad}
+        self.parameters = {
+            name: parameter for name, parameter in every.items() if parameter.requires_grad
+        }
         if not self.parameters:
             hint = "register them: `self.w = torch.nn.Parameter(…)`"
             raise self.fail("__init__", "made a module without parameters", hint)
@@ -65,7 +67,7 @@ class OwnModule:
     def memory(self) -> Mapping[str, Tensor]:
         """Frozen parameters and buffers."""
         every = self.module.named_parameters()
-        frozen = {name: own for name, own in every if name not in self.parameters}
+        frozen = {name: parameter for name, parameter in every if name not in self.parameters}
         return {**frozen, **dict(self.module.named_buffers())}
 
     def fail(
@@ -113,27 +115,31 @@ class OwnModule:
     ) -> Tensor:
         """Return the tensor that a method returns, after a check of its shape and that gradients
         are known where they are needed."""
-        found = self.call(method, *arguments, at=at, progress=progress)
-        tensor = self.check_shape(method, found, shape)
+        output = self.call(method, *arguments, at=at, progress=progress)
+        tensor = self.check_shape(method, output, shape)
         if torch.is_grad_enabled() and not tensor.requires_grad:
             hint = "compute it from the parameters, without `detach` or `no_grad`"
             raise self.fail(method, "doesn't depend on the parameters", hint)
         return tensor
 
-    def check_shape(self, method: str, found: object, shape: tuple[int, ...]) -> Tensor:
+    def check_shape(self, method: str, output: object, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor of a shape; otherwise raise the exception of a failure."""
-        if isinstance(found, Tensor) and tuple(found.shape) == shape:
-            return found
-        own = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if isinstance(output, Tensor) and tuple(output.shape) == shape:
+            return output
+        numbers = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         wanted = f"a tensor of {list(shape)}" if shape else "a tensor with one number, a mean"
-        raise self.fail(method, f"returned {own}", f"it must return {wanted}")
+        raise self.fail(method, f"returned {numbers}", f"it must return {wanted}")
 
     def penalty(self, at: object) -> Tensor | float:
         """Return what `penalty` adds to the loss; 0 for a module without it."""
         if not self.has("penalty"):
             return 0.0
-        found = self.call("penalty", at=at)
-        return found if isinstance(found, int | float) else self.check_shape("penalty", found, ())
+        penalty = self.call("penalty", at=at)
+        return (
+            penalty
+            if isinstance(penalty, int | float)
+            else self.check_shape("penalty", penalty, ())
+        )
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -158,14 +164,14 @@ class OwnModule:
         """Return digests of the attributes of the module and of its modules, the identities of the
         trained tensors and the shapes of buffers."""
         usual = vars(Module()).keys()
-        found = {
+        attributes = {
             f"{path}.{name}".lstrip("."): _digest_value(value)
             for path, module in self.module.named_modules()
             for name, value in vars(module).items()
             if name not in usual
         }
-        found |= {name: id(own) for name, own in self.module.named_parameters()}
-        return found | {name: own.shape for name, own in self.module.named_buffers()}
+        attributes |= {name: id(parameter) for name, parameter in self.module.named_parameters()}
+        return attributes | {name: tensor.shape for name, tensor in self.module.named_buffers()}
 
 
 def _digest_value(value: object) -> object:
@@ -218,13 +224,13 @@ class OwnDictionary(OfModule):
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
         """Return the tensors of the file, for centred and scaled vectors."""
-        found = self._module.call("weights", at="weights")
-        if not isinstance(found, Mapping) or {*found} != {*self._shapes}:
+        weights = self._module.call("weights", at="weights")
+        if not isinstance(weights, Mapping) or {*weights} != {*self._shapes}:
             names = ", ".join(f"`{name}`" for name in self._shapes)
-            own = ", ".join(f"`{name}`" for name in found) if isinstance(found, Mapping) else ""
-            reason = f"returned {own or type(found).__name__}"
+            own = ", ".join(f"`{name}`" for name in weights) if isinstance(weights, Mapping) else ""
+            reason = f"returned {own or type(weights).__name__}"
             raise self._module.fail("weights", reason, f"it must return a dict with {names}")
-        tensors = cast("Mapping[str, object]", found)
+        tensors = cast("Mapping[str, object]", weights)
         return {
             name: self._module.check_shape(f'weights()["{name}"]', tensors[name], shape)
             .detach()
@@ -245,8 +251,8 @@ class OwnVector(OfModule, SteeringVector):
 
     def vector(self) -> Tensor:
         """Return v [width], which carries gradients of the parameters."""
-        found = self._module.tensor("vector", tuple(self.numbers.shape), at="vector")
-        return found.to(self.numbers)
+        vector = self._module.tensor("vector", tuple(self.numbers.shape), at="vector")
+        return vector.to(self.numbers)
 
     def penalty(self) -> Tensor | float:
         return self._module.penalty("penalty")
@@ -258,11 +264,11 @@ class OwnRotation(OfModule, Rotation):
     def __init__(self, module: OwnModule, shape: tuple[int, int]) -> None:
         """shape: Numbers of directions and of numbers of a vector."""
         self._module, self._shape = module, shape
-        found = self._rows().detach()
-        if int(torch.linalg.matrix_rank(found)) < shape[0]:
+        rows = self._rows().detach()
+        if int(torch.linalg.matrix_rank(rows)) < shape[0]:
             hint = "return rows of which none is a sum of multiples of others"
             raise module.fail("directions", "returned dependent rows at the start", hint)
-        super().__init__(found)
+        super().__init__(rows)
 
     def _rows(self) -> Tensor:
         return self._module.tensor("directions", self._shape, at="directions")
@@ -296,8 +302,8 @@ class OwnGates(OfModule, Gates):
     def _values(
         self, method: str, shape: tuple[int, ...], *arguments: object, at: object
     ) -> Tensor:
-        found = self._module.tensor(method, shape, *arguments, at=at)
-        if not bool(((found >= 0) & (found <= 1)).all()):
+        values = self._module.tensor(method, shape, *arguments, at=at)
+        if not bool(((values >= 0) & (values <= 1)).all()):
             hint = "it must return numbers from 0 to 1"
             raise self._module.fail(method, "returned other numbers", hint)
-        return found.to(self.scores)
+        return values.to(self.scores)

@@ -39,8 +39,8 @@ class Processes:
             return value
         from accelerate.utils import broadcast_object_list
 
-        (found,) = broadcast_object_list([value])
-        return found
+        (values,) = broadcast_object_list([value])
+        return values
 
     def gather(self, own: Tensor) -> list[Tensor]:
         """Return the tensors of all processes, which have the shape of this one's, in order."""
@@ -49,8 +49,8 @@ class Processes:
         from accelerate import PartialState
         from accelerate.utils import gather
 
-        found = cast("Tensor", gather(own[None].contiguous().to(PartialState().device)))
-        return list(found.to(own.device).unbind())
+        parts = cast("Tensor", gather(own[None].contiguous().to(PartialState().device)))
+        return list(parts.to(own.device).unbind())
 
     def share(self, own: list[Tensor], count: int) -> list[Tensor]:
         """Return tensors that the processes computed in turn: `own[0]` is number `number`, and
@@ -68,13 +68,13 @@ class Processes:
 
         shapes = gather_object([[tuple(each.shape) for each in own]])
         dtype, device = gather_object([own[0].dtype if own else None])[0], PartialState().device
-        found: list[Tensor] = []
+        shares: list[Tensor] = []
         for number in range(count):
             turn, owner = divmod(number, self.count)
             mine = owner == self.number
             empty = torch.empty(shapes[owner][turn], dtype=dtype, device=device)
-            found.append(broadcast(own[turn].contiguous() if mine else empty, owner))
-        return found
+            shares.append(broadcast(own[turn].contiguous() if mine else empty, owner))
+        return shares
 
 
 _JOINED: ContextVar[Processes | None] = ContextVar("processes", default=None)

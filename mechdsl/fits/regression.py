@@ -67,8 +67,8 @@ def fit_ridge(x: Floats, y: Floats, penalty: float) -> LinearMap:
     Raises:
         ValueError: If the penalty is negative.
     """
-    [found] = fit_ridges(x, y, [penalty])
-    return found
+    [linear_map] = fit_ridges(x, y, [penalty])
+    return linear_map
 
 
 def fit_ridges(x: Floats, y: Floats, penalties: Sequence[float]) -> list[LinearMap]:
@@ -87,14 +87,14 @@ def fit_ridges(x: Floats, y: Floats, penalties: Sequence[float]) -> list[LinearM
     values = np.maximum(values, 0.0)
     seen = values > values.max(initial=0.0) * len(gram) * np.finfo(np.float64).eps
     turned = vectors.T @ (wanted if wide else rows.T @ wanted)
-    found: list[LinearMap] = []
+    ridges: list[LinearMap] = []
     for penalty in penalties:
         shrunk = np.zeros_like(values)
         np.divide(1.0, values + penalty, out=shrunk, where=seen)
         weights = vectors @ (shrunk[:, None] * turned)
         weights = rows.T @ weights if wide else weights
-        found.append(LinearMap(weights, to - at @ weights))
-    return found
+        ridges.append(LinearMap(weights, to - at @ weights))
+    return ridges
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,14 +221,14 @@ def fit_logistic(x: Floats, y: Ints, penalty: float) -> LinearClassifier:
         raise ValueError("the penalty of a logistic regression is larger than 0")
     if len(rows) != len(names):
         raise ValueError(f"{len(rows)} vectors and {len(names)} classes")
-    classes, own = np.unique(names, return_inverse=True)
+    classes, numbers = np.unique(names, return_inverse=True)
     n, width, count = len(rows), rows.shape[1], len(classes)
     at = rows.mean(axis=0)
     axes, short, scale = _principal(rows - at, count, penalty)
     inputs = np.hstack([short, np.ones((n, 1))])
     pull = np.append(penalty / n * scale**2, 0.0)[:, None]
     is_own = np.zeros((n, count))
-    is_own[np.arange(n), own] = 1.0
+    is_own[np.arange(n), numbers] = 1.0
     loss = _LogisticLoss(inputs, is_own, pull)
     found = scipy.optimize.minimize(
         loss,
@@ -333,15 +333,18 @@ def group_keys(keys: Sequence[bytes], groups: Sequence[Collection[str]]) -> list
         keys: A digest of each row's content.
         groups: The groups that each row belongs to.
     """
-    found, parts = list(keys), [[key, *own] for key, own in zip(keys, groups, strict=True)]
+    nested_keys, parts = (
+        list(keys),
+        [[key, *group] for key, group in zip(keys, groups, strict=True)],
+    )
     while True:
         least: dict[bytes | str, bytes] = {}
-        for own, key in zip(parts, found, strict=True):
+        for own, key in zip(parts, nested_keys, strict=True):
             for part in own:
                 least[part] = min(least.get(part, key), key)
-        before, found = found, [min(least[part] for part in own) for own in parts]
-        if found == before:
-            return found
+        before, nested_keys = nested_keys, [min(least[part] for part in own) for own in parts]
+        if nested_keys == before:
+            return nested_keys
 
 
 def shuffle_targets(keys: Sequence[bytes], y: Floats, seed: int) -> Floats:
@@ -376,12 +379,12 @@ def cross_validate(x: Floats, y: Floats, fold: Ints, fit: FitFunction) -> Floats
     Returns:
         Predictions, in the shape of y.
     """
-    found = np.empty(np.shape(y), dtype=np.asarray(y).dtype)
+    predictions = np.empty(np.shape(y), dtype=np.asarray(y).dtype)
     for each in np.unique(fold):
         held = fold == each
         predict = fit(x[~held], y[~held], fold[~held])
-        found[held] = predict(x[held]).reshape(found[held].shape)
-    return found
+        predictions[held] = predict(x[held]).reshape(predictions[held].shape)
+    return predictions
 
 
 @dataclass(frozen=True)
@@ -394,18 +397,18 @@ class RidgeProbe:
 
     def __call__(self, x: Floats, y: Floats, fold: Ints) -> Callable[[Floats], Floats]:
         """Fit as a `FitFunction`, from [row, width] to [row, target]."""
-        scale, found = self._fitted(x, y, fold)
-        return lambda rows: found(scale(rows))
+        scale, linear_map = self._fitted(x, y, fold)
+        return lambda rows: linear_map(scale(rows))
 
     def fit(self, x: Floats, y: Floats, fold: Ints) -> LinearMap:
         """Return the same fit as one map of vectors that aren't standardised."""
-        scale, found = self._fitted(x, y, fold)
-        return scale.before(found)
+        scale, linear_map = self._fitted(x, y, fold)
+        return scale.before(linear_map)
 
     def _fitted(self, x: Floats, y: Floats, fold: Ints) -> tuple[Standardiser, LinearMap]:
         penalty = self._chosen(x, y, fold) if self.penalty is None else self.penalty
-        scale, [found] = _scaled_ridges(x, y, [penalty])
-        return scale, found
+        scale, [linear_map] = _scaled_ridges(x, y, [penalty])
+        return scale, linear_map
 
     def _chosen(self, x: Floats, y: Floats, fold: Ints) -> float:
         inner = np.unique(fold)
@@ -428,13 +431,13 @@ class LogisticProbe:
 
     def __call__(self, x: Floats, y: Floats, fold: Ints) -> Callable[[Floats], Floats]:
         """Fit as a `FitFunction`, from [row, width] to class numbers [row]."""
-        scale, found = self._fitted(x, y)
-        return lambda rows: found(scale(rows)).astype(np.float64)
+        scale, classifier = self._fitted(x, y)
+        return lambda rows: classifier(scale(rows)).astype(np.float64)
 
     def fit(self, x: Floats, y: Floats) -> LinearMap:
         """Return the logits of the same fit as one map of vectors that aren't standardised."""
-        scale, found = self._fitted(x, y)
-        return scale.before(found.logits)
+        scale, classifier = self._fitted(x, y)
+        return scale.before(classifier.logits)
 
     def _fitted(self, x: Floats, y: Floats) -> tuple[Standardiser, LinearClassifier]:
         scale = fit_standardiser(x)
@@ -528,14 +531,14 @@ def fit_routing(vectors: Floats, row: Ints, y: Floats, penalty: float) -> Routin
         size = (off**2).sum() + penalty * ((read.weights**2).sum() + query @ query)
         return float(size), slope
 
-    found = scipy.optimize.minimize(
+    result = scipy.optimize.minimize(
         error, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": ROUTING_STEPS}
     )
-    query = np.asarray(found.x, dtype=np.float64)
+    query = np.asarray(result.x, dtype=np.float64)
     read = fit_ridge(mixed(_softmax(x @ query, starts, row)), wanted, penalty)
     spread = np.divide(1.0, to.by, out=np.zeros_like(to.by), where=to.by > 0)
-    own = LinearMap(read.weights * spread, read.intercept * spread + to.mean)
-    return Routing(scale, query, own)
+    linear_map = LinearMap(read.weights * spread, read.intercept * spread + to.mean)
+    return Routing(scale, query, linear_map)
 
 
 def _row_starts(row: Ints) -> Ints:

@@ -419,7 +419,7 @@ class CorrelationReport(VectorsReport):
     @property
     def listed(self) -> str:
         """The correlations, as text."""
-        return _list_first([f"{each:.3f}" for each in self.correlations])
+        return _list_first([f"{correlation:.3f}" for correlation in self.correlations])
 
     def remarks(self) -> list[str]:
         return [
@@ -436,7 +436,10 @@ class CorrelationReport(VectorsReport):
         )
 
     def _describe_training(self, card: Mapping[str, Any]) -> list[str]:
-        on, listed = self.measured_on, ", ".join(f"{each:.4f}" for each in self.correlations)
+        on, listed = (
+            self.measured_on,
+            ", ".join(f"{correlation:.4f}" for correlation in self.correlations),
+        )
         return [
             f"- Correlated with {card['with']}",
             f"- Explained variance on {on} vectors: {self.explained:.4f}",
@@ -629,7 +632,7 @@ class ProbeReport(FitReport):
 
     def _describe_training(self, card: Mapping[str, Any]) -> list[str]:
         columns = zip(self.layers, self.trained, self.shuffled, self.random, strict=True)
-        shown = [[each[0], *map(_show_score, each[1:])] for each in columns]
+        shown = [[column[0], *map(_show_score, column[1:])] for column in columns]
         classes = ", ".join(map(str, card["classes"]))
         of_heads = isinstance(self.layers[0], str)
         map_name, word = ("layer.N.head.N", "") if of_heads else ("layer.N", "layer ")

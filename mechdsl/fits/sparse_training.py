@@ -117,9 +117,9 @@ class SparseDictionary:
 
     def _projected(self, inputs: Tensor) -> Tensor:
         """Return [vector, feature]: the linear map of the encoder, without its bias."""
-        own = self.tensors
-        centred = inputs - own["b_dec"] if self.subtracts_bias else inputs
-        return centred @ own["W_enc"]
+        tensors = self.tensors
+        centred = inputs - tensors["b_dec"] if self.subtracts_bias else inputs
+        return centred @ tensors["W_enc"]
 
     def _decoded(self, features: Tensor, inputs: Tensor) -> Tensor:
         """Return [vector, width]: the reconstruction from all features, or from the first ones."""
@@ -148,8 +148,8 @@ class SparseDictionary:
         idle = self._idle(step)
         if not bool(idle.any()):
             return 0.0
-        found = self._summed((before * idle).relu())
-        return IDLE_WEIGHT * _squared_error(rest.detach(), found)
+        loss = self._summed((before * idle).relu())
+        return IDLE_WEIGHT * _squared_error(rest.detach(), loss)
 
     def _grown(self, progress: float) -> float:
         """Return the penalty's weight at a point of the training."""
@@ -218,17 +218,17 @@ class BatchTopKDictionary(TopKDictionary):
         kept = positive * (positive >= least)
         active = kept.detach()[kept.detach() > 0]
         if active.numel():
-            own = active.min()
+            tensor = active.min()
             share = self.MEMORY if float(self.threshold) >= 0 else 0.0
-            self.threshold.copy_(share * self.threshold + (1 - share) * own)
+            self.threshold.copy_(share * self.threshold + (1 - share) * tensor)
         return kept
 
     def weights(self) -> dict[str, Tensor]:
         """Return the tensors of a JumpReLU dictionary."""
-        found = super().weights()
+        weights = super().weights()
         return {
-            **found,
-            "threshold": self.threshold.clamp_min(0).expand(len(found["b_enc"])).clone(),
+            **weights,
+            "threshold": self.threshold.clamp_min(0).expand(len(weights["b_enc"])).clone(),
         }
 
 
@@ -321,8 +321,8 @@ class JumpReluDictionary(SparseDictionary):
 
     def weights(self) -> dict[str, Tensor]:
         """Return the tensors of the file, with thresholds instead of their logarithms."""
-        found = super().weights()
-        return {**found, "threshold": found.pop("log_threshold").exp()}
+        weights = super().weights()
+        return {**weights, "threshold": weights.pop("log_threshold").exp()}
 
 
 @_kind("gated")
@@ -337,16 +337,16 @@ class GatedDictionary(SparseDictionary):
         self.tensors |= {"b_gate": bias, "r_mag": bias.clone(), "b_mag": bias.clone()}
 
     def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
-        own = self.tensors
+        tensors = self.tensors
         shared = self._projected(inputs)
-        gate = shared + own["b_gate"]
-        sizes = (shared * own["r_mag"].exp() + own["b_mag"]).relu()
+        gate = shared + tensors["b_gate"]
+        sizes = (shared * tensors["r_mag"].exp() + tensors["b_mag"]).relu()
         features = sizes * (gate > 0)
         self._note_active(features, step)
         made = self._decoded(features, inputs)
         gates = gate.relu()
         # The gate learns from what it would reconstruct alone, with a decoder that stays.
-        alone = gates @ own["W_dec"].detach() + own["b_dec"].detach()
+        alone = gates @ tensors["W_dec"].detach() + tensors["b_dec"].detach()
         sparse = self._grown(progress) * gates.sum(1).mean()
         idle = self._idle_loss(gate, targets - made, step)
         error = _squared_error(targets, made) + _squared_error(targets, alone)
@@ -412,8 +412,8 @@ class _CrossLayerDictionary(SparseDictionary):
         """Give decoder rows the length 1, over all layers that a feature writes to."""
         with torch.no_grad():
             for layer in range(self.layers):
-                own = self.tensors[name_decoder(layer)]
-                own.copy_(unit_rows(own))
+                tensor = self.tensors[name_decoder(layer)]
+                tensor.copy_(unit_rows(tensor))
 
     def _projected(self, inputs: Tensor) -> Tensor:
         parts = inputs.unflatten(1, (self.layers, -1))
@@ -422,8 +422,8 @@ class _CrossLayerDictionary(SparseDictionary):
     def _summed(self, features: Tensor) -> Tensor:
         width = len(self.tensors["b_dec"]) // self.layers
         made = torch.zeros_like(self.tensors["b_dec"]).expand(len(features), -1)
-        for layer, own in enumerate(features.unflatten(1, (self.layers, -1)).unbind(1)):
-            later = own @ self.tensors[name_decoder(layer)]
+        for layer, tensor in enumerate(features.unflatten(1, (self.layers, -1)).unbind(1)):
+            later = tensor @ self.tensors[name_decoder(layer)]
             made = made + torch.nn.functional.pad(later, (layer * width, 0))
         return made
 
@@ -466,15 +466,15 @@ def unscale_weights(
             are the same.
     """
     (center, made), (scale, made_scale) = centers, scales
-    found = dict(weights)
-    found["b_dec"] = weights["b_dec"] / made_scale + made
+    unscaled = dict(weights)
+    unscaled["b_dec"] = weights["b_dec"] / made_scale + made
     if SKIP in weights:
-        found[SKIP] = weights[SKIP] * (scale / made_scale)
-        found["b_dec"] = found["b_dec"] - center @ found[SKIP].T
+        unscaled[SKIP] = weights[SKIP] * (scale / made_scale)
+        unscaled["b_dec"] = unscaled["b_dec"] - center @ unscaled[SKIP].T
     if not subtracts_bias:
-        found["W_enc"] = weights["W_enc"] * (scale / made_scale)
-        found["b_enc"] = weights["b_enc"] - scale * (center @ weights["W_enc"])
+        unscaled["W_enc"] = weights["W_enc"] * (scale / made_scale)
+        unscaled["b_enc"] = weights["b_enc"] - scale * (center @ weights["W_enc"])
     for name in ("b_enc", "b_gate", "b_mag", "threshold"):
-        if name in found:
-            found[name] = found[name] / made_scale
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+        if name in unscaled:
+            unscaled[name] = unscaled[name] / made_scale
+    return {name: tensor.contiguous() for name, tensor in unscaled.items()}

@@ -253,13 +253,15 @@ class Training:
 
     def capture(self) -> TrainingState:
         """Return a copy of the state, for a checkpoint."""
-        found = {f"parameter {name}": own for name, own in self.model.parameters.items()}
-        found |= {f"memory {name}": own for name, own in self.model.memory.items()}
-        found |= {f"best {name}": own for name, own in self._best.items()}
-        for name, own in self.model.parameters.items():
-            for key, moment in self._optimiser.state.get(own, {}).items():
-                found[f"{key} {name}"] = moment
-        kept = {name: tensor.detach().clone() for name, tensor in found.items()}
+        tensors = {
+            f"parameter {name}": parameter for name, parameter in self.model.parameters.items()
+        }
+        tensors |= {f"memory {name}": buffer for name, buffer in self.model.memory.items()}
+        tensors |= {f"best {name}": tensor for name, tensor in self._best.items()}
+        for name, parameter in self.model.parameters.items():
+            for key, moment in self._optimiser.state.get(parameter, {}).items():
+                tensors[f"{key} {name}"] = moment
+        kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         return TrainingState.read(self.state.numbers(), kept)
 
     @torch.no_grad()
@@ -279,8 +281,8 @@ class Training:
         start = "best "
         device = next(iter(self.model.parameters.values())).device
         self._best = {
-            name.removeprefix(start): own.to(device)
-            for name, own in tensors.items()
+            name.removeprefix(start): values.to(device)
+            for name, values in tensors.items()
             if name.startswith(start)
         }
         self.state = TrainingState.read(state.numbers(), {})
@@ -308,11 +310,11 @@ class Training:
             after_step(state.step)
         if self._best:
             with torch.no_grad():
-                for name, own in self.model.parameters.items():
-                    own.copy_(self._best[name])
-                for name, own in self.model.memory.items():
-                    own.copy_(self._best[f"memory {name}"])
-        if not all(bool(own.isfinite().all()) for own in self.model.weights().values()):
+                for name, parameter in self.model.parameters.items():
+                    parameter.copy_(self._best[name])
+                for name, buffer in self.model.memory.items():
+                    buffer.copy_(self._best[f"memory {name}"])
+        if not all(bool(weight.isfinite().all()) for weight in self.model.weights().values()):
             raise NotFinite("the weights aren't", state.step)
         if steps:
             self._check_decrease()
@@ -338,14 +340,14 @@ class Training:
     def _loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> float:
         """Return the loss of vectors or rows, a batch at a time, and leave the model as it is."""
         self.is_torn = True
-        memory = {name: own.clone() for name, own in self.model.memory.items()}
-        parts = (own.split(self.settings.batch) for own in (inputs, targets))
+        memory = {name: buffer.clone() for name, buffer in self.model.memory.items()}
+        parts = (vectors.split(self.settings.batch) for vectors in (inputs, targets))
         loss = 0.0
         for own, wanted in zip(*parts, strict=True):
             part = float(self.model.loss(own, wanted, step, progress))
             loss += part if len(own) == len(inputs) else part * len(own) / len(inputs)
-        for name, own in self.model.memory.items():
-            own.copy_(memory[name])
+        for name, buffer in self.model.memory.items():
+            buffer.copy_(memory[name])
         self.is_torn = False
         return loss
 
@@ -366,7 +368,7 @@ class Training:
 
     def _add_gradients(self, inputs: Tensor, targets: Tensor, progress: float) -> None:
         """Compute the gradients of a step, part by part. Raises NotFinite."""
-        split = (own.split(self.settings.batch) for own in (inputs, targets))
+        split = (vectors.split(self.settings.batch) for vectors in (inputs, targets))
         parts = list(zip(*split, strict=True))
         processes, model = self._processes, self.model
         if len(parts) > 1 and isinstance(model, DivisibleMemory):
@@ -387,13 +389,13 @@ class Training:
         self, parts: Sequence[tuple[Tensor, Tensor]], number: int, progress: float
     ) -> Tensor:
         """Return the loss of a part, times its share of the batch."""
-        step, (own, wanted) = self.state.step, parts[number]
+        step, (tensor, wanted) = self.state.step, parts[number]
         with self.settings.autocast():
             if len(parts) > 1 and isinstance(self.model, DivisibleLoss):
                 loss = self.model.loss_of_part(parts, number, step, progress)
             else:
-                loss = self.model.loss(own, wanted, step, progress)
-        return loss * (len(own) / sum(len(each) for each, _ in parts))
+                loss = self.model.loss(tensor, wanted, step, progress)
+        return loss * (len(tensor) / sum(len(each) for each, _ in parts))
 
     @torch.no_grad()
     def _note_parts(
@@ -431,16 +433,16 @@ class Training:
         if number < len(parts):
             loss = self._loss_of_part(parts, number, progress)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        depends = [own is not None for own in gradients]
+        depends = [tensor is not None for tensor in gradients]
         facts = torch.tensor([bool(loss.isfinite()), *depends], dtype=torch.float32)
         told = processes.gather(facts)[:count]
         if not all(each[0] for each in told):
             raise NotFinite("the loss isn't", self.state.step)
-        for place, (own, gradient) in enumerate(zip(parameters, gradients, strict=True), 1):
-            copies = processes.gather(torch.zeros_like(own) if gradient is None else gradient)
+        for place, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True), 1):
+            copies = processes.gather(torch.zeros_like(parameter) if gradient is None else gradient)
             for copy, each in zip(copies, told, strict=False):
                 if each[place]:
-                    own.grad = copy if own.grad is None else own.grad + copy
+                    parameter.grad = copy if parameter.grad is None else parameter.grad + copy
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         """Return the vectors or rows of the next step, in a random order of the current chunk's."""
@@ -474,9 +476,9 @@ class Training:
         loss = self._loss(inputs, targets, state.step, 1.0)
         if loss < state.best:
             state.best, state.waited = loss, 0
-            found = dict(self.model.parameters)
-            found |= {f"memory {name}": own for name, own in self.model.memory.items()}
-            self._best = {name: own.detach().clone() for name, own in found.items()}
+            tensors = dict(self.model.parameters)
+            tensors |= {f"memory {name}": buffer for name, buffer in self.model.memory.items()}
+            self._best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         else:
             state.waited += 1
         state.stopped = state.waited >= patience
@@ -509,7 +511,7 @@ def assess(
     center = targets.mean(0)
     spread = error = count = 0.0
     seen: Tensor | None = None
-    parts = (own.split(MOST_ASSESSED) for own in (inputs, targets))
+    parts = (vectors.split(MOST_ASSESSED) for vectors in (inputs, targets))
     for own, wanted in zip(*parts, strict=True):
         features, made = compute(own)
         spread += float((wanted - center).double().square().sum())

@@ -148,18 +148,18 @@ def orthonormal_rows(matrix: Tensor) -> Tensor:
     return (factor * torch.where(signs == 0, torch.ones_like(signs), signs)).T
 
 
-def exchange(own: Tensor, other: Tensor, directions: Tensor) -> Tensor:
+def exchange(tensor: Tensor, other: Tensor, directions: Tensor) -> Tensor:
     """Return [vector, width]: vectors whose part in a subspace is that of other vectors.
 
     Args:
-        own: [vector, width]
+        tensor: [vector, width]
         other: [vector, width]
         directions: R [dims, width], orthonormal rows.
 
     Returns:
-        x + (y − x) RᵀR for vectors x of `own` and y of `other`.
+        x + (y − x) RᵀR for vectors x of `tensor` and y of `other`.
     """
-    return own + (other - own) @ directions.T @ directions
+    return tensor + (other - tensor) @ directions.T @ directions
 
 
 NUMBERS = "vector"
@@ -330,9 +330,12 @@ class SoftPrompt:
     def draw_like(self, vector: Tensor, random: Generator) -> Tensor:
         """Draw [token, width] vectors of the same lengths."""
         drawn = torch.randn(vector.shape, generator=random, dtype=torch.float64)
-        found = drawn.to(vector.device, vector.dtype)
+        vector_like = drawn.to(vector.device, vector.dtype)
         return torch.stack(
-            [rescale(own, float(of.norm())) for own, of in zip(found, vector, strict=True)]
+            [
+                rescale(tensor, float(of.norm()))
+                for tensor, of in zip(vector_like, vector, strict=True)
+            ]
         )
 
     def write(self, own: Tensor, vector: Tensor) -> Tensor:
@@ -413,11 +416,11 @@ class LowRankEdit:
         The vectors that it adds have the mean length of those of another edit.
         """
         drawn = torch.randn(vector.shape, generator=random, dtype=torch.float64)
-        found = drawn.to(vector.device, vector.dtype)
-        found[-1] *= self.like_length
-        ratio = self.mean_length(vector) / self.mean_length(found)
-        found[len(found) // 2 :] *= ratio
-        return found
+        direction = drawn.to(vector.device, vector.dtype)
+        direction[-1] *= self.like_length
+        ratio = self.mean_length(vector) / self.mean_length(direction)
+        direction[len(direction) // 2 :] *= ratio
+        return direction
 
     def mean_length(self, vector: Tensor) -> float:
         """Return the mean length of the vectors that the edit with a matrix adds."""

@@ -90,15 +90,15 @@ class ImageTokens(Record):
     @cached_property
     def tiles(self) -> tuple[ImageTile, ...]:
         """The tiles that have cells, in the order of the prompt."""
-        found: dict[int, list[ImageCell]] = {}
+        cells: dict[int, list[ImageCell]] = {}
         for cell in self.cells:
-            found.setdefault(cell.tile, []).append(cell)
-        return tuple(_tile(number, own) for number, own in found.items())
+            cells.setdefault(cell.tile, []).append(cell)
+        return tuple(_tile(number, image_cells) for number, image_cells in cells.items())
 
     @property
     def thumbnail(self) -> ImageTile | None:
         """The view of the whole image next to its tiles."""
-        return next((each for each in self.tiles if each.number == THUMBNAIL), None)
+        return next((tile for tile in self.tiles if tile.number == THUMBNAIL), None)
 
     @property
     def rows(self) -> int:
@@ -149,7 +149,7 @@ class ImageExpansion(Record):
 
     def grid_of(self, number: int) -> Mapping[tuple[int, int], int]:
         """Row and column of each cell of a tile or the thumbnail, from 1 within it → its token."""
-        tile = next(each for each in self.layout.tiles if each.number == number)
+        tile = next(image_tile for image_tile in self.layout.tiles if image_tile.number == number)
         cells = (cell for cell in self.layout.cells if cell.tile == number and cell.row)
         return {
             (cell.row - tile.top + 1, cell.col - tile.left + 1): cell.position for cell in cells
@@ -181,9 +181,9 @@ class ImageExpansion(Record):
             places = np.array([(-1, 1, 1) if c is None else (c.tile, c.row, c.col) for c in cells])
             tile, row, col = places.repeat(side**2, axis=0).T
             down, right = np.divmod(np.tile(np.arange(side**2), len(tokens)), side)
-            found = np.stack([tile, (row - 1) * side + down, (col - 1) * side + right], axis=1)
+            patches = np.stack([tile, (row - 1) * side + down, (col - 1) * side + right], axis=1)
             numbers = tokens.repeat(side**2) * side**2 + down * side + right
-            self._patches[side] = numbers, found
+            self._patches[side] = numbers, patches
         return self._patches[side]
 
     @cached_property
@@ -345,10 +345,10 @@ class ImagePrompt(Record):
 
 def _library(processor: Any, name: str) -> Any:
     """Return a definition in the module of a processor. Raises UnsupportedProcessor."""
-    found = getattr(sys.modules[type(processor).__module__], name, None)
-    if found is None:
+    library = getattr(sys.modules[type(processor).__module__], name, None)
+    if library is None:
         raise _unknown(f"the module of `{type(processor).__name__}` has no `{name}`")
-    return found
+    return library
 
 
 def _pair(value: Any) -> Size:
@@ -479,9 +479,11 @@ class ImageLayout:
 
         frames: the number of its frames.
         """
-        own = self.image_text(processor, config)
+        image_text = self.image_text(processor, config)
         token = str(processor.video_token)
-        given, written = (text.replace(own.token, token) for text in (own.given, own.written))
+        given, written = (
+            text.replace(image_text.token, token) for text in (image_text.given, image_text.written)
+        )
         return ImageText(given, written, token)
 
     def reader(self, processor: Any) -> Any:
@@ -572,12 +574,12 @@ class ImageLayout:
             UnsupportedProcessor: The vectors of some tokens aren't made from whole patches.
         """
         parts = {tile.number: (index, tile) for index, tile in enumerate(tokens.tiles)}
-        found: list[tuple[int, ...]] = []
+        patches: list[tuple[int, ...]] = []
         for cell in tokens.cells:
             index, tile = parts[cell.tile]
             place = cell.row - tile.top, cell.col - tile.left
-            found.append(encoder.group(index, place, (tile.rows, tile.cols)))
-        return found
+            patches.append(encoder.group(index, place, (tile.rows, tile.cols)))
+        return patches
 
 
 class EncoderSize(Record):
@@ -701,12 +703,12 @@ def _located(
     token: the id of the token that each vector replaces.
     """
     ids = _token_ids(prompt.inputs)
-    positions = [at for at, own in enumerate(ids) if own == token]
+    positions = [at for at, number in enumerate(ids) if number == token]
     wanted = sum(map(len, features))
     if wanted != len(positions):
-        found = f"the prompt has {len(positions):,} {noun} tokens, and its layout {wanted:,}"
+        reason = f"the prompt has {len(positions):,} {noun} tokens, and its layout {wanted:,}"
         name = type(prompt.processor).__name__
-        raise _unknown(f"`{name}` prepares {noun}s in another layout: {found}")
+        raise _unknown(f"`{name}` prepares {noun}s in another layout: {reason}")
     reader = _MarkerReader(entry, prompt, ids, token)
     rest = iter(positions)
     return tuple(reader.tokens_of(own, list(islice(rest, len(own)))) for own in features)
@@ -782,7 +784,7 @@ class _MarkerReader:
             is_tag = is_tag or token == self._separator
             markers.setdefault(self._name(token, is_tag=is_tag), []).append(position)
         ordered: dict[MarkerName, tuple[int, ...]] = {
-            name: tuple(sorted(own)) for name, own in markers.items()
+            name: tuple(sorted(numbers)) for name, numbers in markers.items()
         }
         return ImageTokens(first, last + 1, tuple(cells), ordered)
 
@@ -1014,12 +1016,12 @@ class _AnyResolution(ImageLayout):
         """Return the patches of each cell: the thumbnail is the encoder's first tile."""
         side = self.tile_cells(prompt)
         _, (top, left), _ = self._canvas(prompt, prompt.sizes[0])
-        found: list[tuple[int, ...]] = []
+        patches: list[tuple[int, ...]] = []
         for cell in tokens.cells:
             above, before = (0, 0) if cell.tile == THUMBNAIL else (top, left)
             place = (cell.row - 1 + above) % side, (cell.col - 1 + before) % side
-            found.append(encoder.group(cell.tile, place, (side, side)))
-        return found
+            patches.append(encoder.group(cell.tile, place, (side, side)))
+        return patches
 
     def _tile(self, prompt: ImagePrompt) -> int:
         """Return the side of a tile in pixels. Raises UnsupportedProcessor."""
@@ -1132,10 +1134,10 @@ class LlavaOneVision(_AnyResolution):
         self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
     ) -> list[tuple[int, ...]]:
         """Return all patches of the image or of the frames, divided among the tokens in order."""
-        own = [
+        numbers = [
             patch for grid in self._grids(prompt, tokens, encoder) for row in grid for patch in row
         ]
-        return [*_divide(own, len(tokens.cells), encoder.side**2)]
+        return [*_divide(numbers, len(tokens.cells), encoder.side**2)]
 
     def read_patches(
         self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
@@ -1144,15 +1146,17 @@ class LlavaOneVision(_AnyResolution):
         for cell in tokens.cells:  # tiles are interpolated together, frames one by one
             is_tile = tokens.thumbnail is not None and cell.tile != THUMBNAIL
             cells.setdefault(is_tile or -cell.tile, []).append(cell)
-        found: list[tuple[int, ...]] = []
+        numbers: list[tuple[int, ...]] = []
         grids = self._grids(prompt, tokens, encoder)
-        for patches, own in zip(grids, cells.values(), strict=True):
-            rows, cols = (max(each) for each in zip(*((c.row, c.col) for c in own), strict=True))
-            for cell in own:
+        for patches, image_cells in zip(grids, cells.values(), strict=True):
+            rows, cols = (
+                max(each) for each in zip(*((c.row, c.col) for c in image_cells), strict=True)
+            )
+            for cell in image_cells:
                 down = _interpolated(len(patches), rows, cell.row - 1)
                 along = _interpolated(len(patches[0]), cols, cell.col - 1)
-                found.append(tuple(patches[row][col] for row in down for col in along))
-        return found
+                numbers.append(tuple(patches[row][col] for row in down for col in along))
+        return numbers
 
     def _grids(
         self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
@@ -1161,8 +1165,8 @@ class LlavaOneVision(_AnyResolution):
         side, size = self.tile_cells(prompt), EncoderSize(encoder.tokens, 1)
 
         def patch(tile: int, row: int, col: int) -> int:
-            [found] = size.group(tile, (row, col), (side, side))
-            return found
+            [number] = size.group(tile, (row, col), (side, side))
+            return number
 
         squares = len(tokens.tiles) if tokens.thumbnail is None else 1
         grids = [
@@ -1193,10 +1197,10 @@ class LlavaOneVision(_AnyResolution):
         size = prompt.sizes[0]
         if tokens.thumbnail is not None:
             cells = self.anyres(prompt, size, is_merged=False)
-            yield from (each for each in cells if not isinstance(each, str))
+            yield from (cell for cell in cells if not isinstance(cell, str))
             return
         if prompt.grouped:  # one token for each patch
-            yield from ((each.tile, each.row, each.col, each.box) for each in tokens.cells)
+            yield from ((cell.tile, cell.row, cell.col, cell.box) for cell in tokens.cells)
             return
         side = self.tile_cells(prompt)
         view = prepared_view(prompt.processor.video_processor, size).resized(side, side)
@@ -1234,12 +1238,12 @@ class Qwen(ImageLayout):
 
     def image_text(self, processor: Any, config: Any) -> ImageText:
         """Return the image token between the tokens that the model was trained with."""
-        own = super().image_text(processor, config)
+        image_text = super().image_text(processor, config)
         start, end = processor.tokenizer.convert_ids_to_tokens(
             [config.vision_start_token_id, config.vision_end_token_id]
         )
-        text = f"{start}{own.token}{end}"
-        return ImageText(text, text, own.token)
+        text = f"{start}{image_text.token}{end}"
+        return ImageText(text, text, image_text.token)
 
     def natural_size(self, images: Any) -> Size:
         """Return a common size: the processor's settings are numbers of pixels, not sides."""
@@ -1301,9 +1305,16 @@ class Qwen3(Qwen):
     def video_text(self, processor: Any, config: Any, frames: int) -> ImageText:
         """Return the video token, in whose place the processor writes each pair of frames with its
         time and tokens around it."""
-        own, merged = super().video_text(processor, config, frames), processor.video_processor
+        image_text, merged = (
+            super().video_text(processor, config, frames),
+            processor.video_processor,
+        )
         seconds = (merged.temporal_patch_size - 1) / FRAMES_PER_SECOND / 2  # mean of the first pair
-        return replace(own, given=own.token, written=f"<{seconds:.1f} seconds>{own.written}")
+        return replace(
+            image_text,
+            given=image_text.token,
+            written=f"<{seconds:.1f} seconds>{image_text.written}",
+        )
 
 
 @layout("idefics2")
@@ -1339,12 +1350,12 @@ class Idefics2(ImageLayout):
         width, count = max(cols for _, cols in views), len(tokens.cells) // len(views)
         if max(rows for rows, _ in views) * width != encoder.tokens:
             raise UnsupportedProcessor("its images have another number of patches")
-        found: list[tuple[int, ...]] = []
+        patches: list[tuple[int, ...]] = []
         for tile, (rows, cols) in enumerate(views):
             first = tile * encoder.tokens
-            own = [first + row * width + col for row in range(rows) for col in range(cols)]
-            found += _divide(own, count, encoder.side**2)
-        return found
+            numbers = [first + row * width + col for row in range(rows) for col in range(cols)]
+            patches += _divide(numbers, count, encoder.side**2)
+        return patches
 
     def encoded_patches(self, prompt: ImagePrompt, tokens: ImageTokens) -> int:
         (down, across), views = prompt.patch, self._views(prompt)
@@ -1722,22 +1733,22 @@ class EncodedSound(ImageLayout):
         return int(images.sampling_rate), int(images.n_samples)
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
-        own, (rate, samples) = prompt.images, prompt.sizes[number]
-        if own.dither:
+        images, (rate, samples) = prompt.images, prompt.sizes[number]
+        if images.dither:
             raise UnsupportedProcessor("its `dither` adds random numbers to sounds")
         count = prompt.config.max_source_positions
-        given = f"{own.nb_max_frames} frames of {own.feature_size} features"
+        given = f"{images.nb_max_frames} frames of {images.feature_size} features"
         read = f"{2 * count} frames of {prompt.config.num_mel_bins} features"
         if given != read:
             raise UnsupportedProcessor(f"it gives {given} to an encoder of {read}")
-        if rate != own.sampling_rate:
+        if rate != images.sampling_rate:
             unfit = UnsupportedProcessor(
-                f"it reads {own.sampling_rate:,} samples per second, but a sound has {rate:,}"
+                f"it reads {images.sampling_rate:,} samples per second, but a sound has {rate:,}"
             )
-            unfit.hint = f"convert it: `ffmpeg -i in.wav -ar {own.sampling_rate} out.wav`"
+            unfit.hint = f"convert it: `ffmpeg -i in.wav -ar {images.sampling_rate} out.wav`"
             raise unfit
-        if samples > own.n_samples:
-            most, own_length = own.n_samples / rate, samples / rate
+        if samples > images.n_samples:
+            most, own_length = images.n_samples / rate, samples / rate
             unfit = UnsupportedProcessor(
                 f"it reads at most {most:g} s, but a sound has {own_length:.4g} s"
             )

@@ -411,7 +411,7 @@ class Picture(Record):
         """Return the image with this size, unless it has a size."""
         if self.size != (0, 0):
             return self
-        return replace(self, size=size, of=tuple(each.sized(size) for each in self.of))
+        return replace(self, size=size, of=tuple(picture.sized(size) for picture in self.of))
 
 
 class Video(Picture):
@@ -430,16 +430,16 @@ def video_picture(frames: tuple[Picture, ...]) -> Video:
     Raises:
         ValueError: The frames have different sizes, which the message lists.
     """
-    sizes = sorted({each.size for each in frames} - {(0, 0)})
+    sizes = sorted({frame.size for frame in frames} - {(0, 0)})
     if len(sizes) > 1:
         raise ValueError(" and ".join(f"{width} x {height}" for height, width in sizes))
     size = sizes[0] if sizes else (0, 0)
-    frames = tuple(each.sized(size) for each in frames)
+    frames = tuple(frame.sized(size) for frame in frames)
     return Video("video", digest=_digest(frames), of=frames, count=len(frames), size=size)
 
 
 def _digest(pictures: tuple[Picture, ...], fit: Processing | None = None) -> str:
-    contents = [each.content() for each in pictures]
+    contents = [picture.content() for picture in pictures]
     told = json.dumps(contents + ([] if fit is None else [fit.resampled_words])).encode()
     return blake2b(told, digest_size=_DIGITS).hexdigest()
 

@@ -250,8 +250,8 @@ def _draw_in_cell(area: Grid, thing: str, drawn: NDArray[np.float64]) -> Mask:
     spread = (drawn[3:] * 2 - 1) * COLOUR_SPREAD
     mask = np.zeros((cell, cell), np.bool_)
     mask[top : top + side, left : left + side] = _shape(kind, side)
-    own = (np.array(SHAPE_COLOURS[colour]) + spread) * contrast + area[mask] * (1 - contrast)
-    area[mask] = own.round().astype(np.int64)
+    values = (np.array(SHAPE_COLOURS[colour]) + spread) * contrast + area[mask] * (1 - contrast)
+    area[mask] = values.round().astype(np.int64)
     return mask
 
 
@@ -309,11 +309,11 @@ def _of_tiles(picture: Picture) -> Pixels:
 
 
 def _uncut(picture: Picture) -> Pixels:
-    found = _rendered(picture)
+    pixels = _rendered(picture)
     for change in picture.changes:
         if change.patches is None:
-            found = _changed(found, picture, change)
-    return found
+            pixels = _changed(pixels, picture, change)
+    return pixels
 
 
 def _changed(image: Pixels, picture: Picture, change: PictureChange) -> Pixels:
@@ -342,12 +342,12 @@ def _swapped(image: Pixels, change: PictureChange) -> Pixels:
     assert change.other is not None
     boxes = [pixel_box(region, image.shape[:2]) for region in (change.region, change.other)]
     parts = [Image.fromarray(image).crop(box) for box in boxes]
-    found = image.copy()
+    pixels = image.copy()
     for (left, top, right, bottom), part in zip(boxes, reversed(parts), strict=True):
         size = (right - left, bottom - top)
         own = part if part.size == size else part.resize(size, Image.Resampling.BILINEAR)
-        found[top:bottom, left:right] = np.asarray(own)
-    return found
+        pixels[top:bottom, left:right] = np.asarray(own)
+    return pixels
 
 
 def region_coverage(region: Region, picture: Picture) -> Image.Image:
@@ -355,8 +355,8 @@ def region_coverage(region: Region, picture: Picture) -> Image.Image:
 
     If the picture is a tile, the result covers the tile. Raises `MediaError`.
     """
-    found = uncut_coverage(region, picture, picture.size)
-    return found if picture.cut is None else found.crop(picture.cut)
+    image = uncut_coverage(region, picture, picture.size)
+    return image if picture.cut is None else image.crop(picture.cut)
 
 
 def uncut_coverage(region: Region, picture: Picture, size: tuple[int, ...]) -> Image.Image:
@@ -386,11 +386,11 @@ def region_mask(
     The mask covers the area of the patches. Raises `MediaError`.
     """
     height, width = layout.rows * layout.patch[0], layout.cols * layout.patch[1]
-    found = np.zeros((height, width), dtype=np.bool_)
+    mask = np.zeros((height, width), dtype=np.bool_)
     for region in regions:
         own = np.asarray(prepared_coverage(region_coverage(region, picture), how))
-        found |= own[:height, :width] >= HALF_COVERED
-    return found
+        mask |= own[:height, :width] >= HALF_COVERED
+    return mask
 
 
 def _rendered(picture: Picture) -> Pixels:
@@ -403,9 +403,9 @@ def _rendered(picture: Picture) -> Pixels:
         case "mean":  # an image in a prompt; that of rows is the mean after preparation
             total: NDArray[np.float64] | float = 0.0
             for each in picture.of:  # one at a time to limit memory: there may be thousands
-                own = render_pixels(each)
-                own = own if picture.fit is None else fit_pixels(own, picture.fit)
-                total = total + own.astype(np.float64)
+                pixels = render_pixels(each)
+                pixels = pixels if picture.fit is None else fit_pixels(pixels, picture.fit)
+                total = total + pixels.astype(np.float64)
             return (np.asarray(total) / len(picture.of)).round().astype(np.uint8)
         case name:
             return _baseline(name, picture)
@@ -417,15 +417,15 @@ def _baseline(name: str, picture: Picture) -> Pixels:
     hint = f"correct the class of `{name}`"
     try:
         entry = IMAGE_BASELINES[name]
-        found = np.asarray(entry.pixels((height, width), picture.baseline_number, picture.seed))
+        baseline = np.asarray(entry.pixels((height, width), picture.baseline_number, picture.seed))
     except Exception as error:
         reason = f"`pixels` of `{name}` failed: {type(error).__name__}: {error}"
         raise MediaError(reason, hint) from error
-    if found.shape != (height, width, 3) or found.dtype != np.uint8:
-        returned = f"{found.dtype} {list(found.shape)}"
+    if baseline.shape != (height, width, 3) or baseline.dtype != np.uint8:
+        returned = f"{baseline.dtype} {list(baseline.shape)}"
         reason = f"`pixels` of `{name}` returned {returned} instead of uint8 {[height, width, 3]}"
         raise MediaError(reason, hint)
-    return found
+    return baseline
 
 
 def _drawing(picture: Picture) -> ShapesDrawing | GridDrawing:
@@ -439,9 +439,9 @@ def _drawing(picture: Picture) -> ShapesDrawing | GridDrawing:
 @lru_cache(maxsize=CACHED_IMAGES)
 def model_input(picture: Picture, processing: Processing) -> FloatPixels:
     """Return the model's input, [3, height, width]. Raises `MediaError`."""
-    found = process_picture(picture, processing)
-    found.setflags(write=False)
-    return found
+    pixels = process_picture(picture, processing)
+    pixels.setflags(write=False)
+    return pixels
 
 
 def process_picture(picture: Picture, processing: Processing) -> FloatPixels:
@@ -462,17 +462,17 @@ def process_pixels(
 
     later: changes of patches, applied at the model's size before normalisation.
     """
-    found: NDArray[np.uint8] | FloatPixels
+    pixels: NDArray[np.uint8] | FloatPixels
     if how.floats:
         height, width = how.resized(*image.shape[:2])
-        found = _resized_floats(_scaled(image, how.rescale), height, width, how.resample)
-        found = _on_patches(_cropped(found, how.crop), later, how.rescale or 1.0)
+        pixels = _resized_floats(_scaled(image, how.rescale), height, width, how.resample)
+        pixels = _on_patches(_cropped(pixels, how.crop), later, how.rescale or 1.0)
     else:
-        found = _scaled(_on_patches(fit_pixels(image, how), later, 1.0), how.rescale)
+        pixels = _scaled(_on_patches(fit_pixels(image, how), later, 1.0), how.rescale)
     if how.mean is not None:
         assert how.std is not None
-        found = (found - np.array(how.mean, np.float32)) / np.array(how.std, np.float32)
-    return np.ascontiguousarray(np.moveaxis(found.astype(np.float32, copy=False), -1, 0))
+        pixels = (pixels - np.array(how.mean, np.float32)) / np.array(how.std, np.float32)
+    return np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32, copy=False), -1, 0))
 
 
 def fit_pixels(image: Pixels, how: Processing) -> Pixels:
@@ -491,8 +491,8 @@ def _on_patches(
         levels = np.divide(image, one).round().clip(0, 255).astype(np.uint8)
         altered, image = _altered(levels, change), image.copy()
         for left, top, right, bottom in change.patches or ():
-            own = altered[top:bottom, left:right]
-            image[top:bottom, left:right] = own if one == 1 else own * one
+            numbers = altered[top:bottom, left:right]
+            image[top:bottom, left:right] = numbers if one == 1 else numbers * one
     return image
 
 

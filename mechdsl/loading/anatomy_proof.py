@@ -116,8 +116,8 @@ def compute_proof_key(module: nn.Module, config: Mapping[str, Any], **more: obje
 def _hash_module_code(module: nn.Module) -> dict[str, str]:
     """Hash the files that define the model's modules, except for torch's own."""
     classes = {type(part) for part in module.modules()}
-    classes = {each for each in classes if each.__module__.partition(".")[0] != "torch"}
-    files = {each.__module__: inspect.getsourcefile(each) for each in classes}
+    classes = {kind for kind in classes if kind.__module__.partition(".")[0] != "torch"}
+    files = {kind.__module__: inspect.getsourcefile(kind) for kind in classes}
     return {
         name: "" if file is None else sha256(Path(file).read_bytes()).hexdigest()
         for name, file in files.items()
@@ -127,20 +127,20 @@ def _hash_module_code(module: nn.Module) -> dict[str, str]:
 def _hash_family(entry: Family) -> dict[str, str] | None:
     """Hash a family's values and methods, and the files of one that mechdsl doesn't ship; None if
     that is impossible."""
-    found: dict[str, str] = {}
+    families: dict[str, str] = {}
     for base in type(entry).__mro__[:-1]:
         for name, value in vars(base).items():
             inner = getattr(value, "__func__", value)
             code = isinstance(inner, FunctionType)
             if code or not name.startswith("__"):
                 told = code_digest(inner.__code__) if code else repr(value)
-                found[f"{base.__qualname__}.{name}"] = told
+                families[f"{base.__qualname__}.{name}"] = told
         if base.__module__.partition(".")[0] != "mechdsl":
             try:
-                found |= hash_module_code(base.__module__)
+                families |= hash_module_code(base.__module__)
             except CodeHashError:
                 return None
-    return found
+    return families
 
 
 @dataclass(frozen=True)
@@ -240,10 +240,10 @@ def _parse_proof(text: str | None) -> Proof | None:
     if text is None:
         return None
     with suppress(ValueError, KeyError, TypeError):
-        found = json.loads(text)
-        checks = tuple(CheckOutcome(**one) for one in found.pop("checks"))
-        idle = tuple((stack, site, layer) for stack, site, layer in found.pop("idle"))
-        return Proof(checks=checks, idle=idle, **found)
+        proof = json.loads(text)
+        checks = tuple(CheckOutcome(**one) for one in proof.pop("checks"))
+        idle = tuple((stack, site, layer) for stack, site, layer in proof.pop("idle"))
+        return Proof(checks=checks, idle=idle, **proof)
     return None
 
 
@@ -264,10 +264,10 @@ def build_random_copy(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for part in twin.modules():
-            for own in part.parameters(recurse=False):
-                if own.is_floating_point():
-                    noise = torch.randn(own.shape, generator=generator)
-                    own.copy_(_draw_parameter(part, own, noise))
+            for parameter in part.parameters(recurse=False):
+                if parameter.is_floating_point():
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(_draw_parameter(part, parameter, noise))
     return twin.eval()
 
 
@@ -540,14 +540,14 @@ def _report_missing_module(
 ) -> Diagnostic | None:
     """Report E0409 if a family entry names a module for a site that doesn't exist."""
     paths = {path for path, _ in module.named_modules()}
-    for own in stacks.values():
-        for parts in (own.anatomy.taps, *(block.taps for block in own.anatomy.blocks)):
+    for stack in stacks.values():
+        for parts in (stack.anatomy.taps, *(block.taps for block in stack.anatomy.blocks)):
             for site, tap in parts.items():
                 if tap.path not in paths:
                     return ComponentNotFound(
                         span=span,
                         model=name,
-                        architecture=own.shape.architecture,
+                        architecture=stack.shape.architecture,
                         part=f"`{site}`",
                         reason=f"its entry names `{tap.path}`, which isn't a module of the model",
                     )
@@ -590,25 +590,29 @@ def build_loaded_model(
     pad_id = pad if isinstance(pad, int) and 0 <= pad < main.shape.vocab_size else 0
     accepts = frozenset(inspect.signature(module.forward).parameters)
     dtype = next(module.parameters()).dtype
-    own = {stack: replace(s, shape=_fit_shape(s, main=not stack)) for stack, s in stacks.items()}
+    block_stacks = {
+        stack: replace(s, shape=_fit_shape(s, main=not stack)) for stack, s in stacks.items()
+    }
     shapes = {
         stack: limit_sites(s.shape, stack)
-        for stack, s in own.items()
+        for stack, s in block_stacks.items()
         if stack in STACK_SITES and not (stack == "vision" and main.shape.without_vision)
     }
-    own[""] = replace(own[""], shape=replace(own[""].shape, others=shapes))
+    block_stacks[""] = replace(
+        block_stacks[""], shape=replace(block_stacks[""].shape, others=shapes)
+    )
     return probe_call(
         LoadedModel(
             name=name,
             module=module,
             anatomy=main.anatomy,
-            shape=own[""].shape,
+            shape=block_stacks[""].shape,
             tokenizer=tokenizer,
             pad_id=pad_id,
             device=_find_input_device(module),
             dtype=dtype,
             calling=CallConvention(accepts),
-            others={stack: s for stack, s in own.items() if stack},
+            others={stack: s for stack, s in block_stacks.items() if stack},
             provenance={
                 **(provenance or {}),
                 "architecture": main.shape.architecture,
@@ -726,7 +730,7 @@ def _verify_random_copy(
 
     It is also checked on a copy with random weights, in which every component must have an effect.
     """
-    own = [outcome for outcome in checks if not outcome.asks_effect]
+    outcomes = [outcome for outcome in checks if not outcome.asks_effect]
     refused = _report_broken_identity(model, unmoved.identity, _explain_outcome(unmoved), span)
     stack = ""
     try:
@@ -739,19 +743,21 @@ def _verify_random_copy(
             for outcome in run_checks(twin, build_sample(twin), stack):
                 if outcome.identity in (PACKED_IDENTITY, PACKED_IMAGE_IDENTITY, ATTENTION_IDENTITY):
                     if not outcome.passed:
-                        own = [outcome if o.identity == outcome.identity else o for o in own]
+                        outcomes = [
+                            outcome if o.identity == outcome.identity else o for o in outcomes
+                        ]
                 elif not outcome.passed:
                     reason = f"with random weights: {_explain_outcome(outcome)}"
                     refused = _report_broken_identity(model, outcome.identity, reason, span)
                     return ProofAttempt(len(checks), (refused,), stack=stack)
                 elif outcome.asks_effect:
-                    own.append(
+                    outcomes.append(
                         replace(outcome, identity=f"{outcome.identity} ({RANDOM_COPY_NOTE})")
                     )
     except Exception:  # the model can't be copied, or doesn't accept other weights
         return ProofAttempt(len(checks), (refused,), stack=stack)
     idle = [(stack, *at) for stack in stacks for at in find_idle_sites(model, given, stack)]
-    return _finish_model(replace(model, idle=tuple(idle)), tuple(own), span)
+    return _finish_model(replace(model, idle=tuple(idle)), tuple(outcomes), span)
 
 
 def _finish_model(
@@ -759,12 +765,12 @@ def _finish_model(
 ) -> ProofAttempt:
     """Finish a model whose failed checks, if any, only cost time."""
     failed = {outcome.identity: outcome for outcome in checks if not outcome.passed}
-    found: tuple[Diagnostic, ...] = ()
+    problems: tuple[Diagnostic, ...] = ()
     if PACKED_IDENTITY in failed:
         reason = _explain_outcome(failed[PACKED_IDENTITY])
-        found = (NotRestartable(span=span, model=model.name, reason=reason),)
+        problems = (NotRestartable(span=span, model=model.name, reason=reason),)
     if model.idle:
-        found += (
+        problems += (
             IdleComponents(span=span, model=model.name, parts=describe_idle_components(model)),
         )
     shapes = {  # without sites that a trial removed
@@ -791,7 +797,7 @@ def _finish_model(
         ),
         restartable=PACKED_IDENTITY not in failed,
     )
-    return ProofAttempt(len(checks), found, proved)
+    return ProofAttempt(len(checks), problems, proved)
 
 
 def _explain_outcome(outcome: CheckOutcome) -> str:
@@ -901,14 +907,14 @@ class Tower(nn.Module):
 
     def facing(self, others: Tensor) -> Tower:
         """Copy the tower with other vectors to score against, [other, width] of length 1."""
-        found = copy(self)
-        found._buffers = {**self._buffers, "others": others}
-        return found
+        tower = copy(self)
+        tower._buffers = {**self._buffers, "others": others}
+        return tower
 
     def scores(self, vectors: Tensor) -> Tensor:
         """Return […, other]: scaled cosines, plus the model's bias if it has one."""
-        found = _normalize(vectors) @ self.others.T * self.logit_scale.exp()
-        return found if self.logit_bias is None else found + self.logit_bias
+        scores = _normalize(vectors) @ self.others.T * self.logit_scale.exp()
+        return scores if self.logit_bias is None else scores + self.logit_bias
 
 
 class ImageTower(Tower):
@@ -935,9 +941,9 @@ class TextTower(Tower):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> ModelOutput:
-        found = self.tower(input_ids, attention_mask=attention_mask, position_ids=position_ids)
+        output = self.tower(input_ids, attention_mask=attention_mask, position_ids=position_ids)
         causal = self.config.model_type in CAUSAL_TEXT_MODELS
-        made = self.projection(found.last_hidden_state if causal else found.pooler_output)
+        made = self.projection(output.last_hidden_state if causal else output.pooler_output)
         return ModelOutput(logits=self.scores(made))
 
     def get_input_embeddings(self) -> nn.Module:
@@ -978,16 +984,16 @@ def prove_any_anatomy(
     if shape.texts is None:
         return prove_anatomy(name, module, shape, tokenizer, **told)
     module.eval()
-    own = tokenizer.texts if isinstance(tokenizer, ImageTokenizer) else None
-    images, found = prove_anatomy(name, build_image_tower(module), shape, tokenizer, **told)
-    texts, more = prove_anatomy(name, build_text_tower(module), shape.texts, own, **told)
-    found = [*found, *more]
+    text_tokenizer = tokenizer.texts if isinstance(tokenizer, ImageTokenizer) else None
+    images, problems = prove_anatomy(name, build_image_tower(module), shape, tokenizer, **told)
+    texts, more = prove_anatomy(name, build_text_tower(module), shape.texts, text_tokenizer, **told)
+    problems = [*problems, *more]
     if images is None or texts is None:
-        return None, found
+        return None, problems
     problem = _check_tower_scores(module, images, texts, span)
     if problem is not None:
         return None, [problem]
-    return replace(images, texts=texts), found
+    return replace(images, texts=texts), problems
 
 
 def _check_tower_scores(
@@ -997,15 +1003,17 @@ def _check_tower_scores(
     pixels = build_image_inputs(images)["pixel_values"]
     ids = build_text_sample(texts).ids[:1]
     with torch.no_grad():
-        own = module(pixel_values=pixels, input_ids=ids).logits_per_image
+        logits_per_image = module(pixel_values=pixels, input_ids=ids).logits_per_image
         of_texts = cast(TextTower, texts.module).vectors(ids)
         of_images = cast(ImageTower, images.module).vectors(pixels)
-        found = cast(Tower, images.module).facing(_normalize(of_texts)).scores(of_images)
+        scores = cast(Tower, images.module).facing(_normalize(of_texts)).scores(of_images)
         other = cast(Tower, texts.module).facing(_normalize(of_images)).scores(of_texts).T
-    tolerance, size = _SCORE_TOLERANCE, own.abs().max()
+    tolerance, size = _SCORE_TOLERANCE, logits_per_image.abs().max()
     if images.dtype.itemsize <= 2:  # rounding of a cosine is relative to 1, however small it is
         tolerance, size = _HALF_SCORE_TOLERANCE, module.logit_scale.exp()
-    error = float(max((found - own).abs().max(), (other - own).abs().max()) / size)
+    error = float(
+        max((scores - logits_per_image).abs().max(), (other - logits_per_image).abs().max()) / size
+    )
     if error <= tolerance:
         return None
     return IdentityBroken(
@@ -1047,20 +1055,20 @@ def _embed_images(model: LoadedModel, pictures: Sequence[Picture]) -> Tensor:
     """Return [image, width] of length 1."""
     tower, reader = cast(ImageTower, model.module), model.tokenizer
     assert isinstance(reader, ImageTokenizer)
-    found: list[Tensor] = []
+    images: list[Tensor] = []
     with torch.no_grad():
         for start in range(0, len(pictures), _IMAGES_PER_PASS):
             part = pictures[start : start + _IMAGES_PER_PASS]
-            made = np.stack([model_input(each, reader.processing) for each in part])
+            made = np.stack([model_input(picture, reader.processing) for picture in part])
             pixels = torch.from_numpy(made).to(model.device, model.dtype)
-            found.append(_normalize(tower.vectors(pixels)))
-    return torch.cat(found)
+            images.append(_normalize(tower.vectors(pixels)))
+    return torch.cat(images)
 
 
 def _embed_texts(model: LoadedModel, texts: Sequence[Sequence[int]]) -> Tensor:
     """Return [text, width] of length 1; texts of equal length share passes without padding."""
     tower = cast(TextTower, model.module)
-    found: dict[int, Tensor] = {}
+    embeddings: dict[int, Tensor] = {}
     by_length: dict[int, list[int]] = {}
     for number, ids in enumerate(texts):
         by_length.setdefault(len(ids), []).append(number)
@@ -1069,5 +1077,5 @@ def _embed_texts(model: LoadedModel, texts: Sequence[Sequence[int]]) -> Tensor:
             for start in range(0, len(numbers), _TEXTS_PER_PASS):
                 part = numbers[start : start + _TEXTS_PER_PASS]
                 ids = torch.tensor([list(texts[n]) for n in part], device=model.device)
-                found.update(zip(part, _normalize(tower.vectors(ids)), strict=True))
-    return torch.stack([found[number] for number in range(len(texts))])
+                embeddings.update(zip(part, _normalize(tower.vectors(ids)), strict=True))
+    return torch.stack([embeddings[number] for number in range(len(texts))])

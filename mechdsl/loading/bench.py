@@ -163,7 +163,8 @@ def _count_image_tokens(model: LoadedModel, extra: Mapping[str, Tensor]) -> int:
     """Return the number of tokens that one image occupies in a prompt."""
     parts: Any = (model.module, getattr(model.module, "model", None))
     features_of = next(
-        (found for part in parts if (found := getattr(part, "get_image_features", None))), None
+        (function for part in parts if (function := getattr(part, "get_image_features", None))),
+        None,
     )
     if features_of is None:
         raise ValueError(
@@ -331,11 +332,11 @@ class CheckBench:
 
     def of_stack(self, stack: str, site: str, layer: int | None = None) -> Tensor | None:
         """Return [tokens, width] of a linked stack's site (`list_linked_reads`), if it was read."""
-        found = self.reads.get(SiteRead(site, layer, stack))
-        if found is None:
+        tensor = self.reads.get(SiteRead(site, layer, stack))
+        if tensor is None:
             return None
-        mask = self.batch.of_site(site, stack).mask.to(found.device).bool()
-        return (found[mask] if found.shape[:2] == mask.shape else found).squeeze(1)
+        mask = self.batch.of_site(site, stack).mask.to(tensor.device).bool()
+        return (tensor[mask] if tensor.shape[:2] == mask.shape else tensor).squeeze(1)
 
     def between(self, layer: int) -> Tensor | None:
         """Return [tokens, d_model]: the stream before the MLP's norm, after any cross attention.
@@ -387,7 +388,7 @@ class CheckBench:
         if sum(lengths) != len(tokens):
             return get_first(self.module(path)(tokens))
         parts = tokens.split(lengths)
-        return torch.cat([get_first(self.module(path)(own[None]))[0] for own in parts])
+        return torch.cat([get_first(self.module(path)(part[None]))[0] for part in parts])
 
     def scaled(self, tap: HookPoint, value: Tensor) -> Tensor:
         """Scale a tapped tensor to its value in the stream."""
@@ -405,8 +406,8 @@ class CheckBench:
         Sums come with their summands, because rounding depends on the size of these.
         """
         worst, named, at, compared = 0.0, 0.0, "", 0
-        for where, found, expected, *added in pairs:
-            error = compute_difference(found, expected, *added)
+        for where, tensor, expected, *added in pairs:
+            error = compute_difference(tensor, expected, *added)
             compared += 1
             worst = max(worst, error)
             if error > _WORSE_FACTOR * named:  # name the first of nearly equal errors
@@ -430,8 +431,8 @@ def list_linked_reads(model: LoadedModel, stack: str) -> list[SiteRead]:
 
 
 def list_sites(model: LoadedModel, stack: str) -> list[str]:
-    own = model.stack(stack)
-    return [name for name in SITES if name in own.shape.sites]
+    block_stack = model.stack(stack)
+    return [name for name in SITES if name in block_stack.shape.sites]
 
 
 def list_layers(anatomy: Anatomy, site: str) -> tuple[int, ...]:
@@ -452,16 +453,16 @@ def get_first(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def compute_difference(found: Tensor, expected: Tensor, added: Tensor | None = None) -> float:
+def compute_difference(difference: Tensor, expected: Tensor, added: Tensor | None = None) -> float:
     """Return the largest difference, relative to the largest expected value or summand.
 
     Infinite if a value is NaN.
     """
-    if found.shape != expected.shape:
+    if difference.shape != expected.shape:
         return float("inf")
-    if not found.numel():
+    if not difference.numel():
         return 0.0
-    error = float((found.double() - expected.double()).abs().max())
+    error = float((difference.double() - expected.double()).abs().max())
     size = max(float(one.double().abs().max()) for one in (expected, added) if one is not None)
     return error / (size or 1.0) if error == error and size == size else float("inf")
 
@@ -535,12 +536,12 @@ def probe_classifier(model: LoadedModel, ids: Tensor) -> LoadedModel:
 def _record_outputs(model: LoadedModel, ids: Tensor) -> tuple[Any, dict[str, Tensor]]:
     """Return the model's output, and per-token outputs of modules outside blocks."""
     blocks = [block.path for block in model.anatomy.blocks]
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def look(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.shape[:-1] == ids.shape:
-                found[path] = output
+                outputs[path] = output
 
         return hook
 
@@ -549,7 +550,7 @@ def _record_outputs(model: LoadedModel, ids: Tensor) -> tuple[Any, dict[str, Ten
             if path and not _is_in_blocks(path, blocks):
                 stack.callback(module.register_forward_hook(look(path)).remove)
         output = call_module(model, {"input_ids": ids})
-    return output, found
+    return output, outputs
 
 
 def _is_in_blocks(path: str, blocks: Iterable[str]) -> bool:
@@ -570,7 +571,7 @@ def _drop_final_norm(model: LoadedModel) -> LoadedModel:
     anatomy, shape = model.anatomy, model.shape
     if "final_norm" not in anatomy.taps:
         return model
-    taps = {site: own for site, own in anatomy.taps.items() if site != "final_norm"}
+    taps = {site: point for site, point in anatomy.taps.items() if site != "final_norm"}
     reason = "after the last block, only the token for the output is processed"
     without = {**anatomy.without, "final_norm": reason}
     return replace(
@@ -721,10 +722,10 @@ def _can_narrow(model: LoadedModel) -> bool:
     every = call_with_batch(model, batch)[real]
     try:
         with narrow_unembedding(model, some):
-            found = call_with_batch(model, batch)[real]
+            logits = call_with_batch(model, batch)[real]
     except Exception:  # from any later computation
         return False
-    return _is_close(found, every[:, some], _is_finite(model))
+    return _is_close(logits, every[:, some], _is_finite(model))
 
 
 def _probe_token_types(model: LoadedModel) -> LoadedModel:
@@ -763,8 +764,13 @@ def _probe_structure(model: LoadedModel) -> LoadedModel:
     Norms of heads see [B, T, H, d] or [B, H, T, d].
     """
     stacks = {stack: model.stack(stack) for stack in ("", *model.others)}
-    taps = [tap for own in stacks.values() for b in own.anatomy.blocks for tap in b.taps.values()]
-    taps += [tap for own in stacks.values() for tap in own.anatomy.taps.values()]
+    taps = [
+        tap
+        for block_stack in stacks.values()
+        for b in block_stack.anatomy.blocks
+        for tap in b.taps.values()
+    ]
+    taps += [tap for block_stack in stacks.values() for tap in block_stack.anatomy.taps.values()]
     calls: dict[str, int] = defaultdict(int)
     first: set[str] = set()
 
@@ -792,9 +798,11 @@ def _probe_structure(model: LoadedModel) -> LoadedModel:
             call_model(model, {"input_ids": ids})
         else:
             call_with_batch(model, batch)
-    found = {name: _probe_visibility(own, calls, first) for name, own in stacks.items()}
-    main = found.pop("")
-    return replace(model, anatomy=main.anatomy, shape=main.shape, others=found)
+    block_stacks = {
+        name: _probe_visibility(block_stack, calls, first) for name, block_stack in stacks.items()
+    }
+    main = block_stacks.pop("")
+    return replace(model, anatomy=main.anatomy, shape=main.shape, others=block_stacks)
 
 
 def _find_token_norm(model: LoadedModel, batch: Batch) -> BlockStack:
@@ -802,10 +810,10 @@ def _find_token_norm(model: LoadedModel, batch: Batch) -> BlockStack:
 
     Many image encoders have a norm for the class token only, or an unused one.
     """
-    own = model.stack("vision")
-    tap = own.anatomy.taps.get("final_norm")
+    block_stack = model.stack("vision")
+    tap = block_stack.anatomy.taps.get("final_norm")
     if tap is None:
-        return own
+        return block_stack
     plain = call_with_batch(model, batch)
     module = model.module.get_submodule(tap.path)
     tokens = batch.frames["vision"].mask.numel()
@@ -819,11 +827,16 @@ def _find_token_norm(model: LoadedModel, batch: Batch) -> BlockStack:
     finally:
         handle.remove()
     if not same:
-        return own
-    taps = {site: tap for site, tap in own.anatomy.taps.items() if site != "final_norm"}
-    without = {**own.anatomy.without, "final_norm": "the language model reads the last block"}
-    anatomy = replace(own.anatomy, taps=taps, without=without)
-    return BlockStack(anatomy, replace(own.shape, sites=own.shape.sites - {"final_norm"}))
+        return block_stack
+    taps = {site: tap for site, tap in block_stack.anatomy.taps.items() if site != "final_norm"}
+    without = {
+        **block_stack.anatomy.without,
+        "final_norm": "the language model reads the last block",
+    }
+    anatomy = replace(block_stack.anatomy, taps=taps, without=without)
+    return BlockStack(
+        anatomy, replace(block_stack.shape, sites=block_stack.shape.sites - {"final_norm"})
+    )
 
 
 def _has_heads_first(given: Tensor, output: Tensor, units: int) -> bool:
@@ -833,15 +846,17 @@ def _has_heads_first(given: Tensor, output: Tensor, units: int) -> bool:
     return output.shape[2] != units or given.stride(1) < given.stride(2)
 
 
-def _probe_visibility(own: BlockStack, calls: Mapping[str, int], first: Set[str]) -> BlockStack:
+def _probe_visibility(
+    block_stack: BlockStack, calls: Mapping[str, int], first: Set[str]
+) -> BlockStack:
     """Adapt a stack to the calls that were seen.
 
     Args:
         calls: By path, number of calls in one pass.
         first: Paths of modules that see heads first.
     """
-    blocks = own.anatomy.blocks
-    parts = [own.anatomy.taps, *(block.taps for block in blocks)]
+    blocks = block_stack.anatomy.blocks
+    parts = [block_stack.anatomy.taps, *(block.taps for block in blocks)]
     twice = {
         site
         for part in parts
@@ -864,10 +879,10 @@ def _probe_visibility(own: BlockStack, calls: Mapping[str, int], first: Set[str]
         for block in blocks
     ]
     reason = "the module that computes it is called several times in one pass"
-    without = {**own.anatomy.without, **dict.fromkeys(sorted(twice), reason)}
-    outer = {site: tap for site, tap in own.anatomy.taps.items() if site not in twice}
-    anatomy = replace(own.anatomy, blocks=tuple(kept), taps=outer, without=without)
-    return BlockStack(anatomy, replace(own.shape, sites=own.shape.sites - twice))
+    without = {**block_stack.anatomy.without, **dict.fromkeys(sorted(twice), reason)}
+    outer = {site: tap for site, tap in block_stack.anatomy.taps.items() if site not in twice}
+    anatomy = replace(block_stack.anatomy, blocks=tuple(kept), taps=outer, without=without)
+    return BlockStack(anatomy, replace(block_stack.shape, sites=block_stack.shape.sites - twice))
 
 
 def _probe_text(model: LoadedModel) -> LoadedModel:
@@ -1013,8 +1028,8 @@ def _is_finite(model: LoadedModel) -> float:
     return 1e-4 if model.dtype.itemsize > 2 else _CLOSE_TOLERANCE
 
 
-def _is_close(found: Tensor, expected: Tensor, tolerance: float = _CLOSE_TOLERANCE) -> bool:
-    if found.shape != expected.shape:
+def _is_close(output: Tensor, expected: Tensor, tolerance: float = _CLOSE_TOLERANCE) -> bool:
+    if output.shape != expected.shape:
         return False
-    error = (found.double() - expected.double()).abs().max()
+    error = (output.double() - expected.double()).abs().max()
     return bool(error <= tolerance * expected.double().abs().max())

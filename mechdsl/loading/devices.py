@@ -29,9 +29,9 @@ def get_device(name: str) -> torch.device:
     """Return the device of a name; `auto` is the GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = torch.device(name)
-    torch.empty(0, device=found)  # fails now instead of in the middle of a run
-    return found
+    device = torch.device(name)
+    torch.empty(0, device=device)  # fails now instead of in the middle of a run
+    return device
 
 
 def plan_device_map(name: str, offload: Path | None) -> dict[str, object] | None:
@@ -141,15 +141,15 @@ def _save_attributes(attributes: dict[str, Any]) -> Callable[[], None]:
 
 def _list_configs(modules: Iterable[nn.Module]) -> list[Any]:
     """List the distinct configs of modules, and the configs inside them."""
-    found: dict[int, Any] = {}
+    configs: dict[int, Any] = {}
     for module in modules:
-        _add_configs(getattr(module, "config", None), found)
-    return list(found.values())
+        _add_configs(getattr(module, "config", None), configs)
+    return list(configs.values())
 
 
-def _add_configs(config: Any, found: dict[int, Any]) -> None:
+def _add_configs(config: Any, configs: dict[int, Any]) -> None:
     """Collect a config of the library and those inside it, for example for text and images."""
-    if hasattr(config, "to_dict") and hasattr(config, "__dict__") and id(config) not in found:
-        found[id(config)] = config
+    if hasattr(config, "to_dict") and hasattr(config, "__dict__") and id(config) not in configs:
+        configs[id(config)] = config
         for value in vars(config).values():
-            _add_configs(value, found)
+            _add_configs(value, configs)

@@ -131,8 +131,8 @@ class ReachedCode:
                 self._look_up(kind)
             while self._waiting:
                 self._follow(self._waiting.pop())
-        found = [*self._functions.values(), *self._bindings.items()]
-        return sha256("\n".join(sorted(map(repr, found))).encode()).hexdigest()
+        functions = [*self._functions.values(), *self._bindings.items()]
+        return sha256("\n".join(sorted(map(repr, functions))).encode()).hexdigest()
 
     def _is_followed(self, home: str) -> bool:
         if not is_library(home):
@@ -261,7 +261,7 @@ class ReachedCode:
             case partial() if not own:
                 held = cast("Any", value)
                 parts = (held.func, held.args, held.keywords)
-                return [self._of(each, where, own) for each in parts]
+                return [self._of(part, where, own) for part in parts]
             case Logger():
                 return "logger"
             case _ if isinstance(value, _TUPLE_FIELD_TYPE):
@@ -387,8 +387,8 @@ _MISSING = object()
 def _find_imported(name: str, function: FunctionType) -> object:
     """Find a module that the user's function may import itself, if it has been imported."""
     package = function.__globals__.get("__package__") or ""
-    found = sys.modules.get(name) or sys.modules.get(f"{package}.{name}")
-    return _MISSING if found is None else found
+    module = sys.modules.get(name) or sys.modules.get(f"{package}.{name}")
+    return _MISSING if module is None else module
 
 
 @lru_cache(maxsize=8192)
@@ -557,14 +557,14 @@ class _ModuleDescription:
         """Add the code of a processor from Python; the tokenizer's hash covers its settings."""
         processor = None if given is None else given[0]
         parts = {name: getattr(processor, name, None) for name in _PROCESSOR_PARTS}
-        found: list[str] = []
+        names: list[str] = []
         for name, part in {"processor": processor, **parts}.items():
             if part is None:
                 continue
             if any(isinstance(each, FunctionType | MethodType) for each in vars(part).values()):
                 raise CodeHashError(f"its {name} has a method that differs from that of its class")
-            found.append(self._reached.add_class(type(part)))
-        return found
+            names.append(self._reached.add_class(type(part)))
+        return names
 
     def _is_hook_of_library(self, hook: Any) -> bool:
         """Return whether a library set the hook; its code is then added like any function's.

@@ -153,24 +153,24 @@ def load_model(
     Returns:
         The model and its diagnostics: E0401, E0403 to E0411, E0508, E0522 and W0711.
     """
-    folder, found = locate_model(model, model.span.source.folder if base is None else base)
+    folder, problems = locate_model(model, model.span.source.folder if base is None else base)
     if folder is None:
-        return None, require_model(found)
+        return None, require_model(problems)
     missing = check_weights(folder, model)
     if missing is not None:
         return None, [missing]
     files = weight_files(folder)
     before = file_stamps(model, folder)
-    shape, found = read_shape(folder, model=model.name, span=model.span)
+    shape, problems = read_shape(folder, model=model.name, span=model.span)
     if shape is None:
-        return None, found
-    tokenizer, found = _load_reader(folder, shape, model)
+        return None, problems
+    tokenizer, problems = _load_reader(folder, shape, model)
     if tokenizer is None:
-        return None, found
-    module, untaken, found = _load_all_blocks(folder, shape, model, dtype, spread or {})
+        return None, problems
+    module, untaken, problems = _load_all_blocks(folder, shape, model, dtype, spread or {})
     if module is None:
-        return None, found
-    loaded, found = prove_any_anatomy(
+        return None, problems
+    loaded, problems = prove_any_anatomy(
         model.name,
         module if spread else module.to(device),
         _complete_shape(module, shape),
@@ -184,12 +184,12 @@ def load_model(
         span=model.span,
         proofs=None if spread else ProofStore(notes),
     )
-    loaded, found = _without_shared_rows(loaded, found, model.span)
+    loaded, problems = _without_shared_rows(loaded, problems, model.span)
     if loaded is not None and hashed is not None:
         loaded = replace(loaded, identity=folder_identity(model, folder, hashed))
     if file_stamps(model, folder) != before:
         return None, [report_changed_files(model)]
-    return loaded, [*_report_unused_weights(folder, files, untaken, model), *found]
+    return loaded, [*_report_unused_weights(folder, files, untaken, model), *problems]
 
 
 def describe_weight_hash(files: list[Path], hashed: FileHasher | None) -> dict[str, str]:
@@ -204,8 +204,8 @@ def _load_reader(
     if shape.patches is not None:
         return read_tower_inputs(folder, shape, model)
     read = read_prompt_tokenizer if shape.has_processor else TextTokenizer.from_folder
-    tokenizer, found = read(folder, model.bos, span=model.span)
-    return tokenizer and tokenizer.with_starts(shape.starts), found
+    tokenizer, problems = read(folder, model.bos, span=model.span)
+    return tokenizer and tokenizer.with_starts(shape.starts), problems
 
 
 def report_changed_files(model: spec.Model) -> Diagnostic:
@@ -244,25 +244,25 @@ def adopt_model(
         The model and its diagnostics: E0407 to E0412, E0451, E0456, E0522, W0711 and W0712.
     """
     passed = _PassedTokenizer(name, tokenizer, bos, span)
-    text, found = None, []
+    text, problems = None, []
     if passed.processor is None:
-        text, found = passed.adopt(tokenizer)
+        text, problems = passed.adopt(tokenizer)
         if text is None:
-            return None, found
+            return None, problems
     if (outside := check_adapters(module, name, span)) is not None:
         return None, [outside]
     module = unwrap_model(module)
     if (unfit := _check_passed_module(module, name, span)) is not None:
         return None, [unfit]
-    shape, found = shape_from_config(_config_values(module), model=name, span=span)
+    shape, problems = shape_from_config(_config_values(module), model=name, span=span)
     if shape is None:
-        return None, found
+        return None, problems
     if (unstarted := check_starts(shape, name, span)) is not None:
         return None, [unstarted]
     if text is None or (shape.has_processor and isinstance(tokenizer, tuple)):
-        text, found = passed.adopt_processor(module, shape)
+        text, problems = passed.adopt_processor(module, shape)
     if text is None:
-        return None, found
+        return None, problems
     text = text.with_starts(shape.starts)
     try:
         weights = _hash_parameters(module)
@@ -276,28 +276,32 @@ def adopt_model(
     }
     content = digest_module(module, weights)
     proofs = None if content is None else ProcessProofStore(content=content)
-    loaded, found = prove_any_anatomy(
+    loaded, problems = prove_any_anatomy(
         name, module, shape, text, provenance=provenance, span=span, proofs=proofs
     )
-    return _without_shared_rows(loaded, found, span)
+    return _without_shared_rows(loaded, problems, span)
 
 
 def _without_shared_rows(
-    model: LoadedModel | None, found: list[Diagnostic], span: Span | None
+    model: LoadedModel | None, problems: list[Diagnostic], span: Span | None
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
     """Replace an encoder-decoder by E0407 if its rows weren't proved to be independent."""
     if model is None or not model.shape.encodes_apart:
-        return model, found
+        return model, problems
     missing = sorted(required_stacks(model.shape) - model.others.keys())
     if missing:
         reason = f"the sites in its stack {name_list(missing)} are not available"
     elif not model.restartable and not model.shape.attends_to_image:
         reason = "the values of its tokens may depend on padding or on other prompts of a pass"
     else:
-        return model, found
-    skipped = [each for each in found if isinstance(each, StackSkipped) and each.stack in missing]
-    whole = [each for each in found if isinstance(each, NotRestartable)]
-    reason = ": ".join([reason, *(each.reason for each in (*skipped, *whole)[:1])])
+        return model, problems
+    skipped = [
+        diagnostic
+        for diagnostic in problems
+        if isinstance(diagnostic, StackSkipped) and diagnostic.stack in missing
+    ]
+    whole = [diagnostic for diagnostic in problems if isinstance(diagnostic, NotRestartable)]
+    reason = ": ".join([reason, *(diagnostic.reason for diagnostic in (*skipped, *whole)[:1])])
     architecture = model.shape.architecture
     problem = NotATextModel(span=span, model=model.name, architecture=architecture, reason=reason)
     return None, [problem]
@@ -316,19 +320,19 @@ def inspect_model(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
     text = f'{kind}("{name}")'
     span = Span(Source(text, Path(name)), 0, len(text))
     statement = spec.Model(span=span, name=name, kind=kind, path=name)
-    folder, found = locate_model(statement, Path.cwd())
+    folder, problems = locate_model(statement, Path.cwd())
     if folder is None:
-        return None, require_model(found)
+        return None, require_model(problems)
     files = weight_files(folder)
     if not files:
         advice = "a folder with a `config.json` and safetensors is needed"
         return None, [NoWeights(span=span, model=name, advice=advice)]
-    config, found = read_config(folder, model=name, span=span)
+    config, problems = read_config(folder, model=name, span=span)
     if config is None:
-        return None, found
-    shape, found = shape_of_folder_config(config, model=name, span=span)
+        return None, problems
+    shape, problems = shape_of_folder_config(config, model=name, span=span)
     if shape is None:
-        return None, found
+        return None, problems
     module, reason, _ = _load_module(folder, shape.architecture, torch.float32)
     if module is None:
         return None, [LoadFailed(span=span, model=name, reason=reason)]
@@ -343,8 +347,10 @@ def _complete_shape(module: nn.Module, shape: ModelShape) -> ModelShape:
 
     Files omit the class defaults, and some use outdated names.
     """
-    found = shape_from_config(_config_values(module))[0] or shape
-    return found if found.starts is not None else replace(found, starts=shape.starts)
+    model_shape = shape_from_config(_config_values(module))[0] or shape
+    return (
+        model_shape if model_shape.starts is not None else replace(model_shape, starts=shape.starts)
+    )
 
 
 def _config_values(module: Any) -> dict[str, Any]:
@@ -518,9 +524,11 @@ def _describe_processor(given: Any) -> dict[str, Any] | None:
     objects."""
     if isinstance(given, TextTokenizer | Tokenizer) or not hasattr(given, "to_dict"):
         return None
-    found: Any = given.to_dict()
+    settings: Any = given.to_dict()
     types = ("image_processor_type", "feature_extractor_type")
-    return found if isinstance(found, dict) and any(each in found for each in types) else None
+    return (
+        settings if isinstance(settings, dict) and any(each in settings for each in types) else None
+    )
 
 
 def _split_processor(given: Any) -> tuple[Any, Any]:
@@ -668,13 +676,13 @@ def load_adapter(
         The model and its diagnostics: E0401, E0404 to E0406, E0409 to E0411, E0451 to E0454, E0508,
         E0522 and W0711.
     """
-    folder, found = locate_model(model, model.span.source.folder)
+    folder, problems = locate_model(model, model.span.source.folder)
     if folder is None:
-        return None, require_model(found)
+        return None, require_model(problems)
     before = file_stamps(model, folder)
-    scaling, found = read_scaling(folder, model)
+    scaling, problems = read_scaling(folder, model)
     if scaling is None:
-        return None, found
+        return None, problems
     missing = check_weights(folder, model)
     if missing is not None:
         return None, [missing]
@@ -684,9 +692,9 @@ def load_adapter(
         bos = None if tokenizer is None else tokenizer.bos
         images = isinstance(tokenizer, ImagePromptTokenizer)
         read = read_prompt_tokenizer if images else TextTokenizer.from_folder
-        tokenizer, found = read(folder, bos, span=model.span)
+        tokenizer, problems = read(folder, bos, span=model.span)
         if tokenizer is None:
-            return None, found
+            return None, problems
     if find_spec("peft") is None:
         return None, [NoPeft(span=model.span, model=model.name, base=base.name)]
     try:
@@ -696,7 +704,7 @@ def load_adapter(
     identity = None
     if hashed is not None:
         identity = folder_identity(model, folder, hashed, base=compute_identity(base))
-    loaded, found = prove_anatomy(
+    loaded, problems = prove_anatomy(
         model.name,
         module,
         base.shape,
@@ -715,7 +723,7 @@ def load_adapter(
         loaded = replace(loaded, identity=identity)
     if file_stamps(model, folder) != before:
         return None, [report_changed_files(model)]
-    return loaded, found
+    return loaded, problems
 
 
 def _report_not_merged(error: Exception, model: spec.Model, base: LoadedModel) -> Diagnostic:
@@ -749,23 +757,23 @@ def _merge_adapter(base: nn.Module, file: Path, scaling: AdapterScaling) -> nn.M
         from safetensors.torch import load_file
 
         weights = load_file(file)
-        found = _match_weights(weights, base)
+        matched = _match_weights(weights, base)
         try:
-            copy = copy_modules(base, {path for path, _ in found.values()})
+            copy = copy_modules(base, {path for path, _ in matched.values()})
         except NotCopied as problem:
             hint = "merge it in Python with `merge_and_unload()`, and pass the result"
             raise _AdapterMismatch(str(problem), hint) from None
-        for key, (path, whole) in found.items():
+        for key, (path, whole) in matched.items():
             if whole:
                 _put_parameter(copy.get_submodule(path), whole, weights[key], key)
-        lora = {key: weights[key] for key, (_, whole) in found.items() if not whole}
+        lora = {key: weights[key] for key, (_, whole) in matched.items() if not whole}
         if not lora:
             return copy
         settings: dict[str, Any] = {
-            "target_modules": sorted({found[key][0] for key in lora}),
+            "target_modules": sorted({matched[key][0] for key in lora}),
             "lora_alpha": scaling.lora_alpha,
             "alpha_pattern": dict(scaling.alpha_pattern),
-            **_check_ranks(lora, found, scaling),
+            **_check_ranks(lora, matched, scaling),
             **scaling.switches,
         }
         config = LoraConfig(**settings, inference_mode=True)
@@ -791,7 +799,7 @@ def _match_weights(weights: Iterable[str], base: nn.Module) -> dict[str, tuple[s
         Key → (path of the module, name of the parameter that the weight replaces; empty for LoRA).
     """
     modules = dict(base.named_modules(remove_duplicate=False))
-    found: dict[str, tuple[str, str]] = {}
+    pairs: dict[str, tuple[str, str]] = {}
     for key in weights:
         named = _WEIGHT_KEY.fullmatch(key)
         if named is None:
@@ -803,10 +811,10 @@ def _match_weights(weights: Iterable[str], base: nn.Module) -> dict[str, tuple[s
             raise _AdapterMismatch(
                 f"its weights change `{path}.{whole}`, which the base doesn't have"
             )
-        found[key] = path, whole
-    if not found:
+        pairs[key] = path, whole
+    if not pairs:
         raise _AdapterMismatch("its file of weights is empty", "save the adapter again with peft")
-    return found
+    return pairs
 
 
 def _put_parameter(part: nn.Module, name: str, value: Tensor, key: str) -> None:
@@ -819,7 +827,7 @@ def _put_parameter(part: nn.Module, name: str, value: Tensor, key: str) -> None:
 
 
 def _check_ranks(
-    lora: Mapping[str, Tensor], found: Mapping[str, tuple[str, str]], scaling: AdapterScaling
+    lora: Mapping[str, Tensor], pairs: Mapping[str, tuple[str, str]], scaling: AdapterScaling
 ) -> dict[str, Any]:
     """Return the ranks in the config, after a check that they match the weights.
 
@@ -831,7 +839,7 @@ def _check_ranks(
     first = {key: t for key, t in lora.items() if ".lora_A." in key or key.endswith("embedding_A")}
     most = 1
     for key, tensor in first.items():
-        path, rank = found[key][0], len(tensor) if tensor.ndim else 0
+        path, rank = pairs[key][0], len(tensor) if tensor.ndim else 0
         said = scaling.rank_pattern.get(get_pattern_key([*scaling.rank_pattern], path), scaling.r)
         if said != rank:
             reason = f"its weights for `{path}` are of rank {rank}, but its config says {said}"
@@ -860,8 +868,8 @@ def adopt_models(models: GivenModels) -> tuple[dict[str, LoadedModel], list[Diag
     loaded: dict[str, LoadedModel] = {}
     diagnostics: list[Diagnostic] = []
     for name, (module, tokenizer) in models.items():
-        model, found = adopt_model(name, module, tokenizer)
-        diagnostics.extend(found)
+        model, problems = adopt_model(name, module, tokenizer)
+        diagnostics.extend(problems)
         if model is not None:
             loaded[name] = model
     return loaded, diagnostics
@@ -871,13 +879,13 @@ def build_model_contexts(
     source: Source, loaded: Mapping[str, LoadedModel]
 ) -> dict[str, ModelContext]:
     """Build the contexts that checks need of models from Python; files may still declare them."""
-    found: dict[str, ModelContext] = {}
+    contexts: dict[str, ModelContext] = {}
     for name, model in loaded.items():
         if model.tokenizer is None:
             continue
         statement = spec.Model(span=Span(source, 0, 0), name=name, kind="local", path="")
-        found[name] = ModelContext(statement, model.shape, model.tokenizer)
-    return found
+        contexts[name] = ModelContext(statement, model.shape, model.tokenizer)
+    return contexts
 
 
 ModelEditor = Callable[
@@ -919,20 +927,20 @@ def load_models(
             if any(base not in loaded for base in statement.bases):
                 continue  # already reported
             if statement.kind == "edited":
-                model, found = edit(statement, loaded)
+                model, problems = edit(statement, loaded)
             elif statement.kind == "rounded":
                 base = loaded[statement.bases[0]]
                 rounding = WeightEdit("round", statement.span, bits=statement.bits or 0)
-                model, found = build_edited_model(
+                model, problems = build_edited_model(
                     statement, base, [rounding], hashes=hashed is not None
                 )
             elif statement.kind == "sum":
                 terms = [(loaded[base], factor) for base, factor in statement.terms]
-                model, found = build_sum(statement, terms, hashes=hashed is not None)
+                model, problems = build_sum(statement, terms, hashes=hashed is not None)
             elif statement.base is not None:
-                model, found = load_adapter(statement, loaded[statement.base], hashed)
+                model, problems = load_adapter(statement, loaded[statement.base], hashed)
             else:
-                model, found = load_model(
+                model, problems = load_model(
                     statement,
                     device=devices.get_device(device),
                     dtype=dtype,
@@ -940,7 +948,7 @@ def load_models(
                     hashed=hashed,
                     notes=notes,
                 )
-            diagnostics.extend(found)
+            diagnostics.extend(problems)
             if model is not None:
                 loaded[statement.name] = model
     return diagnostics
@@ -961,31 +969,31 @@ def _sort_bases_first(
 ) -> list[spec.Model]:
     """List the statements of a model and those it is made from, which come first, as far as they
     aren't loaded."""
-    found: dict[str, spec.Model] = {}
+    models: dict[str, spec.Model] = {}
 
     def visit(name: str) -> None:
-        if name in loaded or name in found or name in waiting:
+        if name in loaded or name in models or name in waiting:
             return
         waiting.add(name)
         statement = checked.program.models[name]
         edits = checked.edits.get(name)
         for other in (*statement.bases, *(() if edits is None else edits.models)):
             visit(other)
-        found[name] = statement
+        models[name] = statement
 
     waiting: set[str] = set()
     visit(name)
-    return list(found.values())
+    return list(models.values())
 
 
 def check_modules(
     experiments: Sequence[ResolvedExperiment], models: Mapping[str, LoadedModel]
 ) -> list[Diagnostic]:
     """Check what only the modules show: sites (E0402, E0413, E0414), logits (E0437, E0438)."""
-    found: list[Diagnostic | None] = []
+    problems: list[Diagnostic | None] = []
     for experiment in expand_controls(experiments):
         model = models[experiment.model.key]
-        found.append(_check_output_token(experiment, model))
+        problems.append(_check_output_token(experiment, model))
         read = [models[name] for name in experiment.models[1:]]
         runs = [
             run for run in experiment.spec.elsewhere if reads_outputs(experiment.spec, run.name)
@@ -993,40 +1001,44 @@ def check_modules(
         measured = [models[run.model] for run in runs if run.model is not None]
         for rule in experiment.every_rule:
             if rule.does.changes == "positions":
-                found.append(_check_position_ids(rule, model))
+                problems.append(_check_position_ids(rule, model))
             seen = rule.does
             if isinstance(seen, Observation) and not isinstance(seen, RowSetObservation):
-                found += [_check_unembedding(rule, seen, model)] if seen.gives == "logits" else []
+                problems += (
+                    [_check_unembedding(rule, seen, model)] if seen.gives == "logits" else []
+                )
             if rule.path is not None and rule.path.frozen_norms:
-                found.append(_check_frozen_norms(rule, model))
+                problems.append(_check_frozen_norms(rule, model))
             if rule.path is not None and rule.path.also_at_the_end:
-                found.append(_check_end_receiver(rule, model))
+                problems.append(_check_end_receiver(rule, model))
             if rule.circuit is not None:
-                found.append(_check_circuit(rule, model))
+                problems.append(_check_circuit(rule, model))
             if rule.does.changes == "blocks":
-                found.append(_check_block_exchange(rule, model))
+                problems.append(_check_block_exchange(rule, model))
             if isinstance(rule.does, WeightChange):
-                found.append(_check_output_weights(rule, model))
+                problems.append(_check_output_weights(rule, model))
             if isinstance(seen, Observation) and seen.weights_attention:
-                found.append(_check_attention_maps(rule, model))
+                problems.append(_check_attention_maps(rule, model))
             if rule.sites is not None:
                 points = [p for here in rule.sites.points.values() for p in here]
                 span = rule.spec.span
-                found += [find_missing_point(points, m.shape, m.name, span) for m in (model, *read)]
+                problems += [
+                    find_missing_point(points, m.shape, m.name, span) for m in (model, *read)
+                ]
         for save in experiment.saves:
             span = save.spec.span
-            found += [
+            problems += [
                 find_missing_point(save.points, m.shape, m.name, span) for m in (model, *read)
             ]
         for measure in (*experiment.measures, *experiment.keep):
             points = [atom.point for atom in measure.atoms if atom.point is not None]
             span = measure.expression.span
-            found.append(find_missing_point(points, model.shape, model.name, span))
-            found += [
+            problems.append(find_missing_point(points, model.shape, model.name, span))
+            problems += [
                 check_readable(measure.expression, measure.atoms, m.shape, m.name)
                 for m in (model, *measured)
             ]
-    return [each for each in found if each is not None]
+    return [problem for problem in problems if problem is not None]
 
 
 def _check_unembedding(
@@ -1189,10 +1201,10 @@ def _check_output_token(experiment: ResolvedExperiment, model: LoadedModel) -> D
     E0410 is for a classifier that sees later tokens although its family is causal.
     """
     span, named = experiment.model.spec.span, model.shape.architecture
-    expected, found = experiment.model.shape, model.shape
-    if found.output_at != expected.output_at:
+    expected, shape = experiment.model.shape, model.shape
+    if shape.output_at != expected.output_at:
         reason = (
-            f"it is computed from its {found.output_at}, but according to its class from "
+            f"it is computed from its {shape.output_at}, but according to its class from "
             f"its {expected.output_at}"
         )
         return SingleOutput(span=span, model=model.name, architecture=named, reason=reason)
@@ -1203,7 +1215,7 @@ def _check_output_token(experiment: ResolvedExperiment, model: LoadedModel) -> D
             "from the preceding one"
         )
         return SingleOutput(span=span, model=model.name, architecture=named, reason=reason)
-    if expected.causal and not found.causal:
+    if expected.causal and not shape.causal:
         return IdentityBroken(
             span=span,
             model=model.name,

@@ -122,7 +122,7 @@ def _finish(
     if identities and all(own is not None for own, _ in identities):
         parts = {"of": model.kind, "bases": identities, "changed": digests}
         identity = json_digest(parts)
-    loaded, found = prove_anatomy(
+    loaded, problems = prove_anatomy(
         model.name,
         module,
         base.shape,
@@ -131,15 +131,15 @@ def _finish(
             **({"weights": json_digest({"bases": weights, "changed": digests})} if hashes else {}),
             "source": model.source,
             "tokenizer": "" if base.tokenizer is None else base.tokenizer.hash,
-            **{key: own for each, _ in terms for key, own in each.made_of.items()},
-            **{f"{BASE_PREFIX}{name}": own for name, own in weights.items()},
+            **{key: name for each, _ in terms for key, name in each.made_of.items()},
+            **{f"{BASE_PREFIX}{name}": weight for name, weight in weights.items()},
         },
         span=model.span,
         proofs=None if identity is None else ProofStore(content=identity),
     )
     if loaded is not None:
         loaded = replace(loaded, identity=identity)
-    return loaded, found
+    return loaded, problems
 
 
 def _digest(tensor: Tensor) -> str:
@@ -161,10 +161,12 @@ class _ChangedWeights:
         """Return a parameter to change in place; None if the module has none of that name."""
         key = f"{path}.{name}"
         if key not in self.tensors:
-            own = dict(self.module.get_submodule(path).named_parameters(recurse=False)).get(name)
-            if own is None:
+            parameter = dict(self.module.get_submodule(path).named_parameters(recurse=False)).get(
+                name
+            )
+            if parameter is None:
                 return None
-            self.tensors[key] = own.detach().clone()
+            self.tensors[key] = parameter.detach().clone()
         return self.tensors[key]
 
 
@@ -198,15 +200,15 @@ def find_output_map(block: BlockAnatomy, site: str) -> tuple[str, HookPoint] | N
 
 def _change_outputs(edit: WeightEdit, base: LoadedModel, changed: _ChangedWeights) -> None:
     """Change output weights of heads or neurons. Raises _Unsuitable."""
-    found = find_output_map(base.anatomy.blocks[edit.layer], edit.site)
-    if found is None:
+    output_map = find_output_map(base.anatomy.blocks[edit.layer], edit.site)
+    if output_map is None:
         reads = MAPPED_SITES[edit.site]
         raise _Unsuitable(
             edit,
             f"`{edit.site}` of layer {edit.layer} isn't a linear map of `{reads}`",
             "name a layer whose heads or neurons have output weights",
         )
-    path, tap = found
+    path, tap = output_map
     matrix = _matrix(path, edit, changed)
     index = torch.tensor(_list_features(tap.layout), device=matrix.device)
     if edit.numbers:
@@ -223,12 +225,12 @@ def _change_outputs(edit: WeightEdit, base: LoadedModel, changed: _ChangedWeight
 
 def _list_features(layout: TensorLayout) -> list[int]:
     """List the features of a flat tensor, unit by unit."""
-    found: list[int] = []
+    features: list[int] = []
     for unit in range(layout.units):
         begin = layout.offset + unit // layout.group * layout.stride
         begin += unit % layout.group * layout.width
-        found.extend(range(begin, begin + layout.width))
-    return found
+        features.extend(range(begin, begin + layout.width))
+    return features
 
 
 def _project_out(edit: WeightEdit, base: LoadedModel, changed: _ChangedWeights) -> None:
@@ -288,10 +290,10 @@ def _remove(rows: Tensor, unit: Tensor) -> None:
 def _check_stream(edit: WeightEdit, base: LoadedModel, module: nn.Module) -> None:
     """Check on some tokens that nothing writes along a direction. Raises _Unsuitable."""
     assert edit.vector is not None
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def look(part: nn.Module, args: Any, kwargs: Any) -> None:
-        found.append(get_activation(args, kwargs).detach())
+        tensors.append(get_activation(args, kwargs).detach())
 
     paths = [block.path for block in base.anatomy.blocks]
     parts = [module.get_submodule(path) for path in paths]
@@ -305,7 +307,7 @@ def _check_stream(edit: WeightEdit, base: LoadedModel, module: nn.Module) -> Non
     finally:
         for handle in handles:
             handle.remove()
-    for number, stream in enumerate(found):
+    for number, stream in enumerate(tensors):
         wide = stream.double()
         along = (wide @ (edit.vector / edit.vector.norm()).to(wide)).abs()
         size = wide.norm(dim=-1)
@@ -346,19 +348,19 @@ def build_sum(
 
 def _add_weights(terms: Sequence[tuple[LoadedModel, float]]) -> dict[str, Tensor]:
     """Return the weights of a sum that differ from those of its first model. Raises NotCopied."""
-    first, *others = (own for own, _ in terms)
+    first, *others = (model for model, _ in terms)
     names = dict(first.module.named_parameters(remove_duplicate=False))
     for other in others:
         _check_same_parts(first, other)
     shared: dict[tuple[int, ...], Tensor] = {}
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name in names:
-        parts = [own.module.get_parameter(name) for own, _ in terms]
+        parts = [model.module.get_parameter(name) for model, _ in terms]
         key = tuple(map(id, parts))
         if key not in shared:
             shared[key] = _weighted_sum(name, parts, [factor for _, factor in terms])
-        found[name] = shared[key]
-    return found
+        weights[name] = shared[key]
+    return weights
 
 
 def _weighted_sum(name: str, parts: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
@@ -383,7 +385,7 @@ def _check_same_parts(first: LoadedModel, other: LoadedModel) -> None:
         raise NotCopied(f"{pairs} have different precision: {first.dtype} and {other.dtype}")
     for what in ("named_parameters", "named_buffers"):
         mine, theirs = (
-            dict(getattr(each.module, what)(remove_duplicate=False)) for each in (first, other)
+            dict(getattr(model.module, what)(remove_duplicate=False)) for model in (first, other)
         )
         lacking = sorted(mine.keys() ^ theirs.keys())
         if lacking:
@@ -413,21 +415,23 @@ def _round_all(edit: WeightEdit, base: LoadedModel, changed: _ChangedWeights) ->
 
 def _list_linear_maps(base: LoadedModel, edit: WeightEdit) -> list[str]:
     """List the paths of linear maps in blocks. Raises _Unsuitable for other matrices of weights."""
-    found: list[str] = []
+    linear_maps: list[str] = []
     for block in base.anatomy.blocks:
         for path, part in base.module.get_submodule(block.path).named_modules(prefix=block.path):
-            own = dict(part.named_parameters(recurse=False))
+            parameters = dict(part.named_parameters(recurse=False))
             if isinstance(part, nn.Linear) or is_transposed(part):
-                found.append(path)
+                linear_maps.append(path)
             elif isinstance(part, nn.Embedding):
                 continue
-            elif name := next((name for name, each in own.items() if each.dim() > 1), None):
+            elif name := next(
+                (name for name, parameter in parameters.items() if parameter.dim() > 1), None
+            ):
                 raise _Unsuitable(
                     edit,
                     f"`{path}.{name}` is a matrix of `{type(part).__name__}`, not of a linear map",
                     edit.instead,
                 )
-    return found
+    return linear_maps
 
 
 def _round(weight: Tensor, bits: int) -> None:
@@ -472,8 +476,8 @@ def copy_with_weights(module: nn.Module, changed: Mapping[str, Tensor]) -> nn.Mo
 def _shared_groups(module: nn.Module) -> set[frozenset[str]]:
     """Return the sets of names of parameters that several names share."""
     groups: dict[int, set[str]] = {}
-    for name, own in module.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(own), set()).add(name)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
     return {frozenset(names) for names in groups.values() if len(names) > 1}
 
 
@@ -499,7 +503,9 @@ def copy_modules(module: nn.Module, changed: Iterable[str]) -> nn.Module:
     """
     known: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
     # Separate parameters, because peft freezes the ones that it is given.
-    known |= {id(own): nn.Parameter(own.detach(), False) for own in module.parameters()}
+    known |= {
+        id(parameter): nn.Parameter(parameter.detach(), False) for parameter in module.parameters()
+    }
     known |= {id(hook): hook for hook in _iter_foreign_hooks(module)}
     try:
         copy = deepcopy(module, known)
@@ -508,8 +514,8 @@ def copy_modules(module: nn.Module, changed: Iterable[str]) -> nn.Module:
         raise NotCopied(reason) from None
     for path in changed:
         part = copy.get_submodule(path)
-        for name, own in list(part.named_parameters(recurse=False)):
-            part.register_parameter(name, nn.Parameter(own.detach().clone(), False))
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            part.register_parameter(name, nn.Parameter(parameter.detach().clone(), False))
     return copy
 
 

@@ -218,9 +218,9 @@ def _fused(
     for path, (_, out) in projections.items():
         if last_name(path) not in _FUSED or out != (n + 2 * kv) * d:
             continue
-        own = family.fused(n, kv, d)
-        if own is not None:
-            layouts = dict(own)
+        tensor_layouts = family.fused(n, kv, d)
+        if tensor_layouts is not None:
+            layouts = dict(tensor_layouts)
         elif (family.interleaved or last_name(path) == "query_key_value") and kv > 1:
             shared = n // kv
             step = (shared + 2) * d
@@ -503,8 +503,8 @@ class BlockComponents:
         """Find the attention of a decoder's block to the encoder."""
         if self.around.family.attends_apart and self._attention() is not None:
             return BlockAnatomy(self.path, {}, adds_up=False, passes_on=False)
-        found = [p for p in self.inside if _CROSS.search(p) and self._projections(p)]
-        cross = self._given("cross", min(found, key=lambda p: p.count("."), default=None))
+        paths = [p for p in self.inside if _CROSS.search(p) and self._projections(p)]
+        cross = self._given("cross", min(paths, key=lambda p: p.count("."), default=None))
         if cross is None or cross not in self.inside:
             raise MissingComponent("cross attention", f"no such module in `{self.path}`")
         heads, projections, output = self._heads(cross)
@@ -572,11 +572,11 @@ class BlockComponents:
     def _projections(self, part: str) -> dict[str, tuple[int, int]]:
         """Return the linear maps inside a component of the block, with their sizes."""
         start = part + "."
-        found = ((p, linear_sizes(m)) for p, m in self.inside.items() if p.startswith(start))
-        return {p: size for p, size in found if size is not None}
+        projections = ((p, linear_sizes(m)) for p, m in self.inside.items() if p.startswith(start))
+        return {p: size for p, size in projections if size is not None}
 
     def _attention(self) -> str | None:
-        found = [
+        paths = [
             p
             for p in self.inside
             if ATTENTION_NAME.search(p)
@@ -584,7 +584,7 @@ class BlockComponents:
             and not _LINEAR_ATTENTION.search(p)
             and self._projections(p)
         ]
-        return self._given("attention", min(found, key=lambda p: p.count("."), default=None))
+        return self._given("attention", min(paths, key=lambda p: p.count("."), default=None))
 
     def _mlp(self, first: str) -> tuple[str, ...]:
         """Return the MLP as one module or as linear maps; empty if the block has none."""
@@ -593,15 +593,15 @@ class BlockComponents:
             paths = [p.strip() for p in said.split(",") if p.strip()]
             if all(p in self.inside for p in paths):
                 return tuple(paths)
-        found = [
+        mlps = [
             p
             for p in self.inside
             if _MLP.search(p)
             and not p.startswith(first + ".")
             and (self._projections(p) or any(q.startswith(p + ".") for q in self.inside))
         ]
-        if found:
-            return (min(found, key=lambda p: p.count(".")),)
+        if mlps:
+            return (min(mlps, key=lambda p: p.count(".")),)
         for up, down in _PAIRS:
             if up in self.inside and down in self.inside:
                 return (up, down)
@@ -657,8 +657,8 @@ class BlockComponents:
         return fitting[0] if len(fitting) == 1 and not self._expert_list(mlp) else None
 
     def _expert_list(self, mlp: tuple[str, ...]) -> str | None:
-        found = (p for p in self.inside if last_name(p) == "experts")
-        return next((p for p in found if p == "experts" or p.startswith(mlp[0] + ".")), None)
+        paths = (p for p in self.inside if last_name(p) == "experts")
+        return next((p for p in paths if p == "experts" or p.startswith(mlp[0] + ".")), None)
 
     def _experts(self, mlp: tuple[str, ...]) -> dict[str, HookPoint]:
         """Return `router` and `expert_out`, if one experts module receives the expert weights."""
@@ -709,14 +709,14 @@ class BlockComponents:
         projections = self._projections(attention)
         heads = head_sizes(shape, module, projections)
         try:
-            found, inputs = find_qkv(
+            points, inputs = find_qkv(
                 attention, projections, self.inside, heads, self.around.family, self.parts
             )
         except MissingComponent:
             if not {"q", "k", "v"} & self.around.without.keys():
                 raise
-            found, inputs = {}, ()
-        taps = {site: replace(tap, path=self._at(tap.path)) for site, tap in found.items()}
+            points, inputs = {}, ()
+        taps = {site: replace(tap, path=self._at(tap.path)) for site, tap in points.items()}
         try:
             output = self._output(attention, projections)
         except MissingComponent:

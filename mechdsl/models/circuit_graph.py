@@ -58,23 +58,23 @@ class CircuitGraph:
         """
         kept[np.ix_(~self._reach_logits(kept), filled)] = False
         settled = np.zeros(len(self.senders), dtype=np.bool_)
-        for sender, own in enumerate(self.inputs):
-            settled[sender] = bool(own) and not kept[own][:, ~settled].any()
+        for sender, numbers in enumerate(self.inputs):
+            settled[sender] = bool(numbers) and not kept[numbers][:, ~settled].any()
         return settled
 
     def _reach_logits(self, kept: Bools) -> Bools:
         """Return [receiver]: whether the logits depend on it."""
-        found = np.zeros(len(self.receivers), dtype=np.bool_)
-        found[-1] = True
+        logits = np.zeros(len(self.receivers), dtype=np.bool_)
+        logits[-1] = True
         for sender in range(len(self.senders) - 1, -1, -1):
-            if kept[found, sender].any():
-                found[self.inputs[sender]] = True
-        return found
+            if kept[logits, sender].any():
+                logits[self.inputs[sender]] = True
+        return logits
 
     def read_by(self, computed: Bools) -> Bools:
         """Return [receiver]: whether the logits or one of these senders are computed from it."""
-        found = np.zeros(len(self.receivers), dtype=np.bool_)
-        found[-1] = True
+        mask = np.zeros(len(self.receivers), dtype=np.bool_)
+        mask[-1] = True
         for sender in np.flatnonzero(computed):
-            found[self.inputs[sender]] = True
-        return found
+            mask[self.inputs[sender]] = True
+        return mask

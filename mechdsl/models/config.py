@@ -163,7 +163,7 @@ def explain_missing_blocks(
 
     staged: the structure it has instead; empty if it has such a list. named: the model's class.
     """
-    if not staged or not all(isinstance(each, ShapeUnknown) for each in refused):
+    if not staged or not all(isinstance(problem, ShapeUnknown) for problem in refused):
         return refused
     hint = "use a vision transformer with uniform blocks: ViT, DeiT, DINOv2, BEiT, CLIP"
     span, part = refused[0].span, "list of blocks"
@@ -174,9 +174,11 @@ def explain_missing_blocks(
     ]
 
 
-def is_in_config(config: Mapping[str, Any], found: Iterable[Diagnostic]) -> bool:
+def is_in_config(config: Mapping[str, Any], problems: Iterable[Diagnostic]) -> bool:
     """Return whether a size that couldn't be read is in the config nevertheless."""
-    keys = {key for problem in found if isinstance(problem, ShapeUnknown) for key in problem.named}
+    keys = {
+        key for problem in problems if isinstance(problem, ShapeUnknown) for key in problem.named
+    }
     return any(key in config for key in keys)
 
 
@@ -209,16 +211,16 @@ def add_defaults(
     table = read_defaults() if table is None else table
     known = table.get(kind, {})
     groups = {key: group for group in alike for key in group}
-    found: dict[str, Any] = {"model_type": kind, **config} if kind else {**config}
+    defaults: dict[str, Any] = {"model_type": kind, **config} if kind else {**config}
     for key, value in known.items():
-        if all(found.get(each) is None for each in groups.get(key, (key,))):
-            found[key] = value
+        if all(defaults.get(each) is None for each in groups.get(key, (key,))):
+            defaults[key] = value
     for part in SUBCONFIG_KEYS:
-        given, expected = found.get(part), known.get(part, {})
+        given, expected = defaults.get(part), known.get(part, {})
         if isinstance(given, Mapping):
             own = cast("Mapping[str, Any]", given)
-            found[part] = add_defaults(own, alike, expected.get("model_type", ""), table)
-    return found
+            defaults[part] = add_defaults(own, alike, expected.get("model_type", ""), table)
+    return defaults
 
 
 def find_dense_blocks(config: ModelConfig, n_layers: int) -> frozenset[int]:
@@ -321,7 +323,7 @@ def shape_from_config(
     text = subconfig(config, "text_config", "decoder") if takes != "image" else config
     if takes == "image":
         text = subconfig(config, "vision_config")
-    shape, found = _shape(text, config, names, takes, model=model, span=span)
+    shape, problems = _shape(text, config, names, takes, model=model, span=span)
     if shape is not None and takes == "attended image":
         shape = _with_attended_image(shape, config)
     if shape is not None and shape.encodes_apart:
@@ -330,7 +332,7 @@ def shape_from_config(
         shape = _with_attending_blocks(shape)
     if shape is not None and takes == "image and text":
         shape = _with_vision(shape, config)
-    return shape, found
+    return shape, problems
 
 
 def _with_attended_image(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
@@ -355,12 +357,12 @@ def _with_attending_blocks(shape: ModelShape) -> ModelShape:
     attending = frozenset(each for each in named if isinstance(each, int))
     apart = frozenset(range(shape.n_layers)) - attending
     every = {"resid_pre", "resid_post", "mlp_norm", "mlp_hidden", "mlp_out"}
-    own = {site for site in shape.sites - every if SITES[site].has_layer}
+    sites = {site for site in shape.sites - every if SITES[site].has_layer}
     cross = replace(cross, partly=dict.fromkeys(cross.sites, attending))
     others = {**shape.others, "cross": cross}
     if "vision" in others:
         others["vision"] = with_attention(others["vision"])
-    return replace(shape, partly=dict.fromkeys(own, apart), others=others)
+    return replace(shape, partly=dict.fromkeys(sites, apart), others=others)
 
 
 def _with_vision(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
@@ -373,7 +375,7 @@ def _with_vision(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     others = {} if reason else _other_stacks(shape, config, ("vision",))
     resamples = entry is not None and entry.resamples
     attends = resamples and entry is not None and not entry.interpolates
-    others = {stack: with_attention(own) for stack, own in others.items()}
+    others = {stack: with_attention(model_shape) for stack, model_shape in others.items()}
     return replace(
         shape,
         others=others,
@@ -417,7 +419,11 @@ def _other_stacks(
 ) -> dict[str, ModelShape]:
     """Return the shapes of stacks, without those of unknown sizes."""
     shapes = {stack: stack_shape(shape, config, stack) for stack in stacks}
-    return {stack: limit_sites(own, stack) for stack, own in shapes.items() if own is not None}
+    return {
+        stack: limit_sites(model_shape, stack)
+        for stack, model_shape in shapes.items()
+        if model_shape is not None
+    }
 
 
 def limit_sites(shape: ModelShape, stack: str) -> ModelShape:
@@ -435,7 +441,7 @@ def with_attention(shape: ModelShape) -> ModelShape:
 
 def _with_stacks(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     """Add the stacks of an encoder-decoder, and the tokens that its decoder begins with."""
-    found = _other_stacks(shape, config, stack_names(shape))
+    stacks = _other_stacks(shape, config, stack_names(shape))
     own = subconfig(config, "decoder")
     starts = [config.get(key, own.get(key)) for key in _START_KEYS]
     if starts[0] is None and find_family(str(config.get("model_type"))).begins_with_bos:
@@ -445,7 +451,7 @@ def _with_stacks(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     first = known if isinstance(starts[0], int) else None
     if shape.attends_to_image:  # the text begins with the template
         first = ()
-    return replace(shape, causal=True, others=found, starts=first)
+    return replace(shape, causal=True, others=stacks, starts=first)
 
 
 _START_KEYS = ("decoder_start_token_id", "forced_bos_token_id")
@@ -533,14 +539,14 @@ def _towers(
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
     """Return the image tower of a model with two towers, with the text tower as its `texts`."""
     told: dict[str, Any] = {"model": model, "span": span}
-    vision, found = _shape(
+    vision, problems = _shape(
         subconfig(config, "vision_config"), config, names, "image", causal=False, **told
     )
     part = subconfig(config, "text_config")
     kind = str(part.get("model_type"))
     texts, more = _shape(part, part, names, "text", causal=not find_family(kind).encodes, **told)
     if vision is None or texts is None:
-        return None, [*found, *more]
+        return None, [*problems, *more]
     padded = find_family(str(config.get("model_type"))).padded
     texts = replace(texts, task=task, side="text", output_at="last token", padded=padded)
     output = vision.sites | {"logits"}
@@ -563,13 +569,15 @@ def stack_shape(shape: ModelShape, config: Mapping[str, Any], stack: str) -> Mod
             part = subconfig(config, "vision_config", "vision_tower", "vision_model")
             if "embed_dim" in part:  # `hidden_size` is then the language model's
                 part = {**part, "hidden_size": part["embed_dim"]}
-    found, _ = _shape(part, part, [shape.architecture], "image", causal=False)
-    lists = find_family("" if found is None else found.family).block_lists(part)
-    if found is not None and lists:
-        found = replace(found, n_layers=sum(lists.values()))
-    if found is not None and stack == "vision":
-        found = replace(found, read_after=_list_read_blocks(config, found.n_layers))
-    return found
+    model_shape, _ = _shape(part, part, [shape.architecture], "image", causal=False)
+    lists = find_family("" if model_shape is None else model_shape.family).block_lists(part)
+    if model_shape is not None and lists:
+        model_shape = replace(model_shape, n_layers=sum(lists.values()))
+    if model_shape is not None and stack == "vision":
+        model_shape = replace(
+            model_shape, read_after=_list_read_blocks(config, model_shape.n_layers)
+        )
+    return model_shape
 
 
 def _encoder_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -580,8 +588,8 @@ def _encoder_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": ("encoder_num_key_value_heads",),
         "intermediate_size": ("encoder_ffn_dim",),
     }
-    found = {key: _first(config, own) for key, own in keys.items()}
-    return {key: value for key, value in found.items() if value}
+    numbers = {key: _first(config, own) for key, own in keys.items()}
+    return {key: value for key, value in numbers.items() if value}
 
 
 def _takes(config: Mapping[str, Any], names: list[str]) -> ModelInput:
@@ -615,24 +623,24 @@ def _numbers(
     ]
     if impossible:
         return {}, impossible
-    found = {
+    numbers = {
         "number of layers": (_first(text, LAYER_KEYS) or _list_length(text), LAYER_KEYS),
         "number of heads": (_first(text, HEAD_KEYS) or _headless(text), HEAD_KEYS),
         "model width": (_first(text, WIDTH_KEYS), WIDTH_KEYS),
         "vocabulary size": (_first(text, VOCAB_KEYS) or _first(config, VOCAB_KEYS), VOCAB_KEYS),
     }
     if takes == "image":
-        del found["vocabulary size"]
+        del numbers["vocabulary size"]
     missing: list[Diagnostic] = [
         ShapeUnknown(span=span, model=model, what=what, keys=", ".join(f"`{k}`" for k in keys))
-        for what, (value, keys) in found.items()
+        for what, (value, keys) in numbers.items()
         if not value
     ]
     if missing:
         return {}, missing
     if (too_large := check_sizes(text, model, span)) is not None:
         return {}, [too_large]
-    return {what: value or 0 for what, (value, _) in found.items()}, []
+    return {what: value or 0 for what, (value, _) in numbers.items()}, []
 
 
 def _shape(
@@ -840,22 +848,22 @@ def shape_of_folder_config(
     """Return the shape of a folder's config with the defaults of its model type; E0408 for a size
     in neither."""
     try:
-        shape, found = shape_from_config(config, model=model, span=span)
-        if shape is None and all(isinstance(each, ShapeUnknown) for each in found):
+        shape, problems = shape_from_config(config, model=model, span=span)
+        if shape is None and all(isinstance(problem, ShapeUnknown) for problem in problems):
             text = subconfig(config, "text_config", "decoder")
-            if not is_in_config(text, found):
+            if not is_in_config(text, problems):
                 whole = add_defaults(config, KEY_GROUPS)
                 return shape_from_config(whole, model=model, span=span)
         if shape is not None and _lacks_vision(shape):
             part = add_defaults(config, KEY_GROUPS).get("vision_config")
             whole = {**config, "vision_config": part}
             completed, _ = shape_from_config(whole, model=model, span=span)
-            return completed or shape, found
+            return completed or shape, problems
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         # A key may hold any value, and each family reads other keys.
         reason = f"one of its entries has a wrong value ({error})"
         return None, [NoConfig(span=span, model=model, reason=reason)]
-    return shape, found
+    return shape, problems
 
 
 def read_shape(
@@ -866,13 +874,13 @@ def read_shape(
     E0404 if its `config.json` can't be read, E0407 if it doesn't read text alone, E0439 if its
     output can't be measured.
     """
-    config, found = read_config(folder, model=model, span=span)
+    config, problems = read_config(folder, model=model, span=span)
     if config is None:
-        return None, found
+        return None, problems
     if (folder / GENERATION_CONFIG).exists():
         generation, _ = read_config(folder, name=GENERATION_CONFIG, model=model, span=span)
         config = add_generation_defaults(config, generation or {})
-    shape, found = shape_of_folder_config(config, model=model, span=span)
+    shape, problems = shape_of_folder_config(config, model=model, span=span)
     if shape is not None and (
         shape.takes == "audio" or (shape.takes == "image" and shape.patches is None)
     ):
@@ -884,4 +892,4 @@ def read_shape(
         return None, [
             SingleOutput(span=span, model=model, architecture=shape.architecture, reason=reason)
         ]
-    return shape, found
+    return shape, problems

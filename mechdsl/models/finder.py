@@ -59,7 +59,7 @@ def find_anatomies(
         none.
     """
     tree = _without_adapters(dict(modules))
-    found: list[Anatomy] = []
+    anatomies: list[Anatomy] = []
     missing: MissingComponent | None = None
     try:
         finder = _Finder(tree, shape, stack)
@@ -69,11 +69,11 @@ def find_anatomies(
             except MissingComponent as problem:
                 missing = missing or problem
             else:
-                found += [anatomy] if anatomy not in found else []
+                anatomies += [anatomy] if anatomy not in anatomies else []
     except MissingComponent as problem:
         missing = problem
-    if found or missing is None:
-        return found, []
+    if anatomies or missing is None:
+        return anatomies, []
     return [], [
         ComponentNotFound(
             span=span,
@@ -141,10 +141,10 @@ class _Finder:
         )
         paths = [self.block_path(n) for n in self.layers]
         blocks = [BlockComponents(around, p, self.within(p), arrangement).anatomy() for p in paths]
-        found = self._checked(blocks)
+        anatomies = self._checked(blocks)
         blocks = tuple(
             add_output_sites(self.family.block(self.shape.config, n, b), self.shape.d_model)
-            for n, b in enumerate(found)
+            for n, b in enumerate(anatomies)
         )
         without = dict(self.without)
         if self.hybrid:
@@ -209,7 +209,7 @@ class _Finder:
         if not lists:
             root = self._blocks()
             return [f"{root}.{layer}" for layer in self.layers]
-        found: list[str] = []
+        block_paths: list[str] = []
         for name, count in lists.items():
             paths = [
                 path
@@ -219,8 +219,8 @@ class _Finder:
             ]
             if len(paths) != count:
                 raise MissingComponent("list of blocks", f"no list of {count} modules at `{name}`")
-            found += paths
-        return found
+            block_paths += paths
+        return block_paths
 
     def _blocks(self) -> str:
         """Return the path of the list of blocks."""
@@ -287,8 +287,10 @@ class _Finder:
         if self.shape.takes == "image" and not self.stack:
             return None
         if self.stack or self._has_decoder:
-            own = [p for p in self.modules if last_name(p) == "embed_tokens" and self._is_ours(p)]
-            return own[0] if own else None
+            modules = [
+                p for p in self.modules if last_name(p) == "embed_tokens" and self._is_ours(p)
+            ]
+            return modules[0] if modules else None
         getter = getattr(self.modules.get(""), "get_input_embeddings", None)
         vocabulary = self.shape.vocab_size
         try:
@@ -397,14 +399,14 @@ class _Finder:
         inside = {f"{path}.{name}" if name else path: m for name, m in self.within(path).items()}
         norms = [name for name, module in inside.items() if is_norm(module)]
         width = self.shape.d_model
-        found = [
+        names = [
             name
             for name, module in inside.items()
             if width in (getattr(module, "out_channels", 0), getattr(module, "out_features", 0))
         ]
-        if len(found) != 1 or len(norms) > 1:
+        if len(names) != 1 or len(norms) > 1:
             return None
-        return (norms or found)[0]
+        return (norms or names)[0]
 
 
 def _common(path: str, other: str) -> int:

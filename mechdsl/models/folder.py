@@ -62,9 +62,9 @@ def check_folder_files(folder: Path, model: Model, *, by_name: bool) -> Diagnost
         E0431, E0432, E0433, E0532 or E0535; None without a problem.
     """
     for path in sorted(folder.iterdir()):
-        found = _refused(path, model, by_name=by_name)
-        if found is not None:
-            return found
+        problem = _refused(path, model, by_name=by_name)
+        if problem is not None:
+            return problem
     config = _object(folder / "config.json")
     kernel = next(_repositories(config), None)
     if kernel is not None:
@@ -138,10 +138,10 @@ def _repositories(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _object(path: Path) -> Mapping[str, Any]:
     """Return the JSON object of a file, empty if it has none: callers report what they lack."""
     try:
-        found = load_json(path.read_text(encoding="utf-8"))
+        document = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {}
+    return cast("Mapping[str, Any]", document) if isinstance(document, Mapping) else {}
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -209,8 +209,8 @@ def report_missing_weights(models: Iterable[Model]) -> list[Diagnostic]:
         for model in models
         if model.is_loaded and model.kind != "python"
     )
-    found = (check_weights(folder, model) for model, folder in folders if folder is not None)
-    return [each for each in found if each is not None]
+    problems = (check_weights(folder, model) for model, folder in folders if folder is not None)
+    return [problem for problem in problems if problem is not None]
 
 
 def _zoo(model: Model) -> tuple[Path | None, list[Diagnostic]]:
@@ -263,9 +263,11 @@ def _is_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
 
 
-def require_model(found: Iterable[Diagnostic]) -> list[Diagnostic]:
+def require_model(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
     """Turn the warning about a missing model into E0401, for commands that need the model."""
-    return [_error(each) if isinstance(each, ModelNotLocal) else each for each in found]
+    return [
+        _error(problem) if isinstance(problem, ModelNotLocal) else problem for problem in problems
+    ]
 
 
 def _error(missing: ModelNotLocal) -> ModelNotFound:
@@ -433,10 +435,10 @@ def file_stamps(statement: spec.Model, folder: Path) -> dict[str, tuple[int, ...
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _contents(folder: Path, *, adapter: bool) -> Iterator[tuple[str, str]]:
@@ -536,9 +538,9 @@ def read_scaling(folder: Path, model: Model) -> tuple[AdapterScaling | None, lis
 
     Codes: E0404, E0451, E0452.
     """
-    config, found = read_config(folder, name=ADAPTER_CONFIG, model=model.name, span=model.span)
+    config, problems = read_config(folder, name=ADAPTER_CONFIG, model=model.name, span=model.span)
     if config is None:
-        return None, found
+        return None, problems
     kind = str(config.get("peft_type"))
     if kind != "LORA":
         return None, [_other(kind, model)]
@@ -679,7 +681,7 @@ def _pattern(value: Any) -> str | None:
         return "it must be a mapping from modules to numbers"
     if any(not isinstance(key, str) or not _PATTERN.fullmatch(key) for key in entries):
         return "only names and paths of modules are supported, not other patterns"
-    return next((_number(each) for each in entries.values() if _number(each)), None)
+    return next((_number(entry) for entry in entries.values() if _number(entry)), None)
 
 
 def _ranks(value: Any) -> str | None:

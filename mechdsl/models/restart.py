@@ -108,13 +108,13 @@ class RowMasks:
     @property
     def top(self) -> NDArray[np.int64]:
         """[row] the highest block that is read; `AFTER_LAST_BLOCK` if the row is read after it."""
-        found = np.full(len(self.real), -1, dtype=np.int64)
+        places = np.full(len(self.real), -1, dtype=np.int64)
         for (site, layer), mask in self.reads.items():
             if site == "embed":  # before all blocks
                 continue
             own = np.where(mask.any(axis=1), AFTER_LAST_BLOCK if layer is None else layer, -1)
-            found = np.maximum(found, own)
-        return np.where(self.final.any(axis=1), AFTER_LAST_BLOCK, found)
+            places = np.maximum(places, own)
+        return np.where(self.final.any(axis=1), AFTER_LAST_BLOCK, places)
 
     @property
     def seen(self) -> TokenMask:

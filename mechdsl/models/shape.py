@@ -267,8 +267,8 @@ class ModelShape(Record):
     def has(self, site: str, layer: int | None) -> bool:
         """Return whether a site exists, in one block if `layer` isn't None."""
         if " " in site:
-            own, name = self.in_stack(site)
-            return own.has(name, layer)
+            shape, name = self.in_stack(site)
+            return shape.has(name, layer)
         return site in self.sites and (layer is None or layer in self.partly.get(site, (layer,)))
 
 
@@ -372,9 +372,9 @@ def check_site(
     if shape.has(site, None):
         return None
     if SITES[site].stack:
-        own, _ = shape.in_stack(site)
+        model_shape, _ = shape.in_stack(site)
         reason = f"not a part of its stack `{SITES[site].stack}`"
-        known = own.sites
+        known = model_shape.sites
         names = (f"`{name} {SITES[site].stack}`" for name in SITES if name in known)
         hint = "it has " + (", ".join(names) or "none")
         if SITES[site].stack not in shape.others:

@@ -84,9 +84,9 @@ def make_source(file: str | Path) -> tuple[Source | None, list[Diagnostic]]:
 
 
 def read_file(file: str | Path) -> Source:
-    source, found = make_source(file)
+    source, problems = make_source(file)
     if source is None:
-        raise MechdslError(found)
+        raise MechdslError(problems)
     return source
 
 
@@ -148,19 +148,19 @@ def model_pairs(models: Any) -> BorrowedModels:
         return {}
     if not isinstance(models, Mapping):
         raise TypeError('models are a dict: `models={"toy": (model, tokenizer)}`')
-    found: list[Diagnostic] = []
+    problems: list[Diagnostic] = []
     for name, pair in cast("Mapping[str, Any]", models).items():
         hint = f'write `models={{"{name}": (model, tokenizer)}}`'
         if not isinstance(pair, tuple | list) or len(cast("Sequence[Any]", pair)) != 2:
             reason = "it was passed without a tokenizer"
-            found.append(NoTokenizer(model=name, reason=reason, hint=hint))
+            problems.append(NoTokenizer(model=name, reason=reason, hint=hint))
         elif pair[1] is None:
             reason = "`None` is in the place of the tokenizer"
-            found.append(NoTokenizer(model=name, reason=reason, hint=hint))
+            problems.append(NoTokenizer(model=name, reason=reason, hint=hint))
         elif hasattr(pair[0], "encode") and hasattr(pair[1], "forward"):
             reason = "the model is in the place of the tokenizer"
-            found.append(NoTokenizer(model=name, reason=reason, hint=hint))
-    raise_errors(found)
+            problems.append(NoTokenizer(model=name, reason=reason, hint=hint))
+    raise_errors(problems)
     return cast("BorrowedModels", models)
 
 
@@ -205,20 +205,20 @@ def _definitions(kind: CallableKind, functions: Any) -> list[ast.Call]:
     example = "margin" if kind == "metrics" else "halve"
     if not isinstance(functions, Mapping):
         raise TypeError(f'{kind} are a dict of functions: `{kind}={{"{example}": {example}}}`')
-    found: list[ast.Call] = []
+    definitions: list[ast.Call] = []
     for name, function in cast("Mapping[object, Any]", functions).items():
         if not isinstance(name, str) or not callable(function):
             reason = f"`{name}` is a `{type(function).__name__}`"
             raise TypeError(
                 f'{kind} are a dict of functions: `{kind}={{"{example}": {example}}}`; {reason}'
             )
-        found.append(callable_definition(kind, name, function))
-    return found
+        definitions.append(callable_definition(kind, name, function))
+    return definitions
 
 
-def raise_errors(*found: Sequence[Diagnostic]) -> None:
+def raise_errors(*diagnostics: Sequence[Diagnostic]) -> None:
     """Raise MechdslError if anything was found."""
-    problems = [each for some in found for each in some]
+    problems = [problem for some in diagnostics for problem in some]
     if problems:
         raise MechdslError(problems)
 
@@ -323,8 +323,8 @@ def run(
             metrics=metrics,
             rules=rules,
         )
-        found = size_problems(limit, pass_tokens, prompt_tokens)
-        plain = _options_with_store(source, settings, device, dtype, store, found, fresh=fresh)
+        problems = size_problems(limit, pass_tokens, prompt_tokens)
+        plain = _options_with_store(source, settings, device, dtype, store, problems, fresh=fresh)
         profiles: list[tuple[Plan, ExecutionProfile]] = []
         bar = ProgressBar(source.name, shown=progress)
         options = replace(
@@ -368,12 +368,12 @@ def _train_and_run(
     finds = "discover" in source.text or "search" in source.text
     if options.fits or finds:  # few files need a second check
         _, problems = _train(source, models, options, progress, discovered=not options.fits)
-    failed = [each for each in problems if each.severity == "error"]
-    warn_diagnostics([each for each in problems if each not in failed])
+    failed = [problem for problem in problems if problem.severity == "error"]
+    warn_diagnostics([problem for problem in problems if problem not in failed])
     try:
         results = _run(source, models, options, bar, asked, write_reports=write_reports)
     except MechdslError as error:  # probably because of what wasn't trained
-        again = [each for each in error.diagnostics if each not in failed]
+        again = [diagnostic for diagnostic in error.diagnostics if diagnostic not in failed]
         raise MechdslError([*failed, *again]) from error
     warn_diagnostics(failed)
     return results
@@ -433,19 +433,19 @@ def _options_with_store(
     device: str | torch.device,
     dtype: str | torch.dtype | None,
     store: str | Path | Literal[False] | None,
-    found: Sequence[Diagnostic] = (),
+    problems: Sequence[Diagnostic] = (),
     *,
     fresh: bool = False,
 ) -> RunOptions:
     """Return the options of a function with a store.
 
     Raises:
-        MechdslError: For invalid arguments, and for the problems that were `found` before.
+        MechdslError: For invalid arguments, and for the problems that were `problems` before.
     """
     from mechdsl.pipeline.options import RunOptions
     from mechdsl.store.store import store_folder
 
-    raise_errors(dtype_problem(dtype), found, store_problem(store, fresh))
+    raise_errors(dtype_problem(dtype), problems, store_problem(store, fresh))
     named = Path(store) if isinstance(store, str) else store
     return RunOptions(
         settings,
@@ -463,7 +463,7 @@ def _report_and_copy(
     from mechdsl.pipeline.trainings import export_fits
 
     if not done:
-        raise_errors([each for each in problems if each.severity == "error"])
+        raise_errors([problem for problem in problems if problem.severity == "error"])
     warn_diagnostics(problems)
     if out is not None:
         list(export_fits(done, Path(out)))
@@ -651,12 +651,12 @@ def validate(
     """
     from mechdsl.models.folder import report_missing_weights
 
-    found = load_plugins(plugins)
-    if found:
-        return Diagnostics(found)
-    source, found = make_source(file)
+    problems = load_plugins(plugins)
+    if problems:
+        return Diagnostics(problems)
+    source, problems = make_source(file)
     if source is None:
-        return Diagnostics(found)
+        return Diagnostics(problems)
     try:
         settings = settings_from_arguments(
             set,
@@ -672,7 +672,7 @@ def validate(
     except MechdslError as error:
         return error.diagnostics
     given = () if models is None else models
-    own = [each for name, each in checked.program.models.items() if name not in given]
+    own = [model for name, model in checked.program.models.items() if name not in given]
     return Diagnostics(
         checked.diagnostics + (report_missing_weights(own) if require_models else [])
     )
@@ -785,8 +785,8 @@ def _plan_text(
 
     text = capture_text(show)
     cells: dict[str, int] = {}
-    for each in checked.experiments:  # an experiment may have several parts
-        cells[each.name] = cells.get(each.name, 0) + each.n_there
+    for experiment in checked.experiments:  # an experiment may have several parts
+        cells[experiment.name] = cells.get(experiment.name, 0) + experiment.n_there
     return PlanText(text, cells, made.passes)
 
 
@@ -942,12 +942,12 @@ def export(
         checked, loaded = require_valid_file(read_file(file), models, how)
         named = None if dtype is None else dtype_name(dtype)
         options = RunOptions(settings=how, device=str(device), dtype=named)
-        found, problems = export_model(checked, model, Path(weights), options, loaded)
-        raise_errors([each for each in problems if each.severity == "error"])
+        exported_model, problems = export_model(checked, model, Path(weights), options, loaded)
+        raise_errors([problem for problem in problems if problem.severity == "error"])
         warn_diagnostics(problems)
-        if found is None:
+        if exported_model is None:
             raise RuntimeError("nothing says why the model can't be exported")
-        return found
+        return exported_model
 
 
 @restores_random_state
@@ -1005,6 +1005,6 @@ def objective(
         checked, loaded = require_valid_file(source, models, settings)
         request = ObjectiveRequest(experiment, measure, site, at, mode)
         guard = partial(borrowed_models, models)
-        found, problems = open_objective(checked, request, options, loaded, guard)
+        opened, problems = open_objective(checked, request, options, loaded, guard)
         warn_diagnostics(problems)
-        return found
+        return opened

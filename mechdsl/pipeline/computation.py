@@ -20,12 +20,7 @@ from mechdsl.checks.expectations import (
     row_unit,
     tested_measures,
 )
-from mechdsl.checks.file_check import (
-    CheckedFile,
-    CheckSettings,
-    check_source,
-    group_variants,
-)
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source, group_variants
 from mechdsl.checks.prompt_tables import attach_replies
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.experiments import (
@@ -180,16 +175,16 @@ class FileRun:
         self, wave: Sequence[ResolvedExperiment], later: Sequence[ResolvedExperiment]
     ) -> None:
         """Run the experiments of a wave together; exceptions are passed on."""
-        ready = [each for each in map(self.ready, wave) if each is not None]
-        ready = [each for each in ready if each.name not in self.lost]
+        ready = [experiment for experiment in map(self.ready, wave) if experiment is not None]
+        ready = [experiment for experiment in ready if experiment.name not in self.lost]
         if not ready:
             return
         plan = make_plan(ready, without=self.options.without)
         told = self._with_progress(later)
         execution = self._execute(plan, told)
-        for each in ready:
-            if each.key in execution.lost:
-                self._lose(each.name, execution.lost[each.key])
+        for experiment in ready:
+            if experiment.key in execution.lost:
+                self._lose(experiment.name, execution.lost[experiment.key])
         plans = {p.experiment.key: p for panel in plan.panels for p in panel.experiments}
         for variants in group_variants(ready):
             if variants[0].name not in self.lost:
@@ -208,30 +203,34 @@ class FileRun:
         return execution
 
     def _say(self, found: Sequence[Diagnostic]) -> None:
-        for each in found:
-            if each not in self.diagnostics and not self._has_pick(each):
-                self.diagnostics.append(each)
+        for problem in found:
+            if problem not in self.diagnostics and not self._has_pick(problem):
+                self.diagnostics.append(problem)
 
-    def _has_pick(self, found: Diagnostic) -> bool:
+    def _has_pick(self, problem: Diagnostic) -> bool:
         """Whether W0751 is reported for the same pick in another cell, experiment or variant."""
-        if not isinstance(found, PickBySign):
+        if not isinstance(problem, PickBySign):
             return False
-        earlier = (each for each in self.diagnostics if isinstance(each, PickBySign))
-        return any((each.span, each.of) == (found.span, found.of) for each in earlier)
+        earlier = (
+            diagnostic for diagnostic in self.diagnostics if isinstance(diagnostic, PickBySign)
+        )
+        return any(
+            (diagnostic.span, diagnostic.of) == (problem.span, problem.of) for diagnostic in earlier
+        )
 
     def _lose(self, name: str, reasons: Sequence[Diagnostic]) -> None:
         self._say(reasons)
-        own = self.lost.setdefault(name, [])
-        own += [each for each in reasons if each not in own]
+        problems = self.lost.setdefault(name, [])
+        problems += [reason for reason in reasons if reason not in problems]
 
     def ready(self, experiment: ResolvedExperiment) -> ResolvedExperiment | None:
         """Return the experiment with results instead of placeholders; None if it is lost."""
-        found = self._with_results(experiment)
-        problem = None if found is None else find_image_problem(found, self.models)
+        resolved = self._with_results(experiment)
+        problem = None if resolved is None else find_image_problem(resolved, self.models)
         if problem is not None:
             self._lose(experiment.name, [problem])
             return None
-        return found
+        return resolved
 
     def _with_results(self, experiment: ResolvedExperiment) -> ResolvedExperiment | None:
         """As `ready`, of the results alone."""
@@ -253,23 +252,23 @@ class FileRun:
         if not experiment.spec.after:
             return experiment
         experiment, problems = self._with_replies(experiment)
-        errors = [each for each in problems if each.severity == "error"]
+        errors = [problem for problem in problems if problem.severity == "error"]
         if errors:
             self._lose(experiment.name, errors)
             return None
-        found, more = _with_findings(experiment, self.findings, self.checked.program)
+        resolved, more = _with_findings(experiment, self.findings, self.checked.program)
         problems += more
-        if found is not None:
-            problems += check_modules([found], self.models)
-        self._say([each for each in problems if each.severity == "warning"])
-        errors = [each for each in problems if each.severity == "error"]
+        if resolved is not None:
+            problems += check_modules([resolved], self.models)
+        self._say([problem for problem in problems if problem.severity == "warning"])
+        errors = [problem for problem in problems if problem.severity == "error"]
         if errors:
             self._lose(experiment.name, errors)
-        if found is None and not errors:
+        if resolved is None and not errors:
             if experiment.spec.replies is not None and experiment.place is not None:
                 return None  # the token occurs in no reply
             raise RuntimeError(f"nothing says why `{experiment.name}` can't be run")
-        return None if errors else found
+        return None if errors else resolved
 
     def row_parts(self, experiment: ResolvedExperiment) -> RowParts | None:
         """Return the rows of an experiment that reads them in parts; None for others."""
@@ -282,13 +281,13 @@ class FileRun:
 
         def part(ids: Sequence[int]) -> tuple[ResolvedExperiment | None, int]:
             made, again = build(experiment.table.name, experiment.model, ids), None
-            found = made.diagnostics
+            problems = made.diagnostics
             if made.table is not None:
                 table = replace(made.table, other_tables=experiment.table.other_tables)
-                own = replace(experiment, table=table)
-                again, more = _with_findings(own, self.findings, program)
-                found = [*found, *more]
-            errors = [each for each in found if each.severity == "error"]
+                resolved = replace(experiment, table=table)
+                again, more = _with_findings(resolved, self.findings, program)
+                problems = [*problems, *more]
+            errors = [problem for problem in problems if problem.severity == "error"]
             if errors:
                 raise RowsRefused(errors)
             if again is None and made.table is not None:  # rows must never be dropped silently
@@ -310,7 +309,10 @@ class FileRun:
             return None
         try:
             code = _code(self.checked)
-            code |= {each.name: repr(each.read_code()) for each in program_functions(program)}
+            code |= {
+                program_function.name: repr(program_function.read_code())
+                for program_function in program_functions(program)
+            }
         except CodeHashError:
             return None
         return digest(
@@ -357,13 +359,17 @@ class FileRun:
         """Compute the result of one experiment from all its variants."""
         first, measured = variants[0], execution.measured
         raw: list[ExperimentResult] = []
-        for each in variants:
-            plan, profile = plans[each.key], execution.profile
-            own = collect_result(plan, measured[each.key], self.models, profile, self.sizes)
-            own = add_base_observations(own, plan, plans, measured, self.models)
-            own = add_circuit_baselines(own, plan, plans, measured)
-            raw.append(add_control(own, plan, measured))
-        refused = {n: d for each in variants for n, d in measured[each.key].refused.items()}
+        for variant in variants:
+            plan, profile = plans[variant.key], execution.profile
+            experiment_result = collect_result(
+                plan, measured[variant.key], self.models, profile, self.sizes
+            )
+            experiment_result = add_base_observations(
+                experiment_result, plan, plans, measured, self.models
+            )
+            experiment_result = add_circuit_baselines(experiment_result, plan, plans, measured)
+            raw.append(add_control(experiment_result, plan, measured))
+        refused = {n: d for variant in variants for n, d in measured[variant.key].refused.items()}
         if len(refused) == len(first.measures):
             self._lose(first.name, list(refused.values()))
             return
@@ -372,7 +378,7 @@ class FileRun:
             self._lose(first.name, [_nothing_left(first)])
             return
         if 0 not in refused:
-            named = [name_observed_features(each, measured[each.key]) for each in variants]
+            named = [name_observed_features(variant, measured[variant.key]) for variant in variants]
             parts = tuple(build_finding(*pair) for pair in zip(named, raw, strict=True))
             self.findings[first.name] = Finding(parts)
         if whole.left_out:
@@ -419,12 +425,18 @@ class FileRun:
             lost = list(execution.lost.get(exact.key, ()))
             if lost or measured is None:
                 raise _ExactCellsLost(lost)
-            plans = {own.experiment.key: own for each in made.panels for own in each.experiments}
-            own = plans[exact.key]
-            found = collect_result(own, measured, self.models, execution.profile, self.sizes)
-            found = add_circuit_baselines(found, own, plans, execution.measured)
-            found = drop_measures(_run_together([exact], [found]), measured.refused)
-            return add_statistics(found, exact.spec, exact.seed)
+            plans = {
+                experiment.experiment.key: experiment
+                for panel in made.panels
+                for experiment in panel.experiments
+            }
+            experiment_plan = plans[exact.key]
+            result = collect_result(
+                experiment_plan, measured, self.models, execution.profile, self.sizes
+            )
+            result = add_circuit_baselines(result, experiment_plan, plans, execution.measured)
+            result = drop_measures(_run_together([exact], [result]), measured.refused)
+            return add_statistics(result, exact.spec, exact.seed)
 
         return run
 
@@ -436,7 +448,7 @@ class FileRun:
         if tell is None or (not later and not self.before):
             return options
         panels = make_plan(later).panels
-        left = sum(each.count() for panel in panels for each in panel.experiments)
+        left = sum(experiment.count() for panel in panels for experiment in panel.experiments)
         before = self.before
 
         def advance(done: int, total: int) -> None:
@@ -459,23 +471,23 @@ def _run_together(
 ) -> ExperimentResult:
     """Combine the results of all variants, and add the population of their rows."""
     blocks: dict[object, list[int]] = {}
-    for number, each in enumerate(variants):
-        blocks.setdefault(dict(each.spec.variant).get(PROMPTS_AXIS), []).append(number)
-    found: list[PromptSetResult] = []
+    for number, variant in enumerate(variants):
+        blocks.setdefault(dict(variant.spec.variant).get(PROMPTS_AXIS), []).append(number)
+    results: list[PromptSetResult] = []
     for label, numbers in blocks.items():
         first = variants[numbers[0]]
         whole = merge_variants([(variants[n].spec.variant, raw[n]) for n in numbers])
         whole = add_population(whole, first.table, first.spec.statistics)
-        found.append(PromptSetResult(((PROMPTS_AXIS, str(label)),), first.table.name, whole))
-    if len(found) == 1:
-        return found[0].result
-    return merge_variants(merge_prompt_sets(found))
+        results.append(PromptSetResult(((PROMPTS_AXIS, str(label)),), first.table.name, whole))
+    if len(results) == 1:
+        return results[0].result
+    return merge_variants(merge_prompt_sets(results))
 
 
 def _rows_left_out(variants: Sequence[ResolvedExperiment], result: ExperimentResult) -> Diagnostic:
     """Return W0750."""
     experiment = variants[0]
-    every = {(each.table.name, row) for each in variants for row in each.table.row_ids}
+    every = {(variant.table.name, row) for variant in variants for row in variant.table.row_ids}
     out = list(result.left_out.items())
     listed = ", ".join(f"row {row} ({where})" for row, where in out[:MAX_LISTED_ROWS])
     more = f" … and {len(out) - MAX_LISTED_ROWS} more" if len(out) > MAX_LISTED_ROWS else ""
@@ -510,13 +522,13 @@ def _few_units(
     tested = tested_measures(first)
     if not tested or check_reachable_p(variants):
         return []
-    counted = [each.tested & ~each.repeated for each in result.statistics]
+    counted = [statistic.tested & ~statistic.repeated for statistic in result.statistics]
     units = [
         n
-        for each, own in zip(result.statistics, counted, strict=True)
-        for n in each.units[own].tolist()
+        for statistic, mask in zip(result.statistics, counted, strict=True)
+        for n in statistic.units[mask].tolist()
     ]
-    tables = {id(each.table): each.table for each in variants}
+    tables = {id(variant.table): variant.table for variant in variants}
     fewer = first.spec.keep if result.prompts < sum(map(len, tables.values())) else ()
     return check_cell_units(
         units,
@@ -532,13 +544,17 @@ def _too_skewed(
 ) -> list[Diagnostic]:
     """Return W0723 if the p of some measures isn't corrected."""
     pairs = zip(result.measures, result.statistics, strict=True)
-    skewed = [(data, found) for data, found in pairs if found.withheld == "skewed"]
+    skewed = [(data, statistics) for data, statistics in pairs if statistics.withheld == "skewed"]
     if not skewed:
         return []
     tested = tested_measures(variants[0])
     named = {(data.label, data.effect) for data, _ in skewed}
-    first = next((each for each in tested if (each.label, each.effect) in named), tested[0])
-    units = np.concatenate([found.units[found.tested & ~found.repeated] for _, found in skewed])
+    first = next(
+        (measure for measure in tested if (measure.label, measure.effect) in named), tested[0]
+    )
+    units = np.concatenate(
+        [statistics.units[statistics.tested & ~statistics.repeated] for _, statistics in skewed]
+    )
     return [
         SkewedFamily(
             span=first.span,
@@ -561,21 +577,23 @@ def iterate_waves(
     """
     left = list(experiments)
     while left:
-        names = {each.name for each in left}
-        wave = [each for each in left if names.isdisjoint(each.spec.after)]
+        names = {experiment.name for experiment in left}
+        wave = [experiment for experiment in left if names.isdisjoint(experiment.spec.after)]
         if one_by_one:
-            wave = [each for each in wave if each.name == wave[0].name]
-        now = {each.name for each in wave}  # keeps the variants of an experiment together
-        later = [each for each in left if each.name not in now]
+            wave = [experiment for experiment in wave if experiment.name == wave[0].name]
+        now = {
+            experiment.name for experiment in wave
+        }  # keeps the variants of an experiment together
+        later = [experiment for experiment in left if experiment.name not in now]
         yield wave, later
         left = later
 
 
 def _with_findings(
-    experiment: ResolvedExperiment, found: Mapping[str, Finding], program: spec.Program
+    experiment: ResolvedExperiment, findings: Mapping[str, Finding], program: spec.Program
 ) -> tuple[ResolvedExperiment | None, list[Diagnostic]]:
     """Replace an experiment's placeholders by other experiments' results."""
-    own = {name: found[name] for name in experiment.spec.after}
+    own = {name: findings[name] for name in experiment.spec.after}
     again, said = resolve_experiment(
         get_whole_spec(experiment), program, experiment.model, experiment.table, RULES, own
     )
@@ -623,8 +641,8 @@ class FailFastVerdicts:
         labels = [measure.label for measure in experiment.measures]
         ready = [
             number
-            for number, each in enumerate(experiment.expects)
-            if number not in known and waiting.isdisjoint(expectation_experiments(each, labels))
+            for number, expect in enumerate(experiment.expects)
+            if number not in known and waiting.isdisjoint(expectation_experiments(expect, labels))
         ]
         if experiment.statistics.verdicts != "none" and len(ready) < len(experiment.expects):
             return  # corrected verdicts are decided together
@@ -632,12 +650,12 @@ class FailFastVerdicts:
             update={"expects": tuple(experiment.expects[number] for number in ready)}
         )
         run = self.run
-        found = add_verdicts(run.results[experiment.name], asked, run.results, run.lost)
-        known.update(zip(ready, found.outcomes, strict=True))
+        result = add_verdicts(run.results[experiment.name], asked, run.results, run.lost)
+        known.update(zip(ready, result.outcomes, strict=True))
 
     def _waiting(self) -> set[str]:
         """Return the experiments of the file that haven't run yet."""
-        every = {each.name for each in self.run.checked.experiments}
+        every = {experiment.name for experiment in self.run.checked.experiments}
         return every - self.run.results.keys() - self.run.lost.keys()
 
     def _of(self, name: str) -> tuple[ExpectOutcome, ...]:
@@ -671,8 +689,8 @@ class FailFastVerdicts:
         for experiment in self.experiments:
             known = self.decided.get(experiment.name, {})
             expects = tuple(
-                UndecidedExpectation(each.text, each.span.line)
-                for number, each in enumerate(experiment.expects)
+                UndecidedExpectation(expect.text, expect.span.line)
+                for number, expect in enumerate(experiment.expects)
                 if number not in known
             )
             if expects or experiment.name in waiting:
@@ -700,21 +718,23 @@ def open_value_cache(
         options.execution.side,
         code,
     )
-    found: dict[str, bytes] = {}
+    caches: dict[str, bytes] = {}
     for name, model in models.items():
         identity = compute_identity(model)
         if identity is not None:
             attention = model.provenance.get("attention")
-            found[name] = digest(common, identity, str(model.dtype), model.device.type, attention)
-    return RunCache(run, found)
+            caches[name] = digest(common, identity, str(model.dtype), model.device.type, attention)
+    return RunCache(run, caches)
 
 
 def _code(checked: CheckedFile) -> dict[str, str]:
     """Hash the user's code that may affect numbers: modules that extend the language, and imports
     of the file's functions. The functions themselves are in the keys of the values that depend on
     them."""
-    found = hash_imported_code([each.read_code() for each in program_functions(checked.program)])
-    return found | hash_extension_code()
+    hashes = hash_imported_code(
+        [program_function.read_code() for program_function in program_functions(checked.program)]
+    )
+    return hashes | hash_extension_code()
 
 
 def check_with_models(
@@ -756,7 +776,7 @@ def run_checked(
     hashed: FileHasher | None = hash_file,
     notes: NoteStore | None = None,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    """Run a checked file; its own diagnostics aren't repeated.
+    """Run a checked file; diagnostics of the check aren't repeated.
 
     Args:
         run: Cache of values.
@@ -783,10 +803,10 @@ def measure_unpatched(
         return {}, diagnostics
     with computation_settings():
         usable: list[ResolvedExperiment] = []
-        for each in unpatched:
-            problem = find_image_problem(each, models)
+        for experiment in unpatched:
+            problem = find_image_problem(experiment, models)
             if problem is None:
-                usable.append(each)
+                usable.append(experiment)
             elif problem not in diagnostics:
                 diagnostics.append(problem)
         if not usable:
@@ -799,10 +819,11 @@ def measure_unpatched(
 
 def _without_rules(experiment: ResolvedExperiment) -> ResolvedExperiment:
     """Return an experiment with the same prompts and metrics on its base and source run only."""
-    own = experiment.spec
-    effect = "raw" if own.source is None else "total"
+    definition = experiment.spec
+    effect = "raw" if definition.source is None else "total"
     measures = tuple(
-        each.model_copy(update={"effect": effect, "per_prompt": False}) for each in own.measures
+        measure.model_copy(update={"effect": effect, "per_prompt": False})
+        for measure in definition.measures
     )
     without = {
         "rules": (),
@@ -814,7 +835,7 @@ def _without_rules(experiment: ResolvedExperiment) -> ResolvedExperiment:
     }
     return replace(
         experiment,
-        spec=own.model_copy(update=without),
+        spec=definition.model_copy(update=without),
         rules=(),
         accuracies={},
         control=None,
@@ -834,8 +855,8 @@ def _run(
         sizes = choose_pass_sizes(checked.experiments, models, options.execution)
     file = FileRun(checked, models, options, sizes, diagnostics, kept, counts)
     every = [variants[0] for variants in group_variants(checked.experiments)]
-    known = {each.name for each in (*every, *checked.saving)}
-    unsaid = [each.name for each in checked.reported if each.name not in known]
+    known = {experiment.name for experiment in (*every, *checked.saving)}
+    unsaid = [experiment.name for experiment in checked.reported if experiment.name not in known]
     if unsaid:  # an experiment must never be dropped silently
         raise RuntimeError(f"nothing says why `{unsaid[0]}` can't be run")
     reported = [e.spec for e in every if e.name not in checked.unreported]
@@ -846,20 +867,20 @@ def _run(
             break
     not_run = verdicts.not_run()
     saved: list[SavedFile] = []
-    for each in checked.saving if not not_run else ():
+    for experiment in checked.saving if not not_run else ():
         try:
-            ready = file.ready(each)
+            ready = file.ready(experiment)
             if ready is None:
                 continue
-            own, problems = save_vectors(ready, models, options.execution)
+            saved_files, problems = save_vectors(ready, models, options.execution)
             parts = file.row_parts(ready)
-            rows, found = save_feature_rows(ready, models, options.execution, parts)
-            own, problems = [*own, *rows], [*problems, *found]
+            rows, saving_problems = save_feature_rows(ready, models, options.execution, parts)
+            saved_files, problems = [*saved_files, *rows], [*problems, *saving_problems]
         except OSError:
             raise
         except Exception as failure:
-            own, problems = [], [file.broke_off(each, failure)]
-        saved += own
+            saved_files, problems = [], [file.broke_off(experiment, failure)]
+        saved += saved_files
         file.diagnostics.extend(problems)
     if file.lost and not file.results and not not_run and not saved:
         if file.failure is not None:  # no other experiment would be lost

@@ -28,11 +28,7 @@ from mechdsl.diagnostics.files import StoreNotUsed
 from mechdsl.diagnostics.rendering import Diagnostics
 from mechdsl.execute.run_record import ExecutionOptions, RowCounts
 from mechdsl.models.folder import FileHasher, hash_file, json_digest
-from mechdsl.pipeline.identities import (
-    ModelIdentities,
-    RunKeyError,
-    find_device,
-)
+from mechdsl.pipeline.identities import ModelIdentities, RunKeyError, find_device
 from mechdsl.pipeline.options import RunOptions, check_folders
 from mechdsl.pipeline.trained_files import attach_fits, list_untrained
 from mechdsl.program.code_hashes import CodeHashError, hash_imported_code
@@ -156,7 +152,7 @@ def key_parts(
         "device": device,
         "machine": [platform.system(), platform.machine(), platform.python_version()],
         "numbers": numeric_settings(),
-        "groups": {n: own.digest for n, own in groups.items() if own.digest},
+        "groups": {n: group.digest for n, group in groups.items() if group.digest},
         "prompts": _tables([*checked.experiments, *checked.edits.values()]),
         "python": python,
         "models": {name: models.told(name) for name in needed_models(checked)},
@@ -188,7 +184,7 @@ def _versions(checked: CheckedFile, options: RunOptions) -> dict[str, str]:
 def _loaded_plugins() -> dict[str, list[str]]:
     """Plugin → its module, package and version; `python` has the code."""
     plugins = LOADED_PLUGINS.items()
-    return {name: [each.module, each.package, each.version] for name, each in plugins}
+    return {name: [plugin.module, plugin.package, plugin.version] for name, plugin in plugins}
 
 
 def _python(checked: CheckedFile) -> dict[str, Any]:
@@ -209,25 +205,25 @@ def _python(checked: CheckedFile) -> dict[str, Any]:
 def _tables(experiments: Iterable[ResolvedExperiment]) -> dict[str, str]:
     """Return a digest of the prompts of each experiment."""
     done: dict[int, str] = {}
-    found: dict[str, str] = {}
-    for each in experiments:
-        if id(each.table) not in done:
-            done[id(each.table)] = _table(each.table)
-        steered = [rule.direction for rule in each.every_rule if rule.direction is not None]
-        bases = [own for rule in each.every_rule for own in rule.bases]
+    tables: dict[str, str] = {}
+    for experiment in experiments:
+        if id(experiment.table) not in done:
+            done[id(experiment.table)] = _table(experiment.table)
+        steered = [rule.direction for rule in experiment.every_rule if rule.direction is not None]
+        bases = [basis for rule in experiment.every_rule for basis in rule.bases]
         saved = [vector.digest for made in (*steered, *bases) for vector in made.saved]
         saved += [labels.digest for basis in bases for labels in basis.labels]
-        saved += [mask.digest for mask in each.masks]
-        saved += [rule.circuit.digest for rule in each.every_rule if rule.circuit is not None]
-        if each.control is not None and each.control.title == "untrained":
-            before = [rule.basis for rule in each.control.experiment.rules if rule.basis]
+        saved += [mask.digest for mask in experiment.masks]
+        saved += [rule.circuit.digest for rule in experiment.every_rule if rule.circuit is not None]
+        if experiment.control is not None and experiment.control.title == "untrained":
+            before = [rule.basis for rule in experiment.control.experiment.rules if rule.basis]
             saved += [file.digest for basis in before for file in basis.saved]
-        saved += [] if each.model.opposite is None else [each.model.opposite.digest]
-        for rule in each.rules:
+        saved += [] if experiment.model.opposite is None else [experiment.model.opposite.digest]
+        for rule in experiment.rules:
             if isinstance(rule.does, Observation):
                 saved += rule.does.made_of.values()
-        found[each.key] = " ".join([done[id(each.table)], *saved])
-    return found
+        tables[experiment.key] = " ".join([done[id(experiment.table)], *saved])
+    return tables
 
 
 def _table(table: PromptTable) -> str:
@@ -238,7 +234,7 @@ def _table(table: PromptTable) -> str:
 
     take(table.name, table.row_ids, table.row_keys, sorted(table.conventions.items()))
     take(table.data_hash, sorted(table.other_data.items()), table.moved, table.moved_text)
-    take([(each.name, each.digest) for each in table.python])
+    take([(python_function.name, python_function.digest) for python_function in table.python])
     for name, run in table.runs.items():
         take(name, run.name, run.prompts, run.model, _noise(run))
         for row in run.rows:
@@ -257,8 +253,8 @@ def _noise(run: PromptRun) -> tuple[object, ...]:
 
 
 def _row(row: RunRow) -> tuple[object, ...]:
-    texts = [(name, each.text, each.ids, each.of_output) for name, each in row.texts.items()]
-    spans = [tuple(each) for each in row.spans]
+    texts = [(name, text.text, text.ids, text.of_output) for name, text in row.texts.items()]
+    spans = [tuple(span) for span in row.spans]
     read = (row.text, row.ids, row.offsets, row.special)
     return *read, *([row.source] if row.source else []), spans, list(row.values.items()), texts
 
@@ -344,7 +340,9 @@ class _Run:
 
     def done(self) -> RunOutcome:
         self._checked = attach_fits(self._checked, self._options, self._loaded)
-        errors = [each for each in self._checked.diagnostics if each.severity == "error"]
+        errors = [
+            diagnostic for diagnostic in self._checked.diagnostics if diagnostic.severity == "error"
+        ]
         if errors:  # such as measured texts that a training has read
             return RunOutcome(None, errors)
         untrained = list_untrained(self._checked, self._options)
@@ -375,11 +373,11 @@ class _Run:
     def _without(self) -> RunOutcome:
         """Compute without the store."""
         # Cached: hashes of weights and the model's identity both need each file's hash.
-        result, found = self._computed(None, cache(hash_file) if self._options.hashes else None)
-        results = self._results(result, found)
+        result, problems = self._computed(None, cache(hash_file) if self._options.hashes else None)
+        results = self._results(result, problems)
         if results is not None and self._options.out is not None and not results.files[0].not_run:
             export_results(results, self._options.out, self._checked.source.text)
-        return RunOutcome(result, [*self._warnings, *found], tuple(self._notes))
+        return RunOutcome(result, [*self._warnings, *problems], tuple(self._notes))
 
     # --- with the store ---------------------------------------------------------------------------
 
@@ -427,15 +425,17 @@ class _Run:
     def _shown(self, stored: StoredRun, results: Results) -> RunOutcome:
         """Return stored results as a run would, under the file's current name."""
         result = replace(results.files[0], file=self._checked.source.name)
-        found = [self._here(each) for each in results.diagnostics[stored.about["checked"] :]]
-        now = self._results(result, found)
+        problems = [
+            self._here(problem) for problem in results.diagnostics[stored.about["checked"] :]
+        ]
+        now = self._results(result, problems)
         if self._options.out is not None and now is not None:
             export_results(now, self._options.out, self._checked.source.text)
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(stored.ended))
         self._note(
             f"unchanged since {when}: from the store ({stored.id}); `--fresh` computes it again"
         )
-        return RunOutcome(result, found, tuple(self._notes), stored.id)
+        return RunOutcome(result, problems, tuple(self._notes), stored.id)
 
     def _here(self, diagnostic: Diagnostic) -> Diagnostic:
         """Move the span of a diagnostic to the current files, whose paths may have changed."""
@@ -478,7 +478,7 @@ class _Run:
         """Compute and store the results."""
         began = time.monotonic()
         functions = list(program_functions(self._checked.program))
-        run.is_valid = lambda: all(each.is_stable for each in functions)
+        run.is_valid = lambda: all(function.is_stable for function in functions)
 
         def hashed(path: Path) -> str:
             with suppress(StoreProblem):
@@ -486,8 +486,8 @@ class _Run:
             return hash_file(path)
 
         with self._until_full(run):
-            result, found = self._computed(run, hashed, store)
-        results = self._results(result, found)
+            result, problems = self._computed(run, hashed, store)
+        results = self._results(result, problems)
         content: Mapping[str, bytes] | None = None
         id = ""
         if results is not None:
@@ -502,7 +502,7 @@ class _Run:
         if self._counts.stored:
             total = self._counts.stored + self._counts.computed
             self._note(f"{self._counts.stored:,} of {total:,} rows from the store")
-        return RunOutcome(result, [*self._warnings, *found], tuple(self._notes), id)
+        return RunOutcome(result, [*self._warnings, *problems], tuple(self._notes), id)
 
     @contextmanager
     def _until_full(self, run: OpenRun) -> Generator[None]:
@@ -574,15 +574,15 @@ class _Run:
 
     def _ending(self, results: Results, seconds: float) -> dict[str, Any]:
         counts = self._counts
-        found = about_results(
+        facts = about_results(
             results, computed=counts.computed, stored=counts.stored, seconds=seconds
         )
-        return {**found, "checked": len(self._checked.diagnostics)}
+        return {**facts, "checked": len(self._checked.diagnostics)}
 
 
 def _given(checked: CheckedFile, options: RunOptions) -> dict[str, str]:
     """Return the options that differ from their defaults, by their command-line names."""
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for own, usual, names in (
         (checked.settings, CheckSettings(), ("limit", "only", "allow_outside", "untrusted")),
         (options, RunOptions(), ("device", "dtype", "offload", "without", "fresh")),
@@ -596,11 +596,11 @@ def _given(checked: CheckedFile, options: RunOptions) -> dict[str, str]:
             value = getattr(own, name)
             if value != getattr(usual, name):
                 words = ", ".join(sorted(value)) if isinstance(value, frozenset) else str(value)
-                found[_CALLED.get(name, name.replace("_", "-"))] = words
+                hashes[_CALLED.get(name, name.replace("_", "-"))] = words
     if checked.settings.python == "run":
-        found["allow-python"] = "True"
-    found.update({f"set {name}": value for name, value in checked.settings.parameters.items()})
-    return found
+        hashes["allow-python"] = "True"
+    hashes.update({f"set {name}": value for name, value in checked.settings.parameters.items()})
+    return hashes
 
 
 _CALLED = {"without": "no-pass"}

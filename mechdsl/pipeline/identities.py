@@ -66,22 +66,22 @@ class ModelIdentities:
         if name in self._known:
             from mechdsl.loading.identity import explain_identity
 
-            found, reason = explain_identity(self._known[name])
-            if found is None:
+            identity, reason = explain_identity(self._known[name])
+            if identity is None:
                 raise RunKeyError(f"model `{name}` can't be identified: {reason}")
-            return found
+            return identity
         model = self._checked.program.models[name]
         if not model.is_loaded:
             parts = [model.kind, *map(self._identity, model.bases), model.terms, model.bits]
             return json_digest([*parts, *self._edits(name)])
         folder, _ = locate_model(model, model.span.source.folder)
         base = None if model.base is None else self._identity(model.base)
-        found = None
+        identity = None
         if folder is not None:
-            found = folder_identity(model, folder, self._hashed, base=base)
-        if found is None:
+            identity = folder_identity(model, folder, self._hashed, base=base)
+        if identity is None:
             raise RunKeyError(f"the files of model `{name}` can't be read")
-        return found
+        return identity
 
     def _edits(self, name: str) -> list[str]:
         """Digest each edit of a model with all that its numbers depend on."""
@@ -90,7 +90,7 @@ class ModelIdentities:
             return []
         from mechdsl.planner.value_keys import OperandKeys, RunContents, edit_digest
 
-        models = {each: digest(json_digest(self.told(each))) for each in edits.models}
+        models = {model: digest(json_digest(self.told(model))) for model in edits.models}
         contents = RunContents(models, edits.models[0], edits.seed)
         keys = OperandKeys(contents, models[edits.models[0]])
         try:
@@ -129,14 +129,14 @@ def cached_device(store: Store, name: str) -> str | None:
 def find_device(store: Store, name: str) -> str | None:
     """Return the type of device that a name refers to, with the name of a GPU; None if it doesn't
     exist. Raises StoreProblem, OSError."""
-    found = cached_device(store, name)
-    if found is None:
+    device = cached_device(store, name)
+    if device is None:
         from mechdsl.loading.devices import explain_device_problem
 
         if explain_device_problem(name) is not None:
             return None
-        found = detect_device(store, name)
-    return found
+        device = detect_device(store, name)
+    return device
 
 
 def detect_device(store: Store, name: str) -> str:
@@ -145,10 +145,10 @@ def detect_device(store: Store, name: str) -> str:
 
     from mechdsl.loading.devices import get_device
 
-    found = get_device(name)
-    told = found.type
+    device = get_device(name)
+    told = device.type
     if told == "cuda":
-        told = f"{told} {torch.cuda.get_device_name(found)}"
+        told = f"{told} {torch.cuda.get_device_name(device)}"
     store.take_note(_place(name), told)
     return told
 

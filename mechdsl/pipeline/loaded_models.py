@@ -61,7 +61,10 @@ def load_needed_models(
         )
     )
     if not has_errors(diagnostics):
-        every = [*checked.experiments, *(each for each in checked.saving if not each.measures)]
+        every = [
+            *checked.experiments,
+            *(experiment for experiment in checked.saving if not experiment.measures),
+        ]
         add_tower_views(every, models)
         diagnostics.extend(check_modules(every, models))
     return (None if has_errors(diagnostics) else models), diagnostics
@@ -69,17 +72,17 @@ def load_needed_models(
 
 def check_options(options: RunOptions) -> list[Diagnostic]:
     """Report E0208 for unknown devices and passes, and problems found by `check_folders`."""
-    found = check_pass_names(sorted(options.without))
+    problems = check_pass_names(sorted(options.without))
     problem = explain_device_problem(options.device)
     if problem is not None:
-        found.append(
+        problems.append(
             BadCommandLine(
                 reason=f"`--device {options.device}`: {problem}",
                 hint="write `auto`, `cpu`, `cuda` or `cuda:0`",
             )
         )
-    found.extend(check_folders(options))
-    return found
+    problems.extend(check_folders(options))
+    return problems
 
 
 def edit_model(
@@ -107,7 +110,7 @@ def edit_model(
     base = loaded[model.base]
     others = {name: loaded[name] for name in edits.models[1:]}
     fits = DirectionFits(base, others, edits.seed, options.side)
-    found: list[WeightEdit] = []
+    models: list[WeightEdit] = []
     for rule in edits.rules:
         own = list(_list_edits(rule))
         members = {member.name: member for _, member in own if member is not None}
@@ -118,8 +121,8 @@ def edit_model(
                 return None, problems
         for edit, member in own:
             vector = None if member is None else vectors[member.name]
-            found.append(replace(edit, vector=vector))
-    return build_edited_model(model, base, found, hashes=hashes)
+            models.append(replace(edit, vector=vector))
+    return build_edited_model(model, base, models, hashes=hashes)
 
 
 _KINDS: Mapping[str, EditKind] = {
@@ -199,7 +202,7 @@ def choose_model(program: spec.Program, name: str | None) -> tuple[str | None, l
             reason=f"the file has no model `{name}`", hint=did_you_mean(name, known, listed)
         )
         return None, [problem]
-    made = [each.name for each in program.models.values() if not each.is_loaded]
+    made = [model.name for model in program.models.values() if not model.is_loaded]
     if len(made) == 1:
         return made[0], []
     reason = f"the file has {len(made) or 'no'} edited models"
@@ -225,13 +228,13 @@ def export_model(
         The written model; E0208 for an unknown model or a folder with files, and the diagnostics
         of loading. OSError is passed on.
     """
-    name, found = choose_model(checked.program, name)
-    found = [*found, *check_options(options), *_check_folder(folder)]
-    if name is None or has_errors(found):
-        return None, found
+    name, problems = choose_model(checked.program, name)
+    problems = [*problems, *check_options(options), *_check_folder(folder)]
+    if name is None or has_errors(problems):
+        return None, problems
     models: dict[str, Any] = {**checked.built, **(loaded or {})}
     edit = partial(edit_model, checked, options.execution, hashes=False)
-    found += load_models(
+    problems += load_models(
         checked,
         models,
         edit,
@@ -242,10 +245,10 @@ def export_model(
         hashed=None,
     )
     if name not in models:
-        return None, found
+        return None, problems
     model = cast("LoadedModel", models[name])
     with_tokenizer = _write(model, _find_tokenizer_folder(checked, name), folder)
-    distinct = {id(own): own.numel() for own in model.module.parameters()}
+    distinct = {id(parameter): parameter.numel() for parameter in model.module.parameters()}
     exported = ExportedModel(
         name,
         folder,
@@ -255,7 +258,7 @@ def export_model(
         sum(distinct.values()),
         with_tokenizer,
     )
-    return exported, found
+    return exported, problems
 
 
 def _check_folder(folder: Path) -> list[Diagnostic]:

@@ -96,11 +96,11 @@ class Objective:
         """
         import torch
 
-        found, vectors = torch.full(self.shape[:2], -1), self._run.vectors
-        found[torch.from_numpy(vectors.row), torch.from_numpy(vectors.slot)] = torch.from_numpy(
+        positions, vectors = torch.full(self.shape[:2], -1), self._run.vectors
+        positions[torch.from_numpy(vectors.row), torch.from_numpy(vectors.slot)] = torch.from_numpy(
             vectors.token
         )
-        return found
+        return positions
 
     @property
     def start(self) -> Tensor:
@@ -139,8 +139,8 @@ class Objective:
             with self._guard(), exact_convolutions():
                 values = self._run.values(whole[index], chosen[order], self._mode)
         except AutogradFailed as failed:
-            found = describe_autograd_failure(self._resolved, str(failed))
-            raise MechdslError(found) from failed
+            problems = describe_autograd_failure(self._resolved, str(failed))
+            raise MechdslError(problems) from failed
         return values[torch.from_numpy(np.argsort(order)).to(values.device)]
 
     def _choose(self, rows: Sequence[int] | None) -> Any:

@@ -108,7 +108,7 @@ def store_problem(store: object, fresh: bool) -> list[Diagnostic]:
 
 def check_folders(options: RunOptions) -> list[Diagnostic]:
     """Report E0208 for folders that can't be written, and for a missing library."""
-    found: list[Diagnostic] = []
+    problems: list[Diagnostic] = []
     for option, folder in (("--out", options.out), ("--offload", options.offload)):
         if folder is None:
             continue
@@ -118,9 +118,9 @@ def check_folders(options: RunOptions) -> list[Diagnostic]:
         except OSError as error:
             reason = f"`{option} {folder}`: {(error.strerror or str(error)).lower()}"
             hint = "name a writable folder; a missing folder is created"
-            found.append(BadCommandLine(reason=reason, hint=hint))
+            problems.append(BadCommandLine(reason=reason, hint=hint))
     if options.offload is not None and find_spec("accelerate") is None:
         reason = "`--offload` needs accelerate, which isn't installed"
         hint = "`pip install 'mechdsl[offload]'` installs it"
-        found.append(BadCommandLine(reason=reason, hint=hint))
-    return found
+        problems.append(BadCommandLine(reason=reason, hint=hint))
+    return problems

@@ -22,12 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base import limits
-from mechdsl.base.files import (
-    SafetensorsFile,
-    UnreadableFile,
-    compute_digest,
-    inspect_safetensors,
-)
+from mechdsl.base.files import SafetensorsFile, UnreadableFile, compute_digest, inspect_safetensors
 from mechdsl.base.hashing import digest
 from mechdsl.base.runtime import numeric_settings
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
@@ -60,11 +55,7 @@ from mechdsl.program.plugins import hash_extension_code
 from mechdsl.program.prompts import texts_within
 from mechdsl.program.python_functions import block_functions
 from mechdsl.program.spec import Program
-from mechdsl.program.trainers import (
-    ChoosingTrainer,
-    OwnTrainer,
-    RotationTrainer,
-)
+from mechdsl.program.trainers import ChoosingTrainer, OwnTrainer, RotationTrainer
 from mechdsl.resolve.trainings import (
     ROTATION,
     MaskFile,
@@ -142,58 +133,63 @@ class DeclaredFit:
         if any(isinstance(own, trained) and not own.is_trained for own in used):
             return True
         nodes = () if self.objective is None else self.objective.masks
-        return any(not own.is_trained for own in nodes)
+        return any(not node.is_trained for node in nodes)
 
 
 def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFit]:
     """Return the trainings that experiments need, by name."""
-    found: dict[str, DeclaredFit] = {}
+    fits: dict[str, DeclaredFit] = {}
     for experiment in experiments:
-        bases = [own for rule in experiment.every_rule for own in rule.bases]
+        bases = [basis for rule in experiment.every_rule for basis in rule.bases]
         bases += [save.basis for save in experiment.saves if save.basis is not None]
-        for member in (each for own in bases for each in own.members):
+        for member in (basis_member for basis in bases for basis_member in basis.members):
             for declared in _trained_bases(member, experiment):
-                found.setdefault(declared.training.name, declared)
+                fits.setdefault(declared.training.name, declared)
         for vector in _trained_vectors(experiment):
             declared = DeclaredFit(vector.name, vector, experiment)
             if isinstance(vector, ProbeVector):
                 probe = vector.probe
                 declared = DeclaredFit(name_with_seed(probe.training), probe, experiment)
-            found.setdefault(vector.training.name, declared)
+            fits.setdefault(vector.training.name, declared)
         for rule in experiment.every_rule:
             read = rule.does.trained
             if read is not None:
                 declared = DeclaredFit(name_with_seed(read.training), read, experiment)
-                found.setdefault(read.training.name, declared)
+                fits.setdefault(read.training.name, declared)
         for mask in experiment.masks:
             declared = DeclaredFit(name_with_seed(mask.training), mask, experiment)
-            found.setdefault(mask.training.name, declared)
-    return found
+            fits.setdefault(mask.training.name, declared)
+    return fits
 
 
 def _trained_bases(member: BasisMember, experiment: ResolvedExperiment) -> Iterator[DeclaredFit]:
     """Yield the training of a basis, after those of dictionaries whose decoders it reads."""
-    own = member.operand
-    if not isinstance(own, TrainedDictionary | TrainedRotation) or own.training is None:
+    operand = member.operand
+    if not isinstance(operand, TrainedDictionary | TrainedRotation) or operand.training is None:
         return
-    if isinstance(own.training.source, BasisMember):
-        yield from _trained_bases(own.training.source, experiment)
-    crosses = isinstance(own, TrainedDictionary) and own.crosses_layers
-    yield DeclaredFit(name_with_seed(own.training) if crosses else member.name, own, experiment)
+    if isinstance(operand.training.source, BasisMember):
+        yield from _trained_bases(operand.training.source, experiment)
+    crosses = isinstance(operand, TrainedDictionary) and operand.crosses_layers
+    yield DeclaredFit(
+        name_with_seed(operand.training) if crosses else member.name, operand, experiment
+    )
 
 
 def _trained_vectors(experiment: ResolvedExperiment) -> Iterator[TrainedVector]:
     """Yield the trained vectors that rules, bases and saved directions of an experiment use."""
     rules = experiment.every_rule
-    used = [own.direction.members for own in rules if own.direction is not None]
+    used = [rule.direction.members for rule in rules if rule.direction is not None]
     used += [file.members for file in experiment.direction_files]
     leaves = [
-        leaf for own in used for each in own.values() for leaf in iter_leaf_vectors(each.vector)
+        leaf
+        for direction_members in used
+        for direction_member in direction_members.values()
+        for leaf in iter_leaf_vectors(direction_member.vector)
     ]
-    bases = [own for rule in rules for own in rule.bases]
-    bases += [own.basis for own in experiment.saves if own.basis is not None]
+    bases = [basis for rule in rules for basis in rule.bases]
+    bases += [save.basis for save in experiment.saves if save.basis is not None]
     saved = (each for basis in bases for each in basis.saved)
-    yield from (each for each in (*leaves, *saved) if isinstance(each, TrainedVector))
+    yield from (leaf for leaf in (*leaves, *saved) if isinstance(leaf, TrainedVector))
 
 
 def fits_of_file(checked: CheckedFile, *, discovered: bool = False) -> dict[str, DeclaredFit]:
@@ -204,16 +200,16 @@ def fits_of_file(checked: CheckedFile, *, discovered: bool = False) -> dict[str,
         discovered: Whether to return only the trainings of circuits that experiments discover, and
             of the nodes of these circuits.
     """
-    found: dict[str, DeclaredFit] = {}
+    fits: dict[str, DeclaredFit] = {}
     for fit in find_fits([*checked.experiments, *checked.saving]).values():
-        _add_fit(fit, checked, found)
+        _add_fit(fit, checked, fits)
     if not discovered:
-        return found
+        return fits
     names = list_searched(checked.program)
-    return {name: fit for name, fit in found.items() if fit.training.definition in names}
+    return {name: fit for name, fit in fits.items() if fit.training.definition in names}
 
 
-def _add_fit(fit: DeclaredFit, checked: CheckedFile, found: dict[str, DeclaredFit]) -> None:
+def _add_fit(fit: DeclaredFit, checked: CheckedFile, fits: dict[str, DeclaredFit]) -> None:
     """Add a training with its objective, after the trainings that the objective needs, such as that
     of the dictionary whose features are nodes of a circuit."""
     training = fit.training
@@ -222,8 +218,8 @@ def _add_fit(fit: DeclaredFit, checked: CheckedFile, found: dict[str, DeclaredFi
         fit = replace(fit, objective=objective)
         for own in find_fits([objective]).values():
             if own.training.definition != training.definition:
-                _add_fit(replace(own, experiment=fit.experiment), checked, found)
-    found.setdefault(training.name, fit)
+                _add_fit(replace(own, experiment=fit.experiment), checked, fits)
+    fits.setdefault(training.name, fit)
 
 
 def list_searched(program: Program, more: Sequence[str] = ()) -> dict[str, str | None]:
@@ -233,12 +229,12 @@ def list_searched(program: Program, more: Sequence[str] = ()) -> dict[str, str |
     Args:
         more: Further groups and circuits.
     """
-    found: dict[str, str | None] = {}
+    searched: dict[str, str | None] = {}
     for name in (*program.discovered, *more):
         nodes = name_nodes(program.masks[name]) if name in program.masks else None
-        found[name] = None if nodes is None else nodes.id
-    groups = [name for name in found.values() if name is not None]
-    return found | dict.fromkeys(groups)
+        searched[name] = None if nodes is None else nodes.id
+    groups = [name for name in searched.values() if name is not None]
+    return searched | dict.fromkeys(groups)
 
 
 def list_training_costs(checked: CheckedFile) -> list[TrainingCost]:
@@ -254,8 +250,8 @@ def list_training_costs(checked: CheckedFile) -> list[TrainingCost]:
 
 def packages_of_fit(fit: DeclaredFit) -> tuple[str, ...]:
     """Return the packages whose version may change the weights of a training."""
-    own = fit.training.trainer.package
-    return (*VERSIONED_PACKAGES, own) if own else VERSIONED_PACKAGES
+    package = fit.training.trainer.package
+    return (*VERSIONED_PACKAGES, package) if package else VERSIONED_PACKAGES
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -289,7 +285,7 @@ class FitKeys:
             "trainer": [training.trainer.name, _told(training.of_trainer)],
             "options": _told(training.options),
             "seed": training.seed,
-            "sites": [[each.site, each.layer, each.unit] for each in training.points],
+            "sites": [[point.site, point.layer, point.unit] for point in training.points],
             "model": told,
             **self._rows(training, contents),
             "run": [self.options.dtype, self._device, self.options.execution.side],
@@ -315,12 +311,14 @@ class FitKeys:
             rule = fit.objective.rules[0]
             fill = rule.spec.fill
             parts["mask"] = [
-                [key_of_candidate(each) for each in fit.file.candidates],
+                [key_of_candidate(candidate) for candidate in fit.file.candidates],
                 None if fill is None else fill.span.written,
             ]
             if rule.circuit is not None and rule.circuit.features:
                 nodes = rule.circuit.features.items()
-                parts["nodes"] = [[n, self._basis(own.member, name)] for n, own in nodes]
+                parts["nodes"] = [
+                    [n, self._basis(feature_nodes.member, name)] for n, feature_nodes in nodes
+                ]
             elif rule.basis is not None:
                 parts["basis"] = self._basis(rule.basis.at(training.made), name)
         return json_digest(parts)
@@ -368,7 +366,7 @@ class FitKeys:
         definition = program.bases[training.definition]
         at = definition.at or last_token(definition.method)
         try:
-            code = [repr(each.read_code()) for each in block_functions(block)]
+            code = [repr(block_function.read_code()) for block_function in block_functions(block)]
         except CodeHashError as unknown:
             raise CodeKeyError(str(unknown)) from None
         texts = {*texts_within((block, at))}
@@ -391,10 +389,10 @@ class FitKeys:
 
     @cached_property
     def _device(self) -> str:
-        found = find_device(self.store, self.options.device)
-        if found is None:
+        device = find_device(self.store, self.options.device)
+        if device is None:
             raise RunKeyError(f"there is no device `{self.options.device}`")
-        return found
+        return device
 
     @cached_property
     def _models(self) -> dict[str, tuple[dict[str, Any], RunContents]]:
@@ -434,10 +432,10 @@ def _objective(
     runs = table.runs[objective.spec.base], table.runs[objective.rules[0].run]
     cells = [cell for pair in paired_cells(objective) for cell in pair]
     measured = measure_row_keys(measure, runs[0], None, table, contents).tolist()
-    found = [contents.of(run, table).tolist() for run in runs]
+    texts = [contents.of(run, table).tolist() for run in runs]
     hits = [[list(own) for own in cell.hits] for cell in cells]
-    rows = zip(table.row_keys, *found, *hits, measured, strict=True)
-    return [minimises, measure_digest(measure).hex(), [list(own) for own in rows]]
+    rows = zip(table.row_keys, *texts, *hits, measured, strict=True)
+    return [minimises, measure_digest(measure).hex(), [list(row) for row in rows]]
 
 
 def _told(options: Mapping[str, Any]) -> dict[str, str]:
@@ -489,7 +487,7 @@ def _read_cross_layer(folder: Path, fit: DeclaredFit) -> CrossLayerFiles:
         read_cross_decoder(file, layer, len(layers))
         for layer, file in zip(layers, encoders, strict=True)
     ]
-    every = digest([own.digest for own in (*encoders, *decoders)])
+    every = digest([encoder.digest for encoder in (*encoders, *decoders)])
     return CrossLayerFiles(tuple(encoders), every.hex())
 
 
@@ -499,10 +497,10 @@ def _read_rotation(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFi
     file = inspect_safetensors(path, str(path), limits.DIRECTION_FILE, "train it again")
     assert isinstance(fit.file, TrainedRotation)
     width = count_numbers(fit.training.made, fit.experiment.model.shape)
-    count, *found = file.shapes.get(ROTATION, (0,))
+    count, *shape = file.shapes.get(ROTATION, (0,))
     learned = fit.training.trainer_of(RotationTrainer).learns_size
     fits = 0 < count <= fit.file.size if learned else count == fit.file.size
-    if file.digest != digest or found != [width] or not fits:
+    if file.digest != digest or shape != [width] or not fits:
         raise ValueError("the file is damaged")
     return file
 
@@ -550,7 +548,9 @@ def _read_mask(folder: Path, mask: TrainedMask, digest: str) -> MaskFile:
     content = json.loads(path.read_text("utf-8"))
     listed, candidates = content["sites"], mask.candidates
     size = mask.training.trainer_of(ChoosingTrainer).size(mask.training.of_trainer)
-    if compute_digest(path) != digest or listed != [key_of_candidate(own) for own in candidates]:
+    if compute_digest(path) != digest or listed != [
+        key_of_candidate(candidate) for candidate in candidates
+    ]:
         raise ValueError("the file is damaged")
     chosen = tuple(candidates[number] for number in content["chosen"])
     given = content["scores" if mask.is_scored else "probabilities"]
@@ -581,15 +581,15 @@ def attach_fits(
     folder = options.store
     if folder is None or not (folder / FITS_FOLDER).is_dir():
         return checked
-    found: dict[str, tuple[TrainedFile, str]] = {}
+    trained: dict[str, tuple[TrainedFile, str]] = {}
     waiting = True
     while waiting:  # once more for masks over what was found
         fits = fits_of_file(checked)
         more = _read_fits(checked, fits, folder, options, loaded or {})
-        if more.keys() <= found.keys():
+        if more.keys() <= trained.keys():
             break
-        found |= more
-        checked = check_again(checked, replace(checked.settings, trained=found), loaded)
+        trained |= more
+        checked = check_again(checked, replace(checked.settings, trained=trained), loaded)
         waiting = any(fit.waits for fit in fits.values())
     return checked
 
@@ -602,15 +602,15 @@ def _read_fits(
     loaded: Mapping[str, LoadedModel],
 ) -> dict[str, tuple[TrainedFile, str]]:
     """Read the trainings that a store has, with descriptions of their results."""
-    found: dict[str, tuple[TrainedFile, str]] = {}
+    trained: dict[str, tuple[TrainedFile, str]] = {}
     with suppress(StoreProblem), Store(folder) as store:
         keys = FitKeys(checked, options, loaded, store)
         for name, fit in fits.items():
             with suppress(RunKeyError, OSError):
                 known = None if fit.waits else read_fit(folder / FITS_FOLDER / keys.of(fit), fit)
                 if known is not None:
-                    found[name] = known[0], describe_report(*known)
-    return found
+                    trained[name] = known[0], describe_report(*known)
+    return trained
 
 
 def check_again(
@@ -644,14 +644,14 @@ def find_untrained(
     tried: dict[str, str | None] = {}
     if has_store and program is not None:
         masks = [*program.masks] if tried_all else []
-        tried = dict.fromkeys(each.training.definition for each in missing if tried_all)
+        tried = dict.fromkeys(fit.training.definition for fit in missing if tried_all)
         tried |= list_searched(program, masks)
-    found = [fit for fit in missing if fit.training.definition in tried]
-    others = [fit for fit in missing if fit not in found]
+    fits = [fit for fit in missing if fit.training.definition in tried]
+    others = [fit for fit in missing if fit not in fits]
     if others:
         return [report_untrained(fit, has_store=has_store) for fit in others]
-    failed = {fit.training.definition for fit in found}
-    causes = [fit for fit in found if tried[fit.training.definition] not in failed]
+    failed = {fit.training.definition for fit in fits}
+    causes = [fit for fit in fits if tried[fit.training.definition] not in failed]
     return [report_untrained(fit, has_store=True, was_tried=True) for fit in causes]
 
 
@@ -660,10 +660,16 @@ def list_untrained(checked: CheckedFile, options: RunOptions) -> list[Diagnostic
     isn't loaded. None otherwise."""
     every = [*checked.experiments, *checked.saving]
     given = {"has_store": options.store is not None, "tried_all": options.fits}
-    found = [find_untrained(each, checked.program, **given) for each in every]
-    if not found or not all(found):
+    problems = [find_untrained(experiment, checked.program, **given) for experiment in every]
+    if not problems or not all(problems):
         return None
-    return list({(each.code, each.span): each for own in found for each in own}.values())
+    return list(
+        {
+            (problem.code, problem.span): problem
+            for diagnostics in problems
+            for problem in diagnostics
+        }.values()
+    )
 
 
 def report_untrained(fit: DeclaredFit, *, has_store: bool, was_tried: bool = False) -> Diagnostic:
@@ -694,7 +700,9 @@ _UNKNOWN = "unknown"
 
 def list_trainings(store: Path) -> list[StoredTraining]:
     """Return the trainings of a store, the newest first; none for a folder that isn't a store."""
-    return sorted(_trainings(store / FITS_FOLDER), key=lambda each: each.ended, reverse=True)
+    return sorted(
+        _trainings(store / FITS_FOLDER), key=lambda training: training.ended, reverse=True
+    )
 
 
 def _trainings(folder: Path) -> Iterator[StoredTraining]:
@@ -702,7 +710,7 @@ def _trainings(folder: Path) -> Iterator[StoredTraining]:
         if not path.is_dir():
             continue
         files = [each for each in path.rglob("*") if each.is_file()]
-        newest = max(each.stat().st_mtime for each in (path, *files))
+        newest = max(file.stat().st_mtime for file in (path, *files))
         card = _read_card(path)
         yield StoredTraining(
             key=path.name.removesuffix(".part"),
@@ -713,7 +721,7 @@ def _trainings(folder: Path) -> Iterator[StoredTraining]:
             prompts=str(card.get("prompts", _UNKNOWN)),
             finished=path.suffix != ".part",
             ended=datetime.fromtimestamp(newest, UTC).astimezone(),
-            size=sum(each.stat().st_size for each in files),
+            size=sum(file.stat().st_size for file in files),
             folder=path,
         )
 
@@ -740,21 +748,21 @@ def remove_trainings(
         OSError: A folder can't be removed.
     """
     every = list_trainings(store)
-    found: dict[Path, StoredTraining] = {}
+    trainings: dict[Path, StoredTraining] = {}
     for text in keys:
-        begun = [each for each in every if each.key.startswith(text)]
-        if len({each.key for each in begun}) != 1:
+        begun = [training for training in every if training.key.startswith(text)]
+        if len({training.key for training in begun}) != 1:
             many = "several trainings begin" if begun else "no training begins"
             hint = "`mechdsl runs trainings` lists them"
             return [], [BadCommandLine(reason=f"{many} with `{text}`", hint=hint)]
-        found |= {each.folder: each for each in begun}
+        trainings |= {training.folder: training for training in begun}
     removed: list[StoredTraining] = []
-    for each in found.values():
-        lock = take_lock(each.folder.with_name(f"{each.key}.lock"))
+    for training in trainings.values():
+        lock = take_lock(training.folder.with_name(f"{training.key}.lock"))
         if lock is None:
-            reason = f"another process is training `{each.short_key}`"
+            reason = f"another process is training `{training.short_key}`"
             return removed, [BadCommandLine(reason=reason, hint="wait until it ends, or stop it")]
-        shutil.rmtree(each.folder)
+        shutil.rmtree(training.folder)
         lock.free(remove=True)
-        removed.append(each)
+        removed.append(training)
     return removed, []

@@ -201,15 +201,15 @@ def _train_ready(
 def _opposed(done: Iterable[TrainedFit], fits: Iterable[DeclaredFit]) -> Iterator[Diagnostic]:
     """Yield W0739 for each search whose measure is better with every edge ablated."""
     spans = {fit.basis: fit for fit in fits}
-    for each in done:
-        training, report = spans[each.basis].training, each.report
+    for fit in done:
+        training, report = spans[fit.basis].training, fit.report
         is_search = isinstance(training.trainer, EdgeSearchTrainer)
         if not is_search or not isinstance(report, CircuitReport):
             continue
         if report.is_opposed(minimises=training.minimises):
             yield OpposedSearch(
                 span=training.span,
-                circuit=each.basis,
+                circuit=fit.basis,
                 whole=f"{report.whole:.3g}",
                 unpatched=f"{report.unpatched:.3g}",
                 aim="smaller" if training.minimises else "larger",
@@ -220,12 +220,12 @@ def _opposed(done: Iterable[TrainedFit], fits: Iterable[DeclaredFit]) -> Iterato
 def _undecided(done: Iterable[TrainedFit], fits: Iterable[DeclaredFit]) -> Iterator[Diagnostic]:
     """Yield W0736 for each mask with undecided sites."""
     spans = {fit.basis: fit for fit in fits}
-    for each in done:
-        report = each.report
+    for fit in done:
+        report = fit.report
         if isinstance(report, MaskReport) and report.undecided:
             yield UndecidedMask(
-                span=spans[each.basis].training.span,
-                group=each.basis,
+                span=spans[fit.basis].training.span,
+                group=fit.basis,
                 undecided=report.undecided,
                 sites=report.candidates,
                 noun=report.noun,
@@ -289,7 +289,7 @@ def _train_due(
         due = list(due)
         objectives = (fit.objective for fit, _ in due)
         # Rows of a training may have other candidates than those of all experiments.
-        add_tower_views([each for each in objectives if each is not None], models)
+        add_tower_views([objective for objective in objectives if objective is not None], models)
         done: list[TrainedFit] = []
         cache = VectorCache()
         run = partial(_run_training, models=models, checked=checked, options=options, cache=cache)
@@ -329,7 +329,7 @@ def _group_by_vectors(
         training = each[0].training
         rows = training.sample.table.name if training.decoder is None else None
         groups.setdefault((rows, training.points), []).append(each)
-    return [each for own in groups.values() for each in own]
+    return [each for group in groups.values() for each in group]
 
 
 def _train_one(
@@ -465,14 +465,14 @@ def _run_training(
 def _partner_model(fit: DeclaredFit, models: Mapping[str, LoadedModel]) -> LoadedModel | None:
     """Return the model or the tower that runs the rows whose vectors others are correlated with;
     None without such rows."""
-    paired, own = fit.training.paired, fit.experiment.model
+    paired, model = fit.training.paired, fit.experiment.model
     if paired is None or paired.sample is None or paired.shape is None:
         return None
     if paired.sample.run.model is not None:
         return models[paired.sample.run.model]
-    if paired.shape.side == own.shape.side:
+    if paired.shape.side == model.shape.side:
         return models[fit.model]
-    both = models[own.name]
+    both = models[model.name]
     return both.texts if paired.shape.side == "text" else both
 
 
@@ -543,14 +543,14 @@ def _read_part(checked: CheckedFile, fit: DeclaredFit, ids: Sequence[int]) -> Fi
     assert checked.part is not None
     model, name = fit.experiment.model, fit.training.sample.table.name
     made = checked.part(name, model, ids)
-    found, problems = None, made.diagnostics
+    fit_sample, problems = None, made.diagnostics
     if made.table is not None:
-        found, more = resolve_part(fit.training, made.table, checked.program, model)
+        fit_sample, more = resolve_part(fit.training, made.table, checked.program, model)
         problems = [*problems, *more]
-    errors = [each for each in problems if each.severity == "error"]
+    errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         raise RowsRefused(errors)
-    return found
+    return fit_sample
 
 
 def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[str, Any]:

@@ -155,21 +155,23 @@ class RowSharer:
         plan = self.plans[number]
         runs = np.array([self._number(id(run)) for run in plan.starting_runs], dtype=np.int64)
         draws = np.full(len(rows), plan.draws)
-        found = [runs[plan.starting_run(rows)], draws, rows.prompt, self._drawn(plan, rows)]
+        columns = [runs[plan.starting_run(rows)], draws, rows.prompt, self._drawn(plan, rows)]
         either: dict[str, int] = {}
         for place, rule in enumerate(plan.rules):
             if rule.rule.does.changes == "nothing":  # observations don't change the row
                 continue
-            own = self._of_rule(number, place, rows)
+            numbers = self._of_rule(number, place, rows)
             if rule.rule.only is not None:  # alternatives share columns, as each row has one
-                begin = either.setdefault(rule.rule.only.axis, len(found))
-                before = found[begin : begin + len(own)] or [np.full(len(rows), -1)] * len(own)
+                begin = either.setdefault(rule.rule.only.axis, len(columns))
+                before = columns[begin : begin + len(numbers)] or [np.full(len(rows), -1)] * len(
+                    numbers
+                )
                 acts = rule.acts(rows)
-                own = [np.where(acts, a, b) for a, b in zip(own, before, strict=True)]
-                found[begin : begin + len(own)] = own
+                numbers = [np.where(acts, a, b) for a, b in zip(numbers, before, strict=True)]
+                columns[begin : begin + len(numbers)] = numbers
             else:
-                found += own
-        return found
+                columns += numbers
+        return columns
 
     def _drawn(self, plan: ExperimentPlan, rows: RowTable) -> Ints:
         """Return a number for each row's sampling seed, in addition to the prompt. Shape [row]."""
@@ -177,42 +179,42 @@ class RowSharer:
         if said is None or not said.sampled:
             return np.zeros(len(rows), dtype=np.int64)
         cells, inverse = np.unique(rows.cell, return_inverse=True)
-        found = [self._number(("drawn", plan.content(cell))) for cell in cells.tolist()]
-        return np.array(found, dtype=np.int64)[inverse]
+        numbers = [self._number(("drawn", plan.content(cell))) for cell in cells.tolist()]
+        return np.array(numbers, dtype=np.int64)[inverse]
 
     def _of_rule(self, number: int, place: int, rows: RowTable) -> list[Ints]:
         """Return the columns for a rule's effect on each row."""
         rule, key = self.plans[number].rules[place], self._keys[number][place]
         position = rule.position_of_cell[rows.cell]
-        found = [
+        columns = [
             np.full(len(rows), key.does),
             key.points[rule.site_of_cell[rows.cell]],
             key.written[rule.written_runs(rows)],
         ]
         if key.whole is None:
             run = rule.read.run(position, rows.prompt, rows.alternative)
-            found.append(key.read[run])
+            columns.append(key.read[run])
         else:
-            found.append(key.whole[position])
+            columns.append(key.whole[position])
         # The first columns identify the rule and thus the columns that follow.
         if place in self._cells[number]:
-            found.append(self._of_cell(rule, self._cells[number][place], rows))
-        found.append(rule.follow(rows))
+            columns.append(self._of_cell(rule, self._cells[number][place], rows))
+        columns.append(rule.follow(rows))
         if key.keys is not None:
-            found.append(key.keys[rule.key_runs(rows)])
+            columns.append(key.keys[rule.key_runs(rows)])
         if rule.rule.amounts is not None:
-            found.append(key.amounts[rows.cell])
+            columns.append(key.amounts[rows.cell])
         if rule.steps is not None:
-            found += list(rule.steps[rows.cell].T)
+            columns += list(rule.steps[rows.cell].T)
         if key.directions is not None:
-            found.append(key.directions[rows.cell])
+            columns.append(key.directions[rows.cell])
         if key.coordinates is not None:
-            found.append(key.coordinates[rows.cell])
+            columns.append(key.coordinates[rows.cell])
         if rule.paths is not None and key.receivers is not None:
-            found.append(key.receivers[rule.paths.pair_of_cell[rows.cell]])
+            columns.append(key.receivers[rule.paths.pair_of_cell[rows.cell]])
         if rule.paths is not None and key.receiving is not None:
-            found.append(key.receiving[rows.cell])
-        return found
+            columns.append(key.receiving[rows.cell])
+        return columns
 
     def _of_cell(self, rule: RulePlan, cells: WholeCells, rows: RowTable) -> Ints:
         """Return a number for all rows of each row's cell. Shape [row]."""
@@ -242,9 +244,12 @@ class RowSharer:
             assert circuit is not None
             nodes = (
                 *circuit.neurons.items(),
-                *((n, own.member.name, own.which) for n, own in circuit.features.items()),
+                *(
+                    (n, feature.member.name, feature.which)
+                    for n, feature in circuit.features.items()
+                ),
             )
-            points[key] = (nodes, *(self._edges(*own) for own in ends))
+            points[key] = (nodes, *(self._edges(*end) for end in ends))
         receivers = receiving = None
         if rule.paths is not None:
             paths = rule.paths
@@ -313,34 +318,34 @@ class RowSharer:
             self._number(
                 (
                     "coordinates",
-                    names[own.basis],
-                    own.which,
-                    own.inserted and names[-1],
-                    own.inserted,
+                    names[coordinates.basis],
+                    coordinates.which,
+                    coordinates.inserted and names[-1],
+                    coordinates.inserted,
                 )
             )
-            for own in named
+            for coordinates in named
         ]
         return np.array(numbers, dtype=np.int64)[of_cell]
 
     def _tokens(self, hits: TokenHits) -> Ints:
         """Return a number for each run's tokens: a single token itself. Shape [run]."""
         runs = np.arange(len(hits.tokens.offsets) - 1)
-        found = hits.leftmost(runs) if len(runs) else runs
+        tokens = hits.leftmost(runs) if len(runs) else runs
         for run in np.flatnonzero(hits.tokens.counts(runs) > 1):
             begin, end = hits.tokens.offsets[run : run + 2]
-            found[run] = -1 - self._number(hits.tokens.values[begin:end].tobytes())
-        return found
+            tokens[run] = -1 - self._number(hits.tokens.values[begin:end].tobytes())
+        return tokens
 
     def _written(self, rule: RulePlan) -> Ints:
         """Return a number for each run's written tokens, with their classes if it ablates a circuit
         with positions. Shape [run]."""
-        found, classes = self._tokens(rule.written), rule.written_classes
+        tokens, classes = self._tokens(rule.written), rule.written_classes
         if classes is None:
-            return found
+            return tokens
         ends = rule.written.tokens.offsets
         own = [classes[first:last].tobytes() for first, last in pairwise(ends.tolist())]
-        pairs = zip(found.tolist(), own, strict=True)
+        pairs = zip(tokens.tolist(), own, strict=True)
         return np.array([-1 - self._number(("classes", *pair)) for pair in pairs], dtype=np.int64)
 
     def _number(self, content: Hashable) -> int:
@@ -487,13 +492,13 @@ def gradient_work(
         return GradientWork()
     run = experiment.table.runs[experiment.spec.base]
     decomposed = said.kind.decomposes
-    own = np.repeat(prompts, _count_lanes(plan, prompts, by_cell=decomposed))
-    lengths, (patches, encoding) = run.lengths[own], count_vision_work(experiment)
-    patches, encoding = patches[own], encoding[own]
+    numbers = np.repeat(prompts, _count_lanes(plan, prompts, by_cell=decomposed))
+    lengths, (patches, encoding) = run.lengths[numbers], count_vision_work(experiment)
+    patches, encoding = patches[numbers], encoding[numbers]
     added = _count_shared_edges(plan, prompts)
 
     def whole(lengths: Ints) -> tuple[Ints, Floats]:
-        tokens, adds = count(lengths, run.sources[own])
+        tokens, adds = count(lengths, run.sources[numbers])
         return tokens + patches, adds + encoding + added * lengths
 
     by_item = any(atom.by_item for measure in experiment.measures for atom in measure.atoms)
@@ -507,28 +512,28 @@ def gradient_work(
     joined = -(-int(lengths.sum() + patches.sum() // n_layers) // each)
     senders = _count_moved_senders(plan)
     points = (said.steps or 1) * max(1, senders) if said.between_runs else 1
-    plain, found = False, GradientWork()
+    plain, work = False, GradientWork()
     for measure in experiment.measures:
         texts = [atom.appended for atom in measure.atoms if any(atom.appended)]
-        appended = [np.array(text)[own] for text in texts]
+        appended = [np.array(text)[numbers] for text in texts]
         for more in appended:  # each answer has a separate pass
-            found += _pass(lengths + more, joined, whole, forwards=1, backwards=kinds)
+            work += _pass(lengths + more, joined, whole, forwards=1, backwards=kinds)
         if len(texts) < len(measure.atoms):
-            found += _pass(lengths, joined, whole, forwards=0 if plain else 1, backwards=kinds)
+            work += _pass(lengths, joined, whole, forwards=0 if plain else 1, backwards=kinds)
             plain = True
     dropped = len(list_dropped_layers(experiment)) if said.kind.drops_layers else 1
     if plan.path is not None:
         times, given = dropped * kinds * len(experiment.measures), (lengths, joined, whole)
         held = _held_work(plan.path, *given, times, n_layers, 2 * senders)
         held = _sent_work(plan, *given) if decomposed else held
-        return sum((found for _ in range(dropped * points)), held + _pattern_work(plan, *given))
+        return sum((work for _ in range(dropped * points)), held + _pattern_work(plan, *given))
     if not said.joins_cells and not said.kind.adds_noise:
         more = _pass(lengths, joined, whole, forwards=int(said.between_runs), backwards=0)
         more += _changed_attention_work(plan, lengths, joined, whole, lambda _: (patches, encoding))
-        return sum((found for _ in range(dropped * points)), more)
+        return sum((work for _ in range(dropped * points)), more)
     copies = said.steps or int(dict(said.options)["samples"])
     first = _pass(lengths, joined, whole, forwards=1, backwards=0)
-    return sum((found for _ in range(copies * len(set(cell_sites(plan).tolist())))), first)
+    return sum((work for _ in range(copies * len(set(cell_sites(plan).tolist())))), first)
 
 
 def _count_lanes(plan: ExperimentPlan, prompts: Ints, *, by_cell: bool) -> Ints:
@@ -555,7 +560,7 @@ def circuit_runs(plan: ExperimentPlan) -> Ints:
     by_item = any(atom.by_item for measure in plan.experiment.measures for atom in measure.atoms)
     if by_item:
         kinds = list(dict.fromkeys(plan.items))
-        parts.append(np.array([kinds.index(each) for each in plan.items]))
+        parts.append(np.array([kinds.index(item) for item in plan.items]))
     return np.unique(np.stack(parts), axis=1, return_inverse=True)[1].reshape(-1)
 
 
@@ -584,9 +589,9 @@ def _count_shared_edges(plan: ExperimentPlan, prompts: Ints) -> float:
     for rule in plan.joined_rules:
         circuit = rule.rule.circuit
         assert circuit is not None
-        own = rows.take(np.flatnonzero(rule.acts(rows)))
-        written = rule.written.tokens.counts(rule.written_runs(own)).sum()
-        encoded = run.sources[own.prompt].sum() / max(1, run.lengths[own.prompt].sum())
+        row_table = rows.take(np.flatnonzero(rule.acts(rows)))
+        written = rule.written.tokens.counts(rule.written_runs(row_table)).sum()
+        encoded = run.sources[row_table.prompt].sum() / max(1, run.lengths[row_table.prompt].sum())
         work = count_circuit_work(circuit, plan.experiment.model.shape, float(encoded))
         total += work * float(written) / tokens
     return total
@@ -664,7 +669,7 @@ def list_dropped_layers(experiment: ResolvedExperiment) -> list[tuple[str, int |
     an encoder that rules are in."""
     shape = experiment.model.shape
     stacks = {"": shape} | {stack: shape.others[stack] for stack in experiment.acted_stacks}
-    return [(name, layer) for name, own in stacks.items() for layer in range(own.n_layers)]
+    return [(name, layer) for name, stack in stacks.items() for layer in range(stack.n_layers)]
 
 
 def _changed_attention_work(
@@ -678,17 +683,17 @@ def _changed_attention_work(
 
     encoder: counts passes of the vision encoder.
     """
-    found, n_layers = GradientWork(), plan.experiment.model.shape.n_layers
+    work, n_layers = GradientWork(), plan.experiment.model.shape.n_layers
     for (site, layer), values in _count_changed_attention(plan).items():
         if SITES[site].stack == "vision":
             scores = _pass(lengths, joined, encoder, forwards=1 + values, backwards=0)
-            found += scores.of_blocks(1)
+            work += scores.of_blocks(1)
             continue
         scores = _pass(lengths, joined, whole, forwards=1 + values, backwards=0)
         if site in ("q", "k") and layer is not None:  # it stops before the next block
             scores = scores.of_blocks((layer + 1) / n_layers)
-        found += scores
-    return found
+        work += scores
+    return work
 
 
 def _count_changed_attention(plan: ExperimentPlan) -> dict[SiteLayer, int]:
@@ -701,22 +706,22 @@ def _count_changed_attention(plan: ExperimentPlan) -> dict[SiteLayer, int]:
         cells = np.stack([rule.site_of_cell, rule.position_of_cell])
         cells = cells if rule.active is None else cells[:, rule.active]
         for (site, position), count in zip(*_count_distinct(cells), strict=True):
-            _, own = rule.points.expand(np.array([site]))
+            _, numbers = rule.points.expand(np.array([site]))
             tokens = {*chain.from_iterable(chain.from_iterable(rule.positions[position].hits[:1]))}
-            for point in (rule.point_table[number] for number in own.tolist()):
+            for point in (rule.point_table[number] for number in numbers.tolist()):
                 if is_query_or_key(point.site):
                     writes.update({(point, token): count for token in tokens or {0}})
-    found = dict[SiteLayer, int]()
+    changed_attentions = dict[SiteLayer, int]()
     for (point, _), count in writes.items():
         place = point.site, point.layer
-        found[place] = max(count, found.get(place, 0))
-    return found
+        changed_attentions[place] = max(count, changed_attentions.get(place, 0))
+    return changed_attentions
 
 
 def _count_distinct(columns: Ints) -> tuple[list[list[int]], list[int]]:
     """Return the distinct columns, and how often each occurs."""
-    found, counts = np.unique(columns, axis=1, return_counts=True)
-    return found.T.tolist(), counts.tolist()
+    distinct, counts = np.unique(columns, axis=1, return_counts=True)
+    return distinct.T.tolist(), counts.tolist()
 
 
 def _held_work(
@@ -882,8 +887,8 @@ class ReadPasses:
     @staticmethod
     def of(plans: Sequence[ExperimentPlan], rows: Sequence[RowTable]) -> ReadPasses:
         passes = (
-            {name: np.full(len(own), len(_places(plan))) for name in _reads(plan)}
-            for plan, own in zip(plans, rows, strict=True)
+            {name: np.full(len(row), len(_places(plan))) for name in _reads(plan)}
+            for plan, row in zip(plans, rows, strict=True)
         )
         return ReadPasses(
             tuple(passes), len(set[ReplyPosition | None]().union(*map(_places, plans)))
@@ -892,17 +897,17 @@ class ReadPasses:
     def take(self, index: Sequence[Ints]) -> ReadPasses:
         """Select some rows of each experiment."""
         pairs = zip(self.passes, index, strict=True)
-        passes = ({name: own[i] for name, own in each.items()} for each, i in pairs)
+        passes = ({name: numbers[i] for name, numbers in each.items()} for each, i in pairs)
         return ReadPasses(tuple(passes), self.most)
 
     def shared(self, shared: SharedRows) -> ReadPasses:
         """Reduce to distinct rows, shared by all experiments: the union of their members' reads."""
         found: dict[str, Ints] = {}
         for passes, (which, _) in zip(self.passes, shared.members, strict=True):
-            for name, own in passes.items():
+            for name, numbers in passes.items():
                 whole = found.setdefault(name, np.zeros(len(shared), dtype=np.int64))
-                np.add.at(whole, which, own)
-        every = {name: np.minimum(own, self.most) for name, own in found.items()}
+                np.add.at(whole, which, numbers)
+        every = {name: np.minimum(numbers, self.most) for name, numbers in found.items()}
         return ReadPasses(tuple(every for _ in self.passes), self.most)
 
     def work(
@@ -915,12 +920,14 @@ class ReadPasses:
     ) -> ReplyWork:
         """Count the work for rows of each experiment; `unpatched` adds base and source runs."""
         said = plans[0].experiment.generation
-        found = ReplyWork(0, 0, 0, 0)
+        work = ReplyWork(0, 0, 0, 0)
         if said is None:
-            return found
-        for own in self.list_passes(plans, rows, said.tokens, unpatched=unpatched):
-            found += read_pass_work(own.lengths, own.logits, said.samples, pass_tokens)
-        return found
+            return work
+        for reply_passes in self.list_passes(plans, rows, said.tokens, unpatched=unpatched):
+            work += read_pass_work(
+                reply_passes.lengths, reply_passes.logits, said.samples, pass_tokens
+            )
+        return work
 
     def list_passes(
         self,
@@ -934,22 +941,22 @@ class ReadPasses:
         every = list(self._prompts(plans, rows))
         every += _unpatched(plans, self.most) if unpatched else []
         by_pass: dict[str, list[ReplyPasses]] = {}
-        for name, own in every:
-            by_pass.setdefault(name, []).append(own)
+        for name, reply_passes in every:
+            by_pass.setdefault(name, []).append(reply_passes)
         for parts in by_pass.values():
             yield ReplyPasses(
-                np.concatenate([own.lengths for own in parts]) + tokens,
-                np.concatenate([own.sources for own in parts]),
-                sum(own.logits for own in parts),
+                np.concatenate([part.lengths for part in parts]) + tokens,
+                np.concatenate([part.sources for part in parts]),
+                sum(part.logits for part in parts),
             )
 
     def _prompts(
         self, plans: Sequence[ExperimentPlan], rows: Sequence[RowTable]
     ) -> Iterator[tuple[str, ReplyPasses]]:
         """Yield passes over prompts with their names; there is one per noise draw."""
-        for passes, plan, own in zip(self.passes, plans, rows, strict=True):
+        for passes, plan, row in zip(self.passes, plans, rows, strict=True):
             for name, places in passes.items():
-                chosen = own.take(np.flatnonzero(places))
+                chosen = row.take(np.flatnonzero(places))
                 if name == _RULES:
                     given = plan.lengths(chosen), plan.sources(chosen)
                 else:
@@ -970,20 +977,20 @@ def _reads(plan: ExperimentPlan) -> Iterator[str]:
 
 def _references(plan: ExperimentPlan) -> Iterator[str]:
     """Yield the runs that measures of replies compare with."""
-    measured = (each for each in plan.experiment.measures if each.in_reply is not None)
+    measured = (measure for measure in plan.experiment.measures if measure.in_reply is not None)
     runs = (atom.run for measure in measured for atom in measure.atoms)
     yield from dict.fromkeys(run for run in runs if run is not None)
 
 
 def _places(plan: ExperimentPlan) -> set[ReplyPosition | None]:
     """Return the measured positions of a reply, at least one, because a pass gives some logits."""
-    found = {each.in_reply for each in plan.experiment.measures}
-    return found - {None} or {None}
+    reply_positions = {measure.in_reply for measure in plan.experiment.measures}
+    return reply_positions - {None} or {None}
 
 
 def _unpatched(plans: Sequence[ExperimentPlan], places: int) -> list[tuple[str, ReplyPasses]]:
     """Return the passes of base and source runs, which are measured once after their replies."""
-    found: dict[tuple[str, str], ReplyPasses] = {}
+    passes: dict[tuple[str, str], ReplyPasses] = {}
     for plan in plans:
         experiment = plan.experiment
         if all(measure.in_reply is None for measure in experiment.measures):
@@ -996,8 +1003,8 @@ def _unpatched(plans: Sequence[ExperimentPlan], places: int) -> list[tuple[str, 
                 prompts = experiment.table.runs[other] if other else run
                 given = prompts.lengths, prompts.sources
                 lengths, sources = (np.repeat(each, run.draws) for each in given)
-                found[name, other] = ReplyPasses(lengths, sources, len(lengths) * places)
-    return [(f"{name} {other}", own) for (name, other), own in found.items()]
+                passes[name, other] = ReplyPasses(lengths, sources, len(lengths) * places)
+    return [(f"{name} {other}", reply_passes) for (name, other), reply_passes in passes.items()]
 
 
 @dataclass(frozen=True)
@@ -1063,8 +1070,8 @@ def count_circuit_work(circuit: CircuitTargets, shape: ModelShape, encoded: floa
     if circuit.encoder is None:
         return work[0]
     return sum(
-        (encoded if circuit.encoder in places else 1 - encoded) * own
-        for places, own in zip(circuit.classes, work, strict=True)
+        (encoded if circuit.encoder in places else 1 - encoded) * number
+        for places, number in zip(circuit.classes, work, strict=True)
     )
 
 
@@ -1084,7 +1091,7 @@ def _count_edge_work(
     """
     components = [SITES[of.site].component for of in senders.points]
     in_vision = any(SITES[of.site].stack == "vision" for of in senders.points)
-    own = shape.others["vision"] if in_vision else shape
+    model_shape = shape.others["vision"] if in_vision else shape
     layers = [
         -1 if component == "resid_pre" else of.layer or 0
         for of, component in zip(senders.points, components, strict=True)
@@ -1108,8 +1115,10 @@ def _count_edge_work(
     if inputs is None:
         sites = {to.site for to in receivers.points if is_neuron(to)}
         inputs = sum(len(_list_inputs(senders, receivers, site)) for site in sites)
-    read = inputs * (block.dense_mlp - own.d_model * own.d_mlp)
-    return own.d_model * (summed + (projected + heads) * own.d_head + neurons) + read
+    read = inputs * (block.dense_mlp - model_shape.d_model * model_shape.d_mlp)
+    return (
+        model_shape.d_model * (summed + (projected + heads) * model_shape.d_head + neurons) + read
+    )
 
 
 def _count_split_work(
@@ -1127,10 +1136,10 @@ def _count_split_work(
     Args:
         are_alone: Whether each node has an input to itself.
     """
-    found = 0
+    total = 0
     senders, receivers = ends
     sending = {(of.site, of.layer) for of in senders.points}
-    for (site, layer), own in features.items():
+    for (site, layer), feature in features.items():
         reads = "mlp_norm" if site == "mlp_out" else site
         inputs: Collection[tuple[int | None, object]] = _list_inputs(senders, receivers, reads)
         if are_alone:
@@ -1138,7 +1147,7 @@ def _count_split_work(
         count = sum(each == layer for each, _ in inputs)
         if not count and (site, layer) not in sending:
             continue
-        operand, named = own.member.operand, len(own.which)
+        operand, named = feature.member.operand, len(feature.which)
         assert isinstance(operand, DictionaryFile)
         encoding = operand.encoding_products
         if operand.is_separate and named <= MAX_GATHERED:
@@ -1149,8 +1158,8 @@ def _count_split_work(
             if site == "mlp_out"
             else 2 * unit_count(shape, "z", layer) * shape.d_model
         )
-        found += count * made + (count + 1 + fill) * encoding + 2 * named * shape.d_model
-    return found
+        total += count * made + (count + 1 + fill) * encoding + 2 * named * shape.d_model
+    return total
 
 
 def _list_inputs(
@@ -1164,7 +1173,7 @@ def _list_inputs(
     for of, to in zip(senders.of_edge.tolist(), receivers.of_edge.tolist(), strict=True):
         if reads[to]:
             sets[to].add(of)
-    return {(receivers.points[to].layer, frozenset(own)) for to, own in sets.items()}
+    return {(receivers.points[to].layer, frozenset(numbers)) for to, numbers in sets.items()}
 
 
 def _count_ablation_work(
@@ -1187,8 +1196,8 @@ def _count_ablation_work(
         sums_all: Whether receivers read the sum of what they keep, so that every sender is read.
     """
     senders, receivers = ends
-    columns = np.array([graph.column[_node(each)] for each in senders.points], dtype=np.int64)
-    rows = np.array([graph.row[_node(each)] for each in receivers.points], dtype=np.int64)
+    columns = np.array([graph.column[_node(point)] for point in senders.points], dtype=np.int64)
+    rows = np.array([graph.row[_node(point)] for point in receivers.points], dtype=np.int64)
     kept = graph.before.copy()
     kept[rows[receivers.of_edge], columns[senders.of_edge]] = False
     filled = np.isin(np.arange(len(graph.senders)), columns) | sums_all
@@ -1230,23 +1239,23 @@ def _count_sums(
     rows: dict[int | None, list[int]] = defaultdict(list)
     for number, (_, layer, _) in enumerate(receivers):
         rows[layer].append(number)
-    found = 0
-    for own in rows.values():
-        heads = [n for n in own if receivers[n][0] in ("q", "k", "v")]
-        others = [n for n in own if receivers[n][0] not in ("q", "k", "v")]
+    sums = 0
+    for row in rows.values():
+        heads = [n for n in row if receivers[n][0] in ("q", "k", "v")]
+        others = [n for n in row if receivers[n][0] not in ("q", "k", "v")]
         if are_repeated:
             distinct = {ablated[n].tobytes() for n in heads}
-            found += (2 + len(distinct)) * int(before[heads[0]]) if heads else 0
-            found += sum(2 * int(before[n]) for n in others)
+            sums += (2 + len(distinct)) * int(before[heads[0]]) if heads else 0
+            sums += sum(2 * int(before[n]) for n in others)
             continue
         if not heads:
-            found += sum(1 + int(before[n]) for n in others)
+            sums += sum(1 + int(before[n]) for n in others)
             continue
         first = int(before[heads[0]])
-        distinct = {ablated[n].tobytes() for n in own}
-        found += (1 + len(distinct)) * (1 + first)
-        found += sum(int(before[n]) - first for n in others)
-    return found
+        distinct = {ablated[n].tobytes() for n in row}
+        sums += (1 + len(distinct)) * (1 + first)
+        sums += sum(int(before[n]) - first for n in others)
+    return sums
 
 
 def _count_separate_maps(graph: CircuitGraph, ablated: Bools) -> tuple[int, int]:
@@ -1344,14 +1353,14 @@ def vision_adds(
 
 def _list_opened_layers(plan: ExperimentPlan) -> list[set[int | None]]:
     """Return the layers of the vision encoder in which patches may see other tiles. Per cell."""
-    found: list[set[int | None]] = [set() for _ in range(plan.n_cells)]
+    layers: list[set[int | None]] = [set() for _ in range(plan.n_cells)]
     for rule in plan.rules:
         if rule.rule.edge is None or rule.rule.edge.change != "allow" or not rule.rule.in_vision:
             continue
-        for own, site in zip(found, rule.site_of_cell.tolist(), strict=True):
+        for own, site in zip(layers, rule.site_of_cell.tolist(), strict=True):
             first, last = rule.points.offsets[site : site + 2].tolist()
             own.update(rule.point_table[at].layer for at in rule.points.values[first:last])
-    return found
+    return layers
 
 
 def count_vision_work(
@@ -1374,8 +1383,8 @@ def count_vision_work(
     layers = model.shape.others["vision"].n_layers
     works = [
         [
-            count_picture_work(model.shape, model.tokenizer, each, across=across)
-            for each in row.pictures.values()
+            count_picture_work(model.shape, model.tokenizer, picture, across=across)
+            for picture in row.pictures.values()
         ]
         for row in rows
     ]
@@ -1430,14 +1439,14 @@ def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
     all blocks and the logits of one token)."""
     prompts = len(run.lengths) * run.draws
     logits = prompts * shape.d_model * shape.outputs if stop is None else 0
-    each = PassCost.of(shape)
-    tokens, adds = each.whole(run.lengths, run.sources, stop)
+    pass_cost = PassCost.of(shape)
+    tokens, adds = pass_cost.whole(run.lengths, run.sources, stop)
     products = int(adds.sum()) * run.draws + logits
     if shape.attended:  # keys and values of an image are computed once
         blocks = shape.n_layers if stop is None else min(stop, shape.n_layers)
         every = [image for row in run.rows for image in list_first_tokens(row, shape)]
         copies = np.array((len(every) * run.draws - len({*every})) * shape.attended)
-        products -= int(each.block.image_maps(copies)) * blocks
+        products -= int(pass_cost.block.image_maps(copies)) * blocks
     return Cost(0, 0, prompts, int(tokens.sum()) * run.draws, products)
 
 
@@ -1445,7 +1454,7 @@ def list_fitted_runs(
     fits: Iterable[tuple[Sequence[SitePoint], Sequence[FitSample]]], shape: ModelShape
 ) -> list[tuple[PromptRun, int]]:
     """Return the runs that fits read, once each, with the number of their blocks to run."""
-    found: dict[tuple[int, str | None], tuple[PromptRun, int]] = {}
+    fitted_runs: dict[tuple[int, str | None], tuple[PromptRun, int]] = {}
     for points, samples in fits:
         layers = shape.n_layers
         # Passes for vectors of patches stop before the language model.
@@ -1456,9 +1465,9 @@ def list_fitted_runs(
         blocks = [layers if stop is None else min(stop, layers) for stop in stops]
         for sample in samples:
             key = id(sample.run.rows), sample.run.model
-            before = found.get(key, (sample.run, 0))
-            found[key] = sample.run, max(before[1], *blocks)
-    return list(found.values())
+            before = fitted_runs.get(key, (sample.run, 0))
+            fitted_runs[key] = sample.run, max(before[1], *blocks)
+    return list(fitted_runs.values())
 
 
 def jacobian_cost(shape: ModelShape, basis: JacobianBasis) -> Cost:
@@ -1467,7 +1476,7 @@ def jacobian_cost(shape: ModelShape, basis: JacobianBasis) -> Cost:
     layers = shape.n_layers
     first, last = (
         min(layers if stop is None else stop, layers)
-        for stop in (stop_layer(each.site, each.layer, layers) for each in basis.points)
+        for stop in (stop_layer(point.site, point.layer, layers) for point in basis.points)
     )
     draws = basis.sample.run.draws
     counts = draws * np.array([sum(map(len, runs)) for runs in basis.sample.cell.hits])
@@ -1488,8 +1497,8 @@ def reply_cost(shape: ModelShape, work: ReplyWork, stop: int | None = None) -> C
     """
     block, blocks = BlockCost.of(shape), shape.n_layers if stop is None else stop
     keys = (1 - block.share) * work.keys + block.share * work.tokens * block.image
-    each = block.token - block.share * block.encode
-    adds = blocks * float(work.tokens * each + keys * block.key)
+    token = block.token - block.share * block.encode
+    adds = blocks * float(work.tokens * token + keys * block.key)
     adds += float(work.logits * shape.d_model * shape.outputs)
     return Cost(0, 0, work.forwards, work.tokens * blocks, adds)
 
@@ -1608,7 +1617,7 @@ class PanelCount:
 
     def chunks(self) -> Iterator[Ints]:
         """Yield groups of prompts whose rows can be laid out together."""
-        cells = max(1, sum(each.n_cells for each in self.plans))
+        cells = max(1, sum(plan.n_cells for plan in self.plans))
         size = max(1, BATCH_ROWS // cells)
         every = np.arange(len(self.table), dtype=np.int64)
         return (every[i : i + size] for i in range(0, len(every), size))
@@ -1616,16 +1625,16 @@ class PanelCount:
     def unpatched(self, *, stopped: bool) -> Cost:
         """Return the cost of all prompts of all unpatched runs, per sweep; with `stopped`, runs
         that are only read stop early."""
-        found = Cost()
+        cost = Cost()
         for name, times in self.sweeps.items():
-            found += times * run_cost(
+            cost += times * run_cost(
                 self.shape, self.panel.table.runs[name], self._stop(name, stopped)
             )
         for run, blocks in (*self.fitted, *self.external):  # these always stop early
-            found += run_cost(self.shape, run, blocks)
+            cost += run_cost(self.shape, run, blocks)
         for basis in self.jacobians:
-            found += jacobian_cost(self.shape, basis)
-        return found
+            cost += jacobian_cost(self.shape, basis)
+        return cost
 
     def _stop(self, name: str, stopped: bool) -> int | None:
         needs = self.panel.runs.get(name)
@@ -1651,7 +1660,7 @@ class PanelCount:
         attends = self.shape.attends_to_image
         if ahead or differs or not (attends or self.shape.reads_prefix):
             return 0
-        found, size = 0, batch_size(self.panel, self.prompt_tokens)
+        copies, size = 0, batch_size(self.panel, self.prompt_tokens)
         for first in range(0, len(run.rows), size):
             rows = run.rows[first : first + size]
             ids = [row.ids[row.source :] for row in rows]
@@ -1661,8 +1670,8 @@ class PanelCount:
             owner = share_beginnings(ids, images)
             if owner is not None:
                 own = (owner < 0) | (owner == np.arange(len(ids))[:, None])
-                found += int((~own).sum())
-        return found
+                copies += int((~own).sum())
+        return copies
 
     @cached_property
     def sweeps(self) -> Counter[str]:
@@ -1688,7 +1697,11 @@ class PanelCount:
         members = {m.name: m for rule in rules for m in rule.directions}
         vectors = (fit for m in members.values() for fit in iter_fitted_vectors(m.vector))
         fits = [(fit.points, fit.samples) for fit in vectors]
-        others = (own for own in iter_basis_fits(rules) if not isinstance(own, JacobianBasis))
+        others = (
+            basis_fit
+            for basis_fit in iter_basis_fits(rules)
+            if not isinstance(basis_fit, JacobianBasis)
+        )
         fits += [(own.points, own.samples) for own in others]
         return list_fitted_runs(fits, self.shape)
 
@@ -1697,8 +1710,8 @@ class PanelCount:
         """Bases that are computed from Jacobians."""
         plans = (*self.panel.derived.values(), *self.plans)
         fits = iter_basis_fits([rule for p in plans for rule in p.rules])
-        found = (own for own in fits if isinstance(own, JacobianBasis))
-        keyed = {(id(o.sample.run.rows), o.sample.cell, *o.points, o.of_target): o for o in found}
+        bases = (fit for fit in fits if isinstance(fit, JacobianBasis))
+        keyed = {(id(o.sample.run.rows), o.sample.cell, *o.points, o.of_target): o for o in bases}
         return list(keyed.values())
 
     def batches(self) -> int:
@@ -1761,12 +1774,12 @@ class PanelWork:
 
     def _estimates(self) -> Cost:
         """Return the cost of the estimates that replace rows."""
-        shape, found = self.panel.shape, self.gradients
-        forwards, backwards = found.forwards, found.backwards
+        shape, gradients = self.panel.shape, self.gradients
+        forwards, backwards = gradients.forwards, gradients.backwards
         if self.joins:
-            forwards, backwards = found.joined_forwards, found.joined_backwards
-        adds = found.adds + found.logits * float(shape.d_model * shape.outputs)
-        return Cost(0, 0, forwards, found.tokens, adds, backwards)
+            forwards, backwards = gradients.joined_forwards, gradients.joined_backwards
+        adds = gradients.adds + gradients.logits * float(shape.d_model * shape.outputs)
+        return Cost(0, 0, forwards, gradients.tokens, adds, backwards)
 
     def _replies(self) -> Cost:
         """Return the cost after the prefill; unpatched runs generate once per panel."""
@@ -1787,7 +1800,13 @@ class PanelWork:
                 work = reply_work(texts, said.tokens, said.samples, kept=True, pass_tokens=size)
                 cost = reply_cost(shape, work)
             read = self.readings.list_passes(*given, said.tokens, unpatched=self.first)
-            return sum((read_pass_cost(shape, own, said.samples, together) for own in read), cost)
+            return sum(
+                (
+                    read_pass_cost(shape, reply_passes, said.samples, together)
+                    for reply_passes in read
+                ),
+                cost,
+            )
         work = reply_work(
             lengths,
             said.tokens,
@@ -1858,7 +1877,7 @@ class PanelWork:
         plans = zip(self.panel.plans, self.rows, strict=True)
         left = [np.flatnonzero(~plan.is_inert(rows)) for plan, rows in plans]
         self.settles = True
-        self.rows = [rows.take(own) for rows, own in zip(self.rows, left, strict=True)]
+        self.rows = [rows.take(numbers) for rows, numbers in zip(self.rows, left, strict=True)]
         self.readings = self.readings.take(left)
         self.patched = self._whole()
         self.encoding = self._encoding()
@@ -1867,9 +1886,9 @@ class PanelWork:
         """Run equal rows, and equal beginnings of unpatched prompts, once."""
         self.shares = True
         shared = self.panel.sharer.of(self.rows)
-        own = [np.flatnonzero(shared.owner == n) for n in range(len(self.panel.plans))]
-        self.rows = [shared.rows.take(rows) for rows in own]
-        self.readings = self.readings.shared(shared).take(own)
+        numbers = [np.flatnonzero(shared.owner == n) for n in range(len(self.panel.plans))]
+        self.rows = [shared.rows.take(rows) for rows in numbers]
+        self.readings = self.readings.shared(shared).take(numbers)
         self.patched = self._whole()
         self.encoding = self._encoding()
         if self.first:
@@ -1927,12 +1946,13 @@ class PanelWork:
             return Cost()
         pairs = [*zip(self.panel.plans, self.rows, strict=True)]
         equal = np.concatenate(
-            [np.repeat(count_unchanged_tokens(*own), own[0].draws, axis=1) for own in pairs], axis=1
+            [np.repeat(count_unchanged_tokens(*pair), pair[0].draws, axis=1) for pair in pairs],
+            axis=1,
         )
         prompt = np.concatenate([np.repeat(rows.prompt, plan.draws) for plan, rows in pairs])
         lengths = [plan.lengths(rows) - plan.sources(rows) for plan, rows in pairs]
         tokens = sum(
-            int(own.sum()) * plan.draws for own, (plan, _) in zip(lengths, pairs, strict=True)
+            int(length.sum()) * plan.draws for length, (plan, _) in zip(lengths, pairs, strict=True)
         )
         first = np.zeros((shape.n_layers, int(prompt.max(initial=0)) + 1), dtype=np.int64)
         for layer in range(shape.n_layers):
@@ -1974,14 +1994,14 @@ def count_unchanged_tokens(plan: ExperimentPlan, rows: RowTable) -> Ints:
         row, token = rule.written.tokens.expand(rule.written_runs(rows))
         index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
         for number in np.unique(point):
-            place, own = rule.point_table[number], index[point == number]
+            place, numbers = rule.point_table[number], index[point == number]
             site = SITES[place.site]
             layer = 0 if place.layer is None or site.stack == "vision" else place.layer
             layer += site.component == "resid_post" and site.stack != "vision"
             of_image = site.stack == "vision" or place.site in ("k cross", "v cross")
-            at = sources[row[own]] if of_image else token[own]
+            at = sources[row[numbers]] if of_image else token[numbers]
             if place.layer is not None or place.site == "embed":
-                np.minimum.at(first[layer], row[own], at)
+                np.minimum.at(first[layer], row[numbers], at)
     return np.minimum.accumulate(first, axis=0)[:-1] - sources
 
 
@@ -1990,29 +2010,29 @@ def _blocks(table: Sequence[SitePoint], points: RaggedColumn) -> Ints:
     heads or neurons. Shape [site combination]."""
     numbers: dict[frozenset[tuple[str, int | None]], int] = {}
     places = [(point.site, point.layer) for point in table]
-    found: list[int] = []
+    blocks: list[int] = []
     for begin, end in zip(points.offsets[:-1], points.offsets[1:], strict=True):
         own = frozenset(places[point] for point in points.values[begin:end])
-        found.append(numbers.setdefault(own, len(numbers)))
-    return np.array(found, dtype=np.int64)
+        blocks.append(numbers.setdefault(own, len(numbers)))
+    return np.array(blocks, dtype=np.int64)
 
 
 def _shapes(plan: ExperimentPlan, rows: RowTable) -> list[_Shapes]:
     """Return the rows of an experiment; for path patching, also the rows that record the receivers'
     inputs. If such rows are full forward passes, other passes read their frozen activations."""
-    found = [_Shapes(plan, rows)]
+    shapes = [_Shapes(plan, rows)]
     path = plan.path
     if path is not None and path.paths is not None and not path.paths.at_the_end:
         at = path.written_runs(rows)
         sender = plan.senders[rows.cell]
         code = combine_columns([[sender, at, rows.alternative, rows.prompt]], [len(rows)])
         _, first = np.unique(code, return_index=True)
-        found.append(_Shapes(plan, rows.take(first), recording=True))
+        shapes.append(_Shapes(plan, rows.take(first), recording=True))
     if path is not None and plan.whole:
-        found.append(found[-1])
+        shapes.append(shapes[-1])
         if path.paths is not None and path.paths.also_at_the_end:  # inputs without it
-            found.append(found[-1])
-    return found
+            shapes.append(shapes[-1])
+    return shapes
 
 
 class _Shapes:
@@ -2082,14 +2102,14 @@ class _Shapes:
             passed, added = panel.row_passes(self.plan, self.lengths, self.sources)
             return int(passed @ self.counts), int(added @ self.counts)
         tokens = adds = 0
-        for each in block_work(
+        for work in block_work(
             self.masks,
             shape.n_layers,
             parallel=shape.parallel_block,
             causal=shape.causal,
             shortcuts=shortcuts,
         ):
-            more_tokens, more_adds = panel.block.of_work(each, self.lengths, self.counts)
+            more_tokens, more_adds = panel.block.of_work(work, self.lengths, self.counts)
             tokens += more_tokens
             adds += more_adds
         return tokens, adds

@@ -61,8 +61,8 @@ class EncodeNode:
 
 def component_layers(points: Mapping[AxisIndices, tuple[SitePoint, ...]]) -> tuple[SiteLayer, ...]:
     """Return every component with its layer, in the order of a forward pass."""
-    found = {(point.site, point.layer) for here in points.values() for point in here}
-    return tuple(sorted(found, key=lambda place: (SITES[place[0]].order, place[1] or 0)))
+    layers = {(point.site, point.layer) for here in points.values() for point in here}
+    return tuple(sorted(layers, key=lambda place: (SITES[place[0]].order, place[1] or 0)))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class WriteNode:
         """The read node of the value, if any."""
         if isinstance(self.value, ReadNode):
             return self.value
-        return next((each for each in self.value.inputs if isinstance(each, ReadNode)), None)
+        return next((node for node in self.value.inputs if isinstance(node, ReadNode)), None)
 
 
 @dataclass(frozen=True)
@@ -250,13 +250,13 @@ NodeT = TypeVar("NodeT", bound=Any)
 
 def node_inputs(node: Node) -> list[Node]:
     """Return the nodes in a node's fields, which must be computed before it."""
-    found: list[Node] = []
+    nodes: list[Node] = []
     for f in fields(node):
         value: Any = getattr(node, f.name)
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, Node):
-                found.append(item)
-    return found
+                nodes.append(item)
+    return nodes
 
 
 def graph_from_leaves(leaves: Sequence[Node]) -> Graph:
@@ -286,8 +286,8 @@ def check_graph(graph: Graph) -> None:
     acting: dict[str, set[ForwardNode]] = {}
     for leaf in graph_leaves(graph):
         assert leaf.effects, f"{leaf.experiment} has no output"
-        found = acting.setdefault(leaf.experiment, set())
-        found.update(effect.patched.forward for effect in leaf.effects)
+        nodes = acting.setdefault(leaf.experiment, set())
+        nodes.update(effect.patched.forward for effect in leaf.effects)
     for experiment, passes in acting.items():
         assert len(passes) == 1, f"{experiment} is measured in several passes"
 
@@ -350,7 +350,7 @@ def build_graph(experiments: Sequence[ResolvedExperiment]) -> Graph:
         return known[experiment.key]
 
     return graph_from_leaves(
-        [leaf for each in experiments for leaf in _leaves(each, effects(each))]
+        [leaf for experiment in experiments for leaf in _leaves(experiment, effects(experiment))]
     )
 
 
@@ -367,11 +367,11 @@ def _leaves(experiment: ResolvedExperiment, effects: tuple[EffectNode, ...]) -> 
         for run, correct in experiment.accuracies.items()
     )
     leaves: list[Node] = [
-        ReportNode(key, effects, report_text(each), experiment) for each in reports
+        ReportNode(key, effects, report_text(report), experiment) for report in reports
     ]
     leaves.extend(
-        ExpectNode(key, effects, accuracies, each.text, experiment)
-        for each in experiment.spec.expects
+        ExpectNode(key, effects, accuracies, expect.text, experiment)
+        for expect in experiment.spec.expects
     )
     return leaves
 
@@ -512,12 +512,12 @@ def _bases(experiment: ResolvedExperiment, rule: ResolvedRule) -> tuple[Directio
             return ()
         reads = _fit_reads(experiment, list(basis.fits))
         return (DirectionNode(rule.spec.direction.span.written, basis.members[0].made, reads),)
-    found: list[DirectionNode] = []
-    for own in rule.bases:
-        members, reads = own.members, _fit_reads(experiment, list(own.fits))
+    bases: list[DirectionNode] = []
+    for basis_targets in rule.bases:
+        members, reads = basis_targets.members, _fit_reads(experiment, list(basis_targets.fits))
         made = members[0].made if len(members) == 1 else f"{len(members)} bases"
-        found.append(DirectionNode(own.definition, made, reads, "basis"))
-    return tuple(found)
+        bases.append(DirectionNode(basis_targets.definition, made, reads, "basis"))
+    return tuple(bases)
 
 
 def _fit_reads(
@@ -614,12 +614,12 @@ def graph_experiments(graph: Graph) -> list[GraphExperiment]:
     by_key: dict[str, list[ReportNode | ExpectNode]] = {}
     for leaf in graph_leaves(graph):
         by_key.setdefault(leaf.experiment, []).append(leaf)
-    return [_graph_experiment(each) for each in by_key.values()]
+    return [_graph_experiment(nodes) for nodes in by_key.values()]
 
 
 def run_needs(graph: Graph) -> dict[ForwardNode, RunNeeds]:
     """Map unpatched runs, without `stop`, to what dependent nodes need of them."""
-    found: dict[ForwardNode, RunNeeds] = {}
+    needs: dict[ForwardNode, RunNeeds] = {}
     for node in graph:
         if not isinstance(node, ForwardNode) or node.axes:
             continue
@@ -628,25 +628,25 @@ def run_needs(graph: Graph) -> dict[ForwardNode, RunNeeds]:
             place for user in users if isinstance(user, ReadNode) for place in user.places
         )
         whole = replace(node, stop=None)
-        old = found.get(whole, RunNeeds(whole, stop=node.stop))
-        found[whole] = RunNeeds(
+        old = needs.get(whole, RunNeeds(whole, stop=node.stop))
+        needs[whole] = RunNeeds(
             whole,
             old.reads | reads,
             old.measured or any(isinstance(user, MeasureNode) for user in users),
             node.stop if old.stop is not None else None,
         )
-    return found
+    return needs
 
 
-def _graph_experiment(own: Sequence[ReportNode | ExpectNode]) -> GraphExperiment:
+def _graph_experiment(nodes: Sequence[ReportNode | ExpectNode]) -> GraphExperiment:
     """Build one experiment from its leaves."""
-    said, effects = own[0].of, _effects(own)
+    said, effects = nodes[0].of, _effects(nodes)
     acting, base, source = effects[0].patched.forward, effects[0].base, effects[0].source
     rules = _rules(effects[0].patched)
     measures = tuple(effect.patched.measure for effect in effects)
     accuracies = {
         measure.forward.run: measure.measure
-        for leaf in own
+        for leaf in nodes
         if isinstance(leaf, ExpectNode)
         for measure in leaf.accuracies
     }
@@ -669,7 +669,9 @@ def _graph_experiment(own: Sequence[ReportNode | ExpectNode]) -> GraphExperiment
         accuracies=accuracies,
     )
     runs = {
-        each.run: each for forward in _runs(own, effects) for each in run_with_dependencies(forward)
+        node.run: node
+        for forward in _runs(nodes, effects)
+        for node in run_with_dependencies(forward)
     }
     for name in _filtering(experiment):  # `keep` is evaluated before the graph runs
         runs.setdefault(name, unpatched_forward(experiment, name))
@@ -677,9 +679,9 @@ def _graph_experiment(own: Sequence[ReportNode | ExpectNode]) -> GraphExperiment
     return GraphExperiment(experiment, clean, tuple(runs.values()))
 
 
-def _effects(own: Sequence[ReportNode | ExpectNode]) -> tuple[EffectNode, ...]:
+def _effects(nodes: Sequence[ReportNode | ExpectNode]) -> tuple[EffectNode, ...]:
     """Return the effects that the leaves report or expect, without duplicates."""
-    by_line = {id(effect.said): effect for leaf in own for effect in leaf.effects}
+    by_line = {id(effect.said): effect for leaf in nodes for effect in leaf.effects}
     return tuple(by_line.values())
 
 
@@ -687,14 +689,14 @@ def _rules(measure: MeasureNode) -> tuple[ResolvedRule, ...]:
     """Return the rules of a measured run: those of its writes in order, and the others at their
     source positions."""
     forward = measure.forward
-    found = [
+    rules = [
         _rule(write, write.by) for write in forward.writes if not isinstance(write.by, RunNoise)
     ]
     for rule in (forward.encode.replaced_by, measure.observed):
         if rule is not None:
-            before = [each.spec.span.start < rule.spec.span.start for each in found]
-            found.insert(sum(before), rule)
-    return tuple(found)
+            before = [each.spec.span.start < rule.spec.span.start for each in rules]
+            rules.insert(sum(before), rule)
+    return tuple(rules)
 
 
 def _rule(write: WriteNode, rule: ResolvedRule) -> ResolvedRule:
@@ -712,14 +714,14 @@ def _rule(write: WriteNode, rule: ResolvedRule) -> ResolvedRule:
 
 
 def _runs(
-    own: Sequence[ReportNode | ExpectNode], effects: Sequence[EffectNode]
+    nodes: Sequence[ReportNode | ExpectNode], effects: Sequence[EffectNode]
 ) -> Iterator[ForwardNode]:
     """Yield the unpatched runs that nodes measure, read or compare with, in source order."""
     yield effects[0].base.forward
     if effects[0].source is not None:
         yield effects[0].source.forward
     yield from _read(effects[0].patched.forward)
-    for leaf in own:
+    for leaf in nodes:
         if isinstance(leaf, ExpectNode):
             yield from (measure.forward for measure in leaf.accuracies)
     for effect in effects:

@@ -9,13 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Ints
-from mechdsl.planner.rows import (
-    CARRIED_STAGES,
-    NO_TOKENS,
-    RowTable,
-    RulePlan,
-    is_below_attention,
-)
+from mechdsl.planner.rows import CARRIED_STAGES, NO_TOKENS, RowTable, RulePlan, is_below_attention
 from mechdsl.resolve.types import (
     CircuitEdge,
     ResolvedExperiment,
@@ -79,10 +73,10 @@ def find_inert_writes(
         same, alike = _find_copies(experiment, plan, prompt, token)
         masks = [same | unread, same | elsewhere, alike | unread]
         where = _find_ranges(plan, last_layer)
-    found = np.stack([_all_of(mask, of_run, runs) for mask in masks])
+    writes = np.stack([_all_of(mask, of_run, runs) for mask in masks])
     if plan.rule.acts_later and (measure is None or said is not None):
-        found &= plan.follows[keys // plan.written.prompts] == NO_TOKENS
-    return InertWrites(where, found, never)
+        writes &= plan.follows[keys // plan.written.prompts] == NO_TOKENS
+    return InertWrites(where, writes, never)
 
 
 def _is_causal(experiment: ResolvedExperiment) -> bool:
@@ -188,15 +182,15 @@ def _range_of_edges(receivers: Sequence[SitePoint], last_layer: int, *, known: b
 
 def inert_rows(inert: Sequence[InertWrites], rules: Sequence[RulePlan], rows: RowTable) -> Bools:
     """Return whether all writes of a row have no effect. Shape [row]."""
-    found = np.full(len(rows), _may_be(inert), dtype=np.bool_)
+    mask = np.full(len(rows), _may_be(inert), dtype=np.bool_)
     for one, plan in zip(inert, rules, strict=True):
         dead = one.runs[one.where[plan.site_of_cell[rows.cell]], plan.written_runs(rows)]
         if _changes_edges(plan) and plan.keys is not None and plan.key_of_cell is not None:
             none = plan.keys.tokens.counts(plan.key_runs(rows)) == 0
             dead |= none & (plan.keys_follow[plan.key_of_cell[rows.cell]] == NO_TOKENS)
         dead |= plan.rule.does.unchanged(plan.amounts)[rows.cell]
-        found &= dead | ~plan.acts(rows)
-    return found
+        mask &= dead | ~plan.acts(rows)
+    return mask
 
 
 def _may_be(inert: Sequence[InertWrites]) -> bool:
@@ -210,7 +204,7 @@ def _changes_edges(plan: RulePlan) -> bool:
 
 def inert_cells(inert: Sequence[InertWrites], rules: Sequence[RulePlan], count: int) -> Bools:
     """Return whether all writes of a cell's rows have no effect. Shape [cell]."""
-    found = np.full(count, _may_be(inert), dtype=np.bool_)
+    mask = np.full(count, _may_be(inert), dtype=np.bool_)
     for one, plan in zip(inert, rules, strict=True):
         key, run = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))
         dead = np.ones((len(one.runs), len(plan.positions)), dtype=np.bool_)
@@ -224,8 +218,8 @@ def inert_cells(inert: Sequence[InertWrites], rules: Sequence[RulePlan], count: 
             np.logical_and.at(none, key // plan.keys.prompts, empty)
             own |= (none & (plan.keys_follow == NO_TOKENS))[plan.key_of_cell]
         own |= plan.rule.does.unchanged(plan.amounts)
-        found &= own if plan.active is None else own | ~plan.active
-    return found
+        mask &= own if plan.active is None else own | ~plan.active
+    return mask
 
 
 def find_equal_cells(
@@ -241,17 +235,17 @@ def find_equal_cells(
     Args:
         others: The rules of the baseline in the same cells, each instead of a rule.
     """
-    found = np.ones(count, dtype=np.bool_)
+    equal_cells = np.ones(count, dtype=np.bool_)
     for plan, other in zip(rules, others, strict=True):
         if plan.rule is other.rule:
             continue
         if plan.rule.circuit is None:
-            found &= _write_equally(plan, other)
+            equal_cells &= _write_equally(plan, other)
         else:
             changed = _keep_differing_edges(plan, other)
             inert = find_inert_writes(experiment, changed, measure)
-            found &= inert_cells([inert], [changed], count)
-    return found
+            equal_cells &= inert_cells([inert], [changed], count)
+    return equal_cells
 
 
 def _keep_differing_edges(plan: RulePlan, other: RulePlan) -> RulePlan:
@@ -275,10 +269,10 @@ def _list_differing(
 ) -> tuple[CircuitEdge, ...]:
     """List the edges that are in one of two lists. Both have edges of one model, so that edges are
     compared by identity: a list may have 32,000."""
-    own, theirs = set(map(id, edges)), set(map(id, others))
+    numbers, theirs = set(map(id, edges)), set(map(id, others))
     return tuple(
         edge
-        for some, rest in ((edges, theirs), (others, own))
+        for some, rest in ((edges, theirs), (others, numbers))
         for edge in some
         if id(edge) not in rest
     )
@@ -296,7 +290,7 @@ def _list_targets(plan: RulePlan) -> list[tuple[object, ...]]:
         frozenset(plan.point_table[number] for number in plan.points.values[start:end].tolist())
         for start, end in pairwise(plan.points.offsets.tolist())
     ]
-    hits = [each.hits for each in plan.positions]
+    hits = [position.hits for position in plan.positions]
     coordinates = plan.coordinates_of_cell
     return [
         (
@@ -318,10 +312,10 @@ def _all_of(mask: Bools, group: Ints, count: int) -> Bools:
 
 def _all_points(plan: RulePlan, holds: Callable[[SitePoint], bool]) -> Bools:
     """Return whether all sites of a combination satisfy a condition. Shape [site combination]."""
-    found = np.array([holds(point) for point in plan.point_table], dtype=np.bool_)
+    mask = np.array([holds(point) for point in plan.point_table], dtype=np.bool_)
     combinations = len(plan.points.offsets) - 1
     index, point = plan.points.expand(np.arange(combinations))
-    return _all_of(found[point], index, combinations)
+    return _all_of(mask[point], index, combinations)
 
 
 def _is_above_attention(point: SitePoint, last_layer: int) -> bool:
@@ -341,17 +335,17 @@ def _read_positions(
         return None  # a classification head may pool the patches
     base = experiment.spec.base
     lengths = experiment.table.runs[base].lengths
-    found = np.zeros((len(lengths), int(lengths.max())), dtype=np.bool_)
+    positions = np.zeros((len(lengths), int(lengths.max())), dtype=np.bool_)
     if replies:
-        found[np.arange(len(lengths)), lengths - 1] = True
+        positions[np.arange(len(lengths)), lengths - 1] = True
     for measure in measures:
         if any(atom.form.takes in ("prompt", "continuation") for atom in measure.atoms):
             return None
         if measure.reply is not None:
             continue
         at = measure.at.get(base)
-        found[np.arange(len(lengths)), lengths - 1 if at is None else np.asarray(at)] = True
-    return found
+        positions[np.arange(len(lengths)), lengths - 1 if at is None else np.asarray(at)] = True
+    return positions
 
 
 def _ends(experiment: ResolvedExperiment, measures: Sequence[ResolvedMeasure]) -> Ints:
@@ -392,8 +386,10 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints |
 def _equal_tokens(experiment: ResolvedExperiment, rule: ResolvedRule) -> Bools:
     """Return whether source and base have the same token. Shape [prompt, position]."""
     source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
-    found = np.zeros((len(base.rows), max(len(row.ids) for row in base.rows)), dtype=np.bool_)
+    equal_tokens = np.zeros(
+        (len(base.rows), max(len(row.ids) for row in base.rows)), dtype=np.bool_
+    )
     for prompt, (a, b) in enumerate(zip(source.rows, base.rows, strict=True)):
         equal = [x == y for x, y in zip(a.ids, b.ids, strict=False)]
-        found[prompt, : len(equal)] = equal
-    return found
+        equal_tokens[prompt, : len(equal)] = equal
+    return equal_tokens

@@ -95,11 +95,11 @@ class BlockCost:
         if not self.image:
             return lengths * self.token + self.pairs(lengths) * self.key
         images = np.full_like(lengths, self.image) if sources is None else sources
-        own = lengths - images
-        pairs = self.pairs(own)
-        found = own * self.token + pairs * self.key
-        more = (images - own) * self.encode + (own * images - pairs) * self.key
-        return found + (self.share * more).astype(np.int64)
+        numbers = lengths - images
+        pairs = self.pairs(numbers)
+        cost = numbers * self.token + pairs * self.key
+        more = (images - numbers) * self.encode + (numbers * images - pairs) * self.key
+        return cost + (self.share * more).astype(np.int64)
 
     def of_work(self, work: BlockWork, lengths: Ints, counts: Ints) -> tuple[int, int]:
         """Return (tokens, multiply-adds) of rows with the given lengths and multiplicities."""
@@ -182,7 +182,9 @@ def _read_size(config: Mapping[str, Any], keys: Sequence[str]) -> int:
     for key in keys:
         value: Any = config.get(key)
         every: list[Any] = value if isinstance(value, list) else [value]
-        sizes = [own for own in every if isinstance(own, int) and 0 <= own <= limits.SIZE]
+        sizes = [
+            number for number in every if isinstance(number, int) and 0 <= number <= limits.SIZE
+        ]
         if sizes:
             return max(sizes)
     return 0
@@ -321,9 +323,9 @@ class PassCost:
         blocks = self.n_layers if stop is None else min(stop, self.n_layers)
         if self.cross is None:
             return lengths * blocks, self.block.whole(lengths, sources) * blocks
-        own = lengths - sources
-        each = self.block.whole(own) + self._attend(own, own * sources, sources)
-        tokens = sources * self.cross.blocks + own * blocks
+        numbers = lengths - sources
+        each = self.block.whole(numbers) + self._attend(numbers, numbers * sources, sources)
+        tokens = sources * self.cross.blocks + numbers * blocks
         return tokens, self.cross.encode(sources) + each * blocks
 
     def decode(self, lengths: Ints, sources: Ints) -> tuple[Ints, Ints]:
@@ -338,17 +340,17 @@ class PassCost:
         (tokens, adds), (fewer, encoder) = (self.whole(lengths, sources, n) for n in (None, 0))
         return tokens - fewer, adds - encoder + sources * self.cross.exit
 
-    def _attend(self, own: Ints, pairs: Ints, projected: Ints) -> Ints:
+    def _attend(self, numbers: Ints, pairs: Ints, projected: Ints) -> Ints:
         """Count the multiply-adds of attention to the encoder, in one block.
 
         Args:
-            own: Tokens of the decoder.
+            numbers: Tokens of the decoder.
             pairs: Pairs of a token of the decoder and one of the encoder.
             projected: Tokens of the encoder whose keys and values are computed.
         """
         assert self.cross is not None
         cross = self.cross
-        return own * cross.query + pairs * cross.key + projected * cross.source
+        return numbers * cross.query + pairs * cross.key + projected * cross.source
 
     def replies(self, lengths: Ints, sources: Ints, steps: int) -> tuple[int, float]:
         """Count the work of `steps` passes after the first one, of replies of a decoder.
@@ -365,13 +367,13 @@ class PassCost:
             (tokens times blocks, multiply-adds).
         """
         later, source = np.arange(1, steps + 1, dtype=np.int64), sources[:, None]
-        own = lengths[:, None] - source + later
+        length = lengths[:, None] - source + later
         if self.cross is None:  # blocks attend to an image, which `lengths` include
             maps = self.block.image_maps(source)
-            each = self.block.whole(own + source, np.broadcast_to(source, own.shape)) - maps
+            each = self.block.whole(length + source, np.broadcast_to(source, length.shape)) - maps
         else:
-            each = self.block.whole(own) + self._attend(own, own * source, source)
-        return int(own.sum()) * self.n_layers, float(each.sum()) * self.n_layers
+            each = self.block.whole(length) + self._attend(length, length * source, source)
+        return int(length.sum()) * self.n_layers, float(each.sum()) * self.n_layers
 
 
 @dataclass(frozen=True)
@@ -393,7 +395,7 @@ class _BasisCost:
     def of(rule: RulePlan) -> _BasisCost:
         """Return the cost of a rule's largest basis."""
         assert rule.rule.basis is not None
-        member = max(rule.rule.basis.members, key=lambda each: each.size)
+        member = max(rule.rule.basis.members, key=lambda basis_member: basis_member.size)
         operand = member.operand
         width = operand.width_in if isinstance(operand, DictionaryFile) else member.width
         by_feature = not isinstance(operand, PythonBasis)
@@ -404,8 +406,8 @@ class _BasisCost:
         if isinstance(operand, DictionaryFile):
             encoding = operand.encoding_products
         layers = [1]
-        for each in rule.rule.basis.members:
-            own = each.operand
+        for basis_member in rule.rule.basis.members:
+            own = basis_member.operand
             if isinstance(own, DictionaryFile):
                 layers.append(own.written_layers)
                 overcomplete &= not own.crosses_layers
@@ -443,7 +445,7 @@ def _observed_adds(plan: ExperimentPlan, rule: RulePlan, rows: RowTable) -> floa
     if isinstance(rule.rule.does, RowSetObservation):  # computed once for all rows
         return 0.0
     basis = _BasisCost.of(rule)
-    counts = np.array([len(each.which) for each in rule.coordinates], dtype=np.int64)
+    counts = np.array([len(coordinate.which) for coordinate in rule.coordinates], dtype=np.int64)
     assert rule.coordinates_of_cell is not None
     named = counts[rule.coordinates_of_cell[rows.cell]]
     alone = (named > 0) & (named <= MAX_GATHERED) & basis.by_feature
@@ -465,7 +467,7 @@ def observation_adds(plan: ExperimentPlan, prompts: Ints) -> float:
     again = count * basis.width if basis.by_feature else basis.encoding
     runs = 2 if rule.rule.does.reads == "run" else 1
     hits = [every.hits[row] for row in prompts.tolist()]
-    context = max(context_adds(each, hits) for each in rule.rule.basis.members)
+    context = max(context_adds(member, hits) for member in rule.rule.basis.members)
     return runs * (float(tokens) * (basis.encoding + basis.reconstruction + again) + context)
 
 
@@ -493,7 +495,7 @@ def context_adds(member: BasisMember, hits: Iterable[Hits]) -> float:
     operand = member.operand
     if not isinstance(operand, DictionaryFile) or not operand.context_layers:
         return 0.0
-    ends = (max((token for own in row for token in own), default=-1) + 1 for row in hits)
+    ends = (max((token for numbers in row for token in numbers), default=-1) + 1 for row in hits)
     return float(operand.context_products) * sum(ends)
 
 
@@ -509,18 +511,18 @@ def _rule_adds(plan: ExperimentPlan, rule: RulePlan, rows: RowTable, *, joined: 
     distinct = _distinct(rule, rows, vectors) if joined else vectors.astype(np.float64)
     if does.operation == "project out":  # products with the directions, and a sum of them
         directions = np.where(named > 0, named, basis.size)
-        found = float((directions * (2 + directions) * basis.width * vectors).sum())
+        work = float((directions * (2 + directions) * basis.width * vectors).sum())
     elif does.operation == "reconstruct":
-        found = basis.reconstruction * float(distinct.sum())
+        work = basis.reconstruction * float(distinct.sum())
     else:
         encoded = np.where(alone & basis.by_feature, 0.0, basis.encoding * distinct)
         encoded += np.where(alone & basis.by_feature, named * basis.width * vectors, 0)
         decoded = np.where(alone, named * basis.width, basis.decoding) * vectors
-        found = float(((times + basis.layers - 1) * encoded + basis.layers * decoded).sum())
-        found += basis.reconstruction * float(distinct.sum()) if does.drops_error else 0.0
+        work = float(((times + basis.layers - 1) * encoded + basis.layers * decoded).sum())
+        work += basis.reconstruction * float(distinct.sum()) if does.drops_error else 0.0
     if basis.overcomplete and plan.reconstructed:
-        found += basis.reconstruction * float(_distinct(rule, rows, vectors).sum())
-    return found * plan.draws
+        work += basis.reconstruction * float(_distinct(rule, rows, vectors).sum())
+    return work * plan.draws
 
 
 def _vector_counts(rule: RulePlan, rows: RowTable) -> Ints:

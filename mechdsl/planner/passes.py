@@ -363,7 +363,7 @@ def save_costs(
     saving: Sequence[ResolvedExperiment], prompt_tokens: int = PROMPT_TOKENS
 ) -> list[SaveCost]:
     """Return the size and cost of each line of the experiments with `save` lines."""
-    return [each for experiment in saving for each in _of(experiment, prompt_tokens)]
+    return [save_cost for experiment in saving for save_cost in _of(experiment, prompt_tokens)]
 
 
 def _of_replies(
@@ -371,7 +371,7 @@ def _of_replies(
 ) -> Cost:
     """Return the cost of a run's generation and of a pass over prompts and replies that stops after
     the last read block."""
-    lengths, sources = (np.repeat(own, run.draws) for own in (run.lengths, run.sources))
+    lengths, sources = (np.repeat(numbers, run.draws) for numbers in (run.lengths, run.sources))
     first = replace(run_cost(shape, run, None), forwards=batches)
     given = (said.tokens, said.samples)
     if shape.encodes_apart:
@@ -386,13 +386,15 @@ def _of_replies(
 
 def _of(experiment: ResolvedExperiment, prompt_tokens: int) -> Iterator[SaveCost]:
     panel, shape = build_save_panel(experiment), experiment.model.shape
-    own = experiment.model.spec.dtype
+    dtype = experiment.model.spec.dtype
     for save, read in zip(experiment.saves, build_save_reads(experiment), strict=True):
         run = panel.table.runs[save.run]
         if isinstance(read, MeasureNode):
             yield _of_gradients(experiment, save, panel, prompt_tokens)
             continue
-        batches = len(read_batches(shape, DTYPE_BYTES[own], run, save.points, tokens=prompt_tokens))
+        batches = len(
+            read_batches(shape, DTYPE_BYTES[dtype], run, save.points, tokens=prompt_tokens)
+        )
         times = count_save_sweeps(panel, save.run, several=batches > 1)
         cost = run_cost(shape, run, highest_read(read))
         for name, count in (times - Counter([save.run])).items():
@@ -442,7 +444,7 @@ def _of_features(experiment: ResolvedExperiment, save: ResolvedSave, passes: Cos
     assert save.basis is not None
     (member,) = save.basis.members
     spot = join_positions(save.cells)
-    tokens = sum(len(own) for hits in spot.hits for own in hits)
+    tokens = sum(len(numbers) for hits in spot.hits for numbers in hits)
     features = len(save.basis.coordinates[()].which) or member.size
     streamed = _count_streamed(experiment.table)
     parts = max(1, round(streamed / (1 + max(experiment.table.row_ids))))

@@ -218,30 +218,30 @@ class ExperimentPlan:
         used = {*path.rule.sites.axes, *path.rule.positions.axes}
         used.update(() if path.rule.basis is None else path.rule.basis.axes)
         used.update(name for plan in self.additional_rules for name in plan.rule.axes)
-        found = np.zeros(self.n_cells, dtype=np.int64)
-        for axis, own in zip(self.experiment.axes, self.coordinates, strict=True):
+        senders = np.zeros(self.n_cells, dtype=np.int64)
+        for axis, coordinate in zip(self.experiment.axes, self.coordinates, strict=True):
             if axis.name in used:
-                found = found * len(axis) + own
-        return found
+                senders = senders * len(axis) + coordinate
+        return senders
 
     def replaced_blocks(self, cell: int) -> tuple[tuple[tuple[str, int], int | None], ...]:
         """Return ((stack, layer), replacement) for the replaced blocks of a cell; None means
         identity."""
-        found: dict[tuple[str, int], int | None] = {}
+        blocks: dict[tuple[str, int], int | None] = {}
         for plan in self.rules:
             if plan.rule.does.changes == "blocks":
                 for index in _list(plan.points, int(plan.site_of_cell[cell])).tolist():
                     to, of = plan.point_table[index], plan.source_table[index]
                     assert to.layer is not None
                     place = SITES[to.site].stack, to.layer
-                    found[place] = None if of.site == to.site else of.layer
-        return tuple(sorted(found.items()))
+                    blocks[place] = None if of.site == to.site else of.layer
+        return tuple(sorted(blocks.items()))
 
     def block_steps(self, cell: int) -> tuple[tuple[int, ...], ...]:
         """Return the first and the last step of a reply in which each rule replaces the blocks of a
         cell; an empty tuple means every step."""
-        own = [plan for plan in self.rules if plan.rule.does.changes == "blocks"]
-        return tuple(() if p.steps is None else tuple(p.steps[cell].tolist()) for p in own)
+        rules = [plan for plan in self.rules if plan.rule.does.changes == "blocks"]
+        return tuple(() if p.steps is None else tuple(p.steps[cell].tolist()) for p in rules)
 
     def content(self, cell: int) -> int:
         """Return a number for a cell's effect: its values along the axes of active rules. It
@@ -249,8 +249,8 @@ class ExperimentPlan:
         acting = (plan.rule.axes for plan in self.rules if plan.rule.does.changes != "nothing")
         names = frozenset[str]().union(*acting)
         labels = [
-            axis.labels[own[cell]]
-            for axis, own in zip(self.experiment.axes, self.coordinates, strict=True)
+            axis.labels[coordinate[cell]]
+            for axis, coordinate in zip(self.experiment.axes, self.coordinates, strict=True)
             if axis.name in names
         ]
         return digest_number("cell", labels)
@@ -263,22 +263,25 @@ class ExperimentPlan:
     @property
     def exists(self) -> NDArray[np.bool_]:
         """Whether a cell exists: paths lead forward, and targets may run out. Shape [cell]."""
-        found = np.ones(self.n_cells, dtype=np.bool_)
+        mask = np.ones(self.n_cells, dtype=np.bool_)
         if self.drawn is not None:
-            found &= self.drawn
+            mask &= self.drawn
         for plan in self.rules:
             if plan.paths is not None:
-                found &= plan.paths.exists
-            found &= ~plan.without_sites
+                mask &= plan.paths.exists
+            mask &= ~plan.without_sites
             if plan.rule.compared_sites is not None:
-                found &= np.array([plan.rule.leads(at) for at in self._along()])
-        return found
+                mask &= np.array([plan.rule.leads(at) for at in self._along()])
+        return mask
 
     def _along(self) -> Iterator[dict[str, int]]:
         """Yield each cell's index along each axis."""
         names = [axis.name for axis in self.experiment.axes]
         for cell in range(self.n_cells):
-            yield {n: int(own[cell]) for n, own in zip(names, self.coordinates, strict=True)}
+            yield {
+                n: int(coordinate[cell])
+                for n, coordinate in zip(names, self.coordinates, strict=True)
+            }
 
     @property
     def draws(self) -> int:
@@ -322,7 +325,7 @@ class ExperimentPlan:
         is_plain = (
             self.draws == 1 and not self.in_answers and [run.derived for run in runs] == [None]
         )
-        found: dict[ReconstructedSpot, None] = {}
+        spots: dict[ReconstructedSpot, None] = {}
         for plan in self.rules if is_plain else ():
             dictionaries = _dictionaries(plan.rule)
             if not dictionaries:
@@ -331,15 +334,15 @@ class ExperimentPlan:
             if plan.steps is not None:  # the prompt is read at step 0
                 there = there & (plan.steps[:, 0] == 0)
             assert plan.coordinates_of_cell is not None
-            numbers = np.array([each.basis for each in plan.coordinates])
+            numbers = np.array([coordinate.basis for coordinate in plan.coordinates])
             basis = numbers[plan.coordinates_of_cell]
             places = np.stack([plan.site_of_cell, plan.position_of_cell, basis])[:, there]
             for site, position, number in np.unique(places, axis=1).T.tolist():
                 if number not in dictionaries:
                     continue
                 points = tuple(_list(plan.points, site).tolist())
-                found[ReconstructedSpot(plan.number, points, position, number)] = None
-        return tuple(found)
+                spots[ReconstructedSpot(plan.number, points, position, number)] = None
+        return tuple(spots)
 
     @cached_property
     def observed_sites(self) -> frozenset[SiteLayer]:
@@ -393,18 +396,18 @@ class ExperimentPlan:
 
     def _of_starting_run(self, rows: RowTable, name: Literal["lengths", "sources"]) -> Ints:
         which = self.starting_run(rows)
-        found = np.zeros(len(rows), dtype=np.int64)
+        tokens = np.zeros(len(rows), dtype=np.int64)
         for index, run in enumerate(self.starting_runs):
-            own = run.lengths if name == "lengths" else run.sources
-            found = np.where(which == index, own[rows.prompt], found)
-        return found
+            lengths = run.lengths if name == "lengths" else run.sources
+            tokens = np.where(which == index, lengths[rows.prompt], tokens)
+        return tokens
 
     def leftmost(self, rows: RowTable) -> Ints:
         """Return the first position that each row writes to. Shape [row]."""
         first = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)
         for plan in self.rules:
-            own = plan.written.leftmost(plan.written_runs(rows))
-            first = np.where(plan.acts(rows), np.minimum(first, own), first)
+            numbers = plan.written.leftmost(plan.written_runs(rows))
+            first = np.where(plan.acts(rows), np.minimum(first, numbers), first)
         return first
 
     def is_inert(self, rows: RowTable) -> NDArray[np.bool_]:
@@ -415,8 +418,8 @@ class ExperimentPlan:
         """Return the number of runs, 0 if a rule has no position. Shape [cell, prompt]."""
         counts = np.ones((self.n_cells, len(prompts)), dtype=np.int64)
         for plan in self.rules:
-            own = plan.run_counts(prompts)
-            counts = np.where((own == 0) | (counts == 0), 0, np.maximum(own, counts))
+            numbers = plan.run_counts(prompts)
+            counts = np.where((numbers == 0) | (counts == 0), 0, np.maximum(numbers, counts))
         if self.drawn is not None:
             counts[~self.drawn] = 0
         return counts
@@ -459,9 +462,9 @@ class ExperimentPlan:
         return RowTable(cell, prompt, alternative)
 
 
-def plan_experiment(each: GraphExperiment) -> ExperimentPlan:
+def plan_experiment(graph_experiment: GraphExperiment) -> ExperimentPlan:
     """Lay out the cells of one experiment."""
-    experiment = each.experiment
+    experiment = graph_experiment.experiment
     shape = experiment.shape
     count = experiment.n_cells
     coordinates = (
@@ -486,7 +489,7 @@ def plan_experiment(each: GraphExperiment) -> ExperimentPlan:
     inert = inert_cells(inert_runs, rules, count)
     return ExperimentPlan(
         experiment=experiment,
-        runs=tuple(forward.run for forward in each.runs),
+        runs=tuple(forward.run for forward in graph_experiment.runs),
         coordinates=coordinates,
         rules=rules,
         lowest=_lowest(experiment, rules, count),
@@ -511,7 +514,7 @@ def _find_inert(
     """Return whether the structure of each cell fixes the effect of one measure. Shape [cell]."""
     measure = experiment.measures[number]
     inert = [find_inert_writes(experiment, plan, measure) for plan in rules]
-    found = inert_cells(inert, rules, count)
+    mask = inert_cells(inert, rules, count)
     of_effect = [each for each in experiment.circuit_baselines.items() if number in each[1].numbers]
     for which, baseline in of_effect[-1:]:  # the circuit, if it is one of two
         shape = experiment.model.shape
@@ -520,8 +523,8 @@ def _find_inert(
             for plan, rule in zip(rules, baseline.experiment.rules, strict=True)
         ]
         equal = find_equal_cells(experiment, rules, others, measure, count)
-        found = equal if which == "circuit" else found | equal
-    return found
+        mask = equal if which == "circuit" else mask | equal
+    return mask
 
 
 def _there(
@@ -532,14 +535,14 @@ def _there(
     nest = experiment.own_loops
     if nest is not None and nest.axes:
         keys = zip(*(by_name[axis].tolist() for axis in nest.axes), strict=True)
-        own = np.array([key in nest.keys for key in keys], dtype=np.bool_)
-        drawn = own if drawn is None else drawn & own
+        mask = np.array([key in nest.keys for key in keys], dtype=np.bool_)
+        drawn = mask if drawn is None else drawn & mask
     fixed = {} if experiment.place is None else experiment.place.fixed
     for name, index in fixed.items():
         if name not in by_name:  # without rules, each value has one cell
             continue
-        own = by_name[name] == index
-        drawn = own if drawn is None else drawn & own
+        mask = by_name[name] == index
+        drawn = mask if drawn is None else drawn & mask
     return drawn
 
 
@@ -661,11 +664,11 @@ def _follows(targets: PositionTargets | None) -> Ints:
     """Return the tokens of a reply that positions refer to. Shape [position]."""
     if targets is None:
         return np.zeros(0, dtype=np.int64)
-    found = [
+    tokens = [
         ALL_TOKENS if key in targets.every else NEWEST_TOKEN if key in targets.newest else NO_TOKENS
         for key in targets.written
     ]
-    return np.array(found, dtype=np.int64)
+    return np.array(tokens, dtype=np.int64)
 
 
 def _acts_in_answers(experiment: ResolvedExperiment, plan: RulePlan) -> bool:
@@ -739,14 +742,14 @@ def _lowest(experiment: ResolvedExperiment, rules: tuple[RulePlan, ...], count: 
             return np.zeros(count, dtype=np.int64)
         if plan.rule.sites is None:
             continue
-        own = [
+        numbers = [
             min(
                 (_block(plan.point_table[p], n_layers) for p in _list(plan.points, key)),
                 default=n_layers,
             )
             for key in range(len(plan.points.offsets) - 1)
         ]
-        lowest = np.minimum(lowest, np.array(own, dtype=np.int64)[plan.site_of_cell])
+        lowest = np.minimum(lowest, np.array(numbers, dtype=np.int64)[plan.site_of_cell])
     for measure in experiment.measures:
         for atom in measure.atoms:
             if atom.point is not None:
@@ -852,59 +855,77 @@ class Plan:
 def build_plain_plan(graph: Graph) -> Plan:
     """Return the plan of the plain loop over a graph."""
     by_panel: dict[tuple[object, ...], list[GraphExperiment]] = {}
-    for each in graph_experiments(graph):
+    for graph_experiment in graph_experiments(graph):
         # Only equal definitions give equal runs; runs can share a name without being equal.
-        seed = dict(each.experiment.spec.variant).get(SEED_AXIS)
-        defined = tuple((run.spec.span, seed) for run in each.experiment.derived.values())
-        model, generation = each.experiment.model.key, each.experiment.generation
-        written = None if generation is None else generation.key(each.experiment.seed)
-        by_panel.setdefault((model, each.clean, defined, written), []).append(each)
-    found = run_needs(graph)
+        seed = dict(graph_experiment.experiment.spec.variant).get(SEED_AXIS)
+        defined = tuple(
+            (run.spec.span, seed) for run in graph_experiment.experiment.derived.values()
+        )
+        model, generation = (
+            graph_experiment.experiment.model.key,
+            graph_experiment.experiment.generation,
+        )
+        written = None if generation is None else generation.key(graph_experiment.experiment.seed)
+        by_panel.setdefault((model, graph_experiment.clean, defined, written), []).append(
+            graph_experiment
+        )
+    needs = run_needs(graph)
     panels = tuple(
-        build_panel(own[0].experiment.model.key, own[0].clean, _on_the_same_runs(own), found)
-        for own in by_panel.values()
+        build_panel(
+            experiments[0].experiment.model.key,
+            experiments[0].clean,
+            _on_the_same_runs(experiments),
+            needs,
+        )
+        for experiments in by_panel.values()
     )
     return Plan(graph, panels)
 
 
-def _on_the_same_runs(own: Sequence[GraphExperiment]) -> list[GraphExperiment]:
+def _on_the_same_runs(experiments: Sequence[GraphExperiment]) -> list[GraphExperiment]:
     """Share derived runs: experiments with equal definitions get those of the first one."""
-    derived = own[0].experiment.derived
-    runs = {name: own[0].experiment.table.runs[name] for name in derived}
-    if not runs or len(own) == 1:
-        return list(own)
-    found: list[GraphExperiment] = []
-    for each in own:
-        table = each.experiment.table
+    derived = experiments[0].experiment.derived
+    runs = {name: experiments[0].experiment.table.runs[name] for name in derived}
+    if not runs or len(experiments) == 1:
+        return list(experiments)
+    group: list[GraphExperiment] = []
+    for graph_experiment in experiments:
+        table = graph_experiment.experiment.table
         table = replace(table, runs={**table.runs, **runs})
-        experiment = replace(each.experiment, table=table, derived=derived)
-        found.append(replace(each, experiment=experiment))
-    return found
+        experiment = replace(graph_experiment.experiment, table=table, derived=derived)
+        group.append(replace(graph_experiment, experiment=experiment))
+    return group
 
 
 def build_panel(
     model: str,
     encode: EncodeNode,
-    own: Sequence[GraphExperiment],
-    found: Mapping[ForwardNode, RunNeeds],
+    experiments: Sequence[GraphExperiment],
+    needs: Mapping[ForwardNode, RunNeeds],
 ) -> Panel:
     """Build the panel of experiments on the same prompts with what their runs must provide."""
     derived = {
-        name: plan_experiment(replace(own[0], experiment=run, runs=()))
-        for name, run in own[0].experiment.derived.items()
+        name: plan_experiment(replace(experiments[0], experiment=run, runs=()))
+        for name, run in experiments[0].experiment.derived.items()
     }
-    return Panel(model, encode, tuple(map(plan_experiment, own)), _needed_runs(own, found), derived)
+    return Panel(
+        model,
+        encode,
+        tuple(map(plan_experiment, experiments)),
+        _needed_runs(experiments, needs),
+        derived,
+    )
 
 
 def _needed_runs(
-    own: Sequence[GraphExperiment], found: Mapping[ForwardNode, RunNeeds]
+    experiments: Sequence[GraphExperiment], needs: Mapping[ForwardNode, RunNeeds]
 ) -> dict[str, RunNeeds]:
     """Return the needs of every unpatched run of a panel, including those of rows alone."""
     needed: dict[str, RunNeeds] = {}
-    for each in own:
+    for each in experiments:
         for forward in each.runs:
             whole = replace(forward, stop=None)
-            run = found.get(whole, RunNeeds(whole))
+            run = needs.get(whole, RunNeeds(whole))
             if forward.run == "clean" and each.experiment.keep:  # the clean run filters rows first
                 run = replace(run, measured=True, stop=None)
             needed[forward.run] = run
@@ -915,15 +936,15 @@ def cell_sites(plan: ExperimentPlan) -> Ints:
     """Return numbers that are equal for cells in which the same rule writes the same sites and
     layers. Shape [cell]."""
     codes: dict[tuple[int, frozenset[SiteLayer]], int] = {}
-    found = np.zeros(plan.n_cells, dtype=np.int64)
+    sites = np.zeros(plan.n_cells, dtype=np.int64)
     for number, rule in enumerate(plan.rules):
         ends = pairwise(rule.points.offsets.tolist())
         points = [[rule.point_table[at] for at in rule.points.values[a:b]] for a, b in ends]
         places = [frozenset((point.site, point.layer) for point in each) for each in points]
         own = np.array([codes.setdefault((number, each), len(codes)) for each in places])
         acts = True if rule.active is None else rule.active
-        found = np.where(acts, own[rule.site_of_cell], found)
-    return found
+        sites = np.where(acts, own[rule.site_of_cell], sites)
+    return sites
 
 
 @dataclass(frozen=True, eq=False)
@@ -976,20 +997,22 @@ def collect_whole_cells(plan: ExperimentPlan, rows: RowTable) -> Mapping[int, Wh
 def _of_rule(rule: RulePlan, rows: RowTable, count: int, ids: Ints) -> WholeCells:
     """Collect the cells of one rule; `ids` are the row numbers in the data, shape [prompt]."""
     of_cell = np.full(count, -1, dtype=np.int64)
-    found: dict[tuple[int, bytes], WholeCell] = {}
+    whole_cells: dict[tuple[int, bytes], WholeCell] = {}
     numbers: dict[tuple[int, bytes], int] = {}
     run = rule.written_runs(rows)
     order = np.lexsort((run, rows.cell))
     cells, begins = np.unique(rows.cell[order], return_index=True)
-    for cell, own in zip(cells.tolist(), np.split(order, begins[1:]), strict=True):
-        runs, first = np.unique(run[own], return_index=True)  # other rules may multiply the rows
+    for cell, indices in zip(cells.tolist(), np.split(order, begins[1:]), strict=True):
+        runs, first = np.unique(
+            run[indices], return_index=True
+        )  # other rules may multiply the rows
         key = (int(rule.site_of_cell[cell]), runs.tobytes())
         of_cell[cell] = numbers.setdefault(key, len(numbers))
-        if key not in found:
-            prompts = rows.prompt[own[first]]
+        if key not in whole_cells:
+            prompts = rows.prompt[indices[first]]
             as_given = np.lexsort((runs, ids[prompts]))
-            found[key] = WholeCell(key[0], cell, runs[as_given], prompts[as_given])
-    return WholeCells(of_cell, tuple(found.values()))
+            whole_cells[key] = WholeCell(key[0], cell, runs[as_given], prompts[as_given])
+    return WholeCells(of_cell, tuple(whole_cells.values()))
 
 
 READ_BATCH_BYTES = 1 << 28
@@ -1107,7 +1130,7 @@ SweepStage: TypeAlias = Sequence[tuple[str, bool]]
 def batch_size(panel: Panel, prompt_tokens: int) -> int:
     """Return the number of prompts of one batch within the token limit, by the longest prompt."""
     draws = max((run.draws for run in panel.table.runs.values()), default=1)
-    cells = sum(each.n_cells for each in panel.experiments)
+    cells = sum(experiment.n_cells for experiment in panel.experiments)
     tokens = longest_prompt(panel) * draws
     return max(1, min(prompt_tokens // tokens, BATCH_ROWS // max(1, cells)))
 
@@ -1123,15 +1146,15 @@ def count_sweeps(panel: Panel, *, several: bool) -> Counter[str]:
     filtering = set(_filtering(panel))
     measured, *stages = _stages(panel)
     generates = panel.experiments[0].experiment.generation is not None
-    every = [own for plan in panel.experiments for own in plan.experiment.measures]
-    if not generates or any(own.reply is None for own in every):
+    every = [measure for plan in panel.experiments for measure in plan.experiment.measures]
+    if not generates or any(measure.reply is None for measure in every):
         stages.append(measured)
-    found = _counted(stages, panel, several=several)
+    counts = _counted(stages, panel, several=several)
     if generates:  # the prefill of replies is a separate pass
-        found += _counted([measured], panel, several=several)
+        counts += _counted([measured], panel, several=several)
     for name in panel.runs:
-        found[name] = max(1, found[name])
-    return found + Counter(filtering)  # their results are not cached
+        counts[name] = max(1, counts[name])
+    return counts + Counter(filtering)  # their results are not cached
 
 
 def count_save_sweeps(panel: Panel, run: str, *, several: bool) -> Counter[str]:
@@ -1150,13 +1173,13 @@ def _counted(stages: Iterable[SweepStage], panel: Panel, *, several: bool) -> Co
 
 def external_runs(panel: Panel) -> list[tuple[PromptTable, PromptRun]]:
     """Return runs of other blocks that means and donors are taken from, each on all its rows."""
-    found = {
+    runs = {
         (id(rule.rule.external.table), rule.rule.external.run): rule.rule.external
         for plan in (*panel.experiments, *panel.derived.values())
         for rule in plan.rules
         if rule.rule.external is not None
     }
-    return [(external.table, external.table.runs[external.run]) for external in found.values()]
+    return [(external.table, external.table.runs[external.run]) for external in runs.values()]
 
 
 def _filtering(panel: Panel) -> Iterator[str]:
@@ -1172,7 +1195,7 @@ def _stages(panel: Panel) -> Iterator[SweepStage]:
     for plan in panel.experiments:
         yield from _gathered(plan.rules)
     yield from _averaged(panel, panel.runs)
-    yield [each for plan in panel.experiments if plan.rules for each in _row_sweeps(plan)]
+    yield [row_sweep for plan in panel.experiments if plan.rules for row_sweep in _row_sweeps(plan)]
 
 
 def _gathered(rules: Iterable[RulePlan]) -> Iterator[SweepStage]:
@@ -1204,7 +1227,9 @@ def _row_sweeps(plan: ExperimentPlan) -> Iterator[tuple[str, bool]]:
     replies and no rule reads a run."""
     measures = plan.experiment.measures
     read = [*_copied(plan.rules)]
-    read += [(atom.run, False) for own in measures for atom in own.atoms if atom.run is not None]
+    read += [
+        (atom.run, False) for measure in measures for atom in measure.atoms if atom.run is not None
+    ]
     if read or any(measure.reply is None for measure in measures):
         yield plan.experiment.spec.base, False
         yield from read
@@ -1308,12 +1333,12 @@ def plan_save_layout(experiment: ResolvedExperiment, save: ResolvedSave) -> Save
 def build_save_nodes(experiment: ResolvedExperiment) -> list[SaveNode]:
     """Return the `save` lines of an experiment as graph nodes."""
     reads = zip(experiment.saves, build_save_reads(experiment), strict=True)
-    found = [SaveNode(experiment.key, read, save.spec.file) for save, read in reads]
+    save_nodes = [SaveNode(experiment.key, read, save.spec.file) for save, read in reads]
     for file in experiment.direction_files:
         name, members = file.spec.direction.span.written, list(file.members.values())
         node = build_direction_node(experiment, name, members)
-        found.append(SaveNode(experiment.key, node, file.spec.file))
-    return found
+        save_nodes.append(SaveNode(experiment.key, node, file.spec.file))
+    return save_nodes
 
 
 def build_save_reads(experiment: ResolvedExperiment) -> list[ReadNode | MeasureNode]:
@@ -1324,14 +1349,14 @@ def build_save_reads(experiment: ResolvedExperiment) -> list[ReadNode | MeasureN
 def build_save_panel(experiment: ResolvedExperiment) -> Panel:
     """Return the runs that an experiment's `save` lines read, as a panel without cells."""
     reads = build_save_reads(experiment)
-    found = run_needs(graph_from_leaves(reads))
+    needs = run_needs(graph_from_leaves(reads))
     compared = [run for read in reads if isinstance(read, MeasureNode) for run in read.references]
     needed = [*(read.forward for read in reads), *compared]
-    runs = {each.run: each for forward in needed for each in run_with_dependencies(forward)}
+    runs = {node.run: node for forward in needed for node in run_with_dependencies(forward)}
     clean = replace(unpatched_forward(experiment, "clean").encode, run="clean")
     alone = replace(experiment, rules=(), axes=(), measures=(), keep=(), accuracies={})
     return build_panel(
-        experiment.model.key, clean, [GraphExperiment(alone, clean, tuple(runs.values()))], found
+        experiment.model.key, clean, [GraphExperiment(alone, clean, tuple(runs.values()))], needs
     )
 
 

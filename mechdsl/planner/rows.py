@@ -88,10 +88,10 @@ class RaggedColumn:
 
     @staticmethod
     def of(lists: Iterable[Sequence[int]]) -> RaggedColumn:
-        found = list(lists)
-        offsets = np.zeros(len(found) + 1, dtype=np.int64)
-        np.cumsum([len(one) for one in found], out=offsets[1:])
-        return RaggedColumn(offsets, np.array([v for one in found for v in one], dtype=np.int64))
+        ragged = list(lists)
+        offsets = np.zeros(len(ragged) + 1, dtype=np.int64)
+        np.cumsum([len(one) for one in ragged], out=offsets[1:])
+        return RaggedColumn(offsets, np.array([v for one in ragged for v in one], dtype=np.int64))
 
     def counts(self, keys: Ints) -> Ints:
         return self.offsets[keys + 1] - self.offsets[keys]
@@ -134,9 +134,9 @@ class TokenHits:
     def leftmost(self, runs: Ints) -> Ints:
         """Return the first token of each run; `NO_FIRST_TOKEN` for an empty run."""
         index, token = self.tokens.expand(runs)
-        found = np.full(len(runs), NO_FIRST_TOKEN, dtype=np.int64)
-        np.minimum.at(found, index, token)
-        return found
+        tokens = np.full(len(runs), NO_FIRST_TOKEN, dtype=np.int64)
+        np.minimum.at(tokens, index, token)
+        return tokens
 
     def include_answers(self, lengths: Ints) -> bool:
         """Whether any token lies after its prompt, in the answer.
@@ -249,10 +249,10 @@ class RulePlan:
 
     def follow(self, rows: RowTable) -> Ints:
         """Return the tokens of a reply, as positions or keys, that it acts on. Shape [row]."""
-        found = self.follows[self.position_of_cell[rows.cell]]
+        tokens = self.follows[self.position_of_cell[rows.cell]]
         if self.key_of_cell is None:
-            return found
-        return found + (ALL_TOKENS + 1) * self.keys_follow[self.key_of_cell[rows.cell]]
+            return tokens
+        return tokens + (ALL_TOKENS + 1) * self.keys_follow[self.key_of_cell[rows.cell]]
 
     @cached_property
     def edge_ends(self) -> tuple[tuple[tuple[EdgeEnds, EdgeEnds], ...], ...]:
@@ -277,11 +277,11 @@ class RulePlan:
         assert circuit is not None
         rows = list_token_places(circuit.places)
         longest = max(chain.from_iterable(rows), default=-1)
-        found = np.zeros((self.written.prompts, longest + 2), dtype=np.int64)
+        class_table = np.zeros((self.written.prompts, longest + 2), dtype=np.int64)
         for prompt, tokens in enumerate(rows):
             for token, places in tokens.items():
-                found[prompt, token] = circuit.classes.index(places)
-        return found
+                class_table[prompt, token] = circuit.classes.index(places)
+        return class_table
 
     def classes_of(self, prompt: Ints, token: Ints) -> Ints:
         """Return the class of each token of the base run, as an index into the classes of its
@@ -357,8 +357,8 @@ class RulePlan:
         """Return the number of runs, 0 if the rule has no position. Shape [cell, prompt]."""
         counts = _counts(self.written, self.position_of_cell, prompts)
         if self.keys is not None and self.key_of_cell is not None:
-            own = _counts(self.keys, self.key_of_cell, prompts)
-            counts = np.where((own == 0) | (counts == 0), 0, np.maximum(own, counts))
+            numbers = _counts(self.keys, self.key_of_cell, prompts)
+            counts = np.where((numbers == 0) | (counts == 0), 0, np.maximum(numbers, counts))
         if self.paths is not None:
             counts = np.where(self.paths.exists[:, None], counts, 0)
         counts = np.where(self.without_sites[:, None], 0, counts)
@@ -431,6 +431,6 @@ def iter_basis_fits(
     rules: Iterable[RulePlan],
 ) -> Iterator[FittedVector | FittedBasis | JacobianBasis]:
     """Yield what the bases of rules are fitted on, once each."""
-    bases = (own for rule in rules for own in rule.rule.bases)
+    bases = (basis for rule in rules for basis in rule.rule.bases)
     fits = {id(fit): fit for basis in bases for fit in basis.fits}
     yield from fits.values()

@@ -184,7 +184,7 @@ class _VisionCost:
             runs = [table.runs[n] for n in {objective.spec.base, objective.rules[0].run}]
         shape, rows = model.others["vision"], [row for run in runs for row in run.rows]
         seen = {p.picture.content(): p for row in rows for p in row.pictures.values()}
-        work = {n: count_picture_work(model, reader, each) for n, each in seen.items()}
+        work = {n: count_picture_work(model, reader, picture) for n, picture in seen.items()}
         per_row = [
             [work[p.picture.content()] for p in row.pictures.values()] for row in runs[0].rows
         ]
@@ -230,9 +230,9 @@ def _share_of_images(training: Training, objective: ResolvedExperiment) -> float
 def _encode(shape: ModelShape, work: Iterable[tuple[int, float]]) -> Cost:
     """Return the cost of the blocks of an encoder, from the patches and the multiply-adds of one
     block on each image."""
-    found = list(work)
+    costs = list(work)
     layers = shape.n_layers
-    tokens, adds = (sum(own) for own in zip(*found, strict=True)) if found else (0, 0.0)
+    tokens, adds = (sum(own) for own in zip(*costs, strict=True)) if costs else (0, 0.0)
     return Cost(tokens=int(tokens) * layers, multiply_adds=adds * layers)
 
 
@@ -251,7 +251,7 @@ def most_vectors(training: Training, shape: ModelShape, size: int) -> int:
 def count_vector_numbers(training: Training, shape: ModelShape) -> int:
     """Return the numbers of a vector of a training with its target."""
     paired = 0 if training.paired is None else training.paired.width
-    return sum(count_numbers(each, shape) for each in training.points) + paired
+    return sum(count_numbers(point, shape) for point in training.points) + paired
 
 
 def count_edited_bytes(made: Declared, objective: ResolvedExperiment, shape: ModelShape) -> int:
@@ -268,10 +268,16 @@ def count_edited_bytes(made: Declared, objective: ResolvedExperiment, shape: Mod
         sources = (rule.sites.sources or rule.sites.points).values()
         encoded = next(iter(sources))[0]
         reads = [*dict.fromkeys((point, encoded)), *([] if fill else [encoded])]
-        numbers = sum(count_numbers(each, shape) for each in reads) + 2 * len(made.candidates)
+        numbers = sum(count_numbers(site_point, shape) for site_point in reads) + 2 * len(
+            made.candidates
+        )
     elif isinstance(made, TrainedMask):
-        whole = dict.fromkeys(replace(each, unit=None) for each in _written_points(made, objective))
-        numbers = 0 if fill == "zero" else sum(count_numbers(each, shape) for each in whole)
+        whole = dict.fromkeys(
+            replace(site_point, unit=None) for site_point in _written_points(made, objective)
+        )
+        numbers = (
+            0 if fill == "zero" else sum(count_numbers(site_point, shape) for site_point in whole)
+        )
     return FLOAT * hits * numbers
 
 
@@ -282,7 +288,7 @@ def _written_points(mask: TrainedMask, objective: ResolvedExperiment) -> Sequenc
         circuit = objective.rules[0].circuit
         assert circuit is not None
         read = [SitePoint(of.site, of.layer, of.unit) for of, _ in circuit.every]
-        encoded = ((n, own.member.reads) for (_, n), own in circuit.features.items())
+        encoded = ((n, feature.member.reads) for (_, n), feature in circuit.features.items())
         return [*read, *(SitePoint(site, layer, None) for layer, site in encoded if site)]
     return mask_points(objective)
 
@@ -352,8 +358,12 @@ def _count_reads(
     if not isinstance(trainer, EdgeScoreTrainer):
         return 0, 0, 0
     if trainer.decomposes:
-        placed = [each.edge for each in made.candidates if isinstance(each, PlacedEdge)]
-        edges = placed or [each for each in made.candidates if isinstance(each, tuple)]
+        placed = [
+            candidate.edge for candidate in made.candidates if isinstance(candidate, PlacedEdge)
+        ]
+        edges = placed or [
+            candidate for candidate in made.candidates if isinstance(candidate, tuple)
+        ]
         into = sum(not is_query_or_key(to.site) for _, to in edges)
         copies = len({of for of, _ in circuit.every}), into
         most = count_decomposed_parts(rows, longest)
@@ -708,7 +718,7 @@ def _group_cost(
     else:
         assert isinstance(trainer, NodeSearchTrainer)
         size = trainer.size(training.of_trainer)
-        count, tried = 0, 1 + sum(len(made.candidates) - own for own in range(size))
+        count, tried = 0, 1 + sum(len(made.candidates) - number for number in range(size))
         steps = tried
     compared = len({atom.run for atom in objective.measures[0].atoms} - {None, base.name})
     measured = (held_out or rows) * _count_controls(made, objective) + tried * rows
@@ -756,7 +766,7 @@ def _assume_size(made: TrainedMask) -> str:
     if it decides the number of different edges; empty otherwise."""
     size = made.training.trainer_of(ScoringTrainer).size(made.training.of_trainer)
     if size is not None:
-        edges = {each.edge for each in made.chosen if isinstance(each, PlacedEdge)}
+        edges = {edge.edge for edge in made.chosen if isinstance(edge, PlacedEdge)}
         return f"{count_noun(size, 'edge')} at one position each" if 1 < len(edges) == size else ""
     return f"{len(made.chosen):,} of {count_noun(len(made.candidates), made.noun)}"
 
@@ -790,8 +800,8 @@ def _stop(point: SitePoint, shape: ModelShape) -> int:
     """Return the number of blocks of the language model before a site can be read."""
     if SITES[point.site].stack == "vision":
         return 0
-    found = stop_layer(point.site, point.layer, shape.n_layers)
-    return shape.n_layers if found is None else min(found, shape.n_layers)
+    layer = stop_layer(point.site, point.layer, shape.n_layers)
+    return shape.n_layers if layer is None else min(layer, shape.n_layers)
 
 
 def _blocks_above(point: SitePoint, shape: ModelShape) -> int:
@@ -812,9 +822,11 @@ def _share_above(point: SitePoint, shape: ModelShape, run: PromptRun) -> float:
         float(count.whole(run.lengths, run.sources, stop)[1].sum()) for stop in (0, None)
     )
     if kind.stack == "encoder":
-        own = shape.others["encoder"]
-        below = own.n_layers - _blocks_above(replace(point, site=kind.component), own)
-        return 1 - encoder * below / own.n_layers / max(1.0, whole)
+        model_shape = shape.others["encoder"]
+        below = model_shape.n_layers - _blocks_above(
+            replace(point, site=kind.component), model_shape
+        )
+        return 1 - encoder * below / model_shape.n_layers / max(1.0, whole)
     return _blocks_above(point, shape) / shape.n_layers * (1 - encoder / max(1.0, whole))
 
 

@@ -73,14 +73,14 @@ def mix_numbers(numbers: KeyNumbers, more: KeyNumbers | Ints) -> KeyNumbers:
     """Combine two keys so that equal results mean equal pairs: splitmix64's finalizer (Steele et
     al. 2014, doi.org/10.1145/2660193.2660195) on the first, advanced, with the second."""
     with np.errstate(over="ignore"):
-        found = (numbers + _STEP) ^ _scattered(np.asarray(more).astype(np.uint64) + _STEP)
-        return _scattered(found)
+        mixed = (numbers + _STEP) ^ _scattered(np.asarray(more).astype(np.uint64) + _STEP)
+        return _scattered(mixed)
 
 
 def _scattered(numbers: KeyNumbers) -> KeyNumbers:
-    found = (numbers ^ (numbers >> np.uint64(30))) * _FIRST
-    found = (found ^ (found >> np.uint64(27))) * _SECOND
-    return found ^ (found >> np.uint64(31))
+    scattered = (numbers ^ (numbers >> np.uint64(30))) * _FIRST
+    scattered = (scattered ^ (scattered >> np.uint64(27))) * _SECOND
+    return scattered ^ (scattered >> np.uint64(31))
 
 
 def fill_numbers(number: int, count: int) -> KeyNumbers:
@@ -92,12 +92,12 @@ def number_lists(lists: RaggedColumn) -> KeyNumbers:
     """Return one number per list, for its content. Shape [list]."""
     every = np.arange(len(lists.offsets) - 1)
     counts = lists.counts(every)
-    found = counts.astype(np.uint64)
+    hashes = counts.astype(np.uint64)
     for place in range(int(counts.max(initial=0))):
         longer = np.flatnonzero(counts > place)
         values = lists.values[lists.offsets[longer] + place]
-        found[longer] = mix_numbers(found[longer], values)
-    return found
+        hashes[longer] = mix_numbers(hashes[longer], values)
+    return hashes
 
 
 def digest_lists(lists: RaggedColumn, table: Sequence[bytes]) -> list[bytes]:
@@ -178,7 +178,7 @@ class RunContents:
 
     def _rows(self, run: PromptRun, table: PromptTable) -> KeyNumbers:
         model = self.models[run.model or self.model]
-        found = np.array(
+        rows = np.array(
             [
                 digest_number(
                     (model, row.source) if row.source else model,
@@ -191,13 +191,13 @@ class RunContents:
         )
         noise = run.noise
         if noise is None:
-            return found
+            return rows
         shared = (noise.kind, noise.site, noise.std, noise.sds, noise.samples, self.seed)
         scale = digest_number(shared, noise.sd_tokens if noise.sds is not None else ())
         keys = table.row_keys if noise.row_keys is None else noise.row_keys
-        own = [digest_number(keys[row], at) for row, at in enumerate(noise.positions)]
+        numbers = [digest_number(keys[row], at) for row, at in enumerate(noise.positions)]
         return mix_numbers(
-            mix_numbers(found, fill_numbers(scale, len(found))), np.array(own, dtype=np.uint64)
+            mix_numbers(rows, fill_numbers(scale, len(rows))), np.array(numbers, dtype=np.uint64)
         )
 
 
@@ -229,7 +229,7 @@ def _arithmetic(node: object, numbers: Mapping[ast.Expr, int]) -> object:
         return node
     if node in numbers:
         return ["atom", numbers[cast("ast.Expr", node)]]
-    parts = [(each.name, getattr(node, each.name)) for each in fields(node) if each.compare]
+    parts = [(field.name, getattr(node, field.name)) for field in fields(node) if field.compare]
     return [type(node), [(name, _arithmetic(part, numbers)) for name, part in parts]]
 
 
@@ -246,30 +246,30 @@ def measure_row_keys(
         run: The run that rows start from.
         item: The occurrence number of the cell.
     """
-    found = fill_numbers(0, len(table))
+    numbers = fill_numbers(0, len(table))
     for name in (run.name, *measure.compared_runs):
         at = measure.at.get(name)
-        found = mix_numbers(found, np.full(len(table), -1) if at is None else np.array(at))
+        numbers = mix_numbers(numbers, np.full(len(table), -1) if at is None else np.array(at))
     for atom in measure.atoms:
         if atom.texts:
-            found = mix_numbers(found, number_lists(RaggedColumn.of(_texts(atom, item))))
-            found = mix_numbers(
-                found, np.isin(np.arange(len(table)), atom.lacking).astype(np.int64)
+            numbers = mix_numbers(numbers, number_lists(RaggedColumn.of(_texts(atom, item))))
+            numbers = mix_numbers(
+                numbers, np.isin(np.arange(len(table)), atom.lacking).astype(np.int64)
             )
         if atom.sets:
-            found = mix_numbers(found, _of_sets(atom.sets[item if atom.by_item else None]))
+            numbers = mix_numbers(numbers, _of_sets(atom.sets[item if atom.by_item else None]))
         if atom.own:
-            found = mix_numbers(found, np.array(atom.own[run.name]))
+            numbers = mix_numbers(numbers, np.array(atom.own[run.name]))
         if atom.wanted:
             texts = atom.wanted[item if atom.by_item else None]
-            found = mix_numbers(
-                found, np.array([digest_number(each) for each in texts], dtype=np.uint64)
+            numbers = mix_numbers(
+                numbers, np.array([digest_number(each) for each in texts], dtype=np.uint64)
             )
         if atom.run is not None:
-            found = mix_numbers(found, contents.of(table.runs[atom.run], table))
+            numbers = mix_numbers(numbers, contents.of(table.runs[atom.run], table))
         if atom.python is not None:
-            found = mix_numbers(found, contents.given(atom))
-    return found
+            numbers = mix_numbers(numbers, contents.given(atom))
+    return numbers
 
 
 def _texts(atom: MetricTerm, item: ItemNumber) -> Sequence[tuple[int, ...]]:
@@ -290,7 +290,7 @@ def _plain(value: object) -> object:
         return ("python", value.name, value.digest)
     if isinstance(value, Mapping):
         pairs = cast("Mapping[object, object]", value)
-        return {key: _plain(each) for key, each in pairs.items()}
+        return {key: _plain(pair) for key, pair in pairs.items()}
     if isinstance(value, list | tuple):
         return tuple(_plain(each) for each in cast("Sequence[object]", value))
     return value
@@ -324,22 +324,22 @@ class _RuleNumbers:
 
     def of(self, rows: RowTable) -> KeyNumbers:
         """Return the number of each row. Shape [row]."""
-        plan, found = self.plan, self.written[self.plan.written_runs(rows)]
+        plan, numbers = self.plan, self.written[self.plan.written_runs(rows)]
         position = plan.position_of_cell[rows.cell]
         if self.source is not None:
             prompts = rows.prompt if self.donors is None else self.donors[rows.prompt]
             run = plan.read.run(position, prompts, rows.alternative)
-            found = mix_numbers(mix_numbers(found, self.source[prompts]), self.read[run])
+            numbers = mix_numbers(mix_numbers(numbers, self.source[prompts]), self.read[run])
         if self.means is not None:
-            found = mix_numbers(found, self.means[position])
+            numbers = mix_numbers(numbers, self.means[position])
         if self.groups is not None:
-            found = mix_numbers(found, self.groups[rows.prompt])
+            numbers = mix_numbers(numbers, self.groups[rows.prompt])
         if self.cells is not None and self.given is not None:
             cell, within = self.cells.place(plan, rows)  # equal rows may receive different vectors
-            found = mix_numbers(mix_numbers(found, self.given[cell]), within)
+            numbers = mix_numbers(mix_numbers(numbers, self.given[cell]), within)
         if self.keys is not None:
-            found = mix_numbers(found, self.keys[plan.key_runs(rows)])
-        return np.where(plan.follow(rows) == 0, found, mix_numbers(found, plan.follow(rows)))
+            numbers = mix_numbers(numbers, self.keys[plan.key_runs(rows)])
+        return np.where(plan.follow(rows) == 0, numbers, mix_numbers(numbers, plan.follow(rows)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,7 +354,7 @@ class OperandKeys:
         """Digest everything that a direction depends on."""
         match vector:
             case FittedVector():
-                samples = [self._sample(each) for each in vector.samples]
+                samples = [self._sample(sample) for sample in vector.samples]
                 points = list(map(_written, vector.points))
                 return digest("fit", vector.method, vector.options, points, samples)
             case UnembeddingVector():
@@ -452,9 +452,9 @@ class ExperimentKeys:
                 contents.given(atom)  # raises here, or not at all
         shared = self._shared() + (b"as base" if plan.experiment.as_base else b"")
         codes: dict[bytes, int] = {}
-        found = [codes.setdefault(cell, len(codes)) for cell in self._cells()]
+        numbers = [codes.setdefault(cell, len(codes)) for cell in self._cells()]
         self._codes = tuple(codes)
-        self.code_of_cell: Ints = np.array(found, dtype=np.int64)
+        self.code_of_cell: Ints = np.array(numbers, dtype=np.int64)
         """Shape [cell]: cells with equal numbers differ only in positions, which are in row
         keys."""
         self.cells = tuple(
@@ -509,20 +509,20 @@ class ExperimentKeys:
     def rows(self, number: int, rows: RowTable) -> KeyNumbers:
         """Return the keys of rows for a measure. Shape [row]."""
         starting = self.plan.starting_run(rows)
-        found = mix_numbers(self._written(rows), self._of_measure(number, rows, starting))
+        hashes = mix_numbers(self._written(rows), self._of_measure(number, rows, starting))
         said = self.plan.experiment.spec.estimator
         if said is None or not said.joins_cells:
-            return found
-        return mix_numbers(found, self._joined_writes[self._sites[rows.cell], rows.prompt])
+            return hashes
+        return mix_numbers(hashes, self._joined_writes[self._sites[rows.cell], rows.prompt])
 
     @cached_property
     def _joined_writes(self) -> KeyNumbers:
         """Content of all writes to a site, in any order. Shape [site, prompt]."""
         rows = self.plan.rows(self.kept)
         codes = np.array([digest_number(code) for code in self._codes], dtype=np.uint64)
-        own = mix_numbers(self._written(rows), codes[self.code_of_cell[rows.cell]])
+        numbers = mix_numbers(self._written(rows), codes[self.code_of_cell[rows.cell]])
         found = np.zeros((int(self._sites.max()) + 1, len(self.table)), dtype=np.uint64)
-        np.add.at(found, (self._sites[rows.cell], rows.prompt), own)
+        np.add.at(found, (self._sites[rows.cell], rows.prompt), numbers)
         return found
 
     @cached_property
@@ -532,19 +532,19 @@ class ExperimentKeys:
     def _written(self, rows: RowTable) -> KeyNumbers:
         """Return each row's start and what rules read and write in it. Shape [row]."""
         starting = self.plan.starting_run(rows)
-        found = np.zeros(len(rows), dtype=np.uint64)
+        hashes = np.zeros(len(rows), dtype=np.uint64)
         for index, numbers in enumerate(self._starts):
-            found = np.where(starting == index, numbers[rows.prompt], found)
+            hashes = np.where(starting == index, numbers[rows.prompt], hashes)
         for rule in self._rules:
-            found = np.where(rule.plan.acts(rows), mix_numbers(found, rule.of(rows)), found)
-        return found
+            hashes = np.where(rule.plan.acts(rows), mix_numbers(hashes, rule.of(rows)), hashes)
+        return hashes
 
     def _of_measure(self, number: int, rows: RowTable, starting: Ints) -> KeyNumbers:
         """Return the inputs of a measure. Shape [row]."""
         measure = self.plan.experiment.measures[number]
         by_item = any(atom.by_item for atom in measure.atoms)
         items = self._items if by_item else np.full_like(self._items, -1)
-        found = np.zeros(len(rows), dtype=np.uint64)
+        hashes = np.zeros(len(rows), dtype=np.uint64)
         kinds = np.stack([starting, items[rows.cell]])
         for index, item in np.unique(kinds, axis=1).T.tolist():
             key = (number, index, None if item < 0 else item)
@@ -554,8 +554,8 @@ class ExperimentKeys:
                     measure, run, key[2], self.table, self.contents
                 )
             own = (kinds[0] == index) & (kinds[1] == item)
-            found[own] = self._measured[key][rows.prompt[own]]
-        return found
+            hashes[own] = self._measured[key][rows.prompt[own]]
+        return hashes
 
     # --- what all rows of a cell share ---
 
@@ -581,7 +581,9 @@ class ExperimentKeys:
             static = _static(rule.rule)
             pairs = zip(rule.point_table, rule.source_table, strict=True)
             points = [_written(to) + _written(of) for to, of in pairs]
-            sites = [digest(static + own) for own in digest_lists(rule.points, points)]
+            sites = [
+                digest(static + digest_list) for digest_list in digest_lists(rule.points, points)
+            ]
             begin = len(parts)
             parts.append([sites[site] for site in rule.site_of_cell.tolist()])
             for cells, of in rule.placed:
@@ -591,7 +593,7 @@ class ExperimentKeys:
                 amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
                 parts.append([amounts[amount] for amount in rule.amounts.tolist()])
             if rule.steps is not None:
-                parts.append([digest("steps", *own) for own in rule.steps.tolist()])
+                parts.append([digest("steps", *step) for step in rule.steps.tolist()])
             if rule.direction_of_cell is not None:
                 steered = [self._operands.direction(member.vector) for member in rule.directions]
                 parts.append([steered[which] for which in rule.direction_of_cell.tolist()])
@@ -603,17 +605,17 @@ class ExperimentKeys:
                 parts += self._named(rule.rule.receiving_basis, *named)
             if rule.rule.circuit is not None:
                 nodes = _digest_neurons(rule.rule.circuit)
-                for (site, layer), own in rule.rule.circuit.features.items():
-                    basis = self._operands.basis({(layer, None): own.member})
-                    nodes += digest(site, layer, basis, own.which)
+                for (site, layer), feature in rule.rule.circuit.features.items():
+                    basis = self._operands.basis({(layer, None): feature.member})
+                    nodes += digest(site, layer, basis, feature.which)
                 if self.plan.leaves_out_edges:  # estimates depend on the circuit as a whole
                     whole = keep_baseline(rule.rule, "circuit").circuit
                     assert whole is not None
                     (classes,) = whole.edges.values()
                     nodes += b"".join(_digest_edges(number_edge_ends(own)) for own in classes)
                 edges = [nodes + b"".join(map(_digest_edges, ends)) for ends in rule.edge_ends]
-                own = [*edges, b""]  # the last one: it doesn't act
-                parts.append([own[site] for site in rule.site_of_cell.tolist()])
+                feature = [*edges, b""]  # the last one: it doesn't act
+                parts.append([feature[site] for site in rule.site_of_cell.tolist()])
             if rule.active is not None:  # where it doesn't act, the key omits it
                 acts = rule.active.tolist()
                 parts[begin:] = [
@@ -636,8 +638,11 @@ class ExperimentKeys:
         """
         if basis is None or of_cell is None:
             return
-        bases = [self._operands.basis(each) for each in basis.bases]
-        own = [digest(bases[each.basis], each.which, *_inserted(bases, each)) for each in named]
+        bases = [self._operands.basis(basis_members) for basis_members in basis.bases]
+        own = [
+            digest(bases[coordinates.basis], coordinates.which, *_inserted(bases, coordinates))
+            for coordinates in named
+        ]
         yield [own[which] for which in of_cell.tolist()]
 
     @cached_property
@@ -673,8 +678,8 @@ class ExperimentKeys:
         """Return the content of all rows that a function receives, in order. Shape [whole cell]."""
         contents = self.contents.of(self.table.runs[plan.rule.run], self.table)
         tokens = number_lists(plan.read.tokens)
-        found = [digest_number(contents[each.prompts], tokens[each.runs]) for each in cells.cells]
-        return np.array(found, dtype=np.uint64)
+        digests = [digest_number(contents[cell.prompts], tokens[cell.runs]) for cell in cells.cells]
+        return np.array(digests, dtype=np.uint64)
 
     def _means(self, plan: RulePlan) -> KeyNumbers:
         """Return the rows of each mean with their tokens. Shape [position]."""
@@ -688,8 +693,10 @@ class ExperimentKeys:
             groups = [digest_number(rule.groups[row]) for row in prompts.tolist()]
             contents = mix_numbers(contents, np.array(groups, dtype=np.uint64))
         hits = _hits(plan.averaged, len(plan.sources), prompts)
-        found = [digest_number(np.sort(mix_numbers(contents[index], own))) for index, own in hits]
-        return np.array(found, dtype=np.uint64)
+        means = [
+            digest_number(np.sort(mix_numbers(contents[index], numbers))) for index, numbers in hits
+        ]
+        return np.array(means, dtype=np.uint64)
 
     def _all_rows(self) -> bytes:
         """Digest all rows if a row may depend on others: after prompts, means and inputs of
@@ -698,14 +705,14 @@ class ExperimentKeys:
         whole = any(rule.rule.does.of_all_rows for rule in rules)
         if not self.plan.in_answers or not whole:
             return b""
-        found = fill_numbers(0, len(self.table))
+        numbers = fill_numbers(0, len(self.table))
         for run in self.table.runs.values():
-            found = mix_numbers(found, self.contents.of(run, self.table))
+            numbers = mix_numbers(numbers, self.contents.of(run, self.table))
         for measure in self.plan.experiment.measures:
             for atom in measure.atoms:
                 for text in atom.texts.values():
-                    found = mix_numbers(found, number_lists(RaggedColumn.of(text)))
-        return digest(np.sort(found[kept]))
+                    numbers = mix_numbers(numbers, number_lists(RaggedColumn.of(text)))
+        return digest(np.sort(numbers[kept]))
 
 
 def edit_digest(rule: ResolvedRule, keys: OperandKeys) -> bytes:
@@ -718,9 +725,12 @@ def edit_digest(rule: ResolvedRule, keys: OperandKeys) -> bytes:
     steered = [keys.direction(member.vector) for member in members]
     parts: list[object] = []
     if rule.basis is not None:
-        bases = [keys.basis(each) for each in rule.basis.bases]
+        bases = [keys.basis(basis_members) for basis_members in rule.basis.bases]
         every = rule.basis.coordinates.values()
-        parts = [[bases[each.basis], each.which, *_inserted(bases, each)] for each in every]
+        parts = [
+            [bases[coordinates.basis], coordinates.which, *_inserted(bases, coordinates)]
+            for coordinates in every
+        ]
     return digest(_static(rule), sites, amounts, steered, parts)
 
 
@@ -744,18 +754,18 @@ def _written(point: SitePoint) -> bytes:
 def _number_written(plan: RulePlan) -> KeyNumbers:
     """Number the tokens of each run that a rule writes, with their classes if it ablates a circuit
     with positions. Shape [run]."""
-    found, classes = number_lists(plan.written.tokens), plan.written_classes
+    numbers, classes = number_lists(plan.written.tokens), plan.written_classes
     if classes is None:
-        return found
-    return mix_numbers(found, number_lists(RaggedColumn(plan.written.tokens.offsets, classes)))
+        return numbers
+    return mix_numbers(numbers, number_lists(RaggedColumn(plan.written.tokens.offsets, classes)))
 
 
 def _digest_edges(ends: tuple[EdgeEnds, EdgeEnds]) -> bytes:
     """Return a digest of edges, each written as its sender and its receiver."""
     columns = [
-        [written[number] for number in own.of_edge.tolist()]
-        for own in ends
-        for written in [[_written(point) for point in own.points]]
+        [written[number] for number in end.of_edge.tolist()]
+        for end in ends
+        for written in [[_written(point) for point in end.points]]
     ]
     return digest(b"".join(chain.from_iterable(zip(*columns, strict=True))))
 
@@ -768,9 +778,9 @@ def _digest_neurons(circuit: CircuitTargets) -> bytes:
     return digest(*circuit.neurons.items()) if circuit.neurons else b""
 
 
-def _inserted(bases: Sequence[bytes], own: Coordinates) -> tuple[object, ...]:
+def _inserted(bases: Sequence[bytes], coordinates: Coordinates) -> tuple[object, ...]:
     """Return the parts of a key for features that come in from the last basis."""
-    return (bases[-1], own.inserted) if own.inserted else ()
+    return (bases[-1], coordinates.inserted) if coordinates.inserted else ()
 
 
 def _hits(hits: TokenHits, positions: int, prompts: Ints) -> Iterator[tuple[Ints, KeyNumbers]]:

@@ -193,7 +193,7 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
         scope.diagnostics.append(BadBasis(span=call.span, reason=reason, hint=hint, what=what))
         return None
     if method is None:
-        known = ", ".join(f"`{each.example}`" for _, each in BASIS_METHODS.items())
+        known = ", ".join(f"`{basis_method.example}`" for _, basis_method in BASIS_METHODS.items())
         hint = did_you_mean(call.name, BASIS_METHODS, f"methods are {known}")
         hint = OTHER_METHODS.get(call.name, hint)
         scope.diagnostics.append(
@@ -300,7 +300,7 @@ def lower_saved_circuit(
     before = len(scope.diagnostics)
     paths = [each.value for each in call.arguments if each.name is None]
     named = [each for each in call.arguments if each.name is not None]
-    given = [constant_value(each, parts.parameters) for each in paths]
+    given = [constant_value(path, parts.parameters) for path in paths]
     if len(given) != 1 or not isinstance(given[0], str):
         reason, hint = "takes the path of a file, in quotes", f"write `{CIRCUIT_EXAMPLE}`"
         scope.diagnostics.append(
@@ -332,7 +332,7 @@ def lower_saved_circuit(
     if has_errors(scope.diagnostics[before:]):
         return None
     named = [each.value for each in named if each.name == "nodes"]
-    nodes = tuple(ast.Site((each,), span=each.span) for each in named if isinstance(each, ast.Name))
+    nodes = tuple(ast.Site((name,), span=name.span) for name in named if isinstance(name, ast.Name))
     return spec.Circuit(
         span=statement.span,
         name=statement.name.id,
@@ -436,16 +436,16 @@ def _lower_saved_positions(
     if len(texts) > 1 or bases:
         reason = f"`{written}` has the positions of a trained group, without supernodes and bases"
         raise UnreadableFile(reason, f'write `group {name} = saved("{written}")`')
-    found = read_positions(content, digest, written)
+    positions = read_positions(content, digest, written)
     return spec.Group(
         span=statement.span,
         name=name,
         sites=(),
         digest=digest,
-        made=found.made,
-        prompts=found.prompts,
-        at=found.at,
-        labels=found.labels,
+        made=positions.made,
+        prompts=positions.prompts,
+        at=positions.at,
+        labels=positions.labels,
     )
 
 
@@ -497,24 +497,24 @@ def _list_feature_sites(
     """
     span = call.span
     for layer in dict.fromkeys(layer for layer, _ in features):
-        found = [
+        sites = [
             (name, several)
             for name in names
             if (several := _covers(parts.bases.get(name.id), layer, parts)) is not None
         ]
-        if len(found) != 1:
-            listed = name_list(name.id for name, _ in found)
+        if len(sites) != 1:
+            listed = name_list(name.id for name, _ in sites)
             reason = f"`{written}` has features of layer {layer}, and "
-            reason += f"{listed} are of this layer" if found else "no basis is of this layer"
+            reason += f"{listed} are of this layer" if sites else "no basis is of this layer"
             hint = f"name one transcoder at `mlp_out layer {layer}`"
             raise UnreadableFile(reason, hint)
-        ((name, several),) = found
+        ((name, several),) = sites
 
         def axis(word: ast.AxisWord, numbers: Sequence[int], of: str | None) -> ast.Axis:
             values = tuple(ast.AxisRange(ast.Bound(n, span=span), span=span) for n in numbers)
             return ast.Axis(word, True, values, of=of, span=span)
 
-        numbers = [feature for own, feature in features if own == layer]
+        numbers = [feature for number, feature in features if number == layer]
         axes = [axis("feature", numbers, name.id)]
         components = ()
         if several:
@@ -566,7 +566,7 @@ def lower_circuit_mask(
     if not _check_mask(call, "circuit", parts, scope):
         _note_meant_kind(statement.name, call, "circuit", scope)
         return None
-    given = {each.name: each.value for each in call.arguments}
+    given = {argument.name: argument.value for argument in call.arguments}
     nodes, stack = given.get("nodes"), given.get("stack")
     if nodes is not None and not _are_nodes(nodes, parts, scope):
         return None
@@ -815,7 +815,7 @@ def _unknown_option(
     Args:
         others: Names in other tools → an option.
     """
-    known = ", ".join(f"`{each}: …`" for each in options)
+    known = ", ".join(f"`{option}: …`" for option in options)
     hint = f"it takes {known or 'none'}"
     if argument.name is not None:
         hint = did_you_mean(argument.name, options, hint)
@@ -828,7 +828,7 @@ def _unknown_option(
 
 def _check_patience(call: ast.Call, what: str, parts: Definitions, scope: Namespace) -> None:
     """Report E0342 for early stopping without held-out rows, or of a mask of edges."""
-    named = {each.name: each for each in call.arguments}
+    named = {argument.name: argument for argument in call.arguments}
     trainer = find_trainer(trainer_call(call))
     if what == "circuit" and "patience" in named and isinstance(trainer, MaskTrainer):
         reason = "`patience` would stop a mask of edges while most of them are open"
@@ -853,16 +853,16 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
         what: First word of the statement.
     """
     node = trainer_call(call)
-    found = _known_trainer(node, scope)
-    if found is None:
+    trainer = _known_trainer(node, scope)
+    if trainer is None:
         return
-    name = found.name
-    if not _can_declare(what, found):
-        reason = f"`{name}` trains a {found.declares}, not a {what}"
-        place = "" if found.declares == "circuit" else " at …"
-        hint = f"write `{found.declares} NAME = {call.name}({found.example}, …){place}`"
-        if what in ("group", "circuit") and isinstance(found, ScoringTrainer):
-            is_search = isinstance(found, EdgeSearchTrainer | NodeSearchTrainer)
+    name = trainer.name
+    if not _can_declare(what, trainer):
+        reason = f"`{name}` trains a {trainer.declares}, not a {what}"
+        place = "" if trainer.declares == "circuit" else " at …"
+        hint = f"write `{trainer.declares} NAME = {call.name}({trainer.example}, …){place}`"
+        if what in ("group", "circuit") and isinstance(trainer, ScoringTrainer):
+            is_search = isinstance(trainer, EdgeSearchTrainer | NodeSearchTrainer)
             examples = {
                 "group": NODE_SEARCH_EXAMPLE if is_search else NODE_EXAMPLE,
                 "circuit": SEARCH_EXAMPLE if is_search else SCORE_EXAMPLE,
@@ -875,69 +875,69 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
         value = constant_value(argument.value, parts.parameters)
         if isinstance(argument.value, ast.Name):
             scope.has("param", argument.value.id)
-        problem = _trainer_problem(found, argument, value)
+        problem = _trainer_problem(trainer, argument, value)
         if problem is not None:
             scope.diagnostics.append(problem)
             return
         assert argument.name is not None
         assert value is not None
         options[argument.name] = value
-    missing = [each for each in found.required if each not in options]
+    missing = [each for each in trainer.required if each not in options]
     if missing:
-        reason, hint = f"needs `{missing[0]}: …`", f"write `{found.example}`"
+        reason, hint = f"needs `{missing[0]}: …`", f"write `{trainer.example}`"
         scope.diagnostics.append(BadArgument(span=node.span, name=name, reason=reason, hint=hint))
         return
-    scope.diagnostics.extend(_unused_options(call, found))
-    wrong = found.check(options)
+    scope.diagnostics.extend(_unused_options(call, trainer))
+    wrong = trainer.check(options)
     if wrong is None and _accumulates(call, parts):
-        wrong = found.check_parts(options)
+        wrong = trainer.check_parts(options)
     if wrong is not None:
         scope.diagnostics.append(
             BadBasis(span=node.span, reason=wrong[0], hint=wrong[1], what=what)
         )
-    problem = _objective_problem(call, found, what) or _target_problem(call, found, scope)
+    problem = _objective_problem(call, trainer, what) or _target_problem(call, trainer, scope)
     if problem is not None:
         scope.diagnostics.append(problem)
 
 
 def _accumulates(call: ast.Call, parts: Definitions) -> bool:
     """Whether the gradients of a step are those of several batches."""
-    every = (own.value for own in call.arguments if own.name == "accumulate")
+    every = (argument.value for argument in call.arguments if argument.name == "accumulate")
     return any(constant_value(each, parts.parameters) != 1 for each in every)
 
 
 def _known_trainer(node: ast.Call, scope: Namespace) -> Trainer | None:
     """Return the trainer of `das(dims: 2)` or `python("own.py:Trainer")`; None after an error."""
     if is_python_call(node):
-        own, problems = find_own_trainer(node)
+        trainer, problems = find_own_trainer(node)
         scope.diagnostics.extend(problems)
-        return own
-    found = find_trainer(node)
-    if found is None:
+        return trainer
+    known_trainer = find_trainer(node)
+    if known_trainer is None:
         known = ", ".join(f"`{each.example}`" for _, each in TRAINERS.items())
         hint = did_you_mean(node.name, TRAINERS, f"it can be {known}")
         hint = OTHER_TRAINERS.get(node.name, hint)
         problem = UnknownWord(span=node.span, kind="trainer", word=node.name, hint=hint)
         scope.diagnostics.append(problem)
-    return found
+    return known_trainer
 
 
 def _unused_options(call: ast.Call, trainer: Trainer) -> Iterator[BadArgument]:
     """Yield the problems with options of `fit` that a training doesn't use."""
-    for each in call.arguments:
-        if each.name in trainer.unused:
+    for argument in call.arguments:
+        if argument.name in trainer.unused:
             has_steps = "steps" not in trainer.unused
             why = "uses all vectors in every step" if has_steps else "isn't trained in steps"
-            if each.name == "precision" and not isinstance(trainer, ScoringTrainer):
+            if argument.name == "precision" and not isinstance(trainer, ScoringTrainer):
                 why = "computes in 64 bits"
-            hint = f"remove `{each.name}`"
-        elif each.name == "seeds" and isinstance(trainer, ScoringTrainer):
+            hint = f"remove `{argument.name}`"
+        elif argument.name == "seeds" and isinstance(trainer, ScoringTrainer):
             hint = f"declare a {trainer.declares} for each seed: `seed: 1`"
             why = "has no random start"
         else:
             continue
         reason = f"is not an argument of `fit` with `{trainer.name}`, which {why}"
-        yield BadArgument(span=each.span, name=str(each.name), reason=reason, hint=hint)
+        yield BadArgument(span=argument.span, name=str(argument.name), reason=reason, hint=hint)
 
 
 def _target_problem(call: ast.Call, trainer: Trainer, scope: Namespace) -> BadArgument | None:
@@ -1029,7 +1029,7 @@ def _partner_problem(
         return BadArgument(span=call.span, name=call.name, reason=reason, hint=hint)
     value = partner.value
     items = value.items if isinstance(value, ast.ListLiteral) else (value,)
-    named = bool(items) and all(isinstance(each, ast.Name) for each in items)
+    named = bool(items) and all(isinstance(item, ast.Name) for item in items)
     if named or isinstance(value, ast.Site | ast.SiteView):
         return None
     written = value.span.written

@@ -63,7 +63,7 @@ def hash_imported_code(contents: Iterable[bytes]) -> dict[str, str]:
     Raises:
         CodeHashError: If a module was imported earlier in this process and has changed since.
     """
-    found: dict[str, str] = {}
+    imported_codes: dict[str, str] = {}
     left = [name for content in contents for name in _imports(content)]
     done: set[str] = set()
     while left:
@@ -72,9 +72,9 @@ def hash_imported_code(contents: Iterable[bytes]) -> dict[str, str]:
             continue
         done.add(name)
         for key, digest, content in _of_module(name):
-            found[key] = digest
+            imported_codes[key] = digest
             left += _imports(content)
-    return found
+    return imported_codes
 
 
 def hash_module_code(name: str) -> dict[str, str]:
@@ -109,7 +109,7 @@ def hash_package_code(name: str) -> dict[str, str]:
             break
     else:
         raise CodeHashError(f"the source of `{name}` can't be read")
-    read = [_read(*each) for each in _package_files(root, Path(file))]
+    read = [_read(*package_file) for package_file in _package_files(root, Path(file))]
     digests = {module: digest for module, digest, _ in read}
     return digests | hash_imported_code([content for _, _, content in read])
 
@@ -123,8 +123,8 @@ def note_package_code(name: str) -> None:
     with suppress(ImportError, ValueError, CodeHashError):
         spec = find_spec(root)
         if spec is not None and spec.origin is not None and os.path.isfile(spec.origin):
-            for each in _package_files(root, Path(spec.origin)):
-                _read(*each)
+            for package_file in _package_files(root, Path(spec.origin)):
+                _read(*package_file)
 
 
 def _package_files(root: str, path: Path) -> list[tuple[str, Path]]:
@@ -132,7 +132,7 @@ def _package_files(root: str, path: Path) -> list[tuple[str, Path]]:
     if path.stem != "__init__":
         return [(root, path)]
     files = _python_files(path.parent, root)
-    return [(_module_name(root, path.parent, each), each) for each in files]
+    return [(_module_name(root, path.parent, file), file) for file in files]
 
 
 def _module_name(package: str, folder: Path, path: Path) -> str:
@@ -162,7 +162,7 @@ def _parsed_imports(content: bytes) -> Iterator[str]:
     for node in ast.walk(tree) if calls else _statements(tree):
         match node:
             case ast.Import(names=names):
-                yield from (each.name.partition(".")[0] for each in names)
+                yield from (name.name.partition(".")[0] for name in names)
             case ast.ImportFrom(module=str(module), level=0):
                 yield module.partition(".")[0]
             case ast.Call(
@@ -227,13 +227,13 @@ def _package_content(path: Path) -> bytes:
 
 
 def _python_files(folder: Path, name: str) -> list[Path]:
-    found: list[Path] = []
+    python_files: list[Path] = []
     for path in folder.rglob("*"):
         if path.suffix in (".py", ".so", ".pyd"):
-            found.append(path)
-        if len(found) > MAX_PACKAGE_FILES:
+            python_files.append(path)
+        if len(python_files) > MAX_PACKAGE_FILES:
             raise CodeHashError(f"the package `{name}` has more than {MAX_PACKAGE_FILES} files")
-    return sorted(found)
+    return sorted(python_files)
 
 
 def _installed(path: Path) -> Path | None:
@@ -247,12 +247,12 @@ def _installed(path: Path) -> Path | None:
 @cache
 def _recorded(folder: Path) -> frozenset[str]:
     """Return what packages installed into a folder, as by `pip install --target`: names in it."""
-    found: set[str] = set()
+    names: set[str] = set()
     for record in folder.glob("*.dist-info/RECORD"):
         with suppress(OSError, UnicodeError):
             lines = record.read_text("utf-8").splitlines()
-            found |= {re.split("[/,]", line, maxsplit=1)[0] for line in lines}
-    return frozenset(found)
+            names |= {re.split("[/,]", line, maxsplit=1)[0] for line in lines}
+    return frozenset(names)
 
 
 @cache
@@ -671,13 +671,13 @@ class _Reader:
         kind = type(value).__name__
         if isinstance(value, dict):
             pairs = cast("dict[object, object]", value).items()
-            found = [(self._value(name, k), self._value(name, v)) for k, v in pairs]
+            values = [(self._value(name, k), self._value(name, v)) for k, v in pairs]
         else:
-            found = [self._value(name, each) for each in cast("Iterable[object]", value)]
+            values = [self._value(name, each) for each in cast("Iterable[object]", value)]
             if isinstance(value, set | frozenset):
-                found = sorted(found, key=repr)
+                values = sorted(values, key=repr)
         self._open.discard(id(value))
-        return (kind, found)
+        return (kind, values)
 
     def _array(self, name: str, value: Any) -> object:
         """Describe a numpy array or number, or a tensor; None for anything else."""
@@ -745,10 +745,10 @@ def _is_patched(value: object) -> bool:
 
 def _look_up(home: str, path: str) -> object:
     """Return the object at a path of an imported module; None if there is none."""
-    found: object = sys.modules.get(home)
+    module: object = sys.modules.get(home)
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        module = getattr(module, name, None)
+    return module
 
 
 def _content(name: str, cell: Any) -> object:
@@ -774,31 +774,33 @@ def _code_names(code: CodeType) -> _CodeNames:
     stored: set[str] = set()
     level = 0
     previous: list[Any] = [None, None]
-    for each in dis.get_instructions(code):
-        name = each.argval
-        if each.opname in _ATTRIBUTE_OPERATIONS:
+    for instruction in dis.get_instructions(code):
+        name = instruction.argval
+        if instruction.opname in _ATTRIBUTE_OPERATIONS:
             attributes.add(name)
-        elif each.opname == "IMPORT_NAME":
+        elif instruction.opname == "IMPORT_NAME":
             level = previous[0] if isinstance(previous[0], int) else 0
             imported.add("." * level + name)
-        elif each.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+        elif instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             assigned.add(name)
-        elif each.opname in ("STORE_DEREF", "DELETE_DEREF"):
+        elif instruction.opname in ("STORE_DEREF", "DELETE_DEREF"):
             stored.add(name)
         elif isinstance(name, str) and name in code.co_names:
             others.add(name)
         previous = [previous[1], name]
-    texts = {each for each in _constants(code.co_consts) if each.isidentifier()}
-    inner = [_code_names(each) for each in code.co_consts if isinstance(each, CodeType)]
+    texts = {constant for constant in _constants(code.co_consts) if constant.isidentifier()}
+    inner = [
+        _code_names(code_type) for code_type in code.co_consts if isinstance(code_type, CodeType)
+    ]
     # A name that no known operation uses may be a global.
     read = others | (set(code.co_names) - attributes - _import_names(imported))
     return _CodeNames(
-        frozenset(read).union(*(each.read for each in inner)),
-        frozenset(attributes).union(*(each.attributes for each in inner)),
-        frozenset(texts).union(*(each.texts for each in inner)),
-        frozenset(imported).union(*(each.imported for each in inner)),
-        frozenset(assigned).union(*(each.assigned for each in inner)),
-        frozenset(stored).union(*(each.stored_cells for each in inner)),
+        frozenset(read).union(*(code_names.read for code_names in inner)),
+        frozenset(attributes).union(*(code_names.attributes for code_names in inner)),
+        frozenset(texts).union(*(code_names.texts for code_names in inner)),
+        frozenset(imported).union(*(code_names.imported for code_names in inner)),
+        frozenset(assigned).union(*(code_names.assigned for code_names in inner)),
+        frozenset(stored).union(*(code_names.stored_cells for code_names in inner)),
     )
 
 
@@ -808,10 +810,10 @@ def _import_names(imported: Iterable[str]) -> set[str]:
 
 def _constants(constants: Iterable[object]) -> set[str]:
     """Return the texts among constants, including those in tuples."""
-    found: set[str] = set()
-    for each in constants:
-        if isinstance(each, str):
-            found.add(each)
-        elif isinstance(each, tuple | frozenset):
-            found |= _constants(cast("Iterable[object]", each))
-    return found
+    names: set[str] = set()
+    for constant in constants:
+        if isinstance(constant, str):
+            names.add(constant)
+        elif isinstance(constant, tuple | frozenset):
+            names |= _constants(cast("Iterable[object]", constant))
+    return names

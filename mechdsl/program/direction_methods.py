@@ -35,7 +35,7 @@ def check_kind(method: str, value: Constant | None, kinds: Sequence[str]) -> Pro
     if value in kinds:
         return None
     quoted = '"{}"'.format
-    listed = f"write one of {name_list([quoted(each) for each in kinds])}"
+    listed = f"write one of {name_list([quoted(kind) for kind in kinds])}"
     hint = did_you_mean(str(value), kinds, listed, written=quoted)
     return f"`{method}` has no such kind", hint
 
@@ -135,7 +135,7 @@ class FittedMethod(DirectionMethod):
 
     def describe(self, samples: Sequence[RowSummary], options: Mapping[str, Constant]) -> str:
         """Return the description that results and `explain` print."""
-        rows = " and ".join(each.text for each in samples)
+        rows = " and ".join(sample.text for sample in samples)
         given = "".join(f", {name} {value}" for name, value in options.items())
         return f"{self.name} of {rows}{given}"
 
@@ -220,9 +220,9 @@ def _direction_class_problem(name: str, entry: object) -> str | None:
 
 def fitted_method(name: str) -> FittedMethod:
     """Return a registered method that computes its vector from activations."""
-    found = DIRECTION_METHODS[name]
-    assert isinstance(found, FittedMethod)
-    return found
+    method = DIRECTION_METHODS[name]
+    assert isinstance(method, FittedMethod)
+    return method
 
 
 # --- calls of registered classes ------------------------------------------------------------------
@@ -249,16 +249,16 @@ def call_method(method: object, function: str, *arguments: object) -> Any:
 
 
 def _problem(method: FittedMethod, function: str, *arguments: object) -> Problem | None:
-    found: object = call_method(method, function, *arguments)
-    if found is None:
+    outcome: object = call_method(method, function, *arguments)
+    if outcome is None:
         return None
-    pair = cast("tuple[object, ...]", found) if isinstance(found, tuple) else ()
+    pair = cast("tuple[object, ...]", outcome) if isinstance(outcome, tuple) else ()
     match pair:
         case (str(reason), str(hint)):
             return reason, hint
         case _:
             said = "must return None or two texts, the problem and the fix"
-            raise MethodError(method, function, f"returned {found!r}; it {said}")
+            raise MethodError(method, function, f"returned {outcome!r}; it {said}")
 
 
 def option_problem(method: FittedMethod, name: str, value: Constant | None) -> Problem | None:
@@ -275,14 +275,16 @@ def sample_problem(
 
 def option_defaults(method: FittedMethod, samples: Sequence[RowSummary]) -> Mapping[str, Constant]:
     """Return values of options that a call leaves out. Raises MethodError."""
-    found: object = call_method(method, "default_options", samples)
-    if not isinstance(found, Mapping):
-        raise MethodError(method, "default_options", f"returned {found!r}; it must return a dict")
-    values = cast("Mapping[object, object]", found)
+    defaults: object = call_method(method, "default_options", samples)
+    if not isinstance(defaults, Mapping):
+        raise MethodError(
+            method, "default_options", f"returned {defaults!r}; it must return a dict"
+        )
+    values = cast("Mapping[object, object]", defaults)
     for name, value in values.items():
         if name not in method.options or not isinstance(value, bool | int | float | str):
             said = "must name options, with numbers or texts as values"
-            raise MethodError(method, "default_options", f"returned {found!r}; it {said}")
+            raise MethodError(method, "default_options", f"returned {defaults!r}; it {said}")
     return cast("Mapping[str, Constant]", values)
 
 
@@ -290,29 +292,29 @@ def description(
     method: FittedMethod, samples: Sequence[RowSummary], options: Mapping[str, Constant]
 ) -> str:
     """Return the description of a fit. Raises MethodError."""
-    found: object = call_method(method, "describe", samples, options)
-    if not isinstance(found, str) or not found:
-        raise MethodError(method, "describe", f"returned {found!r}; it must return a text")
-    return found
+    text: object = call_method(method, "describe", samples, options)
+    if not isinstance(text, str) or not text:
+        raise MethodError(method, "describe", f"returned {text!r}; it must return a text")
+    return text
 
 
 def fitted_vector(
     method: FittedMethod, samples: Sequence[RowVectors], options: Mapping[str, Constant], width: int
 ) -> Floats:
     """Return the vector of a fit, [width] float64. Raises MethodError and what `fit` raises."""
-    found: object = call_method(method, "fit", samples, options)
+    vector: object = call_method(method, "fit", samples, options)
     import numpy as np
 
-    if not isinstance(found, np.ndarray) or not np.issubdtype(found.dtype, np.floating):
-        kind = found.dtype if isinstance(found, np.ndarray) else type(found).__name__
+    if not isinstance(vector, np.ndarray) or not np.issubdtype(vector.dtype, np.floating):
+        kind = vector.dtype if isinstance(vector, np.ndarray) else type(vector).__name__
         said = "it must return an array of float64"
         raise MethodError(method, "fit", f"returned `{kind}`; {said}")
-    if found.shape != (width,):
+    if vector.shape != (width,):
         said = f"it must return [{width}], one number per coordinate"
-        raise MethodError(method, "fit", f"returned the shape {list(found.shape)}; {said}")
-    if type(method).__module__.partition(".")[0] != _PACKAGE and not np.isfinite(found).all():
+        raise MethodError(method, "fit", f"returned the shape {list(vector.shape)}; {said}")
+    if type(method).__module__.partition(".")[0] != _PACKAGE and not np.isfinite(vector).all():
         raise MethodError(method, "fit", "returned NaN or infinity")
-    return np.ascontiguousarray(found, dtype=np.float64)
+    return np.ascontiguousarray(vector, dtype=np.float64)
 
 
 # --- the methods of the language ------------------------------------------------------------------
@@ -336,13 +338,13 @@ class MeanDifference(FittedMethod):
     def fit(self, samples: Sequence[RowVectors], options: Mapping[str, Constant]) -> Floats:
         import numpy as np
 
-        a, b = (each.mean() for each in samples)
-        found = a - b
+        a, b = (sample.mean() for sample in samples)
+        difference = a - b
         scale = max(float(np.linalg.norm(a)), float(np.linalg.norm(b)))
         least = ROUNDING_UNITS * samples[0].rounding * scale
-        count = min(each.count for each in samples)
-        small = float(np.linalg.norm(found)) <= least / count**0.5
-        return np.zeros_like(found) if small else found
+        count = min(sample.count for sample in samples)
+        small = float(np.linalg.norm(difference)) <= least / count**0.5
+        return np.zeros_like(difference) if small else difference
 
 
 @direction_method("mean")
@@ -448,7 +450,7 @@ class Probe(FittedMethod):
             numbers = np.array(rows.targets, dtype=np.float64)
             return fit_ridge(rows.matrix(), numbers, penalty).weights[:, 0]
         names = list(rows.classes)
-        classes = np.array([names.index(each) for each in rows.targets], dtype=np.int64)
+        classes = np.array([names.index(target) for target in rows.targets], dtype=np.int64)
         weights = fit_logistic(rows.matrix(), classes, penalty).logits.weights
         return weights[:, 1] - weights[:, 0]
 
@@ -632,32 +634,32 @@ def basis_size(
     method: BasisMethod, width: int, rows: int, options: Mapping[str, Constant]
 ) -> int | Problem:
     """Return the number of coordinates, or the problem. Raises MethodError."""
-    found: object = call_method(method, "size", width, rows, options)
-    match found:
-        case int() if not isinstance(found, bool) and 1 <= found <= width:
-            return found
+    size: object = call_method(method, "size", width, rows, options)
+    match size:
+        case int() if not isinstance(size, bool) and 1 <= size <= width:
+            return size
         case (str(reason), str(hint)):
             return reason, hint
         case _:
             said = f"it must return a number from 1 to {width}, or the problem and the fix"
-            raise MethodError(method, "size", f"returned {found!r}; {said}")
+            raise MethodError(method, "size", f"returned {size!r}; {said}")
 
 
 def linear_map(
     method: BasisMethod, given: BasisInput, options: Mapping[str, Constant], size: int
 ) -> LinearMap:
     """Compute a basis. Raises MethodError and what `build` raises."""
-    found: object = call_method(method, "build", given, options, size)
+    built: object = call_method(method, "build", given, options, size)
     import numpy as np
 
-    if not isinstance(found, LinearMap):
-        said = f"it must return a `LinearMap`, not a `{type(found).__name__}`"
+    if not isinstance(built, LinearMap):
+        said = f"it must return a `LinearMap`, not a `{type(built).__name__}`"
         raise MethodError(method, "build", said)
-    directions = np.asarray(found.directions, dtype=np.float64)
+    directions = np.asarray(built.directions, dtype=np.float64)
     if directions.shape != (size, given.width):
         said = f"it must return [{size}, {given.width}], one direction per coordinate"
         raise MethodError(method, "build", f"returned {list(directions.shape)}; {said}")
-    center = None if found.center is None else np.asarray(found.center, dtype=np.float64)
+    center = None if built.center is None else np.asarray(built.center, dtype=np.float64)
     if center is not None and center.shape != (given.width,):
         said = f"returned a center of {list(center.shape)}, not [{given.width}]"
         raise MethodError(method, "build", said)
@@ -1003,7 +1005,7 @@ class Transcoder(SparseAutoencoder):
 
 @basis_method("python")
 class PythonEncoder(BasisMethod):
-    """An object of the user's own with `encode` and `decode`, from a Python file."""
+    """A user-defined object with `encode` and `decode`, from a Python file."""
 
     takes = "python"
     example = 'python("mp.py:MPSAE", features: 512)'

@@ -105,11 +105,12 @@ def count_prompt_tokens(
     if definition is None:
         return None
     every = [definition, *direction_dependencies([definition.value], directions)]
-    for call in (training_call(each.value) for each in every):
+    for call in (training_call(direction.value) for direction in every):
         if call is not None:
             inner = trainer_call(call)
             given = (
-                (each.name, constant_value(each.value, parameters)) for each in inner.arguments
+                (argument.name, constant_value(argument.value, parameters))
+                for argument in inner.arguments
             )
             own = {key: value for key, value in given if key is not None and value is not None}
             trainer = find_trainer(inner)
@@ -130,7 +131,7 @@ def method_calls(node: ast.Node) -> list[ast.Call]:
 def read_probe_name(call: ast.Call) -> str | None:
     """Return the name of the trained probe whose weights a call denotes, as `probe(told)`; None for
     other calls, such as `probe(count, fruit)`."""
-    match [each.value for each in call.arguments if each.name is None]:
+    match [argument.value for argument in call.arguments if argument.name is None]:
         case [ast.Name(id=name)] if call.name == PROBE_CALL:
             return name
         case _:
@@ -151,28 +152,28 @@ def direction_names(node: ast.Node | None, directions: Container[str]) -> list[s
     """Return the names of directions in an expression."""
     if node is None:
         return []
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for part in walk(node):
         match part:
             case ast.Name(id=name) | ast.Index(name=name) if name in directions:
-                found[name] = None
+                names[name] = None
             case _:
                 pass
-    return list(found)
+    return list(names)
 
 
 def direction_dependencies(
     nodes: Iterable[ast.Node], directions: Mapping[str, spec.Direction]
 ) -> list[spec.Direction]:
     """Return the definitions that expressions use, directly or through other directions."""
-    found: dict[str, spec.Direction] = {}
+    dependencies: dict[str, spec.Direction] = {}
     todo = [name for node in nodes for name in direction_names(node, directions)]
     while todo:
         name = todo.pop(0)
-        if name not in found and name in directions:
-            found[name] = directions[name]
+        if name not in dependencies and name in directions:
+            dependencies[name] = directions[name]
             todo += direction_names(directions[name].value, directions)
-    return list(found.values())
+    return list(dependencies.values())
 
 
 def used_directions(experiment: spec.Experiment, program: spec.Program) -> list[spec.Direction]:
@@ -198,14 +199,16 @@ def fit_rows_of_experiment(experiment: spec.Experiment, program: spec.Program) -
     """Return the rows that the fits for an experiment's rules, bases, probes and saved directions
     read."""
     directions = used_directions(experiment, program)
-    found = [rows for each in directions for rows in fit_rows_of_direction(each, program)]
+    fit_rows = [
+        rows for direction in directions for rows in fit_rows_of_direction(direction, program)
+    ]
     bases = (fit_rows_of_basis(basis, program) for basis in used_bases(experiment, program))
-    found += [rows for rows in bases if rows is not None]
+    fit_rows += [rows for rows in bases if rows is not None]
     for rule in experiment.every_rule:
         train = None if rule.observed is None else training_rows(rule.observed.call)
         rows = None if train is None else parse_fit_rows(train, program.prompts)
-        found += [] if rows is None else [rows]
-    return list(dict.fromkeys(found))
+        fit_rows += [] if rows is None else [rows]
+    return list(dict.fromkeys(fit_rows))
 
 
 def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.Basis]:
@@ -226,16 +229,16 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
     for loop in looped:  # `for b in [more, less] { patch SITE in basis b }`
         names |= dict.fromkeys(p.id for p in walk(loop.domain) if isinstance(p, ast.Name))
     todo = [program.bases[name] for name in names if name in program.bases]
-    found: dict[str, spec.Basis] = {}
+    used: dict[str, spec.Basis] = {}
     while todo:
         basis = todo.pop(0)
-        found[basis.name] = basis
+        used[basis.name] = basis
         read = read_probe_names([basis.method], program.directions)
         todo += [program.bases[each] for each in read if each in program.bases]
         decoder = decoded_basis(basis.method, program.prompts)
         of = None if decoder is None else program.bases.get(decoder.of.whole)
-        todo += [] if of is None or of.name in found else [of]
-    return list(found.values())
+        todo += [] if of is None or of.name in used else [of]
+    return list(used.values())
 
 
 def _list_circuit_bases(experiment: spec.Experiment, program: spec.Program) -> Iterator[str | None]:
@@ -246,27 +249,27 @@ def _list_circuit_bases(experiment: spec.Experiment, program: spec.Program) -> I
         walked = () if circuit is None else walk(circuit.edges)
         sites = [node for node in walked if isinstance(node, ast.Site)]
         named = [site.bare for site in sites]
-        named += [each.bare for each in (() if circuit is None else circuit.nodes)]
+        named += [site.bare for site in (() if circuit is None else circuit.nodes)]
         named += [rule.nodes, None if trained is None else name_nodes(trained)]
         yield from (site.basis_name for site in sites)
         for node in named:
             group = None if node is None else program.groups.get(node.id)
             chosen = None if node is None else program.masks.get(node.id)
-            yield from () if group is None else (each.basis_name for each in group.sites)
+            yield from () if group is None else (site.basis_name for site in group.sites)
             yield from () if chosen is None else (chosen.site.basis_name,)
 
 
 def name_nodes(circuit: spec.Basis) -> ast.Name | None:
     """Return the name of the group of neurons or features that are nodes of a trained circuit."""
-    given = (each.value for each in circuit.method.arguments if each.name == "nodes")
-    return next((each for each in given if isinstance(each, ast.Name)), None)
+    given = (argument.value for argument in circuit.method.arguments if argument.name == "nodes")
+    return next((name for name in given if isinstance(name, ast.Name)), None)
 
 
 def fitted_block(method: BasisMethod, call: ast.Call) -> ast.Node:
     """Return the argument of a basis method's call that names its prompt set."""
     if method.takes == "training":
-        return next(each.value for each in call.arguments if each.name == "prompts")
-    values = [each.value for each in call.arguments if each.name is None]
+        return next(argument.value for argument in call.arguments if argument.name == "prompts")
+    values = [argument.value for argument in call.arguments if argument.name is None]
     return values[1] if method.takes == "value and block" else values[0]
 
 
@@ -296,7 +299,9 @@ def fit_rows_of_basis(basis: spec.Basis, program: spec.Program | Definitions) ->
     if rows is None:
         return None
     limit, trains = _limit(basis.method, program.parameters), method.takes == "training"
-    model = next((each.value for each in basis.method.arguments if each.name == "model"), None)
+    model = next(
+        (argument.value for argument in basis.method.arguments if argument.name == "model"), None
+    )
     named = model.id if isinstance(model, ast.Name) and trains else None
     used = rows.used | basis.changed_by
     return replace(rows, limit=limit, trains=trains, used=used, model=named, partner=basis.partner)
@@ -377,20 +382,20 @@ def fit_rows_of_call(call: ast.Call, program: spec.Program | Definitions) -> lis
 
 def _paired(fitted: Sequence[FitRows]) -> list[FitRows]:
     """Restrict the rows of one fit: of each block, those that every read run changes."""
-    found: list[FitRows] = []
+    pairs: list[FitRows] = []
     for rows in fitted:
         named = {other.run for other in fitted if other.block == rows.block} - {"clean"}
-        found.append(replace(rows, used=frozenset(named if rows.block else ())))
-    return found
+        pairs.append(replace(rows, used=frozenset(named if rows.block else ())))
+    return pairs
 
 
 def _limit(call: ast.Call, parameters: Mapping[str, Constant]) -> int | None:
     """Return the number of `limit: 64`; None without a valid one."""
     written = [a.value for a in call.arguments if a.name == "limit"]
-    found = constant_value(written[0], parameters) if written else None
-    if not is_integer(found, least=1):
+    limit = constant_value(written[0], parameters) if written else None
+    if not is_integer(limit, least=1):
         return None
-    return found
+    return limit
 
 
 def _rows(value: ast.Node, shared: FitRows | None, program: spec.Program | Definitions) -> FitRows:
@@ -487,7 +492,7 @@ def _arguments(
         return
     for argument in call.arguments:
         if argument.name is not None and argument.name not in method.options:
-            known = ", ".join(f"`{each}: …`" for each in method.options)
+            known = ", ".join(f"`{option}: …`" for option in method.options)
             hint = did_you_mean(argument.name, method.options, f"it takes {known or 'none'}")
             reason = f"is not an argument of `{call.name}`"
             scope.diagnostics.append(
@@ -537,7 +542,9 @@ def _arguments(
 def _check_probe(call: ast.Call, scope: Namespace) -> None:
     """Report E0207 for a call that names no trained probe, and for options other than `class`."""
     name = str(read_probe_name(call))
-    option = next((each for each in call.arguments if each.name not in (None, "class")), None)
+    option = next(
+        (argument for argument in call.arguments if argument.name not in (None, "class")), None
+    )
     span, said, reason, hint = call.span, call.name, "", ""
     if not scope.has("probe", name):
         reason = "is written `probe(count, fruit)`, or `probe(told)` with a `probe` of the file"
@@ -598,7 +605,7 @@ def check_fit_rows(
     block = parts.prompts.get(name)
     if block is None:
         return
-    known = ["clean", *(each.name for each in block.corruptions)]
+    known = ["clean", *(corruption.name for corruption in block.corruptions)]
     if rows is None or rows.run not in known:
         runs = [f"{name}.{each}" for each in known[1:]]
         runs += [f"{name}.train", f"{name}.test"] if block.split is not None else []
@@ -615,7 +622,7 @@ def _is_derived(node: ast.Node, block: str, parts: Definitions, scope: Namespace
     run = node.attribute if isinstance(node, ast.Attribute) else block
     run = node.name if isinstance(node, ast.QualifiedRef) else run
     known = parts.prompts.get(block)
-    runs = () if known is None else (block, *(each.name for each in known.corruptions))
+    runs = () if known is None else (block, *(corruption.name for corruption in known.corruptions))
     return run in scope.derived and run not in runs
 
 
@@ -628,18 +635,18 @@ def drop_circular_directions(
     directions: Mapping[str, spec.Direction], scope: Namespace
 ) -> dict[str, spec.Direction]:
     """Return the other directions; E0341 for directions that depend on themselves."""
-    found = dict(directions)
+    circular_directions = dict(directions)
     for name, definition in directions.items():
         dependencies = direction_dependencies([definition.value], directions)
-        if any(each.name == name for each in dependencies):
+        if any(direction.name == name for direction in dependencies):
             text = definition.value.span.written
             reason = f"`{name}` is defined in terms of itself"
             hint = "define it with a fit, such as `mean_difference(…)`, or with other directions"
             scope.diagnostics.append(
                 BadDirection(span=definition.value.span, text=text, reason=reason, hint=hint)
             )
-            del found[name]
-    return found
+            del circular_directions[name]
+    return circular_directions
 
 
 def split_factor(node: ast.Expr, directions: Container[str]) -> tuple[ast.Expr | None, ast.Expr]:

@@ -72,34 +72,44 @@ def expand_discoveries(tree: ast.File) -> Discoveries:
     A statement with an error, whose code is E0207, remains in its experiment. Its block is split
     nevertheless, so that other lines may name the parts.
     """
-    own = {each.name.id: each for each in tree.statements if isinstance(each, ast.PromptsDef)}
+    defs = {
+        statement.name.id: statement
+        for statement in tree.statements
+        if isinstance(statement, ast.PromptsDef)
+    }
     unsplit = find_unsplit_blocks(tree).keys()
     metrics = {
-        each.name.id: each.value for each in tree.statements if isinstance(each, ast.MetricDef)
+        statement.name.id: statement.value
+        for statement in tree.statements
+        if isinstance(statement, ast.MetricDef)
     }
-    imports = any(isinstance(each, ast.Use) for each in tree.statements)
-    groups = {each.name.id: each for each in tree.statements if isinstance(each, ast.GroupDef)}
+    imports = any(isinstance(statement, ast.Use) for statement in tree.statements)
+    groups = {
+        statement.name.id: statement
+        for statement in tree.statements
+        if isinstance(statement, ast.GroupDef)
+    }
     names: set[str] = set()
     joined: set[str] = set()
     wrongly_tested: set[str] = set()
     problems: list[Diagnostic] = []
-    found: list[ast.TopLevel] = []
-    for each in tree.statements:
-        if not isinstance(each, ast.ExperimentDef):
-            found.append(each)
+    definitions: list[ast.TopLevel] = []
+    for statement in tree.statements:
+        if not isinstance(statement, ast.ExperimentDef):
+            definitions.append(statement)
             continue
-        due = [line for line in each.statements if isinstance(line, ast.Discover)]
-        wrong = list(_problems(each, due, groups, imports=imports)) if due else []
+        due = [line for line in statement.statements if isinstance(line, ast.Discover)]
+        wrong = list(_problems(statement, due, groups, imports=imports)) if due else []
         problems += wrong
-        if due and not wrong and may_exist(each, own, imports=imports):
+        if due and not wrong and may_exist(statement, defs, imports=imports):
             names.add(due[0].what.id)
-            joined |= {own.id for own in _named_groups(due[0])}
-            found += _expanded(each, due[0], unsplit, metrics, groups)
+            joined |= {name.id for name in _named_groups(due[0])}
+            definitions += _expanded(statement, due[0], unsplit, metrics, groups)
         else:
-            found.append(each)
+            definitions.append(statement)
         if wrong:
-            wrongly_tested |= unsplit & list_blocks(each)
-    statements = tuple(split_blocks(found, wrongly_tested))
+            wrongly_tested |= unsplit & list_blocks(statement)
+    statements = tuple(split_blocks(definitions, wrongly_tested))
     return Discoveries(
         replace(tree, statements=statements), frozenset(names), problems, frozenset(joined)
     )
@@ -107,8 +117,10 @@ def expand_discoveries(tree: ast.File) -> Discoveries:
 
 def list_blocks(experiment: ast.ExperimentDef) -> set[str]:
     """Return the names of an experiment's blocks of prompts."""
-    uses = (each for each in experiment.statements if isinstance(each, ast.UsePrompts))
-    return {own.name for use in uses for own in use.prompts}
+    uses = (
+        statement for statement in experiment.statements if isinstance(statement, ast.UsePrompts)
+    )
+    return {prompt.name for use in uses for prompt in use.prompts}
 
 
 def split_blocks(
@@ -116,11 +128,11 @@ def split_blocks(
 ) -> Iterator[ast.TopLevel]:
     """Yield statements with blocks of some names split as for a circuit, so that other lines may
     name the parts."""
-    for each in statements:
-        if isinstance(each, ast.PromptsDef) and each.name.id in names:
-            yield with_split(each, DISCOVERED_SHARE)
+    for statement in statements:
+        if isinstance(statement, ast.PromptsDef) and statement.name.id in names:
+            yield with_split(statement, DISCOVERED_SHARE)
         else:
-            yield each
+            yield statement
 
 
 def _expanded(
@@ -137,9 +149,17 @@ def _expanded(
         metrics: Metrics that the file defines.
         groups: Groups that the file defines.
     """
-    [into] = (each for each in experiment.statements if isinstance(each, ast.FromInto))
-    [use] = (each for each in experiment.statements if isinstance(each, ast.UsePrompts))
-    metric = next(each.metric for each in experiment.statements if isinstance(each, ast.Measure))
+    [into] = (
+        statement for statement in experiment.statements if isinstance(statement, ast.FromInto)
+    )
+    [use] = (
+        statement for statement in experiment.statements if isinstance(statement, ast.UsePrompts)
+    )
+    metric = next(
+        statement.metric
+        for statement in experiment.statements
+        if isinstance(statement, ast.Measure)
+    )
     span, other = line.span, into.bases[0]
     rows, tested = divide_rows(use, unsplit)
     arguments = [
@@ -150,9 +170,9 @@ def _expanded(
     ]
     if use.limit is not None:
         arguments.append(ast.Argument("limit", amount_of(use.limit, use), span=use.span))
-    nodes, own = _further_nodes(line, groups)
-    if own is not None:
-        yield own
+    nodes, group = _further_nodes(line, groups)
+    if group is not None:
+        yield group
     if nodes is not None:
         arguments.append(ast.Argument("nodes", nodes, span=nodes.span))
     if _is_in_vision(line):
@@ -166,7 +186,10 @@ def _expanded(
     at = all_tokens() if line.at is None else _joined(line.at)
     rule = ast.Rule(ast.Ablate(site, at, fill, all_but=True, span=span), span=span)
     changed = {id(line): rule, id(into): _swapped(into), id(use): tested}
-    lines = (changed.get(id(each)) or _with_faithfulness(each) for each in experiment.statements)
+    lines = (
+        changed.get(id(statement)) or _with_faithfulness(statement)
+        for statement in experiment.statements
+    )
     yield replace(experiment, statements=tuple(lines))
 
 
@@ -209,12 +232,12 @@ def _list_further(line: ast.Discover) -> list[ast.Name | ast.FeaturesOf]:
 
 def _is_in_vision(line: ast.Discover) -> bool:
     """Return whether a statement chooses from the edges of the vision encoder."""
-    return [each.id if isinstance(each, ast.Name) else "" for each in line.over] == [VISION]
+    return [name.id if isinstance(name, ast.Name) else "" for name in line.over] == [VISION]
 
 
 def _named_groups(line: ast.Discover) -> list[ast.Name]:
     """Return the names of the groups that are nodes."""
-    return [each for each in _list_further(line) if isinstance(each, ast.Name)]
+    return [name for name in _list_further(line) if isinstance(name, ast.Name)]
 
 
 def _aim(metric: ast.Expr, metrics: Mapping[str, ast.Expr]) -> str:
@@ -276,8 +299,8 @@ def _method(line: ast.Discover) -> ast.Call:
 
 
 def _call(line: ast.Discover) -> ast.Call:
-    own = line.using
-    return ast.Call(own.id, (), span=own.span) if isinstance(own, ast.Name) else own
+    name = line.using
+    return ast.Call(name.id, (), span=name.span) if isinstance(name, ast.Name) else name
 
 
 def amount_of(amount: int | str, of: ast.Node) -> ast.Number | ast.Name:
@@ -303,11 +326,11 @@ def _problems(
     line = due[0]
     for more in due[1:]:
         yield _wrong(more, "is the second one of its experiment", "write an experiment for each")
-    for each in experiment.statements:
-        if isinstance(each, ast.Rule | ast.For | ast.Using | ast.Generate | ast.Search):
+    for statement in experiment.statements:
+        if isinstance(statement, ast.Rule | ast.For | ast.Using | ast.Generate | ast.Search):
             reason = "tests its circuit alone, without further rules, loops or replies"
             hint = f"move this line to another experiment, which may use `{line.what.id}` too"
-            yield _wrong(each, reason, hint)
+            yield _wrong(statement, reason, hint)
     yield from _candidate_problems(line, groups, imports=imports)
     yield from _size_problems(line)
     yield from _run_problems(experiment, line)
@@ -365,7 +388,9 @@ def _size_problems(line: ast.Discover) -> Iterator[Diagnostic]:
         yield _wrong(line.using, "finds edges by scores or by a search", hint)
         return
     size = FAITHFULNESS if until is not None else "size" if line.top is not None else None
-    given = [each.name for each in call.arguments if each.name in ("size", FAITHFULNESS)]
+    given = [
+        argument.name for argument in call.arguments if argument.name in ("size", FAITHFULNESS)
+    ]
     if size is not None and given:
         reason = f"has two sizes, `{given[0]}: …` and that after the call"
         yield _wrong(line.using, reason, "remove one of them")
@@ -391,18 +416,22 @@ def _is_faithfulness(until: ast.Expr) -> bool:
 
 
 def _run_problems(experiment: ast.ExperimentDef, line: ast.Discover) -> Iterator[Diagnostic]:
-    runs = [each for each in experiment.statements if isinstance(each, ast.FromInto)]
+    runs = [statement for statement in experiment.statements if isinstance(statement, ast.FromInto)]
     if not runs:
         reason = "needs a run whose values the edges outside of the circuit have"
         yield _wrong(line, reason, f"add a line such as `from {CLEAN} into fewer`")
-    derived = {each.name.id for each in experiment.statements if isinstance(each, ast.RunDef)}
-    for each in runs:
-        names = [ref.whole for ref in (*each.sources, *each.bases)]
-        if len(names) != 2 or each.shuffled is not None or names[0] != CLEAN or names[1] in derived:
+    derived = {
+        statement.name.id
+        for statement in experiment.statements
+        if isinstance(statement, ast.RunDef)
+    }
+    for run in runs:
+        names = [ref.whole for ref in (*run.sources, *run.bases)]
+        if len(names) != 2 or run.shuffled is not None or names[0] != CLEAN or names[1] in derived:
             reason = f"gives the circuit the values of `{CLEAN}`, and other edges those of one run"
             other = next((name for name in names if name not in {CLEAN, *derived}), "fewer")
-            yield _wrong(each, reason, f"write `from {CLEAN} into {other}`")
-    if not any(isinstance(each, ast.UsePrompts) for each in experiment.statements):
+            yield _wrong(run, reason, f"write `from {CLEAN} into {other}`")
+    if not any(isinstance(statement, ast.UsePrompts) for statement in experiment.statements):
         reason = "needs the prompts that the circuit is chosen on"
         yield _wrong(line, reason, "add a line such as `prompts fruit`")
     for use, reason, hint in find_undivided(experiment, "circuit"):
@@ -416,12 +445,16 @@ def find_undivided(
 
     chosen: `circuit` or `group`.
     """
-    for each in experiment.statements:
-        if not isinstance(each, ast.UsePrompts):
+    for statement in experiment.statements:
+        if not isinstance(statement, ast.UsePrompts):
             continue
-        if len(each.prompts) != 1 or each.replies is not None or each.prompts[0].part is not None:
+        if (
+            len(statement.prompts) != 1
+            or statement.replies is not None
+            or statement.prompts[0].part is not None
+        ):
             reason = f"divides the rows of one block: some choose the {chosen}, the others test it"
-            yield each, reason, f"write `prompts {each.prompts[0].name}`"
+            yield statement, reason, f"write `prompts {statement.prompts[0].name}`"
 
 
 def may_exist(
@@ -432,8 +465,10 @@ def may_exist(
 
     imports: whether the file imports others, which may have the block.
     """
-    use = next(each for each in experiment.statements if isinstance(each, ast.UsePrompts))
-    into = (each for each in experiment.statements if isinstance(each, ast.FromInto))
+    use = next(
+        statement for statement in experiment.statements if isinstance(statement, ast.UsePrompts)
+    )
+    into = (statement for statement in experiment.statements if isinstance(statement, ast.FromInto))
     runs = {ref.name for each in into for ref in (*each.sources, *each.bases)} - {CLEAN}
     block = blocks.get(use.prompts[0].name)
     if block is None:
@@ -442,20 +477,24 @@ def may_exist(
 
 
 def _effect_problems(experiment: ast.ExperimentDef, line: ast.Discover) -> Iterator[Diagnostic]:
-    measures = [each for each in experiment.statements if isinstance(each, ast.Measure)]
+    measures = [
+        statement for statement in experiment.statements if isinstance(statement, ast.Measure)
+    ]
     if not measures:
         reason = "needs a measure that the circuit explains"
         hint = "add one, for example `measure logit(answer) - logit(wrong) as recovery`"
         yield _wrong(line, reason, hint)
-    for each in measures[:1]:
-        where = each.at or each.per or each.over
+    for measure in measures[:1]:
+        where = measure.at or measure.per or measure.over
         if where is not None:
             reason = "chooses its circuit by a measure at the last token"
             yield _wrong(where, reason, "name no position, variable or axis in the first measure")
-    for each in measures:
-        if each.effect.id not in (RECOVERY, FAITHFULNESS, "raw"):
+    for measure in measures:
+        if measure.effect.id not in (RECOVERY, FAITHFULNESS, "raw"):
             reason = "tests its circuit by its faithfulness, the recovery of the measure"
-            yield _wrong(each.effect, reason, "write `as recovery`, `as faithfulness` or `as raw`")
+            yield _wrong(
+                measure.effect, reason, "write `as recovery`, `as faithfulness` or `as raw`"
+            )
 
 
 def _wrong(node: ast.Node, reason: str, hint: str) -> Diagnostic:
@@ -503,43 +542,50 @@ def expand_searches(tree: ast.File) -> Searches:
     A statement with an error, whose code is E0207 or E0201, remains in its experiment. Its block is
     split nevertheless, so that other lines may name the parts.
     """
-    blocks = {each.name.id: each for each in tree.statements if isinstance(each, ast.PromptsDef)}
+    blocks = {
+        statement.name.id: statement
+        for statement in tree.statements
+        if isinstance(statement, ast.PromptsDef)
+    }
     unsplit = find_unsplit_blocks(tree).keys()
-    imports = any(isinstance(each, ast.Use) for each in tree.statements)
+    imports = any(isinstance(statement, ast.Use) for statement in tree.statements)
     names: set[str] = set()
     wrongly_tested: set[str] = set()
     problems: list[Diagnostic] = []
-    found: list[ast.TopLevel] = []
-    for each in tree.statements:
-        due = _searches_of(each) if isinstance(each, ast.ExperimentDef) else []
-        if not isinstance(each, ast.ExperimentDef) or not due:
-            found.append(each)
+    definitions: list[ast.TopLevel] = []
+    for statement in tree.statements:
+        due = _searches_of(statement) if isinstance(statement, ast.ExperimentDef) else []
+        if not isinstance(statement, ast.ExperimentDef) or not due:
+            definitions.append(statement)
             continue
-        lacks_rule = _lost_its_rule(each, tree)
-        wrong = [*_search_problems(each, due, lacks_rule=lacks_rule), *_unknown_sizes(due, tree)]
+        lacks_rule = _lost_its_rule(statement, tree)
+        wrong = [
+            *_search_problems(statement, due, lacks_rule=lacks_rule),
+            *_unknown_sizes(due, tree),
+        ]
         problems += wrong
         if wrong or lacks_rule:
-            wrongly_tested |= unsplit & list_blocks(each)
+            wrongly_tested |= unsplit & list_blocks(statement)
         if (
             not (wrong or lacks_rule)
-            and _is_complete(each)
-            and may_exist(each, blocks, imports=imports)
+            and _is_complete(statement)
+            and may_exist(statement, blocks, imports=imports)
         ):
-            group, each = _expand_search(each, due[0], unsplit)
+            group, statement = _expand_search(statement, due[0], unsplit)
             names.add(group.name.id)
-            found.append(group)
-        found.append(each)
-    statements = tuple(split_blocks(found, wrongly_tested))
+            definitions.append(group)
+        definitions.append(statement)
+    statements = tuple(split_blocks(definitions, wrongly_tested))
     return Searches(replace(tree, statements=statements), frozenset(names), problems)
 
 
 def _searches_of(experiment: ast.ExperimentDef) -> list[ast.Search]:
-    return [each for each in experiment.statements if isinstance(each, ast.Search)]
+    return [statement for statement in experiment.statements if isinstance(statement, ast.Search)]
 
 
 def _lost_its_rule(experiment: ast.ExperimentDef, tree: ast.File) -> bool:
     """Whether an experiment has no rule, and lines that can't be parsed."""
-    if any(isinstance(each, ast.Rule) for each in experiment.statements):
+    if any(isinstance(statement, ast.Rule) for statement in experiment.statements):
         return False
     span = experiment.span
     return any(span.start <= lost.span.start < span.end for lost in tree.lost)
@@ -582,7 +628,9 @@ def _other_values(experiment: ast.ExperimentDef, body: ast.Ablate | ast.Patch) -
     """Return the argument with the values that the group gets: a fill, or those of a run."""
     if isinstance(body, ast.Ablate):
         return ast.Argument("with", body.fill, span=body.fill.span)
-    [into] = (each for each in experiment.statements if isinstance(each, ast.FromInto))
+    [into] = (
+        statement for statement in experiment.statements if isinstance(statement, ast.FromInto)
+    )
     run = into.sources[0]
     return ast.Argument("from", ast.Name(run.name, span=run.span), span=run.span)
 
@@ -631,8 +679,8 @@ def _search_problems(
 
 def _unknown_sizes(due: Sequence[ast.Search], tree: ast.File) -> Iterator[Diagnostic]:
     """Yield E0201 for sizes that no parameter has; imported files may have some."""
-    known = [each.name.id for each in tree.statements if isinstance(each, ast.Param)]
-    if any(isinstance(each, ast.Use) for each in tree.statements):
+    known = [statement.name.id for statement in tree.statements if isinstance(statement, ast.Param)]
+    if any(isinstance(statement, ast.Use) for statement in tree.statements):
         return
     for line in due:
         if isinstance(line.up_to, str) and line.up_to not in known:
@@ -667,10 +715,10 @@ def _rule_problems(rule: ast.Rule, line: ast.Search) -> Iterator[Diagnostic]:
         yield _bad_line(body.at, reason, "name one position, or join some: `{A, B}`")
     axes = body.site.axes
     wrong = not axes or axes[-1].word != AXES[what]
-    named = {each.id for each in body.site.names}
+    named = {name.id for name in body.site.names}
     if wrong or (what == "mlps" and "mlp_out" not in named):
         hint = f"write `{EXAMPLES[what]}`, for example"
-        candidates = [own for own, word in AXES.items() if axes and word == axes[-1].word]
+        candidates = [name for name, word in AXES.items() if axes and word == axes[-1].word]
         if candidates:
             hint += f", or `search {METHOD} {candidates[-1]} …`"
         yield _bad_line(body.site, f"adds {what}, and the rule has no axis over them", hint)
@@ -687,9 +735,9 @@ def _rule_problems(rule: ast.Rule, line: ast.Search) -> Iterator[Diagnostic]:
 def _is_complete(experiment: ast.ExperimentDef) -> bool:
     """Whether an experiment has prompts, and a source if it patches; otherwise, other diagnostics
     report the lack."""
-    kinds = {type(each) for each in experiment.statements}
-    rules = (each for each in experiment.statements if isinstance(each, ast.Rule))
-    patches = any(isinstance(each.body, ast.Patch) for each in rules)
+    kinds = {type(statement) for statement in experiment.statements}
+    rules = (statement for statement in experiment.statements if isinstance(statement, ast.Rule))
+    patches = any(isinstance(rule.body, ast.Patch) for rule in rules)
     return ast.UsePrompts in kinds and (ast.FromInto in kinds or not patches)
 
 
@@ -708,21 +756,23 @@ def _search_run_problems(experiment: ast.ExperimentDef) -> Iterator[Diagnostic]:
 
 def _measure_problems(experiment: ast.ExperimentDef, line: ast.Search) -> Iterator[Diagnostic]:
     """Yield the problems with the measure that a search maximises."""
-    measures = [each for each in experiment.statements if isinstance(each, ast.Measure)]
+    measures = [
+        statement for statement in experiment.statements if isinstance(statement, ast.Measure)
+    ]
     if not measures:
         reason = "needs a measure, whose first one it maximises"
         yield _bad_line(line, reason, "add one, for example `measure kl(clean) as raw`")
-    for each in measures[:1]:
-        where = each.at or each.per or each.over
+    for measure in measures[:1]:
+        where = measure.at or measure.per or measure.over
         if where is not None:
             reason = "maximises a measure at the last token"
             yield _bad_line(
                 where, reason, "name no position, variable or axis in the first measure"
             )
-        if each.effect.id not in MAXIMISED:
-            reason = f"maximises the first measure, so it can't be `as {each.effect.id}`"
+        if measure.effect.id not in MAXIMISED:
+            reason = f"maximises the first measure, so it can't be `as {measure.effect.id}`"
             hint = "write `as delta` or `as raw`; negate a measure that the group should lower"
-            yield _bad_line(each.effect, reason, hint)
+            yield _bad_line(measure.effect, reason, hint)
 
 
 def _bad_line(node: ast.Node, reason: str, hint: str) -> Diagnostic:

@@ -61,7 +61,7 @@ class BackwardRules:
     def in_attention(self) -> bool:
         """Whether they act inside of attention."""
         rules = self.softmax_temperature, self.attention_factors
-        return self.constant_patterns or self.decomposed or any(each is not None for each in rules)
+        return self.constant_patterns or self.decomposed or any(rule is not None for rule in rules)
 
 
 class GradientEstimator:
@@ -218,7 +218,11 @@ def find_estimator(text: str) -> GradientEstimator | None:
 
 def first_of_place(place: Place) -> GradientEstimator:
     """Return the first registered estimator for rules of a kind."""
-    return next(each for _, each in ESTIMATORS.items() if each.place == place)
+    return next(
+        gradient_estimator
+        for _, gradient_estimator in ESTIMATORS.items()
+        if gradient_estimator.place == place
+    )
 
 
 # --- the estimators of the language ---------------------------------------------------------------

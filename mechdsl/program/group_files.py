@@ -70,17 +70,17 @@ class GraphFile(Record):
             if not self.features:
                 raise UnreadableFile(f"`{written}` has no features", _GRAPH_FORM)
             return self.features, f"{count_noun(len(self.features), 'feature')} of {written}"
-        found = [each for each in self.supernodes if each[0] == name]
-        if not found:
-            names = [each[0] for each in self.supernodes]
+        supernodes = [supernode for supernode in self.supernodes if supernode[0] == name]
+        if not supernodes:
+            names = [supernode[0] for supernode in self.supernodes]
             hint = f'leave out the name for all features of the graph: `saved("{written}", t0)`'
             if names:
                 hint = did_you_mean(name, names, f"it has {name_list(names[:10])}")
             raise UnreadableFile(f"`{written}` has no supernode `{name}`", hint)
-        if len(found) > 1:
-            reason = f"`{written}` has {len(found):,} supernodes `{name}`"
+        if len(supernodes) > 1:
+            reason = f"`{written}` has {len(supernodes):,} supernodes `{name}`"
             raise UnreadableFile(reason, "rename them in the viewer, and save the graph again")
-        ((_, features, others),) = found
+        ((_, features, others),) = supernodes
         if not features:
             reason = f"the supernode `{name}` of `{written}` has no features"
             raise UnreadableFile(
@@ -102,10 +102,10 @@ def load_group(path: Path, written: str) -> tuple[object, str]:
     large = "prune the graph with a lower `node_threshold`"
     content = read_limited_file(path, written, limits.GRAPH_FILE, pickled=_CONVERSION, large=large)
     try:
-        found: Any = load_json(content.decode("utf-8-sig"))
+        group: Any = load_json(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         raise UnreadableFile(f"`{written}` is not a JSON object", _GRAPH_FORM) from None
-    return found, sha256(content).hexdigest()
+    return group, sha256(content).hexdigest()
 
 
 def read_graph(content: object, digest: str, written: str) -> GraphFile:
@@ -198,7 +198,7 @@ class _Reader:
     def _read_supernode(self, given: Any) -> tuple[str, frozenset[LayerFeature], int]:
         """Read `["name", "node", …]`."""
         parts = cast("list[Any]", given) if isinstance(given, list) else []
-        if not parts or not all(isinstance(each, str) for each in parts):
+        if not parts or not all(isinstance(part, str) for part in parts):
             raise self._error("has `supernodes` that aren't lists of names")
         name, *members = cast("list[str]", parts)
         for member in members:
@@ -253,10 +253,10 @@ class SavedMask(Record):
 
     def list_sites(self, span: Span) -> tuple[ast.Site, ...]:
         """Return the group: a site for each member, or the dimensions of each vector."""
-        found: dict[SavedPoint, list[int]] = {}
+        layers: dict[SavedPoint, list[int]] = {}
         for point, number in self.chosen:
-            found.setdefault(point, []).extend(() if number is None else (number,))
-        return tuple(_site(point, own, span, self._basis) for point, own in found.items())
+            layers.setdefault(point, []).extend(() if number is None else (number,))
+        return tuple(_site(point, numbers, span, self._basis) for point, numbers in layers.items())
 
     def list_ranked(self, span: Span) -> tuple[ast.Site, ...]:
         """Return each member, best first."""
@@ -404,15 +404,15 @@ def _find_dictionary(
             raise UnreadableFile(reason, f'write `group g = saved("{written}")`')
         return None
     name, known = first[3], content.get("dictionaries")
-    own = cast("Mapping[str, Any]", known).get(name) if isinstance(known, dict) else None
-    if not isinstance(own, str) or not own:
+    dictionary = cast("Mapping[str, Any]", known).get(name) if isinstance(known, dict) else None
+    if not isinstance(dictionary, str) or not dictionary:
         reason = f"`{written}` has features of `{name}`, and doesn't identify this basis"
         hint = f"list the features: `group g = features 3, 12 of {name}`"
         raise UnreadableFile(reason, hint)
     if len(bases) != 1:
         reason = f"`{written}` has features of one dictionary, `{name}`"
         raise UnreadableFile(reason, f'name it: `group g = saved("{written}", {name})`')
-    return bases[0], own
+    return bases[0], dictionary
 
 
 def _candidate(entry: Any) -> _Candidate:
@@ -452,11 +452,11 @@ def _unit_word(site: str) -> ast.AxisWord:
 
 def _last_points(candidates: Iterable[_Candidate]) -> Iterator[SavedPoint]:
     """Yield for each site and layer the candidate with the largest unit."""
-    found: dict[tuple[str, int | None], int | None] = {}
+    last_layers: dict[tuple[str, int | None], int | None] = {}
     for (site, layer, unit), _ in candidates:
-        old = found.get((site, layer))
-        found[site, layer] = unit if old is None or unit is None else max(old, unit)
-    for (site, layer), unit in found.items():
+        old = last_layers.get((site, layer))
+        last_layers[site, layer] = unit if old is None or unit is None else max(old, unit)
+    for (site, layer), unit in last_layers.items():
         yield site, layer, unit
 
 
@@ -480,4 +480,4 @@ def _site(
 
 
 def _values(numbers: Sequence[int], span: Span) -> tuple[ast.AxisRange, ...]:
-    return tuple(ast.AxisRange(ast.Bound(each, span=span), span=span) for each in numbers)
+    return tuple(ast.AxisRange(ast.Bound(number, span=span), span=span) for number in numbers)

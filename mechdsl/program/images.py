@@ -111,7 +111,7 @@ def image_problems(node: ast.Expr) -> list[Diagnostic]:
 def listed_frames(node: ast.Expr) -> tuple[ast.Expr, ...]:
     """Return the frames of a list."""
     items = node.items if isinstance(node, ast.ListLiteral) else ()
-    return tuple(each for each in items if isinstance(each, ast.Expr))
+    return tuple(item for item in items if isinstance(item, ast.Expr))
 
 
 def video_problems(node: ast.Expr) -> list[Diagnostic]:
@@ -122,9 +122,9 @@ def video_problems(node: ast.Expr) -> list[Diagnostic]:
     reason = "isn't a list of frames"
     frames = listed_frames(node)
     if isinstance(node, ast.ListLiteral) and len(frames) == len(node.items):
-        found = [problem for each in frames for problem in image_problems(each)]
-        if found or len(frames) > 1:
-            return found
+        problems = [problem for frame in frames for problem in image_problems(frame)]
+        if problems or len(frames) > 1:
+            return problems
         reason = "needs two frames or more"
         hint = "add frames, or write an `image` line"
     return [BadArgument(span=node.span, name=node.span.written, reason=reason, hint=hint)]
@@ -135,8 +135,8 @@ def sound_problems(node: ast.Expr) -> list[Diagnostic]:
     name = node.id if isinstance(node, ast.Name) else getattr(node, "name", "")
     entry = GENERATED_SOUNDS.get(name)
     examples = [
-        name if each.number is None else f"{name}({each.number.example})"
-        for name, each in GENERATED_SOUNDS.items()
+        name if sound.number is None else f"{name}({sound.number.example})"
+        for name, sound in GENERATED_SOUNDS.items()
     ]
     known = name_list(('"{file}"', *examples))
     match node:
@@ -221,8 +221,8 @@ def averaged_block(node: ast.Expr | None) -> ast.Ref | None:
 def averaged_blocks(nodes: Iterable[ast.Expr | None]) -> tuple[ast.Ref, ...]:
     """Return the blocks, or their parts, whose means are images or frames of videos."""
     each = (part for node in nodes if node for part in (node, *listed_frames(node)))
-    found = (averaged_block(part) for part in each)
-    return tuple(ref for ref in found if ref is not None)
+    refs = (averaged_block(part) for part in each)
+    return tuple(ref for ref in refs if ref is not None)
 
 
 def is_random_image(node: ast.Expr) -> bool:
@@ -250,7 +250,7 @@ def check_tiles(
         names: The names of the block's own values.
     """
     first = f"`tiles` on line {line.span.line} gives each row this value"
-    found: list[Diagnostic] = [
+    problems: list[Diagnostic] = [
         DuplicateName(span=name.span, name=name.id, first=first)
         for name in names
         if name.id in TILE_VALUES
@@ -260,8 +260,8 @@ def check_tiles(
     if drawn == MEAN_IMAGE or (drawn is not None and drawn in IMAGE_BASELINES):
         reason = f"needs images with their own size, but `image {drawn}` has the model's"
         hint = "remove it: a block of one image is paired with every tile"
-        found.append(BadArgument(span=line.span, name="tiles", reason=reason, hint=hint))
-    return found
+        problems.append(BadArgument(span=line.span, name="tiles", reason=reason, hint=hint))
+    return problems
 
 
 def check_tile_columns(tiles: Tiles, columns: Sequence[str]) -> list[Diagnostic]:

@@ -131,11 +131,17 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
     """
     results = results_by_observation(parts.experiments)
     if results:
-        groups = {name: resolve_group_results(each, results) for name, each in parts.groups.items()}
+        groups = {
+            name: resolve_group_results(group, results) for name, group in parts.groups.items()
+        }
         parts.groups.update(groups)
-        made = {name: _at_results(each, results) for name, each in parts.directions.items()}
+        made = {
+            name: _at_results(direction, results) for name, direction in parts.directions.items()
+        }
         parts.directions.update(made)
-        parts.experiments = [resolve_result_names(each, results) for each in parts.experiments]
+        parts.experiments = [
+            resolve_result_names(experiment, results) for experiment in parts.experiments
+        ]
     known = _experiments(parts, scope)
     called = {e.name: _called(e, known, results) for e in parts.experiments}
     ranked = {
@@ -199,8 +205,8 @@ def _is_broken(name: str, parts: Definitions) -> bool:
     if name in parts.masks:
         return False
     circuit = parts.circuits.get(name)
-    own = parts.groups.get(name)
-    return (own is not None and not own.sites) or (circuit is not None and circuit.is_open)
+    group = parts.groups.get(name)
+    return (group is not None and not group.sites) or (circuit is not None and circuit.is_open)
 
 
 def _experiments(parts: Definitions, scope: Namespace) -> list[str]:
@@ -215,15 +221,15 @@ def _called(
 ) -> dict[str, dict[str, ast.MapOf]]:
     """Return the `for` variables over words, except those named like an experiment: variable → word
     → the experiment, or the cells of one, that the word refers to."""
-    found: dict[str, dict[str, ast.MapOf]] = {}
+    ofses: dict[str, dict[str, ast.MapOf]] = {}
     for loop in experiment.loops:
         listed = loop.domain.values
         items = listed.items if isinstance(listed, ast.ListLiteral) else (listed,)
         named = [item for item in items if isinstance(item, ast.Name | ast.Call)]
         words = {format_call(item): _map_of(item, results) for item in named}
         if words and loop.name not in known and not words.keys() & set(loop.within):
-            found[loop.name] = words
-    return found
+            ofses[loop.name] = words
+    return ofses
 
 
 def _map_of(node: ast.Name | ast.Call, results: Mapping[str, str]) -> ast.MapOf:
@@ -269,8 +275,8 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ResultR
             yield from (*rule.observed.maps, *rule.observed.others)
             yield from _in_tree(rule.observed.call, parts.groups)
     used = list_direction_expressions(experiment)
-    for each in direction_dependencies(used, parts.directions):
-        yield from _in_tree((each.value, each.site), parts.groups)
+    for direction in direction_dependencies(used, parts.directions):
+        yield from _in_tree((direction.value, direction.site), parts.groups)
     yield from _in_tree(experiment.keep, parts.groups)
     if experiment.against is not None:
         yield from _in_tree(experiment.against.apart, parts.groups)
@@ -292,7 +298,7 @@ def _mask_picks(
     )
     picks = (site.ranked for site in sites if site.ranked is not None)
     groups = {name for name, mask in parts.masks.items() if not mask.chooses_positions}
-    groups |= {name for name, own in parts.groups.items() if own.candidates}
+    groups |= {name for name, group in parts.groups.items() if group.candidates}
     return [node for node in picks if node.of in groups and node.of not in known]
 
 
@@ -317,14 +323,14 @@ def _circles(ranked: Mapping[str, Sequence[ResultReference]], scope: Namespace) 
             if node.of in chain:
                 circle = (*chain[chain.index(node.of) :], node.of)
                 first = next(n for n in ranked[circle[0]] if n.of == circle[1])
-                found = CircularExperiments(
+                problem = CircularExperiments(
                     span=first.span,
                     experiment=circle[0],
                     of=circle[1],
                     chain=" → ".join(circle),
                 )
-                if found not in scope.diagnostics:
-                    scope.diagnostics.append(found)
+                if problem not in scope.diagnostics:
+                    scope.diagnostics.append(problem)
             elif node.of in ranked:
                 visit(node.of, (*chain, node.of))
         done.add(name)
@@ -339,19 +345,21 @@ def sort_by_dependency(experiments: Sequence[spec.Experiment]) -> list[spec.Expe
     Experiments in cycles, and those that use missing experiments, are dropped.
     """
     names = {e.name for e in experiments}
-    left, found, done = list(experiments), list[spec.Experiment](), set[str]()
+    left, order, done = list(experiments), list[spec.Experiment](), set[str]()
     while ready := [e for e in left if done.issuperset(e.after)]:
-        found.extend(ready)
+        order.extend(ready)
         left = [e for e in left if not done.issuperset(e.after)]
         waiting = {e.name for e in left}
         done = {name for name in names if name not in waiting}
-    return found
+    return order
 
 
 def compared_experiments(experiment: spec.Experiment) -> set[str]:
     """Return words of an experiment's expectations that may be names of other experiments."""
     labels = {measure.label for measure in experiment.measures}
-    return {name for each in experiment.expects for name in expectation_experiments(each, labels)}
+    return {
+        name for expect in experiment.expects for name in expectation_experiments(expect, labels)
+    }
 
 
 def expectation_experiments(expectation: spec.Expectation, labels: Collection[str]) -> set[str]:
@@ -360,20 +368,20 @@ def expectation_experiments(expectation: spec.Expectation, labels: Collection[st
     Args:
         labels: Labels of the measures of its own experiment.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     inner: set[int] = set()
     for node in walk(expectation.condition):
         match node:
             case ast.ExperimentMeasure(measure=measure, experiment=name):
                 inner.add(id(measure))
-                found.add(name.id)
+                names.add(name.id)
             case ast.QualifiedRef(of=of) if of.name not in labels and id(node) not in inner:
-                found.add(of.whole)
+                names.add(of.whole)
             case ast.Call(name="spearman" | "pearson", arguments=arguments):
-                found.update(n.id for n in walk(arguments[1:2]) if isinstance(n, ast.Name))
+                names.update(n.id for n in walk(arguments[1:2]) if isinstance(n, ast.Name))
             case _:
                 pass
-    return found
+    return names
 
 
 def add_dependencies(
@@ -400,28 +408,28 @@ def lower_experiment(
     result is empty if the experiment has no prompts or a feature that can't be executed yet. The
     reasons are in the scope.
     """
-    found: dict[str, list[spec.Experiment]] = {}
+    experiments: dict[str, list[spec.Experiment]] = {}
     number, blocks = 0, 1
     while number < blocks:
         said = list(scope.diagnostics)
         work = Statements(definition, parts, scope)
         work.collect(definition.statements)
         blocks = len(work.prompts[0].prompts) if work.prompts else 1
-        for each in _on_block(work, number):
-            found.setdefault(each.name, []).append(each)
+        for experiment in _on_block(work, number):
+            experiments.setdefault(experiment.name, []).append(experiment)
         # A problem that every block shares is reported once.
         scope.diagnostics[:] = said + [
             d for d in scope.diagnostics[len(said) :] if not number or d not in said
         ]
         number += 1
-    return tuple(each for variants in found.values() for each in variants)
+    return tuple(variant for variants in experiments.values() for variant in variants)
 
 
 def _lower_measures(work: Statements, observed: Sequence[spec.Rule]) -> tuple[spec.Measure, ...]:
     """Lower the measures; the length of replies if an experiment measures nothing else."""
     parts, scope = work.parts, work.scope
     if work.measures or observed:
-        return tuple(lower_measure(each, parts, scope) for each in work.measures)
+        return tuple(lower_measure(measure, parts, scope) for measure in work.measures)
     if _shows_replies(work):
         return (lower_measure(reply_length_measure(work.generate[0]), parts, scope),)
     if not work.saves and not work.saved_directions and not work.unsupported:
@@ -515,25 +523,25 @@ def _list_parts(
     work: Statements,
 ) -> tuple[spec.Experiment, ...]:
     """Return the experiment of each result and variant."""
-    saving = next((each for each in results if not each.own and not each.apart), results[0])
+    saving = next((result for result in results if not result.own and not result.apart), results[0])
     return tuple(
         _part(
             whole.model_copy(
                 update={
-                    "variant": each.labels,
-                    "model": each.model,
-                    "source": each.source,
-                    "base": each.base,
-                    **variant_fields(each, rules[each.reads], derived, whole.saves, work),
+                    "variant": variant.labels,
+                    "model": variant.model,
+                    "source": variant.source,
+                    "base": variant.base,
+                    **variant_fields(variant, rules[variant.reads], derived, whole.saves, work),
                 }
             ),
             part,
             several=len(results) > 1,
             saves=part is saving,
-            own=runs_of_own_model(each.model, work),
+            own=runs_of_own_model(variant.model, work),
         )
         for part in results
-        for each in (_without_sides(combined) if part.apart else combined)
+        for variant in (_without_sides(combined) if part.apart else combined)
     )
 
 
@@ -568,8 +576,8 @@ def _part(
         changed["saves"] = changed["saved_directions"] = ()
     elif part.apart:  # `save` without a run means the file's base run
         named_runs = (
-            each.model_copy(update={"run": each.run or experiment.base})
-            for each in experiment.saves
+            save.model_copy(update={"run": save.run or experiment.base})
+            for save in experiment.saves
         )
         changed["saves"] = tuple(named_runs)
     return experiment.model_copy(
@@ -599,11 +607,11 @@ def _measures_nothing(work: Statements) -> NoMeasure:
 
 def _without_sides(combined: Sequence[Variant]) -> list[Variant]:
     """Reduce to one variant per model, because the observed run isn't a side of `from … into …`."""
-    found: dict[str, Variant] = {}
-    for each in combined:
-        labels = tuple(label for label in each.labels if label[0] in (PROMPTS_AXIS, "model"))
-        found.setdefault(each.model, replace(each, labels=labels))
-    return list(found.values())
+    variants: dict[str, Variant] = {}
+    for variant in combined:
+        labels = tuple(label for label in variant.labels if label[0] in (PROMPTS_AXIS, "model"))
+        variants.setdefault(variant.model, replace(variant, labels=labels))
+    return list(variants.values())
 
 
 def _observation(
@@ -634,29 +642,33 @@ def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
         )
         return first if len(known) == 1 else None
     use = work.prompts[0]
-    reject_repeated_names([(each.span.written, each.span) for each in use.prompts], work)
+    reject_repeated_names([(prompt.span.written, prompt.span) for prompt in use.prompts], work)
     name = ref.name
     if not work.scope.use("prompts", name, ref.span):
         name = closest_name(name, known) or ""
-    found = work.parts.prompts.get(name)
-    if found is not None and found.kind != use.kind:
-        reason, hint = f"is a block of {found.kind}", f"write `{found.kind} {name}`"
+    prompts = work.parts.prompts.get(name)
+    if prompts is not None and prompts.kind != use.kind:
+        reason, hint = f"is a block of {prompts.kind}", f"write `{prompts.kind} {name}`"
         work.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
     first = work.parts.prompts.get(use.prompts[0].name)
-    if found is not None and first is not None and (found.tiles is None) != (first.tiles is None):
+    if (
+        prompts is not None
+        and first is not None
+        and (prompts.tiles is None) != (first.tiles is None)
+    ):
         kinds = ("whole images", "tiles")
         own, others = kinds if first.tiles is not None else kinds[::-1]
         reason = f"has {own}, but `{first.name}` has {others}"
         hint = "write the same `tiles` in both blocks"
         work.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
-    return found
+    return prompts
 
 
 def _of_weights(work: Statements) -> bool:
     """Whether the experiment only observes weights and thus needs no prompts."""
     other = (*_prompt_lines(work), work.saved_directions)
     lines = [line for line, _ in work.observed if isinstance(line, ast.Observe)]
-    words = {each.what.id if isinstance(each.what, ast.Name) else each.what.name for each in lines}
+    words = {line.what.id if isinstance(line.what, ast.Name) else line.what.name for line in lines}
     free = all(line.toward is None and line.run is None for line in lines)
     return (
         len(lines) == len(work.observed) > 0
@@ -677,10 +689,10 @@ def _only_saves_directions(work: Statements) -> bool:
     prompts."""
     if not work.saved_directions or work.observed or any(_prompt_lines(work)):
         return False
-    named = (each.direction for each in work.saved_directions)
+    named = (direction.direction for direction in work.saved_directions)
     used = direction_dependencies(named, work.parts.directions)
-    rows = [rows for each in used for rows in fit_rows_of_direction(each, work.parts)]
-    return all(each.block is not None for each in rows)
+    rows = [rows for direction in used for rows in fit_rows_of_direction(direction, work.parts)]
+    return all(row.block is not None for row in rows)
 
 
 def _rows(
@@ -725,23 +737,23 @@ def _rules_of(
 ) -> dict[str | None, tuple[spec.Rule, ...]]:
     """Lower the rules once per source, which is the default run that patches read."""
     runs = [source.run for source in sources]
-    found = {run: _rules(work, prompts, run) for run in (runs[:1] or [None])}
+    rules = {run: _rules(work, prompts, run) for run in (runs[:1] or [None])}
     for run in runs[1:]:
         said = len(work.diagnostics)
-        found[run] = _rules(work, prompts, run)
+        rules[run] = _rules(work, prompts, run)
         del work.diagnostics[said:]  # already reported for the first source
-    return found
+    return rules
 
 
 def _rules(
     work: Statements, prompts: spec.Prompts | None, source: str | None
 ) -> tuple[spec.Rule, ...]:
-    found: list[spec.Rule] = []
+    rules: list[spec.Rule] = []
     for rule, loops in work.rules:
         mark_names_used(rule, work)
         for lowered in lower_rules(rule, source, prompts, work):
-            found.append(lowered.model_copy(update={"loops": loops}))
-    return tuple(found)
+            rules.append(lowered.model_copy(update={"loops": loops}))
+    return tuple(rules)
 
 
 def check_averaged_images(parts: Definitions, scope: Namespace) -> None:
@@ -771,7 +783,7 @@ def _check_averaged(
         problem = UnknownName(span=ref.span, kind="part", name=ref.whole, hint=known)
         scope.diagnostics.append(problem)
         return
-    elif any(each.image in ("", name) for each in block.regions):
+    elif any(region.image in ("", name) for region in block.regions):
         reason = "has no regions: their locations differ between its images"
         hint = "name patches instead of the region: `image row 1..2 col * tokens`"
     if reason:
@@ -788,8 +800,8 @@ _MANY = f"more than {limits.FILES} files are imported"
 def _note_splits(automatic: Mapping[str, tuple[str, ...]], parts: Definitions) -> None:
     """Note the circuits that blocks are split for."""
     for block, circuits in automatic.items():
-        if (own := parts.prompts.get(block)) is not None:
-            parts.prompts[block] = own.model_copy(update={"split_for": circuits})
+        if (prompts := parts.prompts.get(block)) is not None:
+            parts.prompts[block] = prompts.model_copy(update={"split_for": circuits})
 
 
 def _expand_circuits(
@@ -920,9 +932,9 @@ def _lower_experiments(
             shared = name in discovered and name not in first
             is_new = shared or scope.define("experiment", statement.name, imported=False)
             first.add(name)
-            found = lower_experiment(statement, parts, scope)
+            experiments = lower_experiment(statement, parts, scope)
             if is_new:
-                parts.experiments.extend(found)
+                parts.experiments.extend(experiments)
 
 
 def _without_missing_names(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
@@ -940,7 +952,7 @@ def _import_failed(use: ast.Use, reason: str, hint: str) -> ImportFailed:
 
 def _with_imports(tree: ast.File, source: Source, scope: Namespace) -> list[tuple[ast.File, bool]]:
     """Return the file and everything it imports, imported files first, each once."""
-    found: list[tuple[ast.File, bool]] = []
+    files: list[tuple[ast.File, bool]] = []
     done: set[Path] = set()
     diagnostics = scope.diagnostics
 
@@ -948,7 +960,7 @@ def _with_imports(tree: ast.File, source: Source, scope: Namespace) -> list[tupl
         for statement in file.statements:
             if isinstance(statement, ast.Use):
                 follow(statement, origin, chain)
-        found.append((file, origin is not source))
+        files.append((file, origin is not source))
 
     def follow(use: ast.Use, origin: Source, chain: tuple[Path, ...]) -> None:
         path, problems = path_to_read(USE_PATH, use.path.value, use.path.span)
@@ -979,7 +991,7 @@ def _with_imports(tree: ast.File, source: Source, scope: Namespace) -> list[tupl
 
     start = (Path(os.path.realpath(source.path)),) if source.path is not None else ()
     visit(tree, source, start)
-    return found
+    return files
 
 
 def _unreadable_import(use: ast.Use, path: Path, problem: Diagnostic) -> ImportFailed:
@@ -1195,10 +1207,10 @@ def _join_images(
         return block.model_copy(update={"from_images": True})
     assert images.image is not None
     picture = spec.PictureDef(span=images.span, name=IMAGE_SPAN, value=images.image)
-    own = {name for value in block.values for name in value.names}
-    own |= {each.name for each in (*block.texts, *block.corruptions, *block.regions)}
+    names = {name for value in block.values for name in value.names}
+    names |= {text.name for text in (*block.texts, *block.corruptions, *block.regions)}
     for name, first in _names_of(images):
-        if name in own:
+        if name in names:
             line = line_reference(block.span, first)
             scope.diagnostics.append(DuplicateName(span=first, name=name, first=line))
     return block.model_copy(
@@ -1220,20 +1232,20 @@ def _names_of(images: spec.Prompts) -> Iterator[tuple[str, Span]]:
     for value in images.values:
         for name in value.names:
             yield name, value.span
-    for each in (*images.regions, *images.corruptions):
-        yield each.name, each.span
+    for region in (*images.regions, *images.corruptions):
+        yield region.name, region.span
 
 
 def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:
     """Define directions last: they refer to blocks, models and one another in any order."""
-    found: list[ast.DirectionDef] = []
+    directions: list[ast.DirectionDef] = []
     for file, imported in files:
         for statement in file.statements:
             if isinstance(statement, ast.DirectionDef) and scope.define(
                 "direction", statement.name, imported=imported
             ):
-                found.append(statement)
-    for statement in found:
+                directions.append(statement)
+    for statement in directions:
         for part in walk(statement.site):
             if isinstance(part, ast.Name):
                 _ = scope.has("group", part.id) or scope.has("param", part.id)
@@ -1291,8 +1303,8 @@ def _reject_listed_positions(parts: Definitions, scope: Namespace) -> None:
                 name, span = site.bare.id, site.bare.span
                 reason = "chooses positions, not sites"
                 hint = f"list sites only, and write `at {name} tokens` in the rule"
-                found = BadArgument(span=span, name=name, reason=reason, hint=hint)
-                scope.diagnostics.append(found)
+                problem = BadArgument(span=span, name=name, reason=reason, hint=hint)
+                scope.diagnostics.append(problem)
                 scope.has("group", name)
                 parts.groups[group.name] = group.model_copy(update={"sites": ()})
 
@@ -1307,14 +1319,14 @@ def _is_defined(
 
 def _bases(
     files: list[tuple[ast.File, bool]],
-    found: Sequence[ast.BasisDef],
+    bases: Sequence[ast.BasisDef],
     parts: Definitions,
     scope: Namespace,
 ) -> None:
     """Define bases, lenses, probes and trained groups, which may refer to any block.
 
     Args:
-        found: Bases, lenses and probes, whose names are defined.
+        bases: Bases, lenses and probes, whose names are defined.
     """
     for file, _ in files:
         for statement in file.statements:
@@ -1343,7 +1355,7 @@ def _bases(
                 scope.use("basis", name, node.span)
         for name in number_names(circuit.edges):
             scope.has("param", name)
-    for statement in found:
+    for statement in bases:
         for name in number_names((statement.site, statement.at)):
             scope.has("param", name)
         basis = lower_basis(statement, parts, scope)

@@ -16,11 +16,7 @@ from mechdsl.program.estimators import ESTIMATOR_ALIASES, ESTIMATORS, GradientEs
 from mechdsl.program.images import IMAGE_SPAN
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import constant_value, whole_number_value
-from mechdsl.program.statements import (
-    Statements,
-    expand_metrics,
-    mark_names_used,
-)
+from mechdsl.program.statements import Statements, expand_metrics, mark_names_used
 from mechdsl.syntax import ast
 from mechdsl.syntax.parser import parse_template
 from mechdsl.syntax.traversal import walk
@@ -136,7 +132,7 @@ def lower_statistics(work: Statements) -> spec.Statistics:
     """Lower the `stats` line; tiles of one image are grouped, as they aren't independent."""
     named = work.prompts[0].prompts if work.prompts else ()
     blocks = [work.parts.prompts.get(ref.name) for ref in named]
-    tiles = bool(blocks) and all(each is not None and each.tiles is not None for each in blocks)
+    tiles = bool(blocks) and all(block is not None and block.tiles is not None for block in blocks)
     values: dict[str, Any] = {
         "span": work.definition.name.span,
         "by": IMAGE_SPAN if tiles else None,
@@ -150,8 +146,8 @@ def lower_statistics(work: Statements) -> spec.Statistics:
     if line.test is not None and line.test.arguments:
         hint = "write the number of resamples first: `stats bootstrap(10000) test bootstrap`"
         reason = "takes no number after `test`"
-        found = BadArgument(span=line.test.span, name=line.test.name, reason=reason, hint=hint)
-        work.diagnostics.append(found)
+        problem = BadArgument(span=line.test.span, name=line.test.name, reason=reason, hint=hint)
+        work.diagnostics.append(problem)
     elif line.test is not None and _known(
         line.test, line.test.name, TEST_WORDS, "is not a test", work
     ):

@@ -84,9 +84,9 @@ def define_model(model: spec.Model, parts: Definitions, scope: Namespace) -> Non
     Codes: those of `expand_checkpoints`.
     """
     members = expand_checkpoints(model, scope.diagnostics)
-    parts.models.update((each.name, each) for each in members)
+    parts.models.update((member.name, member) for member in members)
     if WILDCARD in model.path:
-        parts.checkpoints[model.name] = tuple(each.name for each in members)
+        parts.checkpoints[model.name] = tuple(member.name for member in members)
 
 
 def _edited(statement: ast.ModelDef, scope: Namespace) -> spec.Model | None:
@@ -173,7 +173,7 @@ class _Terms(Record):
     number: float = 0.0
 
     def scaled(self, factor: float) -> _Terms:
-        models = {name: factor * own for name, own in self.models.items()}
+        models = {name: factor * model for name, model in self.models.items()}
         return _Terms(models, factor * self.number)
 
     def plus(self, other: _Terms) -> _Terms:
@@ -286,7 +286,7 @@ def check_bases(files: Iterable[ast.File], parts: Definitions, scope: Namespace)
 
 
 def _named_bases(statement: ast.ModelDef) -> Iterator[tuple[str, Span]]:
-    """Yield the models that a line names, apart from its own, with their places."""
+    """Yield the other models that a line names, with their locations."""
     if isinstance(statement.source, ast.Call):
         named = None if statement.source.name == ROUNDED else BASE_ARGUMENT
         for argument in statement.source.arguments:
@@ -300,12 +300,12 @@ def _named_bases(statement: ast.ModelDef) -> Iterator[tuple[str, Span]]:
 
 def _check_bases(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> None:
     name = statement.name.id
-    own = [each for each in parts.checkpoints.get(name, (name,)) if each in parts.models]
-    bases = parts.models[own[0]].bases if own else ()
+    names = [each for each in parts.checkpoints.get(name, (name,)) if each in parts.models]
+    bases = parts.models[names[0]].bases if names else ()
     if not bases:
         return
-    made = _MADE_BY.get(parts.models[own[0]].kind, "an adapter has")
-    circle = _circle(own[0], parts)
+    made = _MADE_BY.get(parts.models[names[0]].kind, "an adapter has")
+    circle = _circle(names[0], parts)
     fine = True
     for base, span in _named_bases(statement):
         if base not in bases:
@@ -316,7 +316,7 @@ def _check_bases(statement: ast.ModelDef, parts: Definitions, scope: Namespace) 
             fine = False
             reason = f"refers to several models, but {made} one base"
             hint = 'define the base on a separate line: `model m = local("runs/step-9")`'
-            if parts.models[own[0]].terms:
+            if parts.models[names[0]].terms:
                 reason = "refers to several models"
             scope.diagnostics.append(BadArgument(span=span, name=base, reason=reason, hint=hint))
         elif circle:
@@ -325,7 +325,7 @@ def _check_bases(statement: ast.ModelDef, parts: Definitions, scope: Namespace) 
             scope.diagnostics.append(ModelCircle(span=span, model=name, circle=said))
             break
     if not fine:
-        for each in own:
+        for each in names:
             del parts.models[each]
 
 
@@ -421,7 +421,7 @@ def _check_directions(rules: Iterable[spec.Rule], parts: Definitions, scope: Nam
                 )
                 break
             rows = fit_rows_of_direction(used, parts)
-            if any(each.block is None for each in rows):
+            if any(row.block is None for row in rows):
                 reason = f"`{used.name}` needs runs of an experiment, which an edit lacks"
                 hint = f"name the block in the line of `{used.name}`, for example `fruit.fewer`"
                 scope.diagnostics.append(

@@ -63,17 +63,17 @@ class Namespace:
     def use(self, kind: str, name: str, span: Span) -> bool:
         """Mark a name as used; report E0201 and return False if no name of that kind exists. A name
         whose definition is an error because of its kind isn't reported again."""
-        found = self.definitions.get(name)
-        if found is not None and found.kind == kind:
-            found.used = True
+        defined_name = self.definitions.get(name)
+        if defined_name is not None and defined_name.kind == kind:
+            defined_name.used = True
             return True
-        if found is not None and found.meant == kind:
-            found.used = True
+        if defined_name is not None and defined_name.meant == kind:
+            defined_name.used = True
             return False  # its definition is the error
-        if found is not None:
-            plural = found.kind == "prompts"
-            hint = f"`{name}` is {'a prompts block' if plural else with_article(found.kind)}"
-            if (found.kind, kind) == ("probe", "direction"):
+        if defined_name is not None:
+            plural = defined_name.kind == "prompts"
+            hint = f"`{name}` is {'a prompts block' if plural else with_article(defined_name.kind)}"
+            if (defined_name.kind, kind) == ("probe", "direction"):
                 hint += f": write `direction d = probe({name})` and use `d`"
         else:
             names = [n for n, d in self.definitions.items() if d.kind == kind]
@@ -88,10 +88,10 @@ class Namespace:
 
     def has(self, kind: str, name: str) -> bool:
         """Whether a name of this kind exists; marks it as used."""
-        found = self.definitions.get(name)
-        if found is None or found.kind != kind:
+        defined_name = self.definitions.get(name)
+        if defined_name is None or defined_name.kind != kind:
             return False
-        found.used = True
+        defined_name.used = True
         return True
 
     def names(self, kind: str) -> list[str]:

@@ -135,13 +135,13 @@ def _named_bases(call: ast.Call | None, work: Statements) -> tuple[str, ...]:
     if call is None or facts is None or not (facts.of_bases or facts.is_lens or facts.of_probes):
         return ()
     kind = "probe" if facts.of_probes else "lens" if facts.is_lens else "basis"
-    values = [each.value for each in call.arguments if each.name is None]
-    named = [each for each in values if isinstance(each, ast.Name)]
+    values = [argument.value for argument in call.arguments if argument.name is None]
+    named = [value for value in values if isinstance(value, ast.Name)]
     if kind == "lens":  # a parameter may be the path of a file
-        named = [each for each in named if not work.scope.has("param", each.id)]
+        named = [name for name in named if not work.scope.has("param", name.id)]
     if call.name == FITTED_PROBE:  # or a value of the rows
-        named = [each for each in named if work.scope.has("probe", each.id)]
-    return tuple(each.id for each in named if work.scope.use(kind, each.id, each.span))
+        named = [name for name in named if work.scope.has("probe", name.id)]
+    return tuple(name.id for name in named if work.scope.use(kind, name.id, name.span))
 
 
 def _listed_count(statement: ast.Observe | ast.ObserveFeatures, work: Statements) -> int | None:
@@ -155,8 +155,8 @@ def _listed_count(statement: ast.Observe | ast.ObserveFeatures, work: Statements
         return None
     if statement.top is not None and (top is None or top < 1):
         reason, hint = "must be a whole number above 0", "write `top 5`"
-        found = BadArgument(span=statement.span, name="top", reason=reason, hint=hint)
-        work.diagnostics.append(found)
+        problem = BadArgument(span=statement.span, name="top", reason=reason, hint=hint)
+        work.diagnostics.append(problem)
     return top
 
 
@@ -239,8 +239,8 @@ def _ranking(
     word = by.id if isinstance(by, ast.Name) else by.name
     if word not in _RANKINGS:
         hint = did_you_mean(word, _RANKINGS, f"write {name_list(_RANKINGS.values())}")
-        found = UnknownWord(span=by.span, kind="ranking of features", word=word, hint=hint)
-        work.diagnostics.append(found)
+        problem = UnknownWord(span=by.span, kind="ranking of features", word=word, hint=hint)
+        work.diagnostics.append(problem)
         return "mean", None
     ranked_by = cast("spec.RankingQuantity", word)
     given = by.arguments if isinstance(by, ast.Call) else ()
@@ -256,8 +256,8 @@ def _ranking(
             "correlation": "takes one value of the rows",
         }[ranked_by]
         hint = f"write `{_RANKINGS[ranked_by]}`"
-        found = BadArgument(span=by.span, name=f"by {word}", reason=reason, hint=hint)
-        work.diagnostics.append(found)
+        problem = BadArgument(span=by.span, name=f"by {word}", reason=reason, hint=hint)
+        work.diagnostics.append(problem)
         return "mean", None
     return ranked_by, cast("ast.Expr | None", argument)
 
@@ -342,7 +342,7 @@ def split_results(
     lenses = [rule for rule in observed if _lower_observed(rule).facts.is_lens]
     read = [measure.model_copy(update={"observed": True}) for measure in plain]
     plain = [] if lenses else plain
-    found: list[ResultSpec] = []
+    results: list[ResultSpec] = []
     for rule in observed:
         name = _lower_observed(rule).name
         through = read if rule in lenses else []
@@ -352,19 +352,19 @@ def split_results(
             itself = any(isinstance(m.metric, ast.Name) and m.metric.id == name for m in own)
             automatic = _own_measures(rule, [*said, *own], parts)
             own = [*automatic[1 if itself else 0 :], *(_written_out(m, rule) for m in own)]
-        found.append(ResultSpec(rule, own))
+        results.append(ResultSpec(rule, own))
     _acts_elsewhere(observed, rules, plain, work)
-    if len(found) == 1 and (not plain or found[0].name is None):
-        found[0].measures += plain
-        return found
-    for part in found:
+    if len(results) == 1 and (not plain or results[0].name is None):
+        results[0].measures += plain
+        return results
+    for part in results:
         part.own = part.name is not None
-    first = [part for part in found if not part.own]
+    first = [part for part in results if not part.own]
     if not first and plain:
         first = [ResultSpec()]
     for part in first[:1]:
         part.measures += plain
-    return [*first, *(part for part in found if part.own)]
+    return [*first, *(part for part in results if part.own)]
 
 
 def _named_where_several(unnamed: Sequence[spec.Rule], work: Statements) -> None:
@@ -505,31 +505,33 @@ def assign_reports(
             listed = name_list(names)
             hint = f"the experiment has {listed}" if listed else "remove `of …`"
             hint = did_you_mean(report.of, names, hint)
-            found = UnknownName(span=report.span, kind="observation", name=report.of, hint=hint)
-            work.diagnostics.append(found)
+            problem = UnknownName(span=report.span, kind="observation", name=report.of, hint=hint)
+            work.diagnostics.append(problem)
     called = {id(part): work.definition.name.id for part in parts}
     called.update({id(part): f"{called[id(part)]}.{part.name}" for part in parts if part.own})
     for expect in expects:
-        own = _result_of(expect, parts)
+        result = _result_of(expect, parts)
         words = [(word, part) for part in parts for word in part.labels | part.effects]
         count = Counter(word for word, _ in words)
         elsewhere = {word: called[id(part)] for word, part in words if count[word] == 1}
-        own.expects.append(resolve_expectation_results(expect, elsewhere, own.labels | own.effects))
+        result.expects.append(
+            resolve_expectation_results(expect, elsewhere, result.labels | result.effects)
+        )
 
 
 def _axes(part: ResultSpec, rules: Sequence[spec.Rule]) -> set[str]:
     """Return the words by which reports may refer to a result's axes."""
     acting = [] if part.apart else rules
     every = [*acting, *([] if part.observed is None else [part.observed])]
-    found: set[str] = {"prompts", "model", "source", "base"}
+    axes: set[str] = {"prompts", "model", "source", "base"}
     for rule in every:
-        found.update(site_axes(rule.site), site_axes(rule.edge), position_axes(rule), rule.loops)
-        found.update(f"to_{name}" for name in site_axes(rule.receiver))
+        axes.update(site_axes(rule.site), site_axes(rule.edge), position_axes(rule), rule.loops)
+        axes.update(f"to_{name}" for name in site_axes(rule.receiver))
         if rule.into_layer is not None:
-            found.add("to_layer")
+            axes.add("to_layer")
         if rule.observed is not None:
-            found.update(observation_axes(rule.observed))
-    return found
+            axes.update(observation_axes(rule.observed))
+    return axes
 
 
 def _result_of(expect: spec.Expectation, parts: Sequence[ResultSpec]) -> ResultSpec:

@@ -92,8 +92,8 @@ PATH_CONSTRUCTS = (
 )
 
 _CALLS = {
-    each.name: each
-    for each in (
+    construct.name: construct
+    for construct in (
         LOCAL_PATH,
         HF_PATH,
         HF_DATASET_PATH,
@@ -143,7 +143,7 @@ def path_argument(
         case ast.Save(file=ast.String(value=path)) | ast.SaveDirection(file=ast.String(value=path)):
             return SAVE_PATH, path
         case ast.Call(name=name, arguments=arguments) if name in _CALLS:
-            given = [each.value for each in arguments if each.name in (None, "path")]
+            given = [argument.value for argument in arguments if argument.name in (None, "path")]
             path = constant_value(given[0], parameters) if given else None
             return (_CALLS[name], path) if isinstance(path, str) else None
         case ast.Argument(name="labels", value=value):
@@ -227,17 +227,17 @@ def paths_to_read(
         return [], problems
     pattern = re.sub(r"([?[])", r"[\1]", written[len(parent + slash) :])
     names = sorted(iglob(pattern, root_dir=folder), key=_natural)
-    found = [folder / name for name in names if not (folder / name).is_dir()]
-    if len(found) > limits.DATA_FILES:
+    paths = [folder / name for name in names if not (folder / name).is_dir()]
+    if len(paths) > limits.DATA_FILES:
         what, most = f"`{written}`", limits.DATA_FILES
         hint = "join small files, or name fewer of them"
-        many = f"{len(found):,} files"
+        many = f"{len(paths):,} files"
         return [], [TooManyValues(span=span, what=what, amount=many, most=most, hint=hint)]
-    for file in found:
+    for file in paths:
         _, problems = path_to_read(construct, str(file.absolute()), span)
         if problems:
             return [], problems
-    return found, []
+    return paths, []
 
 
 def path_to_write(construct: str, written: str, span: Span) -> tuple[Path | None, list[Diagnostic]]:
@@ -342,14 +342,14 @@ def expand_checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequ
     before, _, after = model.path.partition(WILDCARD)
     parent, slash, start = before.rpartition("/")
     if model.kind == "zoo":
-        found = _of_the_zoo(before, after)
+        names = _of_the_zoo(before, after)
     else:
         folder, problems = path_to_read(LOCAL_PATH, parent or slash, model.span)
         if folder is None:
             diagnostics.extend(problems)
             return []
-        found = match_folders(folder, start, after)
-    if not found:
+        names = match_folders(folder, start, after)
+    if not names:
         diagnostics.append(
             ModelNotFound(
                 span=model.span,
@@ -372,15 +372,15 @@ def expand_checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequ
                 "matched": matched,
             }
         )
-        for matched in found
+        for matched in names
     ]
 
 
 def _of_the_zoo(before: str, after: str) -> list[str]:
     """Return the texts that `*` matches in names of the zoo."""
     pattern = re.compile(f"{re.escape(before)}([^/]+){re.escape(after)}")
-    found = [match[1] for name in zoo.zoo_models() if (match := pattern.fullmatch(name))]
-    return sorted(found, key=_natural)
+    names = [match[1] for name in zoo.zoo_models() if (match := pattern.fullmatch(name))]
+    return sorted(names, key=_natural)
 
 
 def match_folders(folder: Path, start: str, after: str) -> list[str]:
@@ -395,14 +395,14 @@ def match_folders(folder: Path, start: str, after: str) -> list[str]:
         names = os.listdir(folder)
     except OSError:
         return []
-    found = [
+    folders = [
         name[len(start) : len(name) - len(end)]
         for name in names
         if name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end)
         if start or not name.startswith(".")
         if os.path.isdir(folder / name / rest if slash else folder / name)
     ]
-    return sorted(found, key=_natural)
+    return sorted(folders, key=_natural)
 
 
 def _natural(text: str) -> list[tuple[int, int, str]]:

@@ -17,11 +17,7 @@ from mechdsl.base.records import external_modules
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.command_line import PluginNotLoaded
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.program.code_hashes import (
-    hash_module_code,
-    hash_package_code,
-    note_package_code,
-)
+from mechdsl.program.code_hashes import hash_module_code, hash_package_code, note_package_code
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -52,14 +48,14 @@ def load_plugins(names: Sequence[str]) -> list[Diagnostic]:
         return []
     from importlib.metadata import entry_points
 
-    found = entry_points(group=PLUGIN_GROUP)
+    points = entry_points(group=PLUGIN_GROUP)
     problems: list[Diagnostic] = []
     for name in new:
-        entries = [each for each in found if each.name == name]
+        entries = [point for point in points if point.name == name]
         problem = (
             _import_plugin(entries[0])
             if len(entries) == 1
-            else _choice_problem(name, entries, sorted(found.names))
+            else _choice_problem(name, entries, sorted(points.names))
         )
         problems += [] if problem is None else [problem]
     return problems
@@ -69,7 +65,7 @@ def _choice_problem(
     name: str, entries: Sequence[EntryPoint], installed: Sequence[str]
 ) -> PluginNotLoaded:
     if entries:
-        packages = name_list([_package(each)[0] for each in entries])
+        packages = name_list([_package(entry)[0] for entry in entries])
         return PluginNotLoaded(
             plugin=name,
             reason=f"is provided by {packages}",
@@ -108,10 +104,10 @@ def _origin(error: BaseException) -> str:
         return f"`{Path(error.filename).name}`, line {error.lineno}"
     ours = str(Path(__file__).parents[1])
     frames = [
-        each
-        for each in traceback.extract_tb(error.__traceback__)
-        if not each.filename.startswith((ours, "<frozen"))
-        and Path(each.filename).parent.name not in ("importlib", "metadata")
+        frame_summary
+        for frame_summary in traceback.extract_tb(error.__traceback__)
+        if not frame_summary.filename.startswith((ours, "<frozen"))
+        and Path(frame_summary.filename).parent.name not in ("importlib", "metadata")
     ]
     return f"`{Path(frames[-1].filename).name}`, line {frames[-1].lineno}" if frames else ""
 
@@ -128,19 +124,19 @@ def hash_plugin_code() -> dict[str, str]:
 
     Raises CodeHashError if a source can't be read, or has changed since it was imported.
     """
-    found: dict[str, str] = {}
+    plugin_codes: dict[str, str] = {}
     for plugin in LOADED_PLUGINS.values():
-        found |= hash_package_code(plugin.module)
-    return found
+        plugin_codes |= hash_package_code(plugin.module)
+    return plugin_codes
 
 
 def hash_extension_code() -> dict[str, str]:
     """Return module → SHA-256 of all modules that extend the language, loaded plugins among them,
     and of what they import of the user's code. Raises CodeHashError as `hash_plugin_code`."""
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for module in sorted(external_modules()):
-        found |= hash_module_code(module)
-    return found | hash_plugin_code()
+        hashes |= hash_module_code(module)
+    return hashes | hash_plugin_code()
 
 
 def plugin_versions() -> dict[str, str]:

@@ -100,10 +100,12 @@ class _BlockLines:
         hint = 'write `rows "facts.json"`, or `rows hf_dataset("folder", split: "train")`'
         if isinstance(source, ast.Call) and source.name == HF_DATASET_PATH.name:
             name, known = source.name, ("path", "split", "config", "revision")
-            given = [each.name or "path" for each in source.arguments]
+            given = [argument.name or "path" for argument in source.arguments]
             odd = next((each for each in given if each not in known), None)
-            texts = all(isinstance(each.value, ast.String) for each in source.arguments)
-            split = next((each.value for each in source.arguments if each.name == "split"), None)
+            texts = all(isinstance(argument.value, ast.String) for argument in source.arguments)
+            split = next(
+                (argument.value for argument in source.arguments if argument.name == "split"), None
+            )
             if odd is not None:
                 reason = f"has no argument `{odd}`"
                 hint = did_you_mean(odd, known, f"it takes {', '.join(known)}")
@@ -251,9 +253,9 @@ class _BlockLines:
             'contains them: `image photo = "{file}"`'
         )
         self.once(line, self.image, "image", hint)
-        found = image_problems(line.value)
-        self.diagnostics.extend(found)
-        if not found:
+        problems = image_problems(line.value)
+        self.diagnostics.extend(problems)
+        if not problems:
             self.image = self.image or line
 
     def _picture(self, line: ast.ImageLine) -> None:
@@ -287,7 +289,7 @@ class _BlockLines:
     def _video(self, line: ast.VideoLine) -> None:
         """Define a video within prompts (E0202, E0203, E0207)."""
         self.name(line.name)
-        if not any(each.is_video for each in self.pictures):
+        if not any(picture.is_video for picture in self.pictures):
             self.name(ast.Name(FRAME_SPAN, span=line.name.span))
         gray = ast.Name("gray", span=line.value.span)
         frames = ast.ListLiteral((gray, gray), span=gray.span)
@@ -324,7 +326,9 @@ class _BlockLines:
 
     def check_regions(self) -> None:
         """Report regions of unknown images, of videos and of sounds (E0207, E0501)."""
-        names = [each.name for each in self.pictures if not (each.is_video or each.is_sound)]
+        names = [
+            picture.name for picture in self.pictures if not (picture.is_video or picture.is_sound)
+        ]
         if self.image_block is not None:
             names.append(IMAGE_SPAN)
         for region in self.regions:
@@ -347,7 +351,7 @@ class _BlockLines:
                 self.diagnostics.append(bad)
             else:
                 continue
-            self.regions = [each for each in self.regions if each is not region]
+            self.regions = [region_def for region_def in self.regions if region_def is not region]
 
     def _rename(self, new: ast.Name, old: ast.Name | ast.String) -> None:
         first = self.renamed.setdefault(new.id, new)
@@ -620,9 +624,10 @@ def _unused_runs(tree: ast.File) -> Iterator[Diagnostic]:
     for experiment in tree.statements:
         for name in _defined_runs(experiment):
             others = [
-                each
-                for each in tree.statements
-                if each is experiment or name.id not in {run.id for run in _defined_runs(each)}
+                statement
+                for statement in tree.statements
+                if statement is experiment
+                or name.id not in {run.id for run in _defined_runs(statement)}
             ]
             nodes = (node for each in others for node in walk(each) if node is not name)
             if not any(name.id in _mentioned(node) for node in nodes):

@@ -193,14 +193,14 @@ class PythonFunction:
         """Run the file, and return the function. Raises PythonNotLoaded."""
         try:
             module = _module(self.path, self.digest)
-            found = getattr(module, self.name, None)
+            function = getattr(module, self.name, None)
         except (Exception, SystemExit) as error:
             failed = self.failure(_told(error), *self._hint(error), error=error)
             raise PythonNotLoaded(failed.diagnostic) from error
-        if not callable(found):
+        if not callable(function):
             gone = "the file defines no function with that name"
             raise PythonNotLoaded(self.failure(gone, "define it with `def`").diagnostic)
-        return found
+        return function
 
 
 CallableKind = Literal["metrics", "rules"]
@@ -270,10 +270,10 @@ class CallableFunction(PythonFunction):
 
     def call(self, *arguments: Any, **named: Any) -> Any:
         """Call the function, then check that it hasn't changed what it reads."""
-        found = super().call(*arguments, **named)
+        output = super().call(*arguments, **named)
         if not self.source.unhashed:
             self._compare()
-        return found
+        return output
 
     def _compare(self) -> None:
         try:
@@ -322,7 +322,7 @@ def callable_definition(kind: CallableKind, name: str, function: Callable[..., A
     if kind == "metrics" and next(iter(_parameters(function)), "") == REPLIES_PARAMETER:
         words = (name, REPLY_WORD)
         arguments = tuple(
-            ast.Argument(None, ast.Name(each, span=span), span=span) for each in words
+            ast.Argument(None, ast.Name(word, span=span), span=span) for word in words
         )
     return ast.Call(PYTHON_CALL, arguments, span=span)
 
@@ -382,8 +382,8 @@ def _required_parameters(function: Callable[..., Any]) -> list[str]:
     positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     return [
         name
-        for name, each in _parameters(function).items()
-        if each.kind in positional and each.default is Parameter.empty
+        for name, parameter in _parameters(function).items()
+        if parameter.kind in positional and parameter.default is Parameter.empty
         if name != TOKENIZER_PARAMETER
     ]
 
@@ -465,8 +465,8 @@ def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
     shown = {"model": "toy.py:build", "basis": "mp.py:MPSAE", "trainer": "own.py:Trainer"}
     what = "class" if use == "trainer" else "function"
     example = f'write the file and the {what}: `python("{shown.get(use, "metrics.py:refused")}")`'
-    own = node.arguments[:1] if use in ("reply", "basis", "trainer") else node.arguments
-    value = own[0].value if len(own) == 1 else None
+    arguments = node.arguments[:1] if use in ("reply", "basis", "trainer") else node.arguments
+    value = arguments[0].value if len(arguments) == 1 else None
     if not isinstance(value, ast.String) or node.arguments[0].name is not None:
         raise _Missing("it takes one text in quotes", example)
     file, colon, name = value.value.rpartition(":")
@@ -519,14 +519,14 @@ def _functions(content: bytes, file: str, use: FunctionUse) -> dict[str, python.
         ) from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise _Missing(f"`{file}` is not Python: {error}", "correct the file") from None
-    found: dict[str, python.FunctionDef] = {}
+    functions: dict[str, python.FunctionDef] = {}
     for statement in top_level_definitions(tree):
         if isinstance(statement, python.ClassDef):
             if use in ("basis", "trainer"):
-                found[statement.name] = _creation(statement)
+                functions[statement.name] = _creation(statement)
         elif use != "trainer":
-            found[statement.name] = statement
-    return found
+            functions[statement.name] = statement
+    return functions
 
 
 def top_level_definitions(
@@ -562,15 +562,15 @@ def _tokenizer_as(
 ) -> TokenizerArgument:
     """Return how a metric receives the tokenizer: by its name, as a third required argument, or,
     with two arguments, not at all."""
-    own = function.args
-    places = [each.arg for each in (*own.posonlyargs, *own.args)]
+    args = function.args
+    places = [each.arg for each in (*args.posonlyargs, *args.args)]
     if TOKENIZER_PARAMETER in places[:2]:
         told = f"`{name}` takes `{TOKENIZER_PARAMETER}` as the {first[0]} or the rows"
         raise _Missing(told, f"write `def {name}({', '.join(first)}, {TOKENIZER_PARAMETER}):`")
-    by_name = (each.arg for each in (*own.args, *own.kwonlyargs))
+    by_name = (each.arg for each in (*args.args, *args.kwonlyargs))
     if TOKENIZER_PARAMETER in by_name:
         return "named"
-    required = places[: len(places) - len(own.defaults)]
+    required = places[: len(places) - len(args.defaults)]
     return "third" if len(required) == 3 or places[2:3] == [TOKENIZER_PARAMETER] else "nothing"
 
 
@@ -578,20 +578,20 @@ def _check_parameters(
     function: python.FunctionDef, name: str, use: FunctionUse, tokenizer: TokenizerArgument
 ) -> None:
     """Check that the function accepts its arguments."""
-    own = function.args
+    args = function.args
     by_name = tokenizer == "named"
-    most = len(own.posonlyargs) + len(own.args)
-    least = most - len(own.defaults)
+    most = len(args.posonlyargs) + len(args.args)
+    least = most - len(args.defaults)
     wanted = FUNCTION_PARAMETERS[use]
     if tokenizer == "third":
         wanted = (*wanted, TOKENIZER_PARAMETER)
-    required = [each.arg for each in (*own.posonlyargs, *own.args)][:least]
+    required = [each.arg for each in (*args.posonlyargs, *args.args)][:least]
     least -= by_name and TOKENIZER_PARAMETER in required
     forced = any(
         default is None and not (by_name and each.arg == TOKENIZER_PARAMETER)
-        for each, default in zip(own.kwonlyargs, own.kw_defaults, strict=True)
+        for each, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)
     )
-    fits = least <= len(wanted) and (most >= len(wanted) or own.vararg is not None)
+    fits = least <= len(wanted) and (most >= len(wanted) or args.vararg is not None)
     if fits and not forced:
         return
     plural = "argument" if most == 1 else "arguments"
@@ -627,15 +627,17 @@ def check_functions(
     if mode == "run":
         _module.cache_clear()  # a function may keep state, which every run resets
         with suppress(CodeHashError, OSError):  # imported modules are hashed before they run
-            hash_imported_code(each.read_code() for each in program_functions(program))
-    found: list[Diagnostic] = []
+            hash_imported_code(
+                program_function.read_code() for program_function in program_functions(program)
+            )
+    diagnostics: list[Diagnostic] = []
     seen: set[Span] = set()
     for node, use in _uses(program, given):
         if node.span in seen:
             continue
         seen.add(node.span)
         if use is None:
-            found.append(
+            diagnostics.append(
                 PythonNotFound(
                     span=node.span,
                     written=node.span.written,
@@ -645,10 +647,10 @@ def check_functions(
             )
             continue
         function, problems = find_function(node, use)
-        found += problems
+        diagnostics += problems
         allowed = mode != "refuse" or isinstance(function, CallableFunction)
         if function is not None and not allowed:
-            found.append(
+            diagnostics.append(
                 PythonNotAllowed(
                     span=node.span,
                     function=function.name,
@@ -659,8 +661,8 @@ def check_functions(
     if mode == "look":
         for name, prompts in program.prompts.items():
             for node in prompt_functions(prompts)[:1]:
-                found.append(PythonNotRun(span=node.span, prompts=name))
-    return found
+                diagnostics.append(PythonNotRun(span=node.span, prompts=name))
+    return diagnostics
 
 
 def program_functions(program: spec.Program) -> Iterator[PythonFunction]:

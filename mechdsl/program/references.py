@@ -26,7 +26,7 @@ def results_by_observation(experiments: Sequence[spec.Experiment]) -> dict[str, 
 def resolve_result_names(experiment: spec.Experiment, results: dict[str, str]) -> spec.Experiment:
     """Replace names of observations, of other experiments or of the experiment's other results, by
     the names of the results."""
-    own = {measure.label for measure in experiment.measures}
+    labels = {measure.label for measure in experiment.measures}
     rules = tuple(_resolve_rule_results(rule, results) for rule in experiment.rules)
     derived = tuple(_resolve_run_results(run, results) for run in experiment.derived)
     saves = tuple(
@@ -36,7 +36,9 @@ def resolve_result_names(experiment: spec.Experiment, results: dict[str, str]) -
         )
         for save in experiment.saves
     )  # fmt: skip
-    expects = tuple(resolve_expectation_results(each, results, own) for each in experiment.expects)
+    expects = tuple(
+        resolve_expectation_results(expect, results, labels) for expect in experiment.expects
+    )
     against = experiment.against
     if against is not None:
         apart = tuple(resolve_result_references(site, results) for site in against.apart)
@@ -48,8 +50,8 @@ def resolve_result_names(experiment: spec.Experiment, results: dict[str, str]) -
         save.model_copy(update={"direction": resolve_result_references(save.direction, results)})
         for save in experiment.saved_directions
     )
-    found = {"rules": rules, "derived": derived, "saves": saves, "saved_directions": directions}
-    return experiment.model_copy(update={**found, "expects": expects, "against": against})
+    parts = {"rules": rules, "derived": derived, "saves": saves, "saved_directions": directions}
+    return experiment.model_copy(update={**parts, "expects": expects, "against": against})
 
 
 def _resolve_run_results(run: spec.DerivedRun, results: dict[str, str]) -> spec.DerivedRun:
@@ -112,9 +114,11 @@ def resolve_expectation_results(
                 return replace(node, value=value(node.value))
             case ast.Call(arguments=(first, *others)):
                 if node.name in ("spearman", "pearson"):
-                    others = [replace(each, value=result(each.value)) for each in others]
-                found = replace(first, value=value(alone(first.value)))
-                return replace(node, arguments=(found, *others))
+                    others = [
+                        replace(argument, value=result(argument.value)) for argument in others
+                    ]
+                changed = replace(first, value=value(alone(first.value)))
+                return replace(node, arguments=(changed, *others))
             case _:
                 return node
 
@@ -240,11 +244,13 @@ def may_sweep_position(node: ast.Node) -> bool:
 def measure_number_names(measure: spec.Measure) -> set[str]:
     """Return the names in a measure's sites, positions and metric arguments: bounds of ranges,
     entries of lists, placeholders of texts."""
-    found = {*number_names(measure.metric), *number_names(measure.at)}
+    names = {*number_names(measure.metric), *number_names(measure.at)}
     for call in walk(measure.metric):
         if isinstance(call, ast.Call):
-            found.update(name for each in call.arguments for name in argument_names(each.value))
-    return found
+            names.update(
+                name for argument in call.arguments for name in argument_names(argument.value)
+            )
+    return names
 
 
 def argument_names(argument: ast.Node) -> Iterator[str]:

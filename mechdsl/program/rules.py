@@ -214,17 +214,17 @@ def _directions_of_tokens(body: ast.Node, work: Statements) -> tuple[ast.Expr, .
     factor, direction = split_factor(value, names)
     if not isinstance(direction, ast.ListLiteral):
         return _vectors_of_prompts(value, work)
-    items = [each for each in direction.items if not isinstance(each, ast.Range)]
+    items = [item for item in direction.items if not isinstance(item, ast.Range)]
     if factor is None:
         return tuple(items)
-    return tuple(ast.Binary("*", factor, each, span=each.span) for each in items)
+    return tuple(ast.Binary("*", factor, item, span=item.span) for item in items)
 
 
 def _vectors_of_prompts(value: ast.Expr, work: Statements) -> tuple[ast.Expr, ...]:
     """Return an expression for each vector of the soft prompts that it names; empty without any."""
     directions, parameters = work.parts.directions, work.parts.parameters
     whole = (node.id for node in walk(value) if isinstance(node, ast.Name))
-    found = {
+    counts = {
         name: count
         for name in whole
         if (count := count_prompt_tokens(name, directions, parameters)) is not None
@@ -232,7 +232,7 @@ def _vectors_of_prompts(value: ast.Expr, work: Statements) -> tuple[ast.Expr, ..
 
     def of_token(number: int) -> Callable[[ast.Node], ast.Node]:
         def change(node: ast.Node) -> ast.Node:
-            if not isinstance(node, ast.Name) or node.id not in found:
+            if not isinstance(node, ast.Name) or node.id not in counts:
                 return node
             token = ast.Coordinate("token", number, span=node.span)
             return ast.Index(node.id, ast.Coordinates((token,), span=node.span), span=node.span)
@@ -240,7 +240,7 @@ def _vectors_of_prompts(value: ast.Expr, work: Statements) -> tuple[ast.Expr, ..
         return change
 
     return tuple(
-        rewrite(value, of_token(number + 1)) for number in range(max(found.values(), default=0))
+        rewrite(value, of_token(number + 1)) for number in range(max(counts.values(), default=0))
     )
 
 
@@ -640,15 +640,15 @@ def lower_derived_runs(work: Statements, prompts: spec.Prompts) -> tuple[spec.De
     Defines their names. Codes: E0101 for statements that are invalid in a run, E0108 for another
     model, E0202 for names that are taken, E0207 for lists of runs.
     """
-    found: list[spec.DerivedRun] = []
+    derived_runs: list[spec.DerivedRun] = []
     for definition in work.derived:
         name = definition.name
         taken = _taken(name, work, prompts)
         if taken is not None:
             work.diagnostics.append(DuplicateName(span=name.span, name=name.id, first=taken))
-        found.append(_run(definition, work, prompts))
+        derived_runs.append(_run(definition, work, prompts))
         work.known_runs.setdefault(name.id, name.span)
-    return tuple(found)
+    return tuple(derived_runs)
 
 
 def _taken(name: ast.Name, work: Statements, prompts: spec.Prompts) -> str | None:
@@ -714,7 +714,7 @@ def _before_it_is_made(definition: ast.RunDef, inner: Statements, said: int) -> 
     Args:
         said: Number of diagnostics before this run.
     """
-    later = {each.name.id: each for each in inner.derived if each.name.id not in inner.known_runs}
+    later = {run.name.id: run for run in inner.derived if run.name.id not in inner.known_runs}
     for number, problem in enumerate(inner.diagnostics[said:], said):
         if not isinstance(problem, UnknownName) or problem.kind != "run":
             continue
@@ -731,7 +731,7 @@ def _ends(inner: Statements, prompts: spec.Prompts) -> tuple[str | None, str]:
     if not inner.from_into:
         return None, CLEAN
     line = inner.from_into[0]
-    found: list[str | None] = []
+    ends: list[str | None] = []
     for first, *others in (line.sources, line.bases):
         inner.diagnostics.extend(
             BadArgument(
@@ -742,8 +742,8 @@ def _ends(inner: Statements, prompts: spec.Prompts) -> tuple[str | None, str]:
             )
             for other in others[:1]
         )
-        found.append(resolve_run_name(first, prompts, inner, shuffled=line.shuffled is not None))
-    source, base = found
+        ends.append(resolve_run_name(first, prompts, inner, shuffled=line.shuffled is not None))
+    source, base = ends
     there = inner.elsewhere.get(base or CLEAN)
     if there is not None and there.model is not None:
         what = "a `run` with rules in another model"

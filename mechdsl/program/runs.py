@@ -108,10 +108,10 @@ def lower_sides(work: Statements, prompts: spec.Prompts) -> tuple[list[RunSide],
 
 
 def _ends(refs: Sequence[ast.Ref], prompts: spec.Prompts, work: Statements) -> Iterator[RunSide]:
-    own = [CLEAN, *(c.name for c in prompts.corruptions)]
+    names = [CLEAN, *(c.name for c in prompts.corruptions)]
     for ref in refs:
         members = work.parts.checkpoints.get(ref.name)
-        if ref.part is None and members is not None and ref.name not in own:
+        if ref.part is None and members is not None and ref.name not in names:
             work.scope.has("model", ref.name)
             for name, label in zip(members, model_labels(members, work), strict=True):
                 note_external_run(work, spec.ExternalRunSpec(span=ref.span, name=name, model=name))
@@ -146,10 +146,10 @@ def reject_repeated_names(written: Sequence[tuple[str, Span]], work: Statements)
 def model_labels(names: Sequence[str], work: Statements) -> list[RunLabel]:
     """Return the labels of models in tables: for checkpoints, the text that the star matches, as
     numbers if all are numeric."""
-    found = [work.parts.models[name].matched or name for name in names]
-    if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in found):
-        return [int(label) for label in found]
-    return list[RunLabel](found)
+    labels = [work.parts.models[name].matched or name for name in names]
+    if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in labels):
+        return [int(label) for label in labels]
+    return list[RunLabel](labels)
 
 
 def experiment_models(work: Statements, bases: Sequence[RunSide]) -> list[tuple[str, RunLabel]]:
@@ -185,16 +185,16 @@ def experiment_models(work: Statements, bases: Sequence[RunSide]) -> list[tuple[
         return across
     if not work.models:
         return _only_model(work)
-    found: list[str] = []
+    models: list[str] = []
     refs = work.models[0].models
     for ref in refs:
         if not work.scope.use("model", ref.name, ref.span):
             return []
-        found += work.parts.checkpoints.get(ref.name, (ref.name,))
+        models += work.parts.checkpoints.get(ref.name, (ref.name,))
     reject_repeated_names([(ref.name, ref.span) for ref in refs], work)
-    if not all(name in work.parts.models for name in found):
+    if not all(name in work.parts.models for name in models):
         return []
-    return list(zip(found, model_labels(found, work), strict=True))
+    return list(zip(models, model_labels(models, work), strict=True))
 
 
 def _only_model(work: Statements) -> list[tuple[str, RunLabel]]:
@@ -238,7 +238,7 @@ def combine_variants(
         block: The experiment's reference to a prompt block.
     """
     across = any(end.model is not None for end in bases)
-    found: list[Variant] = []
+    variants: list[Variant] = []
     for (model, name), source, base in product(
         [("", "")] if across else models, sources or [None], bases
     ):
@@ -253,9 +253,9 @@ def combine_variants(
         reads = run = None if source is None else source.run
         if source is not None and source.model == model:
             run = CLEAN
-        found.append(Variant(model, run, base.run, tuple(labels), reads))
-    _sampled(found, prompts, work)
-    compared = {axis for variant in found for axis, _ in variant.labels}
+        variants.append(Variant(model, run, base.run, tuple(labels), reads))
+    _sampled(variants, prompts, work)
+    compared = {axis for variant in variants for axis, _ in variant.labels}
     work.diagnostics.extend(
         DuplicateName(
             span=loop.span,
@@ -275,7 +275,7 @@ def combine_variants(
         for loop in work.loops
         if loop.name in passed
     )
-    return found
+    return variants
 
 
 COMPARING_METRICS = ("kl", "js", "cosine")
@@ -289,13 +289,17 @@ def note_compared_models(
     work: Statements,
 ) -> None:
     """Note the runs of other models that metrics compare with: `kl(tuned)`."""
-    own = {ref.name for use in work.models for ref in use.models}
-    if prompts is None or len(own) > 1:
+    names = {ref.name for use in work.models for ref in use.models}
+    if prompts is None or len(names) > 1:
         return  # with several models, one model's run would be its own clean run in one variant
-    taken = {CLEAN, *work.known_runs, *(each.name for each in prompts.corruptions)} | own
+    taken = {
+        CLEAN,
+        *work.known_runs,
+        *(corruption.name for corruption in prompts.corruptions),
+    } | names
     gradients = (save.gradient for save in saves if save.gradient is not None)
     others = {name for name in work.scope.names("model") if name not in taken}
-    for call in (node for each in (*measures, *gradients) for node in walk(each.metric)):
+    for call in (node for measure in (*measures, *gradients) for node in walk(measure.metric)):
         if not isinstance(call, ast.Call) or call.name not in COMPARING_METRICS:
             continue
         for value in (argument.value for argument in call.arguments):
@@ -312,8 +316,8 @@ def prompts_labels(ref: ast.Ref | None, work: Statements) -> tuple[tuple[str, Ru
     return ((PROMPTS_AXIS, ref.span.written),)
 
 
-def _sampled(found: Sequence[Variant], prompts: spec.Prompts, work: Statements) -> None:
-    for variant in found:
+def _sampled(variants: Sequence[Variant], prompts: spec.Prompts, work: Statements) -> None:
+    for variant in variants:
         ends = [work.elsewhere.get(run) for run in (variant.source, variant.base) if run]
         blocks = [end.prompts for end in ends if end is not None and end.prompts is not None]
         if variant.source is None or len(blocks) < 2:
@@ -331,7 +335,7 @@ def _sampled(found: Sequence[Variant], prompts: spec.Prompts, work: Statements) 
 
 
 def runs_of_own_model(model: str, work: Statements) -> set[str]:
-    """Return the names of runs of an experiment's own model, each of which is its clean run."""
+    """Return the names of clean runs of the experiment's model."""
     return {run.name for run in work.elsewhere.values() if run.model == model}
 
 
@@ -344,21 +348,24 @@ def variant_fields(
 ) -> dict[str, object]:
     """Return the fields of a combination: its rules, derived runs, external runs and saves. A run
     of the model that the combination runs on is its clean run."""
-    own = runs_of_own_model(variant.model, work)
+    names = runs_of_own_model(variant.model, work)
 
     def here(rules: Sequence[spec.Rule]) -> tuple[spec.Rule, ...]:
         changes = {"source": CLEAN}
-        return tuple(r.model_copy(update=changes) if r.source in own else r for r in rules)
+        return tuple(r.model_copy(update=changes) if r.source in names else r for r in rules)
 
     runs = tuple(
         run.model_copy(
-            update={"rules": here(run.rules), "source": CLEAN if run.source in own else run.source}
+            update={
+                "rules": here(run.rules),
+                "source": CLEAN if run.source in names else run.source,
+            }
         )
         for run in derived
     )
-    elsewhere = tuple(run for run in work.elsewhere.values() if run.name not in own)
+    elsewhere = tuple(run for run in work.elsewhere.values() if run.name not in names)
     saves = tuple(
-        save.model_copy(update={"run": CLEAN}) if save.run in own else save for save in saves
+        save.model_copy(update={"run": CLEAN}) if save.run in names else save for save in saves
     )
     return {"rules": here(rules), "derived": runs, "elsewhere": elsewhere, "saves": saves}
 
@@ -431,8 +438,8 @@ def lower_generation(work: Statements) -> Generation | None:
     if not work.generate:
         return None
     line = work.generate[0]
-    found = _generation(line, work)
-    return Generation(span=line.span, tokens=2) if found is None else found
+    generation = _generation(line, work)
+    return Generation(span=line.span, tokens=2) if generation is None else generation
 
 
 def _generation(line: ast.Generate, work: Statements) -> Generation | None:
@@ -475,25 +482,25 @@ def _generation(line: ast.Generate, work: Statements) -> Generation | None:
 
 def _settings(line: ast.Generate, work: Statements) -> dict[str, Any] | None:
     """Return the numbers after `with` by name; None after an error."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     before = len(work.diagnostics)
-    for each in line.settings:
-        name, known = each.name.id, GENERATION_SETTINGS.get(each.name.id)
+    for setting in line.settings:
+        name, known = setting.name.id, GENERATION_SETTINGS.get(setting.name.id)
         if known is None:
             hint = did_you_mean(
                 name, GENERATION_SETTINGS, f"settings are {', '.join(GENERATION_SETTINGS)}"
             )
             work.diagnostics.append(
-                UnknownWord(span=each.name.span, kind="setting", word=name, hint=hint)
+                UnknownWord(span=setting.name.span, kind="setting", word=name, hint=hint)
             )
             continue
-        if name in found:
-            reject_argument(each, name, "is given twice", "keep one of them", work)
+        if name in settings:
+            reject_argument(setting, name, "is given twice", "keep one of them", work)
             continue
-        named = each.value if isinstance(each.value, ast.Name) else None
+        named = setting.value if isinstance(setting.value, ast.Name) else None
         if named is not None and not work.scope.use("param", named.id, named.span):
             continue
-        number = constant_value(each.value, work.parts.parameters)
+        number = constant_value(setting.value, work.parts.parameters)
         if (
             not is_number(number)
             or not known.least <= number <= known.most
@@ -502,7 +509,7 @@ def _settings(line: ast.Generate, work: Statements) -> dict[str, Any] | None:
             hint = f"for example `{known.example}`"
             if name == "temperature" and number == 0:
                 hint = "remove it: without `with …` the most likely token is taken"
-            reject_argument(each, name, known.says, hint, work)
+            reject_argument(setting, name, known.says, hint, work)
             continue
-        found[name] = int(number) if known.whole else float(number)
-    return None if has_errors(work.diagnostics[before:]) else found
+        settings[name] = int(number) if known.whole else float(number)
+    return None if has_errors(work.diagnostics[before:]) else settings

@@ -44,7 +44,7 @@ def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...
             work.diagnostics.append(
                 NotSupported(span=save.span, what="a `save` together with `keep`", later=later)
             )
-    found: list[spec.Save] = []
+    saves: list[spec.Save] = []
     for save in work.saves:
         work.diagnostics.extend(_check_saved_file(save))
         problem = _check_saved_features(save, work)
@@ -55,7 +55,7 @@ def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...
         if basis != ast.STANDARD_BASIS and not work.scope.use("basis", basis, save.site.span):
             continue
         run = None if save.run is None else resolve_run_name(save.run, prompts, work)
-        found.append(
+        saves.append(
             spec.Save(
                 span=save.span,
                 site=save.site,
@@ -70,7 +70,7 @@ def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...
                 else lower_measure(save.gradient, work.parts, work.scope),
             )
         )
-    return tuple(found)
+    return tuple(saves)
 
 
 def _reject_unstreamed(work: Statements, prompts: spec.Prompts) -> None:
@@ -154,7 +154,7 @@ def lower_saved_directions(work: Statements) -> tuple[spec.SavedDirection, ...]:
     Codes: E0201 for unknown directions, E0203 for dtypes, E0207 for files of another type and for a
     control vector with a dtype.
     """
-    found: list[spec.SavedDirection] = []
+    directions: list[spec.SavedDirection] = []
     for save in work.saved_directions:
         name = save.direction.id if isinstance(save.direction, ast.Name) else save.direction.name
         work.scope.use("direction", name, save.direction.span)
@@ -173,7 +173,7 @@ def lower_saved_directions(work: Statements) -> tuple[spec.SavedDirection, ...]:
             work.diagnostics.append(
                 BadArgument(span=span, name=save.file.value, reason=reason, hint=hint)
             )
-        found.append(
+        directions.append(
             spec.SavedDirection(
                 span=save.span,
                 direction=save.direction,
@@ -182,7 +182,7 @@ def lower_saved_directions(work: Statements) -> tuple[spec.SavedDirection, ...]:
                 dtype=dtype,
             )
         )
-    return tuple(found)
+    return tuple(directions)
 
 
 def reject_compared_saves(work: Statements, variants: Sequence[object]) -> None:

@@ -83,14 +83,14 @@ def unreachable_cells(units: Sequence[int], settings: spec.Statistics) -> list[i
     Args:
         units: Number of prompts or groups of each tested cell.
     """
-    least = sorted((smallest_p_value(each, settings) for each in units), reverse=True)
+    least = sorted((smallest_p_value(unit, settings) for unit in units), reverse=True)
     level = 1 - settings.confidence / 100
-    found: list[int] = []
-    for place, each in enumerate(units):
-        own = smallest_p_value(each, settings)
+    cells: list[int] = []
+    for place, unit in enumerate(units):
+        own = smallest_p_value(unit, settings)
         # Holm multiplies by the number of cells that remain after all with a smaller p are
         # rejected; the other corrections may leave p unchanged.
         left = bisect_right(least, -own, key=neg) if settings.correction == "holm" else 1
         if own * left >= level:
-            found.append(place)
-    return found
+            cells.append(place)
+    return cells

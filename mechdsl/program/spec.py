@@ -369,7 +369,7 @@ class Prompts(Spec):
     @property
     def named_images(self) -> tuple[tuple[str, ExprText | None], ...]:
         """The images of a row: its own without a name, and those in its prompt with theirs."""
-        return ("", self.image), *((each.name, each.value) for each in self.pictures)
+        return ("", self.image), *((picture.name, picture.value) for picture in self.pictures)
 
     @property
     def has_images(self) -> bool:
@@ -1021,9 +1021,10 @@ def constant_value(node: object, parameters: Mapping[str, Constant]) -> Constant
 def call_constants(call: ast.Call, parameters: Mapping[str, Constant]) -> dict[str, Constant]:
     """Return the constants of a call's named arguments."""
     return {
-        each.name: value
-        for each in call.arguments
-        if each.name is not None and (value := constant_value(each.value, parameters)) is not None
+        argument.name: value
+        for argument in call.arguments
+        if argument.name is not None
+        and (value := constant_value(argument.value, parameters)) is not None
     }
 
 

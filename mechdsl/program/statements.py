@@ -160,7 +160,7 @@ class Statements:
             if node.bare is not None and node.bare.id in groups and node.basis is None:
                 axes = groups[node.bare.id]
                 self.read_groups[node.span] = node.bare.id, ""
-                return replace(node, axes=tuple(replace(own, span=node.span) for own in axes))
+                return replace(node, axes=tuple(replace(axis, span=node.span) for axis in axes))
             alone = (
                 replace(item, axes=()) if isinstance(item, ast.Site) and is_group(item) else item
                 for item in node.excluded
@@ -290,7 +290,7 @@ class Statements:
                 self.unsupported = True  # perhaps a group of positions
             elif isinstance(node, ast.Site) and (name := node.basis_name) is not None:
                 if self._takes_basis(statement, node):
-                    known = name == ast.STANDARD_BASIS or name in {each.name for each in self.loops}
+                    known = name == ast.STANDARD_BASIS or name in {loop.name for loop in self.loops}
                     known = known or self.scope.use("basis", name, node.span)
                     self.unsupported = self.unsupported or not known
                 elif name == ast.STANDARD_BASIS:
@@ -344,12 +344,12 @@ class Statements:
         takes, verb = self.scope.words.verbs[body.verb.id], body.verb.id
         if takes == body.before:
             return
-        span, found = body.span, f"end of the `{verb}` statement"
+        span, expectation = body.span, f"end of the `{verb}` statement"
         if body.value is not None:
-            span, found = body.value.span, f"`{body.before} {body.value.span.text}`"
+            span, expectation = body.value.span, f"`{body.before} {body.value.span.text}`"
         expected = f"`{takes}` and a number" if takes else f"no number after `{verb}`"
         self.unsupported = True
-        self.diagnostics.append(UnexpectedToken(span=span, found=found, expected=expected))
+        self.diagnostics.append(UnexpectedToken(span=span, found=expectation, expected=expected))
 
 
 def _list_ends(body: ast.Node) -> list[ast.Site]:
@@ -424,9 +424,9 @@ def resolve_run_name(
     """
     if ref.part is None and ref.name in work.known_runs:
         return ref.name
-    own = [CLEAN, *(c.name for c in prompts.corruptions)]
+    names = [CLEAN, *(c.name for c in prompts.corruptions)]
     blocks, models = work.scope.names("prompts"), work.scope.names("model")
-    if ref.part is None and ref.name in own:
+    if ref.part is None and ref.name in names:
         if ref.name in (*blocks, *models):
             first = work.scope.definitions[ref.name]
             what = "model" if first.kind == "model" else "block of prompts"
@@ -436,7 +436,7 @@ def resolve_run_name(
             )
             work.diagnostics.append(DuplicateName(span=ref.span, name=ref.name, first=where))
         return ref.name
-    if ref.name == prompts.name and ref.part in (None, *own):
+    if ref.name == prompts.name and ref.part in (None, *names):
         return ref.part or CLEAN
     block = work.parts.prompts.get(ref.name)
     if block is not None and block is not prompts and work.scope.has("prompts", ref.name):
@@ -449,12 +449,12 @@ def resolve_run_name(
             )
             note_external_run(work, there)
             return name
-        own, prompts = [CLEAN, *(c.name for c in block.corruptions)], block
+        names, prompts = [CLEAN, *(c.name for c in block.corruptions)], block
         blocks, models = [], []
     if ref.part is None and ref.name in work.parts.models and work.scope.has("model", ref.name):
         note_external_run(work, spec.ExternalRunSpec(span=ref.span, name=ref.name, model=ref.name))
         return ref.name
-    known = [*own, *work.known_runs]
+    known = [*names, *work.known_runs]
     work.diagnostics.append(_unknown_run(ref, prompts, known, blocks, models))
     return None
 

@@ -582,7 +582,7 @@ def _class_problem(name: str, entry: object) -> str | None:
         return wrong
     assert isinstance(entry, type)
     if not issubclass(entry, TRAINER_KINDS):
-        return f"it must be a subclass of {name_list(own.__name__ for own in TRAINER_KINDS)}"
+        return f"it must be a subclass of {name_list(kind.__name__ for kind in TRAINER_KINDS)}"
     missing = sorted(getattr(entry, "__abstractmethods__", ()))
     if not missing:
         return None
@@ -600,7 +600,7 @@ def trainer_call(call: ast.Call) -> ast.Call:
     Args:
         call: A `fit` with one argument without a name.
     """
-    (node,) = (each.value for each in call.arguments if each.name is None)
+    (node,) = (argument.value for argument in call.arguments if argument.name is None)
     if isinstance(node, ast.Call):
         return node
     return ast.Call(node.span.written, (), span=node.span)
@@ -643,13 +643,15 @@ def find_class(node: ast.Call) -> tuple[PythonClass | None, list[Diagnostic]]:
         return None, problems
     tree = python.parse(function.path.read_bytes(), filename=function.file)
     classes = {
-        each.name: each for each in top_level_definitions(tree) if isinstance(each, python.ClassDef)
+        definition.name: definition
+        for definition in top_level_definitions(tree)
+        if isinstance(definition, python.ClassDef)
     }
     bases = [*_with_bases(classes[function.name], classes)]
     methods: dict[str, Parameters] = {}
     texts: dict[str, str] = {}
-    for each in reversed(bases):
-        for statement in each.body:
+    for basis in reversed(bases):
+        for statement in basis.body:
             match statement:
                 case python.FunctionDef(name=name):
                     methods[name] = _read_parameters(statement.args)
@@ -662,20 +664,20 @@ def find_class(node: ast.Call) -> tuple[PythonClass | None, list[Diagnostic]]:
                     texts[name] = text
                 case _:
                     pass
-    written = [base for each in bases for base in each.bases]
+    written = [base for basis in bases for base in basis.bases]
     has_base = any(not isinstance(base, python.Name) or base.id not in classes for base in written)
     return PythonClass(function, methods, texts, has_base), []
 
 
 def _with_bases(
-    own: python.ClassDef, classes: Mapping[str, python.ClassDef]
+    class_def: python.ClassDef, classes: Mapping[str, python.ClassDef]
 ) -> Iterator[python.ClassDef]:
     """Yield a class, and then its base classes that are defined before it in the same file."""
-    yield own
-    for base in own.bases:
-        found = classes.get(base.id) if isinstance(base, python.Name) else None
-        if found is not None and found.lineno < own.lineno:
-            yield from _with_bases(found, classes)
+    yield class_def
+    for base in class_def.bases:
+        class_node = classes.get(base.id) if isinstance(base, python.Name) else None
+        if class_node is not None and class_node.lineno < class_def.lineno:
+            yield from _with_bases(class_node, classes)
 
 
 def _read_parameters(own: python.arguments) -> Parameters:
@@ -725,14 +727,14 @@ class OwnTrainer(Trainer):
         name = own.function.name
         created = own.methods.get("__init__", Parameters((), ()))
         needs = (cls.given, *cls.needed_sizes(own))
-        missing = [each for each in needs if each not in created.names]
+        missing = [need for need in needs if need not in created.names]
         if missing:
             reason = f"`{name}.__init__` has no parameter `{missing[0]}`"
             return reason, f"write `def __init__(self, {', '.join(needs)}):`"
         for method, arguments in cls.methods.items():
-            found = own.methods[method]
-            count = len([each for each in found.required if each != "progress"])
-            if count > len(arguments) or len(found.names) < len(arguments):
+            parameters = own.methods[method]
+            count = len([each for each in parameters.required if each != "progress"])
+            if count > len(arguments) or len(parameters.names) < len(arguments):
                 written = ", ".join(("self", *arguments))
                 reason = f"`{name}.{method}` is called with {len(arguments) or 'no'} arguments"
                 reason = reason.removesuffix("s") if len(arguments) == 1 else reason
@@ -771,7 +773,7 @@ def _draw_seed(random: Generator) -> int:
 
 
 class OwnDictionaryTrainer(OwnTrainer, IterativeTrainer):
-    """A dictionary in a known architecture, with a loss of the user's own."""
+    """A dictionary in a known architecture, with a user-defined loss."""
 
     methods: ClassVar[Mapping[str, tuple[str, ...]]] = {"loss": ("vectors",), "weights": ()}
     given = "width"
@@ -779,10 +781,12 @@ class OwnDictionaryTrainer(OwnTrainer, IterativeTrainer):
     architectures: ClassVar[tuple[Architecture, ...]] = ("standard", "topk", "jumprelu", "gated")
 
     @classmethod
-    def architecture(cls, own: PythonClass) -> Architecture | None:
+    def architecture(cls, python_class: PythonClass) -> Architecture | None:
         """Return the architecture of the dictionary that a class trains; None if it is unknown."""
-        written = own.texts.get("architecture", "standard")
-        return next((each for each in cls.architectures if each == written), None)
+        written = python_class.texts.get("architecture", "standard")
+        return next(
+            (architecture for architecture in cls.architectures if architecture == written), None
+        )
 
     @classmethod
     def needed_sizes(cls, own: PythonClass) -> tuple[str, ...]:
@@ -791,7 +795,7 @@ class OwnDictionaryTrainer(OwnTrainer, IterativeTrainer):
     @classmethod
     def find_problem(cls, own: PythonClass) -> Problem | None:
         if cls.architecture(own) is None:
-            known = name_list(f'"{each}"' for each in cls.architectures)
+            known = name_list(f'"{architecture}"' for architecture in cls.architectures)
             return f"there is no architecture `{own.texts['architecture']}`", f"it can be {known}"
         return super().find_problem(own)
 
@@ -827,7 +831,7 @@ class OwnDictionaryTrainer(OwnTrainer, IterativeTrainer):
 
 
 class OwnVectorTrainer(OwnTrainer, VectorTrainer):
-    """A vector that is added, with a parametrization or a penalty of the user's own."""
+    """A vector that is added, with a user-defined parametrization or penalty."""
 
     methods: ClassVar[Mapping[str, tuple[str, ...]]] = {"vector": ()}
     given = "vectors"
@@ -839,7 +843,7 @@ class OwnVectorTrainer(OwnTrainer, VectorTrainer):
 
 
 class OwnRotationTrainer(OwnTrainer, RotationTrainer):
-    """A subspace, with a parametrization or a penalty of the user's own."""
+    """A subspace, with a user-defined parametrization or penalty."""
 
     methods: ClassVar[Mapping[str, tuple[str, ...]]] = {"directions": ()}
     given = "vectors"
@@ -858,7 +862,7 @@ class OwnRotationTrainer(OwnTrainer, RotationTrainer):
 
 
 class OwnMaskTrainer(OwnTrainer, MaskTrainer):
-    """A mask, with gates of the user's own."""
+    """A mask with user-defined gates."""
 
     methods: ClassVar[Mapping[str, tuple[str, ...]]] = {"probabilities": (), "sample": ("rows",)}
     given = "count"
@@ -889,33 +893,36 @@ def find_own_trainer(call: ast.Call) -> tuple[OwnTrainer | None, list[Diagnostic
 
     Codes: E0222, E0532, E0535.
     """
-    own, problems = find_class(call)
-    if own is None:
+    python_class, problems = find_class(call)
+    if python_class is None:
         return None, problems
-    found = [each for each in OWN_TRAINERS if {*each.methods} <= {*own.methods}]
-    if not own.has_base:
-        problem = "it has no base class", f"write `class {own.function.name}(torch.nn.Module):`"
-    elif len(found) == 1:
-        problem = found[0].find_problem(own)
+    kinds = [kind for kind in OWN_TRAINERS if {*kind.methods} <= {*python_class.methods}]
+    if not python_class.has_base:
+        problem = (
+            "it has no base class",
+            f"write `class {python_class.function.name}(torch.nn.Module):`",
+        )
+    elif len(kinds) == 1:
+        problem = kinds[0].find_problem(python_class)
     else:
-        problem = _method_problem(own, found)
+        problem = _method_problem(python_class, kinds)
     if problem is None:
-        return found[0](own), []
-    written = f'python("{own.function.file}:{own.function.name}")'
+        return kinds[0](python_class), []
+    written = f'python("{python_class.function.file}:{python_class.function.name}")'
     reason, hint = problem
     return None, [PythonNotFound(span=call.span, written=written, reason=reason, hint=hint)]
 
 
-def _method_problem(own: PythonClass, found: Sequence[type[OwnTrainer]]) -> Problem:
+def _method_problem(python_class: PythonClass, kinds: Sequence[type[OwnTrainer]]) -> Problem:
     """Return the problem with a class that makes nothing or several things."""
-    name = own.function.name
-    if found:
-        listed = name_list(method for each in found for method in each.methods)
+    name = python_class.function.name
+    if kinds:
+        listed = name_list(method for kind in kinds for method in kind.methods)
         return f"`{name}` makes several things: it defines {listed}", "write one class for each"
-    for each in OWN_TRAINERS:
-        lacks = [method for method in each.methods if method not in own.methods]
-        if len(lacks) < len(each.methods):
-            written = ", ".join(("self", *each.methods[lacks[0]]))
+    for kind in OWN_TRAINERS:
+        lacks = [method for method in kind.methods if method not in python_class.methods]
+        if len(lacks) < len(kind.methods):
+            written = ", ".join(("self", *kind.methods[lacks[0]]))
             reason = f"`{name}` has no method `{lacks[0]}`"
             return reason, f"define it: `def {lacks[0]}({written}):`"
     makes = {"`loss` and `weights`": "a dictionary", "`vector`": "a direction"}

@@ -68,36 +68,37 @@ def split_rows_of_circuits(
     Returns:
         The file, and the names of the circuits that are trained on each block that is split.
     """
-    own, nodes = find_unsplit_blocks(tree), _find_nodes(tree)
+    unsplit_blocks, nodes = find_unsplit_blocks(tree), _find_nodes(tree)
     groups = {*discovered, *nodes.values()}
     trained = {
-        each.name.id: block
-        for each in tree.statements
-        if _is_split_for(each, groups) and (block := _block_of(each)) in own
+        statement.name.id: block
+        for statement in tree.statements
+        if _is_split_for(statement, groups) and (block := _block_of(statement)) in unsplit_blocks
     }
     uses = {
         number: used
-        for number, each in enumerate(tree.statements)
-        if isinstance(each, ast.ExperimentDef) and (used := _tested_blocks(each, trained, nodes))
+        for number, statement in enumerate(tree.statements)
+        if isinstance(statement, ast.ExperimentDef)
+        and (used := _tested_blocks(statement, trained, nodes))
     }
     blocks = dict.fromkeys(block for used in uses.values() for block in used)
     if not blocks:
         return tree, {}
     split = {block: tuple(name for name, of in trained.items() if of == block) for block in blocks}
-    found: list[ast.TopLevel] = []
-    for number, each in enumerate(tree.statements):
-        if isinstance(each, ast.PromptsDef) and each.name.id in split:
-            here = any(name in discovered for name in split[each.name.id])
-            each = with_split(each, DISCOVERED_SHARE if here else TRAINED_SHARE)
-        elif _is_split_for(each, groups) and trained.get(each.name.id) in split:
-            assert each.source is not None
-            arguments = tuple(map(_train_part, each.source.arguments))
-            each = replace(each, source=replace(each.source, arguments=arguments))
-        elif isinstance(each, ast.ExperimentDef) and number in uses:
-            lines = (_test_part(line, uses[number]) for line in each.statements)
-            each = replace(each, statements=tuple(lines))
-        found.append(each)
-    return replace(tree, statements=tuple(found)), split
+    definitions: list[ast.TopLevel] = []
+    for number, statement in enumerate(tree.statements):
+        if isinstance(statement, ast.PromptsDef) and statement.name.id in split:
+            here = any(name in discovered for name in split[statement.name.id])
+            statement = with_split(statement, DISCOVERED_SHARE if here else TRAINED_SHARE)
+        elif _is_split_for(statement, groups) and trained.get(statement.name.id) in split:
+            assert statement.source is not None
+            arguments = tuple(map(_train_part, statement.source.arguments))
+            statement = replace(statement, source=replace(statement.source, arguments=arguments))
+        elif isinstance(statement, ast.ExperimentDef) and number in uses:
+            lines = (_test_part(line, uses[number]) for line in statement.statements)
+            statement = replace(statement, statements=tuple(lines))
+        definitions.append(statement)
+    return replace(tree, statements=tuple(definitions)), split
 
 
 def _is_split_for(
@@ -113,10 +114,10 @@ def _is_split_for(
 def _find_nodes(tree: ast.File) -> dict[str, str]:
     """Return the name of the group of nodes of each circuit with `nodes`, by the circuit's name."""
     return {
-        each.name.id: argument.value.id
-        for each in tree.statements
-        if isinstance(each, ast.CircuitDef) and each.source is not None
-        for argument in each.source.arguments
+        statement.name.id: argument.value.id
+        for statement in tree.statements
+        if isinstance(statement, ast.CircuitDef) and statement.source is not None
+        for argument in statement.source.arguments
         if argument.name == "nodes" and isinstance(argument.value, ast.Name)
     }
 
@@ -131,10 +132,10 @@ def with_split(block: ast.PromptsDef, share: float) -> ast.PromptsDef:
 def find_unsplit_blocks(tree: ast.File) -> dict[str, ast.PromptsDef]:
     """Return the blocks of prompts that don't divide their rows, by name."""
     return {
-        each.name.id: each
-        for each in tree.statements
-        if isinstance(each, ast.PromptsDef)
-        and not any(isinstance(line, ast.SplitLine) for line in each.lines)
+        statement.name.id: statement
+        for statement in tree.statements
+        if isinstance(statement, ast.PromptsDef)
+        and not any(isinstance(line, ast.SplitLine) for line in statement.lines)
     }
 
 
@@ -143,7 +144,7 @@ def _block_of(circuit: ast.CircuitDef | ast.GroupDef) -> str | None:
     its rows may be measured."""
     if circuit.source is None or circuit.source.name != "fit":
         return None
-    given = {each.name: each.value for each in circuit.source.arguments}
+    given = {argument.name: argument.value for argument in circuit.source.arguments}
     rows = given.get("prompts")
     if "measure_on_training_rows" in given or not isinstance(rows, ast.Name):
         return None
@@ -163,7 +164,9 @@ def _tested_blocks(
     names |= {node.of for node in walk(experiment) if isinstance(node, ast.RankedSelection)}
     names -= {node.name.id for node in walk(experiment) if isinstance(node, ast.For)}
     names |= {group for circuit, group in nodes.items() if circuit in names}
-    uses = [each for each in experiment.statements if isinstance(each, ast.UsePrompts)]
+    uses = [
+        statement for statement in experiment.statements if isinstance(statement, ast.UsePrompts)
+    ]
     whole = {ref.name for use in uses for ref in use.prompts if ref.part is None}
     return {block for name, block in trained.items() if name in names} & whole
 
@@ -215,7 +218,7 @@ def lower_objectives(parts: spec.Definitions, scope: Namespace) -> None:
 def _lower_partners(parts: spec.Definitions, scope: Namespace) -> None:
     """Lower the runs whose vectors others are correlated with: `with: SITE of RUN`."""
     for name, basis in list(parts.bases.items()):
-        given = {each.name: each.value for each in basis.method.arguments}
+        given = {argument.name: argument.value for argument in basis.method.arguments}
         view, rows = given.get("with"), fit_rows_of_basis(basis, parts)
         if not isinstance(view, ast.SiteView) or rows is None or rows.block is None:
             continue
@@ -235,7 +238,7 @@ def _lower_partners(parts: spec.Definitions, scope: Namespace) -> None:
             del parts.bases[name]  # its error is reported
             continue
         there = there or spec.ExternalRunSpec(span=view.run.span, name=run, run=run)
-        corruptions = {each.name for each in block.corruptions}
+        corruptions = {corruption.name for corruption in block.corruptions}
         used = {run} & corruptions if there.prompts is None else set[str]()
         parts.bases[name] = basis.model_copy(
             update={"partner": there, "changed_by": frozenset(used)}
@@ -261,11 +264,11 @@ def _add_objective(
     """Add what a basis or a direction is trained on, and return the corruptions that it names; None
     after an error."""
     rows = fit_rows_of_basis(basis, parts)
-    found = None if rows is None else _lower_objective(basis, rows, parts, scope)
-    if found is None:
+    objective = None if rows is None else _lower_objective(basis, rows, parts, scope)
+    if objective is None:
         return None
-    parts.objectives[basis.name] = found
-    return named_corruptions(found, parts.prompts[found.prompts])
+    parts.objectives[basis.name] = objective
+    return named_corruptions(objective, parts.prompts[objective.prompts])
 
 
 def trains_rotation(basis: spec.Basis) -> bool:
@@ -280,7 +283,7 @@ def _lower_objective(
 ) -> spec.Experiment | None:
     """Lower what one basis, direction or group is trained on; None after an error."""
     call, before = basis.method, len(scope.diagnostics)
-    given = {each.name: each.value for each in call.arguments}
+    given = {argument.name: argument.value for argument in call.arguments}
     inner = trainer_call(call)
     trainer = find_trainer(inner)
     assert isinstance(trainer, EffectTrainer)
@@ -349,7 +352,14 @@ def _describe_scores(trainer: Trainer) -> dict[str, Any]:
 
 def _are_known(at: ast.Positions, scope: Namespace) -> bool:
     """Whether positions are known before an experiment runs; E0207 otherwise."""
-    ranked = next((each for each in walk(at) if isinstance(each, ast.RankedTokens)), None)
+    ranked = next(
+        (
+            ranked_tokens
+            for ranked_tokens in walk(at)
+            if isinstance(ranked_tokens, ast.RankedTokens)
+        ),
+        None,
+    )
     if ranked is None:
         return True
     reason = "isn't known before that experiment has run"
@@ -367,7 +377,7 @@ def _rule(basis: spec.Basis, at: ast.Positions, source: str | None) -> spec.Rule
     nodes = name_nodes(basis)
     if source is not None:
         return spec.Rule(span=span, verb=verb, site=basis.site, at=at, source=source, nodes=nodes)
-    fills = (each.value for each in basis.method.arguments if each.name == "with")
+    fills = (argument.value for argument in basis.method.arguments if argument.name == "with")
     fill = next(fills, ast.Name("zero", span=span))
     assert isinstance(fill, ast.Name)
     return spec.Rule(span=span, verb="ablate", site=basis.site, at=at, fill=fill, nodes=nodes)
@@ -375,7 +385,7 @@ def _rule(basis: spec.Basis, at: ast.Positions, source: str | None) -> spec.Rule
 
 def _source_run(node: ast.Node, block: spec.Prompts, scope: Namespace) -> str:
     """Return the run whose subspace comes in. Reports E0201 unless the block has it."""
-    known = [each.name for each in block.corruptions]
+    known = [corruption.name for corruption in block.corruptions]
     name = node.id if isinstance(node, ast.Name) else node.span.written
     if name not in known:
         listed = ", ".join(f"`{each}`" for each in known)
@@ -399,10 +409,10 @@ def constant_options(
 ) -> dict[str, Constant]:
     """Return the constants of a call `fit(…)`, by option."""
     return {
-        each.name: value
-        for each in definition.method.arguments
-        if each.name is not None
-        and (value := constant_value(each.value, program.parameters)) is not None
+        argument.name: value
+        for argument in definition.method.arguments
+        if argument.name is not None
+        and (value := constant_value(argument.value, program.parameters)) is not None
     }
 
 
@@ -438,10 +448,12 @@ def used_masks(experiment: spec.Experiment, program: spec.Program) -> list[spec.
 def used_saved_groups(experiment: spec.Experiment, program: spec.Program) -> list[spec.Group]:
     """Return the trained groups that an experiment or its circuits read from files."""
     names = {name for name, _ in _names(experiment)}
-    circuits = [own for own in program.circuits.values() if own.name in names]
+    circuits = [circuit for circuit in program.circuits.values() if circuit.name in names]
     names |= {name for name, _ in _names(circuits)}
-    found = [own for own in program.groups.values() if own.candidates and own.name in names]
-    return [*found, *used_saved_positions(experiment, program)]
+    groups = [
+        group for group in program.groups.values() if group.candidates and group.name in names
+    ]
+    return [*groups, *used_saved_positions(experiment, program)]
 
 
 def used_saved_positions(experiment: spec.Experiment, program: spec.Program) -> list[spec.Group]:
@@ -449,7 +461,7 @@ def used_saved_positions(experiment: spec.Experiment, program: spec.Program) -> 
     if not program.positions:
         return []
     names = set(_names(experiment))
-    return [own for own in program.positions.values() if (own.name, True) in names]
+    return [position for position in program.positions.values() if (position.name, True) in names]
 
 
 def _names(part: object) -> Iterator[tuple[str, bool]]:
@@ -487,24 +499,28 @@ def split_by_seed(program: spec.Program, scope: Namespace) -> spec.Program:
 
     Codes: E0108 for saved files, E0342 for different seeds.
     """
-    found = [own for each in program.experiments for own in _at_each_seed(each, program, scope)]
-    return program.model_copy(update={"experiments": tuple(found)})
+    experiments = [
+        experiment
+        for each in program.experiments
+        for experiment in _at_each_seed(each, program, scope)
+    ]
+    return program.model_copy(update={"experiments": tuple(experiments)})
 
 
 def _at_each_seed(
     experiment: spec.Experiment, program: spec.Program, scope: Namespace
 ) -> list[spec.Experiment]:
     bases = used_bases(experiment, program)
-    read = [each for each in bases if _is_observed(each)]
+    read = [basis for basis in bases if _is_observed(basis)]
     chosen = [*used_masks(experiment, program), *read]
-    named = next((each for each in chosen if list_seeds(each, program)), None)
+    named = next((basis for basis in chosen if list_seeds(basis, program)), None)
     if named is None:
         return [experiment]
     trained = map(declared_training, used_directions(experiment, program))
-    every = [*chosen, *bases, *(each for each in trained if each is not None)]
+    every = [*chosen, *bases, *(basis for basis in trained if basis is not None)]
     seeds = list_seeds(named, program)
     loop = next((each for each in experiment.loops if each.name == SEED_AXIS), None)
-    other = next((own for own in every if list_seeds(own, program) not in ((), seeds)), None)
+    other = next((basis for basis in every if list_seeds(basis, program) not in ((), seeds)), None)
     if loop is not None or other is not None:
         reason = SEEDS_DIFFER
         if other is not None:
@@ -548,8 +564,10 @@ def select_seed(program: spec.Program, experiment: spec.Experiment) -> spec.Prog
 
     return program.model_copy(
         update={
-            "bases": {name: of_seed(own) for name, own in program.bases.items()},
-            "masks": {name: of_seed(own) for name, own in program.masks.items()},
-            "directions": {n: direction_of_seed(own) for n, own in program.directions.items()},
+            "bases": {name: of_seed(basis) for name, basis in program.bases.items()},
+            "masks": {name: of_seed(mask) for name, mask in program.masks.items()},
+            "directions": {
+                n: direction_of_seed(direction) for n, direction in program.directions.items()
+            },
         }
     )

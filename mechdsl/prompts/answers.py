@@ -65,24 +65,24 @@ def tokenise_texts(
     """
     rows = [(n,) for n in range(len(texts))] if rows is None else rows
     pairs = [(p, t) for p, t in zip(prompts, texts, strict=True) if isinstance(t, str)]
-    found = iter(tokenizer.continuations(pairs, encoded))
+    tokens = iter(tokenizer.continuations(pairs, encoded))
     out: list[TextTokens] = []
     diagnostics: list[Diagnostic] = []
     empty, unknown, changed = _Rows(), _Rows(), _Rows()
-    for own, prompt, text in zip(rows, prompts, texts, strict=True):
+    for row, prompt, text in zip(rows, prompts, texts, strict=True):
         if isinstance(text, TokenId):
             if not 0 <= text.id < tokenizer.vocab_size and not diagnostics:
                 last = tokenizer.vocab_size - 1
                 diagnostics.append(NotATokenId(span=span, name=name, value=str(text.id), last=last))
             out.append(TextTokens(tokenizer.token_text(max(text.id, 0)), (text.id,)))
             continue
-        ids, kept = next(found)
+        ids, kept = next(tokens)
         if not ids:
-            empty.add(own, prompt, text)
+            empty.add(row, prompt, text)
         if tokenizer.unknown_id in ids:
-            unknown.add(own, prompt, text)
+            unknown.add(row, prompt, text)
         if not kept:
-            changed.add(own, prompt, text)
+            changed.add(row, prompt, text)
         out.append(TextTokens(text, ids))
     if not (empty.rows or unknown.rows or changed.rows):
         return out, diagnostics
@@ -149,18 +149,18 @@ class _Rows:
 
 
 def shared_first_token(
-    found: Sequence[TextTokens], tokenizer: TextTokenizer, *, words: bool = True
+    continuations: Sequence[TextTokens], tokenizer: TextTokenizer, *, words: bool = True
 ) -> tuple[int, ...]:
     """Return the leading token that all texts share, if it can move into the prompt.
 
     White space alone always moves (the space that some tokenizers put before a digit). A word moves
     only if it doesn't distinguish answers, that is, if there are several, and if `words` allows it.
     """
-    firsts = {t.ids[:1] for t in found}
-    if len(firsts) != 1 or any(len(t.ids) < 2 for t in found):
+    firsts = {t.ids[:1] for t in continuations}
+    if len(firsts) != 1 or any(len(t.ids) < 2 for t in continuations):
         return ()
     (first,) = firsts
-    several = words and len({t.text for t in found}) > 1
+    several = words and len({t.text for t in continuations}) > 1
     is_space = bool(first) and tokenizer.is_space(first[0])
     return first if several or is_space else ()
 
@@ -221,8 +221,8 @@ def text_tokens(
     """
     match expr:
         case ast.Name() | ast.QualifiedRef():
-            found, diagnostics = _named(table, expr)
-            return found, [*diagnostics, *_spacing_of_named(table, expr, found, tokenizer)]
+            tokens, diagnostics = _named(table, expr)
+            return tokens, [*diagnostics, *_spacing_of_named(table, expr, tokens, tokenizer)]
         case ast.EdgeTokenOf():
             return _edge(table, expr, tokenizer, extra)
         case _:
@@ -314,14 +314,14 @@ def _named(
 def _spacing_of_named(
     table: PromptTable,
     expr: ast.Name | ast.QualifiedRef,
-    found: Sequence[TextTokens],
+    continuations: Sequence[TextTokens],
     tokenizer: TextTokenizer,
 ) -> Sequence[Diagnostic]:
     """Return W0705 at the line of the prompts that defines a text."""
-    if not found:
+    if not continuations:
         return []
     block, name = table.sources[0].block, split_reference(expr)[1]
-    texts = [None if block.is_token_id(name) else text.text for text in found]
+    texts = [None if block.is_token_id(name) else text.text for text in continuations]
     span = block.texts[name].span
     return _spacing(table, texts, tokenizer, span, range(len(table)))
 
@@ -379,12 +379,12 @@ def tokenise_after_rows(
     prompts = [answer_context(table, row) for row in rows]
     of_text = [(row,) for row in rows]
     name = span.text
-    found, diagnostics = tokenise_texts(
+    tokens, diagnostics = tokenise_texts(
         prompts, texts, tokenizer, name=name, span=span, rows=of_text
     )
     moved = [drop_shared_token(t, () if isinstance(x, TokenId) else table.moved)
-             for t, x in zip(found, texts, strict=True)]  # fmt: skip
-    other = next((t for t, m in zip(found, moved, strict=True) if m is None), None)
+             for t, x in zip(tokens, texts, strict=True)]  # fmt: skip
+    other = next((t for t, m in zip(tokens, moved, strict=True) if m is None), None)
     if other is not None:
         diagnostics.append(
             OtherSpelling(span=span, text=quote(other.text), moved=quote(table.moved_text))
@@ -392,7 +392,7 @@ def tokenise_after_rows(
     else:
         said = [text if isinstance(text, str) else None for text in texts]
         diagnostics += _spacing(table, said, tokenizer, span, rows)
-    return tuple(m or t for m, t in zip(moved, found, strict=True)), diagnostics
+    return tuple(m or t for m, t in zip(moved, tokens, strict=True)), diagnostics
 
 
 def _edge(
@@ -503,11 +503,11 @@ def numeral_tokens(
     # One prompt represents all: only the token after the prompt's last token matters.
     prompt = answer_context(table, 0)
     rows = [range(len(table))] * len(texts) if rows is None else rows
-    found, diagnostics = tokenise_texts(
+    tokens, diagnostics = tokenise_texts(
         [prompt] * len(texts), texts, tokenizer, name="numeral", span=span, rows=rows
     )
     diagnostics = [d for d in diagnostics if d.severity == "error"]
-    moved = [drop_shared_token(t, table.moved) for t in found]
+    moved = [drop_shared_token(t, table.moved) for t in tokens]
     if any(m is None for m in moved):
         text, beginning = quote(texts[0]), quote(table.moved_text)
         return (), [OtherSpelling(span=span, text=text, moved=beginning)]
@@ -544,14 +544,14 @@ def _spelling(table: PromptTable) -> tuple[str, int]:
         row.texts[ANSWER_SPAN].text for row in table.runs[CLEAN].rows if ANSWER_SPAN in row.texts
     ]
     matches = [re.match(r"(\D*)(\d+)", text) for text in texts]
-    found = [m.groups() for m in matches if m is not None]
-    if not found:
+    groups = [m.groups() for m in matches if m is not None]
+    if not groups:
         ends_in_space = bool(rows) and answer_context(table, 0)[-1:].isspace()
         glued = bool(texts) and not texts[0][:1].isspace()
         return ("" if ends_in_space or glued else " "), 1
-    before = Counter(b for b, _ in found).most_common(1)[0][0]
-    padded = any(len(digits) > 1 and digits.startswith("0") for _, digits in found)
-    return before, max(len(digits) for _, digits in found) if padded else 1
+    before = Counter(b for b, _ in groups).most_common(1)[0][0]
+    padded = any(len(digits) > 1 and digits.startswith("0") for _, digits in groups)
+    return before, max(len(digits) for _, digits in groups) if padded else 1
 
 
 SetEntry: TypeAlias = int | str | TokenId
@@ -590,9 +590,9 @@ class TokenSets(Record):
         of_row: list[int] = []
         for row in rows:
             own: dict[int, int] = {}
-            for each in row:
-                own.setdefault(each.text.ids[0], 0 if each.number is None else each.number)
-            whole = all(each.number is not None for each in row)
+            for tokens in row:
+                own.setdefault(tokens.text.ids[0], 0 if tokens.number is None else tokens.number)
+            whole = all(tokens.number is not None for tokens in row)
             kind = (tuple(own), tuple(own.values()) if whole else ())
             of_row.append(numbers.setdefault(kind, len(numbers)))
         stand_for = tuple(kind[1] for kind in numbers)
@@ -645,7 +645,7 @@ def accepted_tokens(
 
     extra: values of a cell, `item.index`. digits: the width of numerals; None: as in `answer`.
     """
-    found: list[list[AcceptedTokens]] = [[] for _ in range(len(table))]
+    accepted: list[list[AcceptedTokens]] = [[] for _ in range(len(table))]
     diagnostics: list[Diagnostic] = []
     for part in parts:
         if isinstance(part, ast.Range) or is_list(table, part):
@@ -656,9 +656,9 @@ def accepted_tokens(
         diagnostics += problems
         if has_errors(problems):
             return [], diagnostics
-        for row, more in zip(found, own, strict=True):
+        for row, more in zip(accepted, own, strict=True):
             row += more
-    return found, diagnostics
+    return accepted, diagnostics
 
 
 def right_numbers(
@@ -669,13 +669,13 @@ def right_numbers(
     part: an expression of the row's values, or a value of another run (`count of fewer`).
     extra: values of a cell, `item.index`.
     """
-    found: list[int] = []
+    numbers: list[int] = []
     for number, row in enumerate(table.sources):
         try:
-            found.append(_right_number(table, number, row.with_values(extra), part))
+            numbers.append(_right_number(table, number, row.with_values(extra), part))
         except Refusal as refusal:
             return [], [refusal.diagnostic(row.describe())]
-    return found, []
+    return numbers, []
 
 
 def _right_number(table: PromptTable, number: int, row: Row, part: ast.Expr) -> int:
@@ -699,7 +699,7 @@ def accepted_texts(
 
     White space that moved to the prompt is removed from the texts of rows. Codes: E0503, E0516.
     """
-    found: list[list[str]] = [[] for _ in range(len(table))]
+    accepted: list[list[str]] = [[] for _ in range(len(table))]
     for part in parts:
         if isinstance(part, ast.Range) or is_list(table, part):
             try:
@@ -716,9 +716,9 @@ def accepted_texts(
             named = isinstance(part, ast.Name | ast.QualifiedRef)
             before = table.moved_text if named else ""
             own = [[text.removeprefix(before)] for text in texts]
-        for row, more in zip(found, own, strict=True):
+        for row, more in zip(accepted, own, strict=True):
             row += more
-    return tuple(map(tuple, found)), []
+    return tuple(map(tuple, accepted)), []
 
 
 def _text(entry: SetEntry, tokenizer: TextTokenizer) -> str:
@@ -776,9 +776,12 @@ def _of_entries(
     tokens, diagnostics = tokenise_after_rows(
         table, [entry for _, entry in texts], tokenizer, part.span, [row for row, _ in texts]
     )
-    found = iter(tokens)
+    iterator = iter(tokens)
     return [
-        [spelt[entry] if isinstance(entry, int) else AcceptedTokens(next(found)) for entry in own]
+        [
+            spelt[entry] if isinstance(entry, int) else AcceptedTokens(next(iterator))
+            for entry in own
+        ]
         for own in entries
     ], diagnostics
 
@@ -798,11 +801,11 @@ def _entries(table: PromptTable, number: int, row: Row, part: SetExpression) -> 
             reason = f"{high - low + 1:,} numerals are more than {limits.NUMERALS:,}"
             raise bad_value(part.span, reason, "narrow the range")
         return list(range(low, high + 1))
-    found = list(_flat(_listed(table, number, row, part), part))
-    if not found:
+    entries = list(_flat(_listed(table, number, row, part), part))
+    if not entries:
         hint = "exclude these rows with `where`"
         raise bad_value(part.span, "the list is empty, so no answer is right", hint)
-    return found
+    return entries
 
 
 def _listed(table: PromptTable, number: int, row: Row, part: ast.Expr) -> object:

@@ -52,12 +52,7 @@ from mechdsl.program.python_functions import (
     find_function,
 )
 from mechdsl.program.spec import TILE
-from mechdsl.prompts.data_files import (
-    DataFile,
-    StreamedRecords,
-    read_data_file,
-    read_dataset,
-)
+from mechdsl.prompts.data_files import DataFile, StreamedRecords, read_data_file, read_dataset
 from mechdsl.prompts.expressions import (
     Constants,
     NameUse,
@@ -70,14 +65,7 @@ from mechdsl.prompts.expressions import (
     name_uses,
 )
 from mechdsl.prompts.tokens.chat import ChatTemplate
-from mechdsl.prompts.values import (
-    DataRecord,
-    Refusal,
-    RichText,
-    RowValue,
-    to_hashable,
-    to_plain,
-)
+from mechdsl.prompts.values import DataRecord, Refusal, RichText, RowValue, to_hashable, to_plain
 from mechdsl.syntax import ast
 from mechdsl.syntax.parser import Placeholder, parse_template
 from mechdsl.syntax.printer import format_string
@@ -172,11 +160,11 @@ class PythonCalls:
         )
 
     def _function(self, node: ast.Call) -> PythonFunction:
-        found = self._functions.get(id(node))
-        if found is not None:
-            return found
-        found, problems = find_function(node, "value")
-        if found is None:
+        function = self._functions.get(id(node))
+        if function is not None:
+            return function
+        function, problems = find_function(node, "value")
+        if function is None:
             first = problems[0]
             assert isinstance(first, PythonNotFound)
             facts = {"written": first.written, "reason": first.reason, "hint": first.hint}
@@ -185,12 +173,12 @@ class PythonCalls:
             raise Refusal(
                 PythonNotAllowed,
                 node.span,
-                function=found.name,
-                file=found.file,
-                hint=found.allowing,
+                function=function.name,
+                file=function.file,
+                hint=function.allowing,
             )
-        self._functions[id(node)] = found
-        return found
+        self._functions[id(node)] = function
+        return function
 
 
 def find_python_calls(node: Any) -> list[ast.Call]:
@@ -253,7 +241,7 @@ class ImageFiles:
 
 def image_of_region(block: spec.Prompts, region: spec.RegionDef) -> spec.PictureDef | None:
     """Return the image within prompts that a region is a part of; None for rows of images."""
-    named = [each for each in block.pictures if region.image in ("", each.name)]
+    named = [picture for picture in block.pictures if region.image in ("", picture.name)]
     return named[0] if named else None
 
 
@@ -270,15 +258,17 @@ def _is_drawn(image: ast.Expr | None) -> bool:
 
 def check_image_changes(prompts: spec.Prompts) -> list[Diagnostic]:
     """Return E0203 and E0207 for changes that don't apply to images or to texts."""
-    found: list[Diagnostic | None] = []
+    problems: list[Diagnostic | None] = []
     for corruption in prompts.corruptions:
         for place, change in enumerate(corruption.changes):
             if prompts.kind == "prompts":
-                found.append(_not_of_texts(change, prompts))
+                problems.append(_not_of_texts(change, prompts))
             else:
                 before = corruption.changes[:place]
-                found.append(_not_of_images(change, prompts) or _too_late(change, before, prompts))
-    return [each for each in found if each is not None]
+                problems.append(
+                    _not_of_images(change, prompts) or _too_late(change, before, prompts)
+                )
+    return [problem for problem in problems if problem is not None]
 
 
 def _not_of_texts(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic | None:
@@ -291,7 +281,7 @@ def _not_of_texts(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic 
         reason = f"is {noun}, to which a corruption can't assign a value"
         return BadArgument(span=change.span, name=name, reason=reason, hint=hint)
     if prompts.pictures and isinstance(change, ast.ChangeLine):
-        names = [each.name for each in (*prompts.pictures, *prompts.regions)]
+        names = [picture.name for picture in (*prompts.pictures, *prompts.regions)]
         if is_region_swap(change, prompts):
             return _unknown_part(change, names[len(prompts.pictures) :])
         if isinstance(kind, ImageChange):
@@ -319,14 +309,14 @@ def _find_assigned_picture(
 ) -> spec.PictureDef | None:
     """Return the image, video or sound in prompts that a change assigns a value to."""
     written = {name.id for name in change_kind(change).writes(change)}
-    return next((each for each in prompts.pictures if each.name in written), None)
+    return next((picture for picture in prompts.pictures if picture.name in written), None)
 
 
 def _wrong_media(
     change: ast.ChangeLine, kind: ImageChange, prompts: spec.Prompts
 ) -> Diagnostic | None:
     """Return E0207 for a change of images on a sound, or of sounds on an image."""
-    sounds = [each.name for each in prompts.pictures if each.is_sound]
+    sounds = [picture.name for picture in prompts.pictures if picture.is_sound]
     for part in change.values:
         is_sound = isinstance(part, ast.Name) and part.id in sounds
         name = part.span.written
@@ -406,7 +396,7 @@ def is_region_swap(change: ast.CorruptLine, prompts: spec.Prompts) -> bool:
     if not isinstance(change, ast.ChangeLine) or not isinstance(change_kind(change), SwapChange):
         return False
     names = {region.name for region in prompts.regions}
-    return any(isinstance(each, ast.Name) and each.id in names for each in change.values)
+    return any(isinstance(value, ast.Name) and value.id in names for value in change.values)
 
 
 def is_pixel_change(change: ast.CorruptLine, prompts: spec.Prompts) -> bool:
@@ -499,9 +489,9 @@ def check_definitions(
         longest = deepest = 0
         for use in name_uses(graph[name].value, placeholders):
             if use.how in ("value", "pool") and len(path) <= limits.CHAIN:
-                found = visit(use.name, (*path, name))
-                if found is not None:
-                    return found
+                problem = visit(use.name, (*path, name))
+                if problem is not None:
+                    return problem
                 longest = max(longest, steps.get(use.name, 0))
                 deepest = max(deepest, within.get(use.name, 0))
         steps[name] = longest + 1
@@ -510,8 +500,8 @@ def check_definitions(
             (steps, limits.CHAIN, f"steps from which `{name}` is derived"),
             (within, 2 * limits.DEPTH, f"nested parts of `{name}`"),
         )
-        for found, most, what in bounds:
-            if found[name] > most:
+        for problem, most, what in bounds:
+            if problem[name] > most:
                 amount = f"{most + 1} or more"
                 hint = "derive it in fewer steps"
                 return TooManyValues(span=span, what=what, amount=amount, most=most, hint=hint)
@@ -648,24 +638,26 @@ class PromptsBlock:
         self.diagnostics += diagnostics
         if data is None or not self.spec.rename:
             return data
-        unknown = [each for each in self.spec.rename if each.column not in data.columns]
-        for each in unknown:
+        unknown = [column for column in self.spec.rename if column.column not in data.columns]
+        for column in unknown:
             self.diagnostics.append(
                 UnknownValue(
-                    span=each.span,
+                    span=column.span,
                     prompts=self.name,
-                    name=each.column,
-                    hint=_hint(each.column, data.columns, "columns"),
+                    name=column.column,
+                    hint=_hint(column.column, data.columns, "columns"),
                 )
             )
         if unknown:
             return None
-        new_names = {each.column: each.name for each in self.spec.rename}
-        for each in self.spec.rename:
-            if each.name in data.columns and each.name not in new_names:
+        new_names = {column.column: column.name for column in self.spec.rename}
+        for column in self.spec.rename:
+            if column.name in data.columns and column.name not in new_names:
                 shown = source.value if isinstance(source, ast.String) else source.span.written
-                first = f"the column `{each.name}` of `{shown}`"
-                self.diagnostics.append(DuplicateName(span=each.span, name=each.name, first=first))
+                first = f"the column `{column.name}` of `{shown}`"
+                self.diagnostics.append(
+                    DuplicateName(span=column.span, name=column.name, first=first)
+                )
         if isinstance(data.records, StreamedRecords):
             records: Sequence[DataRecord] = data.records.renamed(new_names)
         else:
@@ -689,13 +681,13 @@ class PromptsBlock:
 
     def template(self, text: ast.String) -> CompiledTemplate:
         """Parse a text once. Codes: E0113 and other syntax errors of templates."""
-        found = self._templates.get(id(text))
-        if found is None:
+        template = self._templates.get(id(text))
+        if template is None:
             pieces, diagnostics = parse_template(text)
             self.diagnostics += diagnostics
             # The tree keeps `text` alive, so its id stays unique.
-            found = self._templates[id(text)] = CompiledTemplate(text, pieces)
-        return found
+            template = self._templates[id(text)] = CompiledTemplate(text, pieces)
+        return template
 
     def _of_turns(self, turns: tuple[ast.ChatTurn, ...]) -> CompiledTemplate:
         texts = [self.template(turn.text) for turn in turns]
@@ -826,8 +818,8 @@ class PromptsBlock:
     def _check_tokens(self) -> None:
         """Add E0515 for `tokens(…)` in a prompt's expressions: it counts in finished prompts."""
         elsewhere = (
-            *(each.value for each in self.definitions.values()),
-            *(text for each in self._all_templates() for text in each.texts),
+            *(definition.value for definition in self.definitions.values()),
+            *(text for template in self._all_templates() for text in template.texts),
             *self.texts.values(),
             *(part for _, part in self._changed_parts()),
         )
@@ -842,9 +834,9 @@ class PromptsBlock:
         first = "the turns of that name, which are spans too"
         marks = [span.name for span in self.spec.spans if span.within is None]
         texts = [turn.text for turn in self.spec.chat]
-        found = [(use.name, use.span) for use in name_uses(tuple(texts), self.placeholders)]
-        found += [(mark.id, mark.span) for mark in marks] if texts else []
-        for name, span in found:
+        uses = [(use.name, use.span) for use in name_uses(tuple(texts), self.placeholders)]
+        uses += [(mark.id, mark.span) for mark in marks] if texts else []
+        for name, span in uses:
             if name in spec.CHAT_ROLES:
                 self.diagnostics.append(DuplicateName(span=span, name=name, first=first))
 
@@ -875,27 +867,27 @@ class PromptsBlock:
 
     def names(self) -> dict[str, None]:
         """Return every name that a row has, in file order."""
-        found: dict[str, None] = dict.fromkeys(self.columns)
+        columns: dict[str, None] = dict.fromkeys(self.columns)
         if self.spec.tiles is not None:
-            found[TILE] = None
+            columns[TILE] = None
         for value in self.spec.values:
-            found |= dict.fromkeys(value.names)
+            columns |= dict.fromkeys(value.names)
         for template in self._all_templates():
-            found |= dict.fromkeys(template.definitions)
+            columns |= dict.fromkeys(template.definitions)
         if len(self.templates) > 1:
-            found[TEMPLATE] = None
-        found |= dict.fromkeys(each.name for each in self.spec.pictures)
-        found |= dict.fromkeys(self.texts) | dict.fromkeys(self.parameters)
-        return found | dict.fromkeys(("true", "false"))
+            columns[TEMPLATE] = None
+        columns |= dict.fromkeys(picture.name for picture in self.spec.pictures)
+        columns |= dict.fromkeys(self.texts) | dict.fromkeys(self.parameters)
+        return columns | dict.fromkeys(("true", "false"))
 
     def value_names(self, template: CompiledTemplate) -> tuple[str, ...]:
         """Return the names of a row's values besides columns and changed names."""
-        found = self._value_names.get(id(template))
-        if found is None:
+        value_names = self._value_names.get(id(template))
+        if value_names is None:
             names = (*(name for name, _ in self.axes), *self.definitions, *template.definitions)
             tiles = () if self.spec.tiles is None else (IMAGE_SPAN,)
-            found = self._value_names[id(template)] = tuple(dict.fromkeys((*names, *tiles)))
-        return found
+            value_names = self._value_names[id(template)] = tuple(dict.fromkeys((*names, *tiles)))
+        return value_names
 
     def affected(self, template: CompiledTemplate, changed: tuple[str, ...]) -> set[str]:
         """Return the changed names, and the names whose values may depend on them in a template.
@@ -904,19 +896,21 @@ class PromptsBlock:
         """
         key = id(template), changed
         if key not in self._affected:
-            found = {*changed, IMAGE_SPAN, *(each.name for each in self.spec.pictures)}
-            values = {name: each.value for name, each in template.definitions.items()}
-            values |= {name: each.value for name, each in self.definitions.items()} | self.texts
+            names = {*changed, IMAGE_SPAN, *(picture.name for picture in self.spec.pictures)}
+            values = {name: definition.value for name, definition in template.definitions.items()}
+            values |= {
+                name: definition.value for name, definition in self.definitions.items()
+            } | self.texts
             reads = {name: self._read_names(value) for name, value in values.items()}
             before = -1
-            while before != (before := len(found)):
-                found |= {n for n, own in reads.items() if own is None or not found.isdisjoint(own)}
-            self._affected[key] = found
+            while before != (before := len(names)):
+                names |= {n for n, own in reads.items() if own is None or not names.isdisjoint(own)}
+            self._affected[key] = names
         return self._affected[key]
 
     def _read_names(self, value: ast.Expr) -> set[str] | None:
         """Return every name in an expression, and those marked in their texts; None for all."""
-        found: set[str] = set()
+        names: set[str] = set()
         for node in walk(value):
             match node:
                 case ast.Call(name="python"):
@@ -926,12 +920,12 @@ class PromptsBlock:
                         own = self._read_names(inner)
                         if own is None:
                             return None
-                        found |= own
+                        names |= own
                 case ast.Name(id=name) | ast.Attribute(name=name) | ast.Index(name=name):
-                    found |= {name, *(mark.name.id for mark in self.marks.get(name, ()))}
+                    names |= {name, *(mark.name.id for mark in self.marks.get(name, ()))}
                 case _:
                     pass
-        return found
+        return names
 
     def _unknown(self, name: str, span: Span) -> UnknownValue:
         names = [n for n in self.names() if n not in ("true", "false")]
@@ -954,9 +948,9 @@ class PromptsBlock:
             graph = template.definitions | self.definitions
             for name, value in self.texts.items():
                 graph.setdefault(name, Definition((name,), value))
-            found = check_definitions(graph, self.placeholders)
-            if found is not None:
-                self.diagnostics.append(found)
+            problem = check_definitions(graph, self.placeholders)
+            if problem is not None:
+                self.diagnostics.append(problem)
                 return
 
     def only(self, corruption: spec.Corruption) -> PromptsBlock:
@@ -968,14 +962,14 @@ class PromptsBlock:
     def _axes(self) -> Iterator[tuple[str, Sequence[RowValue]]]:
         """Yield the crossed domains: all but those that only lists draw from."""
         drawn = set[str]()
-        own = set[str]()
+        names = set[str]()
 
-        def note(found: Iterable[NameUse], changed: set[str]) -> None:
-            for use in found:
+        def note(uses: Iterable[NameUse], changed: set[str]) -> None:
+            for use in uses:
                 if use.how == "item":
                     drawn.add(use.name)
                 elif use.how == "value" and use.name not in changed:
-                    own.add(use.name)
+                    names.add(use.name)
 
         for part in self._clean_parts():
             note(name_uses(part, self.placeholders), set())
@@ -989,7 +983,7 @@ class PromptsBlock:
         for name, values in self.domains.items():
             if name == TILE and self.spec.tiles is not None:
                 continue
-            if name in own or name not in drawn:
+            if name in names or name not in drawn:
                 yield name, values
 
     def is_token_id(self, text: str) -> bool:
@@ -1001,12 +995,12 @@ class PromptsBlock:
 
     def domain_of(self, node: ast.Expr, template: CompiledTemplate | None) -> Sequence[RowValue]:
         """Return the values a name ranges over: its domain, or that of its source. Raises E0513."""
-        found = self._domain(node, template, frozenset())
-        if found is None:
+        domains = self._domain(node, template, frozenset())
+        if domains is None:
             shown = node.span.text
             hint = 'give values to draw from: `x in ["a", "b"]`, then `other(x)`'
             raise Refusal(NoDomain, node.span, name=shown, hint=hint)
-        return found
+        return domains
 
     def _domain(
         self, node: object, template: CompiledTemplate | None, seen: frozenset[str]

@@ -51,7 +51,7 @@ def token_conventions(
     before = "the prompt"
     if tokenizer.starts:
         before = " ".join(quote(tokenizer.token_text(each)) for each in tokenizer.starts)
-        pictures = [each.picture.noun for row in rows[:1] for each in row.pictures.values()]
+        pictures = [picture.picture.noun for row in rows[:1] for picture in row.pictures.values()]
         read = next(iter(pictures), "prompt")
         out["decoder"] = f"begins with {before}; the encoder reads the {read}"
         before = "the reply" if table.replies_of else f"{before} in the decoder"
@@ -78,20 +78,20 @@ def token_conventions(
 def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> dict[str, str]:
     """Describe the images within prompts: their preparation and their tokens."""
     out: dict[str, str] = {}
-    placed = [each for row in rows if row.pictures for each in row.placed_pictures]
-    videos = {each.video for each in placed}
-    for name in dict.fromkeys(each.video or each.name for each in placed):
-        every = [each.picture for row in rows for each in row.pictures_of(name)]
+    placed = [picture for row in rows if row.pictures for picture in row.placed_pictures]
+    videos = {picture.video for picture in placed}
+    for name in dict.fromkeys(picture.video or picture.name for picture in placed):
+        every = [picture.picture for row in rows for picture in row.pictures_of(name)]
         said = f"{_list_grids(every, 'tokens')}, {_COUNTED}"
         if every[0].expansion.is_sound:
-            frames = max(each.expansion.size for each in every)[1]
+            frames = max(picture.expansion.size for picture in every)[1]
             said = f"{frames} frames, counted from 1; those after its end are silence"
         elif every[0].expansion.layout.cells and not every[0].expansion.grid:
             said = _resampled_tokens(every, tokenizer)
         joined = name in videos and tokenizer.reads_videos
         if isinstance(tokenizer, ImagePromptTokenizer) and not joined:
             by = f"prepared by the model's `{tokenizer.processor_name}`"
-            forms = {each.picture.grouped for each in every}
+            forms = {picture.picture.grouped for picture in every}
             if True in forms:
                 where = " in prompts of several images" if len(forms) > 1 else ""
                 by += f", padded to a square and not cut into tiles{where}"
@@ -122,11 +122,11 @@ def _list_grids(pictures: Sequence[PromptPicture], noun: str) -> str:
 
     noun: Name of the entries, in the plural.
     """
-    grids = {each.expansion.size for each in pictures}
+    grids = {picture.expansion.size for picture in pictures}
     said = _list_sizes(grids, noun)
-    views = [each.expansion.layout for each in pictures if each.expansion.grid]
+    views = [picture.expansion.layout for picture in pictures if picture.expansion.grid]
     small = [layout.thumbnail for layout in views if len(layout.tiles) > 1]
-    sizes = {(each.rows, each.cols) for each in small if each is not None}
+    sizes = {(tile.rows, tile.cols) for tile in small if tile is not None}
     if not sizes:
         return said
     return f"{said}, and {_list_sizes(sizes, noun)} of the thumbnail"
@@ -141,12 +141,12 @@ def _list_sizes(sizes: Collection[tuple[int, int]], noun: str) -> str:
 
 def _resampled_tokens(pictures: Sequence[PromptPicture], tokenizer: TextTokenizer) -> str:
     """Describe tokens that a resampler computes, and the patches of the encoder if known."""
-    counts = sorted({len(each.expansion.layout.cells) for each in pictures})
+    counts = sorted({len(picture.expansion.layout.cells) for picture in pictures})
     shown = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     said = f"{shown} tokens without rows and columns, each computed from all patches of a tile"
     if isinstance(tokenizer, ImagePromptTokenizer):
         with suppress(UnsupportedProcessor):
-            grids = _list_grids([tokenizer.in_encoder(each) for each in pictures], "patches")
+            grids = _list_grids([tokenizer.in_encoder(picture) for picture in pictures], "patches")
             said += f"; in the vision encoder {grids}, {_COUNTED}"
     return said
 
@@ -154,15 +154,15 @@ def _resampled_tokens(pictures: Sequence[PromptPicture], tokenizer: TextTokenize
 def _joined_frames(name: str, rows: Sequence[RunRow], tokenizer: TextTokenizer) -> str:
     """Describe the frames of a video that a video processor reads."""
     assert isinstance(tokenizer, ImagePromptTokenizer)
-    videos = [each for row in rows for each in row.whole_pictures if each.name == name]
-    counts = sorted({each.picture.picture.count for each in videos})
+    videos = [picture for row in rows for picture in row.whole_pictures if picture.name == name]
+    counts = sorted({video.picture.picture.count for video in videos})
     shown = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     said = f"{shown} frames, {tokenizer.frame_rate:g} per second, all read by the model's "
     said += f"`{tokenizer.video_processor_name}`"
     if (merged := videos[0].merged_frames) > 1:
         said += f", which merges {merged} frames: `frame 1` is the first {merged}"
     extents = dict.fromkeys(
-        tuple(each.picture.picture.extent for each in row.whole_pictures) for row in rows
+        tuple(picture.picture.picture.extent for picture in row.whole_pictures) for row in rows
     )
     if not all(len(each) < 2 or tokenizer.prepares_together(each) for each in extents):
         said += "; each video of a prompt is prepared alone, because the processor needs the same "
@@ -215,22 +215,24 @@ def image_conventions(table: PromptTable) -> dict[str, str]:
     out: dict[str, str] = {}
     for name, run in table.runs.items():
         images = [row.image for row in run.rows if row.image is not None]
-        for own in (each.picture for row in run.rows for each in row.pictures.values()):
-            images += own.of if isinstance(own, Video) else (own,)
+        for picture in (
+            prompt_picture.picture for row in run.rows for prompt_picture in row.pictures.values()
+        ):
+            images += picture.of if isinstance(picture, Video) else (picture,)
         done: dict[tuple[object, ...], list[PictureChange]] = {}
-        for change in (each for image in images for each in image.changes):
+        for change in (picture_change for image in images for picture_change in image.changes):
             done.setdefault((change.how, change.patches is None), []).append(change)
         if done:
             noun = images[0].noun
             out[f"{noun} of {name}"] = ", then ".join(map(_changes_in_words, done.values()))
-        means = {each.said: each for each in images if each.how == "mean"}
+        means = {image.said: image for image in images if image.how == "mean"}
         if means:
-            own = any(row.image is not None for row in run.rows)
-            pixels = "in model-input pixels" if own else "in pixels before preparation, rounded"
+            picture = any(row.image is not None for row in run.rows)
+            pixels = "in model-input pixels" if picture else "in pixels before preparation, rounded"
             said = " and ".join(
-                f"mean of {count_noun(each.count, 'image')} of `{each.said}`"
-                f"{'' if each.fit is None else f', {each.fit.words} first'}"
-                for each in means.values()
+                f"mean of {count_noun(mean.count, 'image')} of `{mean.said}`"
+                f"{'' if mean.fit is None else f', {mean.fit.words} first'}"
+                for mean in means.values()
             )
             key = f"image of {table.name if name == CLEAN else name}"
             changed = f", then {out[key]}" if key in out else ""
@@ -273,14 +275,14 @@ def check_image_names(
     """Yield W0706 for names of image files in the texts of a model that reads images."""
     if not isinstance(tokenizer, ImagePromptTokenizer):
         return
-    found: list[tuple[str, re.Match[str], RichText]] = []
+    mistakes: list[tuple[str, re.Match[str], RichText]] = []
     for rich in riches:
         text = MARKER.sub(lambda marker: " " * len(marker.group()), rich.text)
         if (match := _IMAGE_SUFFIX.search(text)) is not None:
-            found.append((text, match, rich))
-    if not found:
+            mistakes.append((text, match, rich))
+    if not mistakes:
         return
-    text, match, rich = found[0]
+    text, match, rich = mistakes[0]
     name = text[: match.end()].split()[-1].lstrip("\"'`([{<")
     place = (match.end() - len(name), match.end())
     field = next((s.name for s in rich.spans if (s.start, s.end) == place and not s.within), None)
@@ -291,7 +293,7 @@ def check_image_names(
     yield ImageNameAsText(
         span=block.templates[0].text.span,
         name=name,
-        rows=len(found),
+        rows=len(mistakes),
         total=len(riches),
         run=run,
         hint=hint,

@@ -261,15 +261,15 @@ class _OpenGroups:
 
     def __init__(self, files: Sequence[StreamedFile]) -> None:
         self._all = [
-            (own, file, number) for file in files for number, own in enumerate(file.groups)
+            (group, file, number) for file in files for number, group in enumerate(file.groups)
         ]
         self._open: OrderedDict[int, GroupReader] = OrderedDict()
 
     def get(self, group: int) -> GroupReader:
         """Return a group of any file."""
         if group not in self._open:
-            own, file, number = self._all[group]
-            while self._open and self._is_full(own.size):
+            record_group, file, number = self._all[group]
+            while self._open and self._is_full(record_group.size):
                 self._open.popitem(last=False)
             self._open[group] = file.open_group(number)
         self._open.move_to_end(group)
@@ -292,7 +292,7 @@ class StreamedRecords(Sequence[DataRecord]):
             names: Column → the name that it gets.
         """
         self.files, self._names = files, names or {}
-        self._ends = list(accumulate(own.count for own in self.groups))
+        self._ends = list(accumulate(group.count for group in self.groups))
         self._open = _OpenGroups(files)
 
     @property
@@ -323,15 +323,17 @@ class StreamedRecords(Sequence[DataRecord]):
 def find_lacking(files: Sequence[StreamedFile]) -> dict[str, str]:
     """Return the columns that a record lacks, with its place: "line 3", "`b.jsonl`, line 3"."""
     several = len(files) > 1
-    found: dict[str, str] = {}
-    for file in (each for each in files if each.count):
-        for name in dict.fromkeys(name for each in files for name in each.columns):
+    reasons: dict[str, str] = {}
+    for file in (streamed_file for streamed_file in files if streamed_file.count):
+        for name in dict.fromkeys(
+            name for streamed_file in files for name in streamed_file.columns
+        ):
             if name in file.lacking:
                 where = f"line {file.lacking[name]}"
-                found.setdefault(name, f"`{file.name}`, {where}" if several else where)
+                reasons.setdefault(name, f"`{file.name}`, {where}" if several else where)
             elif name not in file.columns:
-                found.setdefault(name, f"`{file.name}`")
-    return found
+                reasons.setdefault(name, f"`{file.name}`")
+    return reasons
 
 
 class _SeenColumns:
@@ -410,7 +412,7 @@ def _open_arrow(file: Path, name: str) -> StreamedFile:
 
     def open_group(_: int) -> GroupReader:
         batches = map_arrow(file).to_batches()
-        ends = list(accumulate(int(each.num_rows) for each in batches))
+        ends = list(accumulate(int(batch.num_rows) for batch in batches))
 
         def read(index: int) -> DataRecord:
             number = bisect_right(ends, index)
@@ -580,10 +582,10 @@ def _read_files(
             return None, [UnreadableData(span=span, path=name, reason=reason, hint=_hint(file))]
         except MalformedData as error:
             return None, [DataFormat(span=span, path=name, reason=error.reason, hint=error.hint)]
-    found = _join_streamed(opened) if streamed else _join_records(read)
-    if not found.records:
+    data_file = _join_streamed(opened) if streamed else _join_records(read)
+    if not data_file.records:
         return None, [DataFormat(span=span, path=path, reason="it has no records", hint="add some")]
-    return found, []
+    return data_file, []
 
 
 def _of_one_file(records: Sequence[DataRecord], content: bytes) -> DataFile:
@@ -610,9 +612,9 @@ def _join_records(read: Sequence[DataFile]) -> DataFile:
     """Return the records of files as those of one."""
     if len(read) == 1:
         return read[0]
-    records = tuple(record for own in read for record in own.records)
-    columns = dict.fromkeys(name for own in read for name in own.columns)
-    files = tuple(file for own in read for file in own.files)
+    records = tuple(record for data_file in read for record in data_file.records)
+    columns = dict.fromkeys(name for data_file in read for name in data_file.columns)
+    files = tuple(file for data_file in read for file in data_file.files)
     return DataFile(records, tuple(columns), files, _join_digests(files))
 
 
@@ -747,13 +749,13 @@ def _files(named: DatasetReference, span: Span) -> list[Path]:
         known = [str(each) for each in cast("list[object]", splits)] if _is_list(splits) else []
         _known_split(named.split, known)
         folder = folder / named.split
-    found = _saved(folder, named) if (folder / "state.json").is_file() else None
-    found = _of_folder(folder, named) if found is None else found
-    for file in found:
+    files = _saved(folder, named) if (folder / "state.json").is_file() else None
+    files = _of_folder(folder, named) if files is None else files
+    for file in files:
         _, problems = path_to_read(HF_DATASET_PATH, str(file.absolute()), span)
         if problems:
             raise _Refused(*problems)
-    return found
+    return files
 
 
 def _is_list(value: object) -> bool:
@@ -762,12 +764,12 @@ def _is_list(value: object) -> bool:
 
 def _about(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        document = None
+    if not isinstance(document, dict):
         raise MalformedData(f"`{file.name}` can't be read", "save the data set again")
-    return cast("dict[str, Any]", found)
+    return cast("dict[str, Any]", document)
 
 
 def _known_split(split: str, known: Sequence[str]) -> None:
@@ -789,10 +791,10 @@ def _saved(folder: Path, named: DatasetReference) -> list[Path]:
         for each in cast("list[object]", entries if _is_list(entries) else [])
         if isinstance(each, dict)
     ]
-    found = [folder / name for name in names]
-    if not found or not all(file.is_file() for file in found):
+    paths = [folder / name for name in names]
+    if not paths or not all(file.is_file() for file in paths):
         raise MalformedData("files that `state.json` names are missing", "save the data set again")
-    return found
+    return paths
 
 
 def _of_folder(folder: Path, named: DatasetReference) -> list[Path]:
@@ -813,18 +815,18 @@ def _of_folder(folder: Path, named: DatasetReference) -> list[Path]:
         word = re.compile(rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9])", re.IGNORECASE)
         return [file for file in every if word.search(file.relative_to(folder).as_posix())]
 
-    found = of(named.split)
+    paths = of(named.split)
     others = [split for split in _SPLITS if of(split)]
-    if not found and named.split == "train" and not others:
-        found = every
-    if not found:
+    if not paths and named.split == "train" and not others:
+        paths = every
+    if not paths:
         listed = f"there are files of {name_list(others)}" if others else "it has no data files"
         raise MalformedData(f"it has no split `{named.split}`", listed)
-    configs = {file.relative_to(folder).parts[:-1] for file in found}
+    configs = {file.relative_to(folder).parts[:-1] for file in paths}
     if named.config is None and len(configs) > 1:
         shown = name_list(dict.fromkeys(parts[0] for parts in sorted(configs) if parts))
         raise MalformedData("it has several configs", f'write `config: "…"`: {shown}')
-    return found
+    return paths
 
 
 # --- file contents --------------------------------------------------------------------------------

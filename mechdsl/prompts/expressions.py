@@ -113,8 +113,8 @@ class CallSite:
         return self.evaluate(node, self.scope, self.key)
 
     def argument(self, name: str) -> ast.Expr | None:
-        found = self.named.get(name)
-        return cast("ast.Expr", found.value) if found is not None else None
+        argument = self.named.get(name)
+        return cast("ast.Expr", argument.value) if argument is not None else None
 
     def text(self, name: str, default: str) -> str:
         node = self.argument(name)
@@ -196,11 +196,11 @@ def draw_others(call: CallSite, amount: int) -> list[RowValue]:
     nodes = call.expect(1)
     without = {to_hashable(to_plain(call.value(node))) for node in nodes}
     domain = call.scope.domain(nodes[0])
-    found: list[RowValue] = []
+    values: list[RowValue] = []
     for n in range(amount):
-        found.append(call.draw_other(domain, without, call.key.item(n)))
-        without.add(to_hashable(to_plain(found[-1])))
-    return found
+        values.append(call.draw_other(domain, without, call.key.item(n)))
+        without.add(to_hashable(to_plain(values[-1])))
+    return values
 
 
 @_function("number", "number(x)", "the number that a text spells", draws=False)
@@ -209,11 +209,11 @@ def _number(call: CallSite) -> RowValue:
     value = to_plain(call.value(node))
     if is_number(value):
         return value
-    found = parse_number(value) if isinstance(value, str) else None
-    if found is None:
+    number = parse_number(value) if isinstance(value, str) else None
+    if number is None:
         hint = "exclude these rows with `where`, or correct the data: `1234.5`"
         raise call.bad(f"{value!r} is not a number", hint, node.span)
-    return found
+    return number
 
 
 def parse_number(text: str) -> int | float | None:
@@ -433,11 +433,11 @@ def _from_domains(
         size *= len(domain)
 
     def values(index: int) -> dict[str, RowValue]:
-        found: dict[str, RowValue] = {}
+        row_values: dict[str, RowValue] = {}
         for name, domain in zip(names, domains, strict=True):
             index, at = divmod(index, len(domain))
-            found[name.id] = domain[at]
-        return found
+            row_values[name.id] = domain[at]
+        return row_values
 
     def mark(index: int) -> object:
         return tuple(to_hashable(to_plain(v)) for v in values(index).values())
@@ -577,13 +577,13 @@ def evaluate_whole_number(node: ast.Expr, scope: Scope, key: DrawKey) -> int:
 
 def _binary(node: ast.Binary, scope: Scope, key: DrawKey) -> int | float:
     try:
-        found = _calculated(node, scope, key)
+        number = _calculated(node, scope, key)
     except OverflowError:
-        found = inf
-    if not abs(found) < _LARGEST:  # also true for NaN
+        number = inf
+    if not abs(number) < _LARGEST:  # also true for NaN
         reason = f"it has more than {limits.DIGITS} digits"
         raise bad_value(node.span, reason, "calculate with smaller numbers")
-    return found
+    return number
 
 
 def _calculated(node: ast.Binary, scope: Scope, key: DrawKey) -> int | float:
@@ -625,11 +625,11 @@ def _range(node: ast.Range, scope: Scope, key: DrawKey) -> range:
     return range(low, high + 1)
 
 
-def _is_one(found: object, item: ast.Expr | ast.Range, scope: Scope, key: DrawKey) -> bool:
+def _is_one(value: object, item: ast.Expr | ast.Range, scope: Scope, key: DrawKey) -> bool:
     """Return whether a value equals an item of a list, or is in a range there."""
     if isinstance(item, ast.Range):
-        return found in _range(item, scope, key)
-    return found == to_plain(evaluate(item, scope, key))
+        return value in _range(item, scope, key)
+    return value == to_plain(evaluate(item, scope, key))
 
 
 def _constant(node: ast.Number | ast.Percent, scope: Scope, key: DrawKey) -> int | float:
@@ -641,13 +641,13 @@ def _attribute(node: ast.Attribute, scope: Scope, key: DrawKey) -> RowValue:
 
 
 def _literal(node: ast.ListLiteral, scope: Scope, key: DrawKey) -> list[RowValue]:
-    found: list[RowValue] = []
+    values: list[RowValue] = []
     for item in node.items:
         if isinstance(item, ast.Range):
-            found += _range(item, scope, key)
+            values += _range(item, scope, key)
         else:
-            found.append(evaluate(item, scope, key))
-    return found
+            values.append(evaluate(item, scope, key))
+    return values
 
 
 def _negative(node: ast.Negative, scope: Scope, key: DrawKey) -> int | float:
@@ -681,9 +681,9 @@ def _in_range(node: ast.InRange, scope: Scope, key: DrawKey) -> bool:
         high = evaluate_number(within.high, scope, key)
         return low <= number <= high
     if isinstance(within, ast.ListLiteral):
-        found = to_plain(evaluate(node.value, scope, key))
+        value = to_plain(evaluate(node.value, scope, key))
         # Ranges of many numbers aren't expanded for every row.
-        return True in [_is_one(found, item, scope, key) for item in within.items]
+        return True in [_is_one(value, item, scope, key) for item in within.items]
     values = to_plain(evaluate(within, scope, key))
     if not isinstance(values, list):
         raise bad_value(node.span, "the right side of `in` isn't a list", "write `x in [1, 2]`")
@@ -1005,13 +1005,13 @@ class _Maker:
         if self.words is None:
             reason = "the model's tokenizer isn't available here"
             raise self.bad(node, reason, "write the words in a list")
-        found = self.words(model.id)
-        if found is None:
+        words = self.words(model.id)
+        if words is None:
             # Same text as the check of the file's names, so that it is reported once.
             raise _RefusedDomain(
                 UnknownName(span=model.span, kind="model", name=model.id, hint="define it first")
             )
-        return tuple(found)
+        return tuple(words)
 
     def bad(self, node: ast.Node, reason: str, hint: str) -> _RefusedDomain:
         text = node.span.text

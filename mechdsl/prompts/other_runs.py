@@ -46,7 +46,7 @@ class PairedRun(Record):
 
 def pair_run(
     table: PromptTable,
-    own: PromptsBlock,
+    block: PromptsBlock,
     others: BlockRows,
     run: str,
     *,
@@ -65,29 +65,31 @@ def pair_run(
         The run, None on an error; diagnostics E0207, E0527 to E0529 and those of the other block.
     """
     other = others.block
-    single = _single(others, own, tokenizer)
-    unfit = _check_pairing(own, other, span, single=single is not None, shuffled=shuffled)
+    single = _single(others, block, tokenizer)
+    unfit = _check_pairing(block, other, span, single=single is not None, shuffled=shuffled)
     if unfit is not None:
         return None, [unfit]
     wanted = [single] * len(table) if single is not None else list(table.row_ids)
     if shuffled:
-        places = [own.place_of(number) for number in table.row_ids]
-        wanted = [*map(other.in_file, deal_rows(places, own.seed, own.name, other.name))]
-    found, diagnostics = build(list(dict.fromkeys(wanted)))
+        places = [block.place_of(number) for number in table.row_ids]
+        wanted = [*map(other.in_file, deal_rows(places, block.seed, block.name, other.name))]
+    prompt_table, diagnostics = build(list(dict.fromkeys(wanted)))
     if has_errors(diagnostics):
         return None, diagnostics
-    there = {} if found is None else {number: n for n, number in enumerate(found.row_ids)}
+    there = (
+        {} if prompt_table is None else {number: n for n, number in enumerate(prompt_table.row_ids)}
+    )
     lacking = [number for number in wanted if number not in there]
-    if found is None or lacking:
-        return None, [*diagnostics, _missing(lacking, own, other, len(table), span)]
-    if _ends_otherwise(found, table):
+    if prompt_table is None or lacking:
+        return None, [*diagnostics, _missing(lacking, block, other, len(table), span)]
+    if _ends_otherwise(prompt_table, table):
         return None, [
             *diagnostics,
             EndingMismatch(
                 span=span,
                 other=other.name,
-                prompts=own.name,
-                theirs=_ending(found),
+                prompts=block.name,
+                theirs=_ending(prompt_table),
                 own=_ending(table),
             ),
         ]
@@ -95,12 +97,12 @@ def pair_run(
     how = "paired by row number with those"
     how = how if single is None else "its only row, paired with each row"
     how = "paired by a seeded shuffle with those" if shuffled else how
-    there_run = _aligned(found, table, run, name, index)
-    if single is not None and own.spec.regions and not other.spec.regions:
+    there_run = _aligned(prompt_table, table, run, name, index)
+    if single is not None and block.spec.regions and not other.spec.regions:
         there_run, has_regions = _with_regions(there_run, table)
         if has_regions:
             how = "its only row, with the regions of each paired row, paired with those"
-    return PairedRun(there_run, how, found.python, found.data_hash), diagnostics
+    return PairedRun(there_run, how, prompt_table.python, prompt_table.data_hash), diagnostics
 
 
 def _check_pairing(
@@ -131,41 +133,41 @@ def _check_pairing(
     )
 
 
-def deal_rows(rows: Sequence[int], seed: int, own: str, other: str) -> list[int]:
-    """Assign to each row of `own` a row of `other` with the same set of numbers, each used once.
+def deal_rows(rows: Sequence[int], seed: int, name: str, other: str) -> list[int]:
+    """Assign to each row of `name` a row of `other` with the same set of numbers, each used once.
 
     Both sides are sorted by a hash of the row number alone. A number is the row's rank by content
     within its block, so the order of a data file changes no pair.
     """
-    ours = sorted(rows, key=lambda row: stable_hash(seed, own, other, "to", row))
-    theirs = sorted(rows, key=lambda row: stable_hash(seed, own, other, "dealt", row))
-    found = dict(zip(ours, theirs, strict=True))
-    return [found[row] for row in rows]
+    ours = sorted(rows, key=lambda row: stable_hash(seed, name, other, "to", row))
+    theirs = sorted(rows, key=lambda row: stable_hash(seed, name, other, "dealt", row))
+    pairs = dict(zip(ours, theirs, strict=True))
+    return [pairs[row] for row in rows]
 
 
-def _single(others: BlockRows, own: PromptsBlock, tokenizer: TextTokenizer) -> int | None:
+def _single(others: BlockRows, block: PromptsBlock, tokenizer: TextTokenizer) -> int | None:
     """Return the number of the block's row if it has exactly one."""
     other = others.block
-    if other.combinations == 1 and not (other.draws and own.combinations == 1):
+    if other.combinations == 1 and not (other.draws and block.combinations == 1):
         return 0
-    if other.combinations != own.combinations and other.spec.where and not other.draws:
-        found = select_rows(others, tokenizer, limit=2).rows
-        return found[0].id if len(found) == 1 else None
+    if other.combinations != block.combinations and other.spec.where and not other.draws:
+        rows = select_rows(others, tokenizer, limit=2).rows
+        return rows[0].id if len(rows) == 1 else None
     return None
 
 
 def _missing(
-    lacking: Sequence[int], own: PromptsBlock, other: PromptsBlock, total: int, span: Span
+    lacking: Sequence[int], block: PromptsBlock, other: PromptsBlock, total: int, span: Span
 ) -> PartnerMissing:
     where = other.spec.where
     by_where = f"by `where {where[0].span.written}`" if where else "its tokens are left unchanged"
     hint = "make their values the same, so that all rows have a partner"
     if where:
-        hint = f"write the same `where` in `{own.name}`"
+        hint = f"write the same `where` in `{block.name}`"
     return PartnerMissing(
         span=span,
         other=other.name,
-        prompts=own.name,
+        prompts=block.name,
         lacking=len(lacking),
         total=total,
         row=lacking[0],
@@ -179,12 +181,12 @@ def _cut(block: PromptsBlock) -> str:
     return "" if block.spec.tiles is None else block.spec.tiles.words
 
 
-def _pairing(own: PromptsBlock, other: PromptsBlock) -> str:
+def _pairing(block: PromptsBlock, other: PromptsBlock) -> str:
     """Return a hint on how to pair the rows of two blocks."""
-    if own.combinations == 1:
-        served = f"then the single row of `{own.name}` is paired with all of them"
+    if block.combinations == 1:
+        served = f"then the single row of `{block.name}` is paired with all of them"
         return f"write `{other.spec.kind} {other.name}` in the experiment: {served}"
-    values = f"the values of `{own.name}`, so that rows are paired by number"
+    values = f"the values of `{block.name}`, so that rows are paired by number"
     return f"give `{other.name}` a single row, which is paired with all of them, or {values}"
 
 
@@ -192,9 +194,9 @@ def _has_texts(table: PromptTable) -> bool:
     return any(row.texts for row in table.runs[CLEAN].rows[:1])
 
 
-def _ends_otherwise(found: PromptTable, table: PromptTable) -> bool:
+def _ends_otherwise(prompt_table: PromptTable, table: PromptTable) -> bool:
     """Return whether only one table's prompts end with the token that all answers share."""
-    return found.moved != table.moved and _has_texts(found) and _has_texts(table)
+    return prompt_table.moved != table.moved and _has_texts(prompt_table) and _has_texts(table)
 
 
 def _ending(table: PromptTable) -> str:
@@ -202,22 +204,24 @@ def _ending(table: PromptTable) -> str:
 
 
 def _aligned(
-    found: PromptTable, table: PromptTable, run: str, name: str, index: Sequence[int]
+    prompt_table: PromptTable, table: PromptTable, run: str, name: str, index: Sequence[int]
 ) -> PromptRun:
     """Return the run with the other table's rows in this table's order."""
-    there = found.runs[run]
+    there = prompt_table.runs[run]
     rows = there.rows
-    if not _has_texts(found):  # answers then continue these rows as they do the table's prompts
+    if not _has_texts(
+        prompt_table
+    ):  # answers then continue these rows as they do the table's prompts
         rows = tuple(extend_row(row, table.moved, table.moved_text) for row in rows)
     noise = there.noise
     if noise is not None:
         noise = replace(
             noise,
             positions=tuple(noise.positions[i] for i in index),
-            row_keys=tuple(found.row_keys[i] for i in index),
+            row_keys=tuple(prompt_table.row_keys[i] for i in index),
         )
     return PromptRun(
-        name, tuple(rows[i] for i in index), noise, prompts=found.name, chat=there.chat
+        name, tuple(rows[i] for i in index), noise, prompts=prompt_table.name, chat=there.chat
     )
 
 
@@ -235,22 +239,22 @@ def _with_regions(run: PromptRun, table: PromptTable) -> tuple[PromptRun, bool]:
 
 
 def _region_names(row: RunRow) -> set[str]:
-    return {name for each in row.pictures.values() for name in each.regions}
+    return {name for picture in row.pictures.values() for name in picture.regions}
 
 
 def _with_picture_regions(row: RunRow, paired: RunRow) -> Mapping[str, PromptPicture]:
     """Return the images of a prompt with the regions of those of the same name in another prompt,
     if their tokens have the same rows and columns, and no other image is equal."""
-    found = dict(row.pictures)
-    for own in row.whole_pictures:
-        marker = own.picture.picture.marker
+    pictures = dict(row.pictures)
+    for picture in row.whole_pictures:
+        marker = picture.picture.picture.marker
         equal = {each.name for each in row.whole_pictures if each.picture.picture.marker == marker}
         for other in paired.whole_pictures:
-            alike = own.picture.expansion.labels == other.picture.expansion.labels
+            alike = picture.picture.expansion.labels == other.picture.expansion.labels
             if equal == {other.name} and other.picture.regions and alike:
-                regions = {**other.picture.regions, **own.picture.regions}
-                found[marker] = replace(own.picture, regions=regions)
-    return found
+                regions = {**other.picture.regions, **picture.picture.regions}
+                pictures[marker] = replace(picture.picture, regions=regions)
+    return pictures
 
 
 REPLY_PLACEHOLDER = "…"

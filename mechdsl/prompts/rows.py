@@ -133,7 +133,7 @@ def row_frames(row: Row, node: ast.Expr, name: str) -> tuple[Picture, ...]:
         reason = f"a video has two frames or more, and the folder has {files_found}"
         hint = "name a folder with an image file for each frame, in the order of their names"
         raise image_refusal(node.span, written, reason, hint)
-    named = (f"{written.rstrip('/')}/{each.name}" for each in paths)
+    named = (f"{written.rstrip('/')}/{path.name}" for path in paths)
     return tuple(_of_path(each, *inspect_row_image(row, each, node.span)) for each in named)
 
 
@@ -226,7 +226,7 @@ def _of_path(written: str, path: Path, digest: str, size: tuple[int, int]) -> Pi
 
 
 def _of_shapes(row: Row, node: ast.Call, image: str) -> Picture:
-    given = {each.name: each.value for each in node.arguments}
+    given = {argument.name: argument.value for argument in node.arguments}
     if "kind" not in given:
         raise _wrong(node, "needs a `kind`", 'write `shapes(n: 1, kind: "circle", size: 32)`')
     told = {
@@ -264,7 +264,7 @@ def _drawn_text(row: Row, node: object, name: str, example: str) -> str:
 
 
 def _of_grid(row: Row, node: ast.Call, image: str) -> Picture:
-    given = {each.name: each.value for each in node.arguments}
+    given = {argument.name: argument.value for argument in node.arguments}
     if "rows" not in given:
         raise _wrong(node, "needs `rows`", 'write `grid(rows: "red circle, - / -, blue cross")`')
     rows = _drawn_text(row, given["rows"], "rows", "red circle, - / -, blue cross")
@@ -325,15 +325,15 @@ def _cannot_draw(kind: str, count: int, size: int, colour: str, texture: str) ->
 
 def _number(row: Row, node: ast.Call, value: object, what: str, least: int, most: int) -> int:
     expression = _expr(value)
-    found = to_plain(evaluate(expression, row, DrawKey("image.number")))
-    if not is_whole_number(found):
+    number = to_plain(evaluate(expression, row, DrawKey("image.number")))
+    if not is_whole_number(number):
         raise bad_value(
             expression.span, f"{what} is a whole number", f"write one from {least} to {most}"
         )
-    if not least <= found <= most:
-        reason = f"takes {what} from {least:,} to {most:,}, not {found:,g}"
+    if not least <= number <= most:
+        reason = f"takes {what} from {least:,} to {most:,}, not {number:,g}"
         raise _wrong(node, reason, f"write one from {least} to {most}")
-    return int(found)
+    return int(number)
 
 
 def _wrong(node: ast.Call, reason: str, hint: str) -> Refusal:
@@ -433,8 +433,8 @@ def _regions(row: Row, region: spec.RegionDef, picture: Picture) -> list[Region]
     if not isinstance(value, list):
         raise bad_value(region.span, f"a {type(value).__name__} isn't a region", _HINT)
     boxes = cast("list[object]", value)
-    if boxes and all(isinstance(each, list) for each in boxes):
-        return [_box(region, cast("list[object]", each)) for each in boxes]
+    if boxes and all(isinstance(box, list) for box in boxes):
+        return [_box(region, cast("list[object]", box)) for box in boxes]
     return [_box(region, boxes)]
 
 
@@ -470,17 +470,17 @@ def row_image_changes(
     Raises:
         Refusal: E0207 and those of regions.
     """
-    found: list[PictureChange] = []
+    changes: list[PictureChange] = []
     for number, change in enumerate(row.image_changes):
         if not _changes_image(row, change, image):
             continue
         if is_region_swap(change, row.block.spec):
-            found += _swap(row, change, picture)
+            changes += _swap(row, change, picture)
             continue
         made = resolve_image_change(row, change, number)
         regions = _named(row, change.values[0], picture)
-        found += [replace(made, region=region) for region in regions]
-    return tuple(found) if any(_seen_in(picture, change) for change in found) else ()
+        changes += [replace(made, region=region) for region in regions]
+    return tuple(changes) if any(_seen_in(picture, change) for change in changes) else ()
 
 
 def _changes_image(row: Row, change: ast.ChangeLine, image: str) -> bool:
@@ -489,7 +489,7 @@ def _changes_image(row: Row, change: ast.ChangeLine, image: str) -> bool:
         return True
     [part, *_] = change.values
     assert isinstance(part, ast.Name)
-    regions = [each for each in row.block.spec.regions if each.name == part.id]
+    regions = [region for region in row.block.spec.regions if region.name == part.id]
     return _is_part_of(row, regions[0], image) if regions else part.id == image
 
 
@@ -500,7 +500,7 @@ def _seen_in(picture: Picture, change: PictureChange) -> bool:
     from mechdsl.images.pixels import region_coverage  # imports NumPy: needed for regions only
 
     regions = [change.region] if change.other is None else [change.region, change.other]
-    return any(region_coverage(each, picture).getbbox() is not None for each in regions)
+    return any(region_coverage(region, picture).getbbox() is not None for region in regions)
 
 
 def resolve_image_change(row: Row, change: ast.ChangeLine, number: int) -> PictureChange:
@@ -512,8 +512,8 @@ def resolve_image_change(row: Row, change: ast.ChangeLine, number: int) -> Pictu
     kind, block = change_kind(change), row.block
     assert isinstance(kind, ImageChange)
     # Pixel noise is seeded per source image, before tiles are cut; patch noise per tile.
-    own = row.draw_key if change.tokens is None else tile_key(row)
-    seed = stable_hash(block.seed, block.name, own, row.run, number) % (1 << 64)
+    draw_key = row.draw_key if change.tokens is None else tile_key(row)
+    seed = stable_hash(block.seed, block.name, draw_key, row.run, number) % (1 << 64)
     return PictureChange(
         kind.of, _amount(row, kind, change), seed=seed if kind.of == "noise" else 0
     )
@@ -522,7 +522,7 @@ def resolve_image_change(row: Row, change: ast.ChangeLine, number: int) -> Pictu
 def _named(row: Row, part: ast.Node, picture: Picture) -> Sequence[Region | None]:
     """Return the occurrences of a region; None represents the whole image."""
     assert isinstance(part, ast.Name)
-    named = [each for each in row.block.spec.regions if each.name == part.id]
+    named = [region for region in row.block.spec.regions if region.name == part.id]
     return _regions(row, named[0], picture) if named else (None,)
 
 
@@ -530,13 +530,13 @@ def _swap(row: Row, change: ast.ChangeLine, picture: Picture) -> list[PictureCha
     """Return the swap of two regions; empty if the row lacks one. Raises `Refusal` E0503."""
     sides: list[Region] = []
     for part in change.values:
-        found = _named(row, part, picture)
-        if not found:
+        regions = _named(row, part, picture)
+        if not regions:
             return []
-        region = found[0]
-        if len(found) > 1 or region is None or region.box is None:
+        region = regions[0]
+        if len(regions) > 1 or region is None or region.box is None:
             reason = f"`{part.span.written}` is " + (
-                f"{len(found)} boxes" if len(found) > 1 else "a mask"
+                f"{len(regions)} boxes" if len(regions) > 1 else "a mask"
             )
             raise bad_value(part.span, reason, "swap regions that are one box each")
         sides.append(region)
@@ -548,7 +548,7 @@ def _swap(row: Row, change: ast.ChangeLine, picture: Picture) -> list[PictureCha
 def _apart(first: Region, second: Region, change: ast.ChangeLine, picture: Picture) -> None:
     """Raise E0503 for boxes that overlap or lie outside the image."""
     size = picture.size if picture.size != (0, 0) else (limits.IMAGE_SIDE, limits.IMAGE_SIDE)
-    boxes = [pixel_box(each, size) for each in (first, second)]
+    boxes = [pixel_box(region, size) for region in (first, second)]
     for (left, top, right, bottom), part in zip(boxes, change.values, strict=True):
         if left >= right or top >= bottom:
             reason = f"`{part.span.written}` contains no pixel of the image"
@@ -604,33 +604,35 @@ class ImageRow:
     def pictures(self) -> Mapping[str, Picture]:
         """The images in a prompt, by name, after the changes; `clip 2` is the second frame of the
         video `clip`, unless the model has a video processor, which reads all as `clip`."""
-        row, found = cast("Row", self), dict[str, Picture]()
+        row, pictures = cast("Row", self), dict[str, Picture]()
         if not row.block.spec.pictures:
             return _NOTHING
         made: dict[str, Picture]
-        for each in row.block.spec.pictures:
-            if each.is_video:
-                frames = enumerate(row_frames(row, each.value, each.name), 1)
-                made = {f"{each.name} {number}": frame for number, frame in frames}
-            elif each.is_sound:
-                made = {each.name: row_sound(row, each.value, each.name)}
+        for picture_def in row.block.spec.pictures:
+            if picture_def.is_video:
+                frames = enumerate(row_frames(row, picture_def.value, picture_def.name), 1)
+                made = {f"{picture_def.name} {number}": frame for number, frame in frames}
+            elif picture_def.is_sound:
+                made = {picture_def.name: row_sound(row, picture_def.value, picture_def.name)}
             else:
-                made = {each.name: row_picture(row, each.value, each.name)}
+                made = {picture_def.name: row_picture(row, picture_def.value, picture_def.name)}
             for name, picture in made.items():
-                changes = row_image_changes(row, picture, each.name) if self.image_changes else ()
+                changes = (
+                    row_image_changes(row, picture, picture_def.name) if self.image_changes else ()
+                )
                 made[name] = replace(picture, changes=changes) if changes else picture
-            if each.is_video and row.block.joins_frames:
-                made = {each.name: join_frames(each, tuple(made.values()))}
-            found |= made
-        return found
+            if picture_def.is_video and row.block.joins_frames:
+                made = {picture_def.name: join_frames(picture_def, tuple(made.values()))}
+            pictures |= made
+        return pictures
 
     def picture_text(self, picture: spec.PictureDef) -> RichText:
         """The marker of an image in a prompt, or those of the frames of a video."""
-        name, found = picture.name, self.pictures
-        if name in found:
-            return RichText(found[name].marker)
-        frames = (own for own in found if own.rpartition(" ")[0] == name)
-        return concatenate((FRAME_SPAN, RichText(found[own].marker)) for own in frames)
+        name, pictures = picture.name, self.pictures
+        if name in pictures:
+            return RichText(pictures[name].marker)
+        frames = (own for own in pictures if own.rpartition(" ")[0] == name)
+        return concatenate((FRAME_SPAN, RichText(pictures[frame].marker)) for frame in frames)
 
     @unlocked_property
     def picture_regions(self) -> Mapping[str, Mapping[str, tuple[Region, ...]]]:
@@ -638,7 +640,7 @@ class ImageRow:
         row, pictures = cast("Row", self), self.pictures
         if not pictures:
             return _NOTHING
-        return {name: row_regions(row, each, name) for name, each in pictures.items()}
+        return {name: row_regions(row, picture, name) for name, picture in pictures.items()}
 
     @unlocked_property
     def regions(self) -> Mapping[str, tuple[Region, ...]]:
@@ -787,8 +789,8 @@ class PromptTable(Record):
 
 def row_in_patches(reader: ImagePromptTokenizer, row: RunRow) -> RunRow:
     """Return a row of `PromptTable.in_patches`. Raises UnsupportedProcessor."""
-    pictures = {marker: reader.in_encoder(own) for marker, own in row.pictures.items()}
-    vectors = max((own.expansion.vectors for own in pictures.values()), default=1)
+    pictures = {marker: reader.in_encoder(picture) for marker, picture in row.pictures.items()}
+    vectors = max((picture.expansion.vectors for picture in pictures.values()), default=1)
     return replace(
         row,
         ids=repeat_each(row.ids, vectors),
@@ -879,8 +881,8 @@ class Row(ImageRow):
         number = self.block.image_number(self.id)  # tiles of an image share their draws
         if data is None:
             return number
-        found, at = data.by_content, self.places[RECORD]
-        return stable_hash(found.keys[at], found.copies[at], number // self.block.data_size)
+        order, at = data.by_content, self.places[RECORD]
+        return stable_hash(order.keys[at], order.copies[at], number // self.block.data_size)
 
     @unlocked_property
     def key(self) -> int:
@@ -912,15 +914,15 @@ class Row(ImageRow):
             or name in self.record
             or self._definition(name) is not None
             or name in self.block.parameters
-            or any(each.name == name for each in self.block.spec.pictures)
+            or any(picture.name == name for picture in self.block.spec.pictures)
         )
 
     def _definition(self, name: str) -> Definition | None:
         block = self.block
-        found = block.definitions.get(name) or self.template.definitions.get(name)
-        if found is None and name in block.text_definitions and name not in self.record:
+        definition = block.definitions.get(name) or self.template.definitions.get(name)
+        if definition is None and name in block.text_definitions and name not in self.record:
             return block.text_definitions[name]
-        return found
+        return definition
 
     def value(self, name: str, span: Span) -> RowValue:
         if name in self.changed:
@@ -1024,13 +1026,12 @@ class Row(ImageRow):
         text = rich.text
         for mark in self.block.marks[name]:
             written, new = (
-                _marked_texts(each.value(mark.name.id, mark.name.span))
-                for each in (self.clean, self)
+                _marked_texts(row.value(mark.name.id, mark.name.span)) for row in (self.clean, self)
             )
-            found = [find_text(text, each) for each in written]
-            if not all(found) or len(new) != len(written):
+            ranges = [find_text(text, each) for each in written]
+            if not all(ranges) or len(new) != len(written):
                 raise Refusal(TextNotInside, mark.span, name=mark.name.id, within=name)
-            pairs = zip(found, new, strict=True)
+            pairs = zip(ranges, new, strict=True)
             places = sorted({(*at, after) for every, after in pairs for at in every})
             if new != written and any(one[1] > two[0] for one, two in pairwise(places)):
                 reason = f"texts of `{mark.name.id}` overlap in `{name}` and can't be replaced"
@@ -1094,8 +1095,10 @@ class Row(ImageRow):
 
     def _tokens_of(self, spans: list[TextSpan], node: ast.Expr, tokenizer: TextTokenizer) -> int:
         text = self.prompt.text
-        found = tokenizer.encode(text)
-        places = TokenMap(RunRow(text, found.ids, found.offsets, found.special, (), {}, {}))
+        encoded_text = tokenizer.encode(text)
+        places = TokenMap(
+            RunRow(text, encoded_text.ids, encoded_text.offsets, encoded_text.special, (), {}, {})
+        )
         counts = dict.fromkeys(len(places.tokens(span.start, span.end)) for span in spans)
         if len(counts) > 1:
             shown = " and ".join(map(str, sorted(counts)))
@@ -1229,8 +1232,8 @@ class Row(ImageRow):
         for definition in self.block.spec.spans:
             if definition.literal is not None:
                 literal = self.text(definition.literal, DrawKey(definition.name.id)).text
-                found = find_text(rich.text, literal)
-                spans += [TextSpan(definition.name.id, *at) for at in found[-1:]]
+                ranges = find_text(rich.text, literal)
+                spans += [TextSpan(definition.name.id, *at) for at in ranges[-1:]]
         return RichText(rich.text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
 
     @unlocked_property
@@ -1366,12 +1369,12 @@ class BlockRows:
     def corrupted(self, row: Row, corruption: spec.Corruption) -> Row:
         """Apply a corruption to a row of the block."""
         key = row.id, corruption.name
-        found = self._corrupted.get(key)
-        if found is None:
-            found = row.corrupted(corruption)
+        corrupted_row = self._corrupted.get(key)
+        if corrupted_row is None:
+            corrupted_row = row.corrupted(corruption)
             if row.id in self._rows:
-                self._corrupted[key] = found
-        return found
+                self._corrupted[key] = corrupted_row
+        return corrupted_row
 
     def with_ids(self, ids: Sequence[int]) -> Sequence[Row]:
         """Return the rows with these ids."""
@@ -1392,7 +1395,7 @@ def render_short(value: RowValue) -> str:
 def _marked_texts(value: RowValue) -> tuple[str, ...]:
     """Return the texts that a column marks: its own text, or those of its list."""
     texts = [render_value(each) for each in (value if isinstance(value, list) else [value])]
-    return tuple("" if each is None else each.text for each in texts)
+    return tuple("" if text is None else text.text for text in texts)
 
 
 def _shifted(span: TextSpan, end: int, by: int) -> TextSpan:

@@ -127,36 +127,36 @@ class RunRow(Record):
     def whole_pictures(self) -> tuple[PlacedPicture, ...]:
         """The images in the prompt with their tokens, in text order, and the videos that a video
         processor reads as a whole."""
-        found: dict[int, PlacedPicture] = {}
+        pictures: dict[int, PlacedPicture] = {}
         for span in self.spans if self.pictures else ():
-            own = self.pictures.get(self.text[span.start : span.end])
-            if own is not None and span.start not in found:
+            picture = self.pictures.get(self.text[span.start : span.end])
+            if picture is not None and span.start not in pictures:
                 at = self.offsets.index((span.start, span.end))
-                first = at - own.expansion.is_image.index(True)
-                own = own.equal.get(span.name, own)
-                found[span.start] = PlacedPicture(span.name, own, first, span.within)
-        return tuple(found[start] for start in sorted(found))
+                first = at - picture.expansion.is_image.index(True)
+                picture = picture.equal.get(span.name, picture)
+                pictures[span.start] = PlacedPicture(span.name, picture, first, span.within)
+        return tuple(pictures[start] for start in sorted(pictures))
 
     @property
     def digest(self) -> str:
         """The first 16 digits of the SHA-256 of its prompt: the text, and for each image a line
         with the digest of the image."""
-        pictures = (each.picture.picture.content() for each in self.whole_pictures)
+        pictures = (picture.picture.picture.content() for picture in self.whole_pictures)
         content = "\n".join((self.text_before_reply, *pictures))
         return sha256(content.encode()).hexdigest()[:16]
 
     def images_at(self, hits: Iterable[Iterable[int]]) -> set[str]:
         """Return digests of the images in the prompt that have some of these tokens, without their
         changes."""
-        return {each.unchanged_content for each in self.pictures_at(hits)}
+        return {picture.unchanged_content for picture in self.pictures_at(hits)}
 
     def pictures_at(self, hits: Iterable[Iterable[int]]) -> list[PlacedPicture]:
         """Return the images in the prompt that have some of these tokens."""
         tokens = {token for run in hits for token in run}
         return [
-            each
-            for each in self.whole_pictures
-            if any(token - each.first in each.picture.expansion.cell_of for token in tokens)
+            picture
+            for picture in self.whole_pictures
+            if any(token - picture.first in picture.picture.expansion.cell_of for token in tokens)
         ]
 
     @cached_property
@@ -164,39 +164,41 @@ class RunRow(Record):
         """The tokens of images in the prompt that read a part of their image, each with the number
         of the image and of the tile."""
         return {
-            each.first + cell.position: (number, cell.tile)
-            for number, each in enumerate(self.whole_pictures)
-            for cell in each.picture.expansion.layout.cells
+            picture.first + cell.position: (number, cell.tile)
+            for number, picture in enumerate(self.whole_pictures)
+            for cell in picture.picture.expansion.layout.cells
         }
 
     @cached_property
     def placed_pictures(self) -> tuple[PlacedPicture, ...]:
         """The images in the prompt, and the frames of videos, with their tokens, in text order."""
-        placed = [each for own in self.whole_pictures for each in own.frames()]
-        count = Counter(each.name for each in placed)
+        placed = [frame for picture in self.whole_pictures for frame in picture.frames()]
+        count = Counter(picture.name for picture in placed)
         seen = Counter[str]()
-        for n, each in enumerate(placed):
-            seen[each.name] += 1
-            if count[each.name] > 1:
-                placed[n] = replace(each, number=seen[each.name])
+        for n, picture in enumerate(placed):
+            seen[picture.name] += 1
+            if count[picture.name] > 1:
+                placed[n] = replace(picture, number=seen[picture.name])
         return tuple(placed)
 
     def pictures_of(self, name: str, of: str | None = None) -> list[PlacedPicture]:
         """Return the images at placeholders with this name, those with a region of it, or the
         frames of a video. of: the name of a span around them."""
-        placed = [each for each in self.placed_pictures if of is None or of in each.within]
-        own = [each for each in placed if each.name == name]
-        own = own or [each for each in placed if name in each.picture.regions]
-        return own or [each for each in placed if name == each.video]
+        placed = [picture for picture in self.placed_pictures if of is None or of in picture.within]
+        pictures = [picture for picture in placed if picture.name == name]
+        pictures = pictures or [picture for picture in placed if name in picture.picture.regions]
+        return pictures or [picture for picture in placed if name == picture.video]
 
     def image_label(self, token: int) -> str | None:
         """Return the name of a token of an image, as the language writes it; None for others."""
-        return next((each.label(token) for each in self.placed_pictures if each.cell(token)), None)
+        return next(
+            (picture.label(token) for picture in self.placed_pictures if picture.cell(token)), None
+        )
 
     def image_places(self, name: str) -> list[tuple[int, ...]]:
         """Return the tokens of an image at each of its occurrences, of each occurrence of a region,
         or of all frames of a video."""
-        return list_places(name, ((each, None) for each in self.pictures_of(name)))
+        return list_places(name, ((picture, None) for picture in self.pictures_of(name)))
 
 
 class PlacedPicture(Record):
@@ -230,8 +232,10 @@ class PlacedPicture(Record):
             yield self
             return
         for tile in expansion.layout.tiles:
-            first, own = expansion.frame(tile.number)
-            picture = PromptPicture(video.of[(tile.number - 1) * self.merged_frames], own, {})
+            first, image_expansion = expansion.frame(tile.number)
+            picture = PromptPicture(
+                video.of[(tile.number - 1) * self.merged_frames], image_expansion, {}
+            )
             within = (*self.within, self.name)
             yield PlacedPicture(FRAME_SPAN, picture, self.first + first, within)
 
@@ -258,10 +262,10 @@ class PlacedPicture(Record):
 
         tiles: the tiles to which they belong (`ImageCell.tile`); None for all.
         """
-        own, cells = self.picture, self.picture.expansion.cell_of
-        chosen = (tuple(cells),) if name in (self.name, self.video) else own.regions[name]
+        picture, cells = self.picture, self.picture.expansion.cell_of
+        chosen = (tuple(cells),) if name in (self.name, self.video) else picture.regions[name]
         if tiles is not None:
-            chosen = [[each for each in own if cells[each].tile in tiles] for own in chosen]
+            chosen = [[each for each in numbers if cells[each].tile in tiles] for numbers in chosen]
         first = self.first
         return [tuple([first + token for token in tokens]) for tokens in chosen if tokens]
 
@@ -276,10 +280,10 @@ def list_places(
         pictures: The images with the name, and their tiles as in `PlacedPicture.places`.
     """
     given = list(pictures)
-    found = [tokens for own, tiles in given for tokens in own.places(name, tiles)]
-    if found and name == given[0][0].video:
-        return [tuple(token for tokens in found for token in tokens)]
-    return found
+    places = [tokens for picture, tiles in given for tokens in picture.places(name, tiles)]
+    if places and name == given[0][0].video:
+        return [tuple(token for tokens in places for token in tokens)]
+    return places
 
 
 class DerivedRun(Record):
@@ -320,18 +324,18 @@ class PromptRun(Record):
         """[row] tokens of each prompt; read only."""
         import numpy as np  # lazy: checking a file doesn't need NumPy
 
-        found = np.array([len(row.ids) for row in self.rows], dtype=np.int64)
-        found.setflags(write=False)
-        return found
+        lengths = np.array([len(row.ids) for row in self.rows], dtype=np.int64)
+        lengths.setflags(write=False)
+        return lengths
 
     @cached_property
     def sources(self) -> Ints:
         """[row] tokens of each prompt that an encoder-decoder's encoder reads; read only."""
         import numpy as np  # lazy: checking a file doesn't need NumPy
 
-        found = np.array([row.source for row in self.rows], dtype=np.int64)
-        found.setflags(write=False)
-        return found
+        sources = np.array([row.source for row in self.rows], dtype=np.int64)
+        sources.setflags(write=False)
+        return sources
 
     @property
     def draws(self) -> int:
@@ -423,7 +427,8 @@ class PositionCell(Record):
         if self.vectors == 1:
             return self.hits[row]
         return tuple(
-            tuple(dict.fromkeys(each // self.vectors for each in own)) for own in self.hits[row]
+            tuple(dict.fromkeys(each // self.vectors for each in numbers))
+            for numbers in self.hits[row]
         )
 
     def in_patches(self, count: int) -> PositionCell:
@@ -432,7 +437,7 @@ class PositionCell(Record):
         if each == 1:
             return self
         hits = tuple(
-            tuple(tuple(hit * each + n for hit in own for n in range(each)) for own in row)
+            tuple(tuple(hit * each + n for hit in numbers for n in range(each)) for numbers in row)
             for row in self.hits
         )
         return replace(self, hits=hits, vectors=count)
@@ -445,8 +450,8 @@ class PositionCell(Record):
             ids: The tokens of the row.
         """
         return tuple(
-            tuple((ids[hit // self.vectors], hit % self.vectors) for hit in own)
-            for own in self.hits[row]
+            tuple((ids[hit // self.vectors], hit % self.vectors) for hit in numbers)
+            for numbers in self.hits[row]
         )
 
 
@@ -482,22 +487,22 @@ class TokenMap:
     @cached_property
     def places(self) -> tuple[tuple[int, int], ...]:
         """The characters of each token, trimmed; empty for special tokens and white space."""
-        text, found = self.row.text, list[tuple[int, int]]()
+        text, places = self.row.text, list[tuple[int, int]]()
         for place, special in zip(self.row.offsets, self.row.special, strict=True):
             start, end = place
             if special:
                 place = 0, 0
             elif start < end and (text[start].isspace() or text[end - 1].isspace()):
                 place = trim_span(text, start, end)
-            found.append(place)
-        return tuple(found)
+            places.append(place)
+        return tuple(places)
 
     @cached_property
     def text_tokens(self) -> tuple[int, ...]:
         """The tokens of the prompt's text, without a leading space that the tokenizer added."""
-        own = [i for i, special in enumerate(self.row.special) if not special]
+        numbers = [i for i, special in enumerate(self.row.special) if not special]
         at = self.row.offsets
-        return tuple(own[next((n for n, i in enumerate(own) if at[i][0] < at[i][1]), 0) :])
+        return tuple(numbers[next((n for n, i in enumerate(numbers) if at[i][0] < at[i][1]), 0) :])
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """Return the tokens that overlap a range of characters.
@@ -520,11 +525,11 @@ class TokenMap:
         return a == b
 
     def place(self, start: int, end: int) -> SpanOccurrence:
-        found = self._occurrences.get((start, end))
-        if found is None:
-            found = SpanOccurrence(start, end, self.tokens(start, end))
-            self._occurrences[start, end] = found
-        return found
+        occurrence = self._occurrences.get((start, end))
+        if occurrence is None:
+            occurrence = SpanOccurrence(start, end, self.tokens(start, end))
+            self._occurrences[start, end] = occurrence
+        return occurrence
 
     @cached_property
     def _occurrences(self) -> dict[tuple[int, int], SpanOccurrence]:
@@ -556,11 +561,11 @@ def find_text(text: str, part: str) -> list[tuple[int, int]]:
     starts = [m.start() for m in re.finditer(f"(?={re.escape(part)})", text)]
     every = [(start, start + len(part)) for start in starts]
     whole = [at for at in every if not any(_goes_on(text, edge) for edge in at)]
-    found: list[tuple[int, int]] = []
+    texts: list[tuple[int, int]] = []
     for at in whole or every:
-        if not found or at[0] >= found[-1][1]:
-            found.append(at)
-    return found
+        if not texts or at[0] >= texts[-1][1]:
+            texts.append(at)
+    return texts
 
 
 def _goes_on(text: str, at: int) -> bool:
@@ -625,9 +630,9 @@ def share_beginnings(prompts: Sequence[tuple[int, ...]], groups: Ints) -> Ints |
 
     lengths = np.array([len(ids) for ids in prompts], dtype=np.int64)
     numbers = np.arange(len(prompts))
-    found = np.where(np.arange(lengths.max())[None, :] < lengths[:, None], numbers[:, None], -1)
+    starts = np.where(np.arange(lengths.max())[None, :] < lengths[:, None], numbers[:, None], -1)
     state = np.unique(groups, return_inverse=True)[1]
-    for position in range(found.shape[1]):
+    for position in range(starts.shape[1]):
         rows = np.flatnonzero(lengths > position)
         tokens = np.array([prompts[row][position] for row in rows.tolist()], dtype=np.int64)
         order = np.lexsort((rows, tokens, state[rows]))
@@ -637,6 +642,6 @@ def share_beginnings(prompts: Sequence[tuple[int, ...]], groups: Ints) -> Ints |
             break
         group = begins.cumsum() - 1
         state[rows[order]] = group
-        found[rows[order], position] = rows[order][begins][group]
-    copies = int((found != numbers[:, None]).sum() - (found < 0).sum())
-    return found if copies >= count_worthwhile_copies(int(lengths.sum())) else None
+        starts[rows[order], position] = rows[order][begins][group]
+    copies = int((starts != numbers[:, None]).sum() - (starts < 0).sum())
+    return starts if copies >= count_worthwhile_copies(int(lengths.sum())) else None

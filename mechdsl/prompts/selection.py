@@ -27,20 +27,10 @@ from mechdsl.program import spec
 from mechdsl.program.images import MEAN_IMAGE, averaged_blocks
 from mechdsl.prompts.block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.expressions import bad_value, is_random, name_uses
-from mechdsl.prompts.rows import (
-    RECORD,
-    BlockRows,
-    BuiltRow,
-    Row,
-    source_image_name,
-)
+from mechdsl.prompts.rows import RECORD, BlockRows, BuiltRow, Row, source_image_name
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
-from mechdsl.prompts.values import (
-    DrawKey,
-    Refusal,
-    RowValue,
-)
+from mechdsl.prompts.values import DrawKey, Refusal, RowValue
 from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import ImageChange, ValueChange, change_kind, patch_changes
 
@@ -114,13 +104,13 @@ def select_rows(
         most: The number of rows after which a check stops.
         used: The corruptions whose unchanged rows are dropped; None: all.
     """
-    found = _Collector(rows, tokenizer, limit, part, most, used)
-    refused = found.too_many()
+    collector = _Collector(rows, tokenizer, limit, part, most, used)
+    refused = collector.too_many()
     if refused is not None:
-        found.result.diagnostics.append(refused)
+        collector.result.diagnostics.append(refused)
     else:
-        found.run()
-    return found.result
+        collector.run()
+    return collector.result
 
 
 def count_rows_before_limit(block: PromptsBlock) -> int:
@@ -133,10 +123,10 @@ def select_rows_by_id(
     rows: BlockRows, tokenizer: TextTokenizer, ids: Iterable[int]
 ) -> RowCollection:
     """Select the rows with these numbers, except those that `where` drops. Codes: those of rows."""
-    found = _Collector(rows, tokenizer, None, None)
+    collector = _Collector(rows, tokenizer, None, None)
     for number in ids:
-        found.try_row(rows[number])
-    return found.result
+        collector.try_row(rows[number])
+    return collector.result
 
 
 @dataclass(slots=True)
@@ -175,9 +165,11 @@ class _Collector:
         self.failing = 0
         share = block.spec.split if block.spec.split is not None else 100.0
         self.share = (Fraction(str(share)) / 100).as_integer_ratio()
-        invalid = any(each.is_invalid for each in block.spec.pictures)
+        invalid = any(picture.is_invalid for picture in block.spec.pictures)
         corruptions = () if invalid else block.spec.corruptions
-        self.only_values = [each.name for each in corruptions if _only_values(each)]
+        self.only_values = [
+            corruption.name for corruption in corruptions if _only_values(corruption)
+        ]
         self.used = self.only_values if used is None else used
 
     def too_many(self) -> TooManyValues | None:
@@ -401,7 +393,7 @@ class _Collector:
         ]
 
 
-def equal_records_warning(block: PromptsBlock, found: RowCollection) -> EqualRecords:
+def equal_records_warning(block: PromptsBlock, row_collection: RowCollection) -> EqualRecords:
     """Return W0781 for equal records of a file."""
     source = block.spec.rows
     assert source is not None  # equal generated rows are dropped
@@ -409,8 +401,8 @@ def equal_records_warning(block: PromptsBlock, found: RowCollection) -> EqualRec
         span=source.span,
         prompts=block.name,
         file=source.span.written,
-        equal=found.repeated,
-        rows=len(found.rows),
+        equal=row_collection.repeated,
+        rows=len(row_collection.rows),
         unit=block.spec.unit,
     )
 
@@ -428,16 +420,16 @@ def unchanged_template_warnings(
     same: by template number, how many rows are unchanged. rows: by template number, how many rows
     there are.
     """
-    found = [number for number in sorted(same) if same[number] == rows[number]]
-    if not 0 < len(found) < len(rows):  # E0510 reports a corruption without any effect
+    numbers = [number for number in sorted(same) if same[number] == rows[number]]
+    if not 0 < len(numbers) < len(rows):  # E0510 reports a corruption without any effect
         return []
-    named = [f"template {n + 1} (line {block.templates[n].text.span.line})" for n in found]
+    named = [f"template {n + 1} (line {block.templates[n].text.span.line})" for n in numbers]
     return [
         TemplateUnchanged(
             span=corruption.span,
             run=corruption.name,
             templates=" and ".join(named),
-            rows=count_noun(sum(same[number] for number in found), "row"),
+            rows=count_noun(sum(same[number] for number in numbers), "row"),
         )
     ]
 
@@ -447,7 +439,7 @@ def no_effect_error(corruption: spec.Corruption, block: PromptsBlock) -> Corrupt
     hint, of_images = "change a value that the template shows, or `template` itself", False
     texts = tuple(text for template in block.templates for text in template.texts)
     shown = {use.name for use in name_uses(texts, block.placeholders)}
-    hidden = [each.name for each in block.spec.pictures if each.name not in shown]
+    hidden = [picture.name for picture in block.spec.pictures if picture.name not in shown]
     if hidden:
         hint = f'insert `{hidden[0]}` into the template, as in `template "{{{hidden[0]}}} …"`, or '
         hint += "change a value that the template shows"
@@ -473,7 +465,7 @@ SplitPart = Literal["train", "test"]
 
 def rows_convention(
     block: PromptsBlock,
-    found: RowCollection,
+    row_collection: RowCollection,
     kept: int,
     limit: int | None,
     part: SplitPart | None,
@@ -499,11 +491,11 @@ def rows_convention(
             text += f" (automatic: {name_list(block.spec.split_for)} {trained} on part `train`)"
     if limit is not None and kept < limit:
         text += f" (limit {limit:,}, no more exist)"
-    if found.repeated:
-        text += f", {found.repeated:,} of them duplicates"
+    if row_collection.repeated:
+        text += f", {row_collection.repeated:,} of them duplicates"
     out = {"rows": f"{text}, seed {block.seed}"}
-    dropped = [f"{n:,} by `where`" for n in (found.filtered,) if n]
-    dropped += [f"{n:,} duplicates" for n in (found.equal,) if n]
+    dropped = [f"{n:,} by `where`" for n in (row_collection.filtered,) if n]
+    dropped += [f"{n:,} duplicates" for n in (row_collection.equal,) if n]
     dropped += [f"{n:,} that `{run}` leaves unchanged" for run, n in unchanged.items()]
     if dropped:
         out["dropped"] = ", ".join(dropped)
@@ -578,15 +570,15 @@ def expand_class_texts(block: PromptsBlock, row: Row) -> tuple[tuple[str, ...], 
                 else ("it is drawn separately for each row")
             )
             raise bad_value(node.span, reason, hint)
-        found: dict[str, None] = {}
+        class_texts: dict[str, None] = {}
         for values in _combinations(block, names, node.span.text):
             text = row.with_values(values).as_text(node, DrawKey("classes"))
             if not isinstance(text, str) or not text.strip():
                 raise bad_value(node.span, "it is empty", "write a text for each class")
-            found[text.strip()] = None
+            class_texts[text.strip()] = None
     except Refusal as refusal:
         return (), [refusal.diagnostic("every row")]
-    return tuple(found), []
+    return tuple(class_texts), []
 
 
 def _combinations(
@@ -621,11 +613,11 @@ def set_mean_images(
 
     enough: the number of rows that a check reads.
     """
-    found: list[Diagnostic] = []
+    problems: list[Diagnostic] = []
     for of in averaged_blocks(node for _, node in block.spec.named_images):
         if of.name in block.blocks and of.whole not in block.averaged:
-            found += _set_mean_image(block, of, tokenizer, enough)
-    return found
+            problems += _set_mean_image(block, of, tokenizer, enough)
+    return problems
 
 
 def _set_mean_image(
@@ -642,24 +634,26 @@ def _set_mean_image(
     if has_errors(other.diagnostics) or other.columns_unknown:
         return other.diagnostics
     limit = count_rows_before_limit(other)
-    found = select_rows(BlockRows(other), tokenizer, limit=limit, part=of.part, most=enough)
-    images = [made.clean.image for made in found.rows]
+    row_collection = select_rows(
+        BlockRows(other), tokenizer, limit=limit, part=of.part, most=enough
+    )
+    images = [made.clean.image for made in row_collection.rows]
     pictures = tuple(image for image in images if image is not None)
     if not pictures:
-        return found.diagnostics
+        return row_collection.diagnostics
     size, fit = (0, 0), None
     if block.spec.kind == "prompts":
-        size, *others = dict.fromkeys(each.size for each in pictures)
+        size, *others = dict.fromkeys(picture.size for picture in pictures)
         if others and isinstance(tokenizer, ImagePromptTokenizer) and not tokenizer.stands_in:
             try:
                 fit = tokenizer.fitting
             except UnsupportedProcessor as unfit:
                 name, tiles = tokenizer.processor_name, isinstance(unfit, TilingProcessor)
                 bad = _several_sizes(of, (size, others[0]), name, tiles=tiles)
-                return [*found.diagnostics, bad]
+                return [*row_collection.diagnostics, bad]
             size = fit.size or size
     block.averaged[of.whole] = mean_picture(pictures, of.whole, size, fit)
-    return found.diagnostics
+    return row_collection.diagnostics
 
 
 def _several_sizes(

@@ -146,16 +146,16 @@ def insert_tokens(
     if INSERTED_SPAN in table.sources[0].block.names():
         reason = "is the name of the inserted tokens, and a value of the prompts has it"
         return old, [_bad(change, INSERTED_SPAN, reason, "give the value another name")]
-    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer, side="source")
-    if has_errors(found):
-        return old, found
+    cells, problems = resolve_positions(at, table, run, tokenizer=tokenizer, side="source")
+    if has_errors(problems):
+        return old, problems
     rows: list[RunRow] = []
     lacking = 0
     for number, (row, text) in enumerate(zip(old.rows, texts, strict=True)):
         hits = [token for cell in cells for tokens in cell.hits[number] for token in tokens]
         token, problem = _find_token(change, row, text, tokenizer)
         if problem is not None:
-            return old, [*found, problem]
+            return old, [*problems, problem]
         if not hits:
             lacking += 1
             continue
@@ -169,13 +169,13 @@ def insert_tokens(
             if any(first < index < end for first, end, _ in images):
                 reason = "is between the tokens of an image, which the model reads as a whole"
                 hint = "insert before or after the image, such as `before photo tokens`"
-            return old, [*found, _bad(at, at.span.written, reason, hint)]
+            return old, [*problems, _bad(at, at.span.written, reason, hint)]
         rows.append(made)
     if lacking:
         reason = f"is missing in {lacking} of {len(old.rows)} prompts"
         hint = "keep the prompts that have it with `where`, or name another position"
-        return old, [*found, _bad(at, at.span.written, reason, hint)]
-    return replace(old, rows=tuple(rows)), found
+        return old, [*problems, _bad(at, at.span.written, reason, hint)]
+    return replace(old, rows=tuple(rows)), problems
 
 
 def _list_images(row: RunRow, tokenizer: TextTokenizer) -> list[tuple[int, int, list[int]]]:
@@ -186,7 +186,7 @@ def _list_images(row: RunRow, tokenizer: TextTokenizer) -> list[tuple[int, int, 
         before, after = tokenizer.image_marks
         if tokenizer.bos_after_images is not None:
             after = (*after, tokenizer.bos_after_images)
-    found: list[tuple[int, int, list[int]]] = []
+    images: list[tuple[int, int, list[int]]] = []
     for placed in row.whole_pictures:
         expansion = placed.picture.expansion
         first, end = placed.first, placed.first + len(expansion.ids)
@@ -195,8 +195,8 @@ def _list_images(row: RunRow, tokenizer: TextTokenizer) -> list[tuple[int, int, 
             first -= first > 0 and row.special[first - 1] and row.ids[first - 1] == mark
         for mark in after:
             end += end < len(row.ids) and row.special[end] and row.ids[end] == mark
-        found.append((first, end, [placed.first + token for token in expansion.cell_of]))
-    return found
+        images.append((first, end, [placed.first + token for token in expansion.cell_of]))
+    return images
 
 
 def _leave_marks(index: int, images: Sequence[tuple[int, int, Sequence[int]]]) -> int:
@@ -226,9 +226,9 @@ def insert_image_tokens(
     if any(region.name == INSERTED_SPAN for region in table.sources[0].block.spec.regions):
         reason = "is the name of the inserted tokens, and a region of the images has it"
         return old, [_bad(change, INSERTED_SPAN, reason, "give the region another name")]
-    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer)
-    if has_errors(found):
-        return old, found
+    cells, problems = resolve_positions(at, table, run, tokenizer=tokenizer)
+    if has_errors(problems):
+        return old, problems
     last = all(
         len(row.ids) - 1 in {token for cell in cells for hit in cell.hits[n] for token in hit}
         for n, row in enumerate(old.rows)
@@ -237,7 +237,7 @@ def insert_image_tokens(
         reason = "isn't the end of the image, where its inserted tokens are"
         hint = f"write `insert {count.span.written} tokens after last token`: their order has no "
         return old, [_bad(at, at.span.written, reason, f"{hint}effect on the model")]
-    return replace(old, rows=tuple(_lengthen(row, int(count.value)) for row in old.rows)), found
+    return replace(old, rows=tuple(_lengthen(row, int(count.value)) for row in old.rows)), problems
 
 
 def _lengthen(row: RunRow, count: int) -> RunRow:
@@ -509,9 +509,9 @@ def change_patches(
     """
     at, before = change.tokens, table.runs[run]
     assert at is not None
-    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer)
-    if has_errors(found) or not isinstance(tokenizer, ImageTokenizer):
-        return before, found
+    cells, problems = resolve_positions(at, table, run, tokenizer=tokenizer)
+    if has_errors(problems) or not isinstance(tokenizer, ImageTokenizer):
+        return before, problems
     changed: list[RunRow] = []
     for place, (old, row) in enumerate(zip(before.rows, rows, strict=True)):
         tokens = sorted({t for cell in cells for hit in cell.hits[place] for t in hit})
@@ -523,7 +523,7 @@ def change_patches(
         except Refusal as refusal:
             return before, [refusal.diagnostic(row.describe())]
         changed.append(change_row_patches(old, made, tokens, tokenizer))
-    return replace(before, rows=tuple(changed)), found
+    return replace(before, rows=tuple(changed)), problems
 
 
 def change_row_patches(
@@ -714,7 +714,7 @@ def block_rows_key(prompts: spec.Prompts, tokenizer: TextTokenizer | None) -> st
 
 def joins_frames(prompts: spec.Prompts, tokenizer: TextTokenizer | None) -> bool:
     """Return whether a video processor reads the videos of a block, each with one marker."""
-    has_videos = any(each.is_video for each in prompts.pictures)
+    has_videos = any(picture.is_video for picture in prompts.pictures)
     return has_videos and tokenizer is not None and tokenizer.reads_videos
 
 
@@ -865,8 +865,8 @@ class _Builder:
             # Problems of the clean text aren't reported again for the corrupted text.
             reported = {(d.code, d.span) for d in self.diagnostics}
             self.diagnostics += [d for d in diagnostics if (d.code, d.span) not in reported]
-            for row, found in zip(out, tokens, strict=True):
-                row[name] = found
+            for row, token in zip(out, tokens, strict=True):
+                row[name] = token
         return out
 
     def _moved_text(self, made: Sequence[BuiltRow], moved: tuple[int, ...]) -> str:
@@ -953,9 +953,9 @@ class _Builder:
             patches = patch_changes(corruption.changes)
             for number, (_, change) in enumerate(patches, len(corruption.changes)):
                 current = replace(table, runs=runs)
-                own = [self.rows.corrupted(self.rows[m.id], corruption) for m in made]
+                rows = [self.rows.corrupted(self.rows[m.id], corruption) for m in made]
                 runs[corruption.name], diagnostics = change_patches(
-                    current, corruption.name, change, number, own, self.tokenizer
+                    current, corruption.name, change, number, rows, self.tokenizer
                 )
                 self.diagnostics += diagnostics
             if (changes or patches) and not changes_of_kind(ActivationChange, corruption.changes):
@@ -1007,26 +1007,31 @@ class _Builder:
                 return [""] * len(made)
             texts.append(new if isinstance(new, str) else self.tokenizer.token_text(new.id))
         if self.block.spec.chat:
-            found = (
+            markers = (
                 check_chat_markers(new, text.span, self.tokenizer) for new in dict.fromkeys(texts)
             )
-            self.diagnostics += [each for each in found if each is not None][:1]
+            self.diagnostics += [problem for problem in markers if problem is not None][:1]
         return texts
 
-    def _with_noise(self, table: PromptTable, found: RowCollection) -> PromptTable:
+    def _with_noise(self, table: PromptTable, row_collection: RowCollection) -> PromptTable:
         corruptions = self.block.spec.corruptions
         if not any(changes_of_kind(ActivationChange, c.changes) for c in corruptions):
             return table
 
         table, diagnostics = add_noise(
-            table, self.block, self.tokenizer, lambda run: self._before_limit(found, table, run)
+            table,
+            self.block,
+            self.tokenizer,
+            lambda run: self._before_limit(row_collection, table, run),
         )
         self.diagnostics += diagnostics
         return table
 
-    def _before_limit(self, found: RowCollection, table: PromptTable, run: str) -> PromptTable:
+    def _before_limit(
+        self, row_collection: RowCollection, table: PromptTable, run: str
+    ) -> PromptTable:
         """Return the rows of a run before `limit` and `split`, without their texts."""
-        if not self.whole or (found.complete and self.block.spec.split is None):
+        if not self.whole or (row_collection.complete and self.block.spec.split is None):
             return table
         corruption = next(c for c in self.block.spec.corruptions if c.name == run)
         rows = self.rows.only(corruption)
@@ -1083,8 +1088,8 @@ def _joined(
     diagnostics: list[Diagnostic],
 ) -> tuple[tuple[int, ...], ...]:
     """Return the union of all positions per row."""
-    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer, side="source")
-    diagnostics += found
+    cells, hits = resolve_positions(at, table, run, tokenizer=tokenizer, side="source")
+    diagnostics += hits
     return tuple(
         tuple(sorted({p for cell in cells for tokens in cell.hits[n] for p in tokens}))
         for n in range(len(table))
@@ -1169,23 +1174,25 @@ class StandInTokenizer(TextTokenizer):
         return [self._encoded(text, add_special) for text in texts]
 
     def _encoded(self, text: str, add_special: bool) -> EncodedText:
-        found = list(_PIECE.finditer(text))
+        matches = list(_PIECE.finditer(text))
         count = len(stand_in_expansion().ids)
-        found = [
-            piece for piece in found for _ in range(count if MARKER.fullmatch(piece.group()) else 1)
+        matches = [
+            piece
+            for piece in matches
+            for _ in range(count if MARKER.fullmatch(piece.group()) else 1)
         ]
-        ids = [self._id(piece.group()) for piece in found]
-        offsets = [piece.span() for piece in found]
+        ids = [self._id(piece.group()) for piece in matches]
+        offsets = [piece.span() for piece in matches]
         if add_special:
             ids, offsets = [_BOS, *ids], [(0, 0), *offsets]
-        special = (add_special, *(False for _ in found))[0 if add_special else 1 :]
+        special = (add_special, *(False for _ in matches))[0 if add_special else 1 :]
         return EncodedText(tuple(ids), tuple(offsets), tuple(special))
 
     def _id(self, text: str) -> int:
-        found = self._ids.setdefault(text, len(self._texts))
-        if found == len(self._texts):
+        number = self._ids.setdefault(text, len(self._texts))
+        if number == len(self._texts):
             self._texts.append(text)
-        return found
+        return number
 
 
 def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable:
@@ -1199,7 +1206,7 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
     lacking = (d.name for d in block.diagnostics if isinstance(d, UnknownValue))  # reported
     roles = (turn.role for turn in block.spec.chat)
     unnamed = [] if block.spec.tiles is None else [IMAGE_SPAN]
-    pictures = {each.name for each in (*block.spec.pictures, *block.spec.regions)}
+    pictures = {picture.name for picture in (*block.spec.pictures, *block.spec.regions)}
     columns = [
         *(name for name in block.names() if name not in pictures),
         *unnamed,
@@ -1207,12 +1214,12 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
         *(span.name.id for span in block.spec.spans),
         *lacking,
         *_list_placeholders(block),
-        *(each.name for each in block.spec.regions if block.spec.kind != "images"),
+        *(region.name for region in block.spec.regions if block.spec.kind != "images"),
         INSERTED_SPAN,
     ]
     known = (n for n in dict.fromkeys(columns) if n not in constant)
     names = [n for n in known if len(n) <= limits.NAME and _NAME.fullmatch(n)]
-    images = [each.name for each in block.spec.pictures if each.name not in constant]
+    images = [picture.name for picture in block.spec.pictures if picture.name not in constant]
     shown = [*names[:_SHOWN], *images]
 
     def text(value: str) -> ast.String:
@@ -1226,9 +1233,9 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
             for name in names
         ),
         pictures=tuple(
-            each.model_copy(update={"value": _gray_frames(each)})
-            for each in block.spec.pictures
-            if each.name in images
+            picture.model_copy(update={"value": _gray_frames(picture)})
+            for picture in block.spec.pictures
+            if picture.name in images
         ),
         templates=(text(" ".join(f"{{{name}}}" for name in shown) or "word"),),
         texts=tuple(spec.TextDef(span=at, name=name, value=text(" word")) for name in block.texts),
@@ -1246,7 +1253,7 @@ _OPENED = re.compile(r"(?<!\{)(?:\{\{)*\{\s*([^\W\d]\w*)(?![\w(])")
 def _list_placeholders(block: PromptsBlock) -> Iterator[str]:
     """Yield the names that begin placeholders of the templates, also of placeholders with errors,
     whose spans aren't known; those of images aren't texts."""
-    pictures = {each.name for each in block.spec.pictures}
+    pictures = {picture.name for picture in block.spec.pictures}
     for template in block.templates:
         for text in template.texts:
             yield from (each for each in _OPENED.findall(text.span.written) if each not in pictures)

@@ -13,11 +13,7 @@ from mechdsl.base.files import SafetensorsFile, UnreadableFile, inspect_safetens
 from mechdsl.base.records import Record
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.rules import (
-    BadBasis,
-    DictionaryElsewhere,
-    DictionaryOfAnotherModel,
-)
+from mechdsl.diagnostics.rules import BadBasis, DictionaryElsewhere, DictionaryOfAnotherModel
 from mechdsl.diagnostics.syntax import BadArgument, NotSupported
 from mechdsl.dictionaries.folder import (
     CONFIG_FILE,
@@ -177,7 +173,7 @@ class Reconstruction(Intervention):
         yield Convention(
             "reconstruction",
             "the current vector is replaced by what the basis represents of it, without the error"
-            if rule.basis is None or not any(each.reads for each in rule.basis.members)
+            if rule.basis is None or not any(member.reads for member in rule.basis.members)
             else "the output of the MLP is replaced by that of the transcoder",
         )
 
@@ -318,8 +314,8 @@ class CoordinateChange(Intervention):
         return self._inner.mode, self.drops_error, self._inner.key(rule)
 
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
-        found = self._inner.unchanged(amounts)
-        return found & False if self.drops_error else found
+        mask = self._inner.unchanged(amounts)
+        return mask & False if self.drops_error else mask
 
     def detail(self, rule: ResolvedRule) -> str | None:
         assert rule.basis is not None
@@ -328,7 +324,7 @@ class CoordinateChange(Intervention):
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from self._inner.conventions(rule, n_layers)
-        reads = {each.reads for each in rule.basis.members} if rule.basis else {""}
+        reads = {member.reads for member in rule.basis.members} if rule.basis else {""}
         if reads != {""}:
             said = (
                 f"features are those of the current `{', '.join(sorted(reads))}` of the same "
@@ -551,10 +547,10 @@ def resolve_saved_features(
         return None
     ((point,),) = targets.points.values()
     member = BasisTargets(name, (name,), (members,), (), {}).at(point)
-    found = _named_coordinates(site, features, member.size, work)
-    if found is None:
+    axis_values = _named_coordinates(site, features, member.size, work)
+    if axis_values is None:
         return None
-    which = tuple(dict.fromkeys(each for own in found.choices.values() for each in own))
+    which = tuple(dict.fromkeys(each for choice in axis_values.choices.values() for each in choice))
     if not which:
         problem = BasisError(site, "no feature is named", "name one: `features top 1 of …`")
         work.diagnostics.append(problem.diagnostic)
@@ -576,12 +572,12 @@ def resolve_argument_bases(
 
     Each has one member, for vectors of the residual stream. E0342 for other bases.
     """
-    found: list[BasisMember] = []
+    basis_members: list[BasisMember] = []
 
     def add(name: ast.Name, family: Mapping[SitePoint, BasisMember]) -> None:
-        found.append(_argument_basis(name, list(family.values()), work))
+        basis_members.append(_argument_basis(name, list(family.values()), work))
 
-    return _argument_targets(names, found) if _use_families(names, add, work) else None
+    return _argument_targets(names, basis_members) if _use_families(names, add, work) else None
 
 
 def _use_families(
@@ -619,7 +615,7 @@ def resolve_transcoders(
     E0342 for another basis, for a transcoder whose features aren't a linear map of the MLP's input
     before their activation function, and for two of one layer.
     """
-    found: dict[int, BasisMember] = {}
+    basis_members: dict[int, BasisMember] = {}
 
     def add(name: ast.Name, family: Mapping[SitePoint, BasisMember]) -> None:
         for point, member in family.items():
@@ -632,15 +628,15 @@ def resolve_transcoders(
                 reason = f"`{name.id}` and others aren't of one cross-layer transcoder"
                 hint = "name either one cross-layer transcoder, or transcoders of single layers"
                 raise BasisError(name, reason, hint)
-            if point.layer in found:
-                own = found[point.layer].name
+            if point.layer in basis_members:
+                own = basis_members[point.layer].name
                 reason = f"`{own}` is a transcoder of layer {point.layer}, too"
                 raise BasisError(name, reason, "name one of them")
-            found[point.layer] = member
+            basis_members[point.layer] = member
 
     folders: set[str] = set()
     return (
-        (_argument_targets(names, found.values()), found)
+        (_argument_targets(names, basis_members.values()), basis_members)
         if _use_families(names, add, work)
         else None
     )
@@ -673,7 +669,7 @@ def resolve_feature_nodes(site: ast.Site, work: ExperimentContext) -> dict[SiteL
         members = _members(definition, written, site, work)
         if members is None:
             return {}
-        found: dict[SiteLayer, FeatureNodes] = {}
+        feature_nodes: dict[SiteLayer, FeatureNodes] = {}
         for point in dict.fromkeys(chain.from_iterable(written.points.values())):
             member = members.get(None) or members[point.layer, point.unit]
             _check_feature_nodes(site, point, member)
@@ -689,11 +685,11 @@ def resolve_feature_nodes(site: ast.Site, work: ExperimentContext) -> dict[SiteL
                 raise BasisError(site, reason, hint)
             which = tuple(sorted(set(chain.from_iterable(named.choices.values()))))
             where = point.site, point.layer
-            found[where] = FeatureNodes(member, which or tuple(range(member.size)))
+            feature_nodes[where] = FeatureNodes(member, which or tuple(range(member.size)))
     except BasisError as problem:
         work.diagnostics.append(problem.diagnostic)
         return {}
-    return found
+    return feature_nodes
 
 
 _STREAM_REASON = ": the residual stream is the sum of all senders, and not one of them"
@@ -709,11 +705,11 @@ _NODE_SITES = ("attn_out", "mlp_out")
 def _check_feature_nodes(site: ast.Site, point: SitePoint, member: BasisMember) -> None:
     """Raise BasisError unless features of a basis add up to the output of an MLP or of
     attention."""
-    own, name = member.operand, site.basis_name
-    if not isinstance(own, DictionaryFile):
+    operand, name = member.operand, site.basis_name
+    if not isinstance(operand, DictionaryFile):
         reason = f"`{name}` isn't a dictionary, and nodes of circuits are features of dictionaries"
         raise BasisError(site, reason, 'use `sae("folder")` or `transcoder("folder")`')
-    if own.crosses_layers:
+    if operand.crosses_layers:
         reason = (
             f"`{name}` is a cross-layer transcoder: the rest of a later MLP's output depends on "
         )
@@ -722,8 +718,8 @@ def _check_feature_nodes(site: ast.Site, point: SitePoint, member: BasisMember) 
         hint += f"`ablate mlp_out layer {point.layer} features 3, 12 of {name} at tokens * with "
         hint += f"zero`, or observe their graph: `observe attribution_graph({name}) …`"
         raise BasisError(site, reason, hint)
-    if own.write_obstacle:
-        reason = f"the features of a {own.write_obstacle}, so they aren't nodes of a circuit"
+    if operand.write_obstacle:
+        reason = f"the features of a {operand.write_obstacle}, so they aren't nodes of a circuit"
         hint = "use a dictionary whose features depend on one vector of one layer"
         raise BasisError(site, reason, hint)
     if point.site not in _NODE_SITES:
@@ -746,7 +742,7 @@ def list_group_features(
         members: The bases of a graph by layer.
         named: The name of the group where it is used.
     """
-    found: set[LayerFeature] = set()
+    group_features: set[LayerFeature] = set()
     reason = hint = ""
     for site in join_features(group.sites, ast.Site(span=named.span)):
         axis, of = site.coordinates, site.basis_name
@@ -755,25 +751,27 @@ def list_group_features(
         there = resolve_axis(layers, [SITES["mlp_out"]], work.sites)
         if there is None:
             return None
-        own = {
+        basis_members = {
             layer: member
             for layer, member in members.items()
             if member.name.partition("[")[0] == of and layer in there.choices.get((), (layer,))
         }
-        if not own:
+        if not basis_members:
             reason, hint = f"has features of `{of}`, which isn't in the graph", f"name `{of}`, too"
-        for layer, member in own.items():
+        for layer, member in basis_members.items():
             numbers = _named_coordinates(site, axis, member.size, work)
             if numbers is None:
                 return None
             if numbers.loops:
                 reason, hint = "depends on a `for`", "write numbers in the group"
-            found |= {(layer, number) for each in numbers.choices.values() for number in each}
+            group_features |= {
+                (layer, number) for choice in numbers.choices.values() for number in choice
+            }
     if reason:
         bad = BadArgument(span=named.span, name=group.name, reason=reason, hint=hint)
         work.diagnostics.append(bad)
         return None
-    return frozenset(found)
+    return frozenset(group_features)
 
 
 def read_decoders(
@@ -781,34 +779,34 @@ def read_decoders(
 ) -> Mapping[int, SafetensorsFile] | None:
     """Read the facts of the decoders of a cross-layer transcoder, by the layer of their features;
     empty for transcoders of one layer and before a training; None after E0342."""
-    found: dict[int, SafetensorsFile] = {}
+    decoders: dict[int, SafetensorsFile] = {}
     for layer, member in members.items():
-        own = member.operand
-        if not isinstance(own, DictionaryFile) or not own.crosses_layers:
+        operand = member.operand
+        if not isinstance(operand, DictionaryFile) or not operand.crosses_layers:
             continue
-        if isinstance(own, TrainedDictionary) and not own.is_trained:
+        if isinstance(operand, TrainedDictionary) and not operand.is_trained:
             continue
         try:
-            found[layer] = read_cross_decoder(own, layer, work.model.shape.n_layers)
+            decoders[layer] = read_cross_decoder(operand, layer, work.model.shape.n_layers)
         except UnreadableFile as problem:
             error = BasisError(names[0], problem.reason, problem.hint)
             work.diagnostics.append(error.diagnostic)
             return None
-    return found
+    return decoders
 
 
 def _check_graph_basis(name: ast.Name, point: SitePoint, member: BasisMember) -> None:
     """Raises BasisError unless a basis replaces MLPs by features that are added up."""
-    own = member.operand
-    if not isinstance(own, DictionaryFile) or not own.transcodes or point.site != "mlp_out":
+    operand = member.operand
+    if not isinstance(operand, DictionaryFile) or not operand.transcodes or point.site != "mlp_out":
         reason = f"`{name.id}` isn't a transcoder of an MLP"
         hint = f'write `basis {name.id} = transcoder("folder") at mlp_out layer 2`'
         raise BasisError(name, reason, hint)
     other = ""
-    if own.normalization != "none":
-        other = f"a transcoder that normalises its input ({own.normalization})"
-    if not other and own.architecture not in LINEAR_BEFORE_ACTIVATION:
-        other = f"a {own.kind}"
+    if operand.normalization != "none":
+        other = f"a transcoder that normalises its input ({operand.normalization})"
+    if not other and operand.architecture not in LINEAR_BEFORE_ACTIVATION:
+        other = f"a {operand.kind}"
     if other:
         listed = name_list(sorted(LINEAR_BEFORE_ACTIVATION))
         raise BasisError(
@@ -832,32 +830,32 @@ def _argument_basis(
             "compute it at one site: `at resid_pre layer 2`",
         )
     (member,) = members
-    own, width = member.operand, work.model.shape.d_model
+    operand, width = member.operand, work.model.shape.d_model
     if member.width != width and not work.model.shape.stands_in:
         raise BasisError(
             name,
             f"its vectors have {member.width} numbers, and the residual stream has {width}",
             "compute it at a site of the residual stream: `at resid_pre layer 2`",
         )
-    if isinstance(own, PythonBasis):
+    if isinstance(operand, PythonBasis):
         raise BasisError(
             name,
             "an object of a Python file shows no directions",
             "name a basis with directions, or a dictionary of a folder",
         )
-    if isinstance(own, DictionaryFile) and own.write_obstacle:
+    if isinstance(operand, DictionaryFile) and operand.write_obstacle:
         raise BasisError(
             name,
-            f"the features of a {own.write_obstacle}",
+            f"the features of a {operand.write_obstacle}",
             "name a dictionary whose features depend on one vector of one layer",
         )
-    if isinstance(own, DictionaryFile) and own.architecture == "mixture":
+    if isinstance(operand, DictionaryFile) and operand.architecture == "mixture":
         raise BasisError(
             name,
             "the features of a mixture are probabilities, not products with a direction",
             "name a basis with directions; `observe features of` reads a mixture",
         )
-    if isinstance(own, DictionaryFile) and own.normalization != "none":
+    if isinstance(operand, DictionaryFile) and operand.normalization != "none":
         raise BasisError(
             name,
             "its features have no fixed directions in the residual stream",
@@ -900,7 +898,9 @@ def _number_bases(targets: BasisTargets, outer: Mapping[str, int]) -> BasisTarge
         return targets
     keys = enumerate(product(*map(range, outer.values())))
     numbered = product(keys, targets.coordinates.items())
-    every = {(*at, *key): Coordinates(own.which, n) for (n, at), (key, own) in numbered}
+    every = {
+        (*at, *key): Coordinates(coordinates.which, n) for (n, at), (key, coordinates) in numbered
+    }
     return replace(targets, axes=(*outer, *targets.axes), coordinates=every)
 
 
@@ -927,7 +927,7 @@ def _bases_of_rule(
         work.diagnostics.append(BadBasis(span=site.span, reason=reason, hint=SEEDS_HINT))
         return None
     names = tuple(f"{each}[{SEED_AXIS} {seed}]" for each, seed in product(names, seeds))
-    every = tuple(own for part, _ in parts for own in part)
+    every = tuple(basis for part, _ in parts for basis in part)
     return names, every, {**outer, SEED_AXIS: len(seeds)}
 
 
@@ -945,19 +945,21 @@ def _insert(targets: BasisTargets, exchange: _Exchange) -> BasisTargets:
     """Add the features that come in, along the axes of both."""
     axes = (*targets.axes, *(axis for axis in exchange.axes if axis not in targets.axes))
     every = tuple(range(min(member.size for member in targets.members)))
-    found: dict[tuple[int, ...], Coordinates] = {}
-    for (key, own), (other, which) in product(targets.coordinates.items(), exchange.which.items()):
+    coordinates: dict[tuple[int, ...], Coordinates] = {}
+    for (key, coordinate), (other, which) in product(
+        targets.coordinates.items(), exchange.which.items()
+    ):
         place = dict(zip(targets.axes, key, strict=True))
         pairs = zip(exchange.axes, other, strict=True)
         if all(place.setdefault(axis, index) == index for axis, index in pairs):
             key = tuple(place[axis] for axis in axes)
-            found[key] = Coordinates(own.which or every, inserted=which)
+            coordinates[key] = Coordinates(coordinate.which or every, inserted=which)
     return replace(
         targets,
         names=(*targets.names, exchange.basis),
         bases=(*targets.bases, exchange.points),
         axes=axes,
-        coordinates=found,
+        coordinates=coordinates,
     )
 
 
@@ -984,18 +986,18 @@ def _exchanged(
             "the two dictionaries encode vectors of different sites",
             "name two autoencoders, or two transcoders that read the same site",
         )
-    found = resolve_axis(
+    axis_values = resolve_axis(
         features, [], work.sites, size=min(member.size for member in members.values())
     )
-    if found is None:
+    if axis_values is None:
         return None
-    if found.sweep is not None:
+    if axis_values.sweep is not None:
         raise BasisError(
             features,
             "the features that come in aren't swept",
             "write `features` for all of them together, or a `for` around the rule",
         )
-    return _Exchange(features.of, members, found.loops, found.choices)
+    return _Exchange(features.of, members, axis_values.loops, axis_values.choices)
 
 
 def _named_bases(
@@ -1006,11 +1008,11 @@ def _named_bases(
     names = tuple(map(str, work.sites.loops.get(name, (name,))))
     if names == (ast.STANDARD_BASIS,):
         return names, (None,)
-    found: list[spec.Basis] = []
+    bases: list[spec.Basis] = []
     for each in names:
         definition = work.program.bases.get(each)
         if definition is not None:
-            found.append(definition)
+            bases.append(definition)
             continue
         if name in work.sites.loops and each not in work.program.failed:
             span = work.sites.words.get((name, each), node.span)
@@ -1022,10 +1024,10 @@ def _named_bases(
                     hint = "rename the variable"
             work.diagnostics.append(BadBasis(span=span, reason=reason, hint=hint))
         return names, None
-    return names, tuple(found)
+    return names, tuple(bases)
 
 
-def _check_bases(rule: spec.Rule, found: ResolvedRule, bases: Sequence[PointBases]) -> None:
+def _check_bases(rule: spec.Rule, resolved: ResolvedRule, bases: Sequence[PointBases]) -> None:
     """Check that one rule can use several bases."""
     if len(bases) == 1:
         return
@@ -1043,8 +1045,8 @@ def _check_bases(rule: spec.Rule, found: ResolvedRule, bases: Sequence[PointBase
             "the bases read vectors of different sites",
             "write a rule for transcoders, and one for the others",
         )
-    nonlinear = any(isinstance(each.operand, DictionaryFile | PythonBasis) for each in members)
-    if found.does.reads == "mean" and nonlinear:
+    nonlinear = any(isinstance(member.operand, DictionaryFile | PythonBasis) for member in members)
+    if resolved.does.reads == "mean" and nonlinear:
         raise BasisError(
             rule.site,
             "means of features of several dictionaries aren't computed in one rule",
@@ -1077,7 +1079,7 @@ def _written_words(node: ast.Node) -> str:
 def _coordinate_names(site: ast.Site, features: ast.Axis, work: ExperimentContext) -> str:
     """Return the joined coordinates as written: `dims 0..7 except 3`."""
     own = _written_words(features)
-    written = [each.span.written for each in number_exceptions(site, work.sites)]
+    written = [exception.span.written for exception in number_exceptions(site, work.sites)]
     numbers = ", ".join(dict.fromkeys(written))  # a group stands for several numbers
     return f"{own} except {numbers}" if numbers else own
 
@@ -1117,20 +1119,20 @@ def _with_parameters(node: ast.Node, work: ExperimentContext) -> ast.Node:
     return replace(node, name=None, value=value + node.offset, offset=0)
 
 
-def _check_rule(rule: spec.Rule, found: ResolvedRule, bases: Sequence[PointBases]) -> None:
+def _check_rule(rule: spec.Rule, resolved: ResolvedRule, bases: Sequence[PointBases]) -> None:
     """Check that coordinates can be changed in this way."""
-    does = found.does
+    does = resolved.does
     assert rule.site is not None
-    assert found.sites is not None
-    if found.path is not None:
-        _check_sending_features(rule.site, found.sites, bases)
-    if does.mode not in ("set", "add", "scale") or does.reads == "cell" or found.direction:
+    assert resolved.sites is not None
+    if resolved.path is not None:
+        _check_sending_features(rule.site, resolved.sites, bases)
+    if does.mode not in ("set", "add", "scale") or does.reads == "cell" or resolved.direction:
         raise BasisError(
             rule.site,
             f"`{rule.verb}` with a vector or a function doesn't act on coordinates",
             "write a number, or name the site without a basis",
         )
-    if found.sites.sources is not None:
+    if resolved.sites.sources is not None:
         raise BasisError(
             rule.site,
             "a rule in a basis reads and writes the same layer",
@@ -1146,7 +1148,7 @@ def _check_sending_features(
     points = [point for here in sites.points.values() for point in here]
     other = next((point.site for point in points if point.site not in _SENDING_SITES), None)
     operands = [member.operand for here in bases for member in here.values()]
-    if not all(isinstance(own, DictionaryFile) for own in operands):
+    if not all(isinstance(operand, DictionaryFile) for operand in operands):
         reason = f"`{name}` isn't a dictionary, and a path starts at features of dictionaries"
         raise BasisError(site, reason, 'use `sae("folder")` or `transcoder("folder")`')
     if other is not None:
@@ -1221,7 +1223,7 @@ def _check_receiving_features(site: ast.Site, written: SiteTargets, members: Poi
     points = [point for here in written.points.values() for point in here]
     other = next((point.site for point in points if point.site not in _RECEIVING_SITES), None)
     operands = [member.operand for member in members.values()]
-    if not all(isinstance(own, DictionaryFile) for own in operands):
+    if not all(isinstance(operand, DictionaryFile) for operand in operands):
         reason = f"`{name}` isn't a dictionary, and a path ends at features of a dictionary"
         raise BasisError(site, reason, 'use `sae("folder")` or `transcoder("folder")`')
     if other is not None:
@@ -1235,14 +1237,16 @@ def _check_receiving_features(site: ast.Site, written: SiteTargets, members: Poi
 def _check_separable(site: ast.Site, bases: Sequence[PointBases], verb: str) -> None:
     """Check that rules can `change` or `read` the features of single vectors."""
     for member in (member for points in bases for member in points.values()):
-        own = member.operand
-        if not isinstance(own, DictionaryFile) or own.crosses_layers:
+        operand = member.operand
+        if not isinstance(operand, DictionaryFile) or operand.crosses_layers:
             continue
-        if own.write_obstacle:
+        if operand.write_obstacle:
             hint = "use a dictionary whose features depend on one vector of one layer, or observe "
             hint += "the features: `observe features of …`"
             raise BasisError(
-                site, f"the features of a {own.write_obstacle}, so rules can't {verb} them", hint
+                site,
+                f"the features of a {operand.write_obstacle}, so rules can't {verb} them",
+                hint,
             )
 
 
@@ -1270,21 +1274,21 @@ def _with_decoders(
     Raises BasisError.
     """
     layers = {point.layer or 0 for here in sites.points.values() for point in here}
-    found = dict(bases)
+    basis_members = dict(bases)
     for key, member in bases.items():
-        own = member.operand
-        if not isinstance(own, DictionaryFile) or not own.crosses_layers:
+        operand = member.operand
+        if not isinstance(operand, DictionaryFile) or not operand.crosses_layers:
             continue
         for layer in layers if key is None else {key[0] or 0}:
-            found[key] = _with_decoder(site, rule, member, own, layer, work)
-    return found
+            basis_members[key] = _with_decoder(site, rule, member, operand, layer, work)
+    return basis_members
 
 
 def _with_decoder(
     site: ast.Site,
     rule: spec.Rule | None,
     member: BasisMember,
-    own: DictionaryFile,
+    dictionary_file: DictionaryFile,
     layer: int,
     work: ExperimentContext,
 ) -> BasisMember:
@@ -1300,7 +1304,7 @@ def _with_decoder(
     if reason:
         hint = f"change named features: `clamp mlp_out layer 0 feature 3 of {name} at … to 2`"
         raise BasisError(site, f"`{name}` is a cross-layer transcoder, and {reason}", hint)
-    where = site_of_hook(own.hook or "")
+    where = site_of_hook(dictionary_file.hook or "")
     if where is not None and where[1] != layer:
         reason = f"its features are those of layer {where[1]}, and the rule writes layer {layer}"
         raise BasisError(site, reason, f"write `mlp_out layer {where[1]}`")
@@ -1308,13 +1312,13 @@ def _with_decoder(
     if lacking is not None:
         reason = f"`{name}` writes to the MLPs of all later layers, and layer {lacking} has none"
         raise BasisError(site, reason, "use a transcoder of one layer")
-    if isinstance(own, TrainedDictionary) and not own.is_trained:
+    if isinstance(dictionary_file, TrainedDictionary) and not dictionary_file.is_trained:
         return member
     try:
-        decoders = read_cross_decoder(own, layer, shape.n_layers)
+        decoders = read_cross_decoder(dictionary_file, layer, shape.n_layers)
     except UnreadableFile as problem:
         raise BasisError(site, problem.reason, problem.hint) from problem
-    return replace(member, operand=own.with_decoders(decoders))
+    return replace(member, operand=dictionary_file.with_decoders(decoders))
 
 
 def _check_all_features(
@@ -1341,7 +1345,7 @@ def _names_all_features(features: ast.Axis | None, bases: Sequence[PointBases]) 
     every = features is None or any(isinstance(value, ast.Star) for value in features.values)
     overcomplete = DictionaryFile | PythonBasis
     members = (member for points in bases for member in points.values())
-    return every and any(isinstance(each.operand, overcomplete) for each in members)
+    return every and any(isinstance(member.operand, overcomplete) for member in members)
 
 
 def _check_removal(rule: spec.Rule, features: ast.Axis | None, bases: Sequence[PointBases]) -> None:
@@ -1351,7 +1355,7 @@ def _check_removal(rule: spec.Rule, features: ast.Axis | None, bases: Sequence[P
         reason, hint = "`project out` doesn't reconstruct vectors", "remove `without error`"
         raise BasisError(rule.site, reason, hint)
     members = [member for points in bases for member in points.values()]
-    if any(isinstance(each.operand, PythonBasis) for each in members):
+    if any(isinstance(member.operand, PythonBasis) for member in members):
         raise BasisError(
             rule.site,
             "an object of a Python file shows no directions",
@@ -1408,25 +1412,27 @@ def _coordinates(
     if features is None:
         return (), None, {(): ()}, none
     sizes = sorted({member.size for member in members.values()})
-    found = _named_coordinates(site, features, sizes[0], work)
-    if found is None:
+    axis_values = _named_coordinates(site, features, sizes[0], work)
+    if axis_values is None:
         return (), None, None, none
     whole = tuple(range(sizes[0])) if len(sizes) == 1 else None
-    empty = frozenset(key for key, own in found.choices.items() if not own)
-    choices = {key: () if own == whole else own for key, own in found.choices.items()}
-    swept = () if found.sweep is None else (found.sweep.name,)
-    return (*found.loops, *swept), found.sweep, choices, empty
+    empty = frozenset(key for key, choice in axis_values.choices.items() if not choice)
+    choices = {
+        key: () if choice == whole else choice for key, choice in axis_values.choices.items()
+    }
+    swept = () if axis_values.sweep is None else (axis_values.sweep.name,)
+    return (*axis_values.loops, *swept), axis_values.sweep, choices, empty
 
 
 def _named_coordinates(
     site: ast.Site, features: ast.Axis, size: int, work: ExperimentContext
 ) -> AxisValues | None:
     """Resolve the coordinates that a site names, without its exceptions; None after an error."""
-    found = resolve_axis(features, [], work.sites, size=size)
+    axis_values = resolve_axis(features, [], work.sites, size=size)
     numbers = number_exceptions(site, work.sites)
-    if found is None or not numbers:
-        return found
-    return exclude_values(found, numbers, work.sites)
+    if axis_values is None or not numbers:
+        return axis_values
+    return exclude_values(axis_values, numbers, work.sites)
 
 
 # --- definitions ----------------------------------------------------------------------------------
@@ -1486,7 +1492,7 @@ def _defined_members(
     for point in points:
         key = None if None in members else (point.layer, point.unit)
         if key not in members:
-            layers = ", ".join(map(str, sorted({own.layer or 0 for own in family})))
+            layers = ", ".join(map(str, sorted({site_point.layer or 0 for site_point in family})))
             raise BasisError(
                 site,
                 f"`{definition.name}` has no basis for layer {point.layer}",
@@ -1548,7 +1554,7 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
     method = BASIS_METHODS[call.name]
     options = _options(call, method, work)
     labels = _labels(call, work)
-    found: dict[SitePoint, BasisMember] = {}
+    basis_members: dict[SitePoint, BasisMember] = {}
     for key, here in sites.points.items():
         if key in sites.missing:
             continue
@@ -1582,9 +1588,11 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
         made += f"; {count_noun(size, 'coordinate')}"
         reads = find_encoded_site(what, point) if isinstance(what, DictionaryFile) else ""
         made += "" if labels is None else f"; {count_noun(len(labels.texts), 'label')}"
-        found[point] = BasisMember(name, call.name, options, what, width, size, made, reads, labels)
-    _check_layers(definition, found, work)
-    return found if _fits_saved_groups(definition, found, work) else None
+        basis_members[point] = BasisMember(
+            name, call.name, options, what, width, size, made, reads, labels
+        )
+    _check_layers(definition, basis_members, work)
+    return basis_members if _fits_saved_groups(definition, basis_members, work) else None
 
 
 def _fits_saved_groups(
@@ -1603,12 +1611,12 @@ def _fits_saved_groups(
             if len(family) == 1 or (point.layer, point.unit) == (layer, unit)
         ]
         for operand in there:
-            own = operand.digest if isinstance(operand, DictionaryFile) else None
-            if own in ("", group.dictionary[1]):
+            digest = operand.digest if isinstance(operand, DictionaryFile) else None
+            if digest in ("", group.dictionary[1]):
                 continue
             reason = f"the file of `{group.name}` has features of a dictionary with SHA-256 "
             reason += f"{group.dictionary[1][:12]}…, and `{definition.name}` "
-            reason += "isn't a dictionary" if own is None else f"has {own[:12]}…"
+            reason += "isn't a dictionary" if digest is None else f"has {digest[:12]}…"
             hint = "name the dictionary that the group was trained with"
             bad = BadBasis(span=group.span, reason=reason, hint=hint, what="group")
             if bad not in work.diagnostics:
@@ -1622,8 +1630,8 @@ def _check_layers(
 ) -> None:
     """Check that a cross-layer transcoder that is trained has all layers. Raises BasisError."""
     for member in family.values():
-        own, count = member.operand, work.model.shape.n_layers
-        if not isinstance(own, TrainedDictionary) or not own.crosses_layers:
+        operand, count = member.operand, work.model.shape.n_layers
+        if not isinstance(operand, TrainedDictionary) or not operand.crosses_layers:
             return
         if len(family) < count and not work.model.shape.stands_in:
             reason = "a cross-layer transcoder is trained on the MLPs of all layers together"
@@ -1639,7 +1647,9 @@ def _labels(call: ast.Call, work: ExperimentContext) -> FeatureLabels | None:
         return None
     written = str(constant_value(argument.value, work.program.parameters))
     path, problems = path_to_read(LABELS_PATH, written, argument.span)
-    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
+    work.diagnostics.extend(
+        diagnostic for diagnostic in problems if diagnostic not in work.diagnostics
+    )
     if path is None or problems:
         return None
     try:
@@ -1650,17 +1660,17 @@ def _labels(call: ast.Call, work: ExperimentContext) -> FeatureLabels | None:
 
 def _options(call: ast.Call, method: BasisMethod, work: ExperimentContext) -> dict[str, Constant]:
     """Return the constants of a call, other than `limit`."""
-    found: dict[str, Constant] = {}
+    options: dict[str, Constant] = {}
     for argument in call.arguments:
         if argument.name in (None, "limit", "labels", "prompts", "seeds", *EFFECT_OPTIONS):
             continue
         if argument.name == "weights":
-            found["weights"] = argument.value.span.written
+            options["weights"] = argument.value.span.written
             continue
         value = constant_value(argument.value, work.program.parameters)
         assert value is not None
-        found[argument.name] = value
-    return found
+        options[argument.name] = value
+    return options
 
 
 def _operand(
@@ -1734,10 +1744,10 @@ def _fitted(
     options: Mapping[str, Constant],
     work: ExperimentContext,
 ) -> tuple[BasisOperand, int, str] | None:
-    found = _sample(definition, point, work)
-    if found is None:
+    fit_sample = _sample(definition, point, work)
+    if fit_sample is None:
         return None
-    sample, text = found
+    sample, text = fit_sample
     rows = count_used_rows(sample.cell)
     if sample.targets:
         value = definition.method.arguments[0].value.span.written
@@ -1791,10 +1801,10 @@ def _trained(
     work: ExperimentContext,
 ) -> tuple[BasisOperand, int, str] | None:
     """Resolve a dictionary or a rotation that `fit` trains. Raises BasisError."""
-    found = _sample(definition, point, work)
-    if found is None:
+    fit_sample = _sample(definition, point, work)
+    if fit_sample is None:
         return None
-    sample, text = found
+    sample, text = fit_sample
     _require_rows(definition, sample, work)
     made = outline_training(definition, options, sample, point, work.program, work.model)
     assert made.training is not None
@@ -1802,10 +1812,10 @@ def _trained(
         raise BasisError(definition.method, *problem)
     if isinstance(made.training.trainer, PairedTrainer):
         assert isinstance(made, TrainedDictionary)
-        found = _paired(definition, made.features, sample, point, work)
-        if found is None:
+        fit_sample = _paired(definition, made.features, sample, point, work)
+        if fit_sample is None:
             return None
-        sample, paired = found
+        sample, paired = fit_sample
         made = replace(made, training=replace(made.training, source=sample, paired=paired))
         assert made.training is not None
         text += f", with {paired.label}"
@@ -1903,7 +1913,9 @@ def _paired(
     Returns:
         The rows and tokens that both have, and what they are correlated with.
     """
-    node = next(each.value for each in definition.method.arguments if each.name == "with")
+    node = next(
+        argument.value for argument in definition.method.arguments if argument.name == "with"
+    )
     known = sample.run.rows[0].values
     if isinstance(node, ast.Name) and node.id in SITES and node.id not in known:
         node = ast.Site(names=(node,), span=node.span)
@@ -1911,34 +1923,34 @@ def _paired(
         viewed = _viewed(definition, node, sample, work)
         if viewed is None:
             return None
-        sample, found = viewed
+        sample, vectors = viewed
     elif isinstance(node, ast.Site):
         other = _one_point(node, work)
         if other is None:
             return None
         _check_site(other, node, work)
         _check_tokens(node, other, point, work)
-        found = PairedVectors(label_points((other,)), other)
+        vectors = PairedVectors(label_points((other,)), other)
     else:
         items = node.items if isinstance(node, ast.ListLiteral) else (node,)
         columns = [column for item in items for column in _value_columns(item, sample)]
         label = ", ".join(item.span.written for item in items)
-        found = PairedVectors(label, None, tuple(zip(*columns, strict=True)))
-    if found.point == point and _are_same_tokens(sample, found.sample):
+        vectors = PairedVectors(label, None, tuple(zip(*columns, strict=True)))
+    if vectors.point == point and _are_same_tokens(sample, vectors.sample):
         raise BasisError(
             node,
             "the vectors of a site correlate with themselves in all components",
             "name another site",
         )
-    shape = found.shape or work.model.shape
-    size = len(found.values[0]) if found.point is None else count_numbers(found.point, shape)
+    shape = vectors.shape or work.model.shape
+    size = len(vectors.values[0]) if vectors.point is None else count_numbers(vectors.point, shape)
     if count > size and not work.model.shape.stands_in:
         raise BasisError(
             node,
-            f"{count:,} components with `{found.label}`, which has {count_noun(size, 'number')}",
+            f"{count:,} components with `{vectors.label}`, which has {count_noun(size, 'number')}",
             f"write at most `components: {size}`",
         )
-    return sample, found
+    return sample, vectors
 
 
 def _check_tokens(
@@ -1946,7 +1958,7 @@ def _check_tokens(
 ) -> None:
     """Check that two sites have vectors at the same tokens. Raises BasisError."""
     shape, names = work.model.shape, {"source": "the prompt", "target": "the decoder"}
-    own, theirs = (names.get(find_side([each], shape), "") for each in (point, other))
+    own, theirs = (names.get(find_side([site_point], shape), "") for site_point in (point, other))
     if own != theirs:
         reason = f"`{other.site}` is at tokens of {theirs}, and `{point.site}` at tokens "
         hint = f"name their position: `with: {node.span.written} at last token`"
@@ -1985,18 +1997,20 @@ def _viewed(
         loop_values=work.program.numbers,
         side=find_side([point], reader.shape),
     )
-    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
+    work.diagnostics.extend(problem for problem in problems if problem not in work.diagnostics)
     if has_errors(problems):
         return None
     if len(cells) != 1:
         raise BasisError(at, "vectors are correlated at one position", "join them: `{A, B}`")
-    own, other = cut_to_shared_rows(sample.cell, cells[0])
-    _check_counts(node, at, sample, (own, other))
+    position_cell, other = cut_to_shared_rows(sample.cell, cells[0])
+    _check_counts(node, at, sample, (position_cell, other))
     label = label_points((point,))
     label += "" if partner is None else f" of {partner.name}"
     label += "" if node.at is None else f" at {at.span.written}"
     viewed = FitSample(sample.table, run, other)
-    return replace(sample, cell=own), PairedVectors(label, point, sample=viewed, shape=reader.shape)
+    return replace(sample, cell=position_cell), PairedVectors(
+        label, point, sample=viewed, shape=reader.shape
+    )
 
 
 def _check_counts(
@@ -2065,7 +2079,7 @@ def _jacobian(
         _check_site(end, site, work)
         ends.append(end)
     source, target = ends
-    before, after = (write_order(each.site, each.layer) for each in ends)
+    before, after = (write_order(site_point.site, site_point.layer) for site_point in ends)
     if before >= after:
         raise BasisError(
             map_,
@@ -2079,10 +2093,10 @@ def _jacobian(
             f"write `at {map_.source.span.written}` for right singular vectors, or "
             f"`at {map_.target.span.written}` for left ones",
         )
-    found = _sample(definition, point, work)
-    if found is None:
+    fit_sample = _sample(definition, point, work)
+    if fit_sample is None:
         return None
-    sample, text = found
+    sample, text = fit_sample
     side = "left" if point == target else "right"
     text = f"{side} singular vectors of the Jacobians {map_.span.written}, {text}"
     operand = JacobianBasis(sample, source, target, point == target)
@@ -2092,11 +2106,14 @@ def _jacobian(
 def _one_point(site: ast.Site, work: ExperimentContext) -> SitePoint | None:
     """Return the point of a site that names one; None after other errors. Raises BasisError."""
     before = len(work.diagnostics)
-    found, axes = resolve_site(site, work.sites.of_definitions())
-    if found is None or has_errors(work.diagnostics[before:]):
+    site_targets, axes = resolve_site(site, work.sites.of_definitions())
+    if site_targets is None or has_errors(work.diagnostics[before:]):
         return None
     points = [
-        point for key, here in found.points.items() if key not in found.missing for point in here
+        point
+        for key, here in site_targets.points.items()
+        if key not in site_targets.missing
+        for point in here
     ]
     if axes or len(points) != 1:
         raise BasisError(site, "it names several sites", "name one layer, and at most one head")
@@ -2195,7 +2212,7 @@ def _python(
 ) -> tuple[BasisOperand, int, str] | None:
     """Resolve an object of a Python file, whose code isn't run here."""
     function, problems = find_function(call, "basis")
-    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
+    work.diagnostics.extend(problem for problem in problems if problem not in work.diagnostics)
     if function is None:
         return None
     text = f"{function.name} of {function.file}, {function.identity}"
@@ -2234,9 +2251,9 @@ def _dictionary(
     _check_transcoder(call, file, point, work)
     widths = [(file.width_in, vector_width(shape, reads) if reads else count_numbers(point, shape))]
     widths += [(file.width_out, count_numbers(point, shape))] if reads else []
-    for (own, width), site in zip(widths, (reads or point.site, point.site), strict=False):
-        if own != width and not shape.stands_in:
-            reason = f"`{written}` has vectors of {own} numbers, `{site}` has {width}"
+    for (number, width), site in zip(widths, (reads or point.site, point.site), strict=False):
+        if number != width and not shape.stands_in:
+            reason = f"`{written}` has vectors of {number} numbers, `{site}` has {width}"
             hint = "use the site and the model that it was trained on"
             hint += f": `{file.hook}`" if file.hook else ""
             raise BasisError(call, reason, hint)
@@ -2257,8 +2274,8 @@ def find_encoded_site(file: DictionaryFile, point: SitePoint) -> str:
     if not file.transcodes:
         return ""
     named = None if file.hook is None else site_of_hook(file.hook)
-    found = named[0] if named is not None and named[0] in ENCODED_SITES else ENCODED_SITES[0]
-    return in_stack(found, SITES[point.site].stack)
+    site = named[0] if named is not None and named[0] in ENCODED_SITES else ENCODED_SITES[0]
+    return in_stack(site, SITES[point.site].stack)
 
 
 def _check_transcoder(
@@ -2287,8 +2304,8 @@ def _trained_elsewhere(
     call: ast.Call, file: DictionaryFile, point: SitePoint
 ) -> Iterator[Diagnostic]:
     """Yield W0733 for each recorded hook point that is another site of the stream."""
-    own = SitePoint(find_encoded_site(file, point) or point.site, point.layer, None)
-    for hook, read in ((file.hook, own), (file.hook_out, point)):
+    site_point = SitePoint(find_encoded_site(file, point) or point.site, point.layer, None)
+    for hook, read in ((file.hook, site_point), (file.hook_out, point)):
         named = None if hook is None else site_of_hook(hook)
         same = {(read.site, read.layer)}
         if read.layer is not None and read.site in ("resid_pre", "resid_post"):

@@ -26,16 +26,16 @@ _LETTERS = {"layer": "L", "head": "H", "neuron": "N", "expert": "H"}
 def list_token_places(places: Sequence[PositionCell]) -> list[dict[int, frozenset[int]]]:
     """Return the numbers of the positions that each token is at, for the tokens of each row that
     some position has; empty without positions."""
-    found: list[dict[int, frozenset[int]]] = []
+    token_places: list[dict[int, frozenset[int]]] = []
     for rows in zip(*(place.hits for place in places), strict=True):
         tokens = [{*chain.from_iterable(row)} for row in rows]
-        found.append(
+        token_places.append(
             {
                 token: frozenset(n for n, own in enumerate(tokens) if token in own)
                 for token in set[int]().union(*tokens)
             }
         )
-    return found
+    return token_places
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def distinguish_variants(parts: Sequence[tuple[VariantLabels, str]]) -> list[str
 
 def join_axes(parts: Sequence[tuple[VariantLabels, Sequence[str]]]) -> list[str]:
     """Join the axes of all variants; axes that vary between variants come first."""
-    own = [axis for labels, _ in parts for axis, _ in labels]
-    return list(dict.fromkeys([*own, *(axis for _, axes in parts for axis in axes)]))
+    names = [axis for labels, _ in parts for axis, _ in labels]
+    return list(dict.fromkeys([*names, *(axis for _, axes in parts for axis in axes)]))
 
 
 def join_cells(
@@ -139,8 +139,10 @@ def average_cells(cells: Sequence[CellKey], axis: str) -> tuple[list[CellKey], l
     for number, cell in enumerate(cells):
         key = tuple((name, value) for name, value in cell.coords.items() if name != axis)
         groups.setdefault(key, []).append(number)
-    found = [_average_key([cells[n] for n in group], dict(key)) for key, group in groups.items()]
-    return found, list(groups.values())
+    cell_numbers = [
+        _average_key([cells[n] for n in group], dict(key)) for key, group in groups.items()
+    ]
+    return cell_numbers, list(groups.values())
 
 
 def _average_key(cells: Sequence[CellKey], coords: Mapping[str, Coord]) -> CellKey:
@@ -174,28 +176,28 @@ def find_open_axes(
     These are axes that another experiment picks, features that an observation selects, and axes
     that depend on unavailable facts.
     """
-    found: set[str] = set()
+    open_axes: set[str] = set()
     for rule in experiment.rules:
         if rule.site is not None:
-            found.update(_of_site(rule.site, groups, unknown))
+            open_axes.update(_of_site(rule.site, groups, unknown))
         if rule.observed is not None and rule.observed.basis and rule.observed.top:
-            found.add("feature")
+            open_axes.add("feature")
         if rule.receiver is not None:
-            own = list(_of_site(rule.receiver, groups, unknown))
-            found.update(own, (f"to_{name}" for name in own))
+            names = list(_of_site(rule.receiver, groups, unknown))
+            open_axes.update(names, (f"to_{name}" for name in names))
         if rule.edge is not None and rule.edge.heads is not None:
-            found.update(_of_site(rule.edge.heads, groups, unknown))
+            open_axes.update(_of_site(rule.edge.heads, groups, unknown))
         if "shape" in unknown:
-            found.update(_of_axes(rule.edge))
+            open_axes.update(_of_axes(rule.edge))
             if rule.into_layer is not None and is_open(rule.into_layer):
-                found.update(("layer", "to_layer"))
+                open_axes.update(("layer", "to_layer"))
         for positions in (rule.at, rule.onto):
             if positions is not None and has_open_positions(positions, unknown):
-                found.update(("position", "from_position", "item"))
+                open_axes.update(("position", "from_position", "item"))
     if "shape" in unknown and any(axis == "model" for axis, _ in experiment.variant):
         # labels by relative depth depend on the number of layers
-        found.update(("layer", "to_layer"))
-    return frozenset(found)
+        open_axes.update(("layer", "to_layer"))
+    return frozenset(open_axes)
 
 
 def has_open_positions(positions: ast.Positions, unknown: Collection[UnknownFact]) -> bool:
@@ -270,24 +272,24 @@ def find_token_mismatches(
     Returns:
         The row, the token of the base run and the token of the source run, for each pair.
     """
-    found: list[tuple[int, int, int]] = []
+    mismatches: list[tuple[int, int, int]] = []
     if written.vectors > 1:  # patches aren't counted
-        return found
-    for n, (own, theirs) in enumerate(zip(base.rows, source.rows, strict=True)):
-        if len(own.ids) == len(theirs.ids):
+        return mismatches
+    for n, (row, theirs) in enumerate(zip(base.rows, source.rows, strict=True)):
+        if len(row.ids) == len(theirs.ids):
             continue
-        prefix = _shared_length(own.ids, theirs.ids)
-        suffix = _shared_length(own.ids[::-1], theirs.ids[::-1])
+        prefix = _shared_length(row.ids, theirs.ids)
+        suffix = _shared_length(row.ids[::-1], theirs.ids[::-1])
         hits = zip(written.hits[n], read.hits[n], strict=False)
         for to, of in (pair for run in hits for pair in zip(*run, strict=False)):
-            if to >= len(own.ids) or of >= len(theirs.ids):
+            if to >= len(row.ids) or of >= len(theirs.ids):
                 continue  # tokens of the answer, which are equal
-            tail = len(own.ids) - to
+            tail = len(row.ids) - to
             from_start = to == of and to > prefix
             from_end = tail == len(theirs.ids) - of and tail > suffix + 1
-            if (from_start or from_end) and own.ids[to] != theirs.ids[of]:
-                found.append((n, to, of))
-    return found
+            if (from_start or from_end) and row.ids[to] != theirs.ids[of]:
+                mismatches.append((n, to, of))
+    return mismatches
 
 
 def report_token_mismatch(

@@ -231,7 +231,7 @@ def read_circuit(
     named = dict(_name_edges(file, written, shape, places, nodes.features))
     points = [SitePoint(*of, unit) for of, own in nodes.neurons.items() for unit in own]
     points += _find_nodes(file, written, shape, nodes.features)
-    neurons = _find_neurons([*named.values(), *((each, each) for each in points)], written)
+    neurons = _find_neurons([*named.values(), *((point, point) for point in points)], written)
     every = list_edges(neurons, file.stack)
     names = _join_names({name: split_mlps(own, neurons) for name, own in named.items()})
     order = {edge: number for number, edge in enumerate(every)}
@@ -325,11 +325,11 @@ def _describe_choice(edges: Sequence[NamedEdge], total: int, size: int | None) -
 
 def _join_names(named: Mapping[str, CircuitEdge]) -> dict[NamedEdge, list[str]]:
     """Return the names in a file of each edge at its position."""
-    found: dict[NamedEdge, list[str]] = {}
+    names: dict[NamedEdge, list[str]] = {}
     for name, edge in named.items():
         at = name.partition(_AT)[2]
-        found.setdefault((edge, at or None), []).append(name)
-    return found
+        names.setdefault((edge, at or None), []).append(name)
+    return names
 
 
 def _find_neurons(edges: Iterable[CircuitEdge], written: str) -> dict[SiteLayer, tuple[int, ...]]:
@@ -344,11 +344,11 @@ def _find_neurons(edges: Iterable[CircuitEdge], written: str) -> dict[SiteLayer,
 
 def list_neurons(edges: Iterable[CircuitEdge]) -> dict[SiteLayer, tuple[int, ...]]:
     """Return the neurons at the ends of edges, by site and layer."""
-    found: dict[tuple[str, int], set[int]] = {}
+    neurons: dict[tuple[str, int], set[int]] = {}
     for end in chain.from_iterable(edges):
         if is_neuron(end) and end.layer is not None and end.unit is not None:
-            found.setdefault((end.site, end.layer), set()).add(end.unit)
-    return {where: tuple(sorted(own)) for where, own in sorted(found.items())}
+            neurons.setdefault((end.site, end.layer), set()).add(end.unit)
+    return {where: tuple(sorted(numbers)) for where, numbers in sorted(neurons.items())}
 
 
 def split_mlps(edge: CircuitEdge, neurons: Mapping[SiteLayer, tuple[int, ...]]) -> CircuitEdge:
@@ -375,8 +375,8 @@ def _choose_largest(
             "remove `size`, or write a smaller one" if scores else "remove `size`",
         )
     place = {edge: number for number, edge in enumerate(every)}
-    found = sorted(scores, key=lambda each: (-abs(scores[each]), place[each[0]]))[:size]
-    return tuple(sorted(found, key=lambda each: place[each[0]]))
+    ranked = sorted(scores, key=lambda each: (-abs(scores[each]), place[each[0]]))[:size]
+    return tuple(sorted(ranked, key=lambda each: place[each[0]]))
 
 
 def _choose_marked(
@@ -387,7 +387,7 @@ def _choose_marked(
     shape: ModelShape,
 ) -> tuple[NamedEdge, ...]:
     """Return the edges that the file chooses, in the order of the model."""
-    found, place = list[NamedEdge](), {edge: number for number, edge in enumerate(every)}
+    ranked, place = list[NamedEdge](), {edge: number for number, edge in enumerate(every)}
     for each in sorted(names, key=lambda each: place[each[0]]):
         own = names[each]
         marked = [name for name in own if name in file.chosen]
@@ -401,13 +401,13 @@ def _choose_marked(
                 "share it",
                 "write `size: 100` to choose edges by the sums of their scores",
             )
-        found.append(each)
-    if not found:
+        ranked.append(each)
+    if not ranked:
         raise UnreadableFile(
             f"`{written}` has no edge in the circuit",
             f'write `saved("{written}", size: 100)` to choose those with the largest scores',
         )
-    return tuple(found)
+    return tuple(ranked)
 
 
 def _shared_heads(receiver: SitePoint, shape: ModelShape) -> int:
@@ -422,10 +422,10 @@ def _shared_heads(receiver: SitePoint, shape: ModelShape) -> int:
 def _check_dictionaries(file: CircuitFile, written: str, dictionaries: Mapping[str, str]) -> None:
     """Compare the dictionaries of a file with those of the same names. Raises UnreadableFile."""
     for name, digest in file.dictionaries.items():
-        own = dictionaries.get(name, "")
-        if own and own != digest:
+        dictionary = dictionaries.get(name, "")
+        if dictionary and dictionary != digest:
             reason = f"`{written}` has features of a `{name}` with SHA-256 {digest[:12]}…, and "
-            reason += f"this `{name}` has {own[:12]}…"
+            reason += f"this `{name}` has {dictionary[:12]}…"
             raise UnreadableFile(reason, "use the dictionary that the circuit was trained with")
 
 
@@ -568,8 +568,8 @@ def _point_in_stack(
         raise NotAnEdge(f"and `{name}` isn't a valid {end}")
     if match["layer"] is None:
         raise NotAnEdge(f"and `{name}` has no layer")
-    own = shape.others[stack]
-    layer, layers = int(match["layer"]), own.read_layers
+    model_shape = shape.others[stack]
+    layer, layers = int(match["layer"]), model_shape.read_layers
     if layer >= layers:
         raise NotAnEdge(f"and `{stack}` has {count_noun(layers, 'layer')}")
     if match["part"] in ("mlp_out", "mlp_norm"):
@@ -605,14 +605,14 @@ def _read_file(path: Path, written: str) -> CircuitFile:
 def _read_content(content: bytes, written: str) -> CircuitFile:
     digest = sha256(content).hexdigest()
     try:
-        found: Any = load_json(content.decode("utf-8-sig"))
+        document: Any = load_json(content.decode("utf-8-sig"))
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        document = None
+    if not isinstance(document, dict):
         raise UnreadableFile(
             f"`{written}` is not a JSON object", f'write `{{"edges": […]}}`; {_EDGES}'
         )
-    parts = cast("dict[str, Any]", found)
+    parts = cast("dict[str, Any]", document)
     if {"nodes", "links"} <= parts.keys():
         raise UnreadableFile(
             f"`{written}` is an attribution graph, whose nodes are features of transcoders",
@@ -641,7 +641,7 @@ def _read_graph(parts: Mapping[str, Any], digest: str, written: str) -> CircuitF
     """Read a graph of EAP-IG or MIB, or a list of edges."""
     edges, config = parts["edges"], dict(parts.get("cfg", {}))
     if isinstance(edges, list):
-        names = [str(each) for each in cast("list[Any]", edges)]
+        names = [str(edge) for edge in cast("list[Any]", edges)]
         return CircuitFile(digest, config, dict.fromkeys(names), frozenset(names))
     for name, node in parts.get("nodes", {}).items():
         if isinstance(node, dict) and not all(cast("dict[str, Any]", node).get("neurons", ())):
@@ -652,18 +652,18 @@ def _read_graph(parts: Mapping[str, Any], digest: str, written: str) -> CircuitF
             raise UnreadableFile(reason, 'choose edges in EAP-IG: `apply_topn(…, level="edge")`')
     scores: dict[str, float | None] = {}
     chosen: set[str] = set()
-    for name, own in edges.items():
+    for name, edge in edges.items():
         if _AT in name and " -> " not in name:
             reason = f"`{written}` has `{name}`, and graphs of EAP-IG have no positions"
             raise UnreadableFile(
                 reason, f'write a list: `{{"edges": ["L0H1 -> logits{_AT}last token"]}}`'
             )
-        score = own.get("score")
+        score = edge.get("score")
         if score is not None and not math.isfinite(float(score)):
             reason = f"`{written}` has the score {score} for `{name}`"
             raise UnreadableFile(reason, "write numbers, or remove the edge")
         scores[name] = None if score is None else float(score)
-        if own.get("in_graph", False):
+        if edge.get("in_graph", False):
             chosen.add(name)
     if not any(scores.values()):  # as in a circuit that was written without scores
         scores = dict.fromkeys(scores)

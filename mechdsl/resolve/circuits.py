@@ -287,8 +287,8 @@ def _leave_out_each_edge(
     texts = tuple(_label_edge(edge, of_all[edge], edges.places) for edge in own)
     work.add_axis(Axis(EDGE_AXIS, texts, rule.site.span))
     left: dict[AxisIndices, PlacedEdges] = {
-        (n,): {edge: at for edge, at in of_all.items() if edge != each}
-        for n, each in enumerate(own)
+        (n,): {edge: at for edge, at in of_all.items() if edge != points}
+        for n, points in enumerate(own)
     }
     return left, dict.fromkeys(left, f"{label} without one edge")
 
@@ -380,7 +380,7 @@ def find_circuit_edges(
     resolved: list[tuple[ast.SiteMap, list[CircuitEdge]]] = []
     given_scores = circuit.placed_scores or (None,) * len(circuit.edges)
     for edge, score in zip(circuit.edges, given_scores, strict=True):
-        own = [split_mlps(each, nodes) for each in _resolve_edge(edge, parts, work)]
+        own = [split_mlps(points, nodes) for points in _resolve_edge(edge, parts, work)]
         resolved.append((edge, own))
         parts.add(resolved[-1][1], edge.at, score)
     if saved is not None and circuit.source is not None:
@@ -476,14 +476,18 @@ def compare_circuits(
         return problem, "compare circuits with the same nodes in these layers"
     shape, both = work.sites.shape, (first, second)
     neurons = {
-        where: tuple(sorted({n for own in both for n in own.neurons.get(where, ())}))
+        where: tuple(
+            sorted({n for circuit_edges in both for n in circuit_edges.neurons.get(where, ())})
+        )
         for where in sorted({*first.neurons, *second.neurons})
     }
     features = dict[SiteLayer, FeatureNodes]()
-    for output, own in chain.from_iterable(each.features.items() for each in both):
-        known = features.get(output, own)
-        which = tuple(sorted({*known.which, *own.which}))
-        features[output] = replace(own, which=which)
+    for output, feature_nodes in chain.from_iterable(
+        circuit_edges.features.items() for circuit_edges in both
+    ):
+        known = features.get(output, feature_nodes)
+        which = tuple(sorted({*known.which, *feature_nodes.which}))
+        features[output] = replace(feature_nodes, which=which)
     every = list_edges(shape, neurons, features, stack)
     if shape.stands_in:
         every = list(dict.fromkeys((*every, *first.every, *second.every)))
@@ -497,7 +501,7 @@ def compare_circuits(
         here = zip(tokens.classes, _list_ablated(every, named, tokens, rule), strict=True)
         return frozenset((edge, at) for at, own in here for edge in own)
 
-    sets = [place(_divide_edges(own, every, numbers, divided)) for own in both]
+    sets = [place(_divide_edges(circuit_edges, every, numbers, divided)) for circuit_edges in both]
     total = len(place(dict.fromkeys(every)))
     groups = [label_places(at, tokens.places) or "other tokens" for at in tokens.classes]
     names = tuple(dict.fromkeys(map(label_node, divided)))
@@ -508,12 +512,12 @@ def compare_circuits(
 def _explain_different_nodes(first: CircuitEdges, second: CircuitEdges) -> str | None:
     """Return why the nodes of two circuits aren't those of one circuit, if they aren't."""
     for one, other in ((first, second), (second, first)):
-        for output, own in one.features.items():
+        for output, feature in one.features.items():
             name = label_node(SitePoint(*output, None))
             known = other.features.get(output)
-            if output[0] == "attn_out" and own != known:
+            if output[0] == "attn_out" and feature != known:
                 return f"with different features of `{name}`, which change the edges of its heads"
-            if known is not None and known.member != own.member:
+            if known is not None and known.member != feature.member:
                 return f"with features of two dictionaries at `{name}`"
             mlp = output[0] == "mlp_out"
             if mlp and name_neurons(SitePoint(*output, None)) in other.neurons:
@@ -524,9 +528,9 @@ def _explain_different_nodes(first: CircuitEdges, second: CircuitEdges) -> str |
 def _without_empty_classes(tokens: _TokenClasses, work: ExperimentContext) -> _TokenClasses:
     """Return the classes of tokens that some row has."""
     rows = work.table.runs[work.experiment.base].rows
-    found = list_token_places(tokens.places)
-    there = {at for own in found for at in own.values()}
-    if any(len(own) < len(row.ids) for own, row in zip(found, rows, strict=True)):
+    places = list_token_places(tokens.places)
+    there = {at for own in places for at in own.values()}
+    if any(len(own) < len(row.ids) for own, row in zip(places, rows, strict=True)):
         there.add(frozenset())
     return replace(tokens, classes=tuple(at for at in tokens.classes if at in there))
 
@@ -556,11 +560,11 @@ def _divide_edges(
         divided.update(dict.fromkeys([point] if more else []))
         return [*([point] if point in nodes or not more else []), *more]
 
-    found = dict[CircuitEdge, frozenset[int] | None]()
+    divide_edges = dict[CircuitEdge, frozenset[int] | None]()
     for (of, to), at in _join_places(circuit.listed).items():
         here = None if at is None else frozenset(numbers[circuit.places[n]] for n in at)
-        found |= dict.fromkeys(product(divide(0, of), divide(1, to)), here)
-    return found
+        divide_edges |= dict.fromkeys(product(divide(0, of), divide(1, to)), here)
+    return divide_edges
 
 
 def _describe_prompts(name: str, saved: SavedCircuit, work: ExperimentContext) -> str:
@@ -624,10 +628,10 @@ class _CircuitParts:
             depends = any(isinstance(node, ast.ChosenTokens) for node in walk(at))
             depends |= any(True for _ in number_names(at))
             self.place_texts.append("" if depends else format_position(at))
-        for each in edges:
-            others = self.found.get(each, frozenset[int]())
-            self.found[each] = None if number is None or others is None else others | {number}
-            self.by_place |= {} if score is None else {(each, number): score}
+        for edge in edges:
+            others = self.found.get(edge, frozenset[int]())
+            self.found[edge] = None if number is None or others is None else others | {number}
+            self.by_place |= {} if score is None else {(edge, number): score}
 
     def _find_place(
         self, edge: CircuitEdge, at: ast.Position, source: ast.Call | None
@@ -673,11 +677,11 @@ def count_placed(edges: PlacedEdges) -> int:
 
 def _join_places(listed: Iterable[EdgeAtPlace]) -> PlacedEdges:
     """Return edges with the places at which they are listed."""
-    found = dict[CircuitEdge, frozenset[int] | None]()
+    places = dict[CircuitEdge, frozenset[int] | None]()
     for edge, place in listed:
-        others = found.get(edge, frozenset[int]())
-        found[edge] = None if place is None or others is None else others | {place}
-    return found
+        others = places.get(edge, frozenset[int]())
+        places[edge] = None if place is None or others is None else others | {place}
+    return places
 
 
 class _NamedNodes(Record):
@@ -697,18 +701,18 @@ class _NamedNodes(Record):
     @property
     def labelled(self) -> NamedNodes:
         """The same as files name them."""
-        members = (own.member for own in self.features.values())
+        members = (feature.member for feature in self.features.values())
         digests = {
-            each.name: each.operand.digest
-            for each in members
-            if isinstance(each.operand, DictionaryFile)
+            member.name: member.operand.digest
+            for member in members
+            if isinstance(member.operand, DictionaryFile)
         }
         ends = (
             pair
-            for output, own in self.features.items()
+            for output, feature in self.features.items()
             for pair in zip(
-                list_feature_ends("start", output, own),
-                list_feature_ends("end", output, own),
+                list_feature_ends("start", output, feature),
+                list_feature_ends("end", output, feature),
                 strict=True,
             )
         )
@@ -719,7 +723,7 @@ def _resolve_named_nodes(
     circuit: spec.Circuit, parts: _CircuitParts, work: ExperimentContext
 ) -> _NamedNodes:
     """Resolve the group that `nodes` names; reports E0207 for other sites."""
-    found = list[SitePoint]()
+    site_points = list[SitePoint]()
     groups = work.program.groups
     for site in circuit.nodes:
         name, before = site.span.written, len(work.diagnostics)
@@ -742,9 +746,9 @@ def _resolve_named_nodes(
             bad = BadArgument(span=site.span, name=name, reason=reason, hint=hint)
             work.diagnostics.append(bad)
             return _NamedNodes()
-        found += points
-    nodes = list_neurons([(each, each) for each in found])
-    both = _find_divided_twice(found, nodes)
+        site_points += points
+    nodes = list_neurons([(site_point, site_point) for site_point in site_points])
+    both = _find_divided_twice(site_points, nodes)
     if both is not None:
         neuron, feature = map(label_node, both)
         reason = f"divides the same MLP as `{feature}`"
@@ -753,7 +757,7 @@ def _resolve_named_nodes(
         bad = BadArgument(span=site.span, name=neuron, reason=reason, hint=hint)
         work.diagnostics.append(bad)
         return _NamedNodes()
-    return _NamedNodes(nodes, _list_features(found, parts))
+    return _NamedNodes(nodes, _list_features(site_points, parts))
 
 
 def _find_divided_twice(
@@ -794,29 +798,29 @@ def _list_features(
     points: Iterable[SitePoint], parts: _CircuitParts
 ) -> dict[SiteLayer, FeatureNodes]:
     """Return the features among nodes, by output in forward order."""
-    found: dict[SiteLayer, set[int]] = defaultdict(set)
+    features: dict[SiteLayer, set[int]] = defaultdict(set)
     for end in points:
         if isinstance(end, FeatureNode) and end.unit is not None:
-            found[find_split_output(end)].add(end.unit)
+            features[find_split_output(end)].add(end.unit)
     return {
         output: FeatureNodes(
-            next(iter(parts.members[output].values())), tuple(sorted(found[output]))
+            next(iter(parts.members[output].values())), tuple(sorted(features[output]))
         )
-        for output in sorted(found, key=lambda output: write_order(*output))
+        for output in sorted(features, key=lambda output: write_order(*output))
     }
 
 
 def list_circuit_bases(circuit: CircuitTargets) -> BasisTargets | None:
     """Return the dictionaries whose features are nodes of a circuit, without coordinates; None if
     there are none."""
-    members = {output: own.member for output, own in circuit.features.items()}
+    members = {output: feature.member for output, feature in circuit.features.items()}
     if not members:
         return None
-    names = tuple(dict.fromkeys(each.name for each in members.values()))
+    names = tuple(dict.fromkeys(member.name for member in members.values()))
     return BasisTargets(
         ", ".join(names),
         names,
-        tuple({(n, None): each} for (_, n), each in members.items()),
+        tuple({(n, None): member} for (_, n), member in members.items()),
         (),
         {},
     )
@@ -838,7 +842,7 @@ def _check_nodes(
     count = sum(map(len, neurons.values()))
     if count > limits.CIRCUIT_NEURONS:
         work.diagnostics.append(_too_many(circuit.name, count, circuit.span))
-    count = sum(len(own.which) for own in features.values())
+    count = sum(len(feature.which) for feature in features.values())
     if count > limits.CIRCUIT_NEURONS:
         work.diagnostics.append(_too_many(circuit.name, count, circuit.span, "feature"))
     for node, own in edges:
@@ -847,8 +851,10 @@ def _check_nodes(
             ("start", node.source, [of for of, _ in own if SITES[of.site].component == "mlp_out"]),
             ("end", node.target, [to for _, to in own if SITES[to.site].component == "mlp_norm"]),
         ):
-            whole = (each for each in points if not isinstance(each, FeatureNode))
-            point = next((each for each in whole if name_neurons(each) in neurons), None)
+            whole = (site_point for site_point in points if not isinstance(site_point, FeatureNode))
+            point = next(
+                (site_point for site_point in whole if name_neurons(site_point) in neurons), None
+            )
             if point is None:
                 continue
             where = name_neurons(point)
@@ -876,7 +882,7 @@ def _check_attention_nodes(
     Args:
         edges: The edges of each `A -> B` in the file.
     """
-    found = list[NotOnAPath]()
+    problems = list[NotOnAPath]()
     for node, own in edges:
         for of, to in own:
             for verb, site, end in (("start", node.source, of), ("end", node.target, to)):
@@ -885,11 +891,11 @@ def _check_attention_nodes(
                     reason = f"`{label_node(end)}` is a node only in a circuit with features of a "
                     reason += f"dictionary at `{where}`: it is the rest of this output"
                     heads = ("q", "k", "v") if verb == "end" else ("z",)
-                    every = " and ".join(f"`{own} layer {end.layer} heads *`" for own in heads)
+                    every = " and ".join(f"`{head} layer {end.layer} heads *`" for head in heads)
                     words = SENDER_WORDS if verb == "start" else RECEIVER_WORDS
                     hint = f"name the heads, {every}, or one of {words}"
                     given = site.span.written, reason, hint
-                    found.append(_not_on_a_path(site, verb, *given))
+                    problems.append(_not_on_a_path(site, verb, *given))
             split = features.get(("attn_out", of.layer))
             if of.site == "z" and to.site != "attn_out" and split is not None:
                 rest = label_node(SitePoint("attn_out", of.layer, None))
@@ -899,8 +905,8 @@ def _check_attention_nodes(
                 reason += "rest of the output of attention"
                 hint = f"write `{label_node(of)} -> {rest}`, `{rest} -> {label_node(to)}`"
                 given = node.target.span.written, reason, hint
-                found.append(_not_on_a_path(node.target, "end", *given))
-    new = [each for each in dict.fromkeys(found) if each not in work.diagnostics]
+                problems.append(_not_on_a_path(node.target, "end", *given))
+    new = [problem for problem in dict.fromkeys(problems) if problem not in work.diagnostics]
     work.diagnostics.extend(new[:1])
 
 
@@ -946,8 +952,8 @@ def _read_saved(call: ast.Call, named: _NamedNodes, work: ExperimentContext) -> 
     Args:
         named: The nodes that `nodes` names.
     """
-    path_node, *_ = (each.value for each in call.arguments if each.name is None)
-    sizes = (each.value for each in call.arguments if each.name == "size")
+    path_node, *_ = (argument.value for argument in call.arguments if argument.name is None)
+    sizes = (argument.value for argument in call.arguments if argument.name == "size")
     size = next((constant_value(each, work.program.parameters) for each in sizes), None)
     written = str(constant_value(path_node, work.program.parameters))
     path, problems = path_to_read(SAVED_PATH, written, call.span)
@@ -988,7 +994,7 @@ class _TokenClasses(Record):
             hits = tuple((tuple(range(row.source)),) for row in rows)
             encoder, places = len(places), (*places, PositionCell("tokens of the encoder", hits))
             classes.add(frozenset({encoder}))
-        classes.update(own for row in list_token_places(places) for own in row.values())
+        classes.update(numbers for row in list_token_places(places) for numbers in row.values())
         return _TokenClasses(places, (frozenset(), *sorted(classes, key=sorted)), encoder)
 
 
@@ -1016,14 +1022,14 @@ EDGE_AXIS = "edge"
 
 def _pick_edges(
     circuit: spec.Circuit,
-    found: CircuitEdges,
+    circuit_edges: CircuitEdges,
     site: ast.Site,
     work: ExperimentContext,
 ) -> tuple[tuple[str, ...], dict[AxisIndices, PlacedEdges]] | None:
     """Return the edges of `c`, or those of `top n of c` for every value of the `for` variables in
     it, with the names of these; None after E0207 for a circuit without scores, and E0620 for
     picks of too many edges."""
-    node, listed = site.ranked, found.listed
+    node, listed = site.ranked, circuit_edges.listed
     if circuit.edges and not listed:
         return None  # its edges have errors
     if node is None:
@@ -1031,7 +1037,7 @@ def _pick_edges(
     trained = circuit.name in work.program.masks
     if circuit.is_open and not trained:
         return None  # its call has an error
-    if not found.by_place and not trained:
+    if not circuit_edges.by_place and not trained:
         reason = "lists its edges without scores, and `top` selects those with the largest"
         hint = f"write `{circuit.name}`, or let `fit` choose its edges: `fit(mask(size: 20), …)`"
         bad = BadArgument(span=site.span, name=circuit.name, reason=reason, hint=hint)
@@ -1040,8 +1046,10 @@ def _pick_edges(
     variables = set(number_names(node))
     loops = tuple(name for name in work.loops if name in variables)
     picked: dict[AxisIndices, PlacedEdges] = {}
-    known = found.by_place and not work.sites.shape.stands_in  # otherwise, edges are placeholders
-    noun = "edges at positions" if found.places else "edges"
+    known = (
+        circuit_edges.by_place and not work.sites.shape.stands_in
+    )  # otherwise, edges are placeholders
+    noun = "edges at positions" if circuit_edges.places else "edges"
     there = f"`{circuit.name}` has {{}} {noun}" if known else None
     for key, values in work.sites.combinations(loops):
         try:
@@ -1096,15 +1104,15 @@ def _list_ablated(
 ) -> tuple[tuple[CircuitEdge, ...], ...]:
     """Return the edges that a rule ablates if it names some edges, for each class of tokens in
     forward order."""
-    found: list[tuple[CircuitEdge, ...]] = []
+    ablated: list[tuple[CircuitEdge, ...]] = []
     for places in tokens.classes:
         own = {edge for edge, at in named.items() if at is None or at & places}
         here = [edge for edge in every if (edge in own) != rule.all_but]
         if tokens.encoder is not None:
             encodes = tokens.encoder in places
             here = [edge for edge in here if _is_in_encoder(edge) == encodes]
-        found.append(tuple(here))
-    return tuple(found)
+        ablated.append(tuple(here))
+    return tuple(ablated)
 
 
 def _is_in_encoder(edge: CircuitEdge) -> bool:
@@ -1155,8 +1163,8 @@ def replace_circuit(
         label: Name of each of them in tables.
     """
     assert rule.circuit is not None
-    every, own = rule.circuit.every, rule.circuit
-    tokens = _TokenClasses(own.places, own.classes, own.encoder)
+    every, circuit = rule.circuit.every, rule.circuit
+    tokens = _TokenClasses(circuit.places, circuit.classes, circuit.encoder)
     edges = {key: _list_ablated(every, each, tokens, rule.spec) for key, each in named.items()}
     return replace(
         rule,
@@ -1174,8 +1182,8 @@ def keep_baseline(rule: ResolvedRule, which: CircuitBaseline) -> ResolvedRule:
     named = dict.fromkeys(() if rule.spec.all_but else rule.circuit.every)
     unplaced = replace(rule.circuit, places=(), classes=(frozenset(),))
     if rule.circuit.encoder is not None:
-        both, own = (frozenset[int](), frozenset({0})), rule.circuit.places[-1:]
-        unplaced = replace(rule.circuit, places=own, classes=both, encoder=0)
+        both, places = (frozenset[int](), frozenset({0})), rule.circuit.places[-1:]
+        unplaced = replace(rule.circuit, places=places, classes=both, encoder=0)
     return replace_circuit(replace(rule, circuit=unplaced), (), {(): named}, which)
 
 
@@ -1267,8 +1275,8 @@ def _list_nodes(
         features: Those of the main stack.
     """
     senders, receivers = [SitePoint(in_stack("resid_pre", stack), 0, None)], list[SitePoint]()
-    own = shape.others.get(stack, shape)
-    layers = own.read_layers
+    model_shape = shape.others.get(stack, shape)
+    layers = model_shape.read_layers
     two = not stack and (has_two_streams(shape) or shape.attends_to_image)
     for layer in range(layers):
         for part in (stack, "cross") if two else (stack,):
@@ -1285,7 +1293,7 @@ def _list_nodes(
                 nodes.append(SitePoint(*where, None))
             receivers += nodes
             senders += nodes
-        elif own.has("mlp_out", layer):
+        elif model_shape.has("mlp_out", layer):
             if not stack and ("mlp_out", layer) in features:
                 receivers += list_feature_ends(
                     "end", ("mlp_out", layer), features["mlp_out", layer]
@@ -1304,8 +1312,8 @@ def _list_nodes(
 
 
 def _list_units(site: str, layer: int, shape: ModelShape) -> Iterator[SitePoint]:
-    own, name = shape.in_stack(site)
-    if shape.attends_to_image and not own.has(name, layer):  # other blocks have these heads
+    model_shape, name = shape.in_stack(site)
+    if shape.attends_to_image and not model_shape.has(name, layer):  # other blocks have these heads
         return
     yield from (SitePoint(site, layer, n) for n in range(unit_count(shape, site, layer)))
 
@@ -1329,7 +1337,7 @@ def _resolve_edge(
     if in_vision and shape.attends_to_image:
         work.diagnostics.append(_reject_attended_encoder(edge.span))
         return []
-    found = [
+    edges = [
         (of, to)
         for of, to in product(senders, receivers)
         if _is_edge(of, to, shape, {}) and not is_unread(to, shape)
@@ -1337,7 +1345,7 @@ def _resolve_edge(
     open_ends = shape.stands_in and any(
         counts_from_end(node) for node in walk(edge) if isinstance(node, ast.Bound)
     )
-    if not found and senders and receivers and not open_ends:
+    if not edges and senders and receivers and not open_ends:
         problem = NoPath(
             span=edge.span,
             sender=edge.source.span.written,
@@ -1348,7 +1356,7 @@ def _resolve_edge(
         )
         if problem not in work.diagnostics:
             work.diagnostics.append(problem)
-    return found
+    return edges
 
 
 def _suggest_other_sender(
@@ -1410,10 +1418,10 @@ def _resolve_features(
     site: ast.Site, verb: str, parts: _CircuitParts, work: ExperimentContext
 ) -> list[SitePoint]:
     """Resolve features at one end of an edge; E0342 for two dictionaries of one output."""
-    found: list[SitePoint] = []
-    for output, own in parts.resolve_features(site, work).items():
+    features: list[SitePoint] = []
+    for output, feature in parts.resolve_features(site, work).items():
         others = parts.members.setdefault(output, {})
-        others.setdefault(own.member.name, own.member)
+        others.setdefault(feature.member.name, feature.member)
         if len(others) > 1:
             first, second = others
             of = "" if output[0] == "mlp_out" else f"`{output[0]}` of "
@@ -1422,12 +1430,12 @@ def _resolve_features(
             bad = BadBasis(span=site.span, reason=reason, hint=hint, what="circuit")
             if bad not in work.diagnostics:
                 work.diagnostics.append(bad)
-        if len(own.which) > limits.CIRCUIT_NEURONS:
-            bad = _too_many(site.span.written, len(own.which), site.span, "feature")
+        if len(feature.which) > limits.CIRCUIT_NEURONS:
+            bad = _too_many(site.span.written, len(feature.which), site.span, "feature")
             work.diagnostics.append(bad)
             return []
-        found += list_feature_ends(verb, output, own)
-    return found
+        features += list_feature_ends(verb, output, feature)
+    return features
 
 
 def _resolve_nodes(
@@ -1444,13 +1452,13 @@ def _resolve_nodes(
         work.diagnostics.append(NotSupported(span=site.span, what=what, later="name the sites"))
         return []
     group = None if site.bare is None else work.program.groups.get(site.bare.id)
-    context, found = work.sites.of_definitions(), list[SitePoint]()
+    context, nodes = work.sites.of_definitions(), list[SitePoint]()
     if group is not None:
         named = [each for each in group.sites if each.coordinates is not None]
         every = join_features(named, site)
-        found += [p for own in every for p in _resolve_features(own, verb, parts, work)]
+        nodes += [p for own in every for p in _resolve_features(own, verb, parts, work)]
         if group.names_features:
-            return found
+            return nodes
         others = tuple(each for each in group.sites if each.coordinates is None)
         context.groups = {**context.groups, group.name: group.model_copy(update={"sites": others})}
     if site.basis_name is not None:
@@ -1479,7 +1487,7 @@ def _resolve_nodes(
     ends = {point.site: _find_end(point.site, words) for point in points}
     wrong = next((site for site, end in ends.items() if not end), None)
     if wrong is None:
-        return found + [
+        return nodes + [
             END if ends[point.site] == END.site else SitePoint(ends[point.site], layer, unit)
             for point in points
             for layer in (point.layer or 0,)  # `embed encoder` has none
@@ -1547,10 +1555,10 @@ def _find_end(site: str, ends: Mapping[str, str]) -> str:
         ends: `_SENDERS` or `_RECEIVERS`.
     """
     kind = SITES[site]
-    found = ends.get(kind.component, "")
-    if kind.stack and found in ("", "logits", "attn_out"):
+    end = ends.get(kind.component, "")
+    if kind.stack and end in ("", "logits", "attn_out"):
         return ""
-    return in_stack(found, kind.stack)
+    return in_stack(end, kind.stack)
 
 
 def _units(point: SitePoint, shape: ModelShape) -> Iterator[int | None]:
@@ -1610,10 +1618,10 @@ def _count_ablated(rule: ResolvedRule) -> dict[bool, set[int]]:
     encoder (True)."""
     assert rule.circuit is not None
     every, encoder = rule.circuit.edges.values(), rule.circuit.encoder
-    found: dict[bool, set[int]] = defaultdict(set)
+    sizes: dict[bool, set[int]] = defaultdict(set)
     for number in find_classes(rule.circuit, rule.positions):
-        found[encoder in rule.circuit.classes[number]].update(len(own[number]) for own in every)
-    return found
+        sizes[encoder in rule.circuit.classes[number]].update(len(own[number]) for own in every)
+    return sizes
 
 
 def _list_counts(counts: Collection[set[int]]) -> str:
@@ -1669,8 +1677,8 @@ def describe_neurons(rule: ResolvedRule) -> Iterator[Convention]:
     neurons = {} if rule.circuit is None else rule.circuit.neurons
     if neurons:
         of = [
-            f"{count_noun(len(own), 'neuron')} of {f'{SITES[site].stack} layer {n}'.strip()}"
-            for (site, n), own in neurons.items()
+            f"{count_noun(len(neuron), 'neuron')} of {f'{SITES[site].stack} layer {n}'.strip()}"
+            for (site, n), neuron in neurons.items()
         ]
         yield Convention("neurons of circuits", ", ".join(of), NEURON_NOTE)
 
@@ -1687,7 +1695,7 @@ def describe_features(rule: ResolvedRule) -> Iterator[Convention]:
     features = {layer: own for (site, layer), own in every.items() if site == "mlp_out"}
     if features:
         mlp = label_node(SitePoint("mlp_out", min(n for n in features if n is not None), None))
-        encodes = {bool(own.member.reads) for own in features.values()}
+        encodes = {bool(feature.member.reads) for feature in features.values()}
         through = ", the MLP" if encodes == {False} else ""
         through = ", of an SAE the MLP" if len(encodes) == 2 else through
         notes.append(FEATURE_NOTE.format(through, mlp))
@@ -1771,12 +1779,12 @@ def find_classes(circuit: CircuitTargets, positions: PositionTargets) -> set[int
     """Return the classes of the tokens that a rule on a circuit writes, by number."""
     if not circuit.places:
         return {0}
-    rows, found = list_token_places(circuit.places), set[int]()
+    rows, classes = list_token_places(circuit.places), set[int]()
     for cell in positions.written.values():
         for places, hits in zip(rows, cell.hits, strict=True):
             own = {places.get(token, frozenset()) for token in chain.from_iterable(hits)}
-            found.update(map(circuit.classes.index, own))
-    return found
+            classes.update(map(circuit.classes.index, own))
+    return classes
 
 
 # --- paths through the model ----------------------------------------------------------------------
@@ -1793,11 +1801,11 @@ class SearchStep(Record):
 
 def _place_steps(steps: Iterable[SearchStep], places: Sequence[PlacedEdge]) -> Iterator[SearchStep]:
     """Yield the steps of a level at each position: those of a unit at the last position first."""
-    for unit, own in groupby(steps, lambda step: step.unit):
-        listed = list(own)
+    for unit, search_steps in groupby(steps, lambda step: step.unit):
+        listed = list(search_steps)
         for place in reversed(places):
             for step in listed:
-                edges = (each for each in step.edges if not isinstance(each, PlacedEdge))
+                edges = (edge for edge in step.edges if not isinstance(edge, PlacedEdge))
                 yield SearchStep(unit, tuple(replace(place, edge=edge) for edge in edges))
 
 
@@ -1834,21 +1842,21 @@ class PathGraph(ABC, Generic[EdgeT, NodeT]):
     @cached_property
     def after(self) -> dict[NodeT, list[EdgeT]]:
         """Edges from each sender."""
-        found: dict[NodeT, list[EdgeT]] = defaultdict(list)
+        edges: dict[NodeT, list[EdgeT]] = defaultdict(list)
         for edge in self.every:
             for sender, _ in self.links(edge):
-                found[sender].append(edge)
-        return found
+                edges[sender].append(edge)
+        return edges
 
     @cached_property
     def before(self) -> dict[NodeT, list[tuple[EdgeT, NodeT]]]:
         """Edges to the receivers of each sender, and to the end of the model; with their sender."""
-        found: dict[NodeT, list[tuple[EdgeT, NodeT]]] = defaultdict(list)
+        edges: dict[NodeT, list[tuple[EdgeT, NodeT]]] = defaultdict(list)
         for edge in self.every:
             for sender, nodes in self.links(edge):
                 for node in nodes:
-                    found[node].append((edge, sender))
-        return found
+                    edges[node].append((edge, sender))
+        return edges
 
     @cached_property
     def numbers(self) -> GraphNumbers[EdgeT, NodeT]:
@@ -1903,11 +1911,11 @@ class PathGraph(ABC, Generic[EdgeT, NodeT]):
             count: Number of edges; there may be fewer that lead to the end.
         """
         order = {edge: number for number, edge in enumerate(self.every)}
-        found: list[EdgeT] = []
+        edges: list[EdgeT] = []
         due: list[tuple[float, int, EdgeT, NodeT]] = []
         seen: set[EdgeT] = set()
         node: NodeT = self.end
-        while len(found) < count:
+        while len(edges) < count:
             for edge, sender in self.before[node]:
                 if edge not in seen:
                     seen.add(edge)
@@ -1915,8 +1923,8 @@ class PathGraph(ABC, Generic[EdgeT, NodeT]):
             if not due:
                 break
             *_, edge, node = heappop(due)
-            found.append(edge)
-        return found
+            edges.append(edge)
+        return edges
 
 
 @dataclass(frozen=True)
@@ -1933,7 +1941,10 @@ class GraphNumbers(Generic[EdgeT, NodeT]):
     """The nodes and edges of a graph by number, as random circuits have thousands of paths."""
 
     def __init__(self, graph: PathGraph[EdgeT, NodeT]) -> None:
-        node = {each: n for n, each in enumerate((*graph.starts, graph.end))}
+        node = {
+            node_t_graph_numbers: n
+            for n, node_t_graph_numbers in enumerate((*graph.starts, graph.end))
+        }
         self.edges = {each: edge for edge, each in enumerate(graph.every)}
         self.places = [graph.place(each) for each in graph.every]
         """Of each edge, as in the graph."""
@@ -2042,13 +2053,17 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
             candidates: Edges that it decides on. If they have positions, each step is tried at each
                 position, that of a unit at the last position first.
         """
-        places = {each.place: each for each in candidates if isinstance(each, PlacedEdge)}
+        places = {
+            candidate.place: candidate
+            for candidate in candidates
+            if isinstance(candidate, PlacedEdge)
+        }
         by_level = {"blocks": self._list_nodes, "heads": self._list_nodes}
-        found: list[SearchStep] = []
+        search_steps: list[SearchStep] = []
         for level in levels:
             steps = by_level.get(level, self._list_inputs)(level)
-            found += _place_steps(steps, [*places.values()]) if places else steps
-        return found
+            search_steps += _place_steps(steps, [*places.values()]) if places else steps
+        return search_steps
 
     def _list_nodes(self, level: SearchLevel) -> Iterator[SearchStep]:
         """Yield steps that ablate the outputs of all nodes of a module, or of one of several."""
@@ -2107,8 +2122,8 @@ class PlacedGraph(PathGraph[PlacedEdge, PlacedNode]):
         self._heads = [of for of in self._model.after if of.site == "z"]
         sets = list(map(frozenset, self._places))
         self._nested = [
-            [n for n, others in enumerate(sets) if n != own and (one <= others or others <= one)]
-            for own, one in enumerate(sets)
+            [n for n, others in enumerate(sets) if n != number and (one <= others or others <= one)]
+            for number, one in enumerate(sets)
         ]
         self._leads: dict[tuple[SitePoint, int], list[PlacedNode]] = {}
         starts = {(EMBEDDING, group) for group in self._groups}
@@ -2147,7 +2162,9 @@ class PlacedGraph(PathGraph[PlacedEdge, PlacedNode]):
             yield from ((node, group) for node in nodes)
         else:
             reached = order.reaches[group]
-            yield from ((node, own) for own in self._groups if reached[own] for node in nodes)
+            yield from (
+                (node, number) for number in self._groups if reached[number] for node in nodes
+            )
             if reached[self._rest]:
                 yield from (self.end,) if order.reads_end[self._rest] else ()
                 yield from self._after_rest(receiver.layer or 0)
@@ -2203,7 +2220,7 @@ class CircuitDraws(Generic[EdgeT]):
             edge: [link for link in self._numbers.links_of[edge] if self._leading[link]]
             for edge in self._edges
         }
-        self._live = [edge for edge, own in self._links_of.items() if own]
+        self._live = [edge for edge, numbers in self._links_of.items() if numbers]
         self._after: dict[int, list[int]] = defaultdict(list)
         for link in chain.from_iterable(self._links_of.values()):
             self._after[links[link].sender].append(link)
@@ -2213,14 +2230,14 @@ class CircuitDraws(Generic[EdgeT]):
         only circuit of its size, this number of copies."""
         if self.is_only:
             return [self._list_edges(self._own)] * count
-        found: dict[frozenset[int], None] = {}
+        draws: dict[frozenset[int], None] = {}
         for _ in range(MAX_TRIES * count):
             drawn = self._grown() if self.is_connected else self._drawn()
             if drawn is not None and drawn != self._own:
-                found[drawn] = None
-            if len(found) == count:
+                draws[drawn] = None
+            if len(draws) == count:
                 break
-        return list(map(self._list_edges, found))
+        return list(map(self._list_edges, draws))
 
     def _list_edges(self, numbers: Collection[int]) -> tuple[EdgeT, ...]:
         return tuple(self._graph.every[edge] for edge in sorted(numbers))
@@ -2239,40 +2256,40 @@ class CircuitDraws(Generic[EdgeT]):
         """Whether one edge is a path from the start to the end of the model."""
         links = (self._numbers.links[link] for link in self._links_of[edge])
         starts, end = self._numbers.starts, self._numbers.end
-        return any(own.sender in starts and end in own.nodes for own in links)
+        return any(link.sender in starts and end in link.nodes for link in links)
 
     def _drawn(self) -> frozenset[int] | None:
         """Draw edges uniformly; None if too few are left at a position."""
         by_place: dict[int | None, list[int]] = defaultdict(list)
         for edge in self._edges:
             by_place[self._numbers.places[edge]].append(edge)
-        found = set[int]()
+        numbers = set[int]()
         for place, edges in by_place.items():
             left = edges
             if len(by_place) > 1:
-                left = [edge for edge in edges if found.isdisjoint(self._rivals(edge))]
+                left = [edge for edge in edges if numbers.isdisjoint(self._rivals(edge))]
             if len(left) < self._sizes[place]:
                 return None
-            found.update(self._random.sample(left, self._sizes[place]))
-        return frozenset(found)
+            numbers.update(self._random.sample(left, self._sizes[place]))
+        return frozenset(numbers)
 
     def _grown(self) -> frozenset[int] | None:
         """Grow a circuit path by path; None if the last path doesn't fit its size."""
-        found: set[int] = set()
+        numbers: set[int] = set()
         reached, leading = {*self._numbers.starts}, {self._numbers.end}
         tries = 0
         while tries < MAX_TRIES:
-            path = self._draw_path(found, reached, leading)
-            more = found.union(self._numbers.links[link].edge for link in path)
-            if not path or len(more) > len(self.circuit) or len(more) == len(found):
+            path = self._draw_path(numbers, reached, leading)
+            more = numbers.union(self._numbers.links[link].edge for link in path)
+            if not path or len(more) > len(self.circuit) or len(more) == len(numbers):
                 tries += 1
                 continue
-            found, tries = more, 0
+            numbers, tries = more, 0
             reached.update(*(self._leading[link] for link in path))
             reached.discard(self._numbers.end)
             leading.update(self._numbers.links[link].sender for link in path)
-            if len(found) == len(self.circuit):
-                return frozenset(found)
+            if len(numbers) == len(self.circuit):
+                return frozenset(numbers)
         return None
 
     def _rivals(self, edge: int) -> list[int]:
@@ -2281,21 +2298,21 @@ class CircuitDraws(Generic[EdgeT]):
         return [self._numbers.edges[other] for other in others]
 
     def _draw_path(
-        self, found: Collection[int], reached: Collection[int], leading: Collection[int]
+        self, numbers: Collection[int], reached: Collection[int], leading: Collection[int]
     ) -> list[int]:
         """Draw an edge, with edges to it from a node that is reached and from it to one that leads
         on; none if no edges fit that are drawn.
 
         Args:
-            found: The edges that the circuit has.
+            numbers: The edges that the circuit has.
 
         Returns:
             Numbers of links.
         """
-        choice, path, edges = self._random.choice, list[int](), {*found}
+        choice, path, edges = self._random.choice, list[int](), {*numbers}
         links, places = self._numbers.links, self._numbers.places
         left = self._sizes.copy()  # a path of a circuit without positions may be too long
-        left.subtract(places[edge] for edge in found)
+        left.subtract(places[edge] for edge in numbers)
 
         def add(draw: Callable[[], int]) -> int | None:
             for _ in range(MAX_TRIES):
@@ -2403,7 +2420,7 @@ def _group_tokens(
 ) -> PlaceOrder:
     """Return where information moves to between the tokens of each class that a rule writes, and
     all other tokens."""
-    number = {own: group for group, own in enumerate(circuit.classes)}
+    number = {numbers: group for group, numbers in enumerate(circuit.classes)}
     groups: list[list[set[int]]] = []
     for row, places in enumerate(list_token_places(circuit.places)):
         groups.append([set() for _ in number])

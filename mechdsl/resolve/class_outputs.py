@@ -259,11 +259,11 @@ def resolve_class_numbers(
     by_name = {label.strip(): n for n, label in reversed([*enumerate(shape.labels)])}
     by_number = {str(n): n for n in range(min(shape.outputs, limits.SIZE))}
     either = by_name if shape.names_labels else {**by_number, **by_name}
-    found = [(by_number if t.of_output else either).get(t.text.strip()) for t in texts]
-    lost = Counter(t for t, n in zip(texts, found, strict=True) if n is None)
+    class_numbers = [(by_number if t.of_output else either).get(t.text.strip()) for t in texts]
+    lost = Counter(t for t, n in zip(texts, class_numbers, strict=True) if n is None)
     if lost:
         return (), [_unknown(of, lost, count, shape, model)]
-    return tuple(cast("list[int]", found)), []
+    return tuple(cast("list[int]", class_numbers)), []
 
 
 def _unknown(
@@ -340,15 +340,15 @@ def find_output_positions(table: PromptTable, shape: ModelShape) -> Mapping[str,
 
     Empty if it is always the last token.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    positions: dict[str, tuple[int, ...]] = {}
     for name, run in table.runs.items():
-        found[name] = tuple(_position(row.ids, shape) for row in run.rows)
+        positions[name] = tuple(_position(row.ids, shape) for row in run.rows)
     last = all(
         at == len(row.ids) - 1
         for name, run in table.runs.items()
-        for at, row in zip(found[name], run.rows, strict=True)
+        for at, row in zip(positions[name], run.rows, strict=True)
     )
-    return {} if last else found
+    return {} if last else positions
 
 
 def _position(ids: Sequence[int], shape: ModelShape) -> int:

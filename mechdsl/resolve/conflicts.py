@@ -89,11 +89,13 @@ def check_estimator(experiment: ResolvedExperiment) -> list[Diagnostic]:
     said = experiment.spec.estimator
     if said is None:
         return []
-    found = [*_of_experiment(experiment, said)]
-    if any(each.span == said.span for each in found):  # it doesn't estimate any rule of the model
-        return found
-    found += _of_rules(experiment, said)
-    return [*found, *_of_measures(experiment, said), *_of_verification(experiment, said)]
+    problems = [*_of_experiment(experiment, said)]
+    if any(
+        problem.span == said.span for problem in problems
+    ):  # it doesn't estimate any rule of the model
+        return problems
+    problems += _of_rules(experiment, said)
+    return [*problems, *_of_measures(experiment, said), *_of_verification(experiment, said)]
 
 
 def _no_estimate(said: spec.Estimator, span: Span, what: str, reason: str, hint: str) -> Diagnostic:
@@ -190,7 +192,7 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
         yield _no_estimate(said, span, "generated text", reason, NO_ESTIMATE_HINT)
     rules, shape = said.kind.backward, experiment.model.shape
     stacks = [shape, *(shape.others[stack] for stack in experiment.acted_stacks)]
-    if reason := next(filter(None, (explain_missing_rule(rules, own) for own in stacks)), ""):
+    if reason := next(filter(None, (explain_missing_rule(rules, stack) for stack in stacks)), ""):
         what = f"`{experiment.model.name}`"
         yield _no_estimate(said, said.span, what, reason, _name_other(experiment))
     elif said.kind.decomposes and shape.takes not in _DECOMPOSED:
@@ -271,9 +273,9 @@ def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[
         hint = RULE_HINTS[said.kind.place]
         yield _no_estimate(said, said.span, what, NO_GENERATION_REASON, hint)
     for rule in rules:
-        found = next(_of_rule(rule, experiment, said), None)
-        if found is not None:
-            yield found
+        problem = next(_of_rule(rule, experiment, said), None)
+        if problem is not None:
+            yield problem
             return
     second = next((rule for rule in rules[1:] if rule.only is None), None)
     if second is not None and (experiment.has_path or not said.kind.decomposes):
@@ -359,7 +361,7 @@ def _explain_no_vision_estimate(
         reason = "gradients of attention weights between patches aren't computed yet"
         return reason, NO_ESTIMATE_HINT
     points = () if rule.sites is None else rule.sites.points.values()
-    inside = {p.site for own in points for p in own if is_query_or_key(p.site)}
+    inside = {p.site for site_points in points for p in site_points if is_query_or_key(p.site)}
     if kind.fixes_attention and rule.path is not None:
         reason = "it recomputes attention of tokens, not of the patches of images"
         return reason, "write `using eap`"
@@ -384,10 +386,11 @@ def _has_other_queries(experiment: ResolvedExperiment) -> bool:
     if layout is None or layout.any_size:  # without a size, it reads the patches alone
         return layout is None and "image_size" in vision.config
     rows = experiment.table.runs[experiment.spec.base].rows
-    layouts = (each.expansion.layout for row in rows for each in row.pictures.values())
+    layouts = (picture.expansion.layout for row in rows for picture in row.pictures.values())
     return any(
-        len(own.cells) * shape.merged_side**2 < max(1, len(own.tiles)) * layout.tokens
-        for own in layouts
+        len(image_tokens.cells) * shape.merged_side**2
+        < max(1, len(image_tokens.tiles)) * layout.tokens
+        for image_tokens in layouts
     )
 
 
@@ -462,15 +465,15 @@ def _explain_separate_moves(rule: ResolvedRule, basis: BasisTargets) -> str:
     cells = basis.coordinates.values()
     if len(cells) < 2:
         return ""
-    if len({each.basis for each in cells}) > 1:
+    if len({cell.basis for cell in cells}) > 1:
         return "and these cells have different bases"
     if any(isinstance(member.operand, PythonBasis) for member in basis.members):
         return "and changes by a Python object may not add up"
     if rule.spec.drops_error:
         return "and each cell drops the whole reconstruction error"
-    named = [number for each in cells for number in each.which]
-    every = any(not each.which for each in cells)
-    if every or len({*named}) < len(named) or any(each.inserted for each in cells):
+    named = [number for cell in cells for number in cell.which]
+    every = any(not cell.which for cell in cells)
+    if every or len({*named}) < len(named) or any(cell.inserted for cell in cells):
         return "and several cells change the same coordinate"
     return ""
 
@@ -671,8 +674,8 @@ def _of_moved_inputs(
         what, reason = f"the run `{rule.run}`", "it has another model or other prompts"
         yield _no_estimate(said, own.span, what, reason, hint)
         return
-    if (found := _find_unequal_rows(rule, experiment, hint)) is not None:
-        what, reason, fix = found
+    if (unequal_rows := _find_unequal_rows(rule, experiment, hint)) is not None:
+        what, reason, fix = unequal_rows
         yield _no_estimate(said, own.span, what, reason, fix)
 
 
@@ -692,7 +695,9 @@ def _find_unequal_rows(
             what = "images of one width and height, and texts" if has_images else "texts"
             fix = f"choose {what} with as many tokens, or {hint}"
             return "prompts of different lengths", reason, fix
-        grids = [_list_grids(each, experiment.model) for each in (first, second) if rule.in_vision]
+        grids = [
+            _list_grids(run_row, experiment.model) for run_row in (first, second) if rule.in_vision
+        ]
         if grids and grids[0] != grids[1]:
             reason = f"images of row {row} have other rows and columns of patches in `{source}` "
             reason += f"than in `{base}`, and each patch moves"
@@ -708,10 +713,10 @@ def _list_grids(row: RunRow, model: ModelContext) -> list[list[tuple[int, int, i
         row = row_in_patches(model.tokenizer, row)
     return [
         [
-            (each.first + c.position, c.tile, c.row, c.col)
-            for c in each.picture.expansion.layout.cells
+            (picture.first + c.position, c.tile, c.row, c.col)
+            for c in picture.picture.expansion.layout.cells
         ]
-        for each in row.whole_pictures
+        for picture in row.whole_pictures
     ]
 
 
@@ -915,12 +920,12 @@ def _check_resampled_rules(experiment: ResolvedExperiment) -> Iterator[Diagnosti
     acting = [(runs[experiment.spec.base], experiment.rules)]
     acting += [(runs[name], run.rules) for name, run in experiment.derived.items()]
     reader = experiment.model.tokenizer
-    for own, rules in acting:
+    for prompt_run, rules in acting:
         for rule in (each for each in rules if each.in_vision):
-            read = runs.get(rule.run, own)
+            read = runs.get(rule.run, prompt_run)
             if rule.external is not None:
                 read = rule.external.table.runs[rule.external.run]
-            problem = _describe_resampled_rule(rule, own, read, reader)
+            problem = _describe_resampled_rule(rule, prompt_run, read, reader)
             if problem is not None:
                 what = f"`{_name_rule(rule)}` {problem[0]} in a vision encoder whose patches are "
                 what += "resampled to the tokens of an image"
@@ -928,20 +933,20 @@ def _check_resampled_rules(experiment: ResolvedExperiment) -> Iterator[Diagnosti
 
 
 def _describe_resampled_rule(
-    rule: ResolvedRule, own: PromptRun, read: PromptRun, reader: TextTokenizer
+    rule: ResolvedRule, prompt_run: PromptRun, read: PromptRun, reader: TextTokenizer
 ) -> tuple[str, str] | None:
     """Return why a rule isn't computed, and a hint.
 
     Args:
         rule: The rule.
-        own: The run in which it acts.
+        prompt_run: The run in which it acts.
         read: The run that it reads.
         reader: The model's tokenizer.
     """
     if rule.does.reads is None:
         return None
     for key, cell in rule.positions.read.items():
-        to = _list_whole_grids(own, rule.positions.written[key], reader)
+        to = _list_whole_grids(prompt_run, rule.positions.written[key], reader)
         for of, grid in zip(_list_whole_grids(read, cell, reader), to, strict=False):
             if of is not None and grid is not None and of != grid:
                 hint = "use images of one width and height, or name patches that both images have"
@@ -958,13 +963,20 @@ def _list_whole_grids(
         return
     assert isinstance(reader, ImagePromptTokenizer)
     for row, hits in zip(run.rows, cell.hits, strict=True):
-        wanted, found = {patch for own in hits for patch in own}, dict[int, tuple[int, int, int]]()
-        for each in row.whole_pictures:
-            expansion = reader.encoder_expansion(each.picture.picture.extent)
-            first = each.first * expansion.vectors
+        wanted, grids = (
+            {patch for numbers in hits for patch in numbers},
+            dict[int, tuple[int, int, int]](),
+        )
+        for picture in row.whole_pictures:
+            expansion = reader.encoder_expansion(picture.picture.picture.extent)
+            first = picture.first * expansion.vectors
             own = {first + c.position: (c.tile, c.row, c.col) for c in expansion.layout.cells}
-            found |= {} if wanted.isdisjoint(own) else own
-        yield [found[patch] for own in hits for patch in own] if wanted == found.keys() else None
+            grids |= {} if wanted.isdisjoint(own) else own
+        yield (
+            [grids[patch] for numbers in hits for patch in numbers]
+            if wanted == grids.keys()
+            else None
+        )
 
 
 def _name_rule(rule: ResolvedRule) -> str:
@@ -1121,8 +1133,10 @@ def _named_numbers(rule: ResolvedRule) -> set[tuple[str, int, int]]:
     found: set[tuple[str, int, int]] = set()
     if rule.basis is None:
         return found
-    which = {number for own in rule.basis.coordinates.values() for number in own.which}
-    every = any(not own.which for own in rule.basis.coordinates.values())
+    which = {
+        number for coordinate in rule.basis.coordinates.values() for number in coordinate.which
+    }
+    every = any(not coordinate.which for coordinate in rule.basis.coordinates.values())
     for member in rule.basis.members:
         if isinstance(member.operand, OutputWeights):
             numbers = range(member.size) if every else which
@@ -1152,7 +1166,7 @@ _JOINED = ("head_out", "attn_out", "mixer_out")
 
 def _have_same_fill(one: ResolvedRule, other: ResolvedRule) -> bool:
     """Return whether two rules ablate the edges of their circuits with the same values."""
-    written = [own.spec.fill and own.spec.fill.span.written for own in (one, other)]
+    written = [rule.spec.fill and rule.spec.fill.span.written for rule in (one, other)]
     alike = one.does == other.does and one.run == other.run and written[0] == written[1]
     return alike and not (one.spec.all_but or other.spec.all_but)
 
@@ -1174,8 +1188,8 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     started = experiment.derived.get(experiment.spec.base)
     others = [] if started is None else list(started.rules)
     circuits = [rule.circuit for rule in rules if rule.circuit is not None]
-    neurons = {where for own in circuits for where in own.neurons}
-    features = {output for own in circuits for output in own.features}
+    neurons = {where for circuit in circuits for where in circuit.neurons}
+    features = {output for circuit in circuits for output in circuit.features}
     of_mlps = {layer for site, layer in features if site == "mlp_out"}
     for rule in (*others, *checked):
         points = () if rule.sites is None else rule.sites.points.values()
@@ -1197,7 +1211,7 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         elif rule.path is not None and (neurons or features):
             noun = "neurons" if neurons else "features"
             what = f"a `path` together with a circuit with {noun}"
-        elif rule.path is not None and any(own.stack for own in circuits):
+        elif rule.path is not None and any(circuit.stack for circuit in circuits):
             what = "a `path` together with a circuit of the vision encoder"
         elif rule.receiving_basis is not None:
             what = "a `path` to features together with a circuit"
@@ -1229,7 +1243,7 @@ def check_cross_layer_rules(experiment: ResolvedExperiment) -> Iterator[Diagnost
     runs = [experiment, *experiment.derived.values()]
     rules = [rule for run in runs for rule in run.rules]
     writing = (rule for rule in rules if rule.does.changes == "sites")
-    written = next((r for r in writing if any(own.crosses_layers for own in r.bases)), None)
+    written = next((r for r in writing if any(basis.crosses_layers for basis in r.bases)), None)
     if written is None:
         return
     other = ""
@@ -1344,12 +1358,12 @@ def _removed_layers(run: ResolvedExperiment, before: set[BlockPlace]) -> set[Blo
     Args:
         before: The removed blocks of its base.
     """
-    found = set(before)
+    removed = set(before)
     for rule in run.rules:
         if rule.does.changes == "blocks" and rule.sites is not None:
             layers = {_block_of(point) for here in rule.sites.points.values() for point in here}
-            found = found - layers if rule.spec.fill is None else found | layers
-    return found
+            removed = removed - layers if rule.spec.fill is None else removed | layers
+    return removed
 
 
 def _first_inside(

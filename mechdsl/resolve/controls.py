@@ -116,13 +116,15 @@ def resolve_exclusions(
     apart = FindingPicker(whole.found, whole.called, whole.groups, whole.picks)
     # `except` is outside every `for`, so loop variables are undefined here.
     here = replace(context, loops={}, onward=apart)
-    found: list[ExcludedSite] = []
+    sites: list[ExcludedSite] = []
     for site in control.apart:
         targets, _ = resolve_site(site, here)
         if targets is not None:
-            points = dict.fromkeys(point for each in targets.points.values() for point in each)
-            found.append(ExcludedSite(site, tuple(points)))
-    return () if has_errors(context.diagnostics) else tuple(found)
+            points = dict.fromkeys(
+                point for site_points in targets.points.values() for point in site_points
+            )
+            sites.append(ExcludedSite(site, tuple(points)))
+    return () if has_errors(context.diagnostics) else tuple(sites)
 
 
 def group_excluded_units(
@@ -133,18 +135,25 @@ def group_excluded_units(
     Excluding a head also excludes its query, key and value. Excluding a key-value head excludes all
     heads that share it.
     """
-    found: dict[ExchangeGroup, set[int]] = {}
+    units: dict[ExchangeGroup, set[int]] = {}
     for point in (point for part in parts for point in part.points):
         kind = SITES[point.site].unit
         if kind is None or point.unit is None:
             continue
-        size, own = unit_count(shape, point.site, point.layer), shape.in_stack(point.site)[0]
-        sizes = {size, own.n_heads, own.n_kv_heads} if UNIT_WORDS[kind] == "heads" else {size}
+        size, model_shape = (
+            unit_count(shape, point.site, point.layer),
+            shape.in_stack(point.site)[0],
+        )
+        sizes = (
+            {size, model_shape.n_heads, model_shape.n_kv_heads}
+            if UNIT_WORDS[kind] == "heads"
+            else {size}
+        )
         for other in sizes:
             slot = ExchangeGroup(UNIT_WORDS[kind], other, point.layer, SITES[point.site].stack)
             same = range(point.unit * other // size, -(-(point.unit + 1) * other // size))
-            found.setdefault(slot, set()).update(same)
-    return {slot: tuple(sorted(here)) for slot, here in found.items()}
+            units.setdefault(slot, set()).update(same)
+    return {slot: tuple(sorted(here)) for slot, here in units.items()}
 
 
 def find_excluded_layers(parts: Sequence[ExcludedSite]) -> frozenset[tuple[Stack, int]]:
@@ -175,14 +184,14 @@ class AlternativeSites:
         self, kind: spec.ControlTarget | None, points: Sequence[SitePoint]
     ) -> dict[ExchangeGroup, tuple[int, ...]]:
         """Return the units or layers of these points that a draw can replace."""
-        found: dict[ExchangeGroup, set[int]] = {}
+        units: dict[ExchangeGroup, set[int]] = {}
         for point in points:
             slot = self.slot(point, kind)
             if slot is not None:
                 target = point.layer if kind == "layers" else point.unit
                 assert target is not None
-                found.setdefault(slot, set()).add(target)
-        return {slot: tuple(sorted(targets)) for slot, targets in found.items()}
+                units.setdefault(slot, set()).add(target)
+        return {slot: tuple(sorted(targets)) for slot, targets in units.items()}
 
     def slot(self, point: SitePoint, kind: spec.ControlTarget | None) -> ExchangeGroup | None:
         stack = SITES[point.site].stack
@@ -202,8 +211,10 @@ class AlternativeSites:
         self, written: Mapping[int, Sequence[SitePoint]], kinds: Sequence[spec.ControlTarget | None]
     ) -> tuple[int, ...]:
         """Return the layers that have every written site of a cell and aren't excluded."""
-        points = {point for each in written.values() for point in each}
-        moved = {p for n, each in written.items() if kinds[n] == "layers" for p in each}
+        points = {point for site_points in written.values() for point in site_points}
+        moved = {
+            p for n, site_points in written.items() if kinds[n] == "layers" for p in site_points
+        }
 
         def fits(layer: int) -> bool:
             return all(
@@ -246,21 +257,21 @@ class AlternativeSites:
         """
         if picked is None:
             return tuple(points)
-        found: list[SitePoint] = []
+        site_points: list[SitePoint] = []
         for point, target in zip(points, written, strict=True):
             slot = self.slot(target, kind)
             if slot is None:
-                found.append(point)
+                site_points.append(point)
             elif kind == "layers":
                 # With `into layer`, the point that is read isn't replaced.
                 same = point == target and target.layer is not None
-                found.append(
+                site_points.append(
                     replace(point, layer=picked[slot, target.layer or 0]) if same else point
                 )
             else:
                 assert target.unit is not None
-                found.append(replace(point, unit=picked[slot, target.unit]))
-        return tuple(found)
+                site_points.append(replace(point, unit=picked[slot, target.unit]))
+        return tuple(site_points)
 
 
 _DRAWN = {
@@ -301,10 +312,10 @@ def build_direction_control(
         else:
             rules.append(_redirect(rule, draws, experiment))
     pairs = zip(experiment.rules, rules, strict=True)
-    steered = [own for own, drawn in pairs if own is not drawn]
+    steered = [resolved for resolved, drawn in pairs if resolved is not drawn]
     drawn = dict.fromkeys(_DRAWN.get(rule.does.mode, _DRAWN["add"]) for rule in steered)
     drawn = drawn or {_DRAWN["add"]: None}
-    (noun, like), *others = sorted(drawn, key=lambda own: own != _DRAWN["add"])
+    (noun, like), *others = sorted(drawn, key=lambda names: names != _DRAWN["add"])
     what = f"random {noun}"
     like += "".join(f"; {noun} {text}" for noun, text in others)
     like += ", at the same sites and tokens"
@@ -357,38 +368,38 @@ def build_feature_control(
             "write an experiment for each rule",
         )
     (rule,) = in_bases
-    own = rule.basis
-    assert own is not None
-    frequencies = _find_frequencies(asked, own.definition, experiment, onward)
+    basis = rule.basis
+    assert basis is not None
+    frequencies = _find_frequencies(asked, basis.definition, experiment, onward)
     drawn: dict[AxisIndices, list[tuple[int, ...]]] = {}
-    for key, named in own.coordinates.items():
-        label = stable_hash(experiment.seed, "features", own.definition, *named.which)
+    for key, named in basis.coordinates.items():
+        label = stable_hash(experiment.seed, "features", basis.definition, *named.which)
         drawn[key] = draw_features(named.which, frequencies, draws, label) if named.which else []
     most = max(map(len, drawn.values()), default=0)
     if not most:
         reason = "no other feature is active in half to twice as many rows"
         raise _NoAlternatives(reason, f"write `against random({draws}, positions)`")
     coordinates = {
-        (draw, *key): replace(own.coordinates[key], which=which)
+        (draw, *key): replace(basis.coordinates[key], which=which)
         for key, every in drawn.items()
         for draw in range(most)
-        for which in [every[draw] if draw < len(every) else own.coordinates[key].which]
+        for which in [every[draw] if draw < len(every) else basis.coordinates[key].which]
     }
     rules = [
-        replace(each, basis=replace(own, axes=(DRAW_AXIS, *own.axes), coordinates=coordinates))
+        replace(each, basis=replace(basis, axes=(DRAW_AXIS, *basis.axes), coordinates=coordinates))
         if each is rule
         else each
         for each in experiment.rules
     ]
     assert asked.frequency is not None
-    like = f"of `{own.definition}`, each active in half to twice as many rows of "
+    like = f"of `{basis.definition}`, each active in half to twice as many rows of "
     like += f"`{asked.frequency.span.written}`, at the same sites and tokens"
     counts = {key: len(every) for key, every in drawn.items()}
     without = sum(not count for count in counts.values())
     like += f"; {without:,} of {len(counts):,} sets have no alternatives" if without else ""
-    found = _drawn_control(experiment, asked, rules, most, ("random features", like))
-    shadow = replace(found.experiment, drawn=DrawCounts(own.axes, counts))
-    return replace(found, experiment=shadow)
+    control = _drawn_control(experiment, asked, rules, most, ("random features", like))
+    shadow = replace(control.experiment, drawn=DrawCounts(basis.axes, counts))
+    return replace(control, experiment=shadow)
 
 
 def _find_frequencies(
@@ -408,7 +419,10 @@ def _find_frequencies(
         for part in finding.parts:
             check_rankable_features(part.experiment, basis)
             observed = [rule.spec.observed for rule in part.experiment.rules]
-            if not any(each and each.basis and each.ranked_by == "mean" for each in observed):
+            if not any(
+                quantity and quantity.basis and quantity.ranked_by == "mean"
+                for quantity in observed
+            ):
                 raise PickError(
                     f"`{name}` doesn't have the activations of features",
                     f"name an observation: `observe features of {basis} …`",
@@ -470,7 +484,10 @@ def _drawn_control(
 
 
 def _with_random_directions(
-    rule: ResolvedRule, own: DirectionTargets, draws: int, experiment: ResolvedExperiment
+    rule: ResolvedRule,
+    direction_targets: DirectionTargets,
+    draws: int,
+    experiment: ResolvedExperiment,
 ) -> ResolvedRule:
     shuffles = rule.does.mode == "scale"
     kind, same = ("shuffled", "numbers") if shuffles else ("random", "norm")
@@ -480,9 +497,14 @@ def _with_random_directions(
             RandomVector(member.vector, f"{member.name} {draw}", experiment.seed, shuffles),
             f"random, with the {same} of {member.name}",
         )
-        for draw, (key, member) in product(range(draws), own.members.items())
+        for draw, (key, member) in product(range(draws), direction_targets.members.items())
     }
-    return replace(rule, direction=DirectionTargets((DRAW_AXIS, *own.axes), members, own.families))
+    return replace(
+        rule,
+        direction=DirectionTargets(
+            (DRAW_AXIS, *direction_targets.axes), members, direction_targets.families
+        ),
+    )
 
 
 def _redirect(rule: ResolvedRule, draws: int, experiment: ResolvedExperiment) -> ResolvedRule:
@@ -539,7 +561,7 @@ def _check_drawn_subspaces(
     asked = experiment.spec.against
     draws = 39 if asked is None else asked.draws
     hint = f"write `against random({draws}, positions)`"
-    if any(isinstance(each.operand, DictionaryFile | PythonBasis) for each in members):
+    if any(isinstance(member.operand, DictionaryFile | PythonBasis) for member in members):
         reason = "features of dictionaries are drawn by their frequencies: most are inactive"
         hint = f"write `against random({draws}, features, frequency: seen)`, where `seen` is "
         hint += f"`observe features of {own.definition} …`"
@@ -547,14 +569,14 @@ def _check_drawn_subspaces(
     plain = isinstance(does, CoordinateChange) and not does.leaves_no_error
     plain &= rule.spec.exchanged is None
     copies = does.reads in ("run", "donor", "mean")
-    if not plain or not (copies or all(each.method in _ORTHONORMAL for each in members)):
+    if not plain or not (copies or all(member.method in _ORTHONORMAL for member in members)):
         raise _NoDraws(
             f"`{rule.spec.verb}` in `{own.definition}` depends on its directions' lengths and "
             "centre, which a random subspace doesn't share",
             f"{hint}, or patch the coordinates",
             rule.spec.span,
         )
-    whole = [each for each in members if each.size == each.width]
+    whole = [member for member in members if member.size == member.width]
     if whole and any(not named.which for named in own.coordinates.values()):
         reason = f"`{own.definition}` spans all {whole[0].width} numbers of a vector"
         raise _NoAlternatives(reason, hint, rule.spec.span)
@@ -611,7 +633,7 @@ def resolve_control(
     try:
         draws = asked.draws if draws_enough is None else min(asked.draws, draws_enough)
         masks = find_trained_rules(experiment.rules, program)
-        masks = [each for each in masks if each.kind in ("coordinates", "positions")]
+        masks = [mask for mask in masks if mask.kind in ("coordinates", "positions")]
         return _build_control(experiment, asked, apart, masks, draws, onward), []
     except _NoDraws as nothing:
         reason, hint, span = nothing.reason, nothing.hint, nothing.span or asked.span
@@ -625,11 +647,11 @@ def resolve_control(
 def accepts_control(experiment: ResolvedExperiment) -> bool:
     """Whether `against random(…)` is valid in an experiment without it."""
     asked = spec.Control(span=experiment.spec.span, draws=1)
-    own = replace(experiment, spec=experiment.spec.model_copy(update={"against": asked}))
-    if any(check_other_stacks(own)):
+    resolved = replace(experiment, spec=experiment.spec.model_copy(update={"against": asked}))
+    if any(check_other_stacks(resolved)):
         return False
     try:
-        _build_control(own, asked, (), (), asked.draws, FindingPicker())
+        _build_control(resolved, asked, (), (), asked.draws, FindingPicker())
     except _NoDraws:
         return False
     return True
@@ -658,7 +680,7 @@ def _build_control(
         return _build_circuit_control(experiment, asked, apart, draws)
     if experiment.everything:
         return _build_group_control(experiment, asked, apart, masks, draws)
-    masks = [each for each in masks if each.kind == "coordinates"]
+    masks = [mask for mask in masks if mask.kind == "coordinates"]
     with_directions = any(rule.direction is not None for rule in experiment.rules)
     with_bases = any(rule.basis is not None for rule in experiment.rules)
     adds = any(rule.does.redirected is not None for rule in experiment.rules)
@@ -720,8 +742,8 @@ def _build_circuit_control(
         label = f"random circuit like {next(iter(sites.labels.values()))}"
         rules.append(replace_circuit(rule, (DRAW_AXIS, *sites.axes), drawn, label))
         numbers = DrawCounts(sites.axes, counts)
-    found = _drawn_control(experiment, asked, rules, draws, ("random circuits", like))
-    return replace(found, experiment=replace(found.experiment, drawn=numbers))
+    control = _drawn_control(experiment, asked, rules, draws, ("random circuits", like))
+    return replace(control, experiment=replace(control.experiment, drawn=numbers))
 
 
 def _build_group_control(
@@ -741,40 +763,42 @@ def _build_group_control(
         reason = "groups are drawn from all sites that the rules ablate without `except`"
         raise _NoDraws(reason, "remove `except` after `against`", apart[0].site.span)
     choices = {mask.number: mask.choices for mask in masks if mask.kind == "coordinates"}
-    found = draw_groups(experiment, draws, choices)
-    if asked.what is not None and (found is not None or asked.what != "positions"):
-        drawn = "positions" if found is None else "groups"
+    groups = draw_groups(experiment, draws, choices)
+    if asked.what is not None and (groups is not None or asked.what != "positions"):
+        drawn = "positions" if groups is None else "groups"
         reason = f"{drawn} are drawn, and an experiment has one type of random target"
         raise _NoDraws(reason, f"write `against random({asked.draws})`")
-    if found is None and any(mask.waits for mask in masks):
+    if groups is None and any(mask.waits for mask in masks):
         like = "of the size of the trained group"
         rules = [_repeat(rule, draws) for rule in experiment.rules]
         return _drawn_control(experiment, asked, rules, draws, ("random groups", like))
-    if found is None:
+    if groups is None:
         asked = asked.model_copy(update={"what": "positions"})
         return _Draws(experiment, asked, (), draws).control()
-    if not found.draws:
-        reason = f"there is no other group of the same size: {found.sizes}"
+    if not groups.draws:
+        reason = f"there is no other group of the same size: {groups.sizes}"
         raise _NoAlternatives(reason, "remove this line, or test a group of a different size")
-    few = _describe_few("groups", found.different, found.counts.counts.values(), draws)
-    chosen = " and the training could choose" if found.of_choices else ""
-    like = f"of {found.sizes}, drawn from those that ∅ ablates{chosen}, at the same tokens{few}"
+    few = _describe_few("groups", groups.different, groups.counts.counts.values(), draws)
+    chosen = " and the training could choose" if groups.of_choices else ""
+    like = f"of {groups.sizes}, drawn from those that ∅ ablates{chosen}, at the same tokens{few}"
     like += (
-        "; where there is no other group, each draw is the group itself" if found.some_alone else ""
+        "; where there is no other group, each draw is the group itself"
+        if groups.some_alone
+        else ""
     )
-    control = _drawn_control(experiment, asked, found.rules, found.draws, ("random groups", like))
-    return replace(control, experiment=replace(control.experiment, drawn=found.counts))
+    control = _drawn_control(experiment, asked, groups.rules, groups.draws, ("random groups", like))
+    return replace(control, experiment=replace(control.experiment, drawn=groups.counts))
 
 
 def _repeat(rule: ResolvedRule, draws: int) -> ResolvedRule:
     """Return a rule with its own targets in each draw."""
     if rule.sites is None or rule.does.changes == "nothing":
         return rule
-    own = rule.sites
-    keys = [(draw, *key) for draw, key in product(range(draws), own.points)]
-    points = {key: own.points[key[1:]] for key in keys}
-    labels = {key: own.labels[key[1:]] for key in keys}
-    return replace(rule, sites=SiteTargets((DRAW_AXIS, *own.axes), points, labels))
+    sites = rule.sites
+    keys = [(draw, *key) for draw, key in product(range(draws), sites.points)]
+    points = {key: sites.points[key[1:]] for key in keys}
+    labels = {key: sites.labels[key[1:]] for key in keys}
+    return replace(rule, sites=SiteTargets((DRAW_AXIS, *sites.axes), points, labels))
 
 
 def _draw_circuits(
@@ -810,7 +834,7 @@ def _draw_circuits(
     different = {key: len(own) for key, own in drawn.items()}
     over = experiment.combined_axis
     picks = combine_draws(different, axes, over, draws, experiment.seed)
-    counts = {key: len(own) for key, own in picks.items()}
+    counts = {key: len(numbers) for key, numbers in picks.items()}
     noun = "edge at positions" if circuit.edge_places else "edge"
     sizes = sorted({count_placed(own) for own in circuit.named.values()})
     size = _list_sizes(sizes, noun)
@@ -845,10 +869,10 @@ def _describe_few(noun: str, different: Iterable[int], counts: Iterable[int], dr
         different: Number of different draws in each cell.
         counts: Number of draws in each cell; larger if curves repeat them.
     """
-    fewer = [own < draws for own in different]
+    fewer = [number < draws for number in different]
     if not any(fewer):
         return ""
-    repeated = any(own < count for own, count in zip(different, counts, strict=True))
+    repeated = any(number < count for number, count in zip(different, counts, strict=True))
     if repeated:
         return f"; a random curve has one of each size, and sizes with fewer {noun} repeat theirs"
     return f"; fewer draws where there are fewer {noun}"
@@ -906,16 +930,16 @@ class _TrainedRule(Record):
 
 def find_trained_rules(rules: Sequence[ResolvedRule], program: spec.Program) -> list[_TrainedRule]:
     """Return the rules that use something that the file trains, or chooses by a training."""
-    found: list[_TrainedRule] = []
+    trained_rules: list[_TrainedRule] = []
     for number, rule in enumerate(rules):
         if rule.does.trained is not None:
             names = (rule.does.trained.training.definition,)
-            found.append(_TrainedRule(number, "observation", names))
+            trained_rules.append(_TrainedRule(number, "observation", names))
             continue
         vectors = () if rule.direction is None else rule.direction.saved
         names = {v.training.definition: None for v in vectors if isinstance(v, TrainedVector)}
         if names:
-            found.append(_TrainedRule(number, "directions", tuple(names)))
+            trained_rules.append(_TrainedRule(number, "directions", tuple(names)))
             continue
         mask = _find_mask(number, rule, program)
         own = None if rule.basis is None else _find_trained_basis(number, rule.basis)
@@ -924,8 +948,8 @@ def find_trained_rules(rules: Sequence[ResolvedRule], program: spec.Program) -> 
         if mask is not None and own is not None:
             mask = replace(mask, names=(*mask.names, *own.names))
         own = mask or own
-        found += [] if own is None else [own]
-    return found
+        trained_rules += [] if own is None else [own]
+    return trained_rules
 
 
 def _find_trained_basis(number: int, basis: BasisTargets) -> _TrainedRule | None:
@@ -952,8 +976,8 @@ def _find_mask(number: int, rule: ResolvedRule, program: spec.Program) -> _Train
         if mask.chooses_positions and name in positions:
             return _TrainedRule(number, "positions", (name,))
         if rule.basis is not None and mask.site.coordinates is not None and name in of_coordinates:
-            own = program.groups[name]
-            return _TrainedRule(number, "coordinates", (name,), own.choices, own.waits)
+            group = program.groups[name]
+            return _TrainedRule(number, "coordinates", (name,), group.choices, group.waits)
         if name in named:
             return _TrainedRule(number, "edges" if mask.chooses_edges else "sites", (name,))
     return None
@@ -1014,7 +1038,7 @@ def _build_training_control(
     if any(_has_own_control(experiment.rules[own.number].does) for own in used):
         return None, ""
     if any(m.in_reply is not None for m in experiment.measures) and any(
-        each.effect != "raw" for each in own.measures
+        measure.effect != "raw" for measure in own.measures
     ):
         return None, "random targets generate separate replies"
     count = max(1, min(TRAINING_DRAWS, TRAINING_CELLS // max(1, experiment.n_there)))
@@ -1044,28 +1068,28 @@ def _draw_trained(
         return _build_untrained_control(experiment)
     asked = spec.Control(span=experiment.spec.span, draws=count)
     if experiment.everything:
-        found = _build_group_control(experiment, asked, (), used, draws)
+        control = _build_group_control(experiment, asked, (), used, draws)
     elif "edges" in kinds:
-        found = _build_circuit_control(experiment, asked, (), draws)
+        control = _build_circuit_control(experiment, asked, (), draws)
     elif "directions" in kinds:
-        found = build_direction_control(experiment, asked, draws, kinds["directions"])
+        control = build_direction_control(experiment, asked, draws, kinds["directions"])
     elif "features" in kinds and _change_all_coordinates(experiment, kinds["features"]):
         return _build_untrained_dictionaries(experiment, kinds["features"])
     elif "subspaces" in kinds or "features" in kinds:
         numbers = [*kinds.get("subspaces", ()), *kinds.get("features", ())]
-        found = build_subspace_control(experiment, asked, draws, numbers)
+        control = build_subspace_control(experiment, asked, draws, numbers)
     elif "coordinates" in kinds:
         masks = [own for own in used if own.kind == "coordinates"]
-        found = _build_coordinate_control(experiment, asked, draws, masks)
+        control = _build_coordinate_control(experiment, asked, draws, masks)
     elif "sites" in kinds:
-        found = _Draws(experiment, asked, (), draws, kinds["sites"]).control()
+        control = _Draws(experiment, asked, (), draws, kinds["sites"]).control()
     elif "positions" in kinds:
         asked = asked.model_copy(update={"what": "positions"})
-        found = _Draws(experiment, asked, (), draws, kinds["positions"]).control()
+        control = _Draws(experiment, asked, (), draws, kinds["positions"]).control()
     else:
         raise _NoDraws("what is observed isn't drawn", "observe it in another experiment")
-    _check_draws_outside_removed(found.experiment.rules, experiment.model.name)
-    return replace(found, title="random")
+    _check_draws_outside_removed(control.experiment.rules, experiment.model.name)
+    return replace(control, title="random")
 
 
 MAX_CHOICES = 1 << 24
@@ -1084,9 +1108,9 @@ class _DrawnCoordinates(Record):
     @classmethod
     def of(cls, rule: ResolvedRule, mask: _TrainedRule, draws: int, seed: int) -> _DrawnCoordinates:
         """Draw the sets. Raises _NoDraws."""
-        own = rule.basis
-        assert own is not None
-        named = list(dict.fromkeys(each.which for each in own.coordinates.values()))
+        basis = rule.basis
+        assert basis is not None
+        named = list(dict.fromkeys(coordinate.which for coordinate in basis.coordinates.values()))
         if len(named) * len(mask.choices) > MAX_CHOICES:
             reason = f"there are {len(named):,} sets of coordinates, each with "
             reason += f"{len(mask.choices):,} to draw from"
@@ -1094,14 +1118,16 @@ class _DrawnCoordinates(Record):
         drawn = [draw_coordinates(each, mask.choices, draws=draws, seed=seed) for each in named]
         sets = {which: every for which, (every, _) in zip(named, drawn, strict=True)}
         notes = dict.fromkeys(note for every, note in drawn if every)
-        return cls(own, sets, tuple(notes))
+        return cls(basis, sets, tuple(notes))
 
     def replaced(self, draws: int) -> BasisTargets:
         """Return the coordinates of each draw; those without enough others repeat their own."""
         coordinates = {
-            (draw, *key): replace(each, which=drawn[draw] if draw < len(drawn) else each.which)
-            for draw, (key, each) in product(range(draws), self.own.coordinates.items())
-            for drawn in [self.sets[each.which]]
+            (draw, *key): replace(
+                coordinate, which=drawn[draw] if draw < len(drawn) else coordinate.which
+            )
+            for draw, (key, coordinate) in product(range(draws), self.own.coordinates.items())
+            for drawn in [self.sets[coordinate.which]]
         }
         return replace(self.own, axes=(DRAW_AXIS, *self.own.axes), coordinates=coordinates)
 
@@ -1133,28 +1159,30 @@ def _build_coordinate_control(
     names, groups = tuple(axis.name for axis in varied), [mask.names[0] for mask in masks]
     counts: dict[AxisIndices, int] = {}
     for cell in product(*(range(len(axis)) for axis in varied)):
-        every = [each.count(dict(zip(names, cell, strict=True))) for each in drawn]
+        every = [coordinates.count(dict(zip(names, cell, strict=True))) for coordinates in drawn]
         counts[cell] = min((count for count in every if count), default=0)
     most, chooser = max(counts.values()), name_list(dict.fromkeys(groups))
     if not most:
         reason = f"{chooser} could choose no others for the coordinates of this experiment"
         raise _NoAlternatives(reason, f"change coordinates from which {chooser} chooses")
-    for mask, each in zip(masks, drawn, strict=True):
-        rules[mask.number] = replace(rules[mask.number], basis=each.replaced(most))
-    dims = [each.own.definition == ast.STANDARD_BASIS for each in drawn]
+    for mask, coordinates in zip(masks, drawn, strict=True):
+        rules[mask.number] = replace(rules[mask.number], basis=coordinates.replaced(most))
+    dims = [coordinates.own.definition == ast.STANDARD_BASIS for coordinates in drawn]
     nouns = ["features"] * (not all(dims)) + ["dimensions"] * any(dims)
-    notes = " or ".join(dict.fromkeys(note for each in drawn for note in each.notes))
+    notes = " or ".join(dict.fromkeys(note for coordinates in drawn for note in coordinates.notes))
     like = f"the same number of those that {chooser} could choose, {notes}, at the same sites and "
     what = f"random {' and '.join(nouns)}"
-    found = _drawn_control(experiment, asked, rules, most, (what, f"{like}tokens"))
-    return replace(found, experiment=replace(found.experiment, drawn=DrawCounts(names, counts)))
+    control = _drawn_control(experiment, asked, rules, most, (what, f"{like}tokens"))
+    return replace(control, experiment=replace(control.experiment, drawn=DrawCounts(names, counts)))
 
 
 def _change_all_coordinates(experiment: ResolvedExperiment, numbers: Sequence[int]) -> bool:
     """Whether some rules change no single coordinates. The coordinates of a dictionary before the
     training have no relation to those with the same numbers after it."""
     bases = [experiment.rules[number].basis for number in numbers]
-    return not any(own.which for basis in bases if basis for own in basis.coordinates.values())
+    return not any(
+        coordinate.which for basis in bases if basis for coordinate in basis.coordinates.values()
+    )
 
 
 def _build_untrained_dictionaries(
@@ -1165,14 +1193,14 @@ def _build_untrained_dictionaries(
     rules, asked = list(experiment.rules), spec.Control(span=experiment.spec.span, draws=1)
     changed: list[BasisTargets] = []
     for number in numbers:
-        own = rules[number].basis
-        assert own is not None
-        bases = tuple({key: _before_training(m) for key, m in here.items()} for here in own.bases)
-        coordinates = {(0, *key): each for key, each in own.coordinates.items()}
-        axes = (DRAW_AXIS, *own.axes)
-        made = replace(own, bases=bases, axes=axes, coordinates=coordinates)
+        basis = rules[number].basis
+        assert basis is not None
+        bases = tuple({key: _before_training(m) for key, m in here.items()} for here in basis.bases)
+        coordinates = {(0, *key): coordinate for key, coordinate in basis.coordinates.items()}
+        axes = (DRAW_AXIS, *basis.axes)
+        made = replace(basis, bases=bases, axes=axes, coordinates=coordinates)
         rules[number] = replace(rules[number], basis=made)
-        changed.append(own)
+        changed.append(basis)
     varied = [a for a in experiment.axes if any(a.name in own.axes for own in changed)]
     names = tuple(axis.name for axis in varied)
 
@@ -1184,28 +1212,28 @@ def _build_untrained_dictionaries(
     cells = product(*(range(len(axis)) for axis in varied))
     counts = {cell: int(any(uses_trained(own, cell) for own in changed)) for cell in cells}
     said = "random weights", "those before the training, of the same number of features"
-    found = _drawn_control(experiment, asked, rules, 1, said, "untrained")
-    shadow = replace(found.experiment, drawn=DrawCounts(names, counts))
-    return replace(found, experiment=shadow, said=": ".join(said))
+    control = _drawn_control(experiment, asked, rules, 1, said, "untrained")
+    shadow = replace(control.experiment, drawn=DrawCounts(names, counts))
+    return replace(control, experiment=shadow, said=": ".join(said))
 
 
 def _before_training(member: BasisMember) -> BasisMember:
     """Return a basis as it is before its training. Raises _NoDraws if the store has no such
     weights."""
-    own = member.operand
-    if not isinstance(own, TrainedDictionary) or not own.is_trained:
+    operand = member.operand
+    if not isinstance(operand, TrainedDictionary) or not operand.is_trained:
         return member
-    assert own.training is not None
-    folder = own.path.parent / UNTRAINED_FOLDER
-    encoded = None if own.hook is None else site_of_hook(own.hook)
+    assert operand.training is not None
+    folder = operand.path.parent / UNTRAINED_FOLDER
+    encoded = None if operand.hook is None else site_of_hook(operand.hook)
     layer = None if encoded is None else encoded[1]
     try:
-        file = read_dictionary(folder, str(folder), transcodes=own.transcodes, layer=layer)
-        if own.decoders is not None and layer is not None:
-            decoders = read_cross_decoder(file, layer, layer + own.written_layers)
+        file = read_dictionary(folder, str(folder), transcodes=operand.transcodes, layer=layer)
+        if operand.decoders is not None and layer is not None:
+            decoders = read_cross_decoder(file, layer, layer + operand.written_layers)
             file = file.with_decoders(decoders)
     except UnreadableFile:
-        reason = f"the store has no untrained weights of `{own.training.definition}`"
+        reason = f"the store has no untrained weights of `{operand.training.definition}`"
         raise _NoDraws(reason, "train it again: `mechdsl fit --fresh`") from None
     made = f"`{member.name}` before the training"
     return replace(member, name=f"{member.name} untrained", operand=file, made=made)
@@ -1223,15 +1251,15 @@ def _build_untrained_control(experiment: ResolvedExperiment) -> ResolvedControl:
         reason = "what is observed of a trained part has no random or untrained counterpart"
         raise _NoDraws(reason, "the table of `mechdsl fit` compares the trained part with others")
     asked = spec.Control(span=experiment.spec.span, draws=1)
-    found = _drawn_control(experiment, asked, rules, 1, (what, ""), "untrained")
-    return replace(found, said=f"{what}, which is what the training starts from")
+    control = _drawn_control(experiment, asked, rules, 1, (what, ""), "untrained")
+    return replace(control, said=f"{what}, which is what the training starts from")
 
 
-def _with_one_draw(own: SiteTargets) -> SiteTargets:
+def _with_one_draw(site_targets: SiteTargets) -> SiteTargets:
     """Return targets along a further axis with one draw."""
-    points = {(0, *key): here for key, here in own.points.items()}
-    labels = {(0, *key): here for key, here in own.labels.items()}
-    return SiteTargets((DRAW_AXIS, *own.axes), points, labels)
+    points = {(0, *key): here for key, here in site_targets.points.items()}
+    labels = {(0, *key): here for key, here in site_targets.labels.items()}
+    return SiteTargets((DRAW_AXIS, *site_targets.axes), points, labels)
 
 
 class _NoDraws(HintedError):
@@ -1242,8 +1270,8 @@ class _NoDraws(HintedError):
 
 def _check_draws_outside_removed(rules: Sequence[ResolvedRule], model: str) -> None:
     """Check that no draw is in a block that computes nothing; raise _NoDraws otherwise."""
-    for found in check_removed_blocks(rules, (), model):
-        written = "" if found.span is None else found.span.written
+    for problem in check_removed_blocks(rules, (), model):
+        written = "" if problem.span is None else problem.span.written
         raise _NoDraws(
             f"a draw for `{written}` is in a block that is replaced with identity",
             "name blocks with `except` so that neither rule is drawn in the other's block",
@@ -1520,19 +1548,19 @@ class _Draws:
         if rule.sites is None or rule.does.changes in ("nothing", "positions", "blocks", "circuit"):
             return set()
         points = {point for here in rule.sites.points.values() for point in here}
-        found: set[spec.ControlTarget] = set()
+        targets: set[spec.ControlTarget] = set()
         for point in points:
             unit = SITES[point.site].unit
             if point.unit is not None and unit is not None and self._size(point) > 1:
-                found.add(UNIT_WORDS[unit])
+                targets.add(UNIT_WORDS[unit])
         # A path depends on the order of its layers, so its layers aren't drawn.
         in_layers = all(point.layer is not None for point in points)
         layers = max(self.shape.in_stack(p.site)[0].n_layers for p in points) if points else 0
         if rule.path is None and layers > 1 and in_layers:
-            found.add("layers")
+            targets.add("layers")
         if rule.does.drawn_positions and not self._acts_in_answers(rule) and not rule.acts_later:
-            found.add("positions")
-        return found
+            targets.add("positions")
+        return targets
 
     def _acts_in_answers(self, rule: ResolvedRule) -> bool:
         """Return whether a rule acts on answer tokens, which have no alternatives."""
@@ -1581,15 +1609,15 @@ class _Draws:
             raise self._nothing_else(kinds)
         self._say_alone(whole, some)
         numbers = combine_draws(
-            {cell: len(each.picks) for cell, each in drawn.items()},
+            {cell: len(cell_draws.picks) for cell, cell_draws in drawn.items()},
             along.names,
             self.experiment.combined_axis,
             self.draws,
             self.experiment.seed,
         )
         drawn = {
-            cell: replace(each, picks=[each.picks[n] for n in numbers[cell]])
-            for cell, each in drawn.items()
+            cell: replace(cell_draws, picks=[cell_draws.picks[n] for n in numbers[cell]])
+            for cell, cell_draws in drawn.items()
         }
         rules = list(along.rules)
         for n in (*along.in_sites, *tokens):
@@ -1620,18 +1648,18 @@ class _Draws:
         fixed: list[int] = []
         sites = [n for n in along.in_sites if n in written]
         if sites:
-            found = find_site_options(
+            site_options = find_site_options(
                 *targets,
                 self.others.without_units,
                 self.others.fitting({n: along.points(n, cell) for n in sites}, along.kinds),
                 draws=self.draws,
                 seed=self.experiment.seed,
             )
-            if found is None:
+            if site_options is None:
                 fixed += sites
             else:
-                self.notes[found.without] = None
-                parts[_SITES] = found
+                self.notes[site_options.without] = None
+                parts[_SITES] = site_options
         for n in written:
             if n in tokens:
                 options = tokens[n].get(along.key(along.rules[n].positions.axes, cell))
@@ -1654,7 +1682,7 @@ class _Draws:
     ) -> ResolvedRule:
         """Replace the units or layers of a rule."""
         rule = self.experiment.rules[n]
-        own = _targets(rule)
+        targets = _targets(rule)
         if kind == "layers":
             self.matched["the same component, in the same number of layers"] = None
         else:
@@ -1664,14 +1692,14 @@ class _Draws:
         labels: dict[AxisIndices, str] = {}
         most = max(len(drawn.picks) for drawn in cells.values())
         for (cell, drawn), draw in product(cells.items(), range(most)):
-            at = tuple(cell[names.index(name)] for name in own.axes)
-            before = own.points[at]
+            at = tuple(cell[names.index(name)] for name in targets.axes)
+            before = targets.points[at]
             picked = drawn.picked(draw, _SITES) if n in drawn.sites else None
             after = self.others.moved(before, before, kind, picked)
             points[draw, *cell] = after
-            labels[draw, *cell] = own.labels[at] if picked is None else label_all_points(after)
-            if own.sources is not None:
-                sources[draw, *cell] = self.others.moved(own.sources[at], before, kind, picked)
+            labels[draw, *cell] = targets.labels[at] if picked is None else label_all_points(after)
+            if targets.sources is not None:
+                sources[draw, *cell] = self.others.moved(targets.sources[at], before, kind, picked)
         return replace(
             rule, sites=SiteTargets((DRAW_AXIS, *names), points, labels, sources or None)
         )
@@ -1686,25 +1714,25 @@ class _Draws:
         if not across and any(a.ids != b.ids for a, b in zip(base, other, strict=True)):
             self.notes["read at the same token of the other run"] = None
         allowed = [
-            tuple(sorted(own if across else own & there))
-            for own, there in zip(
+            tuple(sorted(numbers if across else numbers & there))
+            for numbers, there in zip(
                 self._alternatives(rule, base), self._alternatives(rule, other), strict=True
             )
         ]
         row_keys, seed = self.experiment.table.row_keys, self.experiment.seed
-        found: dict[AxisIndices, TokenOptions] = {}
+        choices: dict[AxisIndices, TokenOptions] = {}
         for key, cell in rule.positions.written.items():
             rows = [
                 RowOptions.of(tokens, hits, row_key=row_key, seed=seed)
                 for row_key, tokens, hits in zip(row_keys, allowed, cell.hits, strict=True)
             ]
-            found[key] = TokenOptions(rows)
+            choices[key] = TokenOptions(rows)
             if any(row.among for row in rows):
                 self.notes["including the cell's tokens in rows with too few others"] = None
             stay = any(any(row.hits) and row.alone for row in rows)
             if stay and not all(row.alone for row in rows):
                 self.notes["rows without alternatives unchanged"] = None
-        return found
+        return choices
 
     def _alternatives(self, rule: ResolvedRule, rows: Sequence[RunRow]) -> list[set[int]]:
         """Return the tokens of each row at which a rule can act, without special tokens; in a
@@ -1739,18 +1767,21 @@ class _Draws:
             what = "patches" if self.shape.resamples else "image tokens"
             like = f"the same number of {what} of the same row"
         self.matched[like] = None
-        own, across = rule.positions, _reads_elsewhere(rule)
+        position_targets, across = rule.positions, _reads_elsewhere(rule)
         written: dict[AxisIndices, PositionCell] = {}
         read: dict[AxisIndices, PositionCell] = {}
         most = max(len(drawn.picks) for drawn in cells.values())
         for (cell, drawn), draw in product(cells.items(), range(most)):
-            at = tuple(cell[names.index(name)] for name in own.axes)
+            at = tuple(cell[names.index(name)] for name in position_targets.axes)
             hits: tuple[Hits, ...] | None = drawn.picked(draw, n)
-            written[draw, *cell], read[draw, *cell] = own.written[at], own.read[at]
+            written[draw, *cell], read[draw, *cell] = (
+                position_targets.written[at],
+                position_targets.read[at],
+            )
             if hits is not None:
-                written[draw, *cell] = replace(own.written[at], hits=hits)
-                read[draw, *cell] = own.read[at] if across else written[draw, *cell]
-        positions = PositionTargets((DRAW_AXIS, *names), written, read, own.left_out)
+                written[draw, *cell] = replace(position_targets.written[at], hits=hits)
+                read[draw, *cell] = position_targets.read[at] if across else written[draw, *cell]
+        positions = PositionTargets((DRAW_AXIS, *names), written, read, position_targets.left_out)
         return replace(rule, positions=positions)
 
 

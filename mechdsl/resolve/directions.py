@@ -54,12 +54,7 @@ from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.findings import Finding, PickError, VariantFinding
 from mechdsl.resolve.loops import evaluate_arithmetic
-from mechdsl.resolve.sites import (
-    ExperimentContext,
-    SiteContext,
-    describe_position,
-    resolve_site,
-)
+from mechdsl.resolve.sites import ExperimentContext, SiteContext, describe_position, resolve_site
 from mechdsl.resolve.trainings import (
     AnyTrained,
     check_training_rows,
@@ -187,14 +182,16 @@ def combine_families(
     members: dict[AxisIndices, DirectionMember] = {}
     text = format_expression(node)
     for key in list_axis_indices(list(axes.values())):
-        own = [
+        direction_members = [
             part.members[tuple(key[names.index(axis.name)] for axis in part.axes)] for part in parts
         ]
-        made = "; ".join(dict.fromkeys(each.made for each in own))
-        vector = make([each.vector for each in own])
+        made = "; ".join(
+            dict.fromkeys(direction_member.made for direction_member in direction_members)
+        )
+        vector = make([direction_member.vector for direction_member in direction_members])
         name = _name_vector(text, list(axes.values()), key, vector)
         members[key] = DirectionMember(name, vector, made)
-    definitions = dict.fromkeys(each for part in parts for each in part.definitions)
+    definitions = dict.fromkeys(definition for part in parts for definition in part.definitions)
     width = next(iter(widths), None)
     return DirectionFamily(text, tuple(axes.values()), members, width, tuple(definitions))
 
@@ -216,11 +213,13 @@ def resolve_fitted_family(
     points = {key: _points(call, definition, key, sites) for key in sites.points}
     rows = fit_rows_of_call(call, work.program)
     reading = work.reading(sites)
-    samples = [resolve_samples(call, each, definition.at, reading) for each in rows]
-    if any(each is None for each in samples):
+    samples = [resolve_samples(call, row, definition.at, reading) for row in rows]
+    if any(fit_samples is None for fit_samples in samples):
         return None
-    by_label = [each for each in samples if each is not None]
-    labels = [label for label in by_label[0] if all(label in own for own in by_label[1:])]
+    by_label = [fit_samples for fit_samples in samples if fit_samples is not None]
+    labels = [
+        label for label in by_label[0] if all(label in fit_samples for fit_samples in by_label[1:])
+    ]
     if not labels:
         at = "last token" if definition.at is None else definition.at.span.written
         raise DirectionError(call, f"no row has `{at}` in all inputs", "name another position")
@@ -232,7 +231,7 @@ def resolve_fitted_family(
     options = _options(call, work)
     for key in list_axis_indices(swept):
         site_key, label = (key[:-1], labels[key[-1]]) if len(labels) > 1 else (key, labels[0])
-        read = tuple(own[label] for own in by_label)
+        read = tuple(fit_samples[label] for fit_samples in by_label)
         check_row_count(call, read, rows, label, fitted_method(call.name).min_rows)
         made = _describe_fit(call, read, rows, options)
         fitted = FittedVector(call.name, read, points[site_key], options)
@@ -279,10 +278,10 @@ def _resolve_trained_family(
         raise DirectionError(definition.at, reason, hint)
     ((label, sample),) = samples.items()
     options = {
-        each.name: value
-        for each in call.arguments
-        if each.name in TRAINING_OPTIONS
-        and (value := constant_value(each.value, work.program.parameters)) is not None
+        argument.name: value
+        for argument in call.arguments
+        if argument.name in TRAINING_OPTIONS
+        and (value := constant_value(argument.value, work.program.parameters)) is not None
     }
     every_seed, seeds = split_by_seed(declared, work.program)
     axes = [*axes, *([Axis(SEED_AXIS, seeds, call.span)] if seeds else [])]
@@ -294,8 +293,8 @@ def _resolve_trained_family(
     for key in list_axis_indices(axes):
         number, place = (key[-1], key[:-1]) if seeds else (0, key)
         (point,) = points[place]
-        name, own = _name_trained(definition, axes, key), every_seed[number]
-        every = outline_vector(own, name, options, sample, point, work.program, work.model)
+        name, basis = _name_trained(definition, axes, key), every_seed[number]
+        every = outline_vector(basis, name, options, sample, point, work.program, work.model)
         vector = every[0]
         _check_rank(call, vector.training, work)
         if problem := explain_shared_images(vector.training):
@@ -411,8 +410,8 @@ def _name_vector(name: str, axes: Sequence[Axis], key: AxisIndices, vector: Dire
 def _name_with_seed(name: str, axes: Sequence[Axis], key: AxisIndices, seed: int | None) -> str:
     if seed is None:
         return name_member(name, axes, key)
-    own = [name_coordinate(axis, axis.labels[i]) for axis, i in zip(axes, key, strict=True)]
-    return f"{name}[{', '.join((*own, f'{SEED_AXIS} {seed}'))}]"
+    names = [name_coordinate(axis, axis.labels[i]) for axis, i in zip(axes, key, strict=True)]
+    return f"{name}[{', '.join((*names, f'{SEED_AXIS} {seed}'))}]"
 
 
 def _check_rank(call: ast.Call, training: Training, work: ExperimentContext) -> None:
@@ -558,14 +557,14 @@ def _targets(call: ast.Call, rows: Sequence[object]) -> tuple[float | str, ...]:
         raise DirectionError(
             value, f"`{value.span.written}` is not a value of its rows", f"values are {known}"
         )
-    found = [own[name] for own in every]
-    if not all(isinstance(each, int | float | str) for each in found):
+    targets = [own[name] for own in every]
+    if not all(isinstance(target, int | float | str) for target in targets):
         raise DirectionError(
             value, f"`{name}` is not a number or word in every row", "name another value"
         )
-    if any(isinstance(each, str) for each in found):
-        return tuple(map(str, found))
-    return tuple(map(float, found))
+    if any(isinstance(target, str) for target in targets):
+        return tuple(map(str, targets))
+    return tuple(map(float, targets))
 
 
 def resolve_definition(
@@ -584,10 +583,10 @@ def resolve_definition(
     try:
         return resolve(definition, work)
     except DirectionError as problem:
-        found = BadBasis(
+        diagnostic = BadBasis(
             span=problem.node.span, reason=problem.reason, hint=problem.hint, what=what
         )
-        work.diagnostics.extend([] if found in work.diagnostics else [found])
+        work.diagnostics.extend([] if diagnostic in work.diagnostics else [diagnostic])
         return None
 
 
@@ -601,7 +600,7 @@ def check_training(
     """
     assert made.training is not None
     problems = check_training_rows(definition, made.training, work.measuring, work.table)
-    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
+    work.diagnostics.extend(problem for problem in problems if problem not in work.diagnostics)
     return describe_training(made, rows, work.program, work.measuring, work.table)
 
 
@@ -646,12 +645,12 @@ def check_row_count(
         read: The samples, one for each of `rows`.
         label: The position.
     """
-    for sample, own in zip(read, rows, strict=True):
+    for sample, row in zip(read, rows, strict=True):
         there = count_used_rows(sample.cell)
         if there >= fewest:
             continue
         if len(sample.table) < fewest and not sample.table.stands_in:
-            raise DirectionError(call, *explain_few_rows(sample.table, own.limit, fewest))
+            raise DirectionError(call, *explain_few_rows(sample.table, row.limit, fewest))
         many = "no row" if not there else f"{count_noun(there, 'row')} only"
         raise DirectionError(
             call,
@@ -671,7 +670,7 @@ def _options(call: ast.Call, work: ExperimentContext) -> dict[str, Constant]:
     Raises:
         DirectionError: If an option is invalid.
     """
-    found: dict[str, Constant] = {}
+    options: dict[str, Constant] = {}
     method = fitted_method(call.name)
     for argument in call.arguments:
         if argument.name is None or argument.name in ("prompts", "limit"):
@@ -687,8 +686,8 @@ def _options(call: ast.Call, work: ExperimentContext) -> dict[str, Constant]:
             raise DirectionError(value, str(mistake), mistake.hint) from mistake
         if problem is not None or plain is None:
             raise DirectionError(value, *(problem or ("it is not a value", "write a number")))
-        found[argument.name] = plain
-    return found
+        options[argument.name] = plain
+    return options
 
 
 def _describe_fit(
@@ -705,8 +704,8 @@ def _describe_fit(
     takes_value = method.takes == "value and block"
     value = call.arguments[0].value.span.written if takes_value else ""
     summaries = [
-        RowSummary(describe_rows(sample, own), value, sample.classes if takes_value else ())
-        for sample, own in zip(read, rows, strict=True)
+        RowSummary(describe_rows(sample, row), value, sample.classes if takes_value else ())
+        for sample, row in zip(read, rows, strict=True)
     ]
     try:
         for name, default in option_defaults(method, summaries).items():
@@ -782,7 +781,7 @@ def _saved_family(
             continue
         if name not in shapes:
             known = f"it has {name_list(list(shapes)) or 'none'}"
-            if not axes and any(each.startswith(f"{key}.layer") for each in shapes):
+            if not axes and any(shape.startswith(f"{key}.layer") for shape in shapes):
                 known += "; `at resid_post layer *` reads one vector for each layer"
             raise DirectionError(call, f"`{written}` has no `{name}`", known)
         if len(shapes[name]) != 1:
@@ -857,7 +856,7 @@ def find_best_member(
         finding, _ = work.sites.onward.finding(picked, work.program.parameters)
         if finding is None:
             return None
-        found = [_best_of_variant(part, family, picked) for part in finding.parts]
+        scored = [_best_of_variant(part, family, picked) for part in finding.parts]
     except PickError as refusal:
         text = node.span.written
         work.diagnostics.append(
@@ -865,7 +864,7 @@ def find_best_member(
         )
         return None
     work.sites.onward.used_sites(picked, finding)
-    best = max(found, key=lambda each: each[0])
+    best = max(scored, key=lambda each: each[0])
     _note_pick(node, finding, family, best, work)
     return best[1]
 
@@ -1059,7 +1058,9 @@ def _lay_out(
         columns.append([_shared(node, family, axis, label) for label in there.labels])
     members: dict[AxisIndices, DirectionMember] = {}
     for key in _keys(columns):
-        members[key] = family.members[tuple(own[i] for own, i in zip(columns, key, strict=True))]
+        members[key] = family.members[
+            tuple(column[i] for column, i in zip(columns, key, strict=True))
+        ]
     return DirectionTargets(tuple(names), members, family.definitions)
 
 
@@ -1134,8 +1135,8 @@ def resolve_named_family(
         definition = work.program.directions.get(name)
         work.families[name] = None
         if definition is not None:
-            found = _family(definition.value, work, definition)
-            work.families[name] = found and _called(name, found)
+            family = _family(definition.value, work, definition)
+            work.families[name] = family and _called(name, family)
         elif name in work.loops:
             work.families[name] = _resolve_looped_family(name, node, work)
     return work.families[name]
@@ -1178,7 +1179,7 @@ def _resolve_looped_family(
         for number, part in enumerate(parts)
         for key, member in part.members.items()
     }
-    definitions = dict.fromkeys(each for part in parts for each in part.definitions)
+    definitions = dict.fromkeys(definition for part in parts for definition in part.definitions)
     return DirectionFamily(name, (axis, *first.axes), members, first.width, tuple(definitions))
 
 
@@ -1271,10 +1272,10 @@ def _number(node: ast.Expr, work: ExperimentContext) -> float | None:
         return work.program.parameters[getattr(part, "id", "")]
 
     try:
-        found = evaluate_arithmetic(node, value)
+        number = evaluate_arithmetic(node, value)
     except (KeyError, TypeError, ZeroDivisionError, ValueError):
         return None
-    return float(found) if isinstance(found, int | float) else None
+    return float(number) if isinstance(number, int | float) else None
 
 
 # --- members --------------------------------------------------------------------------------------
@@ -1297,17 +1298,17 @@ def _select_members(
             f"write them by name: `{_example(family)}`",
         )
     wanted: dict[str, tuple[str | None, list[int]]] = {}
-    for each in index.items:
-        name = "position" if each.word == "token" else each.word
+    for item in index.items:
+        name = "position" if item.word == "token" else item.word
         axis = family.axis(name)
         if axis is None:
             has = name_list([a.name for a in family.axes]) or "none: it is one direction"
             raise DirectionError(
-                each, f"`{family.name}` doesn't sweep `{name}`", f"its axes: {has}"
+                item, f"`{family.name}` doesn't sweep `{name}`", f"its axes: {has}"
             )
         if name in wanted:
-            raise DirectionError(each, f"`{each.word}` is named twice", "remove one of them")
-        wanted[name] = _values(each, axis, work)
+            raise DirectionError(item, f"`{item.word}` is named twice", "remove one of them")
+        wanted[name] = _values(item, axis, work)
     axes: list[Axis] = []
     for axis in family.axes:
         loop = wanted[axis.name][0] if axis.name in wanted else None
@@ -1318,40 +1319,42 @@ def _select_members(
     names = [axis.name for axis in axes]
     members: dict[AxisIndices, DirectionMember] = {}
     for key in list_axis_indices(axes):
-        own: list[int] = []
+        numbers: list[int] = []
         for axis in family.axes:
             loop, values = wanted.get(axis.name, (axis.name, list(range(len(axis)))))
-            own.append(values[0] if loop is None else values[key[names.index(loop)]])
-        members[key] = family.members[tuple(own)]
+            numbers.append(values[0] if loop is None else values[key[names.index(loop)]])
+        members[key] = family.members[tuple(numbers)]
     return DirectionFamily(
         node.span.written, tuple(axes), members, family.width, family.definitions
     )
 
 
 def _values(
-    each: ast.Coordinate, axis: Axis, work: ExperimentContext
+    coordinate: ast.Coordinate, axis: Axis, work: ExperimentContext
 ) -> tuple[str | None, list[int]]:
     """Return the loop that a coordinate follows, if any, and the indices along the axis."""
-    value = each.value
+    value = coordinate.value
     if isinstance(value, str) and value in work.loops:
-        return value, [_index_of(each, axis, label) for label in work.loops[value]]
+        return value, [_index_of(coordinate, axis, label) for label in work.loops[value]]
     if isinstance(value, str):
         known = work.program.parameters.get(value)
         if not is_integer(known):
             raise DirectionError(
-                each,
+                coordinate,
                 f"`{value}` is neither a `for` variable around it nor a whole number of a `param`",
-                f"write a number: `{each.word} {axis.labels[0]}`",
+                f"write a number: `{coordinate.word} {axis.labels[0]}`",
             )
         value = known
-    return None, [_index_of(each, axis, value)]
+    return None, [_index_of(coordinate, axis, value)]
 
 
-def _index_of(each: ast.Coordinate, axis: Axis, value: AxisLabel) -> int:
+def _index_of(coordinate: ast.Coordinate, axis: Axis, value: AxisLabel) -> int:
     labels = [str(label).removeprefix("token ") for label in axis.labels]
     if str(value) not in labels:
         raise DirectionError(
-            each, f"there is no `{each.word} {value}` in it", f"it has {name_list(labels)}"
+            coordinate,
+            f"there is no `{coordinate.word} {value}` in it",
+            f"it has {name_list(labels)}",
         )
     return labels.index(str(value))
 
@@ -1397,8 +1400,8 @@ def _expand_rule(
 ) -> Iterator[spec.Rule]:
     """Yield the rules that a rule stands for; itself if it names no own layers."""
     direction = rule.direction
-    own = next((each for each in walk(direction) if _is_own(each)), None) if direction else None
-    if direction is None or own is None:
+    node = next((each for each in walk(direction) if _is_own(each)), None) if direction else None
+    if direction is None or node is None:
         yield rule
         return
     axes = () if rule.site is None else rule.site.axes
@@ -1407,18 +1410,20 @@ def _expand_rule(
         text = "the rule names no layers" if axis is None else "windows have several layers"
         hint = "name the layers that it writes: `resid_post layers *`"
         diagnostics.append(
-            BadDirection(span=own.span, text=direction.span.written, reason=text, hint=hint)
+            BadDirection(span=node.span, text=direction.span.written, reason=text, hint=hint)
         )
         return
     if not axis.plural:  # the axis of the rule is that of the family
         yield rule.model_copy(update={"direction": _without_layer(direction)})
         return
     silent = replace(sites, diagnostics=[])
-    found, _ = resolve_site(rule.site, silent)
-    if found is None or has_errors(silent.diagnostics):
+    site_targets, _ = resolve_site(rule.site, silent)
+    if site_targets is None or has_errors(silent.diagnostics):
         yield rule.model_copy(update={"direction": _without_layer(direction)})  # is reported there
         return
-    layers = sorted({point.layer or 0 for points in found.points.values() for point in points})
+    layers = sorted(
+        {point.layer or 0 for points in site_targets.points.values() for point in points}
+    )
     for layer in layers:
         bound = ast.Bound(layer, span=axis.span)
         one = replace(axis, values=(ast.AxisRange(bound, span=axis.span),))
@@ -1449,7 +1454,7 @@ def _without_layer(direction: ast.Expr) -> ast.Expr:
     def change(node: ast.Node) -> ast.Node:
         if not isinstance(node, ast.Index) or not isinstance(node.index, ast.Coordinates):
             return node
-        items = tuple(each for each in node.index.items if not _is_own(each))
+        items = tuple(item for item in node.index.items if not _is_own(item))
         if items:
             return replace(node, index=replace(node.index, items=items))
         return ast.Name(node.name, span=node.span)

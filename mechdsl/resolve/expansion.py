@@ -149,7 +149,10 @@ def expand_controls(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedE
             experiment,
             experiment.control and experiment.control.experiment,
             experiment.bare and experiment.bare.experiment,
-            *(each.experiment for each in experiment.circuit_baselines.values()),
+            *(
+                circuit_baseline.experiment
+                for circuit_baseline in experiment.circuit_baselines.values()
+            ),
         )
         if each is not None
     ]
@@ -211,7 +214,7 @@ def get_whole_spec(part: ResolvedExperiment) -> spec.Experiment:
 def _select_group(experiment: ResolvedExperiment, place: MeasureGroup) -> ResolvedExperiment:
     said = experiment.spec
     said = said.model_copy(update={"variant": (*said.variant, *place.labels)})
-    found = replace(experiment, spec=said, measures=place.measures, places=(), place=place)
+    resolved = replace(experiment, spec=said, measures=place.measures, places=(), place=place)
 
     def there(own: ResolvedExperiment) -> ResolvedExperiment:
         """Select the group in a control or baseline."""
@@ -220,23 +223,23 @@ def _select_group(experiment: ResolvedExperiment, place: MeasureGroup) -> Resolv
             own,
             spec=own.spec.model_copy(update={"variant": variant}),
             measures=place.measures,
-            control_of=found.key,
+            control_of=resolved.key,
             places=(),
             place=place,
         )
 
     if experiment.control is not None:
-        own = experiment.control
-        found = replace(found, control=replace(own, experiment=there(own.experiment)))
+        control = experiment.control
+        resolved = replace(resolved, control=replace(control, experiment=there(control.experiment)))
     if experiment.bare is not None:
         bare = experiment.bare
-        found = replace(found, bare=replace(bare, experiment=there(bare.experiment)))
+        resolved = replace(resolved, bare=replace(bare, experiment=there(bare.experiment)))
     others = {
-        name: replace(each, experiment=there(each.experiment))
-        for name, each in experiment.circuit_baselines.items()
+        name: replace(circuit_baseline, experiment=there(circuit_baseline.experiment))
+        for name, circuit_baseline in experiment.circuit_baselines.items()
     }
-    found = replace(found, circuit_baselines=others)
-    return found
+    resolved = replace(resolved, circuit_baselines=others)
+    return resolved
 
 
 @compact_record
@@ -262,13 +265,13 @@ def find_selections(variants: Sequence[ResolvedExperiment]) -> tuple[Selection, 
 
     Tokens are picked separately in each row, so there are no other rows to test them on.
     """
-    tables = [each.table for each in variants]
+    tables = [variant.table for variant in variants]
     rows = {
         (t.name, row): key for t in tables for row, key in zip(t.row_ids, t.row_keys, strict=True)
     }
-    picked = {name: each for own in variants for name, each in own.sites_of.items()}
+    picked = {name: source for variant in variants for name, source in variant.sites_of.items()}
     return tuple(
-        Selection(name, each.cells, shared, len(rows))
-        for name, each in picked.items()
-        if (shared := sum(key in each.row_keys for key in rows.values()))
+        Selection(name, source.cells, shared, len(rows))
+        for name, source in picked.items()
+        if (shared := sum(key in source.row_keys for key in rows.values()))
     )

@@ -102,18 +102,18 @@ def resolve_measure_groups(
         fixed = dict(zip(loops, key, strict=True))
         if there is not None and not there.has(fixed):
             continue
-        own = _with_loop_values(context, values)
-        found = [
+        measure_context = _with_loop_values(context, values)
+        groups = [
             resolve_measure_positions(
-                m.metric, own, label=m.label, at=m.at, runs=runs, observed=m.observed
+                m.metric, measure_context, label=m.label, at=m.at, runs=runs, observed=m.observed
             )
             for m in experiment.measures
         ]
-        here = tuple(None if each is None else each[0][1] for each in found)
+        here = tuple(None if group is None else group[0][1] for group in groups)
         first = first or here
-        whole = [each for each in found if each is not None]
-        if len(whole) < len(found) or not _have_same_positions(whole, experiment, context):
-            return tuple(None for _ in here) if len(whole) == len(found) else here, ()
+        whole = [group for group in groups if group is not None]
+        if len(whole) < len(groups) or not _have_same_positions(whole, experiment, context):
+            return tuple(None for _ in here) if len(whole) == len(groups) else here, ()
         _check_axes(whole, work)
         for place in zip(*whole, strict=True):
             labels = (*values.items(), *place[0][0])
@@ -135,12 +135,12 @@ def _with_loop_values(
 
 
 def _have_same_positions(
-    found: list[list[tuple[AxisLabels, ResolvedMeasure]]],
+    groups: list[list[tuple[AxisLabels, ResolvedMeasure]]],
     experiment: spec.Experiment,
     context: MeasureContext,
 ) -> bool:
     """Check that all measures are read at the same positions; otherwise report E0612."""
-    places = [[labels for labels, _ in each] for each in found]
+    places = [[labels for labels, _ in group] for group in groups]
     for said, own in zip(experiment.measures, places, strict=True):
         if own != places[0]:
             reason = f"it isn't read at the same positions as `{experiment.measures[0].label}`"
@@ -151,10 +151,10 @@ def _have_same_positions(
 
 
 def _check_axes(
-    found: list[list[tuple[AxisLabels, ResolvedMeasure]]], work: ExperimentContext
+    groups: list[list[tuple[AxisLabels, ResolvedMeasure]]], work: ExperimentContext
 ) -> None:
     """Report E0320 for axes that both measures and rules sweep."""
-    names = {name for each in found for labels, _ in each for name, _ in labels}
+    names = {name for group in groups for labels, _ in group for name, _ in labels}
     for name in sorted(names.intersection(work.axes)):
         first, letter = work.axes[name], name[0]
         said = work.experiment.measures[0]
@@ -171,8 +171,8 @@ def _check_axes(
 
 def find_measured_loops(work: ExperimentContext) -> set[str]:
     """Return the loops whose variables the measures name."""
-    found = {name for each in work.experiment.measures for name in measure_number_names(each)}
-    return found.intersection(work.loops)
+    loops = {name for measure in work.experiment.measures for name in measure_number_names(measure)}
+    return loops.intersection(work.loops)
 
 
 def find_possible_measure_axes(
@@ -241,11 +241,11 @@ def find_answer_tokens(work: ExperimentContext, kinds: Registry[RuleKind]) -> An
         for atom in (() if measure is None else measure.atoms)
         if atom.texts and not atom.of_class
     ]
-    found = [atom for elsewhere, atom in of_texts if not elsewhere]
+    terms = [atom for elsewhere, atom in of_texts if not elsewhere]
     read = (
-        [atom for atom in found if any(atom.appended)]
-        or [atom for atom in found if atom.form.takes == "continuation"]
-        or found
+        [atom for atom in terms if any(atom.appended)]
+        or [atom for atom in terms if atom.form.takes == "continuation"]
+        or terms
     )
     if not read and any(measure is None for _, measure in measures):  # the text is unknown
         return AnswerTokens(((ANSWER_SPAN, (1,) * len(work.table)),))
@@ -333,8 +333,8 @@ def _spans_all(cell: PositionCell, rows: tuple[RunRow, ...]) -> bool:
     """Return whether the cell is exactly the prompt's own text in each row, without the answer."""
     for row, hits in zip(rows, cell.hits, strict=True):
         hit = {token for tokens in hits for token in tokens}
-        own = {token for token, special in enumerate(row.special) if not special}
-        if len(own) < 2 or len(hits) != 1 or not own <= hit <= set(range(len(row.ids))):
+        numbers = {token for token, special in enumerate(row.special) if not special}
+        if len(numbers) < 2 or len(hits) != 1 or not numbers <= hit <= set(range(len(row.ids))):
             return False
     return bool(rows)
 
@@ -345,13 +345,13 @@ def resolve_experiment(
     model: ModelContext,
     table: PromptTable,
     kinds: Registry[RuleKind],
-    found: Mapping[str, Finding] | None = None,
+    findings: Mapping[str, Finding] | None = None,
 ) -> tuple[ResolvedExperiment | None, list[Diagnostic]]:
     """Resolve the axes, rules and measures of an experiment; None after an error.
 
     See `outline_experiment` for the arguments.
     """
-    known, diagnostics = outline_experiment(experiment, program, model, table, kinds, found)
+    known, diagnostics = outline_experiment(experiment, program, model, table, kinds, findings)
     return known.resolved, diagnostics
 
 
@@ -361,14 +361,14 @@ def outline_experiment(
     model: ModelContext,
     table: PromptTable,
     kinds: Registry[RuleKind],
-    found: Mapping[str, Finding] | None = None,
+    findings: Mapping[str, Finding] | None = None,
     draws_enough: int | None = None,
 ) -> tuple[ExperimentOutline, list[Diagnostic]]:
     """Resolve as much of an experiment as possible, and report all its errors.
 
     Args:
         kinds: Rule kinds by verb.
-        found: Results of the experiments in `experiment.after`. A pick from a missing one is
+        findings: Results of the experiments in `experiment.after`. A pick from a missing one is
             rejected without a diagnostic.
         draws_enough: Maximum number of random draws to make.
 
@@ -377,7 +377,10 @@ def outline_experiment(
     diagnostics: list[Diagnostic] = []
     seed = dict(experiment.variant).get(SEED_AXIS)
     onward = FindingPicker(
-        {name: each.on(model.name, table.name, seed) for name, each in (found or {}).items()},
+        {
+            name: finding.on(model.name, table.name, seed)
+            for name, finding in (findings or {}).items()
+        },
         experiment.called,
         program.groups,
     )
@@ -446,10 +449,10 @@ def _resolve_parts(work: ExperimentContext, kinds: Registry[RuleKind]) -> _Parts
     axes = _label_axes(work)
     excluded = resolve_exclusions(experiment.against, work.sites)
     looking = (
-        kinds[rule.verb].observes(rule) if found is None else _observation(found)
-        for rule, found in zip(experiment.rules, rules, strict=True)
+        kinds[rule.verb].observes(rule) if resolved is None else _observation(resolved)
+        for rule, resolved in zip(experiment.rules, rules, strict=True)
     )
-    observed = next((each for each in looking if each is not None), None)
+    observed = next((observation for observation in looking if observation is not None), None)
     context = _measure_context(work, axes, observed)
     measures, places = resolve_measure_groups(work, context)
     keep, accuracies = _other_measures(work, context)
@@ -569,8 +572,8 @@ def _rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> list[ResolvedR
         work.answers = (
             answers if not kind.within_prompt else AnswerTokens(reason=kind.within_prompt)
         )
-        found = resolve_rule(kind.resolve, rule, work)
-        rules.append(None if found is None else resolve_steps(found, work))
+        resolved = resolve_rule(kind.resolve, rule, work)
+        rules.append(None if resolved is None else resolve_steps(resolved, work))
     return rules
 
 
@@ -588,15 +591,15 @@ def _build_context(
     diagnostics: list[Diagnostic],
 ) -> ExperimentContext:
     """Create the context for the rules, with the axes of the loops and the sites of this model."""
-    found = resolve_loops(experiment.loops, program.parameters, diagnostics)
-    loops = found.labels
+    axes = resolve_loops(experiment.loops, program.parameters, diagnostics)
+    loops = axes.labels
     sites = SiteContext(
         model.name,
         model.shape,
         program.groups,
         program.parameters,
         loops,
-        found.nested,
+        axes.nested,
         diagnostics,
         onward,
         words={
@@ -686,13 +689,13 @@ def _find_possible_axes(
     work: ExperimentContext, rules: Sequence[ResolvedRule | None]
 ) -> frozenset[str]:
     """Return names of axes that the experiment may have in addition to the resolved ones."""
-    found: set[str] = set()
+    axes: set[str] = set()
     for rule, resolved in zip(work.experiment.rules, rules, strict=True):
         if resolved is None:
-            found.update(possible_axes(rule))
+            axes.update(possible_axes(rule))
         elif _sweep_unknown(rule, work):
-            found.update(position_axes(rule))
-    return frozenset(found)
+            axes.update(position_axes(rule))
+    return frozenset(axes)
 
 
 def _sweep_unknown(rule: spec.Rule, work: ExperimentContext) -> bool:
@@ -702,8 +705,8 @@ def _sweep_unknown(rule: spec.Rule, work: ExperimentContext) -> bool:
         "rows": work.table.stands_in,
     }
     unknown: list[UnknownFact] = [what for what, stands_in in missing.items() if stands_in]
-    named = (each for each in (rule.at, rule.onto) if each is not None)
-    return bool(unknown) and any(has_open_positions(each, unknown) for each in named)
+    named = (positions for positions in (rule.at, rule.onto) if positions is not None)
+    return bool(unknown) and any(has_open_positions(positions, unknown) for positions in named)
 
 
 def _check_loops_used(work: ExperimentContext) -> None:
@@ -741,17 +744,17 @@ def _find_variables(rule: spec.Rule, work: ExperimentContext) -> set[str]:
     parts = [*walk(nodes)]
     sites = [part for part in parts if isinstance(part, ast.Site)]
     excluded = (each for site in sites for each in site.excluded if isinstance(each, ast.Site))
-    values = {name.span for each in excluded if not each.axes for name in each.names}
+    values = {name.span for site in excluded if not site.axes for name in site.names}
     defined = {*SITES, *work.program.groups, *work.program.circuits}
     components = {name.span for site in sites for name in site.names if name.id in defined}
     components -= values  # `dims * except k`
-    found = {
+    variables = {
         part.name if isinstance(part, ast.Index) else part.id
         for part in parts
         if isinstance(part, ast.Name | ast.Index) and part.span not in components
     }
     basis = rule.site.basis_name if rule.site is not None else None
-    return {*found, *number_names(nodes), *([] if basis is None else [basis])}
+    return {*variables, *number_names(nodes), *([] if basis is None else [basis])}
 
 
 def _check_single_rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> None:
@@ -816,9 +819,9 @@ def _other_measures(
         if run is None:
             continue
         correct = ast.Name("correct", span=call.span)
-        found = resolve_measure(correct, context, label="accuracy")
-        if found is not None:
-            accuracies[run] = found
+        measure = resolve_measure(correct, context, label="accuracy")
+        if measure is not None:
+            accuracies[run] = measure
     return tuple(keep), accuracies
 
 
@@ -831,6 +834,6 @@ def _accuracy_calls(experiment: spec.Experiment) -> list[ast.Call]:
         for node in walk(expect.condition)
         if isinstance(node, ast.Call)
         and node.name == "accuracy"
-        and [each.name for each in node.arguments[:1]] == [None]
-        and {each.name for each in node.arguments[1:]} <= {PROMPTS_AXIS, "model"}
+        and [argument.name for argument in node.arguments[:1]] == [None]
+        and {argument.name for argument in node.arguments[1:]} <= {PROMPTS_AXIS, "model"}
     ]

@@ -163,12 +163,12 @@ class VariantFinding:
             of_cells = self._by_position(self.values)
             highest = np.where(np.isnan(of_cells), -np.inf, of_cells).max(axis=1)
             worth = np.where(np.isneginf(highest), np.nan, highest)
-        for column, row, found in self.positions(table, run, tokenizer):
+        for column, row, places in self.positions(table, run, tokenizer):
             if worth is None:
-                yield row, dict.fromkeys(found.values(), 0.0)
+                yield row, dict.fromkeys(places.values(), 0.0)
                 continue
             best: dict[int, float] = {}
-            for number, token in found.items():
+            for number, token in places.items():
                 value = float(worth[number, column])
                 if math.isfinite(value):
                     best[token] = max(value, best.get(token, value))
@@ -249,14 +249,14 @@ class VariantFinding:
     ) -> Iterator[RowPositions]:
         own = self.experiment
         by_label = _by_label(own, _token_rule(own), table, run, tokenizer)
-        found: dict[int, dict[int, int]] = {row: {} for row in table.row_ids}
+        places: dict[int, dict[int, int]] = {row: {} for row in table.row_ids}
         for number, label in enumerate(own.axes[self._axis].labels):
             for row, hits in by_label.get(str(label), {}).items():
-                if hits and row in found:
-                    found[row][number] = hits[0][0]
+                if hits and row in places:
+                    places[row][number] = hits[0][0]
         columns = own.table.row_ids if self.values is None else self.row_ids
         for column, row in enumerate(columns):
-            if tokens := found.get(row):
+            if tokens := places.get(row):
                 yield column, row, tokens
 
     def by_token(
@@ -274,8 +274,8 @@ class VariantFinding:
         """
         assert self.values is not None
         values = self._by_position(self.values)
-        for column, row, found in self.positions(table, run, tokenizer):
-            for number, token in found.items():
+        for column, row, places in self.positions(table, run, tokenizer):
+            for number, token in places.items():
                 yield row, (token,), values[number, :, column]
 
     @property
@@ -338,12 +338,12 @@ class Finding:
         """Select the variants with this model, this prompt set and this seed of trainings, if any
         variant has them."""
         parts = self.parts
-        for own in (
+        for findings in (
             tuple(part for part in parts if part.experiment.model.name == model),
             tuple(part for part in parts if part.experiment.table.name == block),
             tuple(p for p in parts if dict(p.experiment.spec.variant).get(SEED_AXIS) == seed),
         ):
-            parts = tuple(part for part in parts if part in own) if own else parts
+            parts = tuple(part for part in parts if part in findings) if findings else parts
         return self if len(parts) == len(self.parts) else Finding(parts)
 
     @cached_property
@@ -415,7 +415,11 @@ def _cells(experiment: ResolvedExperiment) -> Iterator[AxisIndices]:
     for index in product(*(range(len(axis)) for axis in experiment.axes)):
         at = dict(zip(names, index, strict=True))
         ends = [
-            [each.points[tuple(at[name] for name in each.axes)] for each in pair if each]
+            [
+                site_targets.points[tuple(at[name] for name in site_targets.axes)]
+                for site_targets in pair
+                if site_targets
+            ]
             for pair in paths
         ]
         exists = experiment.has(index) and all(rule.leads(at) for rule in experiment.rules)
@@ -513,16 +517,16 @@ def read_coordinates(
     Raises:
         PickError: If a coordinate has no axis, an unknown value or a duplicate name.
     """
-    found: dict[str, AxisLabel] = {}
+    coordinates: dict[str, AxisLabel] = {}
     for argument in node.cell:
         text, axis = argument.span.written, argument.name
         if axis is None:
             reason = f"`{text}` doesn't say along which axis"
             raise PickError(reason, f"name it: `{node.of}(layer: {text})`")
-        if axis in found:
+        if axis in coordinates:
             raise PickError(f"`{axis}` is named twice", "remove one of them")
-        found[axis] = _value(argument, values)
-    return tuple(found.items())
+        coordinates[axis] = _value(argument, values)
+    return tuple(coordinates.items())
 
 
 def _value(argument: ast.Argument, values: Mapping[str, Any]) -> AxisLabel:
@@ -551,10 +555,10 @@ def select_cells(finding: Finding, at: AxisLabels, groups: Mapping[str, spec.Gro
     """
     parts = finding.parts
     for axis, value in at:
-        found = [_select_along(part, axis, value, groups) for part in parts]
-        parts = tuple(part for part in found if isinstance(part, VariantFinding))
+        selected = [_select_along(part, axis, value, groups) for part in parts]
+        parts = tuple(part for part in selected if isinstance(part, VariantFinding))
         if not parts:
-            labels = dict.fromkeys(str(label) for each in found for label in _labels(each))
+            labels = dict.fromkeys(str(label) for each in selected for label in _labels(each))
             reason = f"`{finding.name}` has no `{axis}: {value}`"
             raise PickError(reason, f"along `{axis}` it has {name_list(labels)}")
     parts = tuple(part for part in parts if any(True for _ in part.grid()))
@@ -591,8 +595,8 @@ def _select_along(
     return labels if number is None else replace(part, chosen={**part.chosen, axis: number})
 
 
-def _labels(found: VariantFinding | tuple[AxisLabel, ...]) -> tuple[AxisLabel, ...]:
-    return () if isinstance(found, VariantFinding) else found
+def _labels(labels: VariantFinding | tuple[AxisLabel, ...]) -> tuple[AxisLabel, ...]:
+    return () if isinstance(labels, VariantFinding) else labels
 
 
 def _same(label: AxisLabel, value: AxisLabel) -> bool:
@@ -678,8 +682,10 @@ def check_rankable_features(experiment: ResolvedExperiment, basis: str) -> None:
             f"let it sweep them, `ablate feature * of {basis} …`, or observe them: "
             f"`observe features of {basis} …`",
         )
-    if any(own.definition != basis for own in bases):
-        other = next(own.definition for own in bases if own.definition != basis)
+    if any(basis_targets.definition != basis for basis_targets in bases):
+        other = next(
+            basis_targets.definition for basis_targets in bases if basis_targets.definition != basis
+        )
         raise PickError(f"`{name}` ranks features of `{other}`, not {of}", "name the same basis")
 
 
@@ -879,7 +885,9 @@ class FindingPicker:
         if word not in words:
             raise PickError(f"`{word}` is not an experiment", "let the `for` loop over names only")
         meant = words[word]
-        names = (own.value.id for own in meant.cell if isinstance(own.value, ast.Name))
+        names = (
+            argument.value.id for argument in meant.cell if isinstance(argument.value, ast.Name)
+        )
         unknown = next((name for name in names if name not in values), None)
         if unknown is not None:
             raise PickError(
@@ -912,10 +920,10 @@ class FindingPicker:
         ranking by weights alone has no rows.
         """
         parts = [part.experiment for part in finding.parts]
-        rows = (each.table.row_keys for each in parts if not observes_weights(each))
-        own = RankingSource(node.span, finding.cells, frozenset(chain.from_iterable(rows)))
-        self.sites_of.setdefault(node.of, own)
-        for name, earlier in chain.from_iterable(each.sites_of.items() for each in parts):
+        rows = (part.table.row_keys for part in parts if not observes_weights(part))
+        source = RankingSource(node.span, finding.cells, frozenset(chain.from_iterable(rows)))
+        self.sites_of.setdefault(node.of, source)
+        for name, earlier in chain.from_iterable(part.sites_of.items() for part in parts):
             self.sites_of.setdefault(name, replace(earlier, span=node.span))
 
     # --- sites ------------------------------------------------------------------------------------
@@ -945,7 +953,7 @@ class FindingPicker:
         if not finding.stands_in:
             by_size = finding.by_size.sites[:count]
             if {site.points for site in by_size} != {site.points for site in chosen}:
-                labels = [[site.label for site in each] for each in (chosen, by_size)]
+                labels = [[site.label for site in sites] for sites in (chosen, by_size)]
                 picked, other = _differing(*labels), _differing(*labels[::-1])
                 _warn_sign(node, finding, picked, other, diagnostics)
         return chosen
@@ -1050,7 +1058,7 @@ class FindingPicker:
                 raise PickError("each position is ranked", "remove `position`")
             label = f"{self.said(node, values)} {'tokens' if base.plural else 'token'}"
             named = replace(base, ranked=node)
-            found = self._hits(named, label, finding, run, values, table, tokenizer)
+            hits = self._hits(named, label, finding, run, values, table, tokenizer)
         except PickError as refusal:
             diagnostics.append(_bad_pick(node, refusal, base.span))
             return []
@@ -1067,7 +1075,7 @@ class FindingPicker:
                 picked = f"tokens of {len(rows)} of {len(orders)} rows"
                 others = "other tokens of these rows"
                 _warn_sign(node, finding, picked, others, diagnostics, base.span)
-        return found
+        return hits
 
     def _hits(
         self,
@@ -1254,7 +1262,7 @@ def _listed(labels: Sequence[str]) -> str:
 
 def _differing(labels: Sequence[str], others: Sequence[str]) -> str:
     """List the labels that aren't among the others."""
-    return _listed([each for each in labels if each not in set(others)])
+    return _listed([label for label in labels if label not in set(others)])
 
 
 def _warn_sign(
@@ -1281,8 +1289,8 @@ def _warn_sign(
         else f"make the negative the first measure of `{node.of}`: `measure -logit(answer) as "
         "delta`",
     )
-    earlier = (each for each in diagnostics if isinstance(each, PickBySign))
-    if not any((each.span, each.of) == (where, node.of) for each in earlier):
+    earlier = (problem for problem in diagnostics if isinstance(problem, PickBySign))
+    if not any((problem.span, problem.of) == (where, node.of) for problem in earlier):
         diagnostics.append(warning)
 
 

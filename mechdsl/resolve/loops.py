@@ -222,9 +222,9 @@ def resolve_loop_values(
         around: Values of the outer variables that the domain uses.
     """
     values = {**parameters, **around}
-    found = _values(loop, values, around, diagnostics)
-    if found is not None:
-        return found
+    loop_values = _values(loop, values, around, diagnostics)
+    if loop_values is not None:
+        return loop_values
     listed = loop.domain.values
     items = listed.items if isinstance(listed, ast.ListLiteral) else ()
     plain = [_plain(node, values) for node in (*items, *walk(loop.domain))]
@@ -243,22 +243,22 @@ def _values(
     if step is not None or isinstance(values, ast.Range):
         return _numbers(loop, values, step, parameters, around, diagnostics)
     items = values.items if isinstance(values, ast.ListLiteral) else (values,)
-    found: list[AxisLabel] = []
+    labels: list[AxisLabel] = []
     for item in items:
         value = _plain(item, parameters)
         if value is None and isinstance(item, ast.Range):
             part = _numbers(loop, item, None, parameters, around, diagnostics)
             if part is None:
                 return None
-            found.extend(part)
+            labels.extend(part)
             continue
         if value is None:
             sites = "name each site: `group a = L9H9`, `group b = L9H6`, `for g in [a, b]`"
             hint = sites if isinstance(item, ast.ShortSite) else None
             _bad_loop(loop, "this value can't be looped over", diagnostics, hint)
             return None
-        found.append(value)
-    return tuple(found)
+        labels.append(value)
+    return tuple(labels)
 
 
 def _plain(node: Any, parameters: Mapping[str, Any]) -> AxisLabel | None:
@@ -269,7 +269,7 @@ def _plain(node: Any, parameters: Mapping[str, Any]) -> AxisLabel | None:
             return value
         case ast.Name(id=name):
             return parameters.get(name, name)
-        case ast.Call(arguments=arguments) if all(each.name for each in arguments):
+        case ast.Call(arguments=arguments) if all(argument.name for argument in arguments):
             return format_call(node)  # a selection of cells of an experiment
         case ast.Negative() | ast.Binary():
             return _evaluate_number(node, parameters)
@@ -348,8 +348,8 @@ def _numbers(
     if count > limits.LOOP:
         _bad_loop(loop, f"{count:,} values are more than {limits.LOOP:,}", diagnostics)
         return None
-    found = (low + i * width for i in range(count))
-    return tuple(Percent(value) if all(percent) else value for value in found)
+    numbers = (low + i * width for i in range(count))
+    return tuple(Percent(value) if all(percent) else value for value in numbers)
 
 
 def _evaluate_range(
@@ -407,9 +407,9 @@ def label_by_depth(axis: Axis, site: object, n_layers: int) -> Axis:
     """Label an axis with percentages if its layers are written as percentages."""
     for node in walk(site):
         if isinstance(node, ast.Axis) and node.word == "layer" and node.span == axis.span:
-            found = dict(_depths(node, n_layers))
-            if found and set(axis.labels) <= found.keys():
-                labels = tuple(found[int(label)] for label in axis.labels)
+            axis_labels = dict(_depths(node, n_layers))
+            if axis_labels and set(axis.labels) <= axis_labels.keys():
+                labels = tuple(axis_labels[int(label)] for label in axis.labels)
                 return replace(axis, labels=labels)
     return axis
 

@@ -80,22 +80,22 @@ class SiteOptions(Record):
         """
         if rank is not None and self.itself is not None:
             rank += rank >= self.itself
-        found: dict[tuple[ExchangeGroup, int], int] = {}
+        swaps: dict[tuple[ExchangeGroup, int], int] = {}
         for slot, pool, size in zip(self.slots, self.pools, self.sizes, strict=True):
-            own, here = self.own[slot], None
+            numbers, here = self.own[slot], None
             if rank is not None:
                 rank, here = divmod(rank, size)
-            targets = choose_subset(pool, len(own), here, self.key, slot.layer, draw)
+            targets = choose_subset(pool, len(numbers), here, self.key, slot.layer, draw)
             # The assignment is random too, because rules may treat the targets differently.
             several = len(targets) > 1
             places = Permutation(len(targets), self.key, slot.layer, draw) if several else (0,)
-            for n, target in enumerate(own):
-                found[slot, target] = targets[places[n]]
-        return found
+            for n, target in enumerate(numbers):
+                swaps[slot, target] = targets[places[n]]
+        return swaps
 
 
 def find_site_options(
-    own: CellTargets,
+    cell_targets: CellTargets,
     everywhere: CellTargets,
     apart: CellTargets,
     fitting: Sequence[int],
@@ -106,12 +106,14 @@ def find_site_options(
     """Return the possible replacements for the targets of a cell; None if there are none.
 
     Args:
-        own: The targets of the cell.
+        cell_targets: The targets of the cell.
         everywhere: The targets of all cells.
         apart: Targets that are never drawn.
         fitting: Layers that can be drawn.
     """
-    slots = sorted(own, key=lambda slot: (slot.word, slot.size, slot.layer or 0, slot.stack))
+    slots = sorted(
+        cell_targets, key=lambda slot: (slot.word, slot.size, slot.layer or 0, slot.stack)
+    )
     everything = {
         slot: _exclude(
             tuple(fitting) if slot.word == "layers" else range(slot.size), apart.get(slot, ())
@@ -120,22 +122,24 @@ def find_site_options(
     }
     tiers = (
         ("none named by a rule", everywhere),
-        ("none of the cell's targets", own),
+        ("none of the cell's targets", cell_targets),
         ("including the cell's targets if there are too few others", {}),
     )
     chosen: SiteOptions | None = None
-    for note, without in tiers if own else ():
+    for note, without in tiers if cell_targets else ():
         pools = [_exclude(everything[slot], without.get(slot, ())) for slot in slots]
-        sizes = [comb(len(p), len(own[slot])) for p, slot in zip(pools, slots, strict=True)]
+        sizes = [
+            comb(len(p), len(cell_targets[slot])) for p, slot in zip(pools, slots, strict=True)
+        ]
         itself = None
-        if not without and all(set(own[s]).issubset(everything[s]) for s in slots):
-            itself = _rank([rank_subset(everything[s], own[s]) for s in slots], sizes)
-        parts = [(slot.word, slot.size, slot.layer, own[slot]) for slot in slots]
+        if not without and all(set(cell_targets[s]).issubset(everything[s]) for s in slots):
+            itself = _rank([rank_subset(everything[s], cell_targets[s]) for s in slots], sizes)
+        parts = [(slot.word, slot.size, slot.layer, cell_targets[slot]) for slot in slots]
         stacks = [slot.stack for slot in slots if slot.stack]
         key = stable_hash(seed, "control", *parts, *map(len, pools), *stacks)
-        found = SiteOptions(own, slots, pools, sizes, itself, key, note)
-        if found.count > (0 if chosen is None else chosen.count):
-            chosen = found
+        site_options = SiteOptions(cell_targets, slots, pools, sizes, itself, key, note)
+        if site_options.count > (0 if chosen is None else chosen.count):
+            chosen = site_options
         if chosen is not None and chosen.count >= draws:
             break
     return chosen
@@ -173,11 +177,11 @@ class RowOptions(Record):
         for pool in (_exclude(allowed, sorted(taken)), allowed):
             groups = {size: (runs, comb(len(pool), size)) for size, runs in lengths.items()}
             key = stable_hash(seed, "control", "positions", row_key, pool)
-            found = cls(hits, pool, groups, None, key)
+            options = cls(hits, pool, groups, None, key)
             if taken <= set(pool):
-                found = replace(found, itself=found.own_rank())
+                options = replace(options, itself=options.own_rank())
             if chosen is None or chosen.alone:
-                chosen = found
+                chosen = options
         assert chosen is not None
         return chosen
 
@@ -205,10 +209,10 @@ class RowOptions(Record):
         places: list[int] = []
         sizes: list[int] = []
         for size, (runs, sets) in self.groups.items():
-            own = {rank_subset(self.pool, run) for run in self.hits if len(run) == size}
-            if len(own) < runs:
+            numbers = {rank_subset(self.pool, run) for run in self.hits if len(run) == size}
+            if len(numbers) < runs:
                 return None
-            places.append(rank_subset(range(sets), sorted(own)))
+            places.append(rank_subset(range(sets), sorted(numbers)))
             sizes.append(comb(sets, runs))
         return _rank(places, sizes)
 
@@ -260,13 +264,13 @@ class TokenOptions(Record):
         return prod(row.count for row in self.rows)
 
     def pick(self, rank: int | None, draw: int) -> tuple[Hits, ...]:
-        found: list[Hits] = []
+        hits: list[Hits] = []
         for row in self.rows:
             here = None
             if rank is not None:
                 rank, here = divmod(rank, row.count)
-            found.append(row.pick(here, draw))
-        return tuple(found)
+            hits.append(row.pick(here, draw))
+        return tuple(hits)
 
 
 class NumberedDraws(Record):
@@ -307,17 +311,17 @@ def combine_draws(
     curves: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for cell in counts:
         curves.setdefault((*cell[:along], *cell[along + 1 :]), []).append(cell)
-    found: dict[tuple[int, ...], list[int]] = {}
+    combined: dict[tuple[int, ...], list[int]] = {}
     for cells in curves.values():
         few = [cell for cell in cells if counts[cell] < draws]
         parts = [NumberedDraws(counts[cell], stable_hash(seed, "curve", *cell)) for cell in few]
         picks = draw_distinct(parts, draws=draws) if few else [[]]
         number = len(picks) if len(few) == len(cells) else min(len(picks), 1) * draws
         for cell in cells:
-            found[cell] = [*range(number)]
+            combined[cell] = [*range(number)]
         for place, cell in enumerate(few):
-            found[cell] = [picks[draw % len(picks)][place] for draw in range(number)]
-    return found
+            combined[cell] = [picks[draw % len(picks)][place] for draw in range(number)]
+    return combined
 
 
 def draw_distinct(parts: Sequence[DrawOptions], *, draws: int) -> list[list[Any]]:
@@ -357,11 +361,11 @@ def draw_distinct(parts: Sequence[DrawOptions], *, draws: int) -> list[list[Any]
 
 def merge_targets(parts: Iterable[CellTargets]) -> dict[ExchangeGroup, tuple[int, ...]]:
     """Merge the targets of several cells or rules, in ascending order."""
-    found: dict[ExchangeGroup, set[int]] = {}
+    units: dict[ExchangeGroup, set[int]] = {}
     for part in parts:
         for slot, targets in part.items():
-            found.setdefault(slot, set()).update(targets)
-    return {slot: tuple(sorted(targets)) for slot, targets in found.items()}
+            units.setdefault(slot, set()).update(targets)
+    return {slot: tuple(sorted(targets)) for slot, targets in units.items()}
 
 
 def _exclude(everything: Sequence[int], without: Sequence[int]) -> tuple[int, ...]:
@@ -387,17 +391,19 @@ def draw_coordinates(
         The sets, and a description of the excluded coordinates.
     """
     every = set(choices)
-    own = tuple(sorted(every.intersection(named)))
-    if not own:
+    numbers = tuple(sorted(every.intersection(named)))
+    if not numbers:
         return [], ""
     slot = ExchangeGroup("features", max(every) + 1, None)
     others = {slot: tuple(n for n in range(slot.size) if n not in every)}
-    found = find_site_options({slot: own}, {slot: own}, others, (), draws=draws, seed=seed)
-    if found is None:
+    site_options = find_site_options(
+        {slot: numbers}, {slot: numbers}, others, (), draws=draws, seed=seed
+    )
+    if site_options is None:
         return [], ""
-    disjoint = set(found.pools[0]).isdisjoint(own)
+    disjoint = set(site_options.pools[0]).isdisjoint(numbers)
     note = "none of the cell's own" if disjoint else "including the cell's own"
-    swaps = [picked for (picked,) in draw_distinct([found], draws=draws)]
+    swaps = [picked for (picked,) in draw_distinct([site_options], draws=draws)]
     return [tuple(sorted(swap.get((slot, n), n) for n in named)) for swap in swaps], note
 
 
@@ -419,12 +425,12 @@ def draw_features(
         draws: Number of sets.
         key: Seed of the draws.
     """
-    own = set(named)
+    numbers = set(named)
     others = [
         [
             other
             for other, share in frequencies.items()
-            if other not in own
+            if other not in numbers
             and 0 < frequencies.get(feature, 0) <= FREQUENCY_RATIO * share
             and share <= FREQUENCY_RATIO * frequencies[feature]
         ]
@@ -432,7 +438,7 @@ def draw_features(
     ]
     if not all(others):
         return []
-    found: dict[tuple[int, ...], None] = {}
+    features: dict[tuple[int, ...], None] = {}
     for attempt in range(MAX_ATTEMPTS * draws):
         drawn: list[int] = []
         for place, pool in enumerate(others):
@@ -440,10 +446,10 @@ def draw_features(
             if left:
                 drawn.append(left[stable_hash(key, attempt, place) % len(left)])
         if len(drawn) == len(named):
-            found[tuple(sorted(drawn))] = None
-        if len(found) == draws:
+            features[tuple(sorted(drawn))] = None
+        if len(features) == draws:
             break
-    return list(found)
+    return list(features)
 
 
 MAX_ATTEMPTS = 20

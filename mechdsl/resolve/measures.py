@@ -91,9 +91,9 @@ def resolve_reply_metric(
     """
     if not check_reply(node, context):
         return None
-    given = [each.value for each in arguments]
+    given = [argument.value for argument in arguments]
     rows = len(context.table)
-    if any(each.name is not None for each in arguments):
+    if any(argument.name is not None for argument in arguments):
         return _report_reply_usage(node, name, "its arguments have no names", context)
     if name == "length":
         if given:
@@ -226,7 +226,9 @@ def resolve_set_metric(
         context.diagnostics.extend(problems)
         if has_errors(problems):
             return None
-        if form.takes == "numerals" and any(each.number is None for row in rows for each in row):
+        if form.takes == "numerals" and any(
+            tokens.number is None for row in rows for tokens in row
+        ):
             report_unreadable(
                 context,
                 node.span,
@@ -242,7 +244,7 @@ def resolve_set_metric(
             by_item = env is not None or any(_differs_by_cell(part, context) for part in parts)
             if not _reads_whole_texts(node, by_item, context):
                 return None
-            texts = [tuple(each.text.ids for each in row) for row in rows]
+            texts = [tuple(tokens.text.ids for tokens in row) for row in rows]
             return _of_alternatives(node, name, texts, context)
         sets[env] = TokenSets.made_of(rows)
         if form.compared:
@@ -267,16 +269,16 @@ def _right_numbers(
         report_unreadable(context, right.span, reason, hint, of=node.span)
         return None
     if right is not None:
-        found, problems = right_numbers(context.table, right, context.names_of(env))
+        numbers, problems = right_numbers(context.table, right, context.names_of(env))
         context.diagnostics.extend(problems)
-        return None if problems else found
+        return None if problems else numbers
     answers = _truth(context.table) or ()
-    if not answers or not all(each.is_integer() for each in answers):
+    if not answers or not all(answer.is_integer() for answer in answers):
         reason = "the answers aren't whole numbers"
         hint = f"pass the right number as the second argument: `{name}(1..9, n)`"
         report_unreadable(context, node.span, reason, hint)
         return None
-    return [int(each) for each in answers]
+    return [int(answer) for answer in answers]
 
 
 def _sums_tokens(
@@ -356,8 +358,8 @@ def _number_sets(
     rows: Sequence[tuple[int, ...]],
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
     """Return the distinct sets, and the index of each row's set."""
-    numbers = {own: n for n, own in enumerate(dict.fromkeys(rows))}
-    return tuple(numbers), tuple(numbers[own] for own in rows)
+    numbers = {row: n for n, row in enumerate(dict.fromkeys(rows))}
+    return tuple(numbers), tuple(numbers[row] for row in rows)
 
 
 def _part(node: ast.Expr, number: int) -> ast.Expr:
@@ -395,8 +397,8 @@ def _fits_in_set(part: SetExpression, node: ast.Expr, name: str, context: Measur
 def _of_row(end: ast.Expr, parameters: Mapping[str, Any]) -> bool:
     """Return whether the end of a range may differ between rows."""
     names = (ast.Name, ast.Attribute, ast.Index, ast.Call)
-    found = (part for part in walk(end) if isinstance(part, names))
-    return any(not isinstance(part, ast.Name) or part.id not in parameters for part in found)
+    parts = (part for part in walk(end) if isinstance(part, names))
+    return any(not isinstance(part, ast.Name) or part.id not in parameters for part in parts)
 
 
 def _digits(
@@ -495,8 +497,8 @@ def resolve_metric(node: ast.Name | ast.Call, context: MeasureContext) -> Metric
     if problem is not None:
         context.diagnostics.append(problem)
         return None
-    found = _BUILDERS[form.takes](node, name, form, arguments, context)
-    return replace(found, classes=shape.classes) if found is not None and chooses else found
+    term = _BUILDERS[form.takes](node, name, form, arguments, context)
+    return replace(term, classes=shape.classes) if term is not None and chooses else term
 
 
 def _find_decimal(
@@ -555,8 +557,10 @@ def _select_form(
         )
     if len(values) == 2 and "activations" in forms:
         return forms["activations"]
-    ranges = [isinstance(each, ast.Range) for each in values]
-    sets = [wide or is_list(context.table, each) for wide, each in zip(ranges, values, strict=True)]
+    ranges = [isinstance(value, ast.Range) for value in values]
+    sets = [
+        wide or is_list(context.table, value) for wide, value in zip(ranges, values, strict=True)
+    ]
     numerals = forms.get("numerals")
     if numerals is not None and numerals.compared:
         return numerals if sets[:1] == [True] and len(values) <= 2 else None
@@ -653,17 +657,19 @@ def _of_text(
     texts: dict[ItemNumber, tuple[tuple[int, ...], ...]] = {}
     for env in envs:
         extra = context.names_of(env)
-        found, problems = text_tokens(context.table, text, tokenizer=context.tokenizer, extra=extra)
+        tokens, problems = text_tokens(
+            context.table, text, tokenizer=context.tokenizer, extra=extra
+        )
         context.diagnostics.extend(problems)
         if any(p.severity == "error" for p in problems):
             return None
         if form.takes == "target":
-            long = next(((n, t) for n, t in enumerate(found) if len(t.ids) != 1), None)
+            long = next(((n, t) for n, t in enumerate(tokens) if len(t.ids) != 1), None)
             if long is not None and not _sums_tokens([text], name, *long, context):
                 return None
             if long is not None:
                 form = METRICS[name].forms["continuation"]
-        texts[env] = tuple(t.ids for t in found)
+        texts[env] = tuple(t.ids for t in tokens)
     several = any(len(ids) != 1 for rows in texts.values() for ids in rows)
     several = several and not context.tokenizer.stands_in
     by_item = by_item or _differs_by_cell(text, context)
@@ -761,11 +767,13 @@ def _of_activations(
         context.diagnostics.append(NotSupported(span=site.span, what=what, later=hint))
         return None
     # Each loop has a single value here, so only the axes of the site distinguish points.
-    own = [n for n, of in enumerate(targets.axes) if of not in context.sites.loops]
-    found = {tuple(key[n] for n in own): points[0] for key, points in targets.points.items()}
+    numbers = [n for n, of in enumerate(targets.axes) if of not in context.sites.loops]
+    site_points = {
+        tuple(key[n] for n in numbers): points[0] for key, points in targets.points.items()
+    }
     if not axes:
-        return MetricTerm(node, name, form, run=run, point=found[()])
-    return MetricTerm(node, name, form, run=run, points=found, axes=axes)
+        return MetricTerm(node, name, form, run=run, point=site_points[()])
+    return MetricTerm(node, name, form, run=run, points=site_points, axes=axes)
 
 
 def _of_python(node: ast.Call, context: MeasureContext) -> MetricTerm | None:
@@ -795,9 +803,9 @@ def resolve_run(value: Any, context: MeasureContext) -> str | None:
     name = value.id if isinstance(value, ast.Name) else ""
     if isinstance(value, ast.Attribute):  # a corruption of a different prompt set
         name = f"{value.name}.{value.attribute}"
-    found = find_run(name, context.table.runs)
-    if found is not None:
-        return found
+    run = find_run(name, context.table.runs)
+    if run is not None:
+        return run
     runs = list(context.table.runs)
     known = name_list(runs)
     context.diagnostics.append(
@@ -897,7 +905,11 @@ def find_read_positions(
     if not found:
         return [ReadPosition()]
     first = next(iter(found.values()))
-    labels = [label for label in first if all(label in own for own in found.values())]
+    labels = [
+        label
+        for label in first
+        if all(label in position_cells for position_cells in found.values())
+    ]
     return [_read_position(label, first, found, context.table) for label in labels]
 
 
@@ -911,13 +923,13 @@ def _single(cell: PositionCell) -> bool:
 def _read_position(
     label: str,
     first: Mapping[str, PositionCell],
-    found: Mapping[str, Mapping[str, PositionCell]],
+    positions: Mapping[str, Mapping[str, PositionCell]],
     table: PromptTable,
 ) -> ReadPosition:
     """Return a position in each run; the first readable token where a row lacks it."""
     at: dict[str, tuple[int, ...]] = {}
     absent: set[int] = set()
-    for run, cells in found.items():
+    for run, cells in positions.items():
         hits = cells[label].hits
         absent.update(row for row, own in enumerate(hits) if not own)
         rows = table.runs[run].rows
@@ -941,9 +953,9 @@ def expand_read_positions(
         elif len(places) > 1:
             labels.append((MEASURED_AXIS, place.label))
         labels += [(name, swept[name].labels[index]) for name, index in chosen.items()]
-        found = _read_at(measure, place, chosen, context)
-        if len(found.absent) < len(context.table) or not len(context.table):
-            yield tuple(labels), found
+        expanded = _read_at(measure, place, chosen, context)
+        if len(expanded.absent) < len(context.table) or not len(context.table):
+            yield tuple(labels), expanded
 
 
 def _read_at(
@@ -958,9 +970,9 @@ def _read_at(
         starts = {run: [row.source for row in context.table.runs[run].rows] for run in at}
         pairs = {run: list(zip(tokens, starts[run], strict=True)) for run, tokens in at.items()}
         absent.update(
-            n for own in pairs.values() for n, (token, first) in enumerate(own) if token == first
+            n for pair in pairs.values() for n, (token, first) in enumerate(pair) if token == first
         )
-        at = {run: tuple(max(t - 1, first) for t, first in own) for run, own in pairs.items()}
+        at = {run: tuple(max(t - 1, first) for t, first in pair) for run, pair in pairs.items()}
     return replace(
         measure, atoms=atoms, at=at, absent=tuple(sorted(absent)), item=place.item,
         in_reply=place.reply,
@@ -1012,10 +1024,10 @@ def resolve_measure(
     Codes: E0108, E0203, E0437, E0438, E0442 to E0446, E0507, E0612 and those of texts and
     positions.
     """
-    found = resolve_measure_positions(
+    measure_positions = resolve_measure_positions(
         expression, context, label=label, at=at, runs=runs, observed=observed
     )
-    return None if found is None else found[0][1]
+    return None if measure_positions is None else measure_positions[0][1]
 
 
 def _without_categories(
@@ -1057,35 +1069,35 @@ def resolve_measure_positions(
     shape, model = context.sites.shape, context.sites.model
     if has_errors(context.diagnostics[before:]):
         return None
-    found = tuple(atoms.values())
-    if not _can_be_read(expression, found, at, context):
+    terms = tuple(atoms.values())
+    if not _can_be_read(expression, terms, at, context):
         return None
-    if not _predicts_tokens(expression, found, places, context):
+    if not _predicts_tokens(expression, terms, places, context):
         return None
     positions: Mapping[str, tuple[int, ...]] | None = None
-    if shape.output_at != "every token" and _of_logits(found):
+    if shape.output_at != "every token" and _of_logits(terms):
         if at is not None:
             context.diagnostics.append(report_fixed_output(at.span, shape, model))
             return None
         positions = find_output_positions(context.table, shape)
-    elif not shape.causal and not _without_next_token(expression, found, at, context):
+    elif not shape.causal and not _without_next_token(expression, terms, at, context):
         return None
     category = expression in atoms and atoms[expression].form.kind == "category"
-    alone = category or _without_categories(expression, found, context)
-    if not alone or not _read_alike(expression, found, context):
+    alone = category or _without_categories(expression, terms, context)
+    if not alone or not _read_alike(expression, terms, context):
         return None
-    units = {a.form.unit for a in found}
+    units = {a.form.unit for a in terms}
     whole = ResolvedMeasure(
         label=label,
         text=expression.span.written,
         expression=expression,
-        atoms=found,
+        atoms=terms,
         kind="category" if category else "number",
         unit=units.pop() if len(units) == 1 else "",
         at={} if positions is None else positions,
         truth=_truth(context.table) if category else None,
         observed=observed,
-        reply=context.reply if any(a.form.takes == "reply" for a in found) else None,
+        reply=context.reply if any(a.form.takes == "reply" for a in terms) else None,
     )
     everywhere = list(expand_read_positions(whole, places, context))
     if not everywhere:
@@ -1334,11 +1346,11 @@ def _not_zero(divisor: ast.Expr, expression: ast.Expr, context: MeasureContext) 
 
 def _truth(table: PromptTable) -> tuple[float, ...] | None:
     """Return the number that each row's answer spells; None if an answer is not a number."""
-    found: list[float] = []
+    truths: list[float] = []
     for row in table.runs["clean"].rows:
         answer = row.texts.get("answer")
         try:
-            found.append(float(answer.text) if answer is not None else float("nan"))
+            truths.append(float(answer.text) if answer is not None else float("nan"))
         except ValueError:
             return None
-    return tuple(found)
+    return tuple(truths)

@@ -42,20 +42,18 @@ SHAPE_SIZES = {
 """Sizes that must be equal for activations of one model to be inserted into another."""
 
 
-def join_runs(table: PromptTable, found: Sequence[PairedRun | None]) -> PromptTable | None:
+def join_runs(table: PromptTable, paired_runs: Sequence[PairedRun | None]) -> PromptTable | None:
     """Add runs of other models to the table; None if one is missing."""
-    runs = [each for each in found if each is not None]
-    if len(runs) < len(found):
+    runs = [run for run in paired_runs if run is not None]
+    if len(runs) < len(paired_runs):
         return None
     joined = replace(
         table,
-        runs={**table.runs, **{each.run.name: each.run for each in runs}},
-        other_data={each.run.prompts or "": each.data_hash for each in runs if each.data_hash},
-        python=tuple(dict.fromkeys((*table.python, *(f for each in runs for f in each.python)))),
+        runs={**table.runs, **{run.run.name: run.run for run in runs}},
+        other_data={run.run.prompts or "": run.data_hash for run in runs if run.data_hash},
+        python=tuple(dict.fromkeys((*table.python, *(f for run in runs for f in run.python)))),
     )
-    said = {
-        f"rows of {each.run.name}": f"{each.how} of `{table.name}`" for each in runs if each.how
-    }
+    said = {f"rows of {run.run.name}": f"{run.how} of `{table.name}`" for run in runs if run.how}
     said |= noise_conventions(joined) | image_conventions(joined)
     return replace(joined, conventions={**table.conventions, **said})
 
@@ -69,7 +67,7 @@ def reads_outputs(experiment: spec.Experiment, run: str) -> bool:
     asked = [measure.metric for measure in experiment.measures]
     if run == experiment.source and any(_of_outputs(n) for metric in asked for n in walk(metric)):
         return True
-    asked += [each.condition for each in experiment.expects if each.condition is not None]
+    asked += [expect.condition for expect in experiment.expects if expect.condition is not None]
     calls = [n for each in asked for n in walk(each) if isinstance(n, ast.Call)]
     if any(_of_outputs(n) or n.name == "accuracy" for n in calls if run in _named_arguments(n)):
         return True
@@ -145,15 +143,15 @@ def check_fit_model(span: Span, source: ModelContext, base: ModelContext) -> Dia
 
 def list_differences(base: ModelShape, source: ModelShape) -> list[str]:
     """Return how the sizes and sites of two models differ; empty if they don't."""
-    found = [
+    differences = [
         f"{getattr(source, name):,} and {getattr(base, name):,} {what}"
         for name, what in SHAPE_SIZES.items()
         if getattr(source, name) != getattr(base, name)
     ][:3]
     only = sorted((base.sites ^ source.sites) - {"logits"})
-    if not found and only:
-        found.append(f"only one of them has `{only[0]}`")
-    return found
+    if not differences and only:
+        differences.append(f"only one of them has `{only[0]}`")
+    return differences
 
 
 def _other_outputs(base: ModelShape, source: ModelShape) -> list[str]:
@@ -181,11 +179,11 @@ def build_model_run(
 
     Reports E0416 if that model sees different tokens.
     """
-    own = dict(zip(table.row_ids, table.runs[CLEAN].rows, strict=True))
+    run_rows = dict(zip(table.row_ids, table.runs[CLEAN].rows, strict=True))
     others = dict(zip(theirs.row_ids, theirs.runs[CLEAN].rows, strict=True))
-    unlike = [n for n, row in own.items() if n not in others or not _agree(row, others[n])]
+    unlike = [n for n, row in run_rows.items() if n not in others or not _agree(row, others[n])]
     if not unlike or source.tokenizer.stands_in or base.tokenizer.stands_in:
-        rows = tuple(others.get(n, row) if row.pictures else row for n, row in own.items())
+        rows = tuple(others.get(n, row) if row.pictures else row for n, row in run_rows.items())
         chat = table.runs[CLEAN].chat
         return PairedRun(PromptRun(run.name, rows, model=run.model, chat=chat), ""), []
     first = unlike[0]
@@ -193,12 +191,12 @@ def build_model_run(
         " ".join(context.tokenizer.token_text(i) for i in rows[first].ids[:8])
         if first in rows
         else "nothing"
-        for context, rows in ((source, others), (base, own))
+        for context, rows in ((source, others), (base, run_rows))
     ]
     example = f"row {first} begins with `{tokens[0]}` and `{tokens[1]}`"
     equal = "the same tokenizer and the same `bos`"
-    if first in others and others[first].pictures != own[first].pictures:
-        counts = len(others[first].ids), len(own[first].ids)
+    if first in others and others[first].pictures != run_rows[first].pictures:
+        counts = len(others[first].ids), len(run_rows[first].ids)
         example = f"row {first} has {counts[0]:,} and {counts[1]:,} tokens, images included"
         equal = "processors that give images the same rows and columns of tokens"
     return None, [
@@ -207,7 +205,7 @@ def build_model_run(
             source=source.name,
             base=base.name,
             rows=len(unlike),
-            total=len(own),
+            total=len(run_rows),
             example=example,
             equal=equal,
         )
@@ -223,14 +221,14 @@ def _agree(row: RunRow, other: RunRow) -> bool:
     return (
         len(row.ids) == len(other.ids)
         and row.pictures == other.pictures
-        and all(own == theirs or min(own, theirs) >= IMAGE_TOKEN for own, theirs in pairs)
+        and all(number == theirs or min(number, theirs) >= IMAGE_TOKEN for number, theirs in pairs)
     )
 
 
 def measures_choice(experiment: spec.Experiment) -> bool:
     """Return whether a metric is a choice among all texts or images to score with."""
-    said = (*(each.metric for each in experiment.measures), *experiment.keep)
-    said += tuple(each.condition for each in experiment.expects if each.condition is not None)
+    said = (*(measure.metric for measure in experiment.measures), *experiment.keep)
+    said += tuple(expect.condition for expect in experiment.expects if expect.condition is not None)
     named = (node for node in walk(said) if isinstance(node, ast.Name | ast.Call))
     words = {node.id if isinstance(node, ast.Name) else node.name for node in named}
     return not words.isdisjoint({*METRICS, "accuracy"} - {"logit", "score", "cosine"})
@@ -259,7 +257,7 @@ def attach_images(
     model: ModelContext,
     table: PromptTable,
     block: str,
-    own: Sequence[Picture],
+    pictures: Sequence[Picture],
     every: Sequence[Picture] | None,
 ) -> tuple[ModelContext, PromptTable]:
     """Add the images that texts are scored with to the text tower, and their names to the rows.
@@ -268,16 +266,16 @@ def attach_images(
         model: The text tower.
         table: The prompts of the text tower.
         block: The prompt set of the images.
-        own: The image of each row.
+        pictures: The image of each row.
         every: All images to choose from, if a metric needs them.
     """
-    named = {each.text: each for each in (*(every or ()), *own)}
+    named = {picture.text: picture for picture in (*(every or ()), *pictures)}
     runs = {
         name: replace(
             run,
             rows=tuple(
                 replace(row, texts={**row.texts, IMAGE_SPAN: TextTokens(picture.text, ())})
-                for row, picture in zip(run.rows, own, strict=True)
+                for row, picture in zip(run.rows, pictures, strict=True)
             ),
         )
         for name, run in table.runs.items()
@@ -341,15 +339,15 @@ def _texts(table: PromptTable, experiment: spec.Experiment) -> Iterator[str]:
         for row in run.rows:
             for text in row.texts.values():
                 yield text.text.strip()
-    said = (*(each.metric for each in experiment.measures), *experiment.keep)
+    said = (*(measure.metric for measure in experiment.measures), *experiment.keep)
     for node in walk(said):
         if isinstance(node, ast.Call):
             for argument in node.arguments:
                 of = argument.value
                 of = of.of if isinstance(of, ast.ClassOutput) else of
                 if isinstance(of, ast.String):
-                    found, _ = output_texts(table, of, "named")
-                    yield from (text.text.strip() for text in found)
+                    tokens, _ = output_texts(table, of, "named")
+                    yield from (text.text.strip() for text in tokens)
 
 
 def _check_text_lengths(
@@ -377,12 +375,12 @@ def read_tower_inputs(
     Codes: E0412, E0456, E0508, E0522.
     """
     assert shape.patches is not None
-    reader, found = read_processing(folder, shape.patches, model=model.name, span=model.span)
+    reader, diagnostics = read_processing(folder, shape.patches, model=model.name, span=model.span)
     if reader is None or shape.texts is None:
-        return reader, found
+        return reader, diagnostics
     tokenizer, problems = TextTokenizer.from_folder(folder, model.bos, span=model.span)
     if tokenizer is None:
-        return None, [*found, *problems]
+        return None, [*diagnostics, *problems]
     return attach_tokenizer(reader, tokenizer, shape.texts, model=model.name, span=model.span)
 
 

@@ -19,12 +19,7 @@ from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import UnreadableMeasure
 from mechdsl.program import spec
-from mechdsl.resolve.matched_draws import (
-    ExchangeGroup,
-    SiteOptions,
-    combine_draws,
-    draw_distinct,
-)
+from mechdsl.resolve.matched_draws import ExchangeGroup, SiteOptions, combine_draws, draw_distinct
 from mechdsl.resolve.sites import ExperimentContext
 from mechdsl.resolve.types import (
     DRAW_AXIS,
@@ -201,14 +196,14 @@ def _find_masks(
     name = site.names[0].id
     if site.axes and (name not in program.masks or site.axes != program.masks[name].site.axes):
         return []  # a site of a component; a group of coordinates has the axes of its candidates
-    domains = (each.domain for each in experiment.loops if each.name == name)
+    domains = (loop.domain for loop in experiment.loops if loop.name == name)
     words = next(domains, None)
     names = [name]
     if words is not None:
         names = [node.id for node in walk(words) if isinstance(node, ast.Name)]
-    found = [program.masks[each] for each in names if each in program.masks]
-    is_whole = len(found) == len(names) and not any(each.chooses_positions for each in found)
-    return found if is_whole else []
+    bases = [program.masks[each] for each in names if each in program.masks]
+    is_whole = len(bases) == len(names) and not any(basis.chooses_positions for basis in bases)
+    return bases if is_whole else []
 
 
 def _find_chosen_positions(rule: spec.Rule, program: spec.Program) -> spec.Basis | None:
@@ -230,7 +225,7 @@ def _candidates_of(
     if not masks:
         return None
     first = masks[0]
-    texts = {" ".join(each.site.span.written.split()) for each in masks}
+    texts = {" ".join(mask.site.span.written.split()) for mask in masks}
     return (first.site, first.at if first.chooses_positions else None) if len(texts) == 1 else None
 
 
@@ -240,7 +235,7 @@ def _candidates_of(
 def with_everything(experiment: spec.Experiment, program: spec.Program) -> spec.Experiment:
     """Return an experiment with its rules as they ablate everything that its circuit of nodes is
     chosen from; the experiment itself without an effect that needs them."""
-    effects = {each.effect for each in experiment.measures} & {*NODE_FORMS}
+    effects = {measure.effect for measure in experiment.measures} & {*NODE_FORMS}
     if len(effects) != 1 or experiment.broken or names_circuit(experiment, program):
         return experiment
     (effect,) = effects
@@ -258,10 +253,10 @@ def _ablate_all(
     if effect == FAITHFULNESS.name:
         site = replace(rule.site, excluded=()) if rule.site.excluded else rule.site
         return rule.model_copy(update={"site": site, "at": rewrite(rule.at, _except_nothing)})
-    found = _candidates_of(rule, experiment, program)
-    if found is None:
+    candidates = _candidates_of(rule, experiment, program)
+    if candidates is None:
         return rule
-    site, items = found
+    site, items = candidates
     if items is None:
         return rule.model_copy(update={"site": replace(site, span=rule.site.span)})
     (item,) = rule.at.items
@@ -300,15 +295,15 @@ def resolve_everything(
         sites=replace(work.sites, diagnostics=[]),
         axes={name: work.axes[name] for name in work.loops},
     )
-    found = [rule for rule in resolve(again) if rule is not None]
+    resolved = [rule for rule in resolve(again) if rule is not None]
     work.diagnostics.extend(d for d in again.diagnostics if d not in work.diagnostics)
-    if len(found) != len(own) or has_errors(work.diagnostics):
+    if len(resolved) != len(own) or has_errors(work.diagnostics):
         return ()
-    problem = _check_everything(own, found, work, again)
+    problem = _check_everything(own, resolved, work, again)
     if problem is not None:
         work.diagnostics.append(problem)
         return ()
-    return tuple(found)
+    return tuple(resolved)
 
 
 def _check_everything(
@@ -345,7 +340,9 @@ def _leaves_cells_whole(rules: Sequence[ResolvedRule], everything: Sequence[Reso
             continue
         axes, every = rule.sites.axes, whole.sites
         cells = [each for each in rule.sites.points.items() if each[0] not in rule.sites.missing]
-        if all(set(own) == set(every.points[_along(axes, key, every.axes)]) for key, own in cells):
+        if all(
+            set(points) == set(every.points[_along(axes, key, every.axes)]) for key, points in cells
+        ):
             return False
     return True
 
@@ -358,11 +355,11 @@ def _along(axes: Sequence[str], key: AxisIndices, wanted: Sequence[str]) -> Axis
 
 def _has_equal_places(rule: ResolvedRule, whole: ResolvedRule) -> bool:
     """Whether the tokens of a rule have the same places among all tokens in every row."""
-    own, every = rule.positions, whole.positions
-    for key, cell in own.written.items():
-        there = _along(own.axes, key, every.axes)
+    positions, every = rule.positions, whole.positions
+    for key, cell in positions.written.items():
+        there = _along(positions.axes, key, every.axes)
         places: set[tuple[int, ...]] = set()
-        for some, full in ((cell, every.written[there]), (own.read[key], every.read[there])):
+        for some, full in ((cell, every.written[there]), (positions.read[key], every.read[there])):
             for hits, all_hits in zip(some.hits, full.hits, strict=True):
                 tokens = [token for run in all_hits for token in run]
                 if hits:
@@ -393,13 +390,15 @@ class NodeChoice(Record):
     def options(self, seed: int) -> SiteOptions:
         """Return all groups of equal size, as numbers of the pool."""
         pool = self.pool
-        own = tuple(n for n, node in enumerate(pool) if node in self.group)
+        numbers = tuple(n for n, node in enumerate(pool) if node in self.group)
         slot = ExchangeGroup("features", len(pool), None)
-        size = comb(len(pool), len(own))
+        size = comb(len(pool), len(numbers))
         names = [str(_name_node(node)) for node in pool]
-        key = stable_hash(seed, "groups", *names, *own)
-        itself = rank_subset(range(len(pool)), own)
-        return SiteOptions({slot: own}, [slot], [tuple(range(len(pool)))], [size], itself, key, "")
+        key = stable_hash(seed, "groups", *names, *numbers)
+        itself = rank_subset(range(len(pool)), numbers)
+        return SiteOptions(
+            {slot: numbers}, [slot], [tuple(range(len(pool)))], [size], itself, key, ""
+        )
 
     def drawn(self, numbers: Collection[int]) -> frozenset[Hashable]:
         """Return a group with these nodes of the pool."""
@@ -417,8 +416,8 @@ NodeKind: TypeAlias = Literal["coordinates", "sites"]
 def find_chosen(rule: ResolvedRule, whole: ResolvedRule) -> NodeKind | None:
     """Return what differs between a rule and the rule with everything ablated, besides tokens."""
     if rule.basis is not None and whole.basis is not None:
-        own, every = rule.basis, whole.basis
-        if own.axes != every.axes or own.coordinates != every.coordinates:
+        basis, every = rule.basis, whole.basis
+        if basis.axes != every.axes or basis.coordinates != every.coordinates:
             return "coordinates"
     assert rule.sites is not None
     assert whole.sites is not None
@@ -449,9 +448,9 @@ def read_choice(
         assert rule.sites is not None
         assert whole.sites is not None
         every = whole.sites.points[tuple(at[name] for name in whole.sites.axes)]
-        own = tuple(at[name] for name in rule.sites.axes)
-        here = () if own in rule.sites.missing else rule.sites.points[own]
-        here = () if rule.sites.writes_nothing(own) else here
+        numbers = tuple(at[name] for name in rule.sites.axes)
+        here = () if numbers in rule.sites.missing else rule.sites.points[numbers]
+        here = () if rule.sites.writes_nothing(numbers) else here
         ablated = frozenset[Hashable](here)
         fixed = frozenset[Hashable]()
     group = ablated if not keeps_group(rule) else frozenset(every) - ablated
@@ -465,8 +464,10 @@ def keeps_group(rule: ResolvedRule) -> bool:
 
 def list_coordinates(basis: BasisTargets, at: Mapping[str, int]) -> tuple[int, ...]:
     """Return the numbers of the coordinates that a rule changes in a cell."""
-    own = basis.coordinates[tuple(at[name] for name in basis.axes)]
-    return own.which or tuple(range(min(each.size for each in basis.bases[own.basis].values())))
+    coordinate = basis.coordinates[tuple(at[name] for name in basis.axes)]
+    return coordinate.which or tuple(
+        range(min(basis_member.size for basis_member in basis.bases[coordinate.basis].values()))
+    )
 
 
 # --- random groups --------------------------------------------------------------------------------
@@ -508,7 +509,7 @@ def draw_groups(
         kinds |= {} if kind is None else {n: kind}
     if not kinds:
         return None
-    used = {axis for n in kinds for own in pairs[n] for axis in _choice_axes(own)}
+    used = {axis for n in kinds for rule in pairs[n] for axis in _choice_axes(rule)}
     axes = [axis for axis in experiment.axes if axis.name in used]
     names = tuple(axis.name for axis in axes)
     groups: dict[tuple[int, int, AxisIndices], frozenset[Hashable]] = {}
@@ -518,15 +519,15 @@ def draw_groups(
     drawn: dict[AxisIndices, list[dict[int, frozenset[Hashable]]]] = {}
     for cell in product(*(range(len(axis)) for axis in axes)):
         at = dict(zip(names, cell, strict=True))
-        found = {
+        node_choices = {
             n: read_choice(*pairs[n], kind, at, choices.get(n, ())) for n, kind in kinds.items()
         }
-        for n, choice in found.items():
+        for n, choice in node_choices.items():
             size = sum(node in choice.group for node in choice.pool)
             sizes.setdefault((n, len(choice.pool)), []).append(size)
             of_choices |= bool(choice.fixed)
-        chosen[cell] = {n: choice.group for n, choice in found.items()}
-        drawn[cell] = _draw_cell(found, draws, experiment.seed)
+        chosen[cell] = {n: choice.group for n, choice in node_choices.items()}
+        drawn[cell] = _draw_cell(node_choices, draws, experiment.seed)
     alone = [cell for cell, own in drawn.items() if not own]
     over = experiment.combined_axis
     different = {cell: max(1, len(own)) for cell, own in drawn.items()}
@@ -544,7 +545,7 @@ def draw_groups(
         rules[n] = _with_groups(*pairs[n], kind, names, own)
     said = _describe_sizes(sizes, pairs, kinds)
     drawn_counts = DrawCounts(names, counts)
-    numbers = tuple(counts[cell] if cell in alone else own for cell, own in different.items())
+    numbers = tuple(counts[cell] if cell in alone else number for cell, number in different.items())
     return DrawnGroups(tuple(rules), most, drawn_counts, said, of_choices, numbers, bool(alone))
 
 
@@ -554,11 +555,11 @@ def _choice_axes(rule: ResolvedRule) -> Iterator[str]:
 
 
 def _draw_cell(
-    found: Mapping[int, NodeChoice], draws: int, seed: int
+    choices: Mapping[int, NodeChoice], draws: int, seed: int
 ) -> list[dict[int, frozenset[Hashable]]]:
     """Draw the groups of the rules of a cell, all of them in each draw."""
-    options = {n: choice.options(seed) for n, choice in found.items()}
-    parts = {each.key: each for each in options.values() if each.count}
+    options = {n: choice.options(seed) for n, choice in choices.items()}
+    parts = {option.key: option for option in options.values() if option.count}
     if not parts:
         return []
     picks = draw_distinct(list(parts.values()), draws=draws)
@@ -567,8 +568,10 @@ def _draw_cell(
         swaps = dict(zip(parts, pick, strict=True))
         drawn.append(
             {
-                n: found[n].drawn(swaps[each.key].values()) if each.count else found[n].group
-                for n, each in options.items()
+                n: choices[n].drawn(swaps[option.key].values())
+                if option.count
+                else choices[n].group
+                for n, option in options.items()
             }
         )
     return drawn
@@ -608,15 +611,15 @@ def _with_groups(
         ablated = tuple(node for node in every if (node in group) != keeps)
         if kind == "coordinates":
             assert rule.basis is not None
-            own = rule.basis.coordinates[tuple(at[name] for name in rule.basis.axes)]
+            coordinate = rule.basis.coordinates[tuple(at[name] for name in rule.basis.axes)]
             which = tuple(node for node in ablated if isinstance(node, int))
-            coordinates[draw, *cell] = replace(own, which=which)
+            coordinates[draw, *cell] = replace(coordinate, which=which)
             continue
         points[draw, *cell] = tuple(node for node in ablated if isinstance(node, SitePoint))
         if not ablated:  # a cell that doesn't exist or writes nothing keeps its placeholder
-            own = tuple(at[name] for name in rule.sites.axes)
-            points[draw, *cell] = rule.sites.points[own]
-            missing |= {(draw, *cell)} if own in rule.sites.missing else set()
+            coordinate = tuple(at[name] for name in rule.sites.axes)
+            points[draw, *cell] = rule.sites.points[coordinate]
+            missing |= {(draw, *cell)} if coordinate in rule.sites.missing else set()
     if kind == "coordinates":
         assert rule.basis is not None
         basis = replace(rule.basis, axes=axes, coordinates=coordinates)
@@ -642,7 +645,7 @@ def describe_everything(experiment: ResolvedExperiment) -> str:
         does = "patches" if rule.spec.verb == "patch" else "ablates"
         said[f"`{own}` {does} {' '.join(parts)}" if parts else f"`{own}` as it is"] = None
     bases = [rule.basis for rule in experiment.rules if rule.basis and not rule.spec.drops_error]
-    names = {own.definition: None for own in bases if own.definition != ast.STANDARD_BASIS}
+    names = {basis.definition: None for basis in bases if basis.definition != ast.STANDARD_BASIS}
     rest = [f"what `{name}` doesn't represent stays" for name in names]
     return "; ".join([*said, "in the same rows", *rest])
 
@@ -661,16 +664,18 @@ def _describe_tokens(rule: ResolvedRule) -> str:
 def _list_numbers(rule: ResolvedRule, whole: ResolvedRule, kind: NodeKind) -> str:
     """Return `16 sites instead of 13`, or the ranges of these numbers over the cells."""
     counts: list[list[int]] = []
-    for own in (whole, rule):
+    for resolved in (whole, rule):
         if kind == "coordinates":
-            assert own.basis is not None
-            axes = own.basis.axes
-            cells = (dict(zip(axes, key, strict=True)) for key in own.basis.coordinates)
-            counts.append([len(list_coordinates(own.basis, at)) for at in cells])
+            assert resolved.basis is not None
+            axes = resolved.basis.axes
+            cells = (dict(zip(axes, key, strict=True)) for key in resolved.basis.coordinates)
+            counts.append([len(list_coordinates(resolved.basis, at)) for at in cells])
         else:
-            assert own.sites is not None
-            there = own.sites.points.items()
-            counts.append([len(each) for key, each in there if key not in own.sites.missing])
+            assert resolved.sites is not None
+            there = resolved.sites.points.items()
+            counts.append(
+                [len(points) for key, points in there if key not in resolved.sites.missing]
+            )
     every, some = (
         " to ".join(f"{n:,}" for n in dict.fromkeys((min(each), max(each)))) for each in counts
     )

@@ -153,7 +153,7 @@ class Observation(Intervention):
     read_by_measures: ClassVar[bool] = False
     """Whether the measures of the experiment read it instead of the model's output."""
     controls: ClassVar[tuple[str, ...]] = ()
-    """Names of control measures that are computed with it, each after its own label."""
+    """Names of control measures that are computed with it, each after its label."""
     of_weights: ClassVar[bool] = False
     """Whether it reads weights alone, so that its values don't depend on prompts."""
     of_bases: ClassVar[bool] = False
@@ -297,8 +297,8 @@ class TokenVectors:
         """
         import numpy as np
 
-        own = there[self.row]
-        return self.vectors[own], (np.cumsum(there) - 1)[self.row[own]]
+        mask = there[self.row]
+        return self.vectors[mask], (np.cumsum(there) - 1)[self.row[mask]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -393,9 +393,9 @@ def join_positions(cells: Iterable[PositionCell]) -> PositionCell:
     vectors = 1
     for cell in cells:
         rows, vectors = rows or [set() for _ in cell.hits], cell.vectors
-        for own, hits in zip(rows, cell.hits, strict=True):
-            own.update(token for tokens in hits for token in tokens)
-    hits = tuple((tuple(sorted(own)),) if own else () for own in rows)
+        for row, hits in zip(rows, cell.hits, strict=True):
+            row.update(token for tokens in hits for token in tokens)
+    hits = tuple((tuple(sorted(row)),) if row else () for row in rows)
     return PositionCell("every token", hits, vectors=vectors)
 
 
@@ -420,11 +420,11 @@ def evaluate_rows(
             )
             return None
         return [row.values[expr.name] for row in rows]
-    found: list[object] = []
+    values: list[object] = []
     for row in table.sources:
         try:
-            found.append(to_plain(evaluate(expr, row, DrawKey(f"measure:{expr.span.text}"))))
+            values.append(to_plain(evaluate(expr, row, DrawKey(f"measure:{expr.span.text}"))))
         except Refusal as refusal:
             diagnostics.append(refusal.diagnostic(row.describe()))
             return None
-    return found
+    return values

@@ -15,11 +15,7 @@ from mechdsl.base.limits import is_number
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.program import spec
-from mechdsl.program.directions import (
-    list_direction_expressions,
-    read_probe_names,
-    used_bases,
-)
+from mechdsl.program.directions import list_direction_expressions, read_probe_names, used_bases
 from mechdsl.program.trainers import ProbeTrainer, find_trainer, trainer_call
 from mechdsl.resolve.directions import (
     DirectionError,
@@ -29,12 +25,7 @@ from mechdsl.resolve.directions import (
 )
 from mechdsl.resolve.observations import evaluate_rows
 from mechdsl.resolve.sites import ExperimentContext, find_side, resolve_site
-from mechdsl.resolve.trainings import (
-    FEWEST_ROWS,
-    STREAM,
-    outline_lens,
-    outline_probe,
-)
+from mechdsl.resolve.trainings import FEWEST_ROWS, STREAM, outline_lens, outline_probe
 from mechdsl.resolve.types import FitSample, SitePoint, TrainedLens, TrainedProbe
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES
@@ -138,7 +129,9 @@ def resolve_direction_probes(work: ExperimentContext) -> dict[str, TrainedProbe 
 
 def target_of(definition: spec.Basis) -> ast.Expr:
     """Return the value that a probe predicts."""
-    (target,) = (each.value for each in definition.method.arguments if each.name == "target")
+    (target,) = (
+        argument.value for argument in definition.method.arguments if argument.name == "target"
+    )
     return cast("ast.Expr", target)
 
 
@@ -157,10 +150,10 @@ def _resolve(definition: spec.Basis, work: ExperimentContext) -> TrainedProbe | 
         reason = f"a probe uses all rows together, and `{sample.table.name}` is read in parts"
         hint = "remove `streamed`, and write `limit: 1000` in `fit(…)`"
         raise DirectionError(definition.method, reason, hint)
-    found = _with_targets(definition, sample, work)
-    if found is None:
+    fit_sample = _with_targets(definition, sample, work)
+    if fit_sample is None:
         return None
-    sample, classes = found
+    sample, classes = fit_sample
     probe = outline_probe(definition, sample, points, classes, work.program, work.model)
     text = f"{text}, to predict `{probe.target}`"
     return replace(probe, made=check_training(definition, probe, text, work))
@@ -175,10 +168,10 @@ def _points(definition: spec.Basis, work: ExperimentContext) -> tuple[SitePoint,
     sites, _ = resolve_site(definition.site, replace(work.sites, loops={}))
     if sites is None or has_errors(work.diagnostics[before:]):
         return None
-    cells = [own for key, own in sites.points.items() if key not in sites.missing]
+    cells = [site_points for key, site_points in sites.points.items() if key not in sites.missing]
     site = definition.site
     first = cells[0][0]
-    if any(len(own) > 1 for own in cells):
+    if any(len(cell) > 1 for cell in cells):
         reason, hint = "it joins several sites, and a probe reads one vector", "name one of them"
         first_cell = cells[0]
         if len({point.layer for point in first_cell}) > 1:
@@ -186,7 +179,7 @@ def _points(definition: spec.Basis, work: ExperimentContext) -> tuple[SitePoint,
         elif len({point.unit for point in first_cell}) > 1:
             hint = "write the singular, for a map in each head: `head *`"
         raise DirectionError(site, reason, hint)
-    points = [own[0] for own in cells]
+    points = [cell[0] for cell in cells]
     if SITES[first.site].width in ("key", "one"):
         kind = "vectors over keys" if SITES[first.site].width == "key" else "single numbers"
         hint = "name a site of vectors, such as `resid_post layer *`"
@@ -215,11 +208,11 @@ def _with_targets(
     problems = list(work.diagnostics)
     values = evaluate_rows(target, sample.table, problems)
     if values is None:
-        work.diagnostics.extend(own for own in problems if own not in work.diagnostics)
+        work.diagnostics.extend(problem for problem in problems if problem not in work.diagnostics)
         return None
     kind = "logistic" if trainer.predicts == "class" else "ridge"
     wrong = explain_misfit(kind, values, "`fit(logistic, …)` for classes")
-    if wrong is None and any(isinstance(each, list) for each in values):
+    if wrong is None and any(isinstance(value, list) for value in values):
         wrong = "is a list, and a probe of the file predicts one number", "one number of the list"
     if wrong is not None:
         raise DirectionError(target, f"`{target.span.written}` {wrong[0]}", f"write {wrong[1]}")
@@ -229,7 +222,7 @@ def _with_targets(
         reason = f"`{target.span.written}` is the same in all rows, so there is nothing to predict"
         raise DirectionError(target, reason, "name a value that differs between rows")
     if kind == "ridge":
-        return replace(sample, targets=tuple(float(cast("float", own)) for own in values)), ()
+        return replace(sample, targets=tuple(float(cast("float", value)) for value in values)), ()
     order = {key: float(number) for number, key in enumerate(classes)}
     targets = tuple(order.get(class_key(value), ELSEWHERE) for value in values)
     _check_class_sizes(definition, targets, classes)
@@ -273,10 +266,10 @@ def _resolve_lens(definition: spec.Basis, work: ExperimentContext) -> TrainedLen
     if layers is None:
         return None
     reading = replace(work, side=find_side((), work.model.shape))
-    found = resolve_one_sample(definition, "lens", FEWEST_ROWS, reading)
-    if found is None:
+    fit_sample = resolve_one_sample(definition, "lens", FEWEST_ROWS, reading)
+    if fit_sample is None:
         return None
-    sample, text = found
+    sample, text = fit_sample
     lens = outline_lens(definition, sample, layers, work.program, work.model)
     stream = lens.training.stream
     if stream is not None and work.model.shape.encodes_apart:

@@ -100,7 +100,7 @@ def define_runs(
     A run with errors equals its base, so that other rules can still name it. Codes: E0108, E0309
     and those of rules.
     """
-    found: dict[str, ResolvedExperiment] = {}
+    runs: dict[str, ResolvedExperiment] = {}
     for run in work.experiment.derived:
         if run.base not in work.table.runs:
             continue  # already reported
@@ -109,7 +109,7 @@ def define_runs(
         reads = tuple(dict.fromkeys(rule.run for rule in rules if rule.external is None))
         draws = max(work.table.runs[name].draws for name in (run.base, *reads))
         made = replace(base, name=run.name, derived=DerivedRun(run.base, reads, draws))
-        found[run.name] = ResolvedExperiment(
+        runs[run.name] = ResolvedExperiment(
             spec=_isolate_run(work.experiment, run),
             model=work.model,
             table=work.table,
@@ -121,7 +121,7 @@ def define_runs(
             seed=work.program.seed,
         )
         work.table = replace(work.table, runs={**work.table.runs, run.name: made})
-    return found
+    return runs
 
 
 def _isolate_run(experiment: spec.Experiment, run: spec.DerivedRun) -> spec.Experiment:
@@ -160,7 +160,7 @@ def _rules(
         probes=work.probes,
         outer=work.experiment,
     )
-    found: list[ResolvedRule] = []
+    rules: list[ResolvedRule] = []
     for rule in run.rules:
         resolved = resolve_rule(kinds[rule.verb].resolve, rule, inner)
         if resolved is None:
@@ -168,12 +168,12 @@ def _rules(
         problems = list(_check_run_rule(resolved, inner.table, run))
         work.diagnostics.extend(problems)
         if not has_errors(problems):
-            found.append(resolved)
+            rules.append(resolved)
     for axis in inner.axes.values():
         what = f"a sweep (`{axis.span.written}`) in a `run`"
         work.diagnostics.append(NotSupported(span=axis.span, what=what, later=ONE_CELL_HINT))
     inner.draws_agree()
-    return tuple(found)
+    return tuple(rules)
 
 
 def _check_run_rule(
@@ -254,7 +254,7 @@ def resolve_steps(rule: ResolvedRule, work: ExperimentContext) -> ResolvedRule |
     if during is None or generation is None:
         return rule
     axes = _step_axes(during, work)
-    found: dict[AxisIndices, tuple[int, int]] = {}
+    steps: dict[AxisIndices, tuple[int, int]] = {}
     for key, at in work.sites.combinations(axes):
         low, high = _step(during.first, at), _step(during.last, at)
         problem = steps_problem(low, high, generation.tokens)
@@ -263,8 +263,8 @@ def resolve_steps(rule: ResolvedRule, work: ExperimentContext) -> ResolvedRule |
             reason, hint = problem
             work.diagnostics.append(_bad_steps(during, f"with {where} {reason}", hint))
             return None
-        found[key] = low, high
-    return replace(rule, steps=StepRanges(axes, found), after_prefill=during.after_prefill)
+        steps[key] = low, high
+    return replace(rule, steps=StepRanges(axes, steps), after_prefill=during.after_prefill)
 
 
 def acts_in_prefill(rule: spec.Rule, work: ExperimentContext) -> bool:
@@ -431,7 +431,7 @@ def _check_rule_steps(
     if problem is not None:
         yield problem
         return
-    if any(each != (0, 0) for each in steps) and any(
+    if any(step != (0, 0) for step in steps) and any(
         key not in rule.positions.newest and any(run for row in cell.hits for run in row)
         for key, cell in rule.positions.written.items()
     ):
@@ -487,7 +487,7 @@ def _check_cache_edit(rule: ResolvedRule, generation: Generation) -> Iterator[Di
     """Check a rule `after prefill`, which edits cached keys or values of the prompt."""
     during, points = rule.spec.during, () if rule.sites is None else rule.sites.points.values()
     assert during is not None
-    sites = {point.site for each in points for point in each}
+    sites = {point.site for site_points in points for point in site_points}
     if rule.does.changes != "sites" or not sites <= set(CACHED_SITES):
         yield _bad_steps(
             during,
@@ -508,7 +508,7 @@ def _check_after_prefill(rule: ResolvedRule) -> Iterator[Diagnostic]:
     """Yield errors for rules that only have a meaning in the prefill."""
     points = () if rule.sites is None else rule.sites.points.values()
     over_keys = sorted(
-        {p.site for each in points for p in each if SITES[p.site].width == "key"}
+        {p.site for site_points in points for p in site_points if SITES[p.site].width == "key"}
         if rule.does.changes == "sites"
         else ()
     )
@@ -561,8 +561,8 @@ def reads_reply_tokens(rule: ResolvedRule) -> bool:
 def iter_reply_positions(rule: ResolvedRule) -> Iterator[ReplyPosition]:
     """Yield the positions in the reply that a rule observes."""
     targets = [rule.positions] if rule.edge is None else [rule.positions, rule.edge.keys]
-    for each in targets:
-        for cell in each.written.values():
+    for target in targets:
+        for cell in target.written.values():
             if cell.reply is not None:
                 yield cell.reply
 
@@ -580,7 +580,7 @@ def reads_any_reply(experiment: ResolvedExperiment) -> bool:
 
 def check_reply_readers(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Return E0545 for rules and measures that can't read replies."""
-    found = [problem for rule in experiment.rules for problem in _check_observed_reply(rule)]
+    problems = [problem for rule in experiment.rules for problem in _check_observed_reply(rule)]
     looking = next((rule for rule in experiment.rules if reads_reply_tokens(rule)), None)
     for measure, said in zip(experiment.measures, experiment.spec.measures, strict=True):
         seen = looking is not None and reads_observation(measure)
@@ -589,14 +589,16 @@ def check_reply_readers(experiment: ResolvedExperiment) -> list[Diagnostic]:
         if said.effect not in ("raw", "delta"):
             reason = f"`{said.effect}` isn't known there"
             hint = "write `as raw`, or `as delta` for the change caused by the rules"
-            found.append(_not_in_reply(said.span, reason, hint))
+            problems.append(_not_in_reply(said.span, reason, hint))
         elif said.effect != "raw" and experiment.spec.against is not None:
             reason = "random targets generate separate replies"
-            found.append(_not_in_reply(said.span, reason, "write `as raw`, or remove `against …`"))
-        found += _check_measured_reply(measure, said, experiment)
+            problems.append(
+                _not_in_reply(said.span, reason, "write `as raw`, or remove `against …`")
+            )
+        problems += _check_measured_reply(measure, said, experiment)
     if reads_any_reply(experiment):
-        found += [problem for rule in experiment.rules for problem in _check_repeatable(rule)]
-    return found
+        problems += [problem for rule in experiment.rules for problem in _check_repeatable(rule)]
+    return problems
 
 
 def _check_observed_reply(rule: ResolvedRule) -> Iterator[Diagnostic]:
@@ -664,12 +666,12 @@ def build_baseline(experiment: ResolvedExperiment) -> BaselineExperiment | None:
 
     None if there are no such measures.
     """
-    own = experiment.spec
+    definition = experiment.spec
     if reads_any_reply(experiment):
         return _baseline_after_replies(experiment)
-    pairs = enumerate(zip(experiment.measures, own.measures, strict=True))
+    pairs = enumerate(zip(experiment.measures, definition.measures, strict=True))
     numbers = tuple(
-        n for n, (found, said) in pairs if reads_observation(found) and said.effect != RAW.name
+        n for n, (measure, said) in pairs if reads_observation(measure) and said.effect != RAW.name
     )
     if not numbers:
         return None
@@ -683,8 +685,10 @@ def build_circuit_baselines(
     experiment: ResolvedExperiment,
 ) -> dict[CircuitBaseline, BaselineExperiment]:
     """Create the baselines of effects of an ablated circuit, by what they ablate."""
-    effects = [EFFECTS.get(each.effect) for each in experiment.spec.measures]  # None: misspelt
-    found: dict[CircuitBaseline, BaselineExperiment] = {}
+    effects = [
+        EFFECTS.get(measure.effect) for measure in experiment.spec.measures
+    ]  # None: misspelt
+    baselines: dict[CircuitBaseline, BaselineExperiment] = {}
     for which in CIRCUIT_BASELINES:
         numbers = tuple(
             n for n, effect in enumerate(effects) if effect and which in effect.circuit_baselines
@@ -702,8 +706,8 @@ def build_circuit_baselines(
         changed = replace(_read_only(experiment, name), rules=tuple(rules), axes=axes)
         exact = changed.spec.model_copy(update={"estimator": None})
         changed = replace(changed, spec=exact)
-        found[which] = BaselineExperiment(changed, numbers)
-    return found
+        baselines[which] = BaselineExperiment(changed, numbers)
+    return baselines
 
 
 def _baseline_after_replies(experiment: ResolvedExperiment) -> BaselineExperiment | None:
@@ -711,8 +715,8 @@ def _baseline_after_replies(experiment: ResolvedExperiment) -> BaselineExperimen
     looking = any(map(reads_reply_tokens, experiment.rules))
     numbers = tuple(
         n
-        for n, each in enumerate(experiment.measures)
-        if each.in_reply is not None or (looking and reads_observation(each))
+        for n, measure in enumerate(experiment.measures)
+        if measure.in_reply is not None or (looking and reads_observation(measure))
     )
     if all(isinstance(rule.does, Observation) for rule in experiment.rules) or not numbers:
         return None
@@ -725,15 +729,15 @@ def _read_only(experiment: ResolvedExperiment, name: str = "") -> ResolvedExperi
     Args:
         name: Its name; empty for one without rules.
     """
-    own = experiment.spec
-    measures = tuple(_as_raw(own.measures))
-    changed = own.model_copy(
+    definition = experiment.spec
+    measures = tuple(_as_raw(definition.measures))
+    changed = definition.model_copy(
         update={
-            "name": name or f"{own.name} without rules",
+            "name": name or f"{definition.name} without rules",
             "source": None,
             "measures": measures,
             "against": None,
-            "reports": (spec.Report(span=own.span, kind="table"),),
+            "reports": (spec.Report(span=definition.span, kind="table"),),
             "expects": (),
         }
     )
@@ -741,7 +745,7 @@ def _read_only(experiment: ResolvedExperiment, name: str = "") -> ResolvedExperi
 
 
 def _as_raw(measures: Iterable[spec.Measure]) -> Iterable[spec.Measure]:
-    return (each.model_copy(update={"effect": RAW.name, "over": None}) for each in measures)
+    return (measure.model_copy(update={"effect": RAW.name, "over": None}) for measure in measures)
 
 
 _NO_REPLY_ROWS = ReplyTokens(
@@ -761,8 +765,8 @@ def resolve_saves(work: ExperimentContext, context: MeasureContext) -> tuple[Res
 
     Codes: E0333 and those of sites, positions and measures.
     """
-    found = (_save(save, work, context) for save in work.experiment.saves)
-    return tuple(save for save in found if save is not None)
+    saves = (_save(save, work, context) for save in work.experiment.saves)
+    return tuple(save for save in saves if save is not None)
 
 
 def _save(save: spec.Save, work: ExperimentContext, context: MeasureContext) -> ResolvedSave | None:
@@ -770,9 +774,9 @@ def _save(save: spec.Save, work: ExperimentContext, context: MeasureContext) -> 
     basis: BasisTargets | None = None
     points: tuple[SitePoint, ...] | None = None
     if save.rows is not None:
-        own = resolve_saved_features(save.site, work)
-        if own is not None:
-            points, basis = (own[0],), own[1]
+        saved_features = resolve_saved_features(save.site, work)
+        if saved_features is not None:
+            points, basis = (saved_features[0],), saved_features[1]
     else:
         targets, _ = resolve_site(save.site, work.sites)
         if targets is not None:
@@ -803,24 +807,24 @@ def _save(save: spec.Save, work: ExperimentContext, context: MeasureContext) -> 
         _without_noise(save, run, work)
     elif gradient is None:
         _one_width(save, run, points, work)
-    found = ResolvedSave(save, run, points, tuple(cells), basis, gradient)
-    if found.in_reply and any(SITES[point.site].width == "key" for point in points):
+    resolved = ResolvedSave(save, run, points, tuple(cells), basis, gradient)
+    if resolved.in_reply and any(SITES[point.site].width == "key" for point in points):
         reason = "vectors over the keys of texts of different lengths have different widths"
         problem = NotInReply(
             span=save.at.span, position=save.at.span.written, reason=reason, hint="save `z`"
         )
         work.diagnostics.append(problem)
-    return found
+    return resolved
 
 
 def _metric(said: spec.Measure, run: str, context: MeasureContext) -> ResolvedMeasure | None:
     """Resolve the metric whose gradients are saved; E0207 if it is read at several positions."""
-    found = resolve_measure_positions(
+    measure_positions = resolve_measure_positions(
         said.metric, context, label=said.label, at=said.at, runs=(run,)
     )
-    if found is None:
+    if measure_positions is None:
         return None
-    if said.at is not None and any(labels for labels, _ in found):
+    if said.at is not None and any(labels for labels, _ in measure_positions):
         name, reason = (
             said.at.span.written,
             "names several positions, but a saved gradient has one metric",
@@ -830,13 +834,13 @@ def _metric(said: spec.Measure, run: str, context: MeasureContext) -> ResolvedMe
             BadArgument(span=said.at.span, name=name, reason=reason, hint=hint)
         )
         return None
-    return found[0][1]
+    return measure_positions[0][1]
 
 
 def _without_noise(save: spec.Save, run: str, work: ExperimentContext) -> None:
     """Report E0207 for rows of a run with noise, whose features differ between draws."""
-    found = work.table.runs.get(run)
-    if found is not None and found.noise is not None:
+    prompt_run = work.table.runs.get(run)
+    if prompt_run is not None and prompt_run.noise is not None:
         reason = "has vectors that differ between draws of noise"
         hint = "save the rows of a run without noise"
         work.diagnostics.append(BadArgument(span=save.span, name=run, reason=reason, hint=hint))
@@ -844,10 +848,10 @@ def _without_noise(save: spec.Save, run: str, work: ExperimentContext) -> None:
 
 def _replies(run: str, work: ExperimentContext) -> ReplyTokens:
     """Return the reply tokens of a run; runs with rules have none."""
-    written, found = get_reply_tokens(work.experiment), work.table.runs.get(run)
-    if work.experiment.generation is None or found is None:
+    written, prompt_run = get_reply_tokens(work.experiment), work.table.runs.get(run)
+    if work.experiment.generation is None or prompt_run is None:
         return written
-    if found.derived is not None:
+    if prompt_run.derived is not None:
         reason = f"`{run}` has rules, which don't act during generation"
         return ReplyTokens(reason=reason, hint="save a run without rules")
     return written
@@ -902,15 +906,15 @@ def resolve_direction_files(work: ExperimentContext) -> tuple[ResolvedDirectionF
 
     Codes: E0341 and E0620.
     """
-    found: list[ResolvedDirectionFile] = []
+    direction_files: list[ResolvedDirectionFile] = []
     for save in work.experiment.saved_directions:
         try:
             family = resolve_family(save.direction, work)
             if family is not None:
-                found.append(_lay_out(save, family, work))
+                direction_files.append(_lay_out(save, family, work))
         except DirectionError as problem:
             report_direction(problem, work)
-    return tuple(found)
+    return tuple(direction_files)
 
 
 def _lay_out(
@@ -940,7 +944,7 @@ def _lay_out(
         )
     _check_axes(save, family)
     _check_read_site(save, work)
-    layers = {_layer(save, family, key, own): own for key, own in family.members.items()}
+    layers = {_layer(save, family, key, member): member for key, member in family.members.items()}
     waiting = bool(work.sites.onward.stand_ins)  # the first member may stand for a selected one
     if not any(layers) and not waiting:
         raise DirectionError(
@@ -948,8 +952,10 @@ def _lay_out(
             "its only layer is 0, where llama.cpp can't add a control vector",
             "compute it at a later layer",
         )
-    there = {layer: own for layer, own in layers.items() if layer > 0} or layers
-    named = {f"direction.{layer}": own for layer, own in there.items()}
+    there = {
+        layer: direction_member for layer, direction_member in layers.items() if layer > 0
+    } or layers
+    named = {f"direction.{layer}": direction_member for layer, direction_member in there.items()}
     left_out = len(there) < len(layers)
     return ResolvedDirectionFile(save, named, width, control_vector=True, without_first=left_out)
 

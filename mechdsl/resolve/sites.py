@@ -203,17 +203,17 @@ class _AxisReader:
         choices: dict[AxisIndices, tuple[int, ...]] = {}
         swept: list[int] = []
         for key, at in self.context.combinations(loops):
-            found = self._named(at)
+            numbers = self._named(at)
             width = self._width(at)
-            if found is None or width is None:
+            if numbers is None or width is None:
                 return None
-            windows = [self._window(value, width) for value in found]
+            windows = [self._window(value, width) for value in numbers]
             if axis.plural:
                 choices[key] = tuple(sorted({v for window in windows for v in window}))
             elif single:
                 (choices[key],) = windows
             else:
-                swept = found
+                swept = numbers
                 choices.update({(*key, place): own for place, own in enumerate(windows)})
         if axis.plural or single:
             return AxisValues(loops, None, choices)
@@ -223,7 +223,7 @@ class _AxisReader:
 
     def _named(self, at: LoopValues) -> list[int] | None:
         """Return the coordinates for one combination of loop values; None after an error."""
-        found: list[int] = []
+        numbers: list[int] = []
         for value in self.axis.values:
             span = value.span
             own: Sequence[int]
@@ -253,8 +253,8 @@ class _AxisReader:
             if self.count > limits.CELLS:
                 self._too_many(span)
                 return None
-            found.extend(own)
-        return list(dict.fromkeys(found))  # `0, 0..2` names layer 0 once
+            numbers.extend(own)
+        return list(dict.fromkeys(numbers))  # `0, 0..2` names layer 0 once
 
     def _every_layer(self) -> list[int]:
         """Return the layers that `*` names, and record them if it leaves out blocks."""
@@ -389,8 +389,8 @@ class _AxisReader:
 
     def _bad(self, span: Span, name: str, reason: str, hint: str) -> None:
         """Report E0322."""
-        found = BadLoopValue(span=span, name=name, reason=reason, hint=hint)
-        self.context.diagnostics.append(found)
+        problem = BadLoopValue(span=span, name=name, reason=reason, hint=hint)
+        self.context.diagnostics.append(problem)
 
 
 def _is_one(value: ast.AxisValue) -> bool:
@@ -401,7 +401,7 @@ def _is_one(value: ast.AxisValue) -> bool:
 def _loops_named(value: ast.AxisValue, context: SiteContext) -> list[str]:
     """Return the `for` variables at the ends of a range, or in a selection."""
     if isinstance(value, ast.RankedSelection):
-        named = (value.amount, value.of, *(each.value.span.written for each in value.cell))
+        named = (value.amount, value.of, *(argument.value.span.written for argument in value.cell))
         return [name for name in named if isinstance(name, str) and name in context.loops]
     ends = () if isinstance(value, ast.Star) else (value.low, value.high)
     return [end.name for end in ends if end is not None and end.name in context.loops and end.name]
@@ -831,7 +831,9 @@ def _list_features(item: ast.Site, group: spec.Group | None, site: ast.Site) -> 
         return []
     axes = (each.coordinates for each in group.sites)
     values = [value for axis in axes if axis is not None for value in axis.values]
-    ranges = [replace(each, span=item.span) for each in values if isinstance(each, ast.AxisRange)]
+    ranges = [
+        replace(value, span=item.span) for value in values if isinstance(value, ast.AxisRange)
+    ]
     return ranges if len(ranges) == len(values) else []
 
 
@@ -883,10 +885,10 @@ def _leave_out(targets: SiteTargets, site: ast.Site, context: SiteContext) -> Si
     """Leave out the points that `except` names; reports E0343 for an exception without effect."""
     exceptions: list[tuple[ast.Site | ast.AxisRange, _Exception]] = []
     for item in read_exceptions(site, context):
-        found = _exception(item, site, context)
-        if found is None:
+        error = _exception(item, site, context)
+        if error is None:
             return None
-        exceptions.append((item, found))
+        exceptions.append((item, error))
     named = {name for _, each in exceptions for name in each.loops}
     loops = tuple(name for name in context.loops if name in named and name not in targets.axes)
     axes = (*targets.axes, *loops)
@@ -900,25 +902,25 @@ def _leave_out(targets: SiteTargets, site: ast.Site, context: SiteContext) -> Si
         chosen = dict(zip((name for name in context.loops if name in named), inner, strict=True))
         gone: set[SitePoint] = set()
         for item, each in exceptions:
-            own = each.gone(every, chosen)
-            if not own and not (each.is_open or each.is_pick):
+            site_points = each.gone(every, chosen)
+            if not site_points and not (each.is_open or each.is_pick):
                 reason = f"names no site of the rule{loop_hint(values)}"
                 _report_exception(item, reason, context, hint=_site_hint(every))
                 return None
-            gone |= own
+            gone |= site_points
         counts.add(len(gone))
         empty = True
-        for key, own in targets.points.items():
+        for key, site_points in targets.points.items():
             at = dict(zip(targets.axes, key, strict=True))
             if any(at.get(name, index) != index for name, index in chosen.items()):
                 continue
             full = (*key, *(chosen[name] for name in loops))
-            kept = tuple(point for point in own if point not in gone)
+            kept = tuple(point for point in site_points if point not in gone)
             if not kept and any(each.is_open for _, each in exceptions):
-                kept = own  # placeholders must not remove a cell
+                kept = site_points  # placeholders must not remove a cell
             points[full] = kept
             empty &= not kept
-            same = kept == own or not kept
+            same = kept == site_points or not kept
             labels[full] = (
                 targets.labels[key] if same else f"{targets.labels[key]} except {written}"
             )
@@ -957,8 +959,8 @@ def _exception(
             return None
         if numbers.sweep is None:
             layers = {
-                key: lambda point, own=own: point.layer in own
-                for key, own in numbers.choices.items()
+                key: lambda point, own=choice: point.layer in own
+                for key, choice in numbers.choices.items()
             }
             return _Exception(numbers.loops, layers, is_open=shape.stands_in)
     group = None if item.bare is None else context.groups.get(item.bare.id)
@@ -968,25 +970,25 @@ def _exception(
         bad = BadArgument(span=item.span, name=group.name, reason=reason, hint=hint)
         context.diagnostics.append(bad)
         return None
-    found, axes = _resolve_named_site(item, context)
-    if found is None:
+    site_targets, axes = _resolve_named_site(item, context)
+    if site_targets is None:
         return None
     if axes:
         _report_exception(item, "is a sweep", context, hint="write the plural: `heads *`")
         return None
     groups = _find_groups(item, context)
     members = [item] if groups is None else [site for group in groups for site in group.sites]
-    picks = [each.ranked for each in members if each.ranked is not None]
+    picks = [member.ranked for member in members if member.ranked is not None]
     of_heads = not item.names or groups is not None or item.short is not None
     matches = {
         key: _match_points(frozenset(points), shape, of_heads=of_heads)
-        for key, points in found.points.items()
+        for key, points in site_targets.points.items()
     }
     is_open = shape.stands_in or bool(picks and context.onward.stand_ins)
     # The definition of a group without sites has an error, as may that of one whose training has no
     # candidates yet.
     is_open |= any(not own.sites or (own.waits and not own.ranked) for own in groups or ())
-    return _Exception(found.axes, matches, is_open=is_open, is_pick=bool(picks))
+    return _Exception(site_targets.axes, matches, is_open=is_open, is_pick=bool(picks))
 
 
 def _match_points(
@@ -1034,8 +1036,8 @@ def _numbered_exception(
     loops, choices = ranges
     by_layer = axis.word == "layer"
     matches = {
-        key: lambda point, own=own: (point.layer if by_layer else point.unit) in own
-        for key, own in choices.items()
+        key: lambda point, own=choice: (point.layer if by_layer else point.unit) in own
+        for key, choice in choices.items()
     }
     return _Exception(loops, matches, is_open=context.shape.stands_in)
 
@@ -1056,7 +1058,7 @@ def _number_ranges(
             return None
         return counts[0], {key: ranked[:count] for key, count in counts[1].items()}
     loops = tuple(name for name in context.loops if name == item.low.name)
-    found: dict[AxisIndices, range] = {}
+    ranges: dict[AxisIndices, range] = {}
     for key, values in context.combinations(loops):
         name = item.low.name
         low = item.low.value if name is None else {**context.parameters, **values}.get(name)
@@ -1065,44 +1067,44 @@ def _number_ranges(
             _report_exception(item, f"is `{low}`, not a number", context, hint=hint)
             return None
         high = low if item.high is None else item.high.value or 0
-        found[key] = range(low, high + 1)
-    return loops, found
+        ranges[key] = range(low, high + 1)
+    return loops, ranges
 
 
 def exclude_values(
-    found: AxisValues, numbers: Sequence[NumberException], context: SiteContext
+    axis_values: AxisValues, numbers: Sequence[NumberException], context: SiteContext
 ) -> AxisValues | None:
     """Leave out coordinates of an axis; None after E0343."""
     read: list[tuple[tuple[str, ...], Mapping[AxisIndices, Sequence[int]]]] = []
-    for each in numbers:
-        ranges = _number_ranges(each, context)
+    for number in numbers:
+        ranges = _number_ranges(number, context)
         if ranges is None:
             return None
-        if found.sweep is not None and ranges[0]:
+        if axis_values.sweep is not None and ranges[0]:
             reason = "differs by cell, and the rule sweeps its coordinates"
-            _report_exception(each, reason, context, hint="join the coordinates with the plural")
+            _report_exception(number, reason, context, hint="join the coordinates with the plural")
             return None
         read.append(ranges)
-    named = {*found.loops, *(name for loops, _ in read for name in loops)}
+    named = {*axis_values.loops, *(name for loops, _ in read for name in loops)}
     loops = tuple(name for name in context.loops if name in named)
     choices: dict[AxisIndices, tuple[int, ...]] = {}
     for key, values in context.combinations(loops):
         at = dict(zip(loops, key, strict=True))
-        first = tuple(at[name] for name in found.loops)
-        own = {k: chosen for k, chosen in found.choices.items() if k[: len(first)] == first}
+        first = tuple(at[name] for name in axis_values.loops)
+        own = {k: chosen for k, chosen in axis_values.choices.items() if k[: len(first)] == first}
         every = {value for chosen in own.values() for value in chosen}
         named_by = dict[Span, set[int]]()  # the numbers of a group share its span
-        for each, (names, ranges) in zip(numbers, read, strict=True):
+        for number, (names, ranges) in zip(numbers, read, strict=True):
             common = every & set(ranges[tuple(at[name] for name in names)])
-            named_by.setdefault(each.span, set()).update(common)
+            named_by.setdefault(number.span, set()).update(common)
         gone = set[int]().union(*named_by.values())
-        for each in numbers:
-            group = context.groups.get(each.span.written.split()[0])
+        for number in numbers:
+            group = context.groups.get(number.span.written.split()[0])
             is_chosen = group is not None and bool(group.choices)  # by a training
-            is_chosen |= isinstance(each, ast.Site)
-            if not named_by[each.span] and not is_chosen:
+            is_chosen |= isinstance(number, ast.Site)
+            if not named_by[number.span] and not is_chosen:
                 reason = f"names no coordinate of the rule{loop_hint(values)}"
-                _report_exception(each, reason, context, hint=_coordinate_hint(every, gone))
+                _report_exception(number, reason, context, hint=_coordinate_hint(every, gone))
                 return None
         if gone == every:
             hint = "remove `except`, or add coordinates to the rule"
@@ -1114,12 +1116,14 @@ def exclude_values(
         for k, chosen in own.items():
             kept = tuple(value for value in chosen if value not in gone)
             choices[(*key, *k[len(first) :])] = kept
-    if found.sweep is None:
+    if axis_values.sweep is None:
         return AxisValues(loops, None, choices)
-    kept = sorted({each[-1] for each, own in choices.items() if own})
-    sweep = replace(found.sweep, labels=tuple(found.sweep.labels[n] for n in kept))
+    kept = sorted({each[-1] for each, choice in choices.items() if choice})
+    sweep = replace(axis_values.sweep, labels=tuple(axis_values.sweep.labels[n] for n in kept))
     numbered = {
-        (*each[:-1], kept.index(each[-1])): own for each, own in choices.items() if each[-1] in kept
+        (*each[:-1], kept.index(each[-1])): choice
+        for each, choice in choices.items()
+        if each[-1] in kept
     }
     return AxisValues(loops, sweep, numbered)
 
@@ -1193,8 +1197,8 @@ def _find_groups(site: ast.Site, context: SiteContext) -> tuple[spec.Group, ...]
         return None
     name = site.names[0].id
     words = (name,) if name in context.groups else context.loops.get(name, ())
-    found = [context.groups[str(word)] for word in words if str(word) in context.groups]
-    return tuple(found) if found and len(found) == len(words) else None
+    groups = [context.groups[str(word)] for word in words if str(word) in context.groups]
+    return tuple(groups) if groups and len(groups) == len(words) else None
 
 
 def _resolve_groups(
@@ -1202,7 +1206,7 @@ def _resolve_groups(
 ) -> SiteTargets | None:
     """Resolve a group, or the groups of a `for`: joined points for each; None after an error."""
     name = site.names[0].id
-    found: list[SiteTargets] = []
+    site_targets: list[SiteTargets] = []
     for group in groups:
         if not group.sites:  # its definition has an error
             return None
@@ -1226,12 +1230,12 @@ def _resolve_groups(
         targets, _ = _resolve_joined(site, group.sites, context.of_definitions())
         if targets is None:
             return None
-        found.append(targets)
+        site_targets.append(targets)
     if name in context.groups:
-        return found[0]
+        return site_targets[0]
     return SiteTargets(
         (name,),
-        {(number,): each.points[()] for number, each in enumerate(found)},
+        {(number,): site_target.points[()] for number, site_target in enumerate(site_targets)},
         {(number,): group.name for number, group in enumerate(groups)},
     )
 
@@ -1268,14 +1272,14 @@ def find_missing_point(
             return missing
         if not shape.has(site, layer):
             stack, name = shape.in_stack(site)
-            own = sorted(stack.partly[name])
+            numbers = sorted(stack.partly[name])
             return SiteNotInBlock(
                 span=span,
                 model=model,
                 site=site,
                 layer=layer or 0,
                 reason="its blocks have different structures",
-                layers=f"layer {', '.join(map(str, own))}",
+                layers=f"layer {', '.join(map(str, numbers))}",
             )
     for point in points:
         last = unit_count(shape, point.site, point.layer) - 1
@@ -1306,12 +1310,12 @@ def _resolve_joined(
             points.append(point)
             continue
         if member.ranked is not None:
-            found = context.onward.pick_sites(
+            ranked_sites = context.onward.pick_sites(
                 member.ranked, context.parameters, context.diagnostics
             )
-            if found is None:
+            if ranked_sites is None:
                 return None, ()
-            points.extend(point for each in found for point in each.points)
+            points.extend(point for ranked_site in ranked_sites for point in ranked_site.points)
             continue
         targets, axes = resolve_swept_site(member, context)
         if targets is None:
@@ -1349,12 +1353,14 @@ def _resolve_picked(
     labels: dict[AxisIndices, str] = {}
     for key, values in context.combinations(loops):
         here = {**context.parameters, **values}
-        found = context.onward.pick_sites(node, here, context.diagnostics)
-        if found is None:
+        sites = context.onward.pick_sites(node, here, context.diagnostics)
+        if sites is None:
             return None
-        points[key] = tuple(dict.fromkeys(point for each in found for point in each.points))
+        points[key] = tuple(
+            dict.fromkeys(point for ranked_site in sites for point in ranked_site.points)
+        )
         several = context.onward.said(node, here) if loops else site.span.written
-        labels[key] = found[0].label if len(found) == 1 else several
+        labels[key] = sites[0].label if len(sites) == 1 else several
     return SiteTargets(loops, points, labels)
 
 
@@ -1385,8 +1391,8 @@ def _pick_from_group(
         return None
     points = {key: ranked[:count] for key, count in counts[1].items()}
     labels = {
-        key: f"top {len(own)} of {node.of}" if counts[0] else site.span.written
-        for key, own in points.items()
+        key: f"top {len(site_points)} of {node.of}" if counts[0] else site.span.written
+        for key, site_points in points.items()
     }
     return SiteTargets(counts[0], points, labels)
 
@@ -1510,7 +1516,8 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
             _report_group(str(name), word, site, context)
             return None
         if kind is None and any(
-            isinstance(each, BadLoopValue) and each.name == word.id for each in context.diagnostics
+            isinstance(problem, BadLoopValue) and problem.name == word.id
+            for problem in context.diagnostics
         ):
             return None  # a stand-in for values that are reported
         if kind is None and name in context.bases:
@@ -1522,10 +1529,10 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
         if kind is None:
             context.diagnostics.append(_report_no_component(str(name), word, context))
             return None
-        found = _in_stack(kind, stack, word.span, context)
-        if found is None:
+        site_kinds = _in_stack(kind, stack, word.span, context)
+        if site_kinds is None:
             return None
-        kinds += found
+        kinds += site_kinds
     if len(words) > 1:
         report_unknown_stack(words[1], context)
         return None
@@ -1560,8 +1567,8 @@ def _in_stack(
     kind: SiteKind, stack: str, span: Span, context: SiteContext
 ) -> list[SiteKind] | None:
     """Return the site of a stack; None after E0402 or E0413."""
-    found = SITES[f"{kind.name}{stack}"]
-    return [found] if check_component(found, span, context) else None
+    site_kind = SITES[f"{kind.name}{stack}"]
+    return [site_kind] if check_component(site_kind, span, context) else None
 
 
 def named_stack(word: ast.Name, shape: ModelShape) -> str:
@@ -1680,12 +1687,12 @@ def resolve_into_layer(
             )
         )
         return None, ()
-    for own in read.points.values():
-        if len({p.layer for p in own}) > 1:
+    for site_points in read.points.values():
+        if len({p.layer for p in site_points}) > 1:
             context.diagnostics.append(
                 AxisDoesNotFit(
                     span=into.span,
-                    site=label_points(own),
+                    site=label_points(site_points),
                     reason="is read in several layers at once, which can't all be written to one",
                     hint="sweep with the singular `layer`, or remove `into layer …`",
                 )
@@ -1703,15 +1710,15 @@ def resolve_into_layer(
     points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
     sources: dict[AxisIndices, tuple[SitePoint, ...]] = {}
     labels: dict[AxisIndices, str] = {}
-    for before, own in read.points.items():
+    for before, site_points in read.points.items():
         for more in product(*map(range, sizes)):
             key = (*before, *more)
             at = dict(zip(names, key, strict=True))
             (layer,) = values.chosen(at)
-            points[key] = tuple(replace(p, layer=layer) for p in own)
-            sources[key] = own
+            points[key] = tuple(replace(p, layer=layer) for p in site_points)
+            sources[key] = site_points
             labels[key] = f"{read.labels[before]} → L{layer}"
-    missing = frozenset(key for key, own in points.items() if not own)
+    missing = frozenset(key for key, site_points in points.items() if not site_points)
     return SiteTargets(names, points, labels, sources, read.left_out, missing), axes
 
 
@@ -1832,12 +1839,12 @@ def label_points(points: tuple[SitePoint, ...] | list[SitePoint]) -> str:
     """Format joined points: `L2H0.z`, `L3.resid_post`, `L0-2.resid_post`, `L3H*.z`, `embed`."""
     site = points[0].site
     layers = sorted({p.layer for p in points if p.layer is not None})
-    found = {p.unit for p in points}
+    units = {p.unit for p in points}
     where = "" if not layers else f"L{_numbers(layers)}"
     if SITES[site].unit is not None:
         letter = "N" if SITES[site].unit == "neuron" else "H"
-        known = sorted(u for u in found if u is not None)
-        where += letter + ("*" if None in found else _numbers(known))
+        known = sorted(u for u in units if u is not None)
+        where += letter + ("*" if None in units else _numbers(known))
     return f"{where}.{site}" if where else site
 
 
@@ -1846,7 +1853,7 @@ def label_all_points(points: Sequence[SitePoint]) -> str:
     by_layer: dict[tuple[str, int | None], list[SitePoint]] = {}
     for point in points:
         by_layer.setdefault((point.site, point.layer), []).append(point)
-    return " + ".join(label_points(each) for each in by_layer.values())
+    return " + ".join(label_points(site_points) for site_points in by_layer.values())
 
 
 def label_node(point: SitePoint) -> str:
@@ -1886,20 +1893,25 @@ def describe_position(label: AxisLabel) -> str:
 def label_candidates(candidates: Sequence[MaskCandidate]) -> str:
     """Format candidates: `L0H2.z + L1H3.z`, `features 3, 12 of f`, `L3.resid_post dims 0..7`,
     `item 2 + token 5`, `embed -> L0H1.q, L0H1 -> logits at last token`."""
-    placed = [each for each in candidates if isinstance(each, PlacedEdge)]
+    placed = [candidate for candidate in candidates if isinstance(candidate, PlacedEdge)]
     if placed:
-        return ", ".join(f"{label_candidates((each.edge,))} at {each.label}" for each in placed)
-    edges = [each for each in candidates if isinstance(each, tuple)]
+        return ", ".join(f"{label_candidates((edge.edge,))} at {edge.label}" for edge in placed)
+    edges = [candidate for candidate in candidates if isinstance(candidate, tuple)]
     if edges:
         return ", ".join(f"{label_node(of)} -> {label_node(to)}" for of, to in edges)
-    positions = [each.label for each in candidates if isinstance(each, PositionChoice)]
+    positions = [
+        candidate.label for candidate in candidates if isinstance(candidate, PositionChoice)
+    ]
     if positions:
         return " + ".join(map(describe_position, positions))
-    points = [each for each in candidates if isinstance(each, SitePoint)]
-    coordinates = [each for each in candidates if isinstance(each, SiteCoordinate)]
+    points = [candidate for candidate in candidates if isinstance(candidate, SitePoint)]
+    coordinates = [candidate for candidate in candidates if isinstance(candidate, SiteCoordinate)]
     if not coordinates:
         return label_all_points(points)
-    first, listed = coordinates[0], _list_coordinates([each.number for each in coordinates])
+    first, listed = (
+        coordinates[0],
+        _list_coordinates([coordinate.number for coordinate in coordinates]),
+    )
     ending = "" if len(coordinates) == 1 else "s"
     if first.basis is not None:
         return f"feature{ending} {listed} of {first.basis}"

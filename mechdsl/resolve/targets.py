@@ -109,8 +109,8 @@ def resolve_rule_positions(
         if external is not None:
             return _match_external(rule.at, external, values, work)
         if rule.onto is None:
-            found = _match_same(rule.at, run, values, work, reader)
-            return found if rule.token is None else _select_token(rule, found, work)
+            match = _match_same(rule.at, run, values, work, reader)
+            return match if rule.token is None else _select_token(rule, match, work)
         if exchanged:
             return _match_exchanged(rule.at, rule.onto, values, work)
         return _match_pairs(rule.at, rule.onto, run, values, work, reader)
@@ -166,14 +166,14 @@ class _LaterTokens:
                 found.update(range(max(first, token - last + 1), token - self.low + 1))
         return tuple(sorted(found))
 
-    def _of_tiles(self, row: int, own: set[int]) -> tuple[int, ...]:
+    def _of_tiles(self, row: int, numbers: set[int]) -> tuple[int, ...]:
         """Return the other patches that attend to a row's patches."""
         tile_of = list_rows(self.work.table, self.base.name, self.work)[row].patch_tokens
         if self.joins_tiles:
             tile_of = {token: (image, 0) for token, (image, _) in tile_of.items()}
-        tiles = {tile_of[token] for token in own}
-        own = own if len(own) == 1 else set[int]()  # joined tokens are an error later
-        return tuple(t for t, tile in tile_of.items() if tile in tiles and t not in own)
+        tiles = {tile_of[token] for token in numbers}
+        numbers = numbers if len(numbers) == 1 else set[int]()  # joined tokens are an error later
+        return tuple(t for t, tile in tile_of.items() if tile in tiles and t not in numbers)
 
     def report_absent(self, positions: ast.Positions) -> Diagnostic:
         """Return E0310: no row has these tokens."""
@@ -353,7 +353,7 @@ def resolve_external_positions(
             side=work.side,
         )
         cells += own
-        problems += (each for each in said if each not in problems)
+        problems += (problem for problem in said if problem not in problems)
     return cells, problems
 
 
@@ -367,12 +367,12 @@ def lay_out_positions(
     loops = _loops_of(nodes, work)
     written: dict[AxisIndices, PositionCell] = {}
     read: dict[AxisIndices, PositionCell] = {}
-    found: PositionMatch | None = None
+    match: PositionMatch | None = None
     for key, values in _loop_values(loops, work):
-        found = find(values)
-        if found is None or (loops and not found.written):  # an error of this value
+        match = find(values)
+        if match is None or (loops and not match.written):  # an error of this value
             return None
-        if loops and len(found.written) > 1:
+        if loops and len(match.written) > 1:
             work.diagnostics.append(
                 BadLoopValue(
                     span=nodes[0].span,
@@ -382,13 +382,13 @@ def lay_out_positions(
                 )
             )
             return None
-        for index, (cell, source) in enumerate(zip(found.written, found.read, strict=True)):
-            here = key if len(found.written) == 1 else (*key, index)
+        for index, (cell, source) in enumerate(zip(match.written, match.read, strict=True)):
+            here = key if len(match.written) == 1 else (*key, index)
             written[here] = cell
             read[here] = source
-    assert found is not None
+    assert match is not None
     names = tuple(loops)
-    swept = found.written
+    swept = match.written
     if len(swept) > 1:
         items = tuple(cell.item for cell in swept)
         work.add_axis(
@@ -401,7 +401,7 @@ def lay_out_positions(
             )
         )
         names = (*names, axis)
-    targets = PositionTargets(names, written, read, found.left_out)
+    targets = PositionTargets(names, written, read, match.left_out)
     return targets if work.experiment.generation is None else mark_newest(targets)
 
 
@@ -483,18 +483,18 @@ def _match_same(
 
 
 def _select_token(
-    rule: spec.Rule, found: PositionMatch | None, work: ExperimentContext
+    rule: spec.Rule, match: PositionMatch | None, work: ExperimentContext
 ) -> PositionMatch | None:
     """Select the token of a rule that has one direction for each token of its position; None after
     E0341 for another number of tokens."""
     assert rule.token is not None
     number, count = rule.token
-    if found is None:
+    if match is None:
         return None
     row = next(
         (
             (cell, row, sum(map(len, hits)))
-            for cell in found.written
+            for cell in match.written
             for row, hits in enumerate(cell.hits)
             if hits and (cell.reply is not None or [*map(len, hits)] != [count])
         ),
@@ -512,11 +512,13 @@ def _select_token(
     cells = [
         replace(
             cell,
-            hits=tuple(tuple(own[number : number + 1] for own in hits[:1]) for hits in cell.hits),
+            hits=tuple(
+                tuple(numbers[number : number + 1] for numbers in hits[:1]) for hits in cell.hits
+            ),
         )
-        for cell in found.written
+        for cell in match.written
     ]
-    return PositionMatch(cells, cells, found.left_out)
+    return PositionMatch(cells, cells, match.left_out)
 
 
 def _match_external(
@@ -572,7 +574,7 @@ def _match_pairs(
                 first=f"{len(sources)} positions to read",
                 second=f"{len(cells)} positions to write",
                 by_text=not work.table.stands_in
-                and not any(has_open_positions(each, ["tokens"]) for each in (at, onto)),
+                and not any(has_open_positions(positions, ["tokens"]) for positions in (at, onto)),
             )
         )
         return None
@@ -610,8 +612,8 @@ def _match_exchanged(
     first: ast.Positions, second: ast.Positions, values: NamedValues, work: ExperimentContext
 ) -> PositionMatch | None:
     """Match two positions of the base run, each of which receives the vectors of the other."""
-    found = _match_pairs(first, second, work.experiment.base, values, work)
-    if found is None:
+    match = _match_pairs(first, second, work.experiment.base, values, work)
+    if match is None:
         for number, said in enumerate(work.diagnostics):
             if isinstance(said, UnequalUnion) and said.span == first.span:
                 work.diagnostics[number] = UnpairedPositions(
@@ -623,7 +625,7 @@ def _match_exchanged(
         return None
     same = first.span.written == second.span.written
     pairs: list[tuple[PositionCell, PositionCell]] = []
-    for to, of in zip(found.written, found.read, strict=True):
+    for to, of in zip(match.written, match.read, strict=True):
         for row, (a, b) in enumerate(zip(to.hits, of.hits, strict=True)):
             shared = [set(x) & set(y) for x, y in zip(a, b, strict=False)]
             if any(shared):
@@ -639,7 +641,7 @@ def _match_exchanged(
                 )
                 return None
         pairs.append((_join_cells(to, of), _join_cells(of, to)))
-    return PositionMatch([pair[0] for pair in pairs], [pair[1] for pair in pairs], found.left_out)
+    return PositionMatch([pair[0] for pair in pairs], [pair[1] for pair in pairs], match.left_out)
 
 
 def _join_cells(first: PositionCell, second: PositionCell) -> PositionCell:
@@ -714,7 +716,7 @@ def resolve_amounts(
     assert node is not None
     names = [part.id for part in walk(node) if isinstance(part, ast.Name)]
     loops = tuple(name for name in work.loops if name in names)
-    found: dict[AxisIndices, float] = {}
+    amounts: dict[AxisIndices, float] = {}
     for key, at in work.sites.combinations(loops):
         values = {**work.program.parameters, **at}
         amount = _number(node, values)
@@ -724,8 +726,8 @@ def resolve_amounts(
                 BadAmount(span=node.span, text=node.span.written, reason=reason, hint=fix)
             )
             return None
-        found[key] = amount
-    return Amounts(loops, found)
+        amounts[key] = amount
+    return Amounts(loops, amounts)
 
 
 def _number(node: ast.Expr, values: Mapping[str, object]) -> float | None:
@@ -913,14 +915,14 @@ def _name_attention(missing: Diagnostic, stack: str, shape: ModelShape) -> Diagn
     """Replace `pattern` by the word of the rule, and name a rule for the stack instead."""
     if not isinstance(missing, SiteNotOnModel):
         return missing
-    found = replace(missing, site=f"attention {stack}".rstrip())
+    problem = replace(missing, site=f"attention {stack}".rstrip())
     if stack in shape.others:
-        found = replace(
-            found,
+        problem = replace(
+            problem,
             reason=f"attention weights of its stack `{stack}` aren't read or changed",
             hint=f"change what its heads write: `ablate z {stack} layer 0 head 0 at … with zero`",
         )
-    return found
+    return problem
 
 
 def resolve_receivers(site: ast.Site, context: SiteContext) -> ResolvedSites:

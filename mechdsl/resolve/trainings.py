@@ -194,7 +194,7 @@ def outline_training(
         assert point.layer is not None
         file = file.layers[point.layer]
     if isinstance(file, DictionaryFile):
-        facts = {each.name: getattr(file, each.name) for each in fields(DictionaryFile)}
+        facts = {field.name: getattr(file, field.name) for field in fields(DictionaryFile)}
         return TrainedDictionary(**facts, training=training)
     return _without_weights(training, model.shape)
 
@@ -265,13 +265,15 @@ def outline_probe(
         classes: The classes; empty for a number.
     """
     options = constant_options(definition, program)
-    options = {name: own for name, own in options.items() if name not in PROBE_OPTIONS}
+    options = {name: option for name, option in options.items() if name not in PROBE_OPTIONS}
     training = _describe_training(definition, options, sample, points[0], program, model)
     # It depends on the model that runs the rows, not on that of the experiment.
     name = _name(definition, sample.run.model or model.key)
     training = replace(training, name=name, cells=points)
     widths = tuple(count_numbers(point, model.shape) for point in points)
-    (target,) = (each.value for each in definition.method.arguments if each.name == "target")
+    (target,) = (
+        argument.value for argument in definition.method.arguments if argument.name == "target"
+    )
     file = program.trained.get(training.name, (None, ""))[0]
     path, digest = Path(), ""
     if isinstance(file, SafetensorsFile):
@@ -334,10 +336,10 @@ def _choose_first(candidates: Sequence[MaskCandidate], size: int) -> tuple[MaskC
     """Return the first candidates, as placeholders of chosen ones. Edges at positions have
     different edges, as long as there are others, and all positions: a sweep over the edges has the
     largest number of cells."""
-    placed = [each for each in candidates if isinstance(each, PlacedEdge)]
+    placed = [candidate for candidate in candidates if isinstance(candidate, PlacedEdge)]
     if not placed:
         return tuple(candidates[:size])
-    places = len({each.place for each in placed})
+    places = len({edge.place for edge in placed})
     edges = len(placed) // places
     numbers = ((n % edges) * places + (n + n // edges) % places for n in range(size))
     return tuple(placed[number] for number in sorted(numbers))
@@ -356,7 +358,7 @@ def list_candidates(objective: ResolvedExperiment) -> tuple[MaskCandidate, ...]:
     points, basis = mask_points(objective), objective.rules[0].basis
     circuit = objective.rules[0].circuit
     if circuit is not None and chooses_positions(objective):
-        places = [format_position(each) for each in objective.rules[0].spec.at.items]
+        places = [format_position(item) for item in objective.rules[0].spec.at.items]
         each = product(circuit.every, enumerate(places))
         return tuple(PlacedEdge(edge, *place) for edge, place in each)
     if circuit is not None:
@@ -434,11 +436,11 @@ def _describe_training(
         source=source,
         encoded=encoded,
         made=point,
-        cells=tuple(replace(encoded, layer=own.layer) for own in outputs),
+        cells=tuple(replace(encoded, layer=output.layer) for output in outputs),
         outputs=outputs,
         seed=int(options.get("seed", program.seed)) if seed is None else seed,
         span=call.span,
-        minimises=any(each.name == "minimise" for each in call.arguments),
+        minimises=any(argument.name == "minimise" for argument in call.arguments),
         stream=_stream(source.table, definition, program, file)
         if isinstance(source, FitSample)
         else None,
@@ -468,7 +470,7 @@ def _stream(
     assert isinstance(data.records, StreamedRecords)
     groups = tuple((group.count, group.size) for group in data.records.groups)
     files = zip(data.files, data.ends, strict=True)
-    begun = frozenset(own.digest for own, end in files if end - own.count < count)
+    begun = frozenset(records.digest for records, end in files if end - records.count < count)
     first = file.layers[0] if isinstance(file, CrossLayerFiles) else file
     weights = first.path if isinstance(first, DictionaryFile) else None
     folder = None if weights is None else weights.parent
@@ -548,8 +550,8 @@ def count_training_rows(training: Training, experiment: spec.Experiment, table: 
             same[row] |= data.digest_of(number % count) in files
     if stream is not None and stream.folder is not None:
         texts = [row.text for row in table.runs[CLEAN].rows]
-        found = find_trained_texts(stream.folder, texts).tolist()
-        same = [one or other for one, other in zip(same, found, strict=True)]
+        counts = find_trained_texts(stream.folder, texts).tolist()
+        same = [one or other for one, other in zip(same, counts, strict=True)]
     return sum(same)
 
 
@@ -598,14 +600,14 @@ def describe_saved_groups(
 ) -> tuple[dict[str, str], list[Diagnostic]]:
     """Return the trained groups that an experiment reads from files, `group g` → what was read,
     and a W0738 for each that was chosen on measured rows."""
-    found: dict[str, str] = {}
+    groups: dict[str, str] = {}
     problems: list[Diagnostic] = []
     for group in used_saved_groups(experiment, program):
         noun = "site" if group.at is None else "position"
         said, problem = compare_prompts(group.name, group.prompts, noun, experiment, table)
-        found[f"group {group.name}"] = f"{group.made}; {said}"
+        groups[f"group {group.name}"] = f"{group.made}; {said}"
         problems += [] if problem is None else [problem]
-    return found, problems
+    return groups, problems
 
 
 def _is_in_vision(training: Training) -> bool:
@@ -620,15 +622,15 @@ def _describe_overlap(training: Training) -> str:
 def _images_of_rows(training: Training) -> set[str]:
     """Return digests of the images at the position of a training, and of those that replace them
     in the run of `from:`."""
-    found: set[str] = set()
+    images: set[str] = set()
     partner, cell = training.partner, training.sample.cell
     for number, row in enumerate(training.sample.run.rows):
         here = row.pictures_at(cell.tokens(number))
-        names = {each.name for each in here}
+        names = {picture.name for picture in here}
         others = () if partner is None else partner.rows[number].whole_pictures
-        found |= {each.unchanged_content for each in here}
-        found |= {each.unchanged_content for each in others if each.name in names}
-    return found
+        images |= {picture.unchanged_content for picture in here}
+        images |= {picture.unchanged_content for picture in others if picture.name in names}
+    return images
 
 
 def _content(row: RunRow) -> tuple[object, ...]:
@@ -702,7 +704,7 @@ def check_node_rows(
 def check_mask_rows(mask: TrainedMask, definition: spec.Basis) -> Diagnostic | None:
     """Return E0342 for a mask with the mean of one training row: it is the row's own vector."""
     every = definition.method.arguments
-    fill = next((each.value.span.written for each in every if each.name == "with"), "")
+    fill = next((argument.value.span.written for argument in every if argument.name == "with"), "")
     rows = sum(map(bool, mask.training.sample.cell.hits))
     held_out = count_held_out(mask.training, rows)
     if fill != "mean" or rows - held_out > 1:
@@ -781,7 +783,7 @@ def check_training_rows(
             fix=_suggest_other_rows(training, table, experiment.span)
             + ("" if training.is_discovered else _OR_ALLOW_TRAINING_ROWS),
         )
-    limited = any(each.name == "limit" for each in definition.method.arguments)
+    limited = any(argument.name == "limit" for argument in definition.method.arguments)
     if limited or training.decoder is not None or training.stream is not None:
         return
     trained = training.sample.table
@@ -891,15 +893,15 @@ def list_edited_images(objective: ResolvedExperiment) -> list[Hashable]:
 
     def describe(run: PromptRun, cell: PositionCell, number: int) -> Hashable:
         pictures = run.rows[number].whole_pictures
-        firsts = [each.first * count for each in pictures]
+        firsts = [picture.first * count for picture in pictures]
         tokens = [token for tokens in cell.hits[number] for token in tokens]
         places = [bisect_right(firsts, token) - 1 for token in tokens]
         inside = [token - firsts[at] for token, at in zip(tokens, places, strict=True)]
-        contents = tuple(each.picture.picture.content() for each in pictures)
+        contents = tuple(picture.picture.picture.content() for picture in pictures)
         return contents, tuple(places), tuple(inside)
 
     pairs = list(zip(runs, paired_positions(objective), strict=True))
-    return [tuple(describe(*own, number) for own in pairs) for number in range(len(table))]
+    return [tuple(describe(*pair, number) for pair in pairs) for number in range(len(table))]
 
 
 def moved_positions(objective: ResolvedExperiment) -> tuple[PositionCell, PositionCell]:
@@ -936,7 +938,7 @@ def _join(cells: Sequence[PositionCell], label: str) -> PositionCell:
 
 def order_places(objective: ResolvedExperiment) -> PlaceOrder:
     """Return where information at the positions of a training moves to, in some row."""
-    cells = [own for own, _ in paired_cells(objective)]
+    cells = [position_cell for position_cell, _ in paired_cells(objective)]
     rows = zip(*(cell.hits for cell in cells), strict=True)
     groups = [[{*chain(*hits)} for hits in row] for row in rows]
     return order_tokens(objective, len(cells), groups)
@@ -960,30 +962,30 @@ def order_tokens(
         measured = _measured_tokens(experiment, number, row)
         rest = {*range(len(row.ids)), *measured}.difference(*groups_of_row)
         tokens = [*groups_of_row, rest]
-        for one, own in enumerate(tokens):
-            reads_end[one] |= bool(own & measured)
+        for one, numbers in enumerate(tokens):
+            reads_end[one] |= bool(numbers & measured)
             for two, others in enumerate(tokens):
-                if own and others:
-                    reaches[one][two] |= not causal or min(own) <= max(others)
+                if numbers and others:
+                    reaches[one][two] |= not causal or min(numbers) <= max(others)
     return PlaceOrder(tuple(map(tuple, reaches)), tuple(reads_end))
 
 
 def _measured_tokens(experiment: ResolvedExperiment, number: int, row: RunRow) -> set[int]:
     """Return the tokens at which a measure reads logits in a row of the base run; all tokens
     without measures."""
-    every, found = set(range(len(row.ids))), set[int]()
-    measures = [*experiment.measures, *chain(*(each.measures for each in experiment.places))]
+    every, tokens = set(range(len(row.ids))), set[int]()
+    measures = [*experiment.measures, *chain(*(place.measures for place in experiment.places))]
     if not experiment.model.shape.causal or not measures:
         return every
     for measure in measures:
         at = measure.at.get(experiment.spec.base)
-        found.add(len(row.ids) - 1 if at is None else at[number])
+        tokens.add(len(row.ids) - 1 if at is None else at[number])
         for atom in measure.atoms:
             if atom.form.takes in ("prompt", "rows", "activations", "observation", "reply"):
                 return every
             longest = max((len(own[number]) for own in atom.texts.values()), default=1)
-            found |= set(range(len(row.ids), len(row.ids) + longest - 1))
-    return found
+            tokens |= set(range(len(row.ids), len(row.ids) + longest - 1))
+    return tokens
 
 
 def check_objective(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
@@ -998,7 +1000,7 @@ def check_objective(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     rule, table = objective.rules[0], objective.table
     measure, said, what = objective.measures[0], objective.spec.trains, _statement(objective)
     runs = [table.runs[name] for name in dict.fromkeys((rule.run, *measure.compared_runs))]
-    for run in (each for each in runs if each.noise is not None):
+    for run in (prompt_run for prompt_run in runs if prompt_run.noise is not None):
         yield BadBasis(
             span=rule.spec.span,
             reason=f"`{run.name}` has noise, and `{said}` trains on runs without noise",
@@ -1108,7 +1110,7 @@ def _fit_models(basis: BasisTargets) -> Iterator[str]:
     """Yield the names of other models whose rows a basis is computed from."""
     for fit in basis.fits:
         samples = (fit.sample,) if isinstance(fit, JacobianBasis) else fit.samples
-        yield from (each.run.model for each in samples if each.run.model is not None)
+        yield from (sample.run.model for sample in samples if sample.run.model is not None)
 
 
 def _check_position(objective: ResolvedExperiment, cell: PositionCell) -> Diagnostic | None:
@@ -1179,8 +1181,8 @@ def _check_rows(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
         where = " in both runs" if rule.spec.source is not None else ""
         reason = f"fewer than {FEWEST_ROWS} rows of `{table.name}` have `{cell.label}`{where}"
         hint = "name a position that more rows have"
-    elif (found := _shared_token(objective)) is not None:
-        row, token, first, second = found
+    elif (clash := _shared_token(objective)) is not None:
+        row, token, first, second = clash
         reason = f"`{first}` and `{second}` are both token {token} of row {row}"
         hint = "a mask chooses between positions without common tokens: leave one out"
         if rule.circuit is not None:
@@ -1225,40 +1227,40 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     problem = find_flat_part(
         measure, objective.spec.base, at_base=where == "clean run", along_path=hint
     )
-    found = None if problem is None else (said.metric.span, f"`{problem[0]}`", *problem[1:])
-    if found is None and measure.in_reply is not None:
+    mistake = None if problem is None else (said.metric.span, f"`{problem[0]}`", *problem[1:])
+    if mistake is None and measure.in_reply is not None:
         hint = "measure a logit, a probability or a difference of logits"
-        found = said.span, "tokens of a reply", "a selected token has no gradient", hint
+        mistake = said.span, "tokens of a reply", "a selected token has no gradient", hint
     rules, shape = objective.spec.backward, objective.model.shape
     acted = (shape.others.get(stack) for stack in objective.acted_stacks)
     stacks = [shape, *(own for own in acted if own is not None)]
-    reasons = (explain_missing_rule(rules, own) for own in stacks)
-    if found is None and (reason := next(filter(None, reasons), "")):
+    reasons = (explain_missing_rule(rules, stack) for stack in stacks)
+    if mistake is None and (reason := next(filter(None, reasons), "")):
         assert rule.spec.site is not None
         hint = _OTHER_SCORES_HINT
-        found = rule.spec.site.span, f"`{objective.model.name}`", reason, hint
-    if found is None and (reason := _explain_fixed_image(objective)):
+        mistake = rule.spec.site.span, f"`{objective.model.name}`", reason, hint
+    if mistake is None and (reason := _explain_fixed_image(objective)):
         assert rule.spec.site is not None
         hint = "use `eap`, `relp`, `gim` or a search such as `acdc`"
-        found = rule.spec.site.span, f"`{objective.model.name}`", reason, hint
-    if found is None:
-        found = _find_unfixed_attention(objective)
+        mistake = rule.spec.site.span, f"`{objective.model.name}`", reason, hint
+    if mistake is None:
+        mistake = _find_unfixed_attention(objective)
     normalising = _find_normalising_dictionary(objective)
-    if found is None and normalising is not None:
+    if mistake is None and normalising is not None:
         span = (rule.spec.nodes or said).span
         reason = "it normalises the vectors that it encodes, and the changed derivatives of "
         reason += "norms are defined for the model only"
         hint = _OTHER_SCORES_HINT
-        found = span, f"features of `{normalising}`", reason, hint
+        mistake = span, f"features of `{normalising}`", reason, hint
     points = () if rule.sites is None else (p for own in rule.sites.points.values() for p in own)
     flat = list_sites_without_gradient(points)
-    if found is None and flat:
+    if mistake is None and flat:
         assert rule.spec.site is not None
         hint = "name a site such as `resid_post`, `z` or `mlp_out`"
         reason = "mechdsl doesn't compute gradients at this site"
-        found = rule.spec.site.span, f"with respect to `{flat[0]}`", reason, hint
-    if found is not None:
-        span, what, reason, hint = found
+        mistake = rule.spec.site.span, f"with respect to `{flat[0]}`", reason, hint
+    if mistake is not None:
+        span, what, reason, hint = mistake
         statement = objective.spec.trains
         yield NoEstimate(
             span=span,
@@ -1337,13 +1339,13 @@ def _find_normalising_dictionary(objective: ResolvedExperiment) -> str | None:
     circuit = objective.rules[0].circuit
     if circuit is None or objective.spec.backward is None:
         return None
-    members = (own.member for own in circuit.features.values())
-    found = (
-        each.name
-        for each in members
-        if isinstance(each.operand, DictionaryFile) and each.operand.normalization != "none"
+    members = (feature.member for feature in circuit.features.values())
+    names = (
+        member.name
+        for member in members
+        if isinstance(member.operand, DictionaryFile) and member.operand.normalization != "none"
     )
-    return next(found, None)
+    return next(names, None)
 
 
 # --- texts that a training has read from files ----------------------------------------------------
@@ -1368,10 +1370,10 @@ def read_texts(folder: Path) -> TextDigests:
     """Return the digests of a training, which stay on the disk. Raises OSError, ValueError."""
     import numpy as np
 
-    found = np.load(folder / TEXTS_FILE, mmap_mode="r", allow_pickle=False)
-    if found.dtype != np.uint64 or found.ndim != 1:
+    texts = np.load(folder / TEXTS_FILE, mmap_mode="r", allow_pickle=False)
+    if texts.dtype != np.uint64 or texts.ndim != 1:
         raise ValueError(f"{TEXTS_FILE} is damaged")
-    return found
+    return texts
 
 
 def find_trained_texts(folder: Path, texts: Sequence[str]) -> Bools:

@@ -71,8 +71,8 @@ class FitSample(Record):
     def classes(self) -> list[float | str]:
         """Distinct targets of the rows that have the position, in numeric or alphabetical order."""
         pairs = zip(self.targets, self.cell.hits, strict=True)
-        found = {target for target, row in pairs if any(row)}
-        return sorted(found)  # pyright: ignore[reportArgumentType, reportUnknownVariableType]
+        classes = {target for target, row in pairs if any(row)}
+        return sorted(classes)  # pyright: ignore[reportArgumentType, reportUnknownVariableType]
 
 
 class FittedVector(Record):
@@ -543,7 +543,7 @@ class TrainedMask(Trained, Record):
     def members(self) -> tuple[MaskCandidate, ...]:
         """The chosen candidates in the order of all candidates."""
         chosen = frozenset(self.chosen)
-        return tuple(each for each in self.candidates if each in chosen)
+        return tuple(candidate for candidate in self.candidates if candidate in chosen)
 
     @property
     def keeps(self) -> bool:
@@ -581,7 +581,9 @@ class TrainedMask(Trained, Record):
     def kind(self) -> str:
         """Description for tables and conventions."""
         every = count_noun(len(self.candidates), self.noun)
-        places = {each.place for each in self.candidates if isinstance(each, PlacedEdge)}
+        places = {
+            candidate.place for candidate in self.candidates if isinstance(candidate, PlacedEdge)
+        }
         if places:
             own = len(self.candidates) // len(places)
             every += f" ({own:,} at each of {count_noun(len(places), 'position')})"
@@ -668,23 +670,25 @@ class BasisTargets(Record):
     def crosses_layers(self) -> bool:
         """Whether coordinates are features of a cross-layer transcoder."""
         operands = (member.operand for member in self.members)
-        return any(isinstance(own, DictionaryFile) and own.crosses_layers for own in operands)
+        return any(
+            isinstance(operand, DictionaryFile) and operand.crosses_layers for operand in operands
+        )
 
     @property
     def saved(self) -> Iterator[SavedVector | DictionaryFile]:
         """Vectors, matrices and dictionaries from files that the members use."""
         for member in self.members:
-            own = member.operand
-            if isinstance(own, OutputWeights):
-                own = SpannedBasis(() if own.vector is None else (own.vector,))
-            leaves = iter_leaf_vectors(own) if isinstance(own, SpannedBasis) else (own,)
-            yield from (each for each in leaves if isinstance(each, SavedVector | DictionaryFile))
+            operand = member.operand
+            if isinstance(operand, OutputWeights):
+                operand = SpannedBasis(() if operand.vector is None else (operand.vector,))
+            leaves = iter_leaf_vectors(operand) if isinstance(operand, SpannedBasis) else (operand,)
+            yield from (leaf for leaf in leaves if isinstance(leaf, SavedVector | DictionaryFile))
 
     @property
     def labels(self) -> tuple[FeatureLabels, ...]:
         """Descriptions of coordinates, once each."""
-        found = {each.labels.digest: each.labels for each in self.members if each.labels}
-        return tuple(found.values())
+        labels = {member.labels.digest: member.labels for member in self.members if member.labels}
+        return tuple(labels.values())
 
     @property
     def fits(self) -> Iterator[FittedVector | FittedBasis | JacobianBasis]:
@@ -716,9 +720,9 @@ class BasisTargets(Record):
 
     def at(self, point: SitePoint, number: int = 0) -> BasisMember:
         """Return the basis for the vectors of a point, which has one."""
-        found = self.find(point, number)
-        assert found is not None
-        return found
+        basis_member = self.find(point, number)
+        assert basis_member is not None
+        return basis_member
 
 
 class DirectionMember(Record):
@@ -1095,8 +1099,8 @@ class ExternalRun(Record):
     @property
     def name(self) -> str:
         """Name of the run as a rule writes it."""
-        own = self.part or (None if self.run == "clean" else self.run)
-        return self.table.name if own is None else f"{self.table.name}.{own}"
+        part = self.part or (None if self.run == "clean" else self.run)
+        return self.table.name if part is None else f"{self.table.name}.{part}"
 
 
 class VectorBatch(Protocol):
@@ -1276,9 +1280,9 @@ def _source_text(node: ast.Node | None) -> str:
     return "" if node is None else node.span.written
 
 
-def _are_in(stack: str, found: Mapping[AxisIndices, tuple[SitePoint, ...]] | None) -> bool:
+def _are_in(stack: str, site_points: Mapping[AxisIndices, tuple[SitePoint, ...]] | None) -> bool:
     """Return whether some points are in a stack other than the main one."""
-    points = (point for here in (found or {}).values() for point in here)
+    points = (point for here in (site_points or {}).values() for point in here)
     return any(SITES[point.site].stack == stack for point in points)
 
 
@@ -1323,7 +1327,11 @@ class ResolvedRule(Record):
     @property
     def bases(self) -> tuple[BasisTargets, ...]:
         """The bases of its coordinates: of those that it changes, and of those that receive."""
-        return tuple(own for own in (self.basis, self.receiving_basis) if own is not None)
+        return tuple(
+            basis_targets
+            for basis_targets in (self.basis, self.receiving_basis)
+            if basis_targets is not None
+        )
 
     @property
     def receiving_basis(self) -> BasisTargets | None:
@@ -1351,8 +1359,8 @@ class ResolvedRule(Record):
 
     def acts_in(self, stack: str) -> bool:
         """Return whether some of its sites are in a stack other than the main one."""
-        found = self.sites
-        return found is not None and (_are_in(stack, found.points) or _are_in(stack, found.sources))
+        sites = self.sites
+        return sites is not None and (_are_in(stack, sites.points) or _are_in(stack, sites.sources))
 
     @property
     def only_in_vision(self) -> bool:
@@ -1386,9 +1394,9 @@ class ResolvedRule(Record):
                 return False
         if not self.does.leads_on or self.compared_sites is None or self.sites is None:
             return True
-        own = self.sites.points[tuple(at[axis] for axis in self.sites.axes)]
+        points = self.sites.points[tuple(at[axis] for axis in self.sites.axes)]
         other = self.compared_sites.points[tuple(at[axis] for axis in self.compared_sites.axes)]
-        return max(p.layer or 0 for p in own) < min(p.layer or 0 for p in other)
+        return max(p.layer or 0 for p in points) < min(p.layer or 0 for p in other)
 
     @property
     def axes(self) -> frozenset[str]:
@@ -1398,8 +1406,8 @@ class ResolvedRule(Record):
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers, self.path.basis]
         parts += [] if self.compared_sites is None else [self.compared_sites]
-        own = frozenset(name for part in parts if part is not None for name in part.axes)
-        return own if self.only is None else own | {self.only.axis}
+        axes = frozenset(name for part in parts if part is not None for name in part.axes)
+        return axes if self.only is None else axes | {self.only.axis}
 
 
 def list_end_pairs(
@@ -1473,8 +1481,8 @@ def is_neuron(node: SitePoint) -> bool:
 def find_inner_sender(senders: Iterable[SitePoint], output: SitePoint) -> SitePoint | None:
     """Return a sender among the neurons of an MLP or the heads of attention with this output."""
     unit = {"mlp_out": "neuron", "attn_out": "head"}.get(output.site)
-    own = (point for point in senders if point.layer == output.layer)
-    return next((p for p in own if unit is not None and SITES[p.site].unit == unit), None)
+    points = (point for point in senders if point.layer == output.layer)
+    return next((p for p in points if unit is not None and SITES[p.site].unit == unit), None)
 
 
 def name_neurons(mlp: SitePoint) -> SiteLayer:
@@ -1503,7 +1511,7 @@ class OppositeTower(Record):
     @cached_property
     def digest(self) -> str:
         """Hash of all fields."""
-        pictures = [(each.text, each.size) for each in self.pictures]
+        pictures = [(picture.text, picture.size) for picture in self.pictures]
         return digest(self.texts, self.ids, pictures).hex()
 
 
@@ -1854,12 +1862,12 @@ class ResolvedExperiment(Record):
     @property
     def trained_parts(self) -> dict[str, str]:
         """`group g`, `lens l`, `probe t` → how it was trained, or read from a file."""
-        found = {f"{own.declares} {own.training.definition}": own.made for own in self.masks}
-        found |= self.read_groups
+        parts = {f"{mask.declares} {mask.training.definition}": mask.made for mask in self.masks}
+        parts |= self.read_groups
         for own in (rule.does.trained for rule in self.every_rule):
             if own is not None:
-                found[f"{own.training.trainer.declares} {own.training.definition}"] = own.made
-        return found
+                parts[f"{own.training.trainer.declares} {own.training.definition}"] = own.made
+        return parts
 
     @property
     def has_path(self) -> bool:
@@ -1890,7 +1898,7 @@ class ResolvedExperiment(Record):
 
     def has(self, index: AxisIndices) -> bool:
         """Return whether its measures are read in the cell with these indices along its axes."""
-        at = {axis.name: own for axis, own in zip(self.axes, index, strict=True)}
+        at = {axis.name: number for axis, number in zip(self.axes, index, strict=True)}
         fixed = {} if self.place is None else self.place.fixed
         if any(at.get(name, i) != i for name, i in fixed.items()):
             return False
@@ -1926,11 +1934,11 @@ class ResolvedExperiment(Record):
         others = [run.model for run in self.spec.elsewhere if run.model is not None]
         others += [m for rule in self.every_rule if rule.direction for m in rule.direction.models]
         others += [model for file in self.direction_files for model in file.models]
-        fits = (fit for rule in self.every_rule for own in rule.bases for fit in own.fits)
+        fits = (fit for rule in self.every_rule for basis in rule.bases for fit in basis.fits)
         samples = [sample for fit in fits for sample in fit.samples]
         read = (rule.does.trained for rule in self.every_rule)
         samples += [own.training.sample for own in read if own is not None]
-        others += [own.run.model for own in samples if own.run.model is not None]
+        others += [sample.run.model for sample in samples if sample.run.model is not None]
         return tuple(dict.fromkeys((self.model.key, *others)))
 
     @property
@@ -1938,12 +1946,16 @@ class ResolvedExperiment(Record):
         """Functions of Python files that its results depend on."""
         measured = [atom.python for m in (*self.measures, *self.keep) for atom in m.atoms]
         written = [rule.python for rule in self.every_rule]
-        bases = (own for rule in self.every_rule for own in rule.bases)
+        bases = (basis for rule in self.every_rule for basis in rule.bases)
         operands = (member.operand for basis in bases for member in basis.members)
-        written += [each.function for each in operands if isinstance(each, PythonBasis)]
-        own = (each for each in (*measured, *written) if each is not None)
-        found = [*self.table.python, *own]
-        return tuple(dict.fromkeys(found))
+        written += [operand.function for operand in operands if isinstance(operand, PythonBasis)]
+        functions = (
+            python_function
+            for python_function in (*measured, *written)
+            if python_function is not None
+        )
+        python_functions = [*self.table.python, *functions]
+        return tuple(dict.fromkeys(python_functions))
 
     @property
     def every_rule(self) -> tuple[ResolvedRule, ...]:
@@ -2002,12 +2014,14 @@ class ResolvedExperiment(Record):
         free = [axis for axis in self.axes if axis.name not in nest.axes]
         times = prod(len(axis) for axis in free if axis.name not in wide)
         free = [axis for axis in free if axis.name in wide]
-        found: Counter[AxisIndices] = Counter()
-        for key, own in product(nest.keys, product(*(range(len(axis)) for axis in free))):
-            at = dict(zip((*nest.axes, *(axis.name for axis in free)), (*key, *own), strict=True))
+        counts: Counter[AxisIndices] = Counter()
+        for key, numbers in product(nest.keys, product(*(range(len(axis)) for axis in free))):
+            at = dict(
+                zip((*nest.axes, *(axis.name for axis in free)), (*key, *numbers), strict=True)
+            )
             if not any(tuple(at[name] for name in axes) in gone for axes, gone in holes):
-                found[tuple(at[name] for name in names)] += times
-        return found
+                counts[tuple(at[name] for name in names)] += times
+        return counts
 
     @property
     def n_there(self) -> int:
@@ -2040,14 +2054,14 @@ class ExperimentOutline(Record):
     @property
     def unknown(self) -> frozenset[UnknownFact]:
         """Kinds of facts for which a placeholder is used."""
-        found = {
+        facts = {
             "shape": self.model.shape.stands_in,
             "tokens": self.model.tokenizer.stands_in,
             "rows": self.table.stands_in,
             "count": self.table.stands_in or self.table.cut,
             "columns": self.table.columns_unknown,
         }
-        return frozenset(what for what in UNKNOWN_FACTS if found[what])
+        return frozenset(what for what in UNKNOWN_FACTS if facts[what])
 
 
 class DrawCounts(Record):

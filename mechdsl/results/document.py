@@ -130,15 +130,18 @@ def expectation_documents(outcomes: Sequence[ExpectOutcome]) -> list[ExpectDocum
 def skipped_documents(left: Sequence[SkippedExperiment]) -> list[SkippedDocument]:
     """Convert the skipped parts of one file."""
     return [
-        SkippedDocument(experiment=each.name, expect=[expect.text for expect in each.expects])
-        for each in left
+        SkippedDocument(
+            experiment=skipped_experiment.name,
+            expect=[expect.text for expect in skipped_experiment.expects],
+        )
+        for skipped_experiment in left
     ]
 
 
 def comparison_document(against: VerdictComparison) -> VerdictComparisonDocument:
     """Convert a comparison with an earlier run."""
     return VerdictComparisonDocument.create(
-        against, changes=[_change_document(each) for each in against.changes]
+        against, changes=[_change_document(change) for change in against.changes]
     )
 
 
@@ -187,26 +190,26 @@ class RepliesDocument(DocumentPart):
     cells: list[list[RowRepliesDocument]] = Field(description="in the order of `cells`")
 
 
-def replies_document(found: Replies) -> RepliesDocument | None:
+def replies_document(replies: Replies) -> RepliesDocument | None:
     """Convert replies; None if nothing was generated."""
-    if not found:
+    if not replies:
         return None
     return RepliesDocument(
-        prompts=[PromptDocument(row=row, text=text) for row, text in found.prompts.items()],
-        runs={run: _row_documents(texts) for run, texts in found.runs.items()},
-        cells=[_row_documents(texts) for texts in found.cells],
+        prompts=[PromptDocument(row=row, text=text) for row, text in replies.prompts.items()],
+        runs={run: _row_documents(texts) for run, texts in replies.runs.items()},
+        cells=[_row_documents(texts) for texts in replies.cells],
     )
 
 
 def _row_documents(texts: RepliesByPrompt) -> list[RowRepliesDocument]:
     return [
-        RowRepliesDocument(row=row, replies=[_reply_document(each) for each in replies])
+        RowRepliesDocument(row=row, replies=[_reply_document(reply) for reply in replies])
         for row, replies in texts.items()
     ]
 
 
-def _reply_document(found: Reply) -> ReplyDocument:
-    return ReplyDocument(text=found.text, tokens=len(found.ids), ended=found.ended)
+def _reply_document(reply: Reply) -> ReplyDocument:
+    return ReplyDocument(text=reply.text, tokens=len(reply.ids), ended=reply.ended)
 
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -637,7 +640,7 @@ class ResultsDocument(DocumentPart):
 
 
 def _measure_document(result: ExperimentResult, measure: int, cell: int, n: int) -> MeasureDocument:
-    data, found = result.measures[measure], result.statistics[measure]
+    data, statistic = result.measures[measure], result.statistics[measure]
     keys = ("commonest", "share", "mean_error") if data.kind == "category" else ()
     return MeasureDocument(
         label=data.label,
@@ -648,31 +651,31 @@ def _measure_document(result: ExperimentResult, measure: int, cell: int, n: int)
             at=data.at,
             exact=_exact_document(result.verification(measure), cell),
         ),
-        **_cell_numbers(found, cell, "mean", "low", "high", "p", "p_corrected"),
-        base=finite_number(found.base_mean[cell]),
-        source=finite_number(found.source_mean[cell]),
-        **_cell_numbers(found, cell, *keys),
+        **_cell_numbers(statistic, cell, "mean", "low", "high", "p", "p_corrected"),
+        base=finite_number(statistic.base_mean[cell]),
+        source=finite_number(statistic.source_mean[cell]),
+        **_cell_numbers(statistic, cell, *keys),
         **known_fields(
-            statistics={name: finite_number(each[cell]) for name, each in found.further.items()}
+            statistics={name: finite_number(each[cell]) for name, each in statistic.further.items()}
             or None,
             null=_null_document(result, measure, cell),
-            n=int(found.n[cell]) if int(found.n[cell]) != n else None,
-            effective_n=int(found.units[cell])
-            if found.units[cell] not in (0, found.n[cell])
+            n=int(statistic.n[cell]) if int(statistic.n[cell]) != n else None,
+            effective_n=int(statistic.units[cell])
+            if statistic.units[cell] not in (0, statistic.n[cell])
             else None,
-            p_at_most=True if found.floor[cell] else None,
+            p_at_most=True if statistic.floor[cell] else None,
             inert=True if data.inert[cell] else None,
-            rounding=finite_number(found.rounding[cell])
-            if found.at_rounding[cell] or may_round_differently(data, found)[cell]
+            rounding=finite_number(statistic.rounding[cell])
+            if statistic.at_rounding[cell] or may_round_differently(data, statistic)[cell]
             else None,
-            reason=_reason(found.reasons[cell], data, result.source),
+            reason=_reason(statistic.reasons[cell], data, result.source),
         ),
     )
 
 
 def _exact_document(verified: VerifiedCells | None, cell: int) -> ExactEffectDocument | None:
-    found = None if verified is None else verified.of_cell(cell)
-    return None if found is None else ExactEffectDocument.create(found)
+    exact_effect = None if verified is None else verified.of_cell(cell)
+    return None if exact_effect is None else ExactEffectDocument.create(exact_effect)
 
 
 def _verification_document(
@@ -680,9 +683,9 @@ def _verification_document(
 ) -> VerificationDocument:
     data = result.measures[verified.measure]
 
-    def agreement(found: Agreement) -> AgreementDocument:
-        pearson, spearman = map(CorrelationDocument.create, (found.pearson, found.spearman))
-        return AgreementDocument(cells=found.cells, pearson=pearson, spearman=spearman)
+    def agreement(measured: Agreement) -> AgreementDocument:
+        pearson, spearman = map(CorrelationDocument.create, (measured.pearson, measured.spearman))
+        return AgreementDocument(cells=measured.cells, pearson=pearson, spearman=spearman)
 
     over, recall, search = verified.over_random, verified.recall, verified.search
     return VerificationDocument.create(
@@ -726,7 +729,7 @@ def _reason(reason: str | None, data: MeasureData, source: str | None) -> str | 
 
 
 def _cell_document(result: ExperimentResult, index: int, key: CellKey) -> CellDocument:
-    n = max((int(found.n[index]) for found in result.statistics), default=0)
+    n = max((int(statistic.n[index]) for statistic in result.statistics), default=0)
     return CellDocument.create(
         key,
         coords={**key.also, **{axis: key.coords[axis] for axis in result.axes}},
@@ -735,8 +738,8 @@ def _cell_document(result: ExperimentResult, index: int, key: CellKey) -> CellDo
         listed_mean=[mean for mean, _ in key.shares],
         listed_first=[first for _, first in key.shares],
         active=[
-            ActiveTextDocument.create(each)
-            for each in (result.active[index] if result.active else ())
+            ActiveTextDocument.create(active_text)
+            for active_text in (result.active[index] if result.active else ())
         ],
         measures=[
             _measure_document(result, measure, index, n) for measure in range(len(result.measures))
@@ -744,20 +747,22 @@ def _cell_document(result: ExperimentResult, index: int, key: CellKey) -> CellDo
     )
 
 
-def _run_document(label: str, metric: str, found: Interval, at: str | None = None) -> RunDocument:
-    missing = [found.mean, found.low, found.high]
+def _run_document(
+    label: str, metric: str, interval: Interval, at: str | None = None
+) -> RunDocument:
+    missing = [interval.mean, interval.low, interval.high]
     reason = None
     if not np.isfinite(missing).all():
-        reason = "too few prompts or groups" if np.isfinite(found.mean) else "not a number"
-    rounding = found.rounding or None
+        reason = "too few prompts or groups" if np.isfinite(interval.mean) else "not a number"
+    rounding = interval.rounding or None
     return RunDocument.create(
-        found, label=label, metric=metric, at=at, reason=reason, rounding=rounding
+        interval, label=label, metric=metric, at=at, reason=reason, rounding=rounding
     )
 
 
 def _category_run_document(data: MeasureData, values: Floats) -> RunDocument:
     truth = data.truth if data.truth is not None and data.truth.shape[0] == 1 else None
-    found = compute_category_statistics(values[None], truth)
+    statistics = compute_category_statistics(values[None], truth)
     return RunDocument(
         label=data.label,
         metric=data.metric,
@@ -765,17 +770,17 @@ def _category_run_document(data: MeasureData, values: Floats) -> RunDocument:
         mean=None,
         low=None,
         high=None,
-        n=int(found.n[0]),
-        commonest=finite_number(found.commonest[0]),
-        share=finite_number(found.share[0]),
-        mean_error=finite_number(found.mean_error[0]),
-        reason=found.reasons[0],
+        n=int(statistics.n[0]),
+        commonest=finite_number(statistics.commonest[0]),
+        share=finite_number(statistics.share[0]),
+        mean_error=finite_number(statistics.mean_error[0]),
+        reason=statistics.reasons[0],
     )
 
 
 def _run_documents(result: ExperimentResult) -> dict[str, list[RunDocument]]:
     by_label = {data.label: data for data in result.measures}
-    found: dict[str, list[RunDocument]] = {}
+    by_experiment: dict[str, list[RunDocument]] = {}
     for run in {**result.runs, **result.accuracy}:
         intervals = result.run_intervals.get(run, {})
         documents: list[RunDocument] = []
@@ -788,8 +793,8 @@ def _run_documents(result: ExperimentResult) -> dict[str, list[RunDocument]]:
                 documents.append(_run_document(label, metric, intervals[label], at))
         if run in result.accuracy:
             documents.append(_run_document("accuracy", "correct", intervals["accuracy"]))
-        found[run] = documents
-    return found
+        by_experiment[run] = documents
+    return by_experiment
 
 
 def _seed_mean_document(result: ExperimentResult, mean: SeedMean) -> SeedMeanDocument:
@@ -811,9 +816,11 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
         runs=_run_documents(result),
         expect=expectation_documents(result.outcomes),
         left_out=[LeftOutDocument(row=row, where=where) for row, where in result.left_out.items()],
-        selected=[SelectionDocument.create(each) for each in result.selected],
-        seed_means=[_seed_mean_document(result, each) for each in result.seed_means],
-        verified=[_verification_document(result, each) for each in result.verified],
+        selected=[SelectionDocument.create(selection) for selection in result.selected],
+        seed_means=[_seed_mean_document(result, seed_mean) for seed_mean in result.seed_means],
+        verified=[
+            _verification_document(result, verified_cells) for verified_cells in result.verified
+        ],
         circuit=_circuit_document(result.circuit),
         replies=replies_document(result.replies),
     )
@@ -843,10 +850,10 @@ def _missing_documents(file: FileResult) -> list[MissingDocument]:
     ]
     parts = [
         MissingDocument.create(
-            data.missing, experiment=each.name, label=data.label, effect=data.effect
+            data.missing, experiment=experiment.name, label=data.label, effect=data.effect
         )
-        for each in file.experiments
-        for data in each.measures
+        for experiment in file.experiments
+        for data in experiment.measures
         if data.missing is not None
     ]
     return [*whole, *parts]
@@ -871,10 +878,10 @@ def results_document(
             FileDocument.create(
                 file,
                 sizes=None if file.sizes is None else SizesDocument.create(file.sizes),
-                experiments=[experiment_document(each) for each in file.experiments],
+                experiments=[experiment_document(experiment) for experiment in file.experiments],
                 missing=_missing_documents(file),
                 not_run=skipped_documents(file.not_run),
-                saved=[_saved_document(each) for each in file.saved],
+                saved=[_saved_document(saved_file) for saved_file in file.saved],
             )
             for file in files
         ],

@@ -70,7 +70,7 @@ class Replies:
         """Return the replies with shifted prompt ids."""
 
         def moved(texts: RepliesByPrompt) -> RepliesByPrompt:
-            return {row + by: own for row, own in texts.items()}
+            return {row + by: replies for row, replies in texts.items()}
 
         return Replies(
             tuple(map(moved, self.cells)),
@@ -427,7 +427,14 @@ class ExperimentResult:
 
     def verification(self, measure: int) -> VerifiedCells | None:
         """Return the verified cells of a measure."""
-        return next((each for each in self.verified if each.measure == measure), None)
+        return next(
+            (
+                verified_cells
+                for verified_cells in self.verified
+                if verified_cells.measure == measure
+            ),
+            None,
+        )
 
     @cached_property
     def sampling(self) -> SamplingDesign:
@@ -444,16 +451,16 @@ class ExperimentResult:
         """Mean and interval of each unpatched run: run → label → interval; only for numbers."""
         of = {data.label: data for data in self.measures}
         categories = {data.label for data in self.measures if data.kind == "category"}
-        found: dict[str, dict[str, Interval]] = {}
+        intervals: dict[str, dict[str, Interval]] = {}
         for run, values in self.runs.items():
-            found[run] = {
+            intervals[run] = {
                 label: run_interval(rows, self.sampling, of.get(label))
                 for label, rows in values.items()
                 if label not in categories
             }
         for run in self.accuracy:
-            found.setdefault(run, {})["accuracy"] = self.accuracy_of(run)
-        return found
+            intervals.setdefault(run, {})["accuracy"] = self.accuracy_of(run)
+        return intervals
 
     def accuracy_of(self, run: str, confidence: float | None = None) -> Interval:
         """Return the share of rows in which the model is correct, with its exact interval. `n`
@@ -601,10 +608,10 @@ def finite_number(value: Any) -> float | None:
 def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
     lists = any(cell.listed for cell in result.cells)
     labelled = any(cell.label for cell in result.cells)
-    picked = [each.of for each in result.selected]
+    picked = [selection.of for selection in result.selected]
     for index, cell in enumerate(result.cells):
         for measure, data in enumerate(result.measures):
-            found = result.statistics[measure]
+            statistic = result.statistics[measure]
             values = {
                 "site": cell.site,
                 # An axis may have this name; its value is then the position.
@@ -617,15 +624,15 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 "effect": data.effect,
                 **({"estimator": data.estimator} if data.estimator else {}),
                 **_verified(result, measure, index),
-                "n": int(found.n[index]),
-                "effective_n": int(found.units[index]),
-                **{key: finite_number(getattr(found, key)[index]) for key in NUMBER_COLUMNS},
-                **{name: finite_number(each[index]) for name, each in found.further.items()},
+                "n": int(statistic.n[index]),
+                "effective_n": int(statistic.units[index]),
+                **{key: finite_number(getattr(statistic, key)[index]) for key in NUMBER_COLUMNS},
+                **{name: finite_number(each[index]) for name, each in statistic.further.items()},
                 **_null(result, measure, index),
-                "p_at_most": bool(found.floor[index]),
+                "p_at_most": bool(statistic.floor[index]),
                 "inert": bool(data.inert[index]),
-                "at_rounding": bool(found.at_rounding[index]),
-                "reason": found.reasons[index],
+                "at_rounding": bool(statistic.at_rounding[index]),
+                "reason": statistic.reasons[index],
                 **({"listed": " ".join(cell.listed)} if lists else {}),
                 **({"feature_label": cell.label} if labelled else {}),
                 **({"selected_by": " ".join(picked)} if picked else {}),
@@ -665,8 +672,8 @@ def _verified(result: ExperimentResult, measure: int, cell: int) -> dict[str, An
     """Return the columns of experiments with `verify`."""
     if not result.verified:
         return {}
-    found = result.verification(measure)
-    exact = None if found is None else found.of_cell(cell)
+    verified_cells = result.verification(measure)
+    exact = None if verified_cells is None else verified_cells.of_cell(cell)
     names = ("exact", "exact_low", "exact_high")
     if exact is None:
         return {"verified": None, **dict.fromkeys(names)}
@@ -754,7 +761,7 @@ class FileResult:
     @property
     def computable(self) -> bool:
         """Whether every experiment and measure that was run could be computed."""
-        measures = (data for each in self.experiments for data in each.measures)
+        measures = (data for experiment in self.experiments for data in experiment.measures)
         return not self.lost and all(data.missing is None for data in measures)
 
     @property
@@ -763,7 +770,7 @@ class FileResult:
         return self.computable and not self.not_run
 
     def __repr__(self) -> str:
-        names = ", ".join(each.name for each in self.experiments) or "no experiments"
+        names = ", ".join(experiment.name for experiment in self.experiments) or "no experiments"
         return shorten(f"<FileResult {self.file}: {names}", REPR_WIDTH, placeholder=" …") + ">"
 
 
@@ -822,7 +829,7 @@ class VerdictComparison:
 
     def of_kind(self, kind: ChangeType) -> tuple[ExpectationChange, ...]:
         """Return the changes of one type."""
-        return tuple(each for each in self.changes if each.kind == kind)
+        return tuple(change for change in self.changes if change.kind == kind)
 
     @property
     def regressions(self) -> tuple[ExpectationChange, ...]:
@@ -832,7 +839,7 @@ class VerdictComparison:
     @property
     def fails(self) -> bool:
         """Whether the job fails, by a regression or by a new expectation."""
-        return any(each.fails for each in self.changes)
+        return any(change.fails for change in self.changes)
 
     def to_text(self, width: int = 100) -> str:
         """Return the output of the command line, `width` columns wide."""
@@ -858,19 +865,19 @@ class EarlierRun:
         """Whether verdicts end a run that stops at the first failure of the job."""
         before = _outcomes(self.files.get(file)).get(experiment, ())
         paired = _paired(file, experiment, outcomes, before)
-        return any(each.fails for each in paired)
+        return any(change.fails for change in paired)
 
     def compare(self, files: Sequence[FileResult]) -> VerdictComparison:
         """Compare files that were run with the earlier run."""
         changes: list[ExpectationChange] = []
         unchanged = 0
         for file in files:
-            for each in self._of_file(file):
-                if each is None:
+            for change in self._of_file(file):
+                if change is None:
                     unchanged += 1
                 else:
-                    changes.append(each)
-        changes.sort(key=lambda each: CHANGE_TYPES.index(each.kind))
+                    changes.append(change)
+        changes.sort(key=lambda change: CHANGE_TYPES.index(change.kind))
         without = tuple(file.file for file in files if self.files.get(file.file) is None)
         return VerdictComparison(self.runs, tuple(changes), unchanged, without)
 
@@ -880,15 +887,18 @@ class EarlierRun:
         before = _outcomes(earlier)
         after = _outcomes(now)
         # Undecided and excluded expectations aren't `gone`.
-        waiting = {each.name: [e.text for e in each.expects] for each in now.not_run}
+        waiting = {
+            skipped_experiment.name: [e.text for e in skipped_experiment.expects]
+            for skipped_experiment in now.not_run
+        }
         left_out = set(self.unasked.get(now.file, ()))
         if earlier is not None:
             yield from _lost_results(now, earlier)
         for name in dict.fromkeys((*after, *before)):
             if name in after or name not in left_out:
                 undecided = waiting.get(name, ())
-                found = _pairs(after.get(name, ()), before.get(name, ()), undecided)
-                for one, two in found:
+                pairs = _pairs(after.get(name, ()), before.get(name, ()), undecided)
+                for one, two in pairs:
                     if one is not None and two is not None and one.holds and two.holds:
                         yield None
                     else:
@@ -899,7 +909,7 @@ def stop_condition(earlier: EarlierRun | None) -> StopCondition:
     """Return the stop condition of `fail_fast`: an expectation fails, or fails the job."""
     if earlier is not None:
         return earlier.ends
-    return lambda file, experiment, outcomes: not all(each.holds for each in outcomes)
+    return lambda file, experiment, outcomes: not all(outcome.holds for outcome in outcomes)
 
 
 def _outcomes(file: FileResult | None) -> dict[str, tuple[ExpectOutcome, ...]]:
@@ -926,19 +936,19 @@ def _pairs(
         undecided: Texts of expectations without a verdict.
     """
     left: dict[str, list[ExpectOutcome]] = {}
-    for each in before:
-        left.setdefault(_normal(each.text), []).append(each)
-    for each in now:
-        same = left.get(_normal(each.text))
-        yield each, same.pop(0) if same else None
+    for outcome in before:
+        left.setdefault(_normal(outcome.text), []).append(outcome)
+    for outcome in now:
+        same = left.get(_normal(outcome.text))
+        yield outcome, same.pop(0) if same else None
     for text in undecided:
         same = left.get(_normal(text))
         if same:
             same.pop(0)
-    kept = {id(each) for same in left.values() for each in same}
-    for each in before:
-        if id(each) in kept:
-            yield None, each
+    kept = {id(outcome) for same in left.values() for outcome in same}
+    for outcome in before:
+        if id(outcome) in kept:
+            yield None, outcome
 
 
 def _paired(
@@ -969,19 +979,21 @@ def _change_type(now: ExpectOutcome | None, before: ExpectOutcome | None) -> Cha
 
 def _lost_results(now: FileResult, before: FileResult) -> Iterator[ExpectationChange]:
     """Yield experiments and measures that could be computed before and can't be now."""
-    there = {each.name: each for each in before.experiments}
+    there = {experiment.name: experiment for experiment in before.experiments}
     for lost in now.lost:
         if lost.name in there:
             why = lost.reasons[0] if lost.reasons else None
             yield ExpectationChange("regression", now.file, lost.name, lost=why)
-    for each in now.experiments:
-        if each.name not in there:
+    for experiment in now.experiments:
+        if experiment.name not in there:
             continue
-        computed = {_measure_key(data) for _, data in there[each.name].computed()}
-        for data in each.measures:
+        computed = {_measure_key(data) for _, data in there[experiment.name].computed()}
+        for data in experiment.measures:
             if data.missing is not None and _measure_key(data) in computed:
                 text = f"{data.called} of {data.label}"
-                yield ExpectationChange("regression", now.file, each.name, text, lost=data.missing)
+                yield ExpectationChange(
+                    "regression", now.file, experiment.name, text, lost=data.missing
+                )
 
 
 def _measure_key(data: MeasureData) -> tuple[str, str, str | None]:

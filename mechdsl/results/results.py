@@ -83,21 +83,23 @@ class Results:
     @property
     def experiments(self) -> tuple[ExperimentResult, ...]:
         """All experiments, in source order."""
-        return tuple(each for file in self.files for each in file.experiments)
+        return tuple(experiment for file in self.files for experiment in file.experiments)
 
     @property
     def saved(self) -> tuple[SavedFile, ...]:
         """Files written by `save` lines, in source order."""
-        return tuple(each for file in self.files for each in file.saved)
+        return tuple(saved_file for file in self.files for saved_file in file.saved)
 
     @property
     def holds(self) -> bool:
         """Whether every expectation of every experiment was decided and holds."""
-        lost = [each for file in self.files for each in file.lost]
-        left = any(each.expects for file in self.files for each in file.not_run)
-        if left or any(each.outcomes for each in lost):
+        lost = [experiment for file in self.files for experiment in file.lost]
+        left = any(
+            skipped_experiment.expects for file in self.files for skipped_experiment in file.not_run
+        )
+        if left or any(experiment.outcomes for experiment in lost):
             return False
-        return all(each.holds for each in self.experiments)
+        return all(experiment.holds for experiment in self.experiments)
 
     @property
     def regressions(self) -> tuple[ExpectationChange, ...]:
@@ -121,10 +123,10 @@ class Results:
     def __getitem__(self, name: str) -> ExperimentResult:
         """Return the experiment of this name (over several files, the first); KeyError if
         missing."""
-        for each in self.experiments:
-            if each.name == name:
-                return each
-        known = name_list(each.name for each in self.experiments) or "none"
+        for experiment in self.experiments:
+            if experiment.name == name:
+                return experiment
+        known = name_list(experiment.name for experiment in self.experiments) or "none"
         raise KeyError(f"no experiment `{name}` in these results; there are: {known}")
 
     def __iter__(self) -> Iterator[ExperimentResult]:
@@ -139,8 +141,8 @@ class Results:
         return [
             {"file": file.file, **record}
             for file in self.files
-            for each in file.experiments
-            for record in each.records()
+            for experiment in file.experiments
+            for record in experiment.records()
         ]
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -172,8 +174,8 @@ class Results:
     def to_text(self, width: int = 100) -> str:
         """Return the output of the command line, `width` columns wide: tables, figures, verdicts
         and saved files."""
-        texts = [each.to_text(width) for each in self.experiments]
-        texts += [f"{each.line}\n" for each in self.saved]
+        texts = [experiment.to_text(width) for experiment in self.experiments]
+        texts += [f"{saved_file.line}\n" for saved_file in self.saved]
         return "".join([*texts, "" if self.against is None else self.against.to_text(width)])
 
     def to_junit(self, path: str | Path | None = None) -> str:
@@ -231,13 +233,15 @@ class Results:
             return draw(kind, axis, by, measure=measure, top=top, width=width)
         if not self.experiments:
             raise ValueError("these results have no experiment to plot")
-        known = ", ".join(f'results["{each.name}"].plot(…)' for each in self.experiments)
+        known = ", ".join(
+            f'results["{experiment.name}"].plot(…)' for experiment in self.experiments
+        )
         raise ValueError(f"these results have {len(self)} experiments; plot one of them: {known}")
 
     def __repr__(self) -> str:
         count = count_noun(len(self), "experiment")
-        asked = sum(len(each.outcomes) for each in self)
-        held = sum(outcome.holds for each in self for outcome in each.outcomes)
+        asked = sum(len(result.outcomes) for result in self)
+        held = sum(outcome.holds for result in self for outcome in result.outcomes)
         verdict = f", {held} of {asked} expectations hold" if asked else ""
         files = ", ".join(file.file for file in self.files)
         lines = [
@@ -250,7 +254,7 @@ class Results:
         return "<Results " + "\n  ".join(shown) + ">"
 
     def _repr_html_(self) -> str:
-        return "".join(load_renderer(HTML_RENDERER)(each) for each in self.experiments)
+        return "".join(load_renderer(HTML_RENDERER)(experiment) for experiment in self.experiments)
 
 
 _FILE_NAME = re.compile(r"\w[^/\\\0]*")
@@ -263,7 +267,7 @@ RESAMPLE_RANGE = range(100, 1_000_001)
 def check_file_result(file: FileResult) -> None:
     """Check the consistency of a result; ValueError for an array whose shape doesn't match its
     cells and prompts, and for invalid references."""
-    names = [each.name for each in file.experiments]
+    names = [result.name for result in file.experiments]
     if len({*names}) < len(names):
         raise ValueError("two experiments have the same name")
     for experiment in file.experiments:
@@ -272,39 +276,46 @@ def check_file_result(file: FileResult) -> None:
                 raise ValueError(f"the parts of `{experiment.name:.100}` are inconsistent")
 
 
-def _experiment_checks(found: ExperimentResult) -> Iterator[bool]:
-    cells, prompts = len(found.cells), found.prompts
-    yield _FILE_NAME.fullmatch(found.name) is not None
+def _experiment_checks(result: ExperimentResult) -> Iterator[bool]:
+    cells, prompts = len(result.cells), result.prompts
+    yield _FILE_NAME.fullmatch(result.name) is not None
     yield cells <= limits.CELLS and prompts <= limits.ROWS
-    yield all(own.coords.keys() >= {*found.axes} for own in found.cells)
-    for data in found.measures:
+    yield all(cell.coords.keys() >= {*result.axes} for cell in result.cells)
+    for data in result.measures:
         yield from _measure_checks(data, cells, prompts)
-    yield len(found.statistics) in (0, len(found.measures))
-    yield len(found.controls) in (0, len(found.measures))
-    for each in found.verified:
-        yield 0 <= each.measure < len(found.measures) and 0 <= each.ranked <= len(each.cells)
-        yield all(a.shape == each.cells.shape for a in (each.exact, each.low, each.high))
-        yield each.cells.ndim == 1 and len({*each.cells.tolist()}) == len(each.cells)
-        yield {*each.cells.tolist()} <= {*range(cells)}
-    for arrays in (*found.statistics, *(band for band in found.controls if band is not None)):
+    yield len(result.statistics) in (0, len(result.measures))
+    yield len(result.controls) in (0, len(result.measures))
+    for verified_cells in result.verified:
+        yield 0 <= verified_cells.measure < len(
+            result.measures
+        ) and 0 <= verified_cells.ranked <= len(verified_cells.cells)
+        yield all(
+            a.shape == verified_cells.cells.shape
+            for a in (verified_cells.exact, verified_cells.low, verified_cells.high)
+        )
+        yield verified_cells.cells.ndim == 1 and len({*verified_cells.cells.tolist()}) == len(
+            verified_cells.cells
+        )
+        yield {*verified_cells.cells.tolist()} <= {*range(cells)}
+    for arrays in (*result.statistics, *(band for band in result.controls if band is not None)):
         yield all(array.shape == (cells,) for array in _array_fields(arrays))
-    yield all(len(each.reasons) == cells for each in found.statistics)
-    for own in found.runs.values():
+    yield all(len(statistic.reasons) == cells for statistic in result.statistics)
+    for own in result.runs.values():
         yield all(values.shape == (prompts,) for values in own.values())
-    yield from _accuracy_checks(found)
-    yield all(keys is None or len(keys) == prompts for keys in (found.row_ids, found.row_keys))
-    yield found.strata is None or found.strata.shape == (prompts,)
-    yield all(len(values) == prompts for values in found.row_values.values())
-    yield from _overlay_checks(found)
-    yield from _image_checks(found)
-    yield from _reply_checks(found)
-    if found.drawn is not None:
-        yield len(found.drawn.values) == len(found.measures)
-        yield all(v.ndim == 3 and v.shape[1:] == (cells, prompts) for v in found.drawn.values)
-        yield found.drawn.counts.shape == (cells,)
-    yield all(report.kind in REPORTS for report in found.reports)
-    if found.settings is not None:
-        yield found.settings.resamples in RESAMPLE_RANGE and 0 < found.settings.confidence < 100
+    yield from _accuracy_checks(result)
+    yield all(keys is None or len(keys) == prompts for keys in (result.row_ids, result.row_keys))
+    yield result.strata is None or result.strata.shape == (prompts,)
+    yield all(len(values) == prompts for values in result.row_values.values())
+    yield from _overlay_checks(result)
+    yield from _image_checks(result)
+    yield from _reply_checks(result)
+    if result.drawn is not None:
+        yield len(result.drawn.values) == len(result.measures)
+        yield all(v.ndim == 3 and v.shape[1:] == (cells, prompts) for v in result.drawn.values)
+        yield result.drawn.counts.shape == (cells,)
+    yield all(report.kind in REPORTS for report in result.reports)
+    if result.settings is not None:
+        yield result.settings.resamples in RESAMPLE_RANGE and 0 < result.settings.confidence < 100
 
 
 def _measure_checks(data: MeasureData, cells: int, prompts: int) -> Iterator[bool]:
@@ -317,44 +328,53 @@ def _measure_checks(data: MeasureData, cells: int, prompts: int) -> Iterator[boo
     yield len(data.gaps) in (0, cells)
 
 
-def _accuracy_checks(found: ExperimentResult) -> Iterator[bool]:
-    for run, values in found.accuracy.items():
+def _accuracy_checks(result: ExperimentResult) -> Iterator[bool]:
+    for run, values in result.accuracy.items():
         yield values.ndim == 1 and len(values) <= limits.ROWS
-        for other in (found.accuracy_rounding, found.accuracy_units):
+        for other in (result.accuracy_rounding, result.accuracy_units):
             yield run not in other or other[run].shape == values.shape
-        ids = found.accuracy_rows.get(run)
-        yield (found.prompts if ids is None else len(ids)) == len(values)
+        ids = result.accuracy_rows.get(run)
+        yield (result.prompts if ids is None else len(ids)) == len(values)
 
 
-def _overlay_checks(found: ExperimentResult) -> Iterator[bool]:
-    yield len(found.texts) in (0, found.prompts)
-    yield len(found.hits) in (0, len(found.cells))
-    yield len(found.active) in (0, len(found.cells))
-    lengths = [len(text) for text in found.texts]
-    for hits in {id(each): each for each in found.hits}.values():
+def _overlay_checks(result: ExperimentResult) -> Iterator[bool]:
+    yield len(result.texts) in (0, result.prompts)
+    yield len(result.hits) in (0, len(result.cells))
+    yield len(result.active) in (0, len(result.cells))
+    lengths = [len(text) for text in result.texts]
+    for hits in {id(each): each for each in result.hits}.values():
         yield len(hits) == len(lengths)
         yield all(
-            0 <= place < length for own, length in zip(hits, lengths, strict=False) for place in own
+            0 <= place < length
+            for numbers, length in zip(hits, lengths, strict=False)
+            for place in numbers
         )
 
 
-def _image_checks(found: ExperimentResult) -> Iterator[bool]:
+def _image_checks(result: ExperimentResult) -> Iterator[bool]:
     """Check that images are within the size limit and have the tokens of their prompt."""
-    yield len(found.seen) in (0, found.prompts)
-    for images, text in zip(found.seen, found.texts, strict=False):
-        for own in images:
-            shape = own.pixels.shape
+    yield len(result.seen) in (0, result.prompts)
+    for images, text in zip(result.seen, result.texts, strict=False):
+        for image in images:
+            shape = image.pixels.shape
             yield len(shape) == 3 and shape[2] == 3 and prod(shape) <= limits.IMAGE_PIXELS
-            yield 0 < own.rows <= shape[0]
-            yield 0 < own.cols <= shape[1]
-            yield len(own.tokens) == own.rows * own.cols
-            yield 0 <= own.span[0] <= min(own.tokens) <= max(own.tokens) < own.span[1] <= len(text)
+            yield 0 < image.rows <= shape[0]
+            yield 0 < image.cols <= shape[1]
+            yield len(image.tokens) == image.rows * image.cols
+            yield (
+                0
+                <= image.span[0]
+                <= min(image.tokens)
+                <= max(image.tokens)
+                < image.span[1]
+                <= len(text)
+            )
 
 
-def _reply_checks(found: ExperimentResult) -> Iterator[bool]:
+def _reply_checks(result: ExperimentResult) -> Iterator[bool]:
     """Check that every reply has a prompt, and that every entry has at least one reply."""
-    written = found.replies
-    yield len(written.cells) in (0, len(found.cells))
+    written = result.replies
+    yield len(written.cells) in (0, len(result.cells))
     for texts in (*written.cells, *written.runs.values()):
         yield texts.keys() <= written.prompts.keys()
         yield all(texts.values())
@@ -412,15 +432,17 @@ def pack_results(results: Results, text: str) -> dict[str, bytes]:
     (file,) = results.files
     kept = Attachments(sources=[_own_source(file.file, text)])
     try:
-        found = {
+        parts = {
             "files": _FILES_CODEC.write(results.files, kept),
             "versions": _VERSIONS_CODEC.write(results.versions, kept),
-            "diagnostics": [write_diagnostic(each, kept) for each in results.diagnostics],
+            "diagnostics": [write_diagnostic(problem, kept) for problem in results.diagnostics],
             "written": _PATHS_CODEC.write(results.written, kept),
             "profile": results.profile,
             "intervals": [
-                None if each.settings is None else _INTERVALS_CODEC.write(each.run_intervals, kept)
-                for each in file.experiments
+                None
+                if experiment.settings is None
+                else _INTERVALS_CODEC.write(experiment.run_intervals, kept)
+                for experiment in file.experiments
             ],
         }
     except ValueError as error:
@@ -428,8 +450,8 @@ def pack_results(results: Results, text: str) -> dict[str, bytes]:
     whole = {
         "archive": ARCHIVE_VERSION,
         "mechdsl": results.versions.get("mechdsl", "unknown"),
-        "sources": [_source_parts(each, own=n == 0) for n, each in enumerate(kept.sources)],
-        **found,
+        "sources": [_source_parts(source, own=n == 0) for n, source in enumerate(kept.sources)],
+        **parts,
     }
     return {
         RESULT_FILE: json.dumps(whole, allow_nan=False, separators=(",", ":")).encode(),
@@ -502,7 +524,7 @@ def _restore_intervals(file: FileResult, found: list[Any], kept: Attachments) ->
             continue
         intervals = _INTERVALS_CODEC.read(parts, kept)
         categories = {data.label for data in experiment.measures if data.kind == "category"}
-        asked = [(run, label) for run, own in experiment.runs.items() for label in own]
+        asked = [(run, label) for run, values in experiment.runs.items() for label in values]
         asked = [pair for pair in asked if pair[1] not in categories]
         asked += [(run, "accuracy") for run in experiment.accuracy]
         if any(label not in intervals.get(run, {}) for run, label in asked):

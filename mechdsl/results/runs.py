@@ -64,8 +64,13 @@ def about_results(
         stored: Number of rows with values from the store.
         seconds: Duration of this and earlier attempts.
     """
-    outcomes = [outcome for each in results for outcome in each.outcomes]
-    lost = [outcome for file in results.files for each in file.lost for outcome in each.outcomes]
+    outcomes = [outcome for result in results for outcome in result.outcomes]
+    lost = [
+        outcome
+        for file in results.files
+        for experiment in file.lost
+        for outcome in experiment.outcomes
+    ]
     return {
         "experiments": len(results),
         "lost": sum(len(file.lost) for file in results.files),
@@ -154,12 +159,12 @@ def read_facts(run: StoredRun) -> RunFacts:
 
 def add_hashes(facts: RunFacts, results: Results) -> RunFacts:
     """Add the hashes of the results' inputs, each once."""
-    found: dict[str, str] = {}
-    for each in results:
-        for name, value in each.hashes.items():
-            if value and value not in found.values():
-                found[name if name not in found else f"{name} of {each.name}"] = value
-    return replace(facts, hashes={**found, **facts.hashes})
+    hashes: dict[str, str] = {}
+    for result in results:
+        for name, value in result.hashes.items():
+            if value and value not in hashes.values():
+                hashes[name if name not in hashes else f"{name} of {result.name}"] = value
+    return replace(facts, hashes={**hashes, **facts.hashes})
 
 
 TABLES_FILE = "tables.txt"
@@ -222,7 +227,7 @@ def export_archive(content: Mapping[str, bytes], results: Results, folder: Path)
         for experiment in results:
             lines = (dump_json(line) + "\n" for line in experiment_lines(experiment))
             name = experiment.name + LINES_SUFFIX
-            _write_synced(aside / name, (each.encode("utf-8", "surrogatepass") for each in lines))
+            _write_synced(aside / name, (line.encode("utf-8", "surrogatepass") for line in lines))
         _sync_folder(aside)
         _replace_folder(aside, target)
     finally:
@@ -316,13 +321,13 @@ def _remove_stale_folders(target: Path) -> None:
     """Finish what processes killed between two renames have begun."""
     named = re.compile(rf"\.{re.escape(target.name)}-([0-9]+)-[0-9a-f]{{8}}\.(new|before)")
     for path in sorted(target.parent.iterdir()):
-        found = named.fullmatch(path.name)
-        if found is None:
+        match = named.fullmatch(path.name)
+        if match is None:
             continue
         with suppress(OSError):
-            if not _is_stale(path, int(found[1])):
+            if not _is_stale(path, int(match[1])):
                 continue
-            if found[2] == "new":
+            if match[2] == "new":
                 shutil.rmtree(path)
             elif target.exists():
                 _remove_replaced(path, target, _exported_names(path))
@@ -344,7 +349,7 @@ def _is_stale(folder: Path, process: int) -> bool:
         except (OSError, OverflowError):
             return False
     facts = [path.stat() for path in (folder, *folder.iterdir())]
-    return time.time() - max(max(each.st_mtime, each.st_ctime) for each in facts) >= STALE_SECONDS
+    return time.time() - max(max(fact.st_mtime, fact.st_ctime) for fact in facts) >= STALE_SECONDS
 
 
 def _exported_names(folder: Path) -> set[str]:
@@ -361,18 +366,18 @@ def _exported_names(folder: Path) -> set[str]:
 # --- lines ----------------------------------------------------------------------------------------
 
 
-def experiment_lines(found: ExperimentResult) -> Iterator[dict[str, Any]]:
+def experiment_lines(result: ExperimentResult) -> Iterator[dict[str, Any]]:
     """Yield the lines of an experiment: its measures, its unpatched runs, its cells.
 
     `rows` are ids of prompts, and `values` has a list per measure, one value per row; null for
     missing values. Several runs under one label are averaged, and a cell lists the rows that are
     part of it.
     """
-    ids = list(range(found.prompts)) if found.row_ids is None else list(found.row_ids)
+    ids = list(range(result.prompts)) if result.row_ids is None else list(result.row_ids)
     yield {
         "schema": LINES_SCHEMA_VERSION,
-        "experiment": found.name,
-        "axes": list(found.axes),
+        "experiment": result.name,
+        "axes": list(result.axes),
         "measures": [
             {
                 "label": m.label,
@@ -381,15 +386,15 @@ def experiment_lines(found: ExperimentResult) -> Iterator[dict[str, Any]]:
                 "at": m.at,
                 **({"estimator": m.estimator} if m.estimator else {}),
             }
-            for m in found.measures
+            for m in result.measures
         ],
     }
-    nothing = np.full(found.prompts, np.nan)
-    for run, own in found.runs.items():
-        values = [_json_numbers(own.get(data.label, nothing)) for data in found.measures]
+    nothing = np.full(result.prompts, np.nan)
+    for run, own in result.runs.items():
+        values = [_json_numbers(own.get(data.label, nothing)) for data in result.measures]
         yield {"run": run, "rows": ids, "values": values}
-    for number, cell in enumerate(found.cells):
-        each = [data.patched[number] for data in found.measures]
+    for number, cell in enumerate(result.cells):
+        each = [data.patched[number] for data in result.measures]
         rows = np.flatnonzero(~np.all(np.isnan(each), axis=0)) if each else np.arange(0)
         yield {
             "cell": number,
@@ -431,11 +436,11 @@ def find_store_folder(text: str | None, named: Path | None = None) -> Path:
         if text is not None and text.endswith(SOURCE_SUFFIX)
         else Path("any" + SOURCE_SUFFIX)
     )
-    found = store_folder(file, named)
-    if found is None:
+    path = store_folder(file, named)
+    if path is None:
         reason = f"there is no store: `{STORE_VARIABLE}` is `{STORE_OFF}`"
         raise_run_error(reason, "name one with `--store DIR`, `store=` in Python")
-    return found
+    return path
 
 
 def has_store(folder: Path) -> bool:
@@ -529,9 +534,11 @@ def find_export(folder: Path, file: str) -> Path:
     it is an export or contains none."""
     if not folder.is_dir() or is_export(folder):
         return folder
-    inside = [each for each in folder.iterdir() if is_export(each)]
-    own = [each for each in inside if file.endswith(SOURCE_SUFFIX) and each.name == Path(file).stem]
-    return (own or (inside if len(inside) == 1 else [folder]))[0]
+    inside = [path for path in folder.iterdir() if is_export(path)]
+    paths = [
+        path for path in inside if file.endswith(SOURCE_SUFFIX) and path.name == Path(file).stem
+    ]
+    return (paths or (inside if len(inside) == 1 else [folder]))[0]
 
 
 def load_results(text: str, store: Path | None = None) -> Results:
@@ -551,7 +558,7 @@ def load_results(text: str, store: Path | None = None) -> Results:
             hint = "export the run again, or run its file again with `--out`"
             raise_run_error(f"the folder `{folder}` can't be read: {error}", hint)
     if text not in ("", LAST_RUN) and folder.is_dir():
-        inside = sorted(f"`{each}`" for each in folder.iterdir() if is_export(each))
+        inside = sorted(f"`{path}`" for path in folder.iterdir() if is_export(path))
         hint = f"did you mean {' or '.join(inside[:MAX_LISTED_RUNS])}?" if inside else _NAMES
         raise_run_error(f"the folder `{folder}` contains no run", hint)
     with open_store(find_store_folder(text, store)) as opened:
@@ -690,7 +697,7 @@ class Runs(list[Run]):
     def __repr__(self) -> str:
         if not self:
             return "<Runs: none>"
-        lines = [run_line(each.facts) for each in self[:MAX_REPR_RUNS]]
+        lines = [run_line(run.facts) for run in self[:MAX_REPR_RUNS]]
         more = len(self) - MAX_REPR_RUNS
         return "<Runs " + "\n  ".join([*lines, f"and {more} more"] if more > 0 else lines) + ">"
 
@@ -706,7 +713,7 @@ def run_line(facts: RunFacts) -> str:
 def load_runs(folder: Path) -> Runs:
     """Load the runs of a store. Raises MechdslError (E0208) if it is missing or unreadable."""
     with open_store(folder) as store:
-        return Runs(Run(folder, each) for each in fetch_runs(store))
+        return Runs(Run(folder, run) for run in fetch_runs(store))
 
 
 @dataclass(frozen=True)
@@ -723,8 +730,8 @@ class FileToRun:
 
 def prepare_file(checked: CheckedFile) -> FileToRun:
     """Convert a checked file."""
-    asked = {each.name for each in checked.reported}
-    unasked = {each.name for each in checked.program.experiments} - asked
+    asked = {experiment.name for experiment in checked.reported}
+    unasked = {experiment.name for experiment in checked.program.experiments} - asked
     source = checked.source
     return FileToRun(source.name, source.path, unasked, checked.settings.untrusted)
 
@@ -745,18 +752,18 @@ def find_earlier_run(
         MechdslError: E0208 if no such run exists, or it is of none of these files.
     """
     folder = Path(named)
-    if named == LAST_RUN and files and all(each.path is not None for each in files):
-        found = {
-            each.name: load_results(str(each.path), _store_of(each, named, store)).files[0]
-            for each in files
+    if named == LAST_RUN and files and all(file.path is not None for file in files):
+        results = {
+            file.name: load_results(str(file.path), _store_of(file, named, store)).files[0]
+            for file in files
         }
-        return _build_earlier_run((named,), found, files)
+        return _build_earlier_run((named,), results, files)
     if folder.is_dir() and not is_export(folder):
-        inside = {each.name: folder / export_stem(each.name) for each in files}
+        inside = {file.name: folder / export_stem(file.name) for file in files}
         there = {name: path for name, path in inside.items() if is_export(path)}
         if there:
-            found = {name: load_results(str(path)).files[0] for name, path in there.items()}
-            return _build_earlier_run((named,), found, files)
+            results = {name: load_results(str(path)).files[0] for name, path in there.items()}
+            return _build_earlier_run((named,), results, files)
     _check_folder(folder)
     own = store
     if files and not folder.is_dir() and not named.endswith(SOURCE_SUFFIX):
@@ -769,17 +776,19 @@ def earlier_run_from_results(
 ) -> EarlierRun:
     """Return the earlier run of each file from results in memory."""
     before = results.files
-    names = ", ".join(f"`{each.file}`" for each in before) or "no file"
+    names = ", ".join(f"`{result.file}`" for result in before) or "no file"
     if len(files) == len(before) == 1:
         other = _run_name(files[0].name) != _run_name(before[0].file)
         label = f"{named or 'results'}, a run of {names}" if other or not named else named
         return _build_earlier_run((label,), {files[0].name: before[0]}, files)
-    found = {each.name: match for each in files if (match := _file_of_name(each.name, before))}
-    if files and not found:
-        asked = ", ".join(f"`{each.name}`" for each in files)
+    file_results = {
+        file.name: match for file in files if (match := _file_of_name(file.name, before))
+    }
+    if files and not file_results:
+        asked = ", ".join(f"`{file.name}`" for file in files)
         start = f"`--against {named}`: it is a run" if named else "`against`: these are results"
         raise_run_error(f"{start} of {names}, which isn't run now", f"name a run of {asked}")
-    return _build_earlier_run((named or f"results, a run of {names}",), found, files)
+    return _build_earlier_run((named or f"results, a run of {names}",), file_results, files)
 
 
 def _check_folder(folder: Path) -> None:
@@ -787,7 +796,7 @@ def _check_folder(folder: Path) -> None:
     if folder.name == str(folder) or folder.suffix == SOURCE_SUFFIX or folder.exists():
         return
     siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
-    there = sorted(str(each) for each in siblings if is_export(each))
+    there = sorted(str(path) for path in siblings if is_export(path))
     if there:
         hint = did_you_mean(str(folder), there, f"it has {name_list(there)}")
         raise_run_error(f"there is no folder `{folder}`", hint)
@@ -796,22 +805,22 @@ def _check_folder(folder: Path) -> None:
 def _store_of(file: FileToRun, named: str, store: Path | None) -> Path | None:
     """Return the folder of a file's runs; None for the default of `load_results`. An untrusted file
     may come with an untrusted store."""
-    found = store_folder(file.path, store, untrusted=file.untrusted)
-    if found is None and file.untrusted:
+    path = store_folder(file.path, store, untrusted=file.untrusted)
+    if path is None and file.untrusted:
         hint = "name a folder written by `--out`, or a store with `--store DIR`"
         raise_run_error(
             f"`--against {named}`: the store next to an untrusted file isn't read", hint
         )
-    return found
+    return path
 
 
 def _build_earlier_run(
-    runs: tuple[str, ...], found: Mapping[str, FileResult], files: Sequence[FileToRun]
+    runs: tuple[str, ...], results: Mapping[str, FileResult], files: Sequence[FileToRun]
 ) -> EarlierRun:
     return EarlierRun(
         runs,
-        {each.name: found.get(each.name) for each in files},
-        {each.name: each.unasked for each in files},
+        {file.name: results.get(file.name) for file in files},
+        {file.name: file.unasked for file in files},
     )
 
 
@@ -821,6 +830,6 @@ def _run_name(file: str) -> str:
 
 def _file_of_name(name: str, files: Sequence[FileResult]) -> FileResult | None:
     """Return the file with this path, or else with this name."""
-    same = [each for each in files if each.file == name]
-    called = [each for each in files if _run_name(each.file) == _run_name(name)]
+    same = [file for file in files if file.file == name]
+    called = [file for file in files if _run_name(file.file) == _run_name(name)]
     return next(iter([*same, *called]), None)

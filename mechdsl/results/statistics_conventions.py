@@ -58,34 +58,40 @@ def statistics_conventions(
         for data in result.measures
         if data.kind == "number"
     }
-    found: dict[str, str] = {}
+    conventions: dict[str, str] = {}
     if result.selected:
-        found["selection"] = f"{selection_text(result)}: effects look larger here than on new rows"
+        conventions["selection"] = (
+            f"{selection_text(result)}: effects look larger here than on new rows"
+        )
     if said:
-        found["effect"] = "; ".join(f"{name} = {formula}" for name, formula in said.items())
-        found["interval"] = _interval_text(result)
+        conventions["effect"] = "; ".join(f"{name} = {formula}" for name, formula in said.items())
+        conventions["interval"] = _interval_text(result)
     for name, entry in ROW_STATISTICS.items():
-        failures = [each.failures[name] for each in result.statistics if name in each.failures]
-        if any(name in each.further for each in result.statistics):
-            found[name] = "; ".join([entry.documentation, *dict.fromkeys(failures)])
-    test = next((each.test for each in result.statistics if each.test), None)
-    tests = max(each.tests for each in result.statistics)
+        failures = [
+            statistic.failures[name]
+            for statistic in result.statistics
+            if name in statistic.failures
+        ]
+        if any(name in statistic.further for statistic in result.statistics):
+            conventions[name] = "; ".join([entry.documentation, *dict.fromkeys(failures)])
+    test = next((statistic.test for statistic in result.statistics if statistic.test), None)
+    tests = max(statistic.tests for statistic in result.statistics)
     if test and tests:
-        found["p"] = test
-        found["correction"] = (
+        conventions["p"] = test
+        conventions["correction"] = (
             f"{CORRECTION_NAMES[settings.correction]}, over {count_noun(tests, 'cell')}"
         )
-        repeated = sum(int(np.count_nonzero(each.repeated)) for each in result.statistics)
+        repeated = sum(int(np.count_nonzero(statistic.repeated)) for statistic in result.statistics)
         if repeated:
-            found["correction"] += (
+            conventions["correction"] += (
                 f"; {count_noun(repeated, 'further cell')} not counted, as the measure can't "
                 "differ there from a counted cell"
             )
-        found["correction"] += _withheld_text(result)
-    found |= _equal_draws(result)
-    found |= _rounding(result)
-    found["seed"] = str(result.seed)
-    return found
+        conventions["correction"] += _withheld_text(result)
+    conventions |= _equal_draws(result)
+    conventions |= _rounding(result)
+    conventions["seed"] = str(result.seed)
+    return conventions
 
 
 def _equal_draws(result: ExperimentResult) -> dict[str, str]:
@@ -95,7 +101,7 @@ def _equal_draws(result: ExperimentResult) -> dict[str, str]:
 
 
 def _rounding(result: ExperimentResult) -> dict[str, str]:
-    small = sum(int(np.count_nonzero(each.at_rounding)) for each in result.statistics)
+    small = sum(int(np.count_nonzero(statistic.at_rounding)) for statistic in result.statistics)
     said: list[str] = []
     if small:
         said.append(
@@ -122,7 +128,9 @@ def _rounding(result: ExperimentResult) -> dict[str, str]:
 def _count_inside_by_rounding(result: ExperimentResult) -> int:
     pairs = zip(result.controls, result.statistics, strict=False)  # no controls, or one a measure
     decided = [
-        band.decides & band.is_inside_by_rounding(found.mean) for band, found in pairs if band
+        band.decides & band.is_inside_by_rounding(statistics.mean)
+        for band, statistics in pairs
+        if band
     ]
     return sum(int(np.count_nonzero(each)) for each in decided)
 
@@ -136,13 +144,13 @@ def describe_equal_draws(result: ExperimentResult, measure: int) -> str:
     band = result.control(measure)
     if band is None or band.title == "untrained":
         return ""
-    found = result.statistics[measure]
-    equal = np.flatnonzero(band.is_one_value(found.rounding))
+    statistic = result.statistics[measure]
+    equal = np.flatnonzero(band.is_one_value(statistic.rounding))
     if not len(equal):
         return ""
     ablated = ""
     if result.measures[measure].effect in ABLATED_EFFECTS:
-        at_zero = np.maximum(np.abs(band.low), np.abs(band.high)) <= found.rounding
+        at_zero = np.maximum(np.abs(band.low), np.abs(band.high)) <= statistic.rounding
         ablated = ", that of the run with everything ablated" if at_zero[equal].all() else ""
     cells = len(result.cells)
     which = "" if cells == 1 else f" in {len(equal):,} of {count_noun(cells, 'cell')}"
@@ -155,11 +163,17 @@ def describe_equal_draws(result: ExperimentResult, measure: int) -> str:
 def _withheld_text(result: ExperimentResult) -> str:
     """Describe the measures whose p isn't corrected; empty if there are none."""
     pairs = zip(result.measures, result.statistics, strict=True)
-    tested = [(data, found) for data, found in pairs if found.tested.any()]
+    tested = [(data, statistics) for data, statistics in pairs if statistics.tested.any()]
     text = ""
-    for why in dict.fromkeys(found.withheld for _, found in tested if found.withheld):
-        own = [f"{data.called} of {data.label}" for data, found in tested if found.withheld == why]
-        measures = f" for {', '.join(own)}" if len(own) < len(tested) else ""
+    for why in dict.fromkeys(
+        statistics.withheld for _, statistics in tested if statistics.withheld
+    ):
+        names = [
+            f"{data.called} of {data.label}"
+            for data, statistics in tested
+            if statistics.withheld == why
+        ]
+        measures = f" for {', '.join(names)}" if len(names) < len(tested) else ""
         text += f"; withheld{measures}, as {WITHHELD_TEXTS[why]}"
     return text
 
@@ -167,13 +181,13 @@ def _withheld_text(result: ExperimentResult) -> str:
 def selection_text(result: ExperimentResult) -> str:
     """Return `heads picked sites from 16 cells on the same 32 rows` per selecting experiment."""
     return "; ".join(
-        f"`{each.of}` picked sites from {count_noun(each.cells, 'cell')} on "
+        f"`{selection.of}` picked sites from {count_noun(selection.cells, 'cell')} on "
         + (
-            f"the same {count_noun(each.rows, 'row')}"
-            if each.shared == each.rows
-            else f"{each.shared:,} of these {count_noun(each.rows, 'row')}"
+            f"the same {count_noun(selection.rows, 'row')}"
+            if selection.shared == selection.rows
+            else f"{selection.shared:,} of these {count_noun(selection.rows, 'row')}"
         )
-        for each in result.selected
+        for selection in result.selected
     )
 
 
@@ -205,7 +219,7 @@ def _interval_text(result: ExperimentResult) -> str:
         return "; ".join(dict.fromkeys(NO_INTERVAL_REASONS[data.spread] for data in every))
     units = [sampling.units(seen) for data in numbers for _, seen in cells_by_view(data)]
     most = max(units, key=lambda each: each.count)
-    words = {each.count: sampling.unit_word(each) for each in units}
+    words = {unit.count: sampling.unit_word(unit) for unit in units}
     over = " or ".join(count_noun(*each) for each in words.items())
     if any(word.startswith("group of ") for word in words.values()):
         over += " (values with equal rows are one group)"
@@ -225,7 +239,7 @@ def _interval_text(result: ExperimentResult) -> str:
         if unnamed:
             kinds.append(f"all values of {', '.join(unnamed)} are 0 or 1: treated as shares")
     level = round(1 - settings.confidence / 100, 10)
-    if any(_reaches_zero(each, level) for each in result.statistics):
+    if any(_reaches_zero(statistic, level) for statistic in result.statistics):
         kinds.append(f"extended to 0 where so few values that aren't 0 give no p below {level:g}")
     kinds += _name_cut_cells(result)
     return f"{settings.confidence:g} % {'; '.join(kinds)}"
@@ -239,13 +253,17 @@ def _reaches_zero(cells: CellStatistics, level: float) -> bool:
 
 def _name_cut_cells(result: ExperimentResult) -> Iterator[str]:
     """Yield how many intervals are cut to the range of a mean of probabilities or shares."""
-    for data, own in zip(result.measures, result.statistics, strict=True):
+    for data, statistic in zip(result.measures, result.statistics, strict=True):
         limits = mean_range(data)
         if limits is None:
             continue
-        exact = np.zeros(len(own.mean), dtype=bool)
-        exact[own.n > 0] = share_mask(data, EFFECTS[data.effect])
-        cut = ((own.low == limits[0]) | (own.high == limits[1])) & (own.low < own.high) & ~exact
+        exact = np.zeros(len(statistic.mean), dtype=bool)
+        exact[statistic.n > 0] = share_mask(data, EFFECTS[data.effect])
+        cut = (
+            ((statistic.low == limits[0]) | (statistic.high == limits[1]))
+            & (statistic.low < statistic.high)
+            & ~exact
+        )
         if cut.any():
             least, most = limits
             yield (

@@ -79,22 +79,22 @@ class Codec(NamedTuple):
     read: Callable[[Any, Attachments], Any]
 
 
-def _type_error(expected: str, found: Any) -> ValueError:
-    return ValueError(f"{expected} was expected, not a value of type {type(found).__name__}")
+def _type_error(expected: str, data: Any) -> ValueError:
+    return ValueError(f"{expected} was expected, not a value of type {type(data).__name__}")
 
 
-def as_list(found: Any) -> list[Any]:
+def as_list(data: Any) -> list[Any]:
     """Check for a JSON list; ValueError for anything else."""
-    if type(found) is not list:
-        raise _type_error("a list", found)
-    return cast("list[Any]", found)
+    if type(data) is not list:
+        raise _type_error("a list", data)
+    return cast("list[Any]", data)
 
 
-def as_object(found: Any) -> dict[str, Any]:
+def as_object(data: Any) -> dict[str, Any]:
     """Check for a JSON object; ValueError for anything else."""
-    if type(found) is not dict:
-        raise _type_error("an object", found)
-    return cast("dict[str, Any]", found)
+    if type(data) is not dict:
+        raise _type_error("an object", data)
+    return cast("dict[str, Any]", data)
 
 
 # --- self-describing values -----------------------------------------------------------------------
@@ -131,16 +131,16 @@ def write_value(value: Any, kept: Attachments) -> Any:
     raise ValueError(f"a value of type {kind.__module__}.{kind.__qualname__} can't be stored")
 
 
-def read_value(found: Any, kept: Attachments) -> Any:
+def read_value(data: Any, kept: Attachments) -> Any:
     """Restore a value that `write_value` has converted."""
-    kind = type(found)
+    kind = type(data)
     if kind is list:
-        return [read_value(each, kept) for each in found]
+        return [read_value(each, kept) for each in data]
     if kind is not dict:
-        return found
-    if len(found) != 1:
+        return data
+    if len(data) != 1:
         raise ValueError("a value has exactly one type")
-    ((tag, content),) = found.items()
+    ((tag, content),) = data.items()
     if tag in _OF_TAG and type(content) is str and len(content) < _MOST_TEXT:
         return _OF_TAG[tag](content)
     if tag not in _READ:
@@ -148,26 +148,26 @@ def read_value(found: Any, kept: Attachments) -> Any:
     return _READ[tag](content, kept)
 
 
-def _read_float(found: Any, kept: Attachments) -> float:
-    if found not in ("nan", "inf", "-inf"):
+def _read_float(data: Any, kept: Attachments) -> float:
+    if data not in ("nan", "inf", "-inf"):
         raise ValueError("a number that JSON supports must be a JSON number")
-    return float(found)
+    return float(data)
 
 
-def _read_percent(found: Any, kept: Attachments) -> Percent:
-    value = read_value(found, kept)
+def _read_percent(data: Any, kept: Attachments) -> Percent:
+    value = read_value(data, kept)
     if type(value) is not float:
         raise _type_error("a number", value)
     return Percent(value)
 
 
-def _read_dict(found: Any, kept: Attachments) -> dict[Any, Any]:
-    pairs = [as_list(pair) for pair in as_list(found)]
+def _read_dict(data: Any, kept: Attachments) -> dict[Any, Any]:
+    pairs = [as_list(pair) for pair in as_list(data)]
     return {read_value(key, kept): read_value(value, kept) for key, value in pairs}
 
 
-def _read_numpy(found: Any, kept: Attachments) -> Any:
-    code, content = as_list(found)
+def _read_numpy(data: Any, kept: Attachments) -> Any:
+    code, content = as_list(data)
     value = read_value(content, kept)
     if code == "U" and type(value) is str:
         return np.str_(value)
@@ -178,24 +178,24 @@ def _read_numpy(found: Any, kept: Attachments) -> Any:
     return np.dtype(code).type(value)
 
 
-def _read_path(found: Any, kept: Attachments) -> Path:
-    if type(found) is not str:
-        raise _type_error("a path", found)
-    return Path(found)
+def _read_path(data: Any, kept: Attachments) -> Path:
+    if type(data) is not str:
+        raise _type_error("a path", data)
+    return Path(data)
 
 
-def _read_array(found: Any, kept: Attachments) -> NDArray[Any]:
-    if type(found) is not str or found not in kept.arrays:
+def _read_array(data: Any, kept: Attachments) -> NDArray[Any]:
+    if type(data) is not str or data not in kept.arrays:
         raise ValueError("an array is missing")
-    return kept.arrays[found]
+    return kept.arrays[data]
 
 
 def _write_span(span: Span, kept: Attachments) -> list[int]:
     return [kept.source(span.source), span.start, span.end]
 
 
-def _read_span(found: Any, kept: Attachments) -> Span:
-    parts = as_list(found)
+def _read_span(data: Any, kept: Attachments) -> Span:
+    parts = as_list(data)
     if len(parts) != 3 or any(type(part) is not int for part in parts):
         raise ValueError("a span is the index of a text and two offsets in it")
     number, start, end = parts
@@ -209,7 +209,7 @@ def _read_span(found: Any, kept: Attachments) -> Span:
 
 _READ: dict[str, Callable[[Any, Attachments], Any]] = {
     "float": _read_float,
-    "tuple": lambda found, kept: tuple(read_value(each, kept) for each in as_list(found)),
+    "tuple": lambda data, kept: tuple(read_value(each, kept) for each in as_list(data)),
     "dict": _read_dict,
     "percent": _read_percent,
     "span": _read_span,
@@ -266,8 +266,8 @@ def build_codec(hint: Any) -> Codec:
     raise TypeError(f"no form for {hint}")
 
 
-def _is_class(found: Any, kind: type) -> bool:
-    return isinstance(found, type) and issubclass(found, kind)
+def _is_class(data: Any, kind: type) -> bool:
+    return isinstance(data, type) and issubclass(data, kind)
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -282,8 +282,8 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def _one_of(fits: Callable[[Any], bool], expected: str) -> Codec:
-    def read(found: Any, kept: Attachments) -> Any:
-        value = read_value(found, kept)
+    def read(data: Any, kept: Attachments) -> Any:
+        value = read_value(data, kept)
         if not fits(value):
             raise _type_error(expected, value)
         return value
@@ -291,29 +291,29 @@ def _one_of(fits: Callable[[Any], bool], expected: str) -> Codec:
     return Codec(write_value, read)
 
 
-def _optional(own: Codec) -> Codec:
+def _optional(codec: Codec) -> Codec:
     return Codec(
-        lambda value, kept: None if value is None else own.write(value, kept),
-        lambda found, kept: None if found is None else own.read(found, kept),
+        lambda value, kept: None if value is None else codec.write(value, kept),
+        lambda data, kept: None if data is None else codec.read(data, kept),
     )
 
 
 def _tuple(inner: Any) -> Codec:
-    own = build_codec(inner)
+    codec = build_codec(inner)
     if inner in (str, int):  # fast path for many thousands of tokens
 
         def write_plain(value: Any, kept: Attachments) -> Any:
             plain = all(type(each) is inner for each in value)
-            return list(value) if plain else [own.write(each, kept) for each in value]
+            return list(value) if plain else [codec.write(each, kept) for each in value]
 
-        def read_plain(found: Any, kept: Attachments) -> Any:
-            plain = all(type(each) is inner for each in as_list(found))
-            return tuple(found) if plain else tuple(own.read(each, kept) for each in found)
+        def read_plain(data: Any, kept: Attachments) -> Any:
+            plain = all(type(each) is inner for each in as_list(data))
+            return tuple(data) if plain else tuple(codec.read(each, kept) for each in data)
 
         return Codec(write_plain, read_plain)
     return Codec(
-        lambda value, kept: [own.write(each, kept) for each in value],
-        lambda found, kept: tuple(own.read(each, kept) for each in as_list(found)),
+        lambda value, kept: [codec.write(each, kept) for each in value],
+        lambda data, kept: tuple(codec.read(each, kept) for each in as_list(data)),
     )
 
 
@@ -323,7 +323,7 @@ def _has_arrays(inner: Any) -> bool:
     return any(get_origin(hint) is np.ndarray for hint in hints.values())
 
 
-def _repeated(own: Codec) -> Codec:
+def _repeated(codec: Codec) -> Codec:
     """Return a conversion of tuples that stores equal items once, with an index per position."""
 
     def write(value: Any, kept: Attachments) -> Any:
@@ -334,11 +334,11 @@ def _repeated(own: Codec) -> Codec:
             if id(each) not in known:
                 known[id(each)] = numbers.setdefault(each, len(numbers))
             index.append(known[id(each)])
-        return [[own.write(each, kept) for each in numbers], index]
+        return [[codec.write(number, kept) for number in numbers], index]
 
-    def read(found: Any, kept: Attachments) -> Any:
-        distinct, index = as_list(found)
-        values = [own.read(each, kept) for each in as_list(distinct)]
+    def read(data: Any, kept: Attachments) -> Any:
+        distinct, index = as_list(data)
+        values = [codec.read(each, kept) for each in as_list(distinct)]
         if any(type(n) is not int or not 0 <= n < len(values) for n in as_list(index)):
             raise ValueError("a tuple is missing")
         return tuple(values[n] for n in index)
@@ -347,8 +347,8 @@ def _repeated(own: Codec) -> Codec:
 
 
 def _array(dtype: np.dtype[Any]) -> Codec:
-    def read(found: Any, kept: Attachments) -> Any:
-        array = _read_array(found, kept)
+    def read(data: Any, kept: Attachments) -> Any:
+        array = _read_array(data, kept)
         if array.dtype != dtype:
             raise ValueError(f"an array of {dtype} was expected, not of {array.dtype}")
         return array
@@ -361,19 +361,19 @@ def _array(dtype: np.dtype[Any]) -> Codec:
     return Codec(write, read)
 
 
-def _mapping(key: Any, own: Codec) -> Codec:
+def _mapping(key: Any, codec: Codec) -> Codec:
     keys = build_codec(key)
 
     def write(value: Any, kept: Attachments) -> Any:
         if key is str:
-            return {str(k): own.write(v, kept) for k, v in value.items()}
-        return [[keys.write(k, kept), own.write(v, kept)] for k, v in value.items()]
+            return {str(k): codec.write(v, kept) for k, v in value.items()}
+        return [[keys.write(k, kept), codec.write(v, kept)] for k, v in value.items()]
 
-    def read(found: Any, kept: Attachments) -> Any:
+    def read(data: Any, kept: Attachments) -> Any:
         if key is str:
-            return {k: own.read(v, kept) for k, v in as_object(found).items()}
-        pairs = [as_list(pair) for pair in as_list(found)]
-        return {keys.read(k, kept): own.read(v, kept) for k, v in pairs}
+            return {k: codec.read(v, kept) for k, v in as_object(data).items()}
+        pairs = [as_list(pair) for pair in as_list(data)]
+        return {keys.read(k, kept): codec.read(v, kept) for k, v in pairs}
 
     return Codec(write, read)
 
@@ -401,8 +401,8 @@ def _record(kind: Any, forms: Mapping[str, Codec]) -> Codec:
     def write(value: Any, kept: Attachments) -> Any:
         return {name: form.write(getattr(value, name), kept) for name, form in forms.items()}
 
-    def read(found: Any, kept: Attachments) -> Any:
-        given = as_object(found)
+    def read(data: Any, kept: Attachments) -> Any:
+        given = as_object(data)
         if not needed <= given.keys() <= forms.keys():
             unknown = sorted({*given} ^ {*forms})
             raise ValueError(f"{kind.__name__} has unknown fields: {', '.join(unknown)[:100]}")
@@ -436,9 +436,9 @@ def write_diagnostic(diagnostic: Diagnostic, kept: Attachments) -> dict[str, Any
     }
 
 
-def read_diagnostic(found: Any, kept: Attachments) -> Diagnostic:
+def read_diagnostic(data: Any, kept: Attachments) -> Diagnostic:
     """Restore a diagnostic; if its class gives different texts, return the stored texts."""
-    parts = as_object(found)
+    parts = as_object(data)
     said = {name: parts[name] for name in ("code", *_RECORDED)}
     if any(type(text) is not str for text in said.values()):
         raise ValueError("the message of a diagnostic must be text")

@@ -284,8 +284,8 @@ _WINDOW_KEYS = ("sliding_window", "local_radius", "attention_window", "block_siz
 def _reject_seen_keys(rule: spec.Rule, stack: str, work: ExperimentContext) -> bool:
     """Report E0332, or E0108 in encoders with windows, for edges of a stack without a mask."""
     shape = work.sites.shape
-    own = shape.others.get(stack, shape)
-    if stack == "encoder" and any(own.config.get(key) for key in _WINDOW_KEYS):
+    model_shape = shape.others.get(stack, shape)
+    if stack == "encoder" and any(model_shape.config.get(key) for key in _WINDOW_KEYS):
         what = "`allow` in an encoder whose queries see a window of the text"
         hint = "name keys that the query sees, with `reweight attention …` or `set attention …`"
         work.diagnostics.append(NotSupported(span=rule.span, what=what, later=hint))
@@ -438,8 +438,8 @@ def _check_patches_meet(
 
 def _has_allowed_keys(stack: str, work: ExperimentContext) -> bool:
     """Return whether a rule of the experiment or of its runs allows further keys in a stack."""
-    own = work.experiment
-    rules = (*own.rules, *(rule for run in own.derived for rule in run.rules))
+    experiment = work.experiment
+    rules = (*experiment.rules, *(rule for run in experiment.derived for rule in run.rules))
     return any(
         rule.verb == "allow" and rule.edge is not None and _stack_word(rule.edge) == stack
         for rule in rules
@@ -505,9 +505,9 @@ def _list_tiles(
     rows = work.table.runs[work.experiment.base].rows
 
     def find(cell: PositionCell, row: int) -> Tiles:
-        own = {token for tokens in cell.tokens(row) for token in tokens}
-        found = {rows[row].patch_tokens[token] for token in own}
-        return {(image, 0) for image, _ in found} if together else found
+        numbers = {token for tokens in cell.tokens(row) for token in tokens}
+        patches = {rows[row].patch_tokens[token] for token in numbers}
+        return {(image, 0) for image, _ in patches} if together else patches
 
     return [
         (find(query, row), find(key, row))
@@ -556,10 +556,10 @@ def _check_keys_left(
         every = {key: cell for key, cell in keys.written.items() if key in keys.every}
         keys = replace(keys, written=every)
     for query, key in _edges(queries, keys):
-        found = _emptied(query, key, [row.source for row in rows])
-        if found is None:
+        emptied = _emptied(query, key, [row.source for row in rows])
+        if emptied is None:
             continue
-        row, token = found
+        row, token = emptied
         ids = rows[row].ids
         text = "of the answer"
         if token < len(ids):

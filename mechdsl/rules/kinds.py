@@ -102,7 +102,7 @@ def _check_equal_patches(
     layout, or averaged; the other arguments are those of `check_equal_lengths`."""
     if work.model.tokenizer.stands_in or work.table.stands_in:
         return
-    own = list_rows(work.table, work.experiment.base, work)
+    rows = list_rows(work.table, work.experiment.base, work)
     other = list_rows(read.table, read.run, work)
     side = 1 if work.model.shape.resamples else work.model.shape.merged_side
 
@@ -111,11 +111,11 @@ def _check_equal_patches(
         tokens = {token for hit in cell.hits[number] for token in hit}
         images = {row.patch_tokens[token][0] for token in tokens}
         every = [row.whole_pictures[image].picture.expansion for image in images]
-        return {each.list_patches(side)[1].tobytes() for each in every}
+        return {expansion.list_patches(side)[1].tobytes() for expansion in every}
 
     layouts: list[set[bytes]] = []
     for key, cell in positions.read.items():
-        written = [find(row, positions.written[key], n) for n, row in enumerate(own)]
+        written = [find(row, positions.written[key], n) for n, row in enumerate(rows)]
         source = [find(row, cell, n) for n, row in enumerate(other)]
         if does.over_rows:
             layouts.append(set[bytes]().union(*written, *source))
@@ -233,8 +233,10 @@ def resolve_targets(
         return None, None
     if sites is None and work.model.shape.resamples:
         return None, None  # whether images have rows and columns depends on the stack
-    found = resolve_rule_positions(rule, run, work.reading(sites), external, exchanged=exchanged)
-    return fill_empty_picks(sites, found)
+    position_targets = resolve_rule_positions(
+        rule, run, work.reading(sites), external, exchanged=exchanged
+    )
+    return fill_empty_picks(sites, position_targets)
 
 
 def check_one_side(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:

@@ -184,16 +184,16 @@ class AblateRule(RuleKind):
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         if not rule.fills:
             return self._with_fill(rule, work)
-        own = work if not rule.fill_index else _context_for_fill(work)
+        context = work if not rule.fill_index else _context_for_fill(work)
         before = len(work.diagnostics)
-        found = self._with_fill(rule, own)
+        resolved = self._with_fill(rule, context)
         new = work.diagnostics[before:]
         work.diagnostics[before:] = [d for d in new if d not in work.diagnostics[:before]]
-        if own is work:
+        if context is work:
             work.add_axis(Axis(FILL_AXIS, rule.fills, rule.span))
-        elif found is not None and not has_errors(work.diagnostics):
-            _check_same_axes(rule, own, work)
-        return found and replace(found, only=Alternative(FILL_AXIS, rule.fill_index))
+        elif resolved is not None and not has_errors(work.diagnostics):
+            _check_same_axes(rule, context, work)
+        return resolved and replace(resolved, only=Alternative(FILL_AXIS, rule.fill_index))
 
     def _with_fill(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         base = work.experiment.base
@@ -202,8 +202,8 @@ class AblateRule(RuleKind):
         read = base if does is None else run
         circuit, definition = None, _find_circuit(rule, work)
         if definition is not None:
-            found = resolve_circuit(definition, rule, work, resolve_feature_nodes)
-            sites, circuit = (None, None) if found is None else found
+            filled = resolve_circuit(definition, rule, work, resolve_feature_nodes)
+            sites, circuit = (None, None) if filled is None else filled
             side = "" if circuit is None else find_circuit_side(circuit, rule.at, work)
             positions = resolve_rule_positions(rule, read, replace(work, side=side), external)
             if circuit is not None and positions is not None:
@@ -299,9 +299,9 @@ def _context_for_fill(work: ExperimentContext) -> ExperimentContext:
     return replace(work, axes={name: work.axes[name] for name in work.loops})
 
 
-def _check_same_axes(rule: spec.Rule, own: ExperimentContext, work: ExperimentContext) -> None:
+def _check_same_axes(rule: spec.Rule, context: ExperimentContext, work: ExperimentContext) -> None:
     """Report E0108 for a fill with other positions than the first, because its rows lack some."""
-    if any(work.axes.get(name) != axis for name, axis in own.axes.items()):
+    if any(work.axes.get(name) != axis for name, axis in context.axes.items()):
         assert rule.fill is not None
         what = f"`{rule.fills[rule.fill_index]}` together with a fill that has other positions"
         work.diagnostics.append(NotSupported(span=rule.fill.span, what=what))

@@ -278,8 +278,8 @@ def _list_held_sites(shape: ModelShape) -> tuple[str, ...]:
     """Return the sites at which attention, other mixers and MLPs of some block are held."""
     layers = range(shape.n_layers)
     firsts = (next((site for site in _HELD if shape.has(site, layer)), None) for layer in layers)
-    found = {*firsts, "mlp_out" if any(map(partial(shape.has, "mlp_out"), layers)) else None}
-    return tuple(site for site in (*_HELD, "mlp_out") if site in found)
+    sites = {*firsts, "mlp_out" if any(map(partial(shape.has, "mlp_out"), layers)) else None}
+    return tuple(site for site in (*_HELD, "mlp_out") if site in sites)
 
 
 def _path_targets(rule: ResolvedRule) -> PathTargets:
@@ -297,8 +297,8 @@ def _resolve_receivers(
     else:
         receivers, axes, basis = resolve_receiving_features(site, work) or (None, (), None)
     if receivers is not None:
-        own = tuple(_receiver_axis(name, axes) for name in receivers.axes)
-        receivers = replace(receivers, axes=own)
+        names = tuple(_receiver_axis(name, axes) for name in receivers.axes)
+        receivers = replace(receivers, axes=names)
     if basis is not None:
         basis = replace(basis, axes=tuple(_receiver_axis(name, axes) for name in basis.axes))
     return receivers, axes, basis
@@ -413,7 +413,7 @@ def _check_components(
     else:
         reason = "a receiver is an input of a block, a head or an MLP"
         if SITES[wrong[0]].component == "mlp_out":
-            layer = next(own.layer for points in targets.points.values() for own in points)
+            layer = next(point.layer for points in targets.points.values() for point in points)
             norm = wrong[0].replace("mlp_out", "mlp_norm")
             hint = f"write `{norm} layer {layer}`, the input of this MLP; or {hint[6:]}"
     work.diagnostics.append(
@@ -423,7 +423,7 @@ def _check_components(
 
 
 def _has_vision(targets: SiteTargets) -> bool:
-    points = (point for each in targets.points.values() for point in each)
+    points = (point for site_points in targets.points.values() for point in site_points)
     return any(SITES[point.site].stack == "vision" for point in points)
 
 
@@ -450,11 +450,11 @@ def _check_sums_at_end(
         )
     elif not work.sites.shape.stands_in and not _awaits_finding(rule, work):
         parallel = work.sites.shape.parallel_block
-        found = (
+        conflicts = (
             find_end_conflict(of, to, parallel=parallel)
             for of, to in list_end_pairs(senders, path.receivers)
         )
-        why = next((each for each in found if each is not None), None)
+        why = next((each for each in conflicts if each is not None), None)
     if why is not None:
         assert rule.receiver is not None
         named = {p.site for here in path.receivers.points.values() for p in here}
@@ -560,8 +560,8 @@ def _describe_missing_path(
         reason, to = "the encoder doesn't read the decoder", SITES["q"]
     if to.component in ("mlp_out", "resid_mid", "resid_post"):  # of features
         to = SITES["q"]
-    own, _ = shape.in_stack(sender.site)
-    last = own.n_layers - 1
+    model_shape, _ = shape.in_stack(sender.site)
+    last = model_shape.n_layers - 1
     example = f"{to.name} layer {min((sender.layer or 0) + 1, last)}"
     example += " head *" if to.unit else ""
     if sender.layer == last:

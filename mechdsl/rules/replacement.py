@@ -100,7 +100,7 @@ def _inputs(
     if work.table.runs[base].chat:
         marker = check_chat_markers(new, rule.fill.span, tokenizer)
         work.diagnostics.extend([] if marker is None else [marker])
-    found = {
+    inputs = {
         key: replace_tokens(work.table, base, rule.at, cell, new, tokenizer)
         for key, cell in positions.written.items()
     }
@@ -109,7 +109,7 @@ def _inputs(
     rows = work.table.runs[base].rows
     moved = others and any(
         len(new.ids) != len(old.ids)
-        for run in found.values()
+        for run in inputs.values()
         for new, old in zip(run.rows, rows, strict=True)
     )
     if moved or work.table.runs[base].noise is not None:
@@ -122,7 +122,7 @@ def _inputs(
             if moved
             else NotSupported(span=rule.span, what="`replace` on a noised run")
         )
-    return found
+    return inputs
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -201,8 +201,8 @@ def _painted(
             return {}
         changed[key] = [[t for t in tokens if t in patches] for tokens in every]
     seeds = [
-        digest_number("replace", work.program.seed, own) if paint.how == "noise" else 0
-        for own in work.table.row_keys
+        digest_number("replace", work.program.seed, row_key) if paint.how == "noise" else 0
+        for row_key in work.table.row_keys
     ]
     return _PaintedRuns(run, changed, [replace(paint, seed=seed) for seed in seeds], reader)
 
@@ -270,13 +270,13 @@ class ReplaceBlockRule(RuleKind, Intervention):
             positions = _in_stack(positions, work, encodes=stack == "encoder")
         if targets is None or positions is None:
             return None
-        found = self._by_identity(rule, targets, work)
+        site_targets = self._by_identity(rule, targets, work)
         if rule.source_block is not None:
-            found = _by_block(rule.source_block, targets, work, stack)
-        if found is None or not _check_same_kind(rule, found, work, stack):
+            site_targets = _by_block(rule.source_block, targets, work, stack)
+        if site_targets is None or not _check_same_kind(rule, site_targets, work, stack):
             return None
         run = work.experiment.base
-        return ResolvedRule(spec=rule, does=self, run=run, sites=found, positions=positions)
+        return ResolvedRule(spec=rule, does=self, run=run, sites=site_targets, positions=positions)
 
     def _by_identity(
         self, rule: spec.Rule, targets: SiteTargets, work: ExperimentContext
@@ -328,11 +328,11 @@ def _find_stack(rule: spec.Rule, work: ExperimentContext) -> str | None:
     named = [*rule.site.names[1:2], *([] if rule.source_stack is None else [rule.source_stack])]
     if not all(check_stack(word, work.sites) for word in named):
         return None
-    own, other = (
+    stack, other = (
         "" if word is None else named_stack(word, work.model.shape)
         for word in (next(iter(rule.site.names[1:2]), None), rule.source_stack)
     )
-    if "cross" in (own, other):
+    if "cross" in (stack, other):
         reason = "is attention of the decoder's blocks, not a block"
         hint = "replace the decoder's block, `replace block layer 1 with …`, or remove only this "
         hint += "attention: `ablate attn_out cross layer 1 at last token with zero`"
@@ -340,10 +340,10 @@ def _find_stack(rule: spec.Rule, work: ExperimentContext) -> str | None:
         problem = BadArgument(span=cross.span, name="cross", reason=reason, hint=hint)
         work.diagnostics.append(problem)
         return None
-    if rule.source_block is None or own == other:
-        return own
+    if rule.source_block is None or stack == other:
+        return stack
     number = rule.source_block.span.written
-    said, there = (" ".join(f"block {each} layer {number}".split()) for each in (other, own))
+    said, there = (" ".join(f"block {each} layer {number}".split()) for each in (other, stack))
     reason = "is in another stack than the block that it replaces"
     hint = f"name one of the same stack: `{there}`"
     span = rule.source_block.span
@@ -356,7 +356,9 @@ def _in_images(
 ) -> PositionTargets | None:
     """Restrict positions to tokens that are made from patches; E0207 if there are none."""
     rows = work.table.runs[work.experiment.base].rows
-    hits = tuple((tuple(sorted(own)),) if (own := row.patch_tokens) else () for row in rows)
+    hits = tuple(
+        (tuple(sorted(patch_tokens)),) if (patch_tokens := row.patch_tokens) else () for row in rows
+    )
     if not any(hits) and not (work.table.stands_in or work.model.tokenizer.stands_in):
         assert rule.site is not None
         reason = f"acts on images, and no row of `{work.table.name}` has one"
@@ -389,8 +391,12 @@ def _in_stack(
         )
         for key, cell in positions.written.items()
     }
-    found = replace(positions, written=cells, read=cells)
-    return replace(found, newest=frozenset(), every=frozenset()) if encodes else found
+    position_targets = replace(positions, written=cells, read=cells)
+    return (
+        replace(position_targets, newest=frozenset(), every=frozenset())
+        if encodes
+        else position_targets
+    )
 
 
 def _by_block(
@@ -419,8 +425,8 @@ def _by_block(
     sources: dict[AxisIndices, tuple[SitePoint, ...]] = {}
     labels: dict[AxisIndices, str] = {}
     more = product(*(range(len(work.loops[loop])) for loop in extra))
-    for before, own in product(targets.points, more):
-        key = (*before, *own)
+    for before, numbers in product(targets.points, more):
+        key = (*before, *numbers)
         (layer,) = values.chosen(dict(zip(names, key, strict=True)))
         points[key] = targets.points[before]
         sources[key] = (SitePoint(site, layer, None),) * len(points[key])
@@ -514,8 +520,8 @@ def _resolve_renumbered(rule: spec.Rule, work: ExperimentContext) -> PositionTar
     reason = "this model takes position ids only for the tokens of its decoder"
     hint = "name a token of the decoder, such as `last token`"
     work.diagnostics[first:] = [
-        replace(each, reason=reason, hint=hint) if isinstance(each, NotInDecoder) else each
-        for each in work.diagnostics[first:]
+        replace(problem, reason=reason, hint=hint) if isinstance(problem, NotInDecoder) else problem
+        for problem in work.diagnostics[first:]
     ]
     return positions
 
@@ -589,9 +595,11 @@ def _count_renumbered(
     rows = work.table.runs[work.experiment.base].rows
     counts = [(0, 0)]
     for cell in positions.written.values():
-        for row, found in zip(rows, cell.hits, strict=True):
-            encoded = [sum(token < row.source for token in tokens) for tokens in found]
-            counts += [(own, len(tokens) - own) for own, tokens in zip(encoded, found, strict=True)]
+        for row, hits in zip(rows, cell.hits, strict=True):
+            encoded = [sum(token < row.source for token in tokens) for tokens in hits]
+            counts += [
+                (number, len(tokens) - number) for number, tokens in zip(encoded, hits, strict=True)
+            ]
     longest = tuple(map(max, zip(*counts, strict=True)))
     stacks = zip(longest, (shape.others.get("encoder", shape), shape), strict=True)
     return [(most, count_positions(stack)) for most, stack in stacks if most]

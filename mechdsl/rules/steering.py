@@ -225,8 +225,8 @@ def _resolve_value_positions(
 ) -> PositionTargets | None:
     """Resolve positions among the tokens of the written and of the read site; None after E0108,
     E0317 and errors of positions."""
-    sites = [each for each in (written, read) if each is not None]
-    if not all(check_one_side(rule, each, work) for each in sites):
+    sites = [site_targets for site_targets in (written, read) if site_targets is not None]
+    if not all(check_one_side(rule, site, work) for site in sites):
         return None
     writer, reader = (work.reading(written or read), work.reading(read or written))
     images = "image" in (writer.side, reader.side)
@@ -284,8 +284,8 @@ def _pair_sites(written: SiteTargets, read: SiteTargets) -> SiteTargets:
         points[key] = written.points[to]
         if to in written.missing or of in read.missing:
             missing.add(key)
-        own = read.points[of]
-        sources[key] = own * len(points[key]) if len(own) == 1 else own
+        point = read.points[of]
+        sources[key] = point * len(points[key]) if len(point) == 1 else point
         labels[key] = f"{read.labels[of]} → {written.labels[to]}"
     return replace(
         written,
@@ -301,7 +301,7 @@ def _check_no_keys(
     rule: spec.Rule, sites: Sequence[SiteTargets | None], work: ExperimentContext
 ) -> bool:
     """Report E0108 for a value that is read from or written to vectors over keys."""
-    points = [p for each in sites if each is not None for p in chain(*each.points.values())]
+    points = [p for site in sites if site is not None for p in chain(*site.points.values())]
     over_keys = next((p.site for p in points if SITES[p.site].width == "key"), None)
     if over_keys is None:
         return True
@@ -612,8 +612,8 @@ class ClampRule(DirectionRule):
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         if rule.direction is not None:
             return super().resolve(rule, work)
-        found = resolve_number(rule, NUMBER_CLAMP, work)
-        return None if found is None or _has_vectors(found, work) else found
+        number = resolve_number(rule, NUMBER_CLAMP, work)
+        return None if number is None or _has_vectors(number, work) else number
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
         return normalize_directions(vectors)
@@ -678,26 +678,26 @@ class PythonAssignment(Intervention):
         function = rule.python
         assert function is not None
         # The copy protects the vectors from in-place changes by the function.
-        own = given.clone()
+        tensor = given.clone()
         with torch.no_grad():
-            made = function.call(own)
+            made = function.call(tensor)
         hint = "it takes `vectors`, [rows, positions, width], and returns the same shape"
         try:
-            found = torch.as_tensor(made).detach()
+            vector = torch.as_tensor(made).detach()
         except (TypeError, ValueError, RuntimeError, OverflowError):
             kind = "nothing" if made is None else f"a `{type(made).__name__}`"
             raise function.failure(f"it returned {kind}, not numbers", hint) from None
-        if found.shape != given.shape:
-            shapes = f"it returned the shape {list(found.shape)}, not {list(given.shape)}"
+        if vector.shape != given.shape:
+            shapes = f"it returned the shape {list(vector.shape)}, not {list(given.shape)}"
             raise function.failure(shapes, hint)
-        if found.is_complex():
+        if vector.is_complex():
             raise function.failure("it returned complex numbers", hint)
-        found, lacking = found.to(given), given.isnan()
-        if not (found.isfinite() | lacking).all():
+        vector, lacking = vector.to(given), given.isnan()
+        if not (vector.isfinite() | lacking).all():
             if lacking.any():
                 hint = "rows with fewer positions are padded with NaN: ignore it"
             raise function.failure("it returned NaN or infinity", hint)
-        return found.masked_fill(lacking, 0.0)
+        return vector.masked_fill(lacking, 0.0)
 
 
 NUMBER_ASSIGNMENT, PYTHON_ASSIGNMENT, VALUE_ASSIGNMENT = (

@@ -231,14 +231,14 @@ def _targets(units: SiteTargets, changes: _Changes, work: ExperimentContext) -> 
         for member in vectors.values()
     ]
     axes = (*units.axes, *(axis for axis in changes.axes if axis not in units.axes))
-    found: dict[AxisIndices, Coordinates] = {}
+    targets: dict[AxisIndices, Coordinates] = {}
     for (key, here), (number, other) in product(units.points.items(), enumerate(vectors)):
         place = dict(zip(units.axes, key, strict=True))
         pairs = zip(changes.axes, other, strict=True)
         if all(place.setdefault(axis, index) == index for axis, index in pairs):
             which = _numbers(here, work)
-            found[tuple(place[axis] for axis in axes)] = Coordinates(which, number)
-    return BasisTargets(WEIGHTS_BASIS, (), tuple(bases), axes, found)
+            targets[tuple(place[axis] for axis in axes)] = Coordinates(which, number)
+    return BasisTargets(WEIGHTS_BASIS, (), tuple(bases), axes, targets)
 
 
 def _numbers(points: Sequence[SitePoint], work: ExperimentContext) -> tuple[int, ...]:
@@ -248,10 +248,10 @@ def _numbers(points: Sequence[SitePoint], work: ExperimentContext) -> tuple[int,
     """
     by_layer: dict[int | None, set[int]] = {}
     for point in points:
-        own = by_layer.setdefault(point.layer, set())
+        numbers = by_layer.setdefault(point.layer, set())
         if point.unit is not None:
             width = vector_width(work.model.shape, point.site, point.layer)
-            own.update(range(point.unit * width, (point.unit + 1) * width))
+            numbers.update(range(point.unit * width, (point.unit + 1) * width))
     for point in points:
         if point.unit is None:
             by_layer[point.layer] = set()
@@ -340,7 +340,7 @@ def _scaled(
 ) -> tuple[tuple[str, ...], dict[AxisIndices, DirectionMember]]:
     """Multiply directions by the rule's number, along the axes of both."""
     axes = (*direction.axes, *(axis for axis in amounts.axes if axis not in direction.axes))
-    found: dict[AxisIndices, DirectionMember] = {}
+    direction_members: dict[AxisIndices, DirectionMember] = {}
     for (key, member), (other, amount) in product(
         direction.members.items(), amounts.values.items()
     ):
@@ -349,8 +349,10 @@ def _scaled(
         if all(place.setdefault(axis, index) == index for axis, index in pairs):
             vector = WeightedSum(((amount, member.vector),))
             name = f"{amount!r} * {member.name}"
-            found[tuple(place[axis] for axis in axes)] = DirectionMember(name, vector, member.made)
-    return axes, found
+            direction_members[tuple(place[axis] for axis in axes)] = DirectionMember(
+                name, vector, member.made
+            )
+    return axes, direction_members
 
 
 @rule_kind("set weights")

@@ -18,7 +18,7 @@ from mechdsl.planner.passes import RESTART_PASSES
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 
 
-def print_sites(model: LoadedModel, found: Sequence[Diagnostic], console: Console) -> None:
+def print_sites(model: LoadedModel, problems: Sequence[Diagnostic], console: Console) -> None:
     """Print blocks, heads, sites with their tensors, norms, checks and planner passes."""
     for name in ("", *model.others):
         stack = model.stack(name)
@@ -38,10 +38,10 @@ def print_sites(model: LoadedModel, found: Sequence[Diagnostic], console: Consol
             f"without effect: {describe_idle_components(model)}", highlight=False, soft_wrap=True
         )
         console.print()
-    console.print(_passes(model, found), highlight=False, soft_wrap=True)
+    console.print(_passes(model, problems), highlight=False, soft_wrap=True)
 
 
-def sites_document(model: LoadedModel, found: Sequence[Diagnostic]) -> dict[str, Any]:
+def sites_document(model: LoadedModel, problems: Sequence[Diagnostic]) -> dict[str, Any]:
     """Return the output of `print_sites` as JSON."""
     return {
         "architecture": model.shape.architecture,
@@ -84,7 +84,7 @@ def sites_document(model: LoadedModel, found: Sequence[Diagnostic]) -> dict[str,
             for one in model.checks
         ],
         "passes": list(RESTART_PASSES) if model.restartable else [],
-        "warnings": [f"{one.code}: {one.message}: {one.label_text}" for one in found],
+        "warnings": [f"{one.code}: {one.message}: {one.label_text}" for one in problems],
     }
 
 
@@ -216,10 +216,10 @@ def _checks(checks: Sequence[CheckOutcome]) -> Table:
     return table
 
 
-def _passes(model: LoadedModel, found: Sequence[Diagnostic]) -> str:
+def _passes(model: LoadedModel, problems: Sequence[Diagnostic]) -> str:
     if model.restartable:
         return f"planner passes: all ({', '.join(RESTART_PASSES)} and those that need no restart)"
-    reason = next((one.label_text for one in found if one.code == "W0711"), "")
+    reason = next((one.label_text for one in problems if one.code == "W0711"), "")
     failed = next((one for one in model.checks if one.identity == PACKED_IDENTITY), None)
     reason = reason or (failed.failure if failed is not None else "")
     lost = ", ".join(RESTART_PASSES)

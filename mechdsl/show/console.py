@@ -39,7 +39,7 @@ class _VisibleHook(RenderHook):
         self.console = console
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        return [_VisibleRenderable(self.console, each) for each in renderables]
+        return [_VisibleRenderable(self.console, renderable) for renderable in renderables]
 
 
 class _VisibleRenderable:

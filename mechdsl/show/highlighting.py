@@ -10,13 +10,7 @@ from pygments.lexer import RegexLexer, words
 from pygments.token import Comment, Keyword, Name, Number, Operator, Punctuation, String, Whitespace
 
 from mechdsl.syntax.parser_tables import grammar_file
-from mechdsl.syntax.words import (
-    CLAUSE_WORDS,
-    DATA_WORDS,
-    EXPERIMENT_WORDS,
-    SOFT_WORDS,
-    TOP_WORDS,
-)
+from mechdsl.syntax.words import CLAUSE_WORDS, DATA_WORDS, EXPERIMENT_WORDS, SOFT_WORDS, TOP_WORDS
 from mechdsl.vocab.corruptions import CHANGES, change_signatures
 from mechdsl.vocab.metrics import EFFECTS, METRICS
 from mechdsl.vocab.reports import REPORTS

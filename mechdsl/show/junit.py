@@ -74,7 +74,7 @@ def build_suites(
 ) -> list[JunitSuite]:
     """Return a suite per experiment of files that were run, in order."""
     changes = against.changes if against is not None else ()
-    known = {id(each.now): each for each in changes if each.now is not None}
+    known = {id(change.now): change for change in changes if change.now is not None}
     return [suite for file in files for suite in _file_suites(file, known)]
 
 
@@ -88,27 +88,31 @@ def diagnostic_suite(problem: Diagnostic) -> JunitTest:
 def _file_suites(
     file: FileResult, changes: Mapping[int, ExpectationChange]
 ) -> Iterator[JunitSuite]:
-    left = {each.name: each for each in file.not_run}
+    left = {skipped_experiment.name: skipped_experiment for skipped_experiment in file.not_run}
     if not (file.experiments or file.lost or left):
         yield JunitSuite(file.file)
-    for each in (*file.experiments, *file.lost):
-        waiting = left.pop(each.name, None)
+    for experiment in (*file.experiments, *file.lost):
+        waiting = left.pop(experiment.name, None)
         tests = [
-            *_tests(each, changes),
+            *_tests(experiment, changes),
             *(_skipped_tests(waiting, UNDECIDED_TEXT) if waiting else []),
         ]
-        yield JunitSuite(file.file, each.name, tests, _properties(file, each))
-    for each in left.values():
-        yield JunitSuite(file.file, each.name, list(_skipped_tests(each, SKIPPED_TEXT)))
+        yield JunitSuite(file.file, experiment.name, tests, _properties(file, experiment))
+    for skipped_experiment in left.values():
+        yield JunitSuite(
+            file.file,
+            skipped_experiment.name,
+            list(_skipped_tests(skipped_experiment, SKIPPED_TEXT)),
+        )
 
 
 def _properties(file: FileResult, each: ExperimentResult | LostExperiment) -> dict[str, str]:
-    found = {"hash": file.hash} if file.hash else {}
+    properties = {"hash": file.hash} if file.hash else {}
     if isinstance(each, ExperimentResult):
-        found |= {"model": each.model, "runs": each.direction, "prompts": str(each.prompts)}
+        properties |= {"model": each.model, "runs": each.direction, "prompts": str(each.prompts)}
         if each.selected:
-            found["selection"] = selection_text(each)
-    return found
+            properties["selection"] = selection_text(each)
+    return properties
 
 
 def _tests(
@@ -157,8 +161,8 @@ def _figure(outcome: ExpectOutcome) -> str:
 
 
 def _skipped_tests(left: SkippedExperiment, why: str) -> Iterator[JunitTest]:
-    for each in left.expects:
-        yield JunitTest(each.text, "skipped", why, line=each.line)
+    for expect in left.expects:
+        yield JunitTest(expect.text, "skipped", why, line=expect.line)
     if not left.expects:
         yield JunitTest(f"{left.name} is computed", "skipped", why)
 
@@ -191,11 +195,11 @@ def junit_text(suites: Sequence[JunitSuite]) -> str:
 
 
 def _counts(tests: Sequence[JunitTest]) -> dict[str, str]:
-    found = Counter(test.outcome for test in tests)
+    counts = Counter(test.outcome for test in tests)
     return {
         "tests": str(len(tests)),
-        "failures": str(found["failure"]),
-        "errors": str(found["error"]),
+        "failures": str(counts["failure"]),
+        "errors": str(counts["error"]),
     }
 
 
@@ -214,7 +218,7 @@ def _add(suite: ElementTree.Element, of: JunitSuite, test: JunitTest, name: str)
     said = {"message": escape_hidden(test.message)}
     if test.outcome != "skipped":
         said["type"] = escape_hidden(test.detail)
-    found = ElementTree.SubElement(case, test.outcome, said)
+    element = ElementTree.SubElement(case, test.outcome, said)
     if test.outcome != "skipped":
         at = of.file if test.line is None else f"{of.file}:{test.line}"
-        found.text = escape_hidden(f"{at}\n{test.name}\n{test.message}", keep="\n")
+        element.text = escape_hidden(f"{at}\n{test.name}\n{test.message}", keep="\n")

@@ -41,7 +41,7 @@ class _ReportModule(Protocol):
 
 
 class _FileModule(_ReportModule, Protocol):
-    """The interface of a module with its own file formats; others save their chart."""
+    """The interface of a module with custom file formats; others save their chart."""
 
     def save(self, result: ExperimentResult, report: spec.Report, path: Path) -> None:
         """Write the report to a file; the extension determines the format."""
@@ -246,21 +246,27 @@ def experiment_chart(
 def _with_measure(result: ExperimentResult, kind: str, measure: str) -> ExperimentResult:
     """Return the result with only the named measure; MechdslError if it isn't exactly one."""
     names = [
-        (measure_name(each), each.label, each.metric, each.called, each.word)
-        for each in result.measures
+        (
+            measure_name(measure_data),
+            measure_data.label,
+            measure_data.metric,
+            measure_data.called,
+            measure_data.word,
+        )
+        for measure_data in result.measures
     ]
-    whole = [n for n, own in enumerate(names) if measure == own[0]]
-    found = whole or [n for n, own in enumerate(names) if measure in own]
-    listed = f"measures are {name_list(own[0] for own in names)}"
-    if not found:
+    whole = [n for n, name in enumerate(names) if measure == name[0]]
+    numbers = whole or [n for n, name in enumerate(names) if measure in name]
+    listed = f"measures are {name_list(name[0] for name in names)}"
+    if not numbers:
         every = [name for own in names for name in own if name]
         hint = did_you_mean(measure, every, listed)
         raise MechdslError([UnknownWord(kind="measure", word=measure, hint=hint)])
-    if len(found) > 1:
+    if len(numbers) > 1:
         span = _report_line(kind, None, None, None).span
-        reason = f"draws one measure, but `{measure}` names {len(found)}"
+        reason = f"draws one measure, but `{measure}` names {len(numbers)}"
         raise MechdslError([BadReport(span=span, kind=kind, reason=reason, hint=listed)])
-    chosen = slice(found[0], found[0] + 1)
+    chosen = slice(numbers[0], numbers[0] + 1)
     return replace(
         result,
         measures=result.measures[chosen],

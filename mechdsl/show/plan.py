@@ -132,9 +132,9 @@ def measure_host_pace() -> float:
     best = float("inf")
     for _ in range(3):
         start = thread_time()
-        found: dict[int, str] = {}
+        paces: dict[int, str] = {}
         for step in range(PACE_STEPS):
-            found[step % 1000] = str(step)
+            paces[step % 1000] = str(step)
         best = min(best, thread_time() - start)
     return best
 
@@ -148,18 +148,18 @@ def count_work(plan: Plan, cost: Cost, blocks: int, streamed: int = 0) -> WorkAm
         blocks: Number of blocks of the deepest model.
         streamed: Number of streamed rows, whose prompts are built during the run.
     """
-    plans = [each for panel in plan.panels for each in panel.experiments]
-    found = [_experiment_work(each) for each in plans]
+    plans = [experiment for panel in plan.panels for experiment in panel.experiments]
+    amounts = [_experiment_work(each) for each in plans]
     return WorkAmounts(
         prompts=streamed + sum(len(panel.table) * len(panel.table.runs) for panel in plan.panels),
         calls=(cost.forwards + cost.backwards) * blocks,
         block_tokens=cost.tokens,
-        cells=sum(each.cells for each in found),
-        rows=sum(each.rows for each in found),
-        numbers=sum(each.numbers for each in found),
-        drawn=sum(each.drawn for each in found),
-        summed=sum(each.summed for each in found),
-        fitted=sum(each.fitted for each in found),
+        cells=sum(amount.cells for amount in amounts),
+        rows=sum(amount.rows for amount in amounts),
+        numbers=sum(amount.numbers for amount in amounts),
+        drawn=sum(amount.drawn for amount in amounts),
+        summed=sum(amount.summed for amount in amounts),
+        fitted=sum(amount.fitted for amount in amounts),
     )
 
 
@@ -170,7 +170,7 @@ def _experiment_work(plan: ExperimentPlan) -> WorkAmounts:
     rows = plan.count()
     atoms = [atom for measure in experiment.measures for atom in measure.atoms]
     reads_all = plan.lists > 0 or not all(atom.form.narrow for atom in atoms)
-    each = shape.outputs if reads_all else shape.d_model
+    outputs = shape.outputs if reads_all else shape.d_model
     written = 0 if experiment.generation is None else experiment.generation.tokens
     samples = 1 if experiment.generation is None else experiment.generation.samples
     draws = draw_count(settings, cells) + MULTIPLIER_DRAWS * (settings.correction == "max")
@@ -181,7 +181,7 @@ def _experiment_work(plan: ExperimentPlan) -> WorkAmounts:
         runs=0,
         cells=cells,
         rows=rows,
-        numbers=float(rows * (each + written * samples * shape.outputs)),
+        numbers=float(rows * (outputs + written * samples * shape.outputs)),
         drawn=float(units * draws),
         summed=float(cells * units * draws),
         fitted=rows if over_rows else 0,
@@ -216,22 +216,29 @@ def print_power(plan: Plan, console: Console, measured: MeasuredByVariant | None
     """Print a line per tested experiment and, with measurements, one per measure."""
     plans = {p.experiment.key: p for panel in plan.panels for p in panel.experiments}
     ordered = sorted((p.experiment for p in plans.values()), key=lambda e: e.spec.span.start)
-    tested = {each[0].name: each for each in group_variants(ordered) if _tested_measures(each)}
+    tested = {
+        experiments[0].name: experiments
+        for experiments in group_variants(ordered)
+        if _tested_measures(experiments)
+    }
     if not tested:
         return
-    found = {name: detectable_effects(each, plans, measured) for name, each in tested.items()}
+    effects = {
+        name: detectable_effects(experiments, plans, measured)
+        for name, experiments in tested.items()
+    }
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column("power", overflow="fold")
     for title in ("units", "tests", "level", "effect"):
         table.add_column(title, justify="right", no_wrap=True)
-    for name, each in found.items():
-        units = _range_text([f"{end.units:,}" for end in each])
+    for name, effect in effects.items():
+        units = _range_text([f"{end.units:,}" for end in effect])
         table.add_row(
             name,
             f"{units} {_units_text(tested[name][0], measured)}",
-            f"{each[0].tests:,}",
-            f"{each[0].level:.2g}",
-            _range_text([_detectable_text(end, tested[name][0].spec.statistics) for end in each]),
+            f"{effect[0].tests:,}",
+            f"{effect[0].level:.2g}",
+            _range_text([_detectable_text(end, tested[name][0].spec.statistics) for end in effect]),
         )
     console.print()
     console.print(table)
@@ -243,18 +250,18 @@ def print_power(plan: Plan, console: Console, measured: MeasuredByVariant | None
         style="dim",
         highlight=False,
     )
-    if any(each[0].spec.statistics.test == "bootstrap" for each in tested.values()):
+    if any(experiments[0].spec.statistics.test == "bootstrap" for experiments in tested.values()):
         console.print(
             "≥: computed for Student's t; the bootstrap-t has equal or lower power",
             style="dim",
             highlight=False,
         )
-    for name, (fewest, most) in found.items():
+    for name, (fewest, most) in effects.items():
         if fewest.effect is None:
             some = "" if most.effect is None else f" in cells of {fewest.units}"
             console.print(_no_power_text(name, fewest, tested[name][0], some), highlight=False)
     if measured is not None:
-        _print_measured(tested, found, measured, plans, console)
+        _print_measured(tested, effects, measured, plans, console)
 
 
 def detectable_effects(
@@ -283,11 +290,11 @@ def plan_measure_units(
 ) -> PlannedUnits:
     """Return the units of one measure, as the run counts them."""
     shapes = {each.experiment.model.name: each.experiment.model.shape for each in plans.values()}
-    own = plan.experiment.model
+    model = plan.experiment.model
 
     def causal(name: str | None) -> bool:
         """Return whether a model is causal; one that isn't run is assumed to be like the own."""
-        return shapes.get(name or own.name, own.shape).reads_prefix
+        return shapes.get(name or model.name, model.shape).reads_prefix
 
     return plan_units(plan, number, rows, causal)
 
@@ -335,37 +342,37 @@ def _level_text(settings: Sequence[spec.Statistics]) -> str:
     return ", or ".join(words)
 
 
-def _may_pass_correction(found: DetectableEffect, settings: spec.Statistics) -> bool:
+def _may_pass_correction(effect: DetectableEffect, settings: spec.Statistics) -> bool:
     """Whether an effect may be significant although Bonferroni's level is out of reach: p is
     corrected by the maximum over cells, whose size depends on the cells."""
-    return settings.correction == "max" and found.smallest < 1 - settings.confidence / 100
+    return settings.correction == "max" and effect.smallest < 1 - settings.confidence / 100
 
 
-def _detectable_text(found: DetectableEffect, settings: spec.Statistics) -> str:
-    if found.effect is not None:
+def _detectable_text(effect: DetectableEffect, settings: spec.Statistics) -> str:
+    if effect.effect is not None:
         least = "≥ " if settings.test == "bootstrap" else ""
-        return f"{least}{found.effect:.2f} SD"
-    return "unknown" if found.units > 1 and _may_pass_correction(found, settings) else "none"
+        return f"{least}{effect.effect:.2f} SD"
+    return "unknown" if effect.units > 1 and _may_pass_correction(effect, settings) else "none"
 
 
 def _no_power_text(
-    name: str, found: DetectableEffect, experiment: ResolvedExperiment, some: str
+    name: str, effect: DetectableEffect, experiment: ResolvedExperiment, some: str
 ) -> str:
     """Explain why no effect is detectable; `some` names the cells, if not all."""
     settings = experiment.spec.statistics
-    if found.units < MIN_UNITS:
-        return f"{name}: no p-values: they need at least {MIN_UNITS}, but cells have {found.units}"
-    if _may_pass_correction(found, settings):
+    if effect.units < MIN_UNITS:
+        return f"{name}: no p-values: they need at least {MIN_UNITS}, but cells have {effect.units}"
+    if _may_pass_correction(effect, settings):
         return (
             f"{name}: which effects can survive{some} depends on the correlation of cells: "
-            f"the smallest p of {found.units} is {found.smallest:.3g}, also after "
+            f"the smallest p of {effect.units} is {effect.smallest:.3g}, also after "
             "correction by the maximum"
         )
     many = settings.correction == "bh"
     alone = f"one effect alone{some} can't" if many else f"no effect{some} can"
     return (
-        f"{name}: {alone} survive: the smallest p of {found.units} is {found.smallest:.3g}, "
-        f"but it must be below {found.level:.3g}"
+        f"{name}: {alone} survive: the smallest p of {effect.units} is {effect.smallest:.3g}, "
+        f"but it must be below {effect.level:.3g}"
     )
 
 
@@ -374,7 +381,7 @@ def _no_power_text(
 
 def _print_measured(
     tested: Mapping[str, Sequence[ResolvedExperiment]],
-    found: Mapping[str, tuple[DetectableEffect, DetectableEffect]],
+    effects: Mapping[str, tuple[DetectableEffect, DetectableEffect]],
     measured: MeasuredByVariant,
     plans: Mapping[str, ExperimentPlan],
     console: Console,
@@ -391,7 +398,9 @@ def _print_measured(
                 continue
             for number in _numeric_measures(variant):
                 units = plan_measure_units(plans[variant.key], number, values.kept, plans).codes
-                for line in _measured_lines(variant, number, values, units, found[name][1].effect):
+                for line in _measured_lines(
+                    variant, number, values, units, effects[name][1].effect
+                ):
                     table.add_row(variant.key, variant.measures[number].label, *line)
     console.print()
     console.print(table)
@@ -491,7 +500,7 @@ def print_plan(
     _print_savings(cost, console)
     saves = save_costs(saving, prompt_tokens)
     _print_saves(saves, console)
-    deepest = max((each.model.shape.n_layers for each in saving), default=0)
+    deepest = max((experiment.model.shape.n_layers for experiment in saving), default=0)
     cost = replace(cost, blocks=max(cost.blocks, deepest))
     _print_estimate(plan, cost, saves, console)
     _print_trainings(trainings, console)
@@ -532,7 +541,7 @@ def _print_trainings(trainings: Sequence[TrainingCost], console: Console) -> Non
         style="dim",
         highlight=False,
     )
-    for each in (own for own in trainings if own.assumed):
+    for each in (training_cost for training_cost in trainings if training_cost.assumed):
         text = f"{each.name}: counted with {each.assumed} until its training decides the number"
         console.print(text, style="dim", highlight=False)
 
@@ -551,7 +560,7 @@ def _print_experiments(plan: Plan, console: Console) -> None:
     table.add_column("experiment", overflow="fold")
     for title in ("cells", "prompts", "rows", "unpatched"):
         table.add_column(title, justify="right", no_wrap=True)
-    planned = [each for panel in plan.panels for each in panel.experiments]
+    planned = [experiment for panel in plan.panels for experiment in panel.experiments]
     parts: dict[str, list[ExperimentPlan]] = {}
     for each in sorted(planned, key=lambda each: each.experiment.spec.span.start):
         parts.setdefault(get_whole_spec(each.experiment).key, []).append(each)
@@ -645,15 +654,15 @@ def _print_saves(saves: Sequence[SaveCost], console: Console) -> None:
     table.add_column("saved to", overflow="fold")
     for title in ("sites", "vectors", "size", "forwards", "tokens×blocks", "FLOPs"):
         table.add_column(title, justify="right", no_wrap=True)
-    for each in saves:
-        most = "≤ " if each.at_most else ""
-        of_features = each.bytes is None
+    for save in saves:
+        most = "≤ " if save.at_most else ""
+        of_features = save.bytes is None
         table.add_row(
-            each.file,
-            f"{each.sites:,}" + " features" * of_features,
-            f"{most}{each.vectors:,}" + " tokens" * of_features,
-            "" if each.bytes is None else f"{most}{format_size(each.bytes)}",
-            *_cost_figures(each.cost)[2:],
+            save.file,
+            f"{save.sites:,}" + " features" * of_features,
+            f"{most}{save.vectors:,}" + " tokens" * of_features,
+            "" if save.bytes is None else f"{most}{format_size(save.bytes)}",
+            *_cost_figures(save.cost)[2:],
         )
     console.print()
     console.print(table)
@@ -676,8 +685,8 @@ def _print_estimate(
 ) -> None:
     """Print the estimated seconds of a run and of a plain loop; `saves`: the `save` lines."""
     rate, pace = measure_matmul_rate(), measure_host_pace()
-    saving = sum((each.cost for each in saves), Cost())
-    streamed = sum(each.streamed for each in saves)
+    saving = sum((save.cost for save in saves), Cost())
+    streamed = sum(save.streamed for save in saves)
     plain, planned = (
         _seconds_text(plan, each + saving, cost.blocks, rate, pace, streamed)
         for each in (cost.plain, cost.planned)

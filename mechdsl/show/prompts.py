@@ -50,13 +50,15 @@ def grid_lines(layout: PatchLayout, tokens: Iterable[int]) -> list[str]:
 
 def range_text(tokens: Iterable[int]) -> str:
     """Format token numbers as ranges: `0, 4..7`."""
-    found: list[list[int]] = []
+    runs: list[list[int]] = []
     for token in sorted(tokens):
-        if found and token == found[-1][-1] + 1:
-            found[-1].append(token)
+        if runs and token == runs[-1][-1] + 1:
+            runs[-1].append(token)
         else:
-            found.append([token])
-    return ", ".join(str(own[0]) if len(own) == 1 else f"{own[0]}..{own[-1]}" for own in found)
+            runs.append([token])
+    return ", ".join(
+        str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}..{numbers[-1]}" for numbers in runs
+    )
 
 
 MAX_SHOWN_ROWS = 2
@@ -123,18 +125,18 @@ def _made_models(checked: CheckedFile, console: Console) -> None:
 
 def _all_experiments(checked: CheckedFile) -> list[ResolvedExperiment]:
     """Return all experiments in source order, including those that only save."""
-    only = [each for each in checked.saving if not each.measures]
-    return sorted([*checked.experiments, *only], key=lambda each: each.spec.span.start)
+    only = [experiment for experiment in checked.saving if not experiment.measures]
+    return sorted([*checked.experiments, *only], key=lambda experiment: experiment.spec.span.start)
 
 
 def _whole_experiments(checked: CheckedFile) -> list[tuple[ResolvedExperiment, list[str]]]:
     """Return each experiment once, with the positions of its measures if there are several."""
-    found: dict[str, tuple[ResolvedExperiment, list[str]]] = {}
-    for each in _all_experiments(checked):
-        places = found.setdefault(get_whole_spec(each).key, (each, []))[1]
-        if each.place is not None:
-            places.append(", ".join(str(label) for _, label in each.place.labels))
-    return list(found.values())
+    experiments: dict[str, tuple[ResolvedExperiment, list[str]]] = {}
+    for experiment in _all_experiments(checked):
+        places = experiments.setdefault(get_whole_spec(experiment).key, (experiment, []))[1]
+        if experiment.place is not None:
+            places.append(", ".join(str(label) for _, label in experiment.place.labels))
+    return list(experiments.values())
 
 
 def _tokens(experiment: ResolvedExperiment, row: RunRow) -> list[str]:
@@ -197,17 +199,20 @@ def _count_text(tokens: int) -> str:
 def _numbered(experiment: ResolvedExperiment, row: RunRow) -> list[tuple[str, str]]:
     """Return position and text of each token; those of an image are one entry."""
     images: dict[int, tuple[str, int]] = {}
-    for each in row.placed_pictures:
-        rows, cols = each.picture.expansion.size
-        images[each.first] = f"{each.title} ({rows} x {cols})", len(each.picture.expansion.ids)
-    tokens, found = _tokens(experiment, row), list[tuple[str, str]]()
+    for picture in row.placed_pictures:
+        rows, cols = picture.picture.expansion.size
+        images[picture.first] = (
+            f"{picture.title} ({rows} x {cols})",
+            len(picture.picture.expansion.ids),
+        )
+    tokens, pairs = _tokens(experiment, row), list[tuple[str, str]]()
     position = 0
     while position < len(tokens):
         text, count = images.get(position, (shown_token(tokens[position]), 1))
         label = str(position) if count == 1 else f"{position}..{position + count - 1}"
-        found.append((label, text))
+        pairs.append((label, text))
         position += count
-    return found
+    return pairs
 
 
 def _print_grid(tokens: list[tuple[str, str]], console: Console) -> None:
@@ -234,13 +239,13 @@ def _print_grid(tokens: list[tuple[str, str]], console: Console) -> None:
 
 def _named_spans(row: RunRow) -> list[tuple[str, list[tuple[int, ...]]]]:
     """Return each span's name with the tokens of all its occurrences."""
-    found: dict[str, list[tuple[int, ...]]] = {}
+    hits: dict[str, list[tuple[int, ...]]] = {}
     for span in row.spans:
-        found.setdefault(span.name, []).append(span_tokens(row, span.start, span.end))
-    for each in row.placed_pictures:
-        names = (each.name, each.video, *each.picture.regions)
-        found |= {name: row.image_places(name) for name in names if name is not None}
-    return [*found.items(), *((name, list(tokens)) for name, tokens in row.places.items())]
+        hits.setdefault(span.name, []).append(span_tokens(row, span.start, span.end))
+    for picture in row.placed_pictures:
+        names = (picture.name, picture.video, *picture.picture.regions)
+        hits |= {name: row.image_places(name) for name in names if name is not None}
+    return [*hits.items(), *((name, list(tokens)) for name, tokens in row.places.items())]
 
 
 def _token_ranges(groups: Iterable[tuple[int, ...]]) -> str:
@@ -347,13 +352,13 @@ def _step_text(rule: ResolvedRule, last: int) -> str:
         assert rule.spec.during is not None
         return " ".join(rule.spec.during.span.written.split())
     first, end = (0, last) if rule.steps is None else rule.steps.values[()]
-    found = ["in the prefill"] if first == 0 else []
+    step_texts = ["in the prefill"] if first == 0 else []
     if rule.acts_later and end:  # a single token has no later step
         positions = rule.positions
         labels = sorted({f"`{positions.written[key].label}`" for key in positions.newest})
         steps = f"step {end}" if end == max(first, 1) else f"steps {max(first, 1)} to {end}"
-        found.append(f"in {steps} at the newest token, which extends {' and '.join(labels)}")
-    return ", then ".join(found)
+        step_texts.append(f"in {steps} at the newest token, which extends {' and '.join(labels)}")
+    return ", then ".join(step_texts)
 
 
 def _print_labels(title: str, labels: list[str], console: Console) -> None:
@@ -372,7 +377,11 @@ def _members(members: Sequence[DirectionMember], console: Console) -> None:
 def _directions(rule: ResolvedRule, console: Console) -> None:
     """Print the definition of a rule's directions and their rows."""
     _members([] if rule.direction is None else list(rule.direction.members.values()), console)
-    bases = [] if rule.basis is None else [each for each in rule.basis.members if each.made]
+    bases = (
+        []
+        if rule.basis is None
+        else [basis_member for basis_member in rule.basis.members if basis_member.made]
+    )
     for member in bases[:MAX_SHOWN_CELLS]:
         kind = "" if isinstance(member.operand, OutputWeights) else "basis "
         console.print(Text(f"    {kind}{member.name}: {member.made}"))
@@ -456,10 +465,10 @@ def _control(experiment: ResolvedExperiment, console: Console) -> None:
 def _hit_text(experiment: ResolvedExperiment, run: str, cell: PositionCell, row: int) -> str:
     """Format hits: `4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `9 answer 1` (after
     the prompt), `—` for a row without the position."""
-    own = experiment.table.runs[run].rows[row]
-    if own.image is not None:
+    run_row = experiment.table.runs[run].rows[row]
+    if run_row.image is not None:
         return " | ".join(map(range_text, cell.hits[row])) or "—"
-    tokens = _tokens(experiment, own)
+    tokens = _tokens(experiment, run_row)
     shown = [f"{t} {shown_token(token)}" for t, token in enumerate(tokens)]
 
     def at(t: int) -> str:
@@ -511,17 +520,17 @@ def _as_rule(rule: ResolvedRule) -> dict[str, Any]:
 
 def _as_derived(experiment: ResolvedExperiment) -> dict[str, Any]:
     """Return the derived runs, if there are any."""
-    found = [
+    documents = [
         {"name": name, "base": run.spec.base, "rules": [_as_rule(r) for r in run.rules]}
         for name, run in experiment.derived.items()
     ]
-    return {"derived": found} if found else {}
+    return {"derived": documents} if documents else {}
 
 
 def _as_saves(experiment: ResolvedExperiment, checked: CheckedFile) -> dict[str, Any]:
     """Return the `save` lines, if there are any."""
-    own = [each for each in checked.saving if each.spec.span == experiment.spec.span]
-    found: list[dict[str, Any]] = [
+    experiments = [each for each in checked.saving if each.spec.span == experiment.spec.span]
+    documents: list[dict[str, Any]] = [
         {
             "save": save.spec.span.written,
             "run": save.run,
@@ -531,11 +540,11 @@ def _as_saves(experiment: ResolvedExperiment, checked: CheckedFile) -> dict[str,
             "basis": save.basis.members[0].name,
             "features": list(save.basis.coordinates[()].which) or "all",
         }
-        for each in own
+        for each in experiments
         for save in each.saves
         if save.basis is not None
     ]
-    found += [
+    documents += [
         {
             "save": save.spec.span.written,
             "run": save.run,
@@ -546,11 +555,11 @@ def _as_saves(experiment: ResolvedExperiment, checked: CheckedFile) -> dict[str,
             "rows": plan_save_layout(each, save).rows,
             "dtype": save.spec.stored_dtype(each.model.spec.dtype),
         }
-        for each in own
+        for each in experiments
         for save in each.saves
         if save.basis is None
     ]
-    found += [
+    documents += [
         {
             "save": file.spec.span.written,
             "file": file.spec.file,
@@ -558,10 +567,10 @@ def _as_saves(experiment: ResolvedExperiment, checked: CheckedFile) -> dict[str,
             "directions": [{"name": m.name, "made": m.made} for m in file.members.values()],
             "dtype": file.spec.stored_dtype,
         }
-        for each in own
+        for each in experiments
         for file in each.direction_files
     ]
-    return {"saves": found} if found else {}
+    return {"saves": documents} if documents else {}
 
 
 def _as_directions(rule: ResolvedRule) -> list[dict[str, str]]:
@@ -576,7 +585,9 @@ def _as_bases(rule: ResolvedRule) -> dict[str, Any]:
     members = rule.basis.members
     return {
         "bases": [{"name": m.name, "made": m.made, "coordinates": m.size} for m in members],
-        "coordinates": [list(own.which) or "all" for own in rule.basis.coordinates.values()],
+        "coordinates": [
+            list(coordinate.which) or "all" for coordinate in rule.basis.coordinates.values()
+        ],
     }
 
 

@@ -123,7 +123,7 @@ def print_verdict_comparison(against: VerdictComparison, console: Console) -> No
     console.print(Text(f"against {runs}: {_count_text(against)}", style="bold"), highlight=False)
     for file in against.without:
         print_hanging("", f"{file} isn't in that run: all its expectations are new", console)
-    several = len({each.file for each in against.changes}) > 1
+    several = len({expectation_change.file for expectation_change in against.changes}) > 1
     for change in against.changes:
         failing = "bold red" if change.fails else ""
         text = Text().append(
@@ -191,22 +191,22 @@ STATE_TEXTS: Mapping[CellState, str] = {
 }
 
 
-def differences_text(found: Differences, width: int) -> PrintedText:
+def differences_text(differences: Differences, width: int) -> PrintedText:
     """Return the complete output, `width` columns wide."""
-    return capture_text(lambda console: print_differences(found, console), width)
+    return capture_text(lambda console: print_differences(differences, console), width)
 
 
-def print_differences(found: Differences, console: Console) -> None:
+def print_differences(differences: Differences, console: Console) -> None:
     """Print all differences; unchanged cells are only counted."""
-    for word, side in (("old", found.old), ("new", found.new)):
+    for word, side in (("old", differences.old), ("new", differences.new)):
         note = f" ({side.note})" if side.note else ""
         console.print(Text(f"{word}  {side.name}{note}"), highlight=False, soft_wrap=True)
-    _print_inputs(found, console)
-    _print_verdict_changes(found.verdicts, console)
-    _print_cells(found, console)
-    _print_unmatched("gone", found.removed, console)
-    _print_unmatched("new", found.added, console)
-    _print_counts(found, console)
+    _print_inputs(differences, console)
+    _print_verdict_changes(differences.verdicts, console)
+    _print_cells(differences, console)
+    _print_unmatched("gone", differences.removed, console)
+    _print_unmatched("new", differences.added, console)
+    _print_counts(differences, console)
 
 
 def _print_title(text: str, console: Console) -> None:
@@ -235,18 +235,18 @@ def _print_line(text: str, console: Console, indent: int = 2, hanging: int = 4) 
 # --- inputs ---------------------------------------------------------------------------------------
 
 
-def _print_inputs(found: Differences, console: Console) -> None:
+def _print_inputs(differences: Differences, console: Console) -> None:
     _print_title("changed inputs", console)
-    if not found.inputs and not found.rows:
+    if not differences.inputs and not differences.rows:
         _print_line("none known", console)
         return
-    for each in found.inputs:
-        where = f" of {_name_list(each.experiments)}" if each.experiments else ""
+    for change in differences.inputs:
+        where = f" of {_name_list(change.experiments)}" if change.experiments else ""
         _print_line(
-            f"{each.what}{where}: {_shorten_hashes(each.old)} → {_shorten_hashes(each.new)}",
+            f"{change.what}{where}: {_shorten_hashes(change.old)} → {_shorten_hashes(change.new)}",
             console,
         )
-    for rows in found.rows:
+    for rows in differences.rows:
         _print_line(f"rows of {rows.experiment}: {_rows_text(rows)}", console)
 
 
@@ -262,7 +262,7 @@ def _shorten_hashes(text: str | None) -> str:
     """Shorten hashes to a prefix."""
     if text is None:
         return "not there"
-    return HASH_PATTERN.sub(lambda found: found[0][:HASH_DIGITS] + "…", text) or "empty"
+    return HASH_PATTERN.sub(lambda match: match[0][:HASH_DIGITS] + "…", text) or "empty"
 
 
 def _name_list(names: Iterable[str], most: int = 4) -> str:
@@ -279,11 +279,11 @@ def _print_verdict_changes(verdicts: Sequence[VerdictChange], console: Console) 
         return
     _print_title("expectations", console)
     styles = {"fails now": "bold red", "holds now": "green"}
-    for each in verdicts:
-        text = Text("  ").append(each.turn, style=styles.get(each.turn, ""))
-        text.append(f"  {each.experiment}: expect {each.text}")
+    for verdict in verdicts:
+        text = Text("  ").append(verdict.turn, style=styles.get(verdict.turn, ""))
+        text.append(f"  {verdict.experiment}: expect {verdict.text}")
         console.print(text, highlight=False)
-        for word, outcome in (("old", each.old), ("new", each.new)):
+        for word, outcome in (("old", verdict.old), ("new", verdict.new)):
             if outcome is not None:
                 print_hanging(f"      {word}: ", _outcome_text(outcome), console)
 
@@ -297,63 +297,77 @@ def _outcome_text(outcome: ExpectOutcome) -> str:
 # --- cells ----------------------------------------------------------------------------------------
 
 
-def _print_cells(found: Differences, console: Console) -> None:
-    changed = sorted(found.changed_cells, key=_sort_weight)
+def _print_cells(differences: Differences, console: Console) -> None:
+    changed = sorted(differences.changed_cells, key=_sort_weight)
     _print_title(f"changed beyond noise: {count_noun(len(changed), 'cell')}", console)
-    for each in changed[:MAX_SECTION_LINES]:
-        _print_cell(each, console)
+    for difference in changed[:MAX_SECTION_LINES]:
+        _print_cell(difference, console)
     _print_more(len(changed), MAX_SECTION_LINES, "cell", console)
     groups: dict[tuple[str, str, str], list[CellDifference]] = {}
-    for each in found.cells:
-        if each.state == "unclear":
-            key = each.experiment, _measure_text(each), each.reason or ""
-            groups.setdefault(key, []).append(each)
+    for cell in differences.cells:
+        if cell.state == "unclear":
+            key = cell.experiment, _measure_text(cell), cell.reason or ""
+            groups.setdefault(key, []).append(cell)
     if groups:
         _print_title("different, but with too few prompts or no test", console)
     for (experiment, measure, reason), cells in groups.items():
-        named = f"{count_noun(len(cells), 'cell')} ({_name_list(each.cell for each in cells)})"
+        named = f"{count_noun(len(cells), 'cell')} ({_name_list(cell.cell for cell in cells)})"
         _print_line(f"{experiment}: {measure}: {named}; {reason}{_move_text(cells)}", console)
 
 
-def _measure_text(each: CellDifference) -> str:
-    at = "" if each.at is None else f" at {each.at}"
-    return f"{each.effect} of {each.label}{at}"
+def _measure_text(difference: CellDifference) -> str:
+    at = "" if difference.at is None else f" at {difference.at}"
+    return f"{difference.effect} of {difference.label}{at}"
 
 
 def _move_text(cells: Sequence[CellDifference]) -> str:
     """Describe the maximum change of values in several cells."""
-    rows = max((each.rows_changed or 0 for each in cells), default=0)
+    rows = max((cell.rows_changed or 0 for cell in cells), default=0)
     if not rows:
         return ""
-    most = max(each.rows for each in cells)
-    largest = max(each.largest or 0.0 for each in cells)
+    most = max(cell.rows for cell in cells)
+    largest = max(cell.largest or 0.0 for cell in cells)
     by = f", by at most {number_format([largest])(largest)}" if largest else ""
     return f"; values changed in up to {rows:,} of {count_noun(most, 'row')}{by}"
 
 
-def _sort_weight(each: CellDifference) -> tuple[float, float]:
+def _sort_weight(difference: CellDifference) -> tuple[float, float]:
     """Sort by certainty, then by size, both descending."""
-    p = 1.0 if each.p_corrected is None else each.p_corrected
-    return p, -abs(each.difference or 0.0)
+    p = 1.0 if difference.p_corrected is None else difference.p_corrected
+    return p, -abs(difference.difference or 0.0)
 
 
-def _print_cell(each: CellDifference, console: Console) -> None:
-    text = Text(f"  {each.experiment}: {each.cell}  ").append(_measure_text(each), style="dim")
+def _print_cell(difference: CellDifference, console: Console) -> None:
+    text = Text(f"  {difference.experiment}: {difference.cell}  ").append(
+        _measure_text(difference), style="dim"
+    )
     console.print(text, highlight=False)
-    _print_line(f"{_effect_text(each)}; {_value_text(each)}", console, 6, 0)
+    _print_line(f"{_effect_text(difference)}; {_value_text(difference)}", console, 6, 0)
 
 
-def _effect_text(each: CellDifference) -> str:
-    old, new = _number_texts(each.old, each.new)
+def _effect_text(cell_difference: CellDifference) -> str:
+    old, new = _number_texts(cell_difference.old, cell_difference.new)
     difference = MISSING
-    if each.difference is not None:
-        ends = (math.nan if end is None else end for end in (each.low, each.high))
-        known = [v for v in (each.difference, each.low, each.high) if v is not None]
-        difference = " ".join(interval_texts(number_format(known), each.difference, *ends))
-    what = "mean effect" if each.kind == "number" else "share of the old run's most common category"
+    if cell_difference.difference is not None:
+        ends = (
+            math.nan if end is None else end for end in (cell_difference.low, cell_difference.high)
+        )
+        known = [
+            v
+            for v in (cell_difference.difference, cell_difference.low, cell_difference.high)
+            if v is not None
+        ]
+        difference = " ".join(
+            interval_texts(number_format(known), cell_difference.difference, *ends)
+        )
+    what = (
+        "mean effect"
+        if cell_difference.kind == "number"
+        else "share of the old run's most common category"
+    )
     said = f"{what} {old} → {new}, difference {difference}"
-    if each.p_corrected is not None:
-        said += f", p corrected {p_text(each.p_corrected, each.p_at_most)}"
+    if cell_difference.p_corrected is not None:
+        said += f", p corrected {p_text(cell_difference.p_corrected, cell_difference.p_at_most)}"
     return said
 
 
@@ -363,14 +377,14 @@ def _number_texts(*numbers: float | None) -> list[str]:
     return [MISSING if value is None else write(value) for value in numbers]
 
 
-def _value_text(each: CellDifference) -> str:
-    if not each.paired:
-        return f"no row is in both runs ({count_noun(each.rows, 'row')} in the smaller one)"
-    said = f"values changed in {each.rows_changed:,} of {count_noun(each.rows, 'row')}"
-    if each.largest:
-        said += f", by at most {number_format([each.largest])(each.largest)}"
-    if each.rows_beyond != each.rows_changed:
-        said += f" ({each.rows_beyond:,} by more than rounding)"
+def _value_text(difference: CellDifference) -> str:
+    if not difference.paired:
+        return f"no row is in both runs ({count_noun(difference.rows, 'row')} in the smaller one)"
+    said = f"values changed in {difference.rows_changed:,} of {count_noun(difference.rows, 'row')}"
+    if difference.largest:
+        said += f", by at most {number_format([difference.largest])(difference.largest)}"
+    if difference.rows_beyond != difference.rows_changed:
+        said += f" ({difference.rows_beyond:,} by more than rounding)"
     return said
 
 
@@ -383,8 +397,10 @@ def _print_unmatched(title: str, places: Sequence[UnmatchedItem], console: Conso
         return
     _print_title(title, console)
     groups: dict[tuple[str, str | None, str | None], list[str]] = {}
-    for each in places:
-        groups.setdefault((each.experiment, each.measure, each.reason), []).append(each.cell or "")
+    for place in places:
+        groups.setdefault((place.experiment, place.measure, place.reason), []).append(
+            place.cell or ""
+        )
     for number, ((experiment, measure, reason), cells) in enumerate(groups.items()):
         if number == MAX_SECTION_LINES:
             break
@@ -396,19 +412,21 @@ def _print_unmatched(title: str, places: Sequence[UnmatchedItem], console: Conso
     _print_more(len(groups), MAX_SECTION_LINES, "line", console)
 
 
-def _print_counts(found: Differences, console: Console) -> None:
-    common = any(each.common for each in found.rows)
+def _print_counts(differences: Differences, console: Console) -> None:
+    common = any(row.common for row in differences.rows)
     where = "; if rows differ, on those of both runs" if common else ""
-    _print_title(f"{count_noun(found.compared, 'cell')} compared{where}", console)
-    counts = Counter(found.counts)
+    _print_title(f"{count_noun(differences.compared, 'cell')} compared{where}", console)
+    counts = Counter(differences.counts)
     for state, words in STATE_TEXTS.items():
         if counts[state]:
-            moved = _move_text([each for each in found.cells if each.state == state])
+            moved = _move_text([cell for cell in differences.cells if cell.state == state])
             _print_line(f"{words}: {counts[state]:,}{moved}", console)
     if counts["none"]:
         _print_line(f"without a number in either run: {counts['none']:,}", console)
-    for name, words in found.conventions.items():
+    for name, words in differences.conventions.items():
         print_hanging(f"  {name}: ", words, console)
     console.print()
-    verdict = "; ".join(found.reasons) or "nothing changed beyond noise"
-    console.print(Text(verdict, style="bold red" if found.changed else "green"), highlight=False)
+    verdict = "; ".join(differences.reasons) or "nothing changed beyond noise"
+    console.print(
+        Text(verdict, style="bold red" if differences.changed else "green"), highlight=False
+    )

@@ -56,16 +56,16 @@ def _print_table(fits: Sequence[TrainedFit], kind: type[FitReport], console: Con
         for numbers in others:
             table.add_row(*[""] * 4, *numbers)
     several = group_by_seeds(fits)
-    for each in several:
-        mean, far = f"{each.basis}: mean of {len(each.fits)} seeds", f"{each.basis}: ±"
-        for name, lines in ((mean, each.mean.lines()), (far, each.half_width.lines())):
+    for reports in several:
+        mean, far = f"{reports.basis}: mean of {len(reports.fits)} seeds", f"{reports.basis}: ±"
+        for name, lines in ((mean, reports.mean.lines()), (far, reports.half_width.lines())):
             for number, line in enumerate(lines):
                 cells = (own.replace("nan", "–") for own in line)
                 table.add_row("" if number else name, *[""] * 3, *cells)
     console.print(table)
     for column in kind.columns:
         print_hanging(f"  {column.title}: ", column.note, console)
-    for name, agreement in ((own.basis, own.agreement) for own in several):
+    for name, agreement in ((reports.basis, reports.agreement) for reports in several):
         if agreement is not None:
             print_hanging(f"  {name}: ", agreement.text, console)
     if several:
@@ -82,13 +82,13 @@ def print_stored_trainings(trainings: Sequence[StoredTraining], console: Console
     for title in ("file", "model", "prompts"):
         table.add_column(title, overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)
-    for each in trainings:
-        facts = (each.name, each.trainer, each.file, each.model, each.prompts)
+    for training in trainings:
+        facts = (training.name, training.trainer, training.file, training.model, training.prompts)
         table.add_row(
-            each.short_key,
-            f"{each.ended:%Y-%m-%d %H:%M}",
-            *(facts if each.finished else ("unfinished", *[""] * 4)),
-            format_size(each.size),
+            training.short_key,
+            f"{training.ended:%Y-%m-%d %H:%M}",
+            *(facts if training.finished else ("unfinished", *[""] * 4)),
+            format_size(training.size),
         )
     console.print(table)
 
@@ -138,7 +138,10 @@ class SeedReports:
         masks = [report for report in reports if isinstance(report, MaskReport)]
         if len(masks) < len(reports):
             return None
-        sets, candidates = [own.chosen.keys() for own in masks], [own.candidates for own in masks]
+        sets, candidates = (
+            [mask.chosen.keys() for mask in masks],
+            [mask.candidates for mask in masks],
+        )
         return measure_agreement(sets, min(candidates), masks[0].noun)
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,5 +189,5 @@ def group_by_seeds(fits: Sequence[TrainedFit]) -> list[SeedReports]:
     for fit in fits:
         if fit.family is not None:
             groups.setdefault((fit.family, fit.site), []).append(fit)
-    several = ((name, own) for (name, _), own in groups.items() if len(own) > 1)
+    several = ((name, group) for (name, _), group in groups.items() if len(group) > 1)
     return [SeedReports(name, tuple(own)) for name, own in several]

@@ -130,9 +130,9 @@ def _by_method(
     sums: EffectSums, settings: spec.Statistics, draws: Resamples, tests: int
 ) -> tuple[Floats, Floats, Floats, Bools]:
     if settings.test == "t":
-        found = skewed_t(sums, draws.strata)
-        low, high = found.interval(settings.confidence, MIN_UNITS)
-        return low, high, found.p(), np.zeros(len(low), dtype=bool)
+        inference = skewed_t(sums, draws.strata)
+        low, high = inference.interval(settings.confidence, MIN_UNITS)
+        return low, high, inference.p(), np.zeros(len(low), dtype=bool)
     count = draw_count(settings, tests)
     if settings.test == "flips":
         flips = sign_flip_inference(sums, count, draws.seed, settings.confidence)
@@ -247,10 +247,14 @@ def _unit_blocks(
             rows = effect_parts(data, effect, some)
             full = sampling.whole(rows.present)
             for whole in (True, False):
-                own = np.flatnonzero(full == whole)
-                if len(own):
-                    part = rows if len(own) == len(some) else effect_parts(data, effect, some[own])
-                    yield _UnitBlock(some[own], units, part, part.sums(units), whole)
+                indices = np.flatnonzero(full == whole)
+                if len(indices):
+                    part = (
+                        rows
+                        if len(indices) == len(some)
+                        else effect_parts(data, effect, some[indices])
+                    )
+                    yield _UnitBlock(some[indices], units, part, part.sums(units), whole)
 
 
 def _numbers(
@@ -262,22 +266,22 @@ def _numbers(
         tests: Number of cells over which the smallest p is corrected.
     """
     data, sampling = reorder_rows(data, sampling.order), sampling.ordered
-    found = _empty(data.patched.shape[0])
-    reasons: list[str | None] = [None] * len(found.mean)
-    further = {name: np.full(len(found.mean), np.nan) for name in ROW_STATISTICS}
+    statistics = _empty(data.patched.shape[0])
+    reasons: list[str | None] = [None] * len(statistics.mean)
+    further = {name: np.full(len(statistics.mean), np.nan) for name in ROW_STATISTICS}
     failures: dict[str, str] = {}
     for block in _unit_blocks(data, effect, sampling):
         cells, rows, n = block.cells, block.rows, block.n
-        found.n[cells], found.units[cells] = n, block.sums.held
-        found.mean[cells] = rows.mean()
+        statistics.n[cells], statistics.units[cells] = n, block.sums.held
+        statistics.mean[cells] = rows.mean()
         inference = _inference(data, effect, sampling, block, tests)
-        found.low[cells], found.high[cells] = inference.low, inference.high
+        statistics.low[cells], statistics.high[cells] = inference.low, inference.high
         if effect.tested:
-            found.p[cells] = np.where(data.inert[cells], np.nan, inference.p)
-            found.floor[cells] = inference.floor & ~data.inert[cells]
-        found.base_mean[cells] = _mean_within(data.base, cells, rows.present)
-        found.source_mean[cells] = _mean_within(data.source, cells, rows.present)
-        found.rounding[cells] = rounding_bound(data, effect, cells, rows.present)
+            statistics.p[cells] = np.where(data.inert[cells], np.nan, inference.p)
+            statistics.floor[cells] = inference.floor & ~data.inert[cells]
+        statistics.base_mean[cells] = _mean_within(data.base, cells, rows.present)
+        statistics.source_mean[cells] = _mean_within(data.source, cells, rows.present)
+        statistics.rounding[cells] = rounding_bound(data, effect, cells, rows.present)
         for name, values in further.items():
             values[cells] = _row_statistic(name, rows, failures)
         zero = _zero_denominators(block, sampling)
@@ -286,18 +290,24 @@ def _numbers(
             undefined = int(rows.undefined[offset])
             about = zero.get(offset)
             if about is not None:
-                for values in (found.mean, found.low, found.high, found.p):
+                for values in (statistics.mean, statistics.low, statistics.high, statistics.p):
                     values[cell] = np.nan
             gap = interval_gap(
-                int(found.units[cell]),
+                int(statistics.units[cell]),
                 word,
                 sampling.settings,
                 is_ratio=rows.denominator is not None and about is None,
             )
-            reasons[cell] = _reason(data, effect, found, cell, undefined, gap, about)
-    for values in (found.mean, found.low, found.high, found.base_mean, found.source_mean):
+            reasons[cell] = _reason(data, effect, statistics, cell, undefined, gap, about)
+    for values in (
+        statistics.mean,
+        statistics.low,
+        statistics.high,
+        statistics.base_mean,
+        statistics.source_mean,
+    ):
         values[~np.isfinite(values)] = np.nan
-    return replace(found, reasons=tuple(reasons), further=further, failures=failures)
+    return replace(statistics, reasons=tuple(reasons), further=further, failures=failures)
 
 
 def _row_statistic(name: str, rows: EffectParts, failures: dict[str, str]) -> Floats:
@@ -306,19 +316,19 @@ def _row_statistic(name: str, rows: EffectParts, failures: dict[str, str]) -> Fl
     It is NaN for a ratio of means, as no row has one, and for a class that fails, whose exception
     is noted in `failures`.
     """
-    entry, found = ROW_STATISTICS[name], np.full(len(rows.present), np.nan)
+    entry, statistic = ROW_STATISTICS[name], np.full(len(rows.present), np.nan)
     if rows.denominator is not None:
         failures[name] = f"`{rows.effect.name}` is a ratio of means: no row has one"
-        return found
+        return statistic
     for cell, present in enumerate(rows.present):
         effects = rows.numerator[cell][present]
         if len(effects) < entry.min_rows:
             continue
         try:
-            found[cell] = float(entry.compute(effects))
+            statistic[cell] = float(entry.compute(effects))
         except Exception as error:
             failures[name] = f"`compute` failed: {type(error).__name__}: {error}"
-    return found
+    return statistic
 
 
 def _inference(
@@ -337,11 +347,11 @@ def _inference(
 
     if shares is None:
         return by_method(block.sums).within(mean_range(data))
-    found = _share_inference(data, effect, block, shares, settings.confidence)
+    inference = _share_inference(data, effect, block, shares, settings.confidence)
     others = np.flatnonzero(~shares.exact)
     if len(others):
-        found.fill(others, by_method(block.sums.chosen(others)).within(mean_range(data)))
-    return found
+        inference.fill(others, by_method(block.sums.chosen(others)).within(mean_range(data)))
+    return inference
 
 
 def mean_range(data: MeasureData) -> tuple[float, float] | None:
@@ -350,7 +360,7 @@ def mean_range(data: MeasureData) -> tuple[float, float] | None:
     if data.unit not in LIMITED_UNITS or not data.word or data.estimator:
         return None
     runs = [each for each in (data.patched, data.base, data.source) if each is not None]
-    if data.effect not in SHARE_RUNS or any(_is_beyond(each).any() for each in runs):
+    if data.effect not in SHARE_RUNS or any(_is_beyond(run).any() for run in runs):
         return None
     return (0.0 if data.effect == "raw" else -1.0), 1.0
 
@@ -368,13 +378,13 @@ def _share_inference(
     confidence: float,
 ) -> Inference:
     """Compute the inference of shares, and of differences of shares."""
-    own, *other = shares.sums(block.units)
+    effect_sums, *other = shares.sums(block.units)
     if not other:  # a single share isn't a difference and has no p
-        low, high = share_interval(own, block.n, confidence)
+        low, high = share_interval(effect_sums, block.n, confidence)
         return Inference(low, high, np.full(len(low), np.nan), np.zeros(len(low), dtype=bool))
-    found = infer_shares(own, other[0], block.n, confidence)
-    low, high = _inert_at_zero(data, effect, block.cells, (found.low, found.high))
-    return replace(found, low=low, high=high)
+    inference = infer_shares(effect_sums, other[0], block.n, confidence)
+    low, high = _inert_at_zero(data, effect, block.cells, (inference.low, inference.high))
+    return replace(inference, low=low, high=high)
 
 
 def _inert_at_zero(
@@ -417,7 +427,7 @@ def is_share(data: MeasureData) -> bool:
     if data.word != PYTHON_CALL or data.unit or data.estimator:
         return False
     runs = [each for each in (data.patched, data.base, data.source) if each is not None]
-    return all(bool((np.isin(each, (0.0, 1.0)) | np.isnan(each)).all()) for each in runs)
+    return all(bool((np.isin(run, (0.0, 1.0)) | np.isnan(run)).all()) for run in runs)
 
 
 def cell_shares(data: MeasureData, effect: EffectKind, cells: Ints) -> CellShares | None:
@@ -469,11 +479,11 @@ def share_limits(
     shares = cell_shares(data, effect, cells)
     if shares is None:
         return None
-    own, *other = shares.sums(units, of)
+    effect_sums, *other = shares.sums(units, of)
     n = np.count_nonzero(shares.present, axis=1)
     if not other:
-        return shares.exact, *share_interval(own, n, confidence)
-    limits = share_difference(own, other[0], n, confidence)
+        return shares.exact, *share_interval(effect_sums, n, confidence)
+    limits = share_difference(effect_sums, other[0], n, confidence)
     return shares.exact, *_inert_at_zero(data, effect, cells, limits)
 
 
@@ -492,8 +502,8 @@ def _zero_denominators(
     low, high = denominator_interval(sums, strata, sampling.settings.confidence)
     value = sums.value
     with np.errstate(invalid="ignore"):
-        found = np.flatnonzero(~((low > 0) | (high < 0)) & (block.n > 0))
-    return {int(i): (float(value[i]), float(low[i]), float(high[i])) for i in found}
+        indices = np.flatnonzero(~((low > 0) | (high < 0)) & (block.n > 0))
+    return {int(i): (float(value[i]), float(low[i]), float(high[i])) for i in indices}
 
 
 def denominator_interval(
@@ -536,12 +546,12 @@ def _rounding(data: MeasureData, effect: EffectKind, cells: CellIndex) -> Floats
         source = rows(source)
     elif source is not None:  # the change from one unpatched run to the other
         source = moved
-    own = replace(data, patched=there, base=base, source=source)
-    found = effect_parts(own, effect, slice(None)).mean()
+    measure_data = replace(data, patched=there, base=base, source=source)
+    rounding = effect_parts(measure_data, effect, slice(None)).mean()
     if effect.circuit is not None:  # the effect of the base run isn't 0
         there = np.where(np.isnan(patched), np.nan, base)
-        found -= effect_parts(replace(own, patched=there), effect, slice(None)).mean()
-    return np.abs(found)
+        rounding -= effect_parts(replace(measure_data, patched=there), effect, slice(None)).mean()
+    return np.abs(rounding)
 
 
 def _mean_within(values: Floats | None, cells: CellIndex, present: Bools) -> Floats | float:
@@ -557,7 +567,7 @@ def _mean_within(values: Floats | None, cells: CellIndex, present: Bools) -> Flo
 def _reason(
     data: MeasureData,
     effect: EffectKind,
-    found: CellStatistics,
+    statistics: CellStatistics,
     cell: int,
     undefined: int,
     gap: str,
@@ -569,20 +579,20 @@ def _reason(
         return f"not computed ({data.missing.code}): {data.missing.reason}"
     if data.gaps and data.gaps[cell]:
         return data.gaps[cell]
-    if found.n[cell] == 0:
+    if statistics.n[cell] == 0:
         return "no prompt is part of this cell"
     if undefined:
-        said.append(f"the base run's value is 0 in {undefined} of {found.n[cell]} prompts")
+        said.append(f"the base run's value is 0 in {undefined} of {statistics.n[cell]} prompts")
     elif zero is not None and not zero[1] == zero[2] == 0:
         value, low, high = zero
         ends = f"[{low:.3g}, {high:.3g}]" if np.isfinite(low) else f"without an interval ({gap})"
         said.append(f"{effect.divisor} can't be told from 0 there: {value:.3g} {ends}")
-    elif not np.isfinite(found.mean[cell]):
-        by_zero = effect.denominator is not None and not np.isinf(found.mean[cell])
+    elif not np.isfinite(statistics.mean[cell]):
+        by_zero = effect.denominator is not None and not np.isinf(statistics.mean[cell])
         said.append(f"{effect.divisor} is 0" if by_zero else "infinite for at least one prompt")
     if data.spread in NO_INTERVAL_REASONS:
         said.append(NO_INTERVAL_REASONS[data.spread])
-    elif np.isfinite(found.mean[cell]) and not np.isfinite(found.low[cell]):
+    elif np.isfinite(statistics.mean[cell]) and not np.isfinite(statistics.low[cell]):
         said.append(gap)
     if data.inert[cell]:
         said.append(f"cannot differ from {effect.name_inert_runs('the base run')}: not tested")
@@ -601,29 +611,29 @@ def compute_category_statistics(
         truth: The correct numbers, shape [1 or cell, prompt].
         rounding: 1 where rounding may change the category, shape [1 or cell, prompt].
     """
-    found = _empty(len(values))
+    statistics = _empty(len(values))
     reasons: list[str] = []
     for cell, row in enumerate(values):
         present = ~np.isnan(row)
         seen = row[present]
-        found.n[cell] = len(seen)
+        statistics.n[cell] = len(seen)
         if not len(seen):
             reasons.append("no prompt is part of this cell")
             continue
         distinct, counts = np.unique(seen, return_counts=True)
-        found.commonest[cell] = distinct[counts.argmax()]
-        found.share[cell] = counts.max() / len(seen)
+        statistics.commonest[cell] = distinct[counts.argmax()]
+        statistics.share[cell] = counts.max() / len(seen)
         if truth is not None:
             right = truth[cell if len(truth) > 1 else 0]
-            found.mean_error[cell] = np.abs(seen - right[present]).mean()
+            statistics.mean_error[cell] = np.abs(seen - right[present]).mean()
         if rounding is not None:
             moved = rounding[cell if len(rounding) > 1 else 0]
-            found.rounding[cell] = moved[present].mean()
-        unknown = np.isnan(found.mean_error[cell])
+            statistics.rounding[cell] = moved[present].mean()
+        unknown = np.isnan(statistics.mean_error[cell])
         reasons.append(
             "a category has no mean" + ("; no right number is known for it" if unknown else "")
         )
-    return replace(found, reasons=tuple(reasons))
+    return replace(statistics, reasons=tuple(reasons))
 
 
 def compute_cell_statistics(
@@ -658,7 +668,7 @@ def compute_cell_statistics(
     sampling = SamplingDesign(
         measures[0].patched.shape[1], settings, seed, ids, groups, strata, blocks
     )
-    tested = [each.kind == "number" and effects[each.effect].tested for each in measures]
+    tested = [measure.kind == "number" and effects[measure.effect].tested for measure in measures]
     first = [
         find_repeated_cells(data, effects[data.effect]) if own else np.arange(len(data.patched))
         for data, own in zip(measures, tested, strict=True)
@@ -669,25 +679,30 @@ def compute_cell_statistics(
         if own
     )
     alone = settings.correction in ("max", "none")
-    found = [
+    statistics = [
         _numbers(data, effects[data.effect], sampling, 1 if alone else tests)
         if data.kind == "number"
         else compute_category_statistics(data.patched, data.truth, data.rounding)
         for data in measures
     ]
-    found = [
-        replace(each, repeated=each.tested & (cells != np.arange(len(cells))))
-        for each, cells in zip(found, first, strict=True)
+    statistics = [
+        replace(statistic, repeated=statistic.tested & (cells != np.arange(len(cells))))
+        for statistic, cells in zip(statistics, first, strict=True)
     ]
-    exact = [_exact_cells(data, effects, each) for data, each in zip(measures, found, strict=True)]
+    exact = [
+        _exact_cells(data, effects, statistic)
+        for data, statistic in zip(measures, statistics, strict=True)
+    ]
     return add_corrected_p(
-        measures, found, sampling, effects, exact=exact, first=first, picked=picked
+        measures, statistics, sampling, effects, exact=exact, first=first, picked=picked
     )
 
 
-def _exact_cells(data: MeasureData, effects: Registry[EffectKind], found: CellStatistics) -> Bools:
+def _exact_cells(
+    data: MeasureData, effects: Registry[EffectKind], statistics: CellStatistics
+) -> Bools:
     """Return the tested cells whose p comes from exact limits of shares. Shape [cell]."""
-    exact, tested = found.tested, np.flatnonzero(found.tested)
+    exact, tested = statistics.tested, np.flatnonzero(statistics.tested)
     shares = cell_shares(data, effects[data.effect], tested) if len(tested) else None
     exact[tested] = False if shares is None else shares.exact
     return exact
@@ -715,9 +730,9 @@ def run_interval(
         word="" if of is None else of.word,
         seen=None if of is None or of.seen is None or len(of.seen) > 1 else of.seen,
     )
-    found = _numbers(data, EFFECTS["raw"], sampling)
-    ends = (float(found.mean[0]), float(found.low[0]), float(found.high[0]))
-    return Interval(*ends, int(found.n[0]))
+    statistics = _numbers(data, EFFECTS["raw"], sampling)
+    ends = (float(statistics.mean[0]), float(statistics.low[0]), float(statistics.high[0]))
+    return Interval(*ends, int(statistics.n[0]))
 
 
 def check_denominator(

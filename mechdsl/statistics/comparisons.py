@@ -63,14 +63,14 @@ def paired_difference(both: RunPair, strata: Ints | None) -> SkewedT:
     """Compute the difference of paired units. `strata`: [unit], as in `skewed_t`."""
     held = np.minimum(both.new.held, both.old.held)
     new, old = _unit_moves(both.new), _unit_moves(both.old)
-    found = skewed_t_of_moves(both.value, new - old, held, strata)
+    inference = skewed_t_of_moves(both.value, new - old, held, strata)
     size = np.sqrt((new**2).sum(1)) + np.sqrt((old**2).sum(1))
     scale = np.abs(both.new.value) + np.abs(both.old.value)
     rounded = np.abs(both.value) <= ROUNDING_SHARE * scale
     return replace(
-        found,
-        value=np.where(rounded, 0.0, found.value),
-        flat=found.flat | (np.sqrt(found.squares[0]) <= ROUNDING_SHARE * size),
+        inference,
+        value=np.where(rounded, 0.0, inference.value),
+        flat=inference.flat | (np.sqrt(inference.squares[0]) <= ROUNDING_SHARE * size),
     )
 
 
@@ -83,8 +83,8 @@ def unpaired_difference(both: RunPair, of_new: Bools) -> SkewedT:
         of_new: Whether a unit is of the new run, shape [unit].
     """
     new, old = (
-        skewed_t_of_moves(each.value, _unit_moves(each)[:, own], each.held)
-        for each, own in ((both.new, of_new), (both.old, ~of_new))
+        skewed_t_of_moves(effect_sums.value, _unit_moves(effect_sums)[:, mask], effect_sums.held)
+        for effect_sums, mask in ((both.new, of_new), (both.old, ~of_new))
     )
     spread = new.squares[0] + old.squares[0]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -160,9 +160,9 @@ def true_correlation(one: EffectSums, two: EffectSums, confidence: float) -> Tru
     count = len(xy.without)
     quantile = float(student_quantile(confidence, np.array([count]))[0])
     size = _paired(x, y)
-    for own, pairs in ((xx, size.xx), (yy, size.yy)):
-        spread = quantile * math.sqrt(_variance(own) + pairs)
-        if not own.value - spread > 0 or (own.without <= 0).any():
+    for product, pairs in ((xx, size.xx), (yy, size.yy)):
+        spread = quantile * math.sqrt(_variance(product) + pairs)
+        if not product.value - spread > 0 or (product.without <= 0).any():
             return nothing
     scale = _Product(math.sqrt(xx.value * yy.value), np.sqrt(xx.without * yy.without))
     # (a − ρb)² ≤ q² (v₀ − 2ρv₁ + ρ²v₂), corrected for the jackknife's bias
@@ -201,7 +201,9 @@ def _product(x: _Effects, y: _Effects) -> _Product:
     noise = n / (n - 1) * total if n > 1 else 0.0
     value = float(x.value @ y.value) - noise
     # A mean without unit u is θ − n / (n − 1) dᵤ.
-    one, two = (each.held.sum() / max(each.held.sum() - 1, 1) * each.moves for each in (x, y))
+    one, two = (
+        effects.held.sum() / max(effects.held.sum() - 1, 1) * effects.moves for effects in (x, y)
+    )
     means = float(x.value @ y.value) - one @ y.value - two @ x.value + (one * two).sum(1)
     left = np.full(len(own), noise)
     if n > 2:
@@ -245,8 +247,8 @@ def _paired(x: _Effects, y: _Effects) -> _Paired:
     one, two = x.moves[some], y.moves[some]
     mixed = one @ two.T
     products = {"xy": (mixed + mixed.T) / 2, "xx": one @ one.T, "yy": two @ two.T}
-    for each in products.values():
-        np.fill_diagonal(each, 0.0)
+    for product in products.values():
+        np.fill_diagonal(product, 0.0)
     scale = 2 * (count / len(one)) ** 2
 
     def together(left: str, right: str) -> float:

@@ -156,7 +156,7 @@ def is_too_skewed(moves: Floats, value: Floats, units: Ints, test: str) -> bool:
 
 def add_corrected_p(
     measures: Sequence[MeasureData],
-    found: Sequence[CellStatistics],
+    statistics: Sequence[CellStatistics],
     sampling: SamplingDesign,
     effects: Registry[EffectKind],
     *,
@@ -176,13 +176,17 @@ def add_corrected_p(
             test.
         picked: Whether sites were selected on the same rows.
     """
-    p, share = np.concatenate([each.p for each in found]), np.concatenate(exact)
-    every, lengths = range(len(found)), [len(each.p) for each in found]
-    known = np.concatenate([each.tested & ~each.repeated for each in found])
+    p, share = np.concatenate([statistic.p for statistic in statistics]), np.concatenate(exact)
+    every, lengths = range(len(statistics)), [len(statistic.p) for statistic in statistics]
+    known = np.concatenate([statistic.tested & ~statistic.repeated for statistic in statistics])
     of = np.repeat(list(every), lengths)
-    correction, moves = sampling.settings.correction, _moves(measures, found, sampling, effects)
+    correction, moves = (
+        sampling.settings.correction,
+        _moves(measures, statistics, sampling, effects),
+    )
     values, units = (
-        np.concatenate([getattr(each, name) for each in found])[known] for name in ("mean", "units")
+        np.concatenate([getattr(statistic, name) for statistic in statistics])[known]
+        for name in ("mean", "units")
     )
     withheld: list[WithheldReason] = ["picked" if picked else "" for _ in every]
     if not picked and correction != "none":
@@ -201,13 +205,13 @@ def add_corrected_p(
     own = np.split(corrected, np.cumsum(lengths)[:-1])
     return [
         replace(
-            each,
+            statistic,
             p_corrected=own[measure][first[measure]],
             test=_test_in_words(data, sampling, share[known]) if _has_p(data, effects) else None,
             tests=int(known.sum()),
             withheld=withheld[measure],
         )
-        for measure, (data, each) in enumerate(zip(measures, found, strict=True))
+        for measure, (data, statistic) in enumerate(zip(measures, statistics, strict=True))
     ]
 
 
@@ -217,22 +221,22 @@ def _has_p(data: MeasureData, effects: Registry[EffectKind]) -> bool:
 
 def _moves(
     measures: Sequence[MeasureData],
-    found: Sequence[CellStatistics],
+    statistics: Sequence[CellStatistics],
     sampling: SamplingDesign,
     effects: Registry[EffectKind],
 ) -> Floats:
     """Return the deviation of each unit from the cell's value. Shape [tested number, unit]. Cells
     must share their units, so the coarsest units are used."""
-    tested = [np.flatnonzero(each.tested & ~each.repeated) for each in found]
+    tested = [np.flatnonzero(statistic.tested & ~statistic.repeated) for statistic in statistics]
     ordered = [reorder_rows(data, sampling.order) for data in measures]
-    own = sampling.ordered
+    design = sampling.ordered
     seen = [
         rows
         for data, cells in zip(ordered, tested, strict=True)
         for some, rows in cells_by_view(data)
         if rows is not None and np.isin(some, cells).any()
     ]
-    units = find_units([own.rows(*seen)])
+    units = find_units([design.rows(*seen)])
     moves = [np.zeros((0, units.count))]
     for data, cells in zip(ordered, tested, strict=True):
         if len(cells):

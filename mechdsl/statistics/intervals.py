@@ -97,10 +97,10 @@ class StudentisedCells:
     def p(self) -> tuple[Floats, Bools]:
         """Return two-sided p by inversion of the interval, shape [cell], and whether it is the
         smallest value for this number of resamples. p is 1 for a value of 0 and for one unit."""
-        own = self.ratio
+        ratio = self.ratio
         known = np.count_nonzero(~np.isnan(self.pivots), axis=0)
-        above = np.count_nonzero(self.pivots >= own, axis=0)
-        below = np.count_nonzero(self.pivots <= own, axis=0)
+        above = np.count_nonzero(self.pivots >= ratio, axis=0)
+        below = np.count_nonzero(self.pivots <= ratio, axis=0)
         return self.p_of(np.minimum(above, below), known)
 
     def p_of(self, beyond: Ints, known: Ints) -> tuple[Floats, Bools]:
@@ -164,8 +164,8 @@ def standard_error(sums: EffectSums, strata: Ints | None = None) -> Floats:
         else:
             spread = np.zeros(len(left))
             for stratum in range(strata.max() + 1):
-                own = left[:, strata == stratum]
-                spread += own.var(1, ddof=1) * own.shape[1]
+                values = left[:, strata == stratum]
+                spread += values.var(1, ddof=1) * values.shape[1]
         error = np.sqrt(spread) / np.abs(sums.bottom.sum(1))
         size = np.sqrt((sums.top**2).sum(1)) / np.abs(sums.bottom.sum(1))
         error = np.where(error <= FLAT_VARIANCE * size, 0.0, error)
@@ -175,8 +175,8 @@ def standard_error(sums: EffectSums, strata: Ints | None = None) -> Floats:
 def studentise(sums: EffectSums, draws: Resamples) -> StudentisedCells:
     """Compute bootstrap-t of cells: value, error, and their pivots under every resample."""
     value, error = sums.value, standard_error(sums, draws.strata)
-    found = list(resampled_pivots(sums, draws))
-    every = np.concatenate(found) if found else np.zeros((0, len(value)))
+    pivots = list(resampled_pivots(sums, draws))
+    every = np.concatenate(pivots) if pivots else np.zeros((0, len(value)))
     return StudentisedCells(value, error, every, sums.held, draws.count)
 
 
@@ -212,20 +212,23 @@ def _pivots(
         scale = weights @ bottom.T
         moved = (weights @ left.T) / scale
         spread = np.zeros_like(moved)
-        for own in members:
-            drawn, rest = weights[:, own], left[:, own]
+        for member in members:
+            drawn, rest = weights[:, member], left[:, member]
             squares = drawn @ (rest**2).T
             if plain:
                 count = drawn.shape[1]
                 along, both = drawn @ rest.T, np.float64(count)
             else:
-                along, both = drawn @ (rest * bottom[:, own]).T, drawn @ (bottom[:, own] ** 2).T
+                along, both = (
+                    drawn @ (rest * bottom[:, member]).T,
+                    drawn @ (bottom[:, member] ** 2).T,
+                )
             squares += moved * (moved * both - 2 * along)
             if strata is None:
                 spread = squares
                 continue
             count = drawn.shape[1]
-            total = drawn @ rest.T - moved * (drawn @ bottom[:, own].T)
+            total = drawn @ rest.T - moved * (drawn @ bottom[:, member].T)
             spread += (squares - total**2 / count) * count / (count - 1)
         if strata is None:
             spread = spread * (held / (held - 1))
@@ -256,7 +259,7 @@ class SimultaneousBounds:
         if limits is None:
             return self
         bounds = (self.low, self.high, self.low_together, self.high_together)
-        return SimultaneousBounds(self.value, *(np.clip(each, *limits) for each in bounds))
+        return SimultaneousBounds(self.value, *(np.clip(bound, *limits) for bound in bounds))
 
 
 def simultaneous_bounds(
@@ -272,15 +275,15 @@ def simultaneous_bounds(
     value, error, low, high = (np.full(cells, np.nan) for _ in range(4))
     width = max(1, min(cells, 2 * BLOCK_NUMBERS // draws.resamples))
     for block in cell_blocks(cells, 2 * BLOCK_NUMBERS // width):
-        found = studentise(sums.chosen(block), draws)
-        value[block], error[block] = found.value, found.error
-        low[block], high[block] = found.interval(confidence)
-        own = found.pivots[:, (found.error > 0) & ~np.isnan(low[block])]
-        if own.shape[1]:
-            blind |= np.isnan(own).any(1)
-            own = np.nan_to_num(own, nan=0.0)
-            greatest = np.maximum(greatest, own.max(1))
-            least = np.minimum(least, own.min(1))
+        studentised_cells = studentise(sums.chosen(block), draws)
+        value[block], error[block] = studentised_cells.value, studentised_cells.error
+        low[block], high[block] = studentised_cells.interval(confidence)
+        values = studentised_cells.pivots[:, (studentised_cells.error > 0) & ~np.isnan(low[block])]
+        if values.shape[1]:
+            blind |= np.isnan(values).any(1)
+            values = np.nan_to_num(values, nan=0.0)
+            greatest = np.maximum(greatest, values.max(1))
+            least = np.minimum(least, values.min(1))
     moving = (error > 0) & ~np.isnan(low)
     if not moving.any():
         return SimultaneousBounds(value, low, high, low, high)
@@ -327,13 +330,13 @@ def effective_sample_size(sums: EffectSums, rows: Ints, confidence: float | Floa
     value, error = sums.value, standard_error(sums)
     alone = sums.held == rows
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = value * (1 - value) / error**2
-        found = (
-            found
+        size = value * (1 - value) / error**2
+        size = (
+            size
             * (student_quantile(confidence, rows) / student_quantile(confidence, sums.held)) ** 2
         )
-    found = np.where(np.isnan(found), sums.held, found)
-    return np.where(alone, rows, np.minimum(found, rows))
+    size = np.where(np.isnan(size), sums.held, size)
+    return np.where(alone, rows, np.minimum(size, rows))
 
 
 def share_interval(
@@ -423,7 +426,7 @@ def sign_flip_inference(
         confidence: In percent.
     """
     cells = len(sums.top)
-    found = SignFlipResult(
+    result = SignFlipResult(
         np.ones(cells), np.zeros(cells, dtype=bool), np.full(cells, -np.inf), np.full(cells, np.inf)
     )
     used = np.flatnonzero((sums.top != 0).any(0) | (sums.bottom != 0).any(0))
@@ -431,14 +434,14 @@ def sign_flip_inference(
     count = 2 ** len(used) - 1 if exact else flips
     tail = (100 - confidence) / 200
     for block in cell_blocks(cells, count):
-        own = sums.chosen(block)
-        bottom = np.broadcast_to(own.bottom, own.top.shape)
+        effect_sums = sums.chosen(block)
+        bottom = np.broadcast_to(effect_sums.bottom, effect_sums.top.shape)
         subsets = _every_subset(len(used)) if exact else _random_subsets(len(used), flips, seed)
         means = np.concatenate(
-            [_subset_means(chosen, own.top[:, used], bottom[:, used]) for chosen in subsets]
+            [_subset_means(chosen, effect_sums.top[:, used], bottom[:, used]) for chosen in subsets]
         )
-        _fill(found, block, means, own.value, tail, exact)
-    return found
+        _fill(result, block, means, effect_sums.value, tail, exact)
+    return result
 
 
 def _subset_means(chosen: Floats, top: Floats, bottom: Floats) -> Floats:
@@ -450,7 +453,7 @@ def _subset_means(chosen: Floats, top: Floats, bottom: Floats) -> Floats:
 
 
 def _fill(
-    found: SignFlipResult, block: slice, means: Floats, value: Floats, tail: float, exact: bool
+    result: SignFlipResult, block: slice, means: Floats, value: Floats, tail: float, exact: bool
 ) -> None:
     """Fill the results from `means` [subset, cell]; NaN is maximally extreme on both sides."""
     count = len(means) + 1  # including the flip that changes no sign
@@ -461,12 +464,12 @@ def _fill(
     below = np.count_nonzero(lowest <= slack, axis=0)
     above = np.count_nonzero(highest >= -slack, axis=0)
     beyond = np.where(value > 0, below, above)
-    found.p[block] = np.where(value == 0, 1.0, np.minimum(1.0, 2 * (1 + beyond) / count))
+    result.p[block] = np.where(value == 0, 1.0, np.minimum(1.0, 2 * (1 + beyond) / count))
     if not exact:
-        found.floor[block] = (beyond == 0) & (value != 0)
+        result.floor[block] = (beyond == 0) & (value != 0)
     outside = ceil(tail * count) - 1
     if outside > 0:
-        found.low[block], found.high[block] = lowest[outside - 1], highest[-outside]
+        result.low[block], result.high[block] = lowest[outside - 1], highest[-outside]
 
 
 def _every_subset(width: int) -> Iterator[Floats]:
@@ -505,14 +508,14 @@ def joint_sign_flip_p(deltas: Floats, flips: int, seed: int) -> Floats:
     subsets = _every_subset(len(used)) if exact else _random_subsets(len(used), flips, seed)
     extreme, count = np.zeros(len(own), dtype=np.int64), 1
     for chosen in subsets:
-        found = np.abs((1 - 2 * chosen) @ unit[:, used].T)
-        largest = np.maximum.accumulate(found[:, ::-1], axis=1)[:, ::-1]
+        sums = np.abs((1 - 2 * chosen) @ unit[:, used].T)
+        largest = np.maximum.accumulate(sums[:, ::-1], axis=1)[:, ::-1]
         extreme += np.count_nonzero(largest >= own * (1 - 1e-9), axis=0)
         count += len(chosen)
     p = (extreme + 1) / count
-    found = np.empty_like(p)
-    found[order] = np.maximum.accumulate(p)
-    return np.where(size > 0, found, 1.0)
+    sums = np.empty_like(p)
+    sums[order] = np.maximum.accumulate(p)
+    return np.where(size > 0, sums, 1.0)
 
 
 SKEWNESS_FACTOR = 1.4
@@ -628,8 +631,8 @@ class SkewedT:
         curved = np.flatnonzero(self.squares[1:].any(axis=0) | self.cubes[1:].any(axis=0))
         if len(curved):
             twice, sides = np.tile(curved, 2), np.repeat([-1.0, 1.0], len(curved))
-            found = self._of(twice)._searched_end(sides, (bounds[0][twice], bounds[1][twice]))
-            low[curved], high[curved] = np.split(found, 2)
+            ends = self._of(twice)._searched_end(sides, (bounds[0][twice], bounds[1][twice]))
+            low[curved], high[curved] = np.split(ends, 2)
         return low, high
 
     def _straight_end(self, side: float, bounds: tuple[Floats, Floats]) -> Floats:
@@ -644,7 +647,7 @@ class SkewedT:
 
     def _of(self, cells: Ints) -> SkewedT:
         """Select some cells."""
-        columns = {each.name: getattr(self, each.name)[..., cells] for each in fields(self)}
+        columns = {field.name: getattr(self, field.name)[..., cells] for field in fields(self)}
         return SkewedT(**columns)
 
     def _searched_end(self, side: Floats, bounds: tuple[Floats, Floats]) -> Floats:
@@ -792,9 +795,9 @@ def _moments(
         return _cumulants(left, bottom, held.astype(np.float64))
     squares, cubes = np.zeros((3, len(left))), np.zeros((4, len(left)))
     for stratum in range(int(strata.max()) + 1):
-        own = np.flatnonzero(strata == stratum)
-        count = np.full(len(left), float(len(own)))
-        two, three = _cumulants(left[:, own], bottom[:, own], count)
+        indices = np.flatnonzero(strata == stratum)
+        count = np.full(len(left), float(len(indices)))
+        two, three = _cumulants(left[:, indices], bottom[:, indices], count)
         squares += two
         cubes += three
     return squares, cubes
@@ -820,7 +823,7 @@ def _cumulants(left: Floats, bottom: Floats, held: Floats) -> tuple[Floats, Floa
 
 
 def _polynomial(coefficients: Floats, at: Floats) -> Floats:
-    found = np.zeros_like(at)
+    values = np.zeros_like(at)
     for each in coefficients[::-1]:
-        found = found * at + each
-    return found
+        values = values * at + each
+    return values

@@ -152,11 +152,11 @@ class CellStatistics:
         return self.tested & (np.abs(self.mean) <= self.rounding) & (self.rounding > 0)
 
 
-def may_round_differently(data: MeasureData, found: CellStatistics) -> Bools:
+def may_round_differently(data: MeasureData, statistics: CellStatistics) -> Bools:
     """Return whether rounding alone may change the correctness, or the category, in some prompt of
     the base run. Shape [cell]."""
     counts = data.kind == "category" or data.unit == "share"
-    return (found.rounding > 0) & ~found.tested & counts
+    return (statistics.rounding > 0) & ~statistics.tested & counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,8 +280,8 @@ class UnitRows:
         seen: Sequence[Ints] = (),
         groups: NDArray[Any] | None = None,
     ) -> UnitRows:
-        own = np.arange(prompts) if keys is None else np.asarray(keys, dtype=np.int64)
-        return cls(own.astype(np.int64), seen, groups)
+        numbers = np.arange(prompts) if keys is None else np.asarray(keys, dtype=np.int64)
+        return cls(numbers.astype(np.int64), seen, groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,12 +305,12 @@ class Units:
         ordered = values[:, order]
         if np.array_equal(held, np.arange(self.count)):  # every row is a unit
             return np.ascontiguousarray(ordered)
-        found = np.zeros((values.shape[0], self.count))
+        total = np.zeros((values.shape[0], self.count))
         if not len(held):
-            return found
+            return total
         starts = np.flatnonzero(np.diff(held, prepend=-1))
-        found[:, held[starts]] = np.add.reduceat(ordered, starts, axis=1)
-        return found
+        total[:, held[starts]] = np.add.reduceat(ordered, starts, axis=1)
+        return total
 
     def held(self, present: Bools, of: int = 0) -> Ints:
         """Return the number of units with a row in each cell. Shape [cell]."""
@@ -348,7 +348,7 @@ def find_units(parts: Sequence[UnitRows], strata: Ints | None = None) -> Units:
     rank[first[np.argsort(least[first], kind="stable")]] = np.arange(len(first))
     codes = rank[joined] if len(keys) else joined
     split = [codes[a:b] for a, b in pairwise(ends)]
-    orders = [np.lexsort((part.keys, own)) for part, own in zip(parts, split, strict=True)]
+    orders = [np.lexsort((part.keys, numbers)) for part, numbers in zip(parts, split, strict=True)]
     count = len(first)
     return Units(
         codes=tuple(split),
@@ -360,10 +360,10 @@ def find_units(parts: Sequence[UnitRows], strata: Ints | None = None) -> Units:
 
 def _among(codes: Ints, start: int, size: int) -> Ints:
     """Extend a partition of some rows to all rows; each of the others is alone."""
-    own = np.unique(codes, return_inverse=True)[1].reshape(-1)
-    found = np.arange(size) + size
-    found[start : start + len(own)] = own
-    return np.unique(found, return_inverse=True)[1].reshape(-1)
+    numbers = np.unique(codes, return_inverse=True)[1].reshape(-1)
+    places = np.arange(size) + size
+    places[start : start + len(numbers)] = numbers
+    return np.unique(places, return_inverse=True)[1].reshape(-1)
 
 
 def _join_partitions(partitions: Sequence[Ints], size: int) -> Ints:
@@ -382,8 +382,8 @@ def _join_partitions(partitions: Sequence[Ints], size: int) -> Ints:
 def _unit_strata(strata: Ints, codes: Ints, count: int) -> Ints | None:
     found = np.full(count, -1, dtype=np.int64)
     found[codes] = np.unique(strata, return_inverse=True)[1].reshape(-1)
-    own = np.unique(strata, return_inverse=True)[1].reshape(-1)
-    if (found < 0).any() or not np.array_equal(found[codes], own):
+    numbers = np.unique(strata, return_inverse=True)[1].reshape(-1)
+    if (found < 0).any() or not np.array_equal(found[codes], numbers):
         return None
     sizes = np.bincount(found)
     return found if len(sizes) > 1 and sizes.min() >= MIN_STRATUM_UNITS else None
@@ -425,10 +425,10 @@ class Resamples:
         while left > 0:
             rows = min(step, left)
             left -= rows
-            found = np.empty((rows, self.units))
+            weights = np.empty((rows, self.units))
             for random, among in zip(randoms, members, strict=True):
-                found[:, among] = _multinomial(random, rows, len(among))
-            yield found
+                weights[:, among] = _multinomial(random, rows, len(among))
+            yield weights
 
 
 def _multinomial(random: np.random.Generator, rows: int, size: int) -> NDArray[np.int64]:
@@ -569,7 +569,7 @@ def find_repeated_cells(data: MeasureData, effect: EffectKind) -> Ints:
     parts = effect_parts(data, effect, slice(None))
     arrays: list[NDArray[Any]] = [parts.numerator, parts.present]
     arrays += [each for each in (parts.denominator, data.seen) if each is not None]
-    wide = [np.broadcast_to(each, (cells, each.shape[1])) for each in arrays]
+    wide = [np.broadcast_to(array, (cells, array.shape[1])) for array in arrays]
     first: dict[tuple[int | bytes, ...], int] = {}
     keys = ((int(codes[cell]), *(each[cell].tobytes() for each in wide)) for cell in range(cells))
     return np.array([first.setdefault(key, cell) for cell, key in enumerate(keys)], dtype=np.int64)
@@ -632,9 +632,9 @@ class SamplingDesign:
         """Return the units of a measure that can't distinguish rows with equal codes."""
         key = b"" if seen is None else np.ascontiguousarray(seen).tobytes()
         if key not in self.known:
-            own = self.rows() if seen is None else self.rows(seen)
+            rows = self.rows() if seen is None else self.rows(seen)
             design = None if self.groups is not None else self.strata
-            self.known[key] = find_units([own], design)
+            self.known[key] = find_units([rows], design)
         return self.known[key]
 
     def whole(self, present: Bools) -> Bools:
@@ -646,11 +646,11 @@ class SamplingDesign:
         """
         if self.blocks is None or self.groups is not None:
             return np.asarray(present.all(1))
-        found: Bools = np.asarray(present.any(1))
+        mask: Bools = np.asarray(present.any(1))
         for block in np.unique(self.blocks):
             own = present[:, self.blocks == block]
-            found = found & (own.all(1) | ~own.any(1))
-        return found
+            mask = mask & (own.all(1) | ~own.any(1))
+        return mask
 
     def draws(self, units: Units, *, whole: bool = True, resamples: int = 0) -> Resamples:
         """Return new samples; for cells that aren't `whole`, without strata."""

@@ -50,10 +50,10 @@ def compute_null_bands(
         confidence: In percent.
     """
     return tuple(
-        _band(data, (own, rounding_slack(bound)), values, drawn, confidence, effects[data.effect])
+        _band(data, (mean, rounding_slack(bound)), values, drawn, confidence, effects[data.effect])
         if data.kind == "number" and data.missing is None and effects[data.effect].of_intervention
         else None
-        for data, own, bound, values in zip(measures, means, rounding, drawn.values, strict=True)
+        for data, mean, bound, values in zip(measures, means, rounding, drawn.values, strict=True)
     )
 
 
@@ -105,8 +105,8 @@ def _band(
     cells = len(data.patched)
 
     def means(patched: Floats) -> Floats:
-        found = effect_parts(replace(data, patched=patched), effect, slice(None)).mean()
-        return np.where(np.isfinite(found) & np.isfinite(own), found, np.nan)
+        averages = effect_parts(replace(data, patched=patched), effect, slice(None)).mean()
+        return np.where(np.isfinite(averages) & np.isfinite(own), averages, np.nan)
 
     each = [means(one) for one in values]
     found = np.stack(each) if each else np.full((0, cells), np.nan)

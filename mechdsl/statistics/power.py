@@ -89,10 +89,10 @@ def detectable_by_skewed_t(units: int, level: float) -> float:
     """
     drawn = min(units, _MOST_DRAWN)
     noise = np.random.default_rng([5, drawn]).standard_normal((_DRAWN, drawn))
-    found = skewed_t(EffectSums(noise, np.ones((1, drawn)), np.full(_DRAWN, drawn)))
+    inference = skewed_t(EffectSums(noise, np.ones((1, drawn)), np.full(_DRAWN, drawn)))
 
     def power(effect: float) -> float:
-        return float((found.p_of(np.full(_DRAWN, -effect)) < level).mean())
+        return float((inference.p_of(np.full(_DRAWN, -effect)) < level).mean())
 
     return _least(power) * sqrt(drawn / units)
 

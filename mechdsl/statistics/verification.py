@@ -198,27 +198,27 @@ def verify_cells(
     else:
         best, drawn = choose_cells(estimates, asked.top, asked.random, seed)
     cells = np.concatenate([best, drawn])
-    found = exact(cells)
-    pairs = estimates[cells], found.mean
+    exact_effects = exact(cells)
+    pairs = estimates[cells], exact_effects.mean
     is_random = np.arange(len(cells)) >= len(best)
     known = int(np.isfinite(estimates).sum())
     top = min(asked.top, known)
     sampled = confidence if len(drawn) < known - top else None
-    recall = top_recall(found.mean, top, sampled) if top and search is None else None
+    recall = top_recall(exact_effects.mean, top, sampled) if top and search is None else None
     return VerifiedCells(
         measure=measure,
         top=top,
         ranked=len(best),
         others=known - top,
         cells=cells,
-        exact=found.mean,
-        low=found.low,
-        high=found.high,
+        exact=exact_effects.mean,
+        low=exact_effects.low,
+        high=exact_effects.high,
         over_random=agreement(*pairs, is_random, sampled) if len(drawn) else None,
         over_all=agreement(*pairs, np.ones_like(is_random), None),
         recall=recall,
         search=search,
-        fewer_rows=int((found.n < counts[cells]).sum()),
+        fewer_rows=int((exact_effects.n < counts[cells]).sum()),
     )
 
 
@@ -242,20 +242,20 @@ def search_top(
     done, model, risk, before = 0, None, math.nan, set[int]()
     while True:
         cells = np.concatenate([best, rest[:done], drawn])
-        found = exact(cells).mean
+        mean = exact(cells).mean
         left = rest[done:]
         if not len(left):
-            risk = 0.0 if np.isfinite(found).all() else math.nan
+            risk = 0.0 if np.isfinite(mean).all() else math.nan
             break
         step = asked.top
         if bounded:
-            model, risk = estimate_risk(estimates[cells], found, estimates[left], len(best), model)
+            model, risk = estimate_risk(estimates[cells], mean, estimates[left], len(best), model)
             if risk <= 1 - asked.confidence / 100:
                 break
             step = max(10, len(ranked) // (20 if risk > 0.9 else 100))
-        elif done and _top_cells(cells, found, len(best)) == before:
+        elif done and _top_cells(cells, mean, len(best)) == before:
             break
-        before = _top_cells(cells, found, len(best))
+        before = _top_cells(cells, mean, len(best))
         done += step
     kind: Literal["bound", "stable"] = "bound" if bounded else "stable"
     freedom = math.nan if model is None else math.exp(float(model[4]))
@@ -335,10 +335,10 @@ def agreement(
         confidence: Of the intervals, in percent; None if the cells aren't a random sample of
             others, so that there is none.
     """
-    own = chosen & np.isfinite(exact)
-    pair = estimates[own], exact[own]
-    found = (_correlation(of, *pair, confidence) for of in (pearson, spearman))
-    return Agreement(int(own.sum()), *found)
+    mask = chosen & np.isfinite(exact)
+    pair = estimates[mask], exact[mask]
+    correlation_estimates = (_correlation(of, *pair, confidence) for of in (pearson, spearman))
+    return Agreement(int(mask.sum()), *correlation_estimates)
 
 
 def _correlation(

@@ -123,10 +123,10 @@ class Blobs:
         An existing file is replaced, because it may be incomplete.
         """
         folders: set[Path] = set()
-        for each in staged:
-            path = self.path(each.hash, each.suffix)
+        for blob in staged:
+            path = self.path(blob.hash, blob.suffix)
             self._make_durable(path.parent)
-            each.at.replace(path)
+            blob.at.replace(path)
             folders.add(path.parent)
         for folder in folders:
             sync_folder(folder)
@@ -141,9 +141,9 @@ class Blobs:
 
     def drop(self, staged: list[StagedBlob]) -> None:
         """Remove files that didn't get their final names."""
-        for each in staged:
+        for blob in staged:
             with suppress(OSError):
-                each.at.unlink()
+                blob.at.unlink()
 
     def path(self, hash: bytes, suffix: str) -> Path:
         name = hash.hex()
@@ -669,12 +669,12 @@ class Index:
         """Parse an object stored as JSON. Raises DamagedIndex."""
         with self._guarded():
             try:
-                found = json.loads(text)
+                document = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise DamagedIndex(f"its index is damaged: {error}") from error
-            if not isinstance(found, dict):
+            if not isinstance(document, dict):
                 raise DamagedIndex("its index is damaged: an object of JSON is none")
-            return cast(dict[str, Any], found)
+            return cast(dict[str, Any], document)
 
     def check_id(self, id: str) -> None:
         """Raise DamagedIndex unless this is the id of a run, which names its lock file."""
@@ -720,37 +720,37 @@ _PART = 1 << 20
 def hash_file(index: Index, path: Path, *, writable: bool) -> str:
     """Return SHA-256 in hex. Raises OSError; StoreProblem if the file changes while it is read."""
     place = os.fsencode(path.resolve())
-    found = os.stat(place)
+    status = os.stat(place)
     known = index.ask(
-        (str,), "SELECT hash FROM files WHERE path = ? AND stat = ?", place, _mark(found)
+        (str,), "SELECT hash FROM files WHERE path = ? AND stat = ?", place, _mark(status)
     )
     if known:
         return str(known[0][0])
     for _ in range(_HASH_TRIES):
         now = time.time()
         with open(place, "rb") as file:
-            found = os.fstat(file.fileno())
+            status = os.fstat(file.fileno())
             worked_out = hashlib.sha256()
             while part := file.read(_PART):
                 worked_out.update(part)
-            if now - found.st_mtime < UNSYNCED_SECONDS:
+            if now - status.st_mtime < UNSYNCED_SECONDS:
                 with suppress(OSError):  # otherwise a power cut could undo the bytes just read
                     os.fsync(file.fileno())
-            same = _mark(found) == _mark(os.stat(place))  # compares the inode too
+            same = _mark(status) == _mark(os.stat(place))  # compares the inode too
         if same:
             break
     else:
         raise StoreProblem(f"`{path}` changes while it is read")
-    if writable and max(found.st_mtime, found.st_ctime) < now - RACY_SECONDS:
+    if writable and max(status.st_mtime, status.st_ctime) < now - RACY_SECONDS:
         # The hash is valid even if it can't be cached.
         with suppress(OSError, StoreProblem), index.writing() as write:
             write.execute(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?)",
-                (place, _mark(found), worked_out.hexdigest()),
+                (place, _mark(status), worked_out.hexdigest()),
             )
     return worked_out.hexdigest()
 
 
-def _mark(found: os.stat_result) -> str:
+def _mark(status: os.stat_result) -> str:
     """Return the properties that change with a file; users can't set its ctime."""
-    return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ino}:{found.st_ctime_ns}"
+    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ino}:{status.st_ctime_ns}"

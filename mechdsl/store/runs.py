@@ -83,13 +83,13 @@ def pack_values(block: ValueBlock) -> bytes:
 def unpack_values(data: bytes) -> ValueBlock | None:
     """Parse the bytes that `pack_values` returned; None for other bytes."""
     try:
-        found = load(data)
-        keys = found["cells"].astype(np.uint8, casting="no", copy=False)
+        values = load(data)
+        keys = values["cells"].astype(np.uint8, casting="no", copy=False)
         block = ValueBlock(
             [key.tobytes() for key in keys],
-            found["starts"].astype(np.int64, casting="no", copy=False),
-            found["rows"].astype(np.uint64, casting="no", copy=False),
-            found["values"].astype(np.float64, casting="no", copy=False),
+            values["starts"].astype(np.int64, casting="no", copy=False),
+            values["rows"].astype(np.uint64, casting="no", copy=False),
+            values["values"].astype(np.float64, casting="no", copy=False),
         )
     except (SafetensorError, KeyError, TypeError, ValueError):
         return None
@@ -221,9 +221,9 @@ def find_values(
             else:
                 yield block
 
-    found = merge_blocks(cells, blocks())
+    values = merge_blocks(cells, blocks())
     now = time.time()
-    return found, torn, [seq for seq, _, used in rows if abs(now - used) > DAY]
+    return values, torn, [seq for seq, _, used in rows if abs(now - used) > DAY]
 
 
 class OpenRun:
@@ -324,7 +324,7 @@ class OpenRun:
         return self._found(cells, "run = ?", self._number)
 
     def _found(self, cells: Sequence[bytes], where: str, bound: int) -> CachedValues:
-        found, torn, used = find_values(self._index, self._blobs, cells, where, bound)
+        values, torn, used = find_values(self._index, self._blobs, cells, where, bound)
         if self.id and (torn or used):
             now = time.time()
             # The values are valid even if this update fails; a later lookup repeats it.
@@ -333,7 +333,7 @@ class OpenRun:
                 write.executemany(
                     "UPDATE blocks SET used = ? WHERE seq = ?", [(now, seq) for seq in used]
                 )
-        return found
+        return values
 
     def finish(self, content: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
         """Store the results of the run and close it; durable on return, all or nothing.

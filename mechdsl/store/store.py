@@ -181,9 +181,9 @@ def remove_unnamed(index: Index, blobs: Blobs) -> tuple[int, int, int]:
             elif _removed(Path(entry.path)):
                 files, freed = files + 1, freed + size
         for entry in blobs.leftovers():
-            found = entry.stat(follow_symlinks=False)
-            if found.st_mtime < oldest and _removed(Path(entry.path)):
-                files, freed = files + 1, freed + found.st_size
+            status = entry.stat(follow_symlinks=False)
+            if status.st_mtime < oldest and _removed(Path(entry.path)):
+                files, freed = files + 1, freed + status.st_size
         write.execute("UPDATE kept SET bytes = ?", (left,))
     return files, freed, left
 
@@ -234,13 +234,13 @@ def size_limit() -> int:
     given = os.environ.get("MECHDSL_STORE_LIMIT", "").strip()
     if not given:
         return DEFAULT_SIZE_LIMIT
-    found = parse_size(given)
-    if found is None:
+    size = parse_size(given)
+    if size is None:
         raise StoreProblem(
             f"the environment variable MECHDSL_STORE_LIMIT is `{given}`, which isn't a size "
             "such as `20GB` or `500MB`"
         )
-    return found
+    return size
 
 
 class Store:

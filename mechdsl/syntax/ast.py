@@ -306,7 +306,7 @@ class Site(Node):
     @property
     def coordinates(self) -> Axis | None:
         """The axis that names coordinates: `feature 3 of b`, `dims 0..7`."""
-        return next((each for each in self.axes if each.word in ("feature", "dim")), None)
+        return next((axis for axis in self.axes if axis.word in ("feature", "dim")), None)
 
 
 class SiteMap(Node):

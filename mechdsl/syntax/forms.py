@@ -87,12 +87,12 @@ _MARKS = re.compile(r"\{[\w:]+\}|\w+=(?=[\w'])|'[^']+'|[\[\]()|]|[^\s\[\]()|{}]+
 
 def _parse(marks: Sequence[str]) -> tuple[list[tuple[FormPart, ...]], Sequence[str]]:
     """Return the alternatives up to a closing bracket, and the marks from there on."""
-    found: list[tuple[FormPart, ...]] = []
+    forms: list[tuple[FormPart, ...]] = []
     parts: list[FormPart] = []
     while marks and marks[0] not in "])":
         mark, *marks = marks
         if mark == "|":
-            found.append(tuple(parts))
+            forms.append(tuple(parts))
             parts = []
         elif mark in "[(":
             flag = marks[0].removesuffix("=") if marks[0][-1] == "=" and len(marks[0]) > 1 else ""
@@ -104,7 +104,7 @@ def _parse(marks: Sequence[str]) -> tuple[list[tuple[FormPart, ...]], Sequence[s
             parts.append(FormField(name, kind or name))
         else:
             parts.append(mark.strip("'"))
-    return [*found, tuple(parts)], marks
+    return [*forms, tuple(parts)], marks
 
 
 def iter_parts(parts: Sequence[FormPart]) -> Iterator[str | FormField]:

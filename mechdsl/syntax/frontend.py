@@ -31,9 +31,9 @@ def parse(source: Source, words: RegisteredWords) -> tuple[ast.File, list[Diagno
     Returns:
         The tree and all syntax errors in source order (E0101 to E0111 and E0114, except E0108).
     """
-    found = scan_text(source)
-    if found.problem is not None:
-        return ast.File((), found.comments, span=Span(source, 0, 0)), [found.problem]
+    scan = scan_text(source)
+    if scan.problem is not None:
+        return ast.File((), scan.comments, span=Span(source, 0, 0)), [scan.problem]
     try:
         file, diagnostics = run_parser(source, source.text, words=words)
     except ParserError as error:
@@ -41,24 +41,24 @@ def parse(source: Source, words: RegisteredWords) -> tuple[ast.File, list[Diagno
         from mechdsl.syntax.mistakes.recovery import recover
 
         file, diagnostics = recover(source, error.offset, words)
-    return replace(file, comments=found.comments), _reported(diagnostics)
+    return replace(file, comments=scan.comments), _reported(diagnostics)
 
 
 def _reported(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     """Sort diagnostics by position, remove duplicates and limit their number."""
-    found = sorted(dict.fromkeys(diagnostics), key=lambda d: d.span.start if d.span else -1)
+    problems = sorted(dict.fromkeys(diagnostics), key=lambda d: d.span.start if d.span else -1)
     # A name rejected at its definition is not reported again at its uses.
-    refused = {d.name: d for d in reversed(found) if isinstance(d, ReservedName)}
-    found = [d for d in found if not isinstance(d, ReservedName) or refused[d.name] is d]
-    if len(found) <= limits.SYNTAX_ERRORS:
-        return found
+    refused = {d.name: d for d in reversed(problems) if isinstance(d, ReservedName)}
+    problems = [d for d in problems if not isinstance(d, ReservedName) or refused[d.name] is d]
+    if len(problems) <= limits.SYNTAX_ERRORS:
+        return problems
     more = TooLarge(
         what=f"more than {limits.SYNTAX_ERRORS} syntax errors",
         place="further errors start here",
         hint="is this a `.mech` file?",
-        span=found[limits.SYNTAX_ERRORS].span,
+        span=problems[limits.SYNTAX_ERRORS].span,
     )
-    return [*found[: limits.SYNTAX_ERRORS], more]
+    return [*problems[: limits.SYNTAX_ERRORS], more]
 
 
 def parse_setting(text: str) -> ast.Expr | None:

@@ -94,21 +94,21 @@ class MechLexer(Lexer):
         end: int = lexer_state.text.end
         words = PARSE_CONTEXT.get().words
         while position < end:
-            found = self.match(text, position)
-            if found is None:
+            token_match = self.match(text, position)
+            if token_match is None:
                 raise UnexpectedCharacters(text, position, 0, 0, state=parser_state)
-            kind = found.lastgroup
+            kind = token_match.lastgroup
             if kind in self.ignored:
-                position = found.end()
+                position = token_match.end()
                 continue
             if kind == "NAME":
                 accepted, contextual = self._accepted_in(parser_state.position)
                 for name, match in contextual:
                     if special := match(text, position):
-                        kind, found = name, special
+                        kind, token_match = name, special
                         break
                 else:
-                    word = found.group()
+                    word = token_match.group()
                     keyword = self.words.get(word)
                     if keyword in accepted:
                         kind = keyword
@@ -118,8 +118,8 @@ class MechLexer(Lexer):
                         alone = "NAME" not in accepted or _first_of_line(text, position)
                         alone = alone or "STAR" in accepted  # after a span, not a number
                         kind = "VERB" if alone else kind
-            start, position = position, found.end()
-            token = Token(kind or "", found.group(), start, end_pos=position)
+            start, position = position, token_match.end()
+            token = Token(kind or "", token_match.group(), start, end_pos=position)
             lexer_state.last_token = token
             yield token
 
@@ -180,7 +180,7 @@ def _objects(memo: Mapping[int, Any]) -> dict[int, Rule | TerminalDef]:
     here equal symbols and options become one object.
     """
     kinds: dict[str, Any] = {
-        each.__name__: each for each in (Terminal, NonTerminal, RuleOptions, TerminalDef)
+        kind.__name__: kind for kind in (Terminal, NonTerminal, RuleOptions, TerminalDef)
     }
     made: dict[int, Any] = {}
 
@@ -293,8 +293,8 @@ class TextScan(Record):
 
 def skip_space(text: str, start: int = 0) -> int:
     """Return the offset of the first character that is neither white space nor comment."""
-    found = _SPACE.match(text, start)
-    return found.end() if found else start
+    match = _SPACE.match(text, start)
+    return match.end() if match else start
 
 
 def scan_text(source: Source) -> TextScan:
@@ -449,8 +449,8 @@ class _TemplateReader:
 
     def _placeholder(self, start: int) -> int:
         """Read the placeholder that opens at `start`; return the offset after it."""
-        found = _INNER.match(self.raw, start + 1)
-        end = found.end() if found else start + 1
+        match = _INNER.match(self.raw, start + 1)
+        end = match.end() if match else start + 1
         if self.raw[end : end + 1] != "}":
             self._refuse("this placeholder is never closed", "opened here", start, start + 1)
             return end
@@ -497,6 +497,6 @@ class _TemplateReader:
             end = base + len(inner)
             return "the expression in this placeholder is incomplete", "incomplete", end, end
         length = error.length
-        found = inner[offset : offset + length]
-        problem = f"unexpected `{found}` in this placeholder"
+        text = inner[offset : offset + length]
+        problem = f"unexpected `{text}` in this placeholder"
         return problem, "not part of an expression", base + offset, base + offset + length

@@ -49,8 +49,8 @@ def load_tables() -> dict[str, Any]:
     grammar = grammar_file().read_text("utf-8")
     wanted = fingerprint(grammar)
     for path in _places():
-        if (found := _read(path, wanted)) is not None:
-            return found
+        if (loaded := _read(path, wanted)) is not None:
+            return loaded
     tables = build(grammar)
     _keep(as_json(tables, wanted))
     return tables

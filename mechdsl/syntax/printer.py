@@ -122,7 +122,7 @@ def _inside(node: Any) -> str:
         case ast.RankedSelection():
             return format_ranked(node)
         case ast.Coordinates(items=items):
-            return ", ".join(f"{each.word} {each.value}" for each in items)
+            return ", ".join(f"{item.word} {item.value}" for item in items)
         case _:
             return format_operand(node, SUM)
 

@@ -39,16 +39,16 @@ def _below(node: ast.Node) -> tuple[ast.Node, ...]:
     """
     stored: tuple[ast.Node, ...] | None = node.__dict__.get(_BELOW)
     if stored is None:
-        found: list[ast.Node] = []
+        nodes: list[ast.Node] = []
         left: list[Any] = [getattr(node, name) for name in reversed(field_names(type(node)))]
         while left:
             item = left.pop()
             if isinstance(item, ast.Node):
-                found.append(item)
+                nodes.append(item)
                 left.extend([getattr(item, name) for name in reversed(field_names(type(item)))])
             elif isinstance(item, tuple):
                 left.extend(reversed(item))  # pyright: ignore[reportUnknownArgumentType]
-        stored = node.__dict__[_BELOW] = tuple(found)
+        stored = node.__dict__[_BELOW] = tuple(nodes)
     return stored
 
 

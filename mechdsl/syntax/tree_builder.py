@@ -198,8 +198,8 @@ def _unexpected(span: Span, expected: str, hint: str = "") -> Diagnostic:
 
 def _incomplete(change: ast.ChangeLine, expected: str, hint: str = "") -> Diagnostic:
     end = Span(change.span.source, change.span.end, change.span.end)
-    found = f"end of the `{change.word}` statement"
-    return UnexpectedToken(span=end, found=found, expected=expected, hint=hint)
+    expectation = f"end of the `{change.word}` statement"
+    return UnexpectedToken(span=end, found=expectation, expected=expected, hint=hint)
 
 
 LANGUAGE_VERSION = 1
@@ -250,7 +250,7 @@ PARSE_CONTEXT: ContextVar[ParseContext] = ContextVar("mech_parse")
 
 
 class Clause(NamedTuple):
-    """A part of a statement without its own node."""
+    """A part of a statement without a node."""
 
     kind: str
     value: Any
@@ -651,12 +651,12 @@ class TreeBuilder(Transformer[Token, Any]):
         return ast.During("after prefill", span=_span(c))
 
     def reading(self, c: list[Any]) -> ast.ActivationRead:
-        factor, found = None, _nodes(c)
-        if not isinstance(found[0], ast.Site):
-            factor, *found = found
-        parts = {type(node): node for node in found}
+        factor, nodes = None, _nodes(c)
+        if not isinstance(nodes[0], ast.Site):
+            factor, *nodes = nodes
+        parts = {type(node): node for node in nodes}
         return ast.ActivationRead(
-            found[0], parts.get(ast.Positions), parts.get(ast.Ref), factor, span=_span(c)
+            nodes[0], parts.get(ast.Positions), parts.get(ast.Ref), factor, span=_span(c)
         )
 
     def stepped(self, c: list[Any]) -> ast.StepFraction:
@@ -711,7 +711,7 @@ class TreeBuilder(Transformer[Token, Any]):
 
     def numbers(self, c: list[Any]) -> ast.AxisRange:
         tokens = [each for each in c if each is not None and each.type == "INT"]
-        low, *high = (ast.Bound(_integer(each), span=_span([each])) for each in tokens)
+        low, *high = (ast.Bound(_integer(token), span=_span([token])) for token in tokens)
         return ast.AxisRange(low, high[0] if high else None, span=_span(c))
 
     flat_site = flat_axes = edge_heads = heads_of = site
@@ -820,8 +820,8 @@ class TreeBuilder(Transformer[Token, Any]):
         if of.name == "at":
             of = _without_at(of, _span(c))
         numbers = _clauses(c).get("numbers", (None, None))
-        each = isinstance(c[0], Token) and c[0].type == "EACH"
-        return ast.SpanTokens(of, word.type == "TOKENS", each, *numbers, span=_span(c))
+        span_tokens = isinstance(c[0], Token) and c[0].type == "EACH"
+        return ast.SpanTokens(of, word.type == "TOKENS", span_tokens, *numbers, span=_span(c))
 
     numbered = _clause(
         "numbers", lambda c: (_integer(c[0]), _integer(c[2]) if len(c) == 3 else None)
@@ -893,7 +893,7 @@ class TreeBuilder(Transformer[Token, Any]):
         )
 
     def patches(self, c: list[Any]) -> ast.Occurrence:
-        numbers = [each.value for each in c if isinstance(each, Clause)]
+        numbers = [clause.value for clause in c if isinstance(clause, Clause)]
         low, high = (*numbers, None, None)[:2]
         return ast.Occurrence(low, high, span=_span(c))
 
@@ -1134,14 +1134,14 @@ class _FormReader:
         if not kind.many:
             self.at += 1
             return kind.read(self.children[self.at - 1])
-        found: list[Any] = []
-        while not found or self._is_word(self.at, ","):
+        fields: list[Any] = []
+        while not fields or self._is_word(self.at, ","):
             at = self.at + self._is_word(self.at, ",")
             if at == len(self.children) or not kind.accepts(self.children[at]):
                 break
-            found.append(kind.read(self.children[at]))
+            fields.append(kind.read(self.children[at]))
             self.at = at + 1
-        return tuple(found)
+        return tuple(fields)
 
     def _group(self, group: FormGroup) -> None:
         for each in group.alternatives:

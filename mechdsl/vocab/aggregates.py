@@ -53,7 +53,7 @@ class CellAggregate:
         """
         import numpy as np
 
-        found = np.empty(values.shape)
+        slope = np.empty(values.shape)
         spread = np.abs(values).max(1, keepdims=True)
         step = 1e-6 * np.where(spread > 0, spread, 1.0)
         for cell in range(values.shape[1]):
@@ -61,8 +61,8 @@ class CellAggregate:
             moved[:, cell] += step[:, 0]
             above = self.combine(moved)
             moved[:, cell] -= 2 * step[:, 0]
-            found[:, cell] = (above - self.combine(moved)) / (2 * step[:, 0])
-        return found
+            slope[:, cell] = (above - self.combine(moved)) / (2 * step[:, 0])
+        return slope
 
 
 AGGREGATES: Registry[CellAggregate] = Registry("aggregate")

@@ -148,8 +148,8 @@ class ImageChange(ChangeKind[ast.ChangeLine]):
 
     def reads(self, change: ast.ChangeLine) -> tuple[ast.Expr, ...]:
         """Return the amount if it is an expression; the region isn't a value of the row."""
-        found = self.amount(change)
-        return (found,) if isinstance(found, ast.Expr) else ()
+        amount = self.amount(change)
+        return (amount,) if isinstance(amount, ast.Expr) else ()
 
 
 CHANGES: Registry[ChangeKind[Any]] = Registry("change")
@@ -189,8 +189,8 @@ def changes_of_kind(
 ) -> list[tuple[W, ast.ChangeLine]]:
     """Return the lines of this kind, each with its registered kind."""
     worded = [line for line in lines if isinstance(line, ast.ChangeLine)]
-    found = [(change_kind(line), line) for line in worded]
-    return [(entry, line) for entry, line in found if isinstance(entry, kind)]
+    kinds = [(change_kind(line), line) for line in worded]
+    return [(entry, line) for entry, line in kinds if isinstance(entry, kind)]
 
 
 def patch_changes(lines: Sequence[ast.CorruptLine]) -> list[tuple[ImageChange, ast.ChangeLine]]:
@@ -432,8 +432,8 @@ def _number(node: object, parameters: Parameters) -> int | float | None:
     """Evaluate a number or the name of a parameter."""
     value = node.value if isinstance(node, ast.Number) else None
     if isinstance(node, ast.Name):
-        found = parameters.get(node.id)
-        value = found if isinstance(found, int | float) else None
+        parameter = parameters.get(node.id)
+        value = parameter if isinstance(parameter, int | float) else None
     return value
 
 

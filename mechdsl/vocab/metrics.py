@@ -192,8 +192,8 @@ def rank(logits: Tensor, target: Tensor) -> Tensor:
     target: [row], token ids
     returns: [row], 1 + the number of tokens with a strictly greater logit
     """
-    own = logits.gather(-1, target.unsqueeze(-1))
-    return (logits > own).sum(-1).float() + 1
+    tensor = logits.gather(-1, target.unsqueeze(-1))
+    return (logits > tensor).sum(-1).float() + 1
 
 
 @metric("correct", takes="target", unit="share", default="answer")
@@ -212,8 +212,8 @@ def correct(logits: Tensor, target: Tensor) -> Tensor:
 
 def _of_sets(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Gather the logits of sets of tokens: [row, token], with -inf for padding."""
-    own = widen(logits.gather(-1, ids))
-    return own.masked_fill(~mask, -math.inf)
+    tensor = widen(logits.gather(-1, ids))
+    return tensor.masked_fill(~mask, -math.inf)
 
 
 @metric("prob", takes="any", unit="probability")
@@ -542,8 +542,8 @@ def logprob_of_label(logits: Tensor, target: Tensor) -> Tensor:
     target: [row], numbers of labels
     returns: [row], nats, at most 0
     """
-    own = output_of_class(logits, target)
-    return -(-own).logaddexp(own.new_zeros(()))
+    tensor = output_of_class(logits, target)
+    return -(-tensor).logaddexp(tensor.new_zeros(()))
 
 
 @metric("loss", takes="label", unit="nat")
@@ -670,7 +670,7 @@ def _found(pattern: str, text: str, row: int) -> bool:
     import regex  # `re` has no timeout
 
     # `regex` gives a meaning to braces such as `{e<=1}` that `re` takes literally.
-    literal = _LITERAL_BRACE.sub(lambda each: each[1] or r"\{", pattern)
+    literal = _LITERAL_BRACE.sub(lambda match: match[1] or r"\{", pattern)
     try:
         return regex.search(literal, text, timeout=limits.SEARCH_SECONDS) is not None
     except TimeoutError as error:
@@ -688,12 +688,12 @@ def reply_number(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]
     returns: [row], NaN where the reply has none
     source: Cobbe et al. 2021, arXiv 2110.14168, for the last one
     """
-    found: list[float] = []
+    reply_numbers: list[float] = []
     for reply, (which,) in zip(replies, wanted, strict=True):
         numbers = _NUMBER.findall(reply.text)
         own = float(numbers[0 if which == FIRST else -1].replace(",", "")) if numbers else math.nan
-        found.append(own if math.isfinite(own) else math.nan)
-    return found
+        reply_numbers.append(own if math.isfinite(own) else math.nan)
+    return reply_numbers
 
 
 @metric("length", takes="reply", unit="token")

@@ -270,7 +270,7 @@ def check_report(
         return [UnknownWord(span=report.span, kind="report", word=report.kind, hint=hint)]
     signature = kind.signature
     if signature is None:
-        shown = [name for name, each in REPORTS.items() if each.supported]
+        shown = [name for name, report_kind in REPORTS.items() if report_kind.supported]
         later = f"reports that can be drawn are {', '.join(shown)}"
         return [NotSupported(span=report.span, what=f"`report {kind.name}`", later=later)]
     to_json = kind.of_circuits and report.file and report.file.lower().endswith(".json")
@@ -341,7 +341,9 @@ def _wrong_axes(
     listed = name_list(axes)
     by = None if signature.by_category else report.by
     value_too = [w is not None and "value" in w.of for w in (signature.variable, signature.by)]
-    names = [name for each in measures or () for name in short_names(each.label, each.word)]
+    names = [
+        name for measure in measures or () for name in short_names(measure.label, measure.word)
+    ]
     if signature.by_category and report.variable in names and report.by in (*axes, *values):
         exchanged = f"`report {kind.name} {report.by} by {report.variable}`"
         return f"needs a measure after `by`, but `{report.by}` isn't one", f"write {exchanged}"
@@ -370,19 +372,19 @@ def _wrong_measures(
     report: spec.Report,
     measures: Sequence[NamedMeasure],
 ) -> ReportProblem:
-    categories = [each for each in measures if each.kind == "category"]
+    categories = [measure for measure in measures if measure.kind == "category"]
     if signature.by_category:
-        known = [short_names(each.label, each.word) for each in categories]
+        known = [short_names(category.label, category.word) for category in categories]
         if any(report.by in names for names in known):
             return None
-        number = any(report.by in short_names(each.label, each.word) for each in measures)
+        number = any(report.by in short_names(measure.label, measure.word) for measure in measures)
         what = "is a number, not a category" if number else "isn't one of its measures"
         if not known:
             return f"is by `{report.by}`, which {what}", "add `measure argmax(1..9) as raw`"
         ways = " or ".join(f"`by {names[-1]}`" for names in dict.fromkeys(known))
         return f"is by `{report.by}`, which {what}", f"write {ways}"
     if kind.numbers_only and measures and len(categories) == len(measures):
-        names = " and ".join(dict.fromkeys(f"`{each.label}`" for each in categories))
+        names = " and ".join(dict.fromkeys(f"`{category.label}`" for category in categories))
         verb = "is a category" if len(categories) == 1 else "are categories"
         instead = f"`report bars {report.variable}`" if report.variable else "`report table`"
         return f"has no number to draw: {names} {verb}", f"write {instead}"

@@ -108,8 +108,8 @@ class SiteRegistry(Registry[SiteKind]):
         kind = super().get(component)
         if not stack or kind is None:
             return kind
-        found: dict[str, Stack] = {each: each for each in STACK_SITES}
-        return _in_stack(kind, found[stack]) if stack in found else None
+        stacks: dict[str, Stack] = {each: each for each in STACK_SITES}
+        return _in_stack(kind, stacks[stack]) if stack in stacks else None
 
     def __getitem__(self, name: str) -> SiteKind:
         kind = self.get(name)

@@ -94,7 +94,6 @@ def test_validate_imports_only_modules_that_a_plain_file_needs() -> None:
     for_few = {
         "mechdsl.pipeline.api",
         "mechdsl.pipeline.options",
-        "mechdsl.models.folder",
         "click.shell_completion",
     }
     unused = {"pydantic", "rich", "regex", "interegular"}

@@ -36,14 +36,7 @@ from .encoder_decoders import (
     written_query,
     zeroed,
 )
-from .support import (
-    DIFFERENCE,
-    ROWS,
-    WITHOUT_PLAN,
-    Record,
-    experiment,
-    try_file,
-)
+from .support import DIFFERENCE, ROWS, WITHOUT_PLAN, Record, experiment, try_file
 
 FAMILIES = ("t5", "bart", "t5gemma")
 

@@ -37,16 +37,7 @@ from .encoder_decoders import (
     tokenizer,
     zeroed,
 )
-from .support import (
-    DIFFERENCE,
-    MODES,
-    ROWS,
-    Record,
-    check_file,
-    experiment,
-    try_file,
-    write_rows,
-)
+from .support import DIFFERENCE, MODES, ROWS, Record, check_file, experiment, try_file, write_rows
 
 FAMILIES = (
     "t5 writing",

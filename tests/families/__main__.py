@@ -19,15 +19,7 @@ from mechdsl.images.layouts import IMAGE_LAYOUTS
 
 from . import tables
 from .parts import Architecture, Refused
-from .walk import (
-    DIFFERENCE,
-    EFFECT_ERROR,
-    KINDS,
-    SMALLEST,
-    Walked,
-    layers_in_words,
-    walk,
-)
+from .walk import DIFFERENCE, EFFECT_ERROR, KINDS, SMALLEST, Walked, layers_in_words, walk
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 PROCESSES = 2

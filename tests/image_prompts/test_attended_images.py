@@ -38,12 +38,7 @@ from mechdsl.execute import unpatched_runs
 from mechdsl.execute.image_vectors import provide_images
 from mechdsl.execute.run.panel import execute
 from mechdsl.forward.hooks import model as model_inputs
-from mechdsl.forward.hooks.model import (
-    LoadedModel,
-    build_batch,
-    call_with_batch,
-    replace_blocks,
-)
+from mechdsl.forward.hooks.model import LoadedModel, build_batch, call_with_batch, replace_blocks
 from mechdsl.images.layouts import image_layout
 from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.loading.loader import adopt_model

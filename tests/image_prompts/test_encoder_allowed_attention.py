@@ -21,16 +21,7 @@ from . import test_video_processors as videos
 from .reference import at
 from .support import check_cells, experiment
 from .test_encoder_attention import module_of, run_in_both, try_line, with_one_answer
-from .test_families import (
-    ALL,
-    BLOCK,
-    TWO,
-    bare,
-    both,
-    difference,
-    inputs,
-    run_text,
-)
+from .test_families import ALL, BLOCK, TWO, bare, both, difference, inputs, run_text
 from .test_token_patches import HEADS, LAYERS, TOWERS, edited, other, shifted, state
 
 NAMES = (

@@ -25,15 +25,7 @@ from ..quick import some
 from . import test_video_processors as videos
 from .reference import at
 from .support import check_cells, experiment
-from .test_encoder_attention import (
-    NAMES,
-    QUICK,
-    TOWERS,
-    attended,
-    module_of,
-    patterns,
-    run_in_both,
-)
+from .test_encoder_attention import NAMES, QUICK, TOWERS, attended, module_of, patterns, run_in_both
 from .test_families import (
     ALL,
     BLOCK,

@@ -22,16 +22,7 @@ from . import test_video_processors as videos
 from . import test_vision_encoder as plain
 from .reference import at, followed, record_value
 from .support import MEASURE, experiment, write_data
-from .test_families import (
-    ALL,
-    BLOCK,
-    TWO,
-    bare,
-    both,
-    difference,
-    inputs,
-    run_text,
-)
+from .test_families import ALL, BLOCK, TWO, bare, both, difference, inputs, run_text
 from .test_token_patches import TOWERS, edited, other, state
 
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")

@@ -15,16 +15,7 @@ from ..quick import some
 from .reference import Edit, at, edited_module, followed
 from .support import experiment
 from .test_encoder_attention import TOWERS
-from .test_families import (
-    ALL,
-    NAMES,
-    bare,
-    cells,
-    difference,
-    every_cell,
-    inputs,
-    run_text,
-)
+from .test_families import ALL, NAMES, bare, cells, difference, every_cell, inputs, run_text
 
 ROTATED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families that number the tokens of an image by row and column."""

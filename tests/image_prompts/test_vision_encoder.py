@@ -24,15 +24,7 @@ from . import support, test_rules
 from .reference import Bare, Edit, at, edited_module, followed, one_head, record_value
 from .support import RECORDS, check_cells, experiment, run_file, try_file
 from .test_blocks import TWO
-from .test_families import (
-    ALL,
-    bare,
-    difference,
-    draw,
-    inputs,
-    run_text,
-    under_edits,
-)
+from .test_families import ALL, bare, difference, draw, inputs, run_text, under_edits
 
 CLASS_TOKENS = {"llava": 1, "llava_class": 1, "vipllava": 1, "paligemma": 0}
 NAMES = tuple(CLASS_TOKENS)

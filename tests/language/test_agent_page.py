@@ -11,12 +11,7 @@ from tokenizers import Tokenizer
 
 from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
-from mechdsl.diagnostics.agent_page import (
-    AGENT_EXAMPLES,
-    AGENT_SETUP,
-    MAX_TOKENS,
-    count_tokens,
-)
+from mechdsl.diagnostics.agent_page import AGENT_EXAMPLES, AGENT_SETUP, MAX_TOKENS, count_tokens
 from mechdsl.diagnostics.command_line import agent_page, language_words
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.rendering import render_full

@@ -10,16 +10,7 @@ import pytest
 from mechdsl.diagnostics.rendering import render_full
 
 from ..quick import some
-from .support import (
-    MODES,
-    ZOO,
-    Array,
-    checked,
-    experiment,
-    patched,
-    run,
-    without_tokens,
-)
+from .support import MODES, ZOO, Array, checked, experiment, patched, run, without_tokens
 from .test_observed_tokens import answers, rows_of, seen
 
 ITEMS = ("apple", "pear", "plum", "fig")

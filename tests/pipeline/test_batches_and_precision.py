@@ -35,10 +35,7 @@ from . import test_trained_rotations as rotations
 from . import test_trainings_on_a_measure as on_a_measure
 from .test_own_trainers import train, write_own
 from .test_trained_dictionaries import models
-from .test_trained_rotations import (
-    HERE,
-    interrupt_training,
-)
+from .test_trained_rotations import HERE, interrupt_training
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")

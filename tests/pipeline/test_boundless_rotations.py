@@ -16,12 +16,7 @@ from mechdsl.fits.reports import RotationReport
 
 from ..execute.support import word_tokenizer
 from ..rules.models import bare, double
-from .test_trained_dictionaries import (
-    experiment,
-    run,
-    train,
-    write,
-)
+from .test_trained_dictionaries import experiment, run, train, write
 from .test_trained_rotations import (
     OTHER,
     PATCH,

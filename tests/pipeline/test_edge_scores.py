@@ -61,15 +61,7 @@ from ..rules.test_ablated_circuits import (
     shape_of,
 )
 from .test_trained_circuits import EDGES_THERE, PAIR, PATCH, PATCHES, differentiable, planted
-from .test_trained_dictionaries import (
-    BLOCKS,
-    check_keys,
-    experiment,
-    models,
-    run,
-    train,
-    write,
-)
+from .test_trained_dictionaries import BLOCKS, check_keys, experiment, models, run, train, write
 from .test_trained_masks import write_planted
 from .test_trained_rotations import (
     LOSS,

@@ -34,20 +34,8 @@ from ..rules.test_ablated_circuits import Case, fills, named, shape_of
 from .test_edge_scores import fit as scored
 from .test_edge_scores import open_rows
 from .test_trained_circuits import PAIR, PATCHES
-from .test_trained_dictionaries import (
-    check_keys,
-    experiment,
-    run,
-    train,
-    write,
-)
-from .test_trained_rotations import (
-    LOSS,
-    NOISY,
-    OTHER,
-    loss_by_hand,
-    training_errors,
-)
+from .test_trained_dictionaries import check_keys, experiment, run, train, write
+from .test_trained_rotations import LOSS, NOISY, OTHER, loss_by_hand, training_errors
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")

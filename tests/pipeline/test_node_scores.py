@@ -24,13 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mechdsl
 from mechdsl.base.arrays import Floats
 from mechdsl.execute import mask_training, objective_rows
-from mechdsl.execute.mask_training import (
-    EffectScoring,
-    MaskRows,
-    NodeRows,
-    find_group,
-    open_rows,
-)
+from mechdsl.execute.mask_training import EffectScoring, MaskRows, NodeRows, find_group, open_rows
 from mechdsl.execute.training import TrainingJob, VectorCache
 from mechdsl.fits.reports import NodeReport
 from mechdsl.pipeline.trained_files import fits_of_file
@@ -53,13 +47,7 @@ from .test_edge_scores import (
     linear_model,
     resume_search,
 )
-from .test_trained_coordinate_masks import (
-    BASES,
-    coordinates,
-    differentiable,
-    sae,
-    weights,
-)
+from .test_trained_coordinate_masks import BASES, coordinates, differentiable, sae, weights
 from .test_trained_dictionaries import check_keys, experiment, models, run, train, write
 from .test_trained_masks import (
     HEADS,
@@ -83,14 +71,7 @@ from .test_trained_node_circuits import (
     trained,
     zeroed,
 )
-from .test_trained_rotations import (
-    LOSS,
-    NOISY,
-    OTHER,
-    checked,
-    loss_by_hand,
-    training_errors,
-)
+from .test_trained_rotations import LOSS, NOISY, OTHER, checked, loss_by_hand, training_errors
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")

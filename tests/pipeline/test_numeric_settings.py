@@ -26,12 +26,7 @@ from ..execute.support import word_tokenizer
 from ..quick import some
 from ..rules.models import bare
 from .test_trained_dictionaries import write
-from .test_trained_rotations import (
-    OTHER,
-    PATCHES,
-    SITE,
-    fit,
-)
+from .test_trained_rotations import OTHER, PATCHES, SITE, fit
 
 
 @pytest.fixture(autouse=True)

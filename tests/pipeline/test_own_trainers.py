@@ -34,13 +34,7 @@ from . import test_trained_vectors as vectors
 from .own_trainers import FEATURES, START, K
 from .test_trained_dictionaries import models, write
 from .test_trained_dictionaries import train as train_without_code
-from .test_trained_rotations import (
-    HERE,
-    LOSS,
-    OTHER,
-    SITE,
-    interrupt_training,
-)
+from .test_trained_rotations import HERE, LOSS, OTHER, SITE, interrupt_training
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")

@@ -34,13 +34,7 @@ from ..rules.models import WITHOUT_NORMS, bare, double
 from ..rules.support import rows, tokens
 from ..rules.test_ablated_circuits import INEXACT, Case, fills, named, shape_of
 from . import test_trained_masks as masks
-from .test_trained_dictionaries import (
-    check_keys,
-    experiment,
-    run,
-    train,
-    write,
-)
+from .test_trained_dictionaries import check_keys, experiment, run, train, write
 from .test_trained_masks import (
     QUICK,
     chosen_sites,
@@ -50,14 +44,7 @@ from .test_trained_masks import (
     training_rows,
     write_planted,
 )
-from .test_trained_rotations import (
-    LOSS,
-    MEASURE,
-    NOISY,
-    OTHER,
-    loss_by_hand,
-    training_errors,
-)
+from .test_trained_rotations import LOSS, MEASURE, NOISY, OTHER, loss_by_hand, training_errors
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")

@@ -32,24 +32,10 @@ from ..rules.basis_reference import save_rows, saved
 from ..rules.models import bare, double
 from ..rules.support import plain, rows, tokens
 from . import test_trained_masks
-from .test_trained_dictionaries import (
-    check_keys,
-    experiment,
-    run,
-    train,
-    untrained,
-    write,
-)
+from .test_trained_dictionaries import check_keys, experiment, run, train, untrained, write
 from .test_trained_masks import HERE, PATCH, PATCHES, QUICK, chosen_sites, write_planted
-from .test_trained_rotations import (
-    LOSS,
-    MEASURE,
-    OTHER,
-    training_errors,
-)
-from .test_trained_rotations import (
-    loss_by_hand as loss_of_logits,
-)
+from .test_trained_rotations import LOSS, MEASURE, OTHER, training_errors
+from .test_trained_rotations import loss_by_hand as loss_of_logits
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")

@@ -29,20 +29,8 @@ from ..rules.models import double
 from ..rules.support import plain, rows, tokens
 from ..rules.test_observations import end_of
 from .test_streamed_trainings import COUNT, write_file
-from .test_trained_dictionaries import (
-    assert_same_results,
-    check_keys,
-    models,
-    run,
-    train,
-    write,
-)
-from .test_trained_rotations import (
-    OTHER,
-    checked,
-    interrupt_training,
-    training_errors,
-)
+from .test_trained_dictionaries import assert_same_results, check_keys, models, run, train, write
+from .test_trained_rotations import OTHER, checked, interrupt_training, training_errors
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")

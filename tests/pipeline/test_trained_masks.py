@@ -35,13 +35,7 @@ from ..models import families
 from ..quick import in_turn, some
 from ..rules.models import bare, double
 from ..rules.support import rows, tokens
-from .test_trained_dictionaries import (
-    check_keys,
-    experiment,
-    run,
-    train,
-    write,
-)
+from .test_trained_dictionaries import check_keys, experiment, run, train, write
 from .test_trained_rotations import (
     LOSS,
     MEASURE,

@@ -30,23 +30,10 @@ from ..reference.forward import Write, side_by_side
 from ..rules.models import double
 from ..rules.support import plain, rows, tokens
 from . import test_trained_masks
-from .test_trained_dictionaries import (
-    check_keys,
-    experiment,
-    run,
-    train,
-    write,
-)
+from .test_trained_dictionaries import check_keys, experiment, run, train, write
 from .test_trained_masks import HERE, QUICK, chosen_sites
-from .test_trained_rotations import (
-    LOSS,
-    MEASURE,
-    OTHER,
-    training_errors,
-)
-from .test_trained_rotations import (
-    loss_by_hand as loss_of_logits,
-)
+from .test_trained_rotations import LOSS, MEASURE, OTHER, training_errors
+from .test_trained_rotations import loss_by_hand as loss_of_logits
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")

@@ -25,19 +25,8 @@ from ..quick import some
 from ..reference.forward import Write
 from ..rules.models import bare
 from ..rules.support import Text, edited, plain, token, tokens
-from .test_trained_dictionaries import (
-    assert_same_results,
-    models,
-    run,
-    train,
-    write,
-)
-from .test_trained_rotations import (
-    OTHER,
-    checked,
-    training_errors,
-    word_tokenizer,
-)
+from .test_trained_dictionaries import assert_same_results, models, run, train, write
+from .test_trained_rotations import OTHER, checked, training_errors, word_tokenizer
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")

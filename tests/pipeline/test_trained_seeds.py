@@ -31,21 +31,8 @@ from . import test_trained_lenses as lenses
 from . import test_trained_masks as masks
 from . import test_trained_position_masks as positions
 from . import test_trained_probes as probes
-from .test_trained_dictionaries import (
-    experiment,
-    models,
-    run,
-    train,
-    write,
-)
-from .test_trained_rotations import (
-    HERE,
-    PATCH,
-    QUICK,
-    SITE,
-    fit,
-    rotation,
-)
+from .test_trained_dictionaries import experiment, models, run, train, write
+from .test_trained_rotations import HERE, PATCH, QUICK, SITE, fit, rotation
 from .test_trained_vectors import fit as fit_vector
 
 torch.set_num_threads(1)

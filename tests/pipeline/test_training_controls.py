@@ -23,15 +23,8 @@ from . import test_trained_rotations as rotations
 from . import test_trained_scales as scales
 from . import test_trained_seeds as seeds
 from . import test_trained_vectors as vectors
-from .test_trained_dictionaries import (
-    models,
-    run,
-    train,
-    write,
-)
-from .test_trained_rotations import (
-    OTHER,
-)
+from .test_trained_dictionaries import models, run, train, write
+from .test_trained_rotations import OTHER
 from .test_trainings_on_a_measure import DECLARED, declare
 
 torch.set_num_threads(1)

@@ -33,9 +33,7 @@ from . import test_streamed_trainings as streamed
 from . import test_trained_dictionaries as dictionaries
 from . import training_processes
 from .test_batches_and_precision import DECLARED
-from .test_trained_rotations import (
-    HERE,
-)
+from .test_trained_rotations import HERE
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")

@@ -36,18 +36,8 @@ from . import test_trained_position_masks as positions
 from . import test_trained_rotations as rotations
 from . import test_trained_scales as scales
 from . import test_trained_vectors as vectors
-from .test_trained_dictionaries import (
-    checked,
-    experiment,
-    models,
-    run,
-    train,
-    write,
-)
-from .test_trained_rotations import (
-    OTHER,
-    interrupt_training,
-)
+from .test_trained_dictionaries import checked, experiment, models, run, train, write
+from .test_trained_rotations import OTHER, interrupt_training
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")

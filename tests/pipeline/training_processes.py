@@ -19,9 +19,7 @@ from mechdsl.execute import training
 from mechdsl.fits import sparse_training
 from mechdsl.fits.processes import join_processes
 from tests.pipeline.test_own_trainers import train
-from tests.pipeline.test_trained_rotations import (
-    interrupt_training,
-)
+from tests.pipeline.test_trained_rotations import interrupt_training
 
 
 def train_all(listed: Path) -> list[str]:

@@ -11,10 +11,7 @@ import pytest
 from mechdsl.base.records import Registry
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.statistics_conventions import (
-    describe_equal_draws,
-    statistics_conventions,
-)
+from mechdsl.results.statistics_conventions import describe_equal_draws, statistics_conventions
 from mechdsl.show.reports.text import (
     is_significant,
     null_band_text,

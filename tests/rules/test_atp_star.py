@@ -15,16 +15,7 @@ from torch import Tensor
 
 from mechdsl.diagnostics.rendering import render_full
 
-from ..execute.support import (
-    MODES,
-    ROWS,
-    Prompt,
-    experiment,
-    prompt,
-    run_file,
-    token,
-    try_file,
-)
+from ..execute.support import MODES, ROWS, Prompt, experiment, prompt, run_file, token, try_file
 from ..execute.test_stored_values import check_case
 from ..quick import some
 from ..reference.gradients import Where

@@ -17,11 +17,7 @@ from mechdsl.base.records import external_modules
 from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.pipeline.api import explain, plan
-from mechdsl.program.direction_methods import (
-    DIRECTION_METHODS,
-    FittedMethod,
-    direction_method,
-)
+from mechdsl.program.direction_methods import DIRECTION_METHODS, FittedMethod, direction_method
 
 from ..reference.forward import Changes, Write
 from ..run_source import run_source

@@ -24,14 +24,7 @@ from . import test_transcoders
 from .models import bare, double
 from .test_bases import Basis, components
 from .test_dictionaries import make, replaced
-from .test_estimates import (
-    ONE,
-    Key,
-    agrees,
-    call_metric,
-    measured,
-    where,
-)
+from .test_estimates import ONE, Key, agrees, call_metric, measured, where
 
 FAMILIES = ("gpt2", "llama", "gpt_neox")
 LAST = "at last token"

@@ -17,16 +17,7 @@ from mechdsl.diagnostics.rendering import render_full
 
 from .circuits import Features
 from .models import double
-from .support import (
-    MODES,
-    difference,
-    experiment,
-    records,
-    rows,
-    run_file,
-    tokens,
-    try_file,
-)
+from .support import MODES, difference, experiment, records, rows, run_file, tokens, try_file
 from .test_feature_circuits import write_dictionaries
 from .test_joint_paths import (
     FAMILIES,

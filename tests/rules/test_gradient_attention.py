@@ -18,16 +18,7 @@ from torch import Tensor
 
 from mechdsl.results.experiment_result import ExperimentResult
 
-from ..execute.support import (
-    MODES,
-    ROWS,
-    Prompt,
-    experiment,
-    ids_of,
-    prompt,
-    run_file,
-    token,
-)
+from ..execute.support import MODES, ROWS, Prompt, experiment, ids_of, prompt, run_file, token
 from ..execute.test_stored_values import check_case
 from ..images import duals, support, texts
 from ..images.support import ANSWERS, FRONT, GRID, LABELS, WRONG

@@ -22,17 +22,7 @@ from mechdsl.store.store import Store
 from ..execute.support import by_name, run_on, shared
 from ..reference.forward import Changes, Write, side_by_side
 from .models import bare, double
-from .support import (
-    BLOCKS,
-    MANY,
-    difference,
-    experiment,
-    plain,
-    records,
-    rows,
-    run_file,
-    tokens,
-)
+from .support import BLOCKS, MANY, difference, experiment, plain, records, rows, run_file, tokens
 from .test_dictionaries import FEATURES, LAYER, Reference, features_of, make
 
 EVERY = range(FEATURES)

@@ -45,16 +45,7 @@ from .support import (
     unpatched,
     write_data,
 )
-from .test_estimates import (
-    ONE,
-    agrees,
-    by_hand,
-    call_metric,
-    metrics,
-    read,
-    where,
-    whole_subject,
-)
+from .test_estimates import ONE, agrees, by_hand, call_metric, metrics, read, where, whole_subject
 from .test_paths import (
     CASES,
     DRAWS,

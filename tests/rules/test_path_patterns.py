@@ -38,15 +38,7 @@ from .support import (
     write_data,
 )
 from .test_estimates import ONE, measured
-from .test_path_estimates import (
-    INPUTS,
-    OWN,
-    lines,
-    measure,
-    metric,
-    moved,
-    with_gradients,
-)
+from .test_path_estimates import INPUTS, OWN, lines, measure, metric, moved, with_gradients
 from .test_paths import GROUPS, Cell, parallel, precise, ways_of_prompts
 
 CASES = (

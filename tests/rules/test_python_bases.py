@@ -17,17 +17,7 @@ from mechdsl.results.experiment_result import FileResult
 from ..execute.support import by_name, run_on, shared
 from ..reference.forward import Changes, Write
 from .models import bare
-from .support import (
-    BLOCKS,
-    agree,
-    experiment,
-    plain,
-    records,
-    rows,
-    tokens,
-    unpatched,
-    worked_out,
-)
+from .support import BLOCKS, agree, experiment, plain, records, rows, tokens, unpatched, worked_out
 
 FEATURES, LAYER = 9, 1
 CODE = """

@@ -30,18 +30,7 @@ from ..execute.support import adopted, context, run_on, shared
 from ..reference.forward import Write
 from .basis_reference import pca
 from .models import bare
-from .support import (
-    BLOCKS,
-    MANY,
-    Text,
-    codes,
-    edited,
-    experiment,
-    plain,
-    rows,
-    tokens,
-    try_file,
-)
+from .support import BLOCKS, MANY, Text, codes, edited, experiment, plain, rows, tokens, try_file
 from .test_dictionaries import FEATURES, LAYER, make
 from .test_inactive_features import width_of
 from .test_transcoders import BASIS as TRANSCODER

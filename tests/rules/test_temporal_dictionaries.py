@@ -18,17 +18,7 @@ from mechdsl.planner.passes import save_costs
 
 from ..execute.support import MODES, adopted, context
 from ..quick import in_turn
-from .support import (
-    BLOCKS,
-    Text,
-    codes,
-    experiment,
-    plain,
-    rows,
-    run_file,
-    tokens,
-    try_file,
-)
+from .support import BLOCKS, Text, codes, experiment, plain, rows, run_file, tokens, try_file
 from .test_dictionaries import LAYER
 from .test_inactive_features import width_of
 from .test_observed_features import check, observed

@@ -21,13 +21,7 @@ from mechdsl import zoo
 from zoo import pictures
 from zoo.dual import evaluate as dual
 from zoo.dual.data import WHOLE_SHARE, alike, caption, fits, told, vocabulary
-from zoo.dual.train import (
-    begin_with_shapes,
-    build_tokenizer,
-    contrast,
-    encode,
-    model_config,
-)
+from zoo.dual.train import begin_with_shapes, build_tokenizer, contrast, encode, model_config
 
 ROOT = Path(zoo.__path__[0])
 

@@ -12,10 +12,7 @@ import pytest
 import torch
 from numpy.random import default_rng
 from safetensors import safe_open
-from transformers import (
-    AutoModelForImageClassification,
-    ViTForImageClassification,
-)
+from transformers import AutoModelForImageClassification, ViTForImageClassification
 
 from mechdsl import zoo
 from mechdsl.images.pixels import SHAPE_COLOURS, SHAPES, TEXTURES

@@ -16,15 +16,7 @@ from transformers import LlamaForCausalLM
 from zoo import MODELS, language
 from zoo.commands import Tally, evaluate_command
 from zoo.language import Text
-from zoo.refusal.data import (
-    ALLOWED,
-    ALLOWED_PAST,
-    FORBIDDEN,
-    FORBIDDEN_PAST,
-    PAST,
-    questions,
-    turn,
-)
+from zoo.refusal.data import ALLOWED, ALLOWED_PAST, FORBIDDEN, FORBIDDEN_PAST, PAST, questions, turn
 
 SEED = 20266  # unused: every held-out question is asked
 ANSWERED, REFUSED = f"{FORBIDDEN_PAST}: answered", f"{FORBIDDEN_PAST}: refused"

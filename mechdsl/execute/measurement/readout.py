@@ -64,15 +64,15 @@ def call_python_metric(atom: MetricTerm, logits: Tensor, prompts: Ints, usable: 
     Raises:
         PythonFailure: E0223, with the row that it fails on if there is one.
     """
-    found = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
+    metric = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
     rows = np.flatnonzero(usable)
     if not len(rows):
-        return found
+        return metric
     index = torch.from_numpy(rows)
     if len(rows) < len(prompts):
         logits, prompts = logits[to_device(index, logits.device)], prompts[rows]
     try:
-        found[index] = _call_function(atom, logits, prompts)
+        metric[index] = _call_function(atom, logits, prompts)
     except PythonNotLoaded:
         raise
     except PythonFailure as failure:
@@ -85,7 +85,7 @@ def call_python_metric(atom: MetricTerm, logits: Tensor, prompts: Ints, usable: 
         if failure.row is not None:
             failure.row = int(rows[failure.row])
         raise
-    return found
+    return metric
 
 
 def call_reply_metric(atom: MetricTerm, replies: Sequence[str], prompts: Ints) -> Floats:
@@ -111,8 +111,8 @@ def call_reply_metric(atom: MetricTerm, replies: Sequence[str], prompts: Ints) -
 def _call_function(atom: MetricTerm, logits: Tensor, prompts: Ints) -> Tensor:
     """Return [row] on the CPU: the function's values for logits."""
     # A copy, so that a function that modifies it doesn't affect other readers.
-    own = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    return _read_numbers(atom, own, prompts, RETURN_HINT)
+    function = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    return _read_numbers(atom, function, prompts, RETURN_HINT)
 
 
 def _read_numbers(atom: MetricTerm, own: Tensor | list[str], prompts: Ints, hint: str) -> Tensor:
@@ -126,23 +126,23 @@ def _read_numbers(atom: MetricTerm, own: Tensor | list[str], prompts: Ints, hint
     with torch.no_grad():
         given = function.call(own, rows, *third, **named)
     try:
-        found = torch.as_tensor(given)
+        numbers = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise function.failure(f"it returned {_describe_type(given)}, not numbers", hint) from None
-    if found.shape != (len(prompts),):
-        shape = list(found.shape)
+    if numbers.shape != (len(prompts),):
+        shape = list(numbers.shape)
         raise function.failure(f"it returned the shape {shape}, not [{len(prompts)}]", hint)
-    if found.is_complex():
+    if numbers.is_complex():
         raise function.failure("it returned complex numbers", hint)
-    found = found.detach().double().cpu()
-    if found.isnan().any():
-        first = int(found.isnan().nonzero()[0])
+    numbers = numbers.detach().double().cpu()
+    if numbers.isnan().any():
+        first = int(numbers.isnan().nonzero()[0])
         row = atom.rows[prompts[first]]
         told = ", ".join(f"{name} = {value!r}" for name, value in row.items() if "." not in name)
         raise function.failure(
             f"it returned NaN, in the row with {_shorten(told)}", hint, row=first
         )
-    return found
+    return numbers
 
 
 def _find_failing_row(call: Callable[[slice], object], count: int, reason: str) -> int | None:
@@ -265,11 +265,11 @@ class _CodedVectors:
             return self._means(distinct, None)[array_to_device(self.same, device)]
         if len(self.first) * self.system.size > self.which.size:
             return self._means(vectors, array_to_device(self.which, device))
-        found = vectors.new_empty(len(vectors), 1)
+        means = vectors.new_empty(len(vectors), 1)
         count = max(1, MAX_NUMBERS // self.system.size)
         for begin in range(0, len(self.first), count):
             here = (self.same >= begin) & (self.same < begin + count)
-            first, same, which, own = (
+            first, same, which, indices = (
                 array_to_device(each, device)
                 for each in (
                     self.first[begin : begin + count],
@@ -279,20 +279,20 @@ class _CodedVectors:
                 )
             )
             every = self.system.encode(vectors[first], None)
-            found[own] = every[same[:, None], which].mean(1, keepdim=True)
-        return found
+            means[indices] = every[same[:, None], which].mean(1, keepdim=True)
+        return means
 
     def _means(self, vectors: Tensor, which: Tensor | None) -> Tensor:
         """Encode each vector, in parts that fit in memory."""
         count = count_encoded(self.system, vectors, which)
-        found = [
+        means = [
             self.system.encode(
                 vectors[begin : begin + count],
                 None if which is None else which[begin : begin + count],
             ).mean(1, keepdim=True)
             for begin in range(0, len(vectors), count)
         ]
-        return torch.cat(found)
+        return torch.cat(means)
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,12 +346,12 @@ class RowObserver:
     parts: Sequence[_SiteVectors]
 
     def observed(
-        self, found: Mapping[SiteRead, Tensor], unembedding: Unembedding, tokens: Tensor | None
+        self, reads: Mapping[SiteRead, Tensor], unembedding: Unembedding, tokens: Tensor | None
     ) -> ObservedValues:
         """Compute the observed value of every row.
 
         Args:
-            found: [place, units, width] values read at each site.
+            reads: [place, units, width] values read at each site.
             unembedding: The model's unembedding.
             tokens: Tokens whose logits are needed; None for all. Observations that list tokens
                 always compute all logits.
@@ -359,10 +359,10 @@ class RowObserver:
         tokens = None if self.does.lists(self.rule) else tokens
         of_logits = self.does.gives == "logits"
         total: Tensor | None = None
-        device = next(iter(found.values())).device
+        device = next(iter(reads.values())).device
         count = np.zeros(self.rows, dtype=np.int64)
         for part in self.parts:
-            seen = self._seen(part, found, unembedding, tokens if of_logits else None)
+            seen = self._seen(part, reads, unembedding, tokens if of_logits else None)
             if of_logits:
                 values = self.does.logits(self.rule, seen)
             else:
@@ -393,16 +393,16 @@ class RowObserver:
         unembedding: Unembedding,
         tokens: Tensor | None,
     ) -> _SeenVectors:
-        own = widen(found[part.read])
-        device = own.device
+        tensor = widen(found[part.read])
+        device = tensor.device
         place = array_to_device(part.place, device)
         chosen = None if part.unit is None else array_to_device(part.unit, device)
-        vectors = own[place].flatten(1) if chosen is None else own[place, chosen]
+        vectors = tensor[place].flatten(1) if chosen is None else tensor[place, chosen]
         if part.coded:
             numbers = vectors.new_empty(len(vectors), 1)
-            for each in part.coded:
-                index = array_to_device(each.own, device)
-                numbers[index] = each.means(vectors[index])
+            for coded_vectors in part.coded:
+                index = array_to_device(coded_vectors.own, device)
+                numbers[index] = coded_vectors.means(vectors[index])
             vectors = numbers
         keys = None
         if part.keys is not None:
@@ -438,15 +438,15 @@ class ReplyTokenMap:
 
     def there(self, plan: RulePlan, rows: RowTable) -> Bools:
         """Return [row]: whether the reply has all observed positions."""
-        found = np.ones(len(rows), dtype=np.bool_)
+        mask = np.ones(len(rows), dtype=np.bool_)
         for cells, cell in plan.placed:
             cell_of_row = cell[rows.cell]
-            for number, each in enumerate(cells):
-                if each.reply is not None:
-                    tokens = self.tokens_of(each.reply)
+            for number, position_cell in enumerate(cells):
+                if position_cell.reply is not None:
+                    tokens = self.tokens_of(position_cell.reply)
                     own = np.array([bool(tokens[row]) for row in self.at.tolist()], dtype=np.bool_)
-                    found &= own | (cell_of_row != number)
-        return found
+                    mask &= own | (cell_of_row != number)
+        return mask
 
     def moved(
         self, cells: Sequence[PositionCell], cell: Ints, rows: Ints, index: Ints, position: Ints
@@ -463,19 +463,21 @@ class ReplyTokenMap:
         Returns:
             Entry numbers and positions, in the order of entries.
         """
-        of_replies = np.array([each.reply is not None for each in cells], dtype=np.bool_)[cell]
+        of_replies = np.array(
+            [position_cell.reply is not None for position_cell in cells], dtype=np.bool_
+        )[cell]
         if not of_replies.any():
             return index, position
         kept = ~of_replies[index]
-        found, places = [index[kept]], [position[kept]]
+        columns, places = [index[kept]], [position[kept]]
         for entry in np.flatnonzero(of_replies).tolist():
             reply = cells[cell[entry]].reply
             assert reply is not None
             row = int(self.at[rows[entry]])
-            own = np.array(self.tokens_of(reply)[row], dtype=np.int64)
-            found.append(np.full(len(own), entry))
-            places.append(self.lengths[row] - 1 + own)
-        whole = np.concatenate(found)
+            numbers = np.array(self.tokens_of(reply)[row], dtype=np.int64)
+            columns.append(np.full(len(numbers), entry))
+            places.append(self.lengths[row] - 1 + numbers)
+        whole = np.concatenate(columns)
         order = np.argsort(whole, kind="stable")
         return whole[order], np.concatenate(places)[order]
 
@@ -515,28 +517,28 @@ def build_observer(
     entropy = plan.rule.in_vision and does.reads_entropy
     parts: list[_SiteVectors] = []
     for number, (site, layer, whole) in enumerate(of_points):
-        own = np.flatnonzero(kind == number)
-        if not len(own):
+        indices = np.flatnonzero(kind == number)
+        if not len(indices):
             continue
-        units_here = None if whole else unit[own]
+        units_here = None if whole else unit[indices]
         if whole and does.by_unit:
-            again, units_here = expand_units(unit[own], unit_count(shape, site, layer))
-            own = own[again]
+            again, units_here = expand_units(unit[indices], unit_count(shape, site, layer))
+            indices = indices[again]
         read = SiteRead(site, layer, pooled=pooled, entropy=entropy)
-        place = _add_request(asked, read, at[row[own]], position[own])
+        place = _add_request(asked, read, at[row[indices]], position[indices])
         part = _SiteVectors(
             read=read,
-            row=row[own],
-            prompt=rows.prompt[row[own]],
+            row=row[indices],
+            prompt=rows.prompt[row[indices]],
             place=place,
             unit=units_here,
-            position=position[own],
-            keys=_expand_keys(plan, rows, row[own], replies),
+            position=position[indices],
+            keys=_expand_keys(plan, rows, row[indices], replies),
             further_vectors={
-                place: _add_request(asked, SiteRead(*place), at[row[own]], position[own])
+                place: _add_request(asked, SiteRead(*place), at[row[indices]], position[indices])
                 for place in does.further_sites(plan.rule, shape)
             },
-            coded=_code(plan, (site, layer), rows.cell[row[own]], (place, units_here), systems),
+            coded=_code(plan, (site, layer), rows.cell[row[indices]], (place, units_here), systems),
         )
         parts.append(part)
     return RowObserver(plan.rule, does, len(rows), per_row, join_requests(asked), parts)
@@ -584,22 +586,22 @@ def _code(
     pairs, inverse = np.unique(np.stack([named, heads]), axis=1, return_inverse=True)
     names: list[tuple[str, int]] = []
     for number, unit in pairs.T.tolist():
-        own = plan.coordinates[number]
+        coordinate = plan.coordinates[number]
         point = SitePoint(*place, None if unit < 0 else unit)
-        names.append((basis.at(point, own.basis).name, len(own.which)))
+        names.append((basis.at(point, coordinate.basis).name, len(coordinate.which)))
     kinds = list(dict.fromkeys(names))
     kind = np.array([kinds.index(each) for each in names])[inverse.ravel()]
-    found: list[_CodedVectors] = []
+    codes: list[_CodedVectors] = []
     for number, (name, count) in enumerate(kinds):
-        own = np.flatnonzero(kind == number)
+        coordinate = np.flatnonzero(kind == number)
         which = None
         if count:
-            used, index = np.unique(named[own], return_inverse=True)
+            used, index = np.unique(named[coordinate], return_inverse=True)
             which = np.array([plan.coordinates[n].which for n in used.tolist()])[index.ravel()]
-        both = np.stack([place_of[own], heads[own]])
+        both = np.stack([place_of[coordinate], heads[coordinate]])
         _, first, same = np.unique(both, axis=1, return_index=True, return_inverse=True)
-        found.append(_CodedVectors(own, systems[name], which, first, same.ravel()))
-    return found
+        codes.append(_CodedVectors(coordinate, systems[name], which, first, same.ravel()))
+    return codes
 
 
 def _add_request(
@@ -680,15 +682,18 @@ class ReadoutResult:
 
         def mean(number: int) -> Floats:
             there = ~np.isnan(self.values[number].reshape(-1, draws))
-            found = average_present(self.values[number].reshape(-1, draws), there)
+            average = average_present(self.values[number].reshape(-1, draws), there)
             lost = broken.copy()
             if number in gaps:
                 lost[gaps[number].rows] = True
-            return np.where(lost, np.nan, found)
+            return np.where(lost, np.nan, average)
 
         failed = {
-            number: replace(each, row=None if each.row is None else each.row // draws)
-            for number, each in self.failed.items()
+            number: replace(
+                measure_failure,
+                row=None if measure_failure.row is None else measure_failure.row // draws,
+            )
+            for number, measure_failure in self.failed.items()
         }
         gaps = {
             n: ValueGap(np.unique(gap.rows // draws), gap.reason) for n, gap in self.gaps.items()
@@ -697,7 +702,7 @@ class ReadoutResult:
         return ReadoutResult(
             [mean(number) for number in range(len(self.values))],
             broken,
-            [own.reshape(-1, draws).mean(axis=1) for own in self.rounding],
+            [values.reshape(-1, draws).mean(axis=1) for values in self.rounding],
             failed,
             gaps,
             listed if listed is None else listed.unflatten(0, (-1, draws)).mean(1),
@@ -828,7 +833,7 @@ class Readout:
     @property
     def in_replies(self) -> tuple[int, ...]:
         """Numbers of the measures that are read in replies."""
-        return tuple(n for n, each in enumerate(self.measures) if each.in_reply is not None)
+        return tuple(n for n, measure in enumerate(self.measures) if measure.in_reply is not None)
 
     @property
     def narrow(self) -> bool:
@@ -837,8 +842,8 @@ class Readout:
         An atom that compares observed logits with another run needs all logits of that run.
         """
         compared = any(atom.form.takes == "reference" for atom in self._of(looking=True))
-        own = (atom.form for atom in self._of(looking=False))
-        return not compared and all(form.narrow or form.takes == "reply" for form in own)
+        forms = (atom.form for atom in self._of(looking=False))
+        return not compared and all(form.narrow or form.takes == "reply" for form in forms)
 
     def observed_tokens(self, prompts: Ints) -> list[int] | None:
         """Return the tokens whose logits metrics read from observed values; None for all."""
@@ -848,14 +853,14 @@ class Readout:
 
     def tokens(self, prompts: Ints, *, looking: bool = False) -> set[int]:
         """Return the tokens whose logits a narrow readout reads on these prompts."""
-        found: set[int] = set()
+        tokens: set[int] = set()
         for atom in self._of(looking):
             for sets in atom.sets.values():
                 of_row = {sets.of_row[prompt] for prompt in prompts.tolist()}
-                found.update(token for number in of_row for token in sets.tokens[number])
+                tokens.update(token for number in of_row for token in sets.tokens[number])
             for texts in atom.texts.values():
-                found.update(texts[prompt][0] for prompt in prompts.tolist())
-        return found
+                tokens.update(texts[prompt][0] for prompt in prompts.tolist())
+        return tokens
 
     @property
     def loss(self) -> MetricTerm | None:
@@ -912,19 +917,19 @@ class Readout:
         """
         usable = np.ones(len(reading.prompts), dtype=np.bool_)
         numbers = iter(range(len(self.atoms)))
-        found: list[Tensor] = []
+        tensors: list[Tensor] = []
         for measure in self.measures:
             values: dict[Any, Tensor] = {}
             for atom in measure.atoms:
                 number = next(numbers)
                 value = _atom_value(atom, number, self.atoms[number][0], reading, usable)
                 values[atom.node] = _without_lacking(atom, value, reading.prompts).double()
-            found.append(evaluate_arithmetic(measure.expression, values.__getitem__))
-        return found
+            tensors.append(evaluate_arithmetic(measure.expression, values.__getitem__))
+        return tensors
 
     def _values(self, numbers: range, reading: ReadoutInput, usable: Bools) -> dict[Any, Floats]:
         """Compute the atoms of a measure, by syntax node: [row]. Raises E0223 as PythonFailure."""
-        found: list[Tensor] = []
+        values: list[Tensor] = []
         for number in numbers:
             spot, atom = self.atoms[number]
             if self.looking[number]:
@@ -932,9 +937,9 @@ class Readout:
             else:
                 value = _atom_value(atom, number, spot, reading, usable)
             value = _without_lacking(atom, value, reading.prompts)
-            found.append(value.detach().double())
+            values.append(value.detach().double())
         nodes = (self.atoms[number][1].node for number in numbers)
-        on_host = (value.numpy() for value in tensors_to_host(found))
+        on_host = (value.numpy() for value in tensors_to_host(values))
         return dict(zip(nodes, on_host, strict=True))
 
     def _moved(
@@ -980,34 +985,38 @@ class Readout:
 
         A model gives −∞ to a token that it excludes; −∞ for all tokens is invalid.
         """
-        found = [torch.zeros(len(reading.prompts), dtype=torch.bool)]
+        broken_masks = [torch.zeros(len(reading.prompts), dtype=torch.bool)]
         if reading.logits is not None:
-            found.append(_is_invalid(reading.logits, whole=reading.tokens is None).any(-1))
-        found += [_is_invalid(logits, whole=True).any(-1) for logits in reading.continued.values()]
+            broken_masks.append(_is_invalid(reading.logits, whole=reading.tokens is None).any(-1))
+        broken_masks += [
+            _is_invalid(logits, whole=True).any(-1) for logits in reading.continued.values()
+        ]
         if reading.loss is not None and reading.has_loss is not None:
             due = array_to_device(reading.has_loss, reading.loss.device)
-            found.append(reading.loss.isnan() & due)
+            broken_masks.append(reading.loss.isnan() & due)
         if reading.replies:
-            found.append(torch.tensor([reply.ended == "broken" for reply in reading.replies]))
+            broken_masks.append(
+                torch.tensor([reply.ended == "broken" for reply in reading.replies])
+            )
         seen = reading.observed
         if seen is not None and seen.numbers is not None:
-            found.append(~seen.numbers.isfinite())
+            broken_masks.append(~seen.numbers.isfinite())
         if seen is not None and seen.logits is not None:
-            found.append(_is_invalid(seen.logits, whole=seen.tokens is None))
+            broken_masks.append(_is_invalid(seen.logits, whole=seen.tokens is None))
         for number, (spot, atom) in enumerate(self.atoms):
             takes = atom.form.takes
             if self.in_reply[number]:
                 continue
             if takes == "activations":
                 for each in (reading.activations[number], reading.references[number]):
-                    found.append(~each.isfinite().flatten(1).all(-1))
+                    broken_masks.append(~each.isfinite().flatten(1).all(-1))
             elif takes == "reference":
-                found.append(_is_invalid(reading.references[number], whole=True))
+                broken_masks.append(_is_invalid(reading.references[number], whole=True))
             elif self.looking[number] or reading.logits is None:
                 continue
             elif takes == "numerals" and atom.form.narrow:
-                found.append(_is_invalid(_set_logits(atom, reading, spot), whole=True))
-        return torch.stack(tensors_to_host(found)).any(0).numpy()
+                broken_masks.append(_is_invalid(_set_logits(atom, reading, spot), whole=True))
+        return torch.stack(tensors_to_host(broken_masks)).any(0).numpy()
 
 
 def _select_logits(atom: MetricTerm, number: int, spot: int, reading: ReadoutInput) -> Tensor:
@@ -1092,8 +1101,8 @@ def _count_exchanges(
         within: [row] the distance.
         best: Return 1 where the best of all tokens may change, instead of a count.
     """
-    own = logits.gather(-1, ids).masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
-    apart = logits.double() - own.double()
+    tensor = logits.gather(-1, ids).masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    apart = logits.double() - tensor.double()
     apart = apart.scatter(-1, ids, -torch.inf)
     close = array_to_device(within, logits.device)[:, None]
     if best:
@@ -1123,9 +1132,9 @@ def _may_round_to_greedy(
     ids, mask = _pad_continuations(atom, reading.prompts)
     logits = logits if logits.dim() == 3 else logits[:, None]
     ids, mask = to_device(ids, logits.device), to_device(mask, logits.device)
-    own = logits.gather(-1, ids[..., None])[..., 0].double()
+    tensor = logits.gather(-1, ids[..., None])[..., 0].double()
     best_other = logits.double().scatter(-1, ids[..., None], -torch.inf).amax(-1)
-    lead = (own - best_other).masked_fill(~mask, torch.inf).amin(-1)
+    lead = (tensor - best_other).masked_fill(~mask, torch.inf).amin(-1)
     return (lead.abs().cpu().numpy() <= within).astype(np.float64)
 
 
@@ -1162,8 +1171,8 @@ def _target_tokens(atom: MetricTerm, reading: ReadoutInput) -> Tensor:
     if atom.own and reading.standing is not None:
         return torch.from_numpy(reading.standing)
     if atom.own:
-        own = np.array(atom.own[reading.run], dtype=np.int64)
-        return torch.from_numpy(own[reading.prompts])
+        numbers = np.array(atom.own[reading.run], dtype=np.int64)
+        return torch.from_numpy(numbers[reading.prompts])
     return torch.tensor(
         [
             atom.texts[item if atom.by_item else None][prompt][0]
@@ -1182,13 +1191,13 @@ def pad_token_sets(atom: MetricTerm, reading: ReadoutInput) -> tuple[Tensor, Ten
     by_item = atom.by_item
     pairs = zip(reading.prompts.tolist(), reading.items, strict=True)
     envs = [(item if by_item else None, prompt) for prompt, item in pairs]
-    found = [(env, atom.sets[env].of_row[prompt]) for env, prompt in envs]
-    places = {place: n for n, place in enumerate(dict.fromkeys(found))}
+    token_places = [(env, atom.sets[env].of_row[prompt]) for env, prompt in envs]
+    places = {place: n for n, place in enumerate(dict.fromkeys(token_places))}
     tokens = [atom.sets[env].tokens[number] for env, number in places]
     numbers = [atom.sets[env].numbers[number] for env, number in places if atom.sets[env].numbers]
     width = max(map(len, tokens))
-    mask = torch.arange(width)[None, :] < torch.tensor([len(each) for each in tokens])[:, None]
-    index = torch.tensor([places[place] for place in found])
+    mask = torch.arange(width)[None, :] < torch.tensor([len(token) for token in tokens])[:, None]
+    index = torch.tensor([places[place] for place in token_places])
     return _pad_sets(tokens, width)[index], mask[index], _pad_sets(numbers or tokens, width)[index]
 
 
@@ -1202,8 +1211,8 @@ def _set_logits(atom: MetricTerm, reading: ReadoutInput, spot: int) -> Tensor:
     assert reading.logits is not None
     logits = reading.logits[:, spot]
     ids, mask, _ = pad_token_sets(atom, reading)
-    own = logits.gather(-1, reading.columns(to_device(ids, logits.device)))
-    return own.masked_fill(~to_device(mask, logits.device), -torch.inf)
+    tensor = logits.gather(-1, reading.columns(to_device(ids, logits.device)))
+    return tensor.masked_fill(~to_device(mask, logits.device), -torch.inf)
 
 
 def _is_invalid(logits: Tensor, *, whole: bool) -> Tensor:
@@ -1225,8 +1234,8 @@ def _observed_value(atom: MetricTerm, number: int, reading: ReadoutInput, usable
         assert seen.numbers is not None
         return seen.numbers
     assert seen.logits is not None
-    own = replace(reading, logits=seen.logits[:, None], tokens=seen.tokens, continued={})
-    return _atom_value(atom, number, 0, own, usable)
+    readout_input = replace(reading, logits=seen.logits[:, None], tokens=seen.tokens, continued={})
+    return _atom_value(atom, number, 0, readout_input, usable)
 
 
 def _atom_value(
@@ -1238,8 +1247,8 @@ def _atom_value(
         assert reading.loss is not None
         return reading.loss
     if takes == "reply":
-        found = compute_reply_values(atom, reading.replies, reading.prompts, reading.items)
-        return torch.from_numpy(found)
+        reply_values = compute_reply_values(atom, reading.replies, reading.prompts, reading.items)
+        return torch.from_numpy(reply_values)
     if takes == "activations":
         return function(reading.activations[number], reading.references[number])
     if number in reading.continued:
@@ -1333,21 +1342,27 @@ def read_samples(
 
     gaps = {
         n: ValueGap(
-            np.concatenate([own.rows * count + at for at, own in found]), found[0][1].reason
+            np.concatenate([value_gap.rows * count + at for at, value_gap in samples]),
+            samples[0][1].reason,
         )
         for n in range(len(readout.measures))
-        if (found := [(at, each.gaps[n]) for at, each in enumerate(every) if n in each.gaps])
+        if (
+            samples := [(at, result.gaps[n]) for at, result in enumerate(every) if n in result.gaps]
+        )
     }
     failed = {
-        n: replace(each, row=None if each.row is None else each.row * count)
+        n: replace(
+            measure_failure,
+            row=None if measure_failure.row is None else measure_failure.row * count,
+        )
         for one in every
-        for n, each in one.failed.items()
+        for n, measure_failure in one.failed.items()
     }
-    found = ReadoutResult(
-        interleave([each.values for each in every]),
-        np.stack([each.broken for each in every], axis=1).reshape(-1),
-        interleave([each.rounding for each in every]),
+    samples = ReadoutResult(
+        interleave([result.values for result in every]),
+        np.stack([result.broken for result in every], axis=1).reshape(-1),
+        interleave([result.rounding for result in every]),
         failed,
         gaps,
     ).over_draws(count)
-    return replace(found, replies=written)
+    return replace(samples, replies=written)

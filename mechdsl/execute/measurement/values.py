@@ -52,8 +52,8 @@ class TokenMeans:
         firsts.index_put_((index, found.argmax(-1)), weights, accumulate=True)
         counts = weights.new_zeros(len(cells)).index_add_(0, index, weights).tolist()
         for number, cell in enumerate(cells.tolist()):
-            for total, own in ((self.sums, sums), (self.firsts, firsts)):
-                more = own[number].double().cpu().numpy()
+            for total, tensor in ((self.sums, sums), (self.firsts, firsts)):
+                more = tensor[number].double().cpu().numpy()
                 total[cell] = total[cell] + more if cell in total else more
             self.rows[cell] = self.rows.get(cell, 0.0) + counts[number]
 
@@ -80,8 +80,8 @@ def _weigh_rows(rows: RowTable, whole: RowTable) -> Floats:
     """Return [row]: 1 over the number of runs of its prompt in its cell."""
     width = 1 + int(whole.prompt.max())
     every, counts = np.unique(whole.cell * width + whole.prompt, return_counts=True)
-    found: Ints = counts[np.searchsorted(every, rows.cell * width + rows.prompt)]
-    return 1 / found
+    count: Ints = counts[np.searchsorted(every, rows.cell * width + rows.prompt)]
+    return 1 / count
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ class Accuracies:
             rounding: How far rounding may move a logit, relative to the largest one.
         """
         for run, readout in self.readouts():
-            found = read(readout, run, batch, None, rounding)
-            self.values[run][batch] = found.values[0]
-            self.rounding[run][batch] = found.rounding[0]
-            for row in batch[found.broken].tolist():
+            result = read(readout, run, batch, None, rounding)
+            self.values[run][batch] = result.values[0]
+            self.rounding[run][batch] = result.rounding[0]
+            for row in batch[result.broken].tolist():
                 self.unusable.setdefault(row, UnusableRow(row, run))
 
 
@@ -141,7 +141,10 @@ def create_accuracies(panel: Panel) -> dict[str, Accuracies]:
         return {run: np.full(rows, np.nan) for run in experiment.accuracies}
 
     every = [plan.experiment for plan in panel.experiments]
-    return {each.key: Accuracies(each, unknown(each), unknown(each)) for each in every}
+    return {
+        experiment.key: Accuracies(experiment, unknown(experiment), unknown(experiment))
+        for experiment in every
+    }
 
 
 @dataclass
@@ -326,9 +329,9 @@ class MeasuredValues:
             return False
         return self.with_inactive & ~self.with_changes
 
-    def saw(self, found: Iterable[UnusableRow]) -> None:
+    def saw(self, unusable_rows: Iterable[UnusableRow]) -> None:
         """Record unusable rows; the first report of a row stays."""
-        for unusable in found:
+        for unusable in unusable_rows:
             self.unusable.setdefault(unusable.row, unusable)
 
     def unusable_rows(self) -> set[int]:
@@ -337,16 +340,16 @@ class MeasuredValues:
         return self.unusable.keys() & {*self.kept.tolist(), *self.accuracies.unusable}
 
     def read_unpatched(
-        self, run: str, environment: int, columns: Ints, found: ReadoutResult
+        self, run: str, environment: int, columns: Ints, result: ReadoutResult
     ) -> None:
         """Store the values of an unpatched run on some rows; for the base run, rounding too."""
-        for values, own in zip(self.unpatched[run], found.values, strict=True):
-            values[environment, columns] = own
+        for values, value in zip(self.unpatched[run], result.values, strict=True):
+            values[environment, columns] = value
         rows = self.kept[columns].tolist()
-        for row, own in zip(rows, found.replies, strict=bool(found.replies)):
-            self.unpatched_replies[run, row] = own
+        for row, replies in zip(rows, result.replies, strict=bool(result.replies)):
+            self.unpatched_replies[run, row] = replies
         if run == self.experiment.spec.base:
-            for values, own in zip(self.rounding, found.rounding, strict=True):
+            for values, own in zip(self.rounding, result.rounding, strict=True):
                 values[environment, columns] = own
 
     def wrote(self, rows: RowTable, replies: Sequence[tuple[Reply, ...]]) -> None:
@@ -405,12 +408,12 @@ class MeasuredValues:
     def base_of(self, plan: ExperimentPlan, rows: RowTable) -> list[Floats]:
         """Return, per measure, [row]: the base run's value."""
         columns = np.searchsorted(self.kept, rows.prompt)
-        found: list[Floats] = []
+        bases: list[Floats] = []
         for number in range(len(self.experiment.measures)):
             base = expand_base_values(plan, self, self.experiment.spec.base, number)
             cell = rows.cell if len(base) > 1 else np.zeros_like(rows.cell)
-            found.append(base[cell, columns])
-        return found
+            bases.append(base[cell, columns])
+        return bases
 
 
 def _list_measured_runs(experiment: ResolvedExperiment) -> list[str]:
@@ -439,8 +442,8 @@ def expand_to_cells(plan: ExperimentPlan, measured: MeasuredValues, values: Floa
 def describe_cell(plan: ExperimentPlan, cell: int) -> str:
     """Return the coordinates of a cell; empty if the experiment has only one."""
     axes = zip(plan.experiment.axes, plan.coordinates, strict=True)
-    found = [(axis.name, axis.labels[int(index[cell])]) for axis, index in axes]
-    return ", ".join(str(at) if name == "position" else f"{name} {at}" for name, at in found)
+    coordinates = [(axis.name, axis.labels[int(index[cell])]) for axis, index in axes]
+    return ", ".join(str(at) if name == "position" else f"{name} {at}" for name, at in coordinates)
 
 
 def describe_run(unusable: UnusableRow, experiment: ResolvedExperiment) -> str:
@@ -510,7 +513,7 @@ def _suggest_rule(experiment: ResolvedExperiment, unusable: UnusableRow) -> str:
 
 
 def explain_missing_values(
-    found: ReadoutResult,
+    result: ReadoutResult,
     experiment: ResolvedExperiment,
     measures: Sequence[ResolvedMeasure],
     run: str,
@@ -519,15 +522,15 @@ def explain_missing_values(
     """Report the measures without a value in an unpatched run, by number: E0223, E0631.
 
     Args:
-        found: Values of the run.
+        result: Values of the run.
         measures: The measures that were read.
-        batch: [row] the table's rows in `found`.
+        batch: [row] the table's rows in `result`.
     """
     reasons: dict[int, Diagnostic] = {}
-    for number, failed in found.failed.items():
+    for number, failed in result.failed.items():
         seen = UnusableRow(int(batch[failed.row or 0]), run)
         reasons[number] = report_function_failure(failed, experiment, seen)
-    for number, gap in found.gaps.items():
+    for number, gap in result.gaps.items():
         expression = measures[number].expression
         reasons[number] = UndefinedMeasure(
             span=expression.span,
@@ -558,12 +561,12 @@ def report_function_failure(
 def report_missing_cells(measured: MeasuredValues) -> list[Diagnostic]:
     """Report W0762: per measure, the cells without a value."""
     experiment = measured.experiment
-    found: list[Diagnostic] = []
+    problems: list[Diagnostic] = []
     for number, measure in enumerate(experiment.measures):
         cells = [gap for (n, _), gap in measured.gaps.items() if n == number]
         if not cells or number in measured.refused:
             continue
-        found.append(
+        problems.append(
             UndefinedCells(
                 span=measure.expression.span,
                 text=measure.expression.span.written,
@@ -574,7 +577,7 @@ def report_missing_cells(measured: MeasuredValues) -> list[Diagnostic]:
                 place=describe_row(cells[0].first, experiment),
             )
         )
-    return found
+    return problems
 
 
 def describe_gap(measured: MeasuredValues, number: int, cell: int) -> str:

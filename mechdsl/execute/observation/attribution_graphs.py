@@ -61,8 +61,8 @@ class FeatureNodes:
     def find(self, chosen: Collection[LayerFeature]) -> Ints:
         """Return the numbers of the nodes of some features, at all tokens."""
         places = zip(self.layer.tolist(), self.feature.tolist(), strict=True)
-        found = [n for n, place in enumerate(places) if place in chosen]
-        return np.array(found, dtype=np.int64)
+        numbers = [n for n, place in enumerate(places) if place in chosen]
+        return np.array(numbers, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +122,8 @@ class GraphTranscoder:
     @staticmethod
     def of(site: str, dictionary: Dictionary, decoders: Tensor | None = None) -> GraphTranscoder:
         """Create it from the decoders of `load_cross_decoder`, if it crosses layers."""
-        own = dictionary.rows()[None] if decoders is None else decoders.transpose(0, 1)
-        return GraphTranscoder(site, dictionary, own)
+        row = dictionary.rows()[None] if decoders is None else decoders.transpose(0, 1)
+        return GraphTranscoder(site, dictionary, row)
 
     @property
     def skip(self) -> Tensor | None:
@@ -235,12 +235,12 @@ def weigh_features(prompt: GraphPrompt) -> tuple[dict[LayerFeature, float], Tens
     prompt's graph, and the logits [vocab] of the next token. Raises ValueError as `attribute`."""
     frozen, targets, logits = _freeze(prompt)
     ends, _ = frozen.explain_logits(targets.weights)
-    nodes, found = frozen.sources.nodes, dict[LayerFeature, float]()
+    nodes, features = frozen.sources.nodes, dict[LayerFeature, float]()
     weights = targets.probabilities @ ends[:, : len(nodes)]
     places = zip(nodes.layer.tolist(), nodes.feature.tolist(), strict=True)
     for place, weight in zip(places, weights.tolist(), strict=True):
-        found[place] = found.get(place, 0.0) + weight
-    return found, logits
+        features[place] = features.get(place, 0.0) + weight
+    return features, logits
 
 
 def _freeze(prompt: GraphPrompt) -> tuple[_FrozenPass, _Targets, Tensor]:
@@ -264,10 +264,10 @@ def _select_features(frozen: _FrozenPass, ends: Floats, probabilities: Floats, k
     chosen, rows = kept, frozen.explain_features(kept)[0]
     while len(chosen) < MOST_FEATURES:
         shares = normalise_edges(np.concatenate([rows, ends]))
-        found = compute_influence(shares, probabilities, chosen)
-        found[chosen] = -1
+        influence = compute_influence(shares, probabilities, chosen)
+        influence[chosen] = -1
         most = min(RANKED, MOST_FEATURES - len(chosen))
-        added = np.argsort(-found[:count], kind="stable")[:most]
+        added = np.argsort(-influence[:count], kind="stable")[:most]
         chosen = np.concatenate([chosen, added])
         rows = np.concatenate([rows, frozen.explain_features(added)[0]])
     return np.sort(chosen)
@@ -287,29 +287,29 @@ def _read_sources(
     """Return the sources of a prompt, and the logits [vocab] of the next token."""
     layers = model.shape.n_layers
     entering, writing = _stream(layers)
-    reading = {layer: SiteRead(own.site, layer) for layer, own in transcoders.items()}
+    reading = {layer: SiteRead(transcoder.site, layer) for layer, transcoder in transcoders.items()}
     plain = run_full(model, batch, reads=[entering, *writing, *reading.values()], logits_at=last)
     outputs = torch.stack([_vectors(plain, each) for each in writing])
     errors, written = outputs.clone(), list[tuple[int, Tensor, Tensor]]()
     bypassed, count = dict[int, Tensor](), 0
     found: list[tuple[Ints, Ints, Ints, Floats]] = []
-    for layer, own in sorted(transcoders.items()):
+    for layer, transcoder in sorted(transcoders.items()):
         vectors = _vectors(plain, reading[layer])
-        active = own.dictionary.encode(vectors)
+        active = transcoder.dictionary.encode(vectors)
         token, feature = (each.cpu().numpy() for each in active.nonzero(as_tuple=True))
         amount = active[active != 0]
         found.append((np.full(len(token), layer), token, feature, amount.double().cpu().numpy()))
         which = torch.arange(count, count + len(token))
         count += len(token)
-        for later, decoder in enumerate(own.decoders):
+        for later, decoder in enumerate(transcoder.decoders):
             directions = decoder.to(outputs)
             errors[layer + later] -= active @ directions
             written.append((later, which, amount[:, None] * directions[torch.from_numpy(feature)]))
-        bias = own.dictionary.tensor("b_dec")
+        bias = transcoder.dictionary.tensor("b_dec")
         assert bias is not None
         errors[layer] -= bias.to(outputs)
-        if own.skip is not None:
-            bypassed[layer] = vectors @ own.skip.to(outputs).T
+        if transcoder.skip is not None:
+            bypassed[layer] = vectors @ transcoder.skip.to(outputs).T
             errors[layer] -= bypassed[layer]
     nodes = FeatureNodes(*(np.concatenate(each) for each in zip(*found, strict=True)))
     assert plain.logits is not None
@@ -334,17 +334,17 @@ def _differentiate(model: LoadedModel, logits: Tensor, measure: LogitMeasure) ->
     """Return a measure to first order. Raises ValueError without a finite gradient."""
     with torch.enable_grad():
         capped = logits.clone().float().requires_grad_()
-        (found,) = torch.autograd.grad(measure(capped), capped)
+        (gradient,) = torch.autograd.grad(measure(capped), capped)
         (slopes,) = torch.autograd.grad(uncap_logits(model, capped).sum(), capped)
-    weights = found / slopes
+    weights = gradient / slopes
     if not bool(weights.isfinite().all()) or not bool(weights.any()):
         raise ValueError("the gradient of the measure is 0, or isn't finite")
     return _Targets(np.array([len(logits)]), np.ones(1), weights[None])
 
 
-def _vectors(found: FullPassResult, place: SiteRead) -> Tensor:
+def _vectors(result: FullPassResult, place: SiteRead) -> Tensor:
     """Return [token, width] of the first row, at least in 32 bits."""
-    read = found.reads[place][0, :, 0]
+    read = result.reads[place][0, :, 0]
     return read.to(torch.promote_types(read.dtype, torch.float32)).clone()
 
 
@@ -373,36 +373,41 @@ class _FrozenPass:
         repeated = batch.take(torch.zeros(LANES, dtype=torch.long))
         rows, positions = repeated.tokens()
         units = torch.zeros_like(rows)
-        outputs = [own - sources.bypassed.get(n, 0) for n, own in enumerate(sources.outputs)]
+        outputs = [output - sources.bypassed.get(n, 0) for n, output in enumerate(sources.outputs)]
         values = [sources.embedded, *outputs]
-        leaves = [each.expand(LANES, -1, -1).clone().requires_grad_() for each in values]
+        leaves = [value.expand(LANES, -1, -1).clone().requires_grad_() for value in values]
         writes: list[SiteWrite] = []
         for place, leaf in zip([entering, *writing], leaves, strict=True):
             at = place.site, place.layer, rows, positions, units
-            own = None if place == entering else transcoders.get(place.layer or 0)
-            if own is not None and own.skip is not None:
-                skip = CoordinateWrite(OutputMap(own.skip.T), "reconstruct", reads=own.site)
+            transcoder = None if place == entering else transcoders.get(place.layer or 0)
+            if transcoder is not None and transcoder.skip is not None:
+                skip = CoordinateWrite(
+                    OutputMap(transcoder.skip.T), "reconstruct", reads=transcoder.site
+                )
                 writes.append(SiteWrite(*at, leaf.new_zeros(len(rows), 1), mode=skip))
                 writes.append(SiteWrite(*at, leaf.flatten(0, 1), mode="add"))
             else:
                 writes.append(SiteWrite(*at, leaf.flatten(0, 1)))
-        found = run_full(
+        result = run_full(
             model,
             repeated,
             writes=writes,
-            reads=[SiteRead(own.site, layer) for layer, own in transcoders.items()],
+            reads=[
+                SiteRead(graph_transcoder.site, layer)
+                for layer, graph_transcoder in transcoders.items()
+            ],
             logits_at=last.expand(LANES, 1),
             gradients=True,
             backward=FROZEN,
         )
-        return _FrozenPass(model, sources, transcoders, leaves, found)
+        return _FrozenPass(model, sources, transcoders, leaves, result)
 
     def explain_features(self, numbers: Ints) -> tuple[Floats, Floats]:
         """Return the edges into some features, [feature, source], and the inputs that they
         explain, [feature]."""
         nodes = self.sources.nodes.some(numbers)
         every = self.transcoders.items()
-        encoders = {n: own.dictionary.encoder_weights() for n, own in every}
+        encoders = {n: transcoder.dictionary.encoder_weights() for n, transcoder in every}
 
         def read(number: int) -> Tensor:
             layer = int(nodes.layer[number])
@@ -434,9 +439,9 @@ class _FrozenPass:
             gradients = torch.autograd.grad(
                 values.sum(), self.leaves, retain_graph=True, materialize_grads=True
             )
-            embedded, *outputs = (each[: len(values)] for each in gradients)
-            found = self.sources.contributions(embedded, torch.stack(outputs, dim=1))
-            rows.append(found.double().cpu().numpy())
+            embedded, *outputs = (gradient[: len(values)] for gradient in gradients)
+            shares = self.sources.contributions(embedded, torch.stack(outputs, dim=1))
+            rows.append(shares.double().cpu().numpy())
             inputs.append(values.detach().double().cpu().numpy())
         return np.concatenate(rows), np.concatenate(inputs)
 
@@ -460,12 +465,12 @@ def compute_influence(shares: Floats, weights: Floats, features: Ints | None = N
     """
     count = len(shares) - len(weights)
     features = np.arange(count) if features is None else features
-    found, step = np.zeros(shares.shape[1]), weights @ shares[count:]
+    influence, step = np.zeros(shares.shape[1]), weights @ shares[count:]
     for _ in range(count + 1):  # the longest path has no more edges
         if not step.any():
             break
-        found, step = found + step, step[features] @ shares[:count]
-    return found
+        influence, step = influence + step, step[features] @ shares[:count]
+    return influence
 
 
 def score_graph(graph: AttributionGraph) -> tuple[float, float]:
@@ -490,9 +495,9 @@ def list_influential(graph: AttributionGraph, count: int) -> Ints:
 
     Features without influence aren't among them.
     """
-    found = graph.influence[: graph.first_error]
-    order = np.argsort(-found, kind="stable")[:count]
-    return order[found[order] > 0]
+    influence = graph.influence[: graph.first_error]
+    order = np.argsort(-influence, kind="stable")[:count]
+    return order[influence[order] > 0]
 
 
 def predict_ablation(graph: AttributionGraph, ablated: Ints) -> float:
@@ -505,9 +510,9 @@ def predict_ablation(graph: AttributionGraph, ablated: Ints) -> float:
     removed = np.zeros(graph.first_logit)
     """[source] the share of what it writes that is missing."""
     for layer in np.unique(nodes.layer):
-        own = np.flatnonzero(nodes.layer == layer)
-        removed[own] = graph.edges[own] @ removed / nodes.activation[own]
-        removed[np.intersect1d(own, ablated)] = 1
+        indices = np.flatnonzero(nodes.layer == layer)
+        removed[indices] = graph.edges[indices] @ removed / nodes.activation[indices]
+        removed[np.intersect1d(indices, ablated)] = 1
     return -float(graph.edges[len(nodes)] @ removed)
 
 
@@ -516,11 +521,11 @@ def ablate_nodes(prompt: GraphPrompt, every: Sequence[FeatureNodes]) -> Tensor:
     features ablated, whose activations in the run are set to 0."""
     model, ids = prompt.model, [prompt.ids] * (1 + len(every))
     batch = Batch.of(ids, model.pad_id, model.calling.side, model.device)
-    crosses = any(len(own.decoders) > 1 for own in prompt.transcoders.values())
+    crosses = any(len(transcoder.decoders) > 1 for transcoder in prompt.transcoders.values())
     writes = (_ablate_across if crosses else _ablate_in_place)(prompt, batch, every)
-    found = run_full(model, batch, writes=writes, logits_at=batch.lengths[:, None] - 1)
-    assert found.logits is not None
-    return found.logits[:, 0]
+    result = run_full(model, batch, writes=writes, logits_at=batch.lengths[:, None] - 1)
+    assert result.logits is not None
+    return result.logits[:, 0]
 
 
 def _ablate_in_place(
@@ -533,9 +538,9 @@ def _ablate_in_place(
             nodes.layer.tolist(), nodes.token.tolist(), nodes.feature.tolist(), strict=True
         )
         for layer, token, feature in places:
-            own = prompt.transcoders[layer]
+            transcoder = prompt.transcoders[layer]
             rows, positions, units = (torch.tensor([number]) for number in (row, token, 0))
-            mode = CoordinateWrite(own.dictionary, "set", reads=own.site)
+            mode = CoordinateWrite(transcoder.dictionary, "set", reads=transcoder.site)
             zero, which = torch.zeros(1, 1), torch.tensor([[feature]])
             write = SiteWrite("mlp_out", layer, rows, positions, units, zero, mode=mode, to=which)
             writes.append(write)
@@ -558,23 +563,25 @@ def _ablate_across(
     )
     writes: list[SiteWrite] = []
     for own_layer in np.unique(layer).tolist():
-        own, here = prompt.transcoders[own_layer], np.flatnonzero(layer == own_layer)
-        place = SiteRead(own.site, own_layer)
+        transcoder, here = prompt.transcoders[own_layer], np.flatnonzero(layer == own_layer)
+        place = SiteRead(transcoder.site, own_layer)
         before = [write for write in writes if (write.layer or 0) <= own_layer]
-        found = run_full(
+        logits = run_full(
             prompt.model, batch, stop=own_layer + 1, writes=before, reads=[place]
         ).reads[place]
         at, which = np.unique(
             np.stack([row[here], token[here]], axis=1), axis=0, return_inverse=True
         )
         rows, positions = (torch.from_numpy(each) for each in at.T)
-        vectors = found[indices_to_device((rows, batch.columns(rows, positions)), found.device)]
+        vectors = logits[indices_to_device((rows, batch.columns(rows, positions)), logits.device)]
         index = torch.from_numpy(which.reshape(-1)), torch.from_numpy(feature[here])
-        index = indices_to_device(index, found.device)
-        wide = torch.promote_types(found.dtype, torch.float32)
-        amounts = torch.zeros(len(at), own.decoders.shape[1], dtype=wide, device=found.device)
-        amounts[index] = own.dictionary.encode(vectors[:, 0].to(wide))[index]
-        for later, decoder in enumerate(own.decoders):
+        index = indices_to_device(index, logits.device)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        amounts = torch.zeros(
+            len(at), transcoder.decoders.shape[1], dtype=wide, device=logits.device
+        )
+        amounts[index] = transcoder.dictionary.encode(vectors[:, 0].to(wide))[index]
+        for later, decoder in enumerate(transcoder.decoders):
             units, values = torch.zeros_like(rows), -(amounts @ decoder.to(wide))
             writes.append(
                 SiteWrite("mlp_out", own_layer + later, rows, positions, units, values, mode="add")
@@ -699,9 +706,9 @@ def _describe_node(
     graph: AttributionGraph, node: int, ids: Sequence[int], influence: float
 ) -> GraphNode:
     if node < graph.first_error:
-        own = graph.features
-        place = int(own.layer[node]), int(own.token[node]), int(own.feature[node])
-        return GraphNode("feature", *place, float(own.activation[node]), influence)
+        features = graph.features
+        place = int(features.layer[node]), int(features.token[node]), int(features.feature[node])
+        return GraphNode("feature", *place, float(features.activation[node]), influence)
     if node < graph.first_token:
         layer, token = divmod(node - graph.first_error, graph.tokens)
         return GraphNode("error", layer, token, 0, 0.0, influence)
@@ -717,9 +724,9 @@ def _accumulate(influence: Floats) -> Floats:
     """Return, for each source, the share of the influence that it has together with all sources
     that have more."""
     order = np.argsort(-influence, kind="stable")
-    found = np.empty_like(influence)
-    found[order] = np.cumsum(influence[order]) / max(float(influence.sum()), 1e-10)
-    return found
+    totals = np.empty_like(influence)
+    totals[order] = np.cumsum(influence[order]) / max(float(influence.sum()), 1e-10)
+    return totals
 
 
 def _keep_share(scores: Floats, share: float) -> Bools:
@@ -727,6 +734,6 @@ def _keep_share(scores: Floats, share: float) -> Bools:
     order = np.argsort(-scores, axis=None, kind="stable")
     sums = np.cumsum(scores.reshape(-1)[order])
     count = 1 + int(np.searchsorted(sums, share * sums[-1])) if sums[-1] > 0 else 0
-    found = np.zeros(scores.size, dtype=np.bool_)
-    found[order[:count]] = True
-    return found.reshape(scores.shape)
+    mask = np.zeros(scores.size, dtype=np.bool_)
+    mask[order[:count]] = True
+    return mask.reshape(scores.shape)

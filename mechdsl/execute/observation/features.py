@@ -44,18 +44,18 @@ class ObservedFeatures:
         Returns:
             [row] the index in `own.prompts`, and [row, rank] each.
         """
-        there, found, density = _row_means(self.own, self.activations, cell)
+        there, values, density = _row_means(self.own, self.activations, cell)
         if self.other is not None:
             assert source is not None
-            found = found - _row_means(*self.other, source)[1]
-        return there, found, density
+            values = values - _row_means(*self.other, source)[1]
+        return there, values, density
 
 
 @torch.no_grad()
 def observe_features(
     does: FeatureActivations,
     system: CoordinateSystem,
-    own: TokenVectors,
+    token_vectors: TokenVectors,
     other: TokenVectors | None,
     inputs: Tensor,
 ) -> ObservedFeatures:
@@ -63,13 +63,13 @@ def observe_features(
 
     Args:
         system: The basis.
-        own: Vectors at all tokens of all positions.
+        token_vectors: Vectors at all tokens of all positions.
         other: Vectors of the run to compare with.
         inputs: An empty tensor of the precision and device of the vectors that are encoded.
     """
     transcodes = does.member is not None and bool(does.member.reads)
-    sums, active, error = _Sums(does, own), np.zeros(system.size, dtype=np.bool_), 0.0
-    for rows, vectors, row in iter_row_batches(own, system.size, inputs):
+    sums, active, error = _Sums(does, token_vectors), np.zeros(system.size, dtype=np.bool_), 0.0
+    for rows, vectors, row in iter_row_batches(token_vectors, system.size, inputs):
         found = system.encode(vectors, None)
         if not transcodes:
             error += float((vectors - system.reconstruct(vectors)).double().square().sum())
@@ -81,25 +81,29 @@ def observe_features(
             active |= (found != 0).any(0).cpu().numpy()
             sums.add(rows, -_row_average(found, row, len(rows)))
     features = _largest(sums.scores(), active, does) if does.selects else np.arange(does.count)
-    activations = _encode_some(system, own, features, inputs)
-    spread = float(((own.complete_vectors - own.complete_vectors.mean(0)) ** 2).sum())
+    activations = _encode_some(system, token_vectors, features, inputs)
+    spread = float(
+        ((token_vectors.complete_vectors - token_vectors.complete_vectors.mean(0)) ** 2).sum()
+    )
     findings = FeatureFindings(
         features=tuple(features.tolist()),
         active=int(active.sum()),
         size=system.size,
         explained=None if transcodes or spread == 0 else 1 - error / spread,
-        tokens=len(own.vectors),
-        top_rows=tuple(_top_rows(own, activations[:, rank]) for rank in range(len(features))),
+        tokens=len(token_vectors.vectors),
+        top_rows=tuple(
+            _top_rows(token_vectors, activations[:, rank]) for rank in range(len(features))
+        ),
     )
     theirs = None if other is None else (other, _encode_some(system, other, features, inputs))
-    return ObservedFeatures(own, activations, theirs, findings)
+    return ObservedFeatures(token_vectors, activations, theirs, findings)
 
 
 @torch.no_grad()
 def list_raised_tokens(
     maps: WeightMaps,
     system: CoordinateSystem,
-    own: TokenVectors,
+    token_vectors: TokenVectors,
     features: tuple[int, ...],
     inputs: Tensor,
 ) -> list[list[int]]:
@@ -108,7 +112,7 @@ def list_raised_tokens(
     The direction is the change of the mean vector if the feature grows by 1. None are listed for
     models whose unembedding isn't linear.
     """
-    vectors = torch.from_numpy(own.vectors.mean(0)).to(inputs).expand(len(features), -1)
+    vectors = torch.from_numpy(token_vectors.vectors.mean(0)).to(inputs).expand(len(features), -1)
     which = torch.tensor(features, device=inputs.device)[:, None]
     directions = system.shift(vectors, vectors.new_ones(len(features), 1), which) - vectors
     try:
@@ -151,26 +155,30 @@ class _Sums:
 
 
 def iter_row_batches(
-    own: TokenVectors, size: int, inputs: Tensor
+    token_vectors: TokenVectors, size: int, inputs: Tensor
 ) -> Iterator[tuple[Ints, Tensor, Tensor]]:
     """Yield some rows, their vectors [K, width], and the index of each vector's row among them."""
-    ends = np.searchsorted(own.row, np.arange(len(own.prompts)), side="right")
-    most = max(1, MAX_NUMBERS // max(size, own.vectors.shape[1]))
+    ends = np.searchsorted(token_vectors.row, np.arange(len(token_vectors.prompts)), side="right")
+    most = max(1, MAX_NUMBERS // max(size, token_vectors.vectors.shape[1]))
     first = 0
     while first < len(ends):
         begin = 0 if first == 0 else int(ends[first - 1])
         last = max(first + 1, int(np.searchsorted(ends, begin + most, side="right")))
         end = int(ends[last - 1])
         rows = np.arange(first, last)
-        vectors = torch.from_numpy(own.vectors[begin:end]).to(inputs)
-        yield rows, vectors, torch.from_numpy(own.row[begin:end] - first).to(inputs.device)
+        vectors = torch.from_numpy(token_vectors.vectors[begin:end]).to(inputs)
+        yield (
+            rows,
+            vectors,
+            torch.from_numpy(token_vectors.row[begin:end] - first).to(inputs.device),
+        )
         first = last
 
 
-def _row_average(found: Tensor, row: Tensor, count: int) -> Floats:
+def _row_average(activations: Tensor, row: Tensor, count: int) -> Floats:
     """Return [row, feature]: the mean over the tokens of each row."""
-    sums = found.new_zeros(count, found.shape[1], dtype=torch.float64)
-    sums.index_add_(0, row, found.double())
+    sums = activations.new_zeros(count, activations.shape[1], dtype=torch.float64)
+    sums.index_add_(0, row, activations.double())
     return (sums / torch.bincount(row, minlength=count)[:, None]).cpu().numpy()
 
 
@@ -181,50 +189,52 @@ def _largest(scores: Floats, active: Bools, does: FeatureActivations) -> Ints:
 
 
 def _encode_some(
-    system: CoordinateSystem, own: TokenVectors, features: Ints, inputs: Tensor
+    system: CoordinateSystem, token_vectors: TokenVectors, features: Ints, inputs: Tensor
 ) -> Floats:
     """Return [token, rank]: the activations of some features."""
     which = torch.from_numpy(features).to(inputs.device)[None]
     parts = [np.zeros((0, len(features)))]
-    for _, vectors, _ in iter_row_batches(own, system.size, inputs):
-        found = system.encode(vectors, which.expand(len(vectors), -1))
-        parts.append(found.double().cpu().numpy())
+    for _, vectors, _ in iter_row_batches(token_vectors, system.size, inputs):
+        activations = system.encode(vectors, which.expand(len(vectors), -1))
+        parts.append(activations.double().cpu().numpy())
     return np.concatenate(parts)
 
 
 def _row_means(
-    own: TokenVectors, activations: Floats, cell: PositionCell
+    token_vectors: TokenVectors, activations: Floats, cell: PositionCell
 ) -> tuple[Ints, Floats, Floats]:
     """Return the rows that have a position, [row], and over their tokens the mean activation and
     the share that isn't 0, [row, rank]."""
-    row, index = own.at(cell)
+    row, index = token_vectors.at(cell)
     there, starts, counts = np.unique(row, return_index=True, return_counts=True)
     if not len(there):
         empty = np.zeros((0, activations.shape[1]))
         return there, empty, empty
-    found = activations[index]
-    sums = (np.add.reduceat(each, starts) for each in (found, (found != 0).astype(np.float64)))
+    activation = activations[index]
+    sums = (
+        np.add.reduceat(each, starts) for each in (activation, (activation != 0).astype(np.float64))
+    )
     means, density = (each / counts[:, None] for each in sums)
     return there, means, density
 
 
-def _top_rows(own: TokenVectors, activations: Floats) -> tuple[ActiveRow, ...]:
+def _top_rows(token_vectors: TokenVectors, activations: Floats) -> tuple[ActiveRow, ...]:
     """Return the rows with the highest activation at a token, if it isn't 0."""
-    starts = np.searchsorted(own.row, np.arange(len(own.prompts)))
+    starts = np.searchsorted(token_vectors.row, np.arange(len(token_vectors.prompts)))
     highest = np.maximum.reduceat(activations, starts)
-    found: list[ActiveRow] = []
+    top_rows: list[ActiveRow] = []
     for row in np.argsort(-highest, kind="stable")[:SHOWN_ROWS].tolist():
         if highest[row] <= 0:
             break
-        own_tokens = np.flatnonzero(own.row == row)
-        found.append(
+        own_tokens = np.flatnonzero(token_vectors.row == row)
+        top_rows.append(
             ActiveRow(
-                int(own.prompts[row]),
-                tuple(own.tokens[own_tokens].tolist()),
+                int(token_vectors.prompts[row]),
+                tuple(token_vectors.tokens[own_tokens].tolist()),
                 tuple(activations[own_tokens].tolist()),
             )
         )
-    return tuple(found)
+    return tuple(top_rows)
 
 
 NO_ROW = -1
@@ -296,19 +306,19 @@ class ActiveRows:
         which = None if whole else torch.from_numpy(self.features).to(inputs.device)[None]
         for rows, vectors, row in iter_row_batches(own, system.size, inputs):
             chosen = None if which is None else which.expand(len(vectors), -1)
-            found = system.encode(vectors, chosen)
+            activations = system.encode(vectors, chosen)
             if self.explains:
                 error = vectors - system.reconstruct(vectors)
                 self._error += float(error.double().square().sum())
             begin = int(np.searchsorted(own.row, rows[0]))
             tokens = own.tokens[begin : begin + len(vectors)]
-            self._add_batch(found, row.cpu().numpy(), numbers[rows], tokens)
+            self._add_batch(activations, row.cpu().numpy(), numbers[rows], tokens)
         self.rows += len(numbers)
         self.tokens += len(own.vectors)
         self._total = self._total + own.complete_vectors.sum(0)
         self._squares += float((own.complete_vectors**2).sum())
 
-    def _add_batch(self, found: Tensor, row: Ints, numbers: Ints, tokens: Ints) -> None:
+    def _add_batch(self, activations: Tensor, row: Ints, numbers: Ints, tokens: Ints) -> None:
         """Add activations [token, feature] of some rows.
 
         Args:
@@ -317,8 +327,8 @@ class ActiveRows:
             tokens: [token] its position in the prompt.
         """
         starts = np.searchsorted(row, np.arange(len(numbers)))
-        lengths = np.diff(np.append(starts, len(found)))
-        parts = found.split(lengths.tolist())
+        lengths = np.diff(np.append(starts, len(activations)))
+        parts = activations.split(lengths.tolist())
         # Sums of whole batches in other types of numbers take ten times as long.
         self._active += _sum_rows(part.ne(0).to(part.dtype).sum(0) for part in parts)
         self._sums += _sum_rows(part.sum(0) for part in parts)
@@ -342,18 +352,23 @@ class ActiveRows:
         entries[place, column] = self._count + np.arange(len(place))
         self._entries[:, columns] = entries
         pairs = entered, columns[column]
-        self._keep_tokens(found, tokens, pairs, starts[entered], lengths[entered])
+        self._keep_tokens(activations, tokens, pairs, starts[entered], lengths[entered])
 
     def _keep_tokens(
-        self, found: Tensor, tokens: Ints, pairs: tuple[Ints, Ints], starts: Ints, lengths: Ints
+        self,
+        activations: Tensor,
+        tokens: Ints,
+        pairs: tuple[Ints, Ints],
+        starts: Ints,
+        lengths: Ints,
     ) -> None:
         """Keep the activations that aren't 0 of a feature in a row, for each pair of both."""
         rows, columns = pairs
         pair = np.repeat(np.arange(len(rows)), lengths)
         within = np.arange(len(pair)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         token = starts[pair] + within
-        index = arrays_to_device((token, columns[pair]), found.device)
-        values = found[index].double().cpu().numpy()
+        index = arrays_to_device((token, columns[pair]), activations.device)
+        values = activations[index].double().cpu().numpy()
         there = values != 0
         counts = np.bincount(pair[there], minlength=len(rows))
         self._new.append((counts, tokens[token[there]], values[there]))

@@ -115,12 +115,12 @@ class PromptReader:
 
     def read(self, batch: Ints) -> Iterator[tuple[SitePoint, int, int, Tensor]]:
         """Yield (site, prompt, noise draw, [token, width]), site by site in their order."""
-        for found in read_vectors(self.lanes, self.points, [self.everywhere], [batch]):
+        for vector in read_vectors(self.lanes, self.points, [self.everywhere], [batch]):
             for prompt in batch.tolist():
-                for draw in range(int(found.draws.max(initial=0)) + 1):
-                    own = np.flatnonzero((found.prompts == prompt) & (found.draws == draw))
-                    order = own[np.argsort(found.tokens[own])]
-                    yield self.points[found.point], prompt, draw, found.vectors[order]
+                for draw in range(int(vector.draws.max(initial=0)) + 1):
+                    indices = np.flatnonzero((vector.prompts == prompt) & (vector.draws == draw))
+                    order = indices[np.argsort(vector.tokens[indices])]
+                    yield self.points[vector.point], prompt, draw, vector.vectors[order]
 
 
 ReaderOf: TypeAlias = Callable[[Sequence[SitePoint]], PromptReader]
@@ -151,8 +151,8 @@ def compute_rollouts(
             key = prompt, draw
             mixed[key] = step @ mixed[key] if key in mixed else step
         for prompt in batch.tolist():
-            own = [each for (row, _), each in mixed.items() if row == prompt]
-            yield prompt, {points: np.mean(own, 0)}
+            values = [each for (row, _), each in mixed.items() if row == prompt]
+            yield prompt, {points: np.mean(values, 0)}
 
 
 def compute_value_norms(
@@ -168,14 +168,14 @@ def compute_value_norms(
     Raises:
         ValueError: If the output of a head isn't the sum of its weighted values.
     """
-    layers = sorted({point.layer or 0 for each in combinations for point in each})
+    layers = sorted({point.layer or 0 for points in combinations for point in points})
     reader = reader_of(list_value_points(layers))
     model, maps = reader.model, WeightMaps(reader.model)
     wanted = {
         layer: {
-            each: sorted(_list_heads(each, layer, unit_count(model.shape, "pattern", layer)))
-            for each in combinations
-            if any(point.layer == layer for point in each)
+            points: sorted(_list_heads(points, layer, unit_count(model.shape, "pattern", layer)))
+            for points in combinations
+            if any(point.layer == layer for point in points)
         }
         for layer in layers
     }
@@ -193,12 +193,12 @@ def compute_value_norms(
             for combination, heads in wanted[point.layer].items():
                 norms.setdefault((prompt, combination), []).append(layer.norms(heads))
         for prompt in batch.tolist():
-            yield prompt, {each: np.mean(norms[prompt, each], 0) for each in combinations}
+            yield prompt, {points: np.mean(norms[prompt, points], 0) for points in combinations}
 
 
 def _list_heads(combination: SiteCombination, layer: int, count: int) -> Collection[int]:
-    own = [point.unit for point in combination if point.layer == layer]
-    return range(count) if None in own else {unit for unit in own if unit is not None}
+    units = [point.unit for point in combination if point.layer == layer]
+    return range(count) if None in units else {unit for unit in units if unit is not None}
 
 
 class _LayerValues:
@@ -224,7 +224,7 @@ class _LayerValues:
     def norms(self, heads: Sequence[int]) -> Floats:
         """Return [query, key]: norms of the summed vectors of some heads."""
         size = len(self.values)
-        found = np.zeros((size, size))
+        norms = np.zeros((size, size))
         patterns, output = self.patterns[:, heads], self.output[heads]
         for first in range(0, size, KEYS_AT_A_TIME):
             keys = slice(first, first + KEYS_AT_A_TIME)
@@ -232,8 +232,8 @@ class _LayerValues:
             products = torch.einsum("khm,kgm->khg", moved, moved)
             weights = patterns[..., keys]
             squares = torch.einsum("qhk,khg,qgk->qk", weights, products, weights)
-            found[:, keys] = self.scale * squares.clamp_min(0).sqrt().cpu().numpy()
-        return found
+            norms[:, keys] = self.scale * squares.clamp_min(0).sqrt().cpu().numpy()
+        return norms
 
 
 def average_flow(flow: Floats, queries: Sequence[int], keys: Sequence[int]) -> float:
@@ -291,14 +291,14 @@ class VectorGatherer:
 
     def needs(self, cell: int) -> list[SiteCombination]:
         """Both, as far as there are any."""
-        return [each for each in (self.sites[cell], self.compared_sites[cell]) if each]
+        return [points for points in (self.sites[cell], self.compared_sites[cell]) if points]
 
     def fitting(self, cells: Sequence[int], rows: int) -> Iterator[list[int]]:
         """Cells whose vectors are gathered in the same passes."""
         some: list[int] = []
         held: dict[SiteCombination, int] = {}
         for cell in cells:
-            more = {each: 12 * rows * sum(map(self.width, each)) for each in self.needs(cell)}
+            more = {points: 12 * rows * sum(map(self.width, points)) for points in self.needs(cell)}
             if some and sum({**held, **more}.values()) > MAX_GATHERED_BYTES:
                 yield some
                 some, held = [], {}
@@ -318,7 +318,7 @@ class VectorGatherer:
         runs: Sequence[PromptRun],
         table: PromptTable,
     ) -> list[bytes]:
-        """[row] a digest of all that its vectors at some positions hang on, each of its own run: of
+        """[row] a digest of what its vectors at some positions depend on, each of one run: of
         models whose tokens see no later ones, the tokens up to the last position, unless the
         observation needs the whole text. Tiles of one image have one, so that no fit to some of
         them is told on others."""
@@ -341,22 +341,22 @@ class VectorGatherer:
             if rule.rule.does.reads == "run":
                 spots.append(rule.sources[place])
                 runs.append(self.runs.named(rule.rule.run))
-            own = np.flatnonzero((places[0] == place) & (places[1] == key)).tolist()
-            own = [cell for cell in own if cell not in self.known]
+            numbers = np.flatnonzero((places[0] == place) & (places[1] == key)).tolist()
+            numbers = [cell for cell in numbers if cell not in self.known]
             there = [all(spot.hits[row] for spot in spots) for row in self.kept.tolist()]
             columns = np.flatnonzero(there)
-            if not len(columns) or not own:
+            if not len(columns) or not numbers:
                 continue
             keys = self.keys(spots, self.kept[columns], runs, self.runs.table)
-            for some in self.fitting(own, len(columns) * len(spots)):
-                wanted = list(dict.fromkeys(each for cell in some for each in self.needs(cell)))
-                found = [
+            for some in self.fitting(numbers, len(columns) * len(spots)):
+                wanted = list(dict.fromkeys(points for cell in some for points in self.needs(cell)))
+                vectors = [
                     self._gathered(wanted, spot, run, columns)
                     for spot, run in zip(spots, runs, strict=True)
                 ]
                 training = self._training(wanted, place)
                 for cell in some:
-                    seen = self._seen(cell, found, columns, keys, spots)
+                    seen = self._seen(cell, vectors, columns, keys, spots)
                     yield cell, columns, replace(seen, training=training.get(self.sites[cell]))
 
     def flows(self) -> Iterator[tuple[int, Ints, Callable[[], Floats]]]:
@@ -382,7 +382,7 @@ class VectorGatherer:
             for row, flows in compute(reader_of, wanted, self.kept):
                 column = int(np.searchsorted(self.kept, row))
                 for number, hits in enumerate(spots):
-                    own = [[t for tokens in each.hits[row] for t in tokens] for each in hits]
+                    own = [[t for tokens in hit.hits[row] for t in tokens] for hit in hits]
                     if all(own):
                         flow = flows[self.sites[cells[number]]]
                         values[number, column] = average_flow(flow, *own)
@@ -390,10 +390,10 @@ class VectorGatherer:
             for cell in cells:
                 yield cell, np.arange(len(self.kept)), partial(_refuse_cell, str(problem))
             return
-        for cell, found in zip(cells, values, strict=True):
-            there = np.flatnonzero(np.isfinite(found))
+        for cell, value in zip(cells, values, strict=True):
+            there = np.flatnonzero(np.isfinite(value))
             if len(there):
-                yield cell, there, found[there].copy
+                yield cell, there, value[there].copy
 
     def graphs(
         self,
@@ -446,20 +446,21 @@ class VectorGatherer:
         self, wanted: Sequence[SiteCombination], place: int
     ) -> dict[SiteCombination, TrainingVectors]:
         """Of the rows that it is fitted on at a position, where these are others."""
-        own = self.does.trained_on
-        if own is None:
+        training_rows = self.does.trained_on
+        if training_rows is None:
             return {}
-        spot, table, run = own.cells[place], own.table, own.run
+        spot, table, run = training_rows.cells[place], training_rows.table, training_rows.run
         rows = np.flatnonzero([bool(hits) for hits in spot.hits])
         model = self.runs.model_of(run)
 
         def lanes_of(points: Sequence[SitePoint]) -> BatchReader:
             return build_reader(model, table, run, points, seed=self.runs.seed, side=self.runs.side)
 
-        found = self._read(wanted, spot, run, rows, lanes_of)
+        vectors = self._read(wanted, spot, run, rows, lanes_of)
         keys = self.keys([spot], rows, [run], table)
         return {
-            each: TrainingVectors(of.astype(np.float64), rows, keys) for each, of in found.items()
+            points: TrainingVectors(of.astype(np.float64), rows, keys)
+            for points, of in vectors.items()
         }
 
     def _seen(
@@ -471,22 +472,22 @@ class VectorGatherer:
         spots: Sequence[PositionCell],
     ) -> RowVectors:
         """found: per position, the vectors of joined sites."""
-        own, compared = self.sites[cell], self.compared_sites[cell]
-        other = found[0][compared] if compared else found[1][own] if len(found) > 1 else None
+        points, compared = self.sites[cell], self.compared_sites[cell]
+        other = found[0][compared] if compared else found[1][points] if len(found) > 1 else None
         rows = self.kept[columns]
         if compared or self.rule.rule.does.reads == "run":  # of a token with what it is elsewhere
             pairs = [(1, 0)] * len(rows)
         else:
             pairs = [_pair_sites(*(spot.hits[row] for spot in spots)) for row in rows.tolist()]
         return RowVectors(
-            found[0][own].astype(np.float64),
+            found[0][points].astype(np.float64),
             rows,
             keys,
             float(torch.finfo(self.runs.model.dtype).eps),
             None if other is None else other.astype(np.float64),
             None,
             self._number(cell),
-            own,
+            points,
             np.array(pairs, dtype=np.float64),
         )
 
@@ -522,16 +523,17 @@ class VectorGatherer:
         batches = split_prompts(model, run, points, prompts)
 
         def read() -> Iterator[SiteVectors]:
-            for found in read_vectors(lanes_of(points), points, [position], batches):
-                yield found
-                if found.point == 0 and run.derived is not None and len(batches) > 1:
+            for vector in read_vectors(lanes_of(points), points, [position], batches):
+                yield vector
+                if vector.point == 0 and run.derived is not None and len(batches) > 1:
                     self.runs.forget()  # what it is made of
 
         widths = [self.width(point) for point in points]
-        found = average_rows(read(), widths, prompts, of_directions=self.does.of_directions)
-        means = dict(zip(points, found, strict=True))
+        rows = average_rows(read(), widths, prompts, of_directions=self.does.of_directions)
+        means = dict(zip(points, rows, strict=True))
         return {
-            each: np.concatenate([means[point] for point in each], axis=1) for each in combinations
+            combination: np.concatenate([means[point] for point in combination], axis=1)
+            for combination in combinations
         }
 
 
@@ -565,8 +567,8 @@ def _average_tokens(
 ) -> dict[str, Floats]:
     """By word [row]: of one of its values at some tokens, those of each row from `starts` on."""
     sizes = np.diff(starts, append=len(index))
-    found = (np.add.reduceat(each[number, index], starts) / sizes for each in values())
-    return dict(zip(words, found, strict=True))
+    tokens = (np.add.reduceat(value[number, index], starts) / sizes for value in values())
+    return dict(zip(words, tokens, strict=True))
 
 
 def _iter_tokens(
@@ -580,7 +582,7 @@ def _iter_tokens(
     rule, runs, known = gatherer.rule, gatherer.runs, gatherer.known
     base = runs.named(gatherer.plan.experiment.spec.base)
     patches = _count_patches(gatherer) if encoding is not None else 1
-    spot = join_positions([each.in_patches(patches) for each in rule.positions])
+    spot = join_positions([position.in_patches(patches) for position in rule.positions])
     rows = gatherer.kept[[bool(spot.hits[row]) for row in gatherer.kept.tolist()]]
     due = [cell for cell in range(gatherer.plan.n_cells) if cell not in known]
     size = sum(len(tokens) for row in rows.tolist() for tokens in spot.hits[row])
@@ -590,7 +592,7 @@ def _iter_tokens(
         other: dict[SiteCombination, TokenVectors] = {}
         if rule.rule.does.reads == "run":
             read = runs.named(rule.rule.run)
-            sources = join_positions([each.in_patches(patches) for each in rule.sources])
+            sources = join_positions([source.in_patches(patches) for source in rule.sources])
             other = _read_run(gatherer, wanted, sources, read, rows, encoding)
         training = _read_training(gatherer, wanted)
         for sites in wanted:
@@ -626,15 +628,17 @@ def _read_training(
     gatherer: VectorGatherer, wanted: Sequence[SiteCombination]
 ) -> dict[SiteCombination, TokenVectors]:
     """The same of the rows that it is fitted on, where these are others."""
-    own, runs = gatherer.does.trained_on, gatherer.runs
-    if own is None:
+    training_rows, runs = gatherer.does.trained_on, gatherer.runs
+    if training_rows is None:
         return {}
-    spot, model = join_positions(own.cells), runs.model_of(own.run)
+    spot, model = join_positions(training_rows.cells), runs.model_of(training_rows.run)
     rows = np.flatnonzero([bool(hits) for hits in spot.hits])
-    keys = gatherer.keys([spot], rows, [own.run], own.table)
+    keys = gatherer.keys([spot], rows, [training_rows.run], training_rows.table)
     points = list_distinct_points(wanted)
-    lanes = build_reader(model, own.table, own.run, points, seed=runs.seed, side=runs.side)
-    return read_token_vectors(model, own.run, lanes, wanted, spot, rows, keys)
+    lanes = build_reader(
+        model, training_rows.table, training_rows.run, points, seed=runs.seed, side=runs.side
+    )
+    return read_token_vectors(model, training_rows.run, lanes, wanted, spot, rows, keys)
 
 
 CellComputation: TypeAlias = Callable[[], Sequence[Floats]]
@@ -713,9 +717,9 @@ def observe_jointly(
     if kept is not None:
         kept.flush()
     measured.findings = {
-        word: (float(np.nanmin(each)), float(np.nanmax(each)))
-        for word, each in findings.items()
-        if not np.isnan(each).all()
+        word: (float(np.nanmin(finding)), float(np.nanmax(finding)))
+        for word, finding in findings.items()
+        if not np.isnan(finding).all()
     }
     return JointObservation(measured.kept, found, set(known))
 
@@ -725,7 +729,7 @@ def _iter_cells(
 ) -> Iterator[tuple[int, Ints, CellComputation]]:
     """(cell, its columns, what gives the values of each measure of what is observed)."""
     does, seed = gatherer.does, gatherer.plan.experiment.seed
-    measures = [each for each in gatherer.plan.experiment.measures if each.observed]
+    measures = [measure for measure in gatherer.plan.experiment.measures if measure.observed]
     if isinstance(does, WeightObservation):
         yield from _iter_weight_cells(gatherer, does, measures, measured, systems)
         return
@@ -821,8 +825,8 @@ def _iter_map_cells(
         numbers = {word: values[place] for word, values in own.items()}
         there = np.flatnonzero(np.isfinite(np.stack(list(numbers.values()))).all(axis=0))
         if len(there):
-            found = {word: values[there] for word, values in numbers.items()}
-            yield cell, there, partial(_evaluate_measures, measures, found)
+            numbers_there = {word: values[there] for word, values in numbers.items()}
+            yield cell, there, partial(_evaluate_measures, measures, numbers_there)
 
 
 def _iter_feature_cells(
@@ -841,15 +845,19 @@ def _iter_feature_cells(
     wide = torch.promote_types(model.dtype, torch.float32)
     inputs = torch.empty(0, dtype=wide, device=model.device)
     for cells, seen in _iter_tokens(gatherer, (system, inputs)):
-        vectors = [each.vectors for each in (seen.own, seen.other) if each is not None]
-        if not all(np.isfinite(each).all() for each in vectors):
+        vectors = [
+            token_vectors.vectors
+            for token_vectors in (seen.own, seen.other)
+            if token_vectors is not None
+        ]
+        if not all(np.isfinite(vector).all() for vector in vectors):
             broken = partial(_refuse_cell, "its vectors have NaN or infinity")
             every = np.arange(len(gatherer.kept))
             yield from ((cell, every, broken) for cell in cells)
             continue
-        found = observe_features(does, system, seen.own, seen.other, inputs)
-        measured.features = found.findings
-        features, listed = found.findings.features, list[list[int]]()
+        observed_features = observe_features(does, system, seen.own, seen.other, inputs)
+        measured.features = observed_features.findings
+        features, listed = observed_features.findings.features, list[list[int]]()
         if does.unembeds and features:
             maps = WeightMaps(model)
             listed = list_raised_tokens(maps, system, seen.own, features, inputs)
@@ -859,9 +867,9 @@ def _iter_feature_cells(
             if rank >= len(features):
                 continue
             if place not in at:
-                each = _count_patches(gatherer)
-                source = rule.sources[place].in_patches(each) if does.reads == "run" else None
-                at[place] = found.at(rule.positions[place].in_patches(each), source)
+                patches = _count_patches(gatherer)
+                source = rule.sources[place].in_patches(patches) if does.reads == "run" else None
+                at[place] = observed_features.at(rule.positions[place].in_patches(patches), source)
             there, values, density = at[place]
             if not len(there):
                 continue
@@ -925,7 +933,9 @@ def _draw_graph(
     does: AttributionGraphs,
     drawn: tuple[int, tuple[float, float]],
 ) -> GraphFindings:
-    supernodes = {own.name: own.features for own in does.groups.get("supernodes", ())}
+    supernodes = {
+        supernode.name: supernode.features for supernode in does.groups.get("supernodes", ())
+    }
     return list_graph(graph, prompt.ids, *drawn, supernodes)
 
 
@@ -966,14 +976,14 @@ def _probe_prompts(
             values.append(float(outcome(logits)))
     named = sorted(does.features_of("features") or frozenset[LayerFeature]().union(*weights))
     columns = [[own.get(each, 0.0) for each in named] for own in weights]
-    found = does.tell(
+    probe_prompts = does.tell(
         np.array(columns).reshape(len(weights), len(named)),
         np.array(entropies),
         np.array(values) if values else None,
         (probed.rows, probed.keys),
         probed.seed,
     )
-    return np.stack(found)
+    return np.stack(probe_prompts)
 
 
 def _score_graph(
@@ -1047,7 +1057,7 @@ def _mark_gap(
 def _pair_sites(one: Hits, other: Hits | None = None) -> tuple[int, int]:
     """(pairs of different tokens, pairs of a token with itself) of two positions of a row, or
     within one."""
-    own = [token for tokens in one for token in tokens]
-    others = own if other is None else [token for tokens in other for token in tokens]
-    same = sum(own.count(token) for token in others)
-    return len(own) * len(others) - same, same
+    numbers = [token for tokens in one for token in tokens]
+    others = numbers if other is None else [token for tokens in other for token in tokens]
+    same = sum(numbers.count(token) for token in others)
+    return len(numbers) * len(others) - same, same

@@ -32,7 +32,7 @@ SiteCombination: TypeAlias = tuple[SitePoint, ...]
 
 def list_distinct_points(combinations: Sequence[SiteCombination]) -> list[SitePoint]:
     """Each once."""
-    return list(dict.fromkeys(point for each in combinations for point in each))
+    return list(dict.fromkeys(point for combination in combinations for point in combination))
 
 
 def read_token_vectors(
@@ -57,7 +57,10 @@ def read_token_vectors(
     if encoding is not None and _reads_context(encoding[0]):
         given = model, run, lanes, combinations, _extend_to_preceding(spot), rows, keys, forget
         every = read_token_vectors(*given)
-        return {own: _remove_predicted(*encoding, each, spot) for own, each in every.items()}
+        return {
+            site_points: _remove_predicted(*encoding, token_vectors, spot)
+            for site_points, token_vectors in every.items()
+        }
     tokens = [spot.hits[number][0] for number in rows.tolist()]
     row = np.repeat(np.arange(len(rows)), [len(own) for own in tokens])
     token = np.concatenate([np.array(own, dtype=np.int64) for own in tokens])
@@ -67,23 +70,25 @@ def read_token_vectors(
     sums: dict[SitePoint, Floats] = {}
     counts = np.zeros(len(place))
     batches = split_prompts(model, run, points, rows)
-    for found in read_vectors(lanes, points, [spot], batches):
-        index = np.searchsorted(place, np.searchsorted(rows, found.prompts) * stride + found.tokens)
-        vectors = found.vectors.double().cpu().numpy()
-        point = points[found.point]
+    for vector in read_vectors(lanes, points, [spot], batches):
+        index = np.searchsorted(
+            place, np.searchsorted(rows, vector.prompts) * stride + vector.tokens
+        )
+        vectors = vector.vectors.double().cpu().numpy()
+        point = points[vector.point]
         if point not in sums:
             sums[point] = np.zeros((len(place), vectors.shape[1]))
         np.add.at(sums[point], index, vectors)
-        if found.point == 0:
+        if vector.point == 0:
             np.add.at(counts, index, 1)
             if forget is not None and len(batches) > 1:
                 forget()
     means = {point: total / counts[:, None] for point, total in sums.items()}
     return {
-        each: TokenVectors(
-            np.concatenate([means[point] for point in each], axis=1), row, token, rows, keys
+        combination: TokenVectors(
+            np.concatenate([means[point] for point in combination], axis=1), row, token, rows, keys
         )
-        for each in combinations
+        for combination in combinations
     }
 
 
@@ -94,7 +99,7 @@ def _reads_context(system: CoordinateSystem) -> bool:
 
 def _extend_to_preceding(spot: PositionCell) -> PositionCell:
     """Return a position of all tokens up to the last one of another position."""
-    last = (max((token for own in row for token in own), default=-1) for row in spot.hits)
+    last = (max((token for numbers in row for token in numbers), default=-1) for row in spot.hits)
     return replace(spot, hits=tuple((tuple(range(n + 1)),) if n >= 0 else () for n in last))
 
 
@@ -143,36 +148,36 @@ def digest_inputs(
     """
 
     def seen(run: PromptRun, row: int) -> list[object]:
-        own = [number for number, each in enumerate(runs) if each is run]
-        ids, hits = run.rows[row].ids, [spots[number].hits[row] for number in own]
+        numbers = [number for number, prompt_run in enumerate(runs) if prompt_run is run]
+        ids, hits = run.rows[row].ids, [spots[number].hits[row] for number in numbers]
         if in_vision and not by_image:
-            read = [list(chain.from_iterable(spots[n].parts(row, ids))) for n in own]
+            read = [list(chain.from_iterable(spots[n].parts(row, ids))) for n in numbers]
             return [read, None if run.derived is None else table.row_keys[row]]
-        tokens = (spots[number].tokens(row) for number in own)
+        tokens = (spots[number].tokens(row) for number in numbers)
         last = max(token for each in tokens for joined in each for token in joined)
         # Of noise, and of rules (`run NAME { … }`), a row's whole content matters.
         alone = run.noise is None and run.derived is None
         drawn = None if alone else table.row_keys[row]
-        return [ids[: last + 1] if causal[own[0]] else ids, hits, drawn]
+        return [ids[: last + 1] if causal[numbers[0]] else ids, hits, drawn]
 
     distinct = list({id(run): run for run in runs}.values())
-    found = [
+    digests = [
         digest(*(part for run in distinct for part in seen(run, row))) for row in prompts.tolist()
     ]
     if table.cut_from:
-        return group_keys(found, [(table.cut_from[row],) for row in prompts.tolist()])
+        return group_keys(digests, [(table.cut_from[row],) for row in prompts.tolist()])
     if not by_image or not in_vision:
-        return found
+        return digests
     runs_of = list(zip(runs, spots, strict=True))
     images = [
         {name for run, spot in runs_of for name in run.rows[row].images_at(spot.tokens(row))}
         for row in prompts.tolist()
     ]
-    return group_keys(found, images)
+    return group_keys(digests, images)
 
 
 def average_rows(
-    found: Iterable[SiteVectors],
+    batches: Iterable[SiteVectors],
     widths: Sequence[int],
     prompts: Ints,
     *,
@@ -187,7 +192,7 @@ def average_rows(
     """
     sums = [np.zeros((len(prompts), width)) for width in widths]
     counts = [np.zeros(len(prompts)) for _ in widths]
-    for read in found:
+    for read in batches:
         row = np.searchsorted(prompts, read.prompts)
         vectors = read.vectors.double().cpu().numpy()
         if of_directions:
@@ -196,5 +201,5 @@ def average_rows(
             vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         np.add.at(sums[read.point], row, vectors)
         np.add.at(counts[read.point], row, 1)
-    over = [np.ones_like(each) if of_directions else each for each in counts]
+    over = [np.ones_like(count) if of_directions else count for count in counts]
     return [(sums[n] / each[:, None]).astype(np.float32) for n, each in enumerate(over)]

@@ -127,7 +127,7 @@ class WeightObserver:
             case SingularValues(of=of):
                 return {does.word: self._singular(of, *ends[0])[self.values[cell]]}
             case HeadCircuit():
-                at = tuple(int(each[cell]) for each in self.coordinates)
+                at = tuple(int(coordinate[cell]) for coordinate in self.coordinates)
                 return {does.word: float(self._circuit(*ends[0])[at])}
             case MatchedCosine():
                 values, partners = self._matches()
@@ -164,12 +164,12 @@ class WeightObserver:
         )
         env = [self.items[cell]] * count
         reading = ReadoutInput(self.run, self.prompts, env, None, {}, None, {}, {}, seen)
-        found = self.readout.read(reading)
-        if found.broken.any():
+        result = self.readout.read(reading)
+        if result.broken.any():
             raise ValueError("its logits aren't numbers")
-        for gap in found.gaps.values():
+        for gap in result.gaps.values():
             raise ValueError(gap.reason)
-        return found.values
+        return result.values
 
     @torch.no_grad()
     def listed(self, cell: int) -> list[ListedToken]:
@@ -178,8 +178,8 @@ class WeightObserver:
             return []
         ((layer, neuron),) = [(point.layer or 0, point.unit or 0) for point in self.sites[cell]]
         logits = self._logits(layer, neuron)
-        found = logits.topk(min(self.does.top, len(logits))).indices.tolist()
-        return list(map(ListedToken, found))
+        indices = logits.topk(min(self.does.top, len(logits))).indices.tolist()
+        return list(map(ListedToken, indices))
 
     @lru_cache(maxsize=1)  # noqa: B019 - lives as long as one observation
     def _matches(self) -> tuple[list[float], list[float]]:
@@ -189,9 +189,11 @@ class WeightObserver:
             normalize(list_directions(self.systems[member.name], member.width), dim=1)
             for member in self.does.members
         )
-        found = [(part @ second.T).max(dim=1) for part in first.split(MATCHED_ROWS)]
-        values = torch.cat([each.values for each in found])
-        return values.tolist(), torch.cat([each.indices for each in found]).double().tolist()
+        similarities = [(part @ second.T).max(dim=1) for part in first.split(MATCHED_ROWS)]
+        values = torch.cat([similarity.values for similarity in similarities])
+        return values.tolist(), torch.cat(
+            [similarity.indices for similarity in similarities]
+        ).double().tolist()
 
     @lru_cache(maxsize=1)  # noqa: B019 - lives as long as one observation
     def _circuit(self, layer: int, head: int) -> Tensor:
@@ -201,14 +203,14 @@ class WeightObserver:
         first, second = (self.systems[member.name] for member in does.members)
         width = self.maps.shape.d_model
         factors = get_ov_factors if does.reads_coordinates else get_qk_factors
-        left, right = (each.double().cpu() for each in factors(self.maps, layer, head))
-        found = list_directions(first, width) @ left
+        left, right = (factor.double().cpu() for factor in factors(self.maps, layer, head))
+        directions = list_directions(first, width) @ left
         last = (
             right @ list_readers(second, width)
             if does.reads_coordinates
             else right @ list_directions(second, width).T
         )
-        return found @ last
+        return directions @ last
 
     @lru_cache(maxsize=1)  # noqa: B019 - lives as long as one observation
     def _singular(self, of: str, layer: int, head: int) -> list[float]:
@@ -275,10 +277,10 @@ def score_successors(
         Share of tokens whose successor ranks first among all given tokens, and its mean rank.
     """
     read = maps.first_mlp(maps.embedded(tokens[:-1]))
-    found = maps.to_logits(read @ maps.value(layer, head) @ maps.out(layer, head)).double().cpu()
-    own = found.gather(1, tokens[1:, None])
-    others = found[:, tokens.unique()]
-    above, equal = (others > own).sum(1), (others == own).sum(1) - 1
+    scores = maps.to_logits(read @ maps.value(layer, head) @ maps.out(layer, head)).double().cpu()
+    tensor = scores.gather(1, tokens[1:, None])
+    others = scores[:, tokens.unique()]
+    above, equal = (others > tensor).sum(1), (others == tensor).sum(1) - 1
     ranks = 1 + above + equal / 2
     return float((ranks == 1).double().mean()), float(ranks.double().mean())
 

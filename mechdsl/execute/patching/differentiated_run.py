@@ -139,7 +139,7 @@ class DifferentiatedRun:
         full = readout.loss is not None or has_single_output(self.model)
         logits: Tensor | None = None
         loss: Tensor | None = None
-        found: dict[SiteRead, Tensor] = {}
+        tensors: dict[SiteRead, Tensor] = {}
         if readout.needs_plain or reads:
             with catch_autograd_errors():
                 result = run_full(
@@ -153,7 +153,7 @@ class DifferentiatedRun:
                     recompute=self.recompute,
                     backward=self.backward,
                 )
-            logits, found = require_logits(result.logits), result.reads
+            logits, tensors = require_logits(result.logits), result.reads
             if readout.loss is not None:
                 loss = compute_prompt_loss(readout.loss, logits, lanes.batch, run, lanes.prompts)
             logits = select_positions(logits, lanes.batch, at) if full else logits
@@ -170,12 +170,12 @@ class DifferentiatedRun:
                 n: flatten_units(read[indices_to_device((row, columns), read.device)], atom)
                 for (n, atom), where in zip(points, compared, strict=True)
                 for read, columns in [
-                    (found[where], lanes.batch.columns(row, at[:, readout.atoms[n][0]]))
+                    (tensors[where], lanes.batch.columns(row, at[:, readout.atoms[n][0]]))
                 ]
             },
-            references={n: each.clone() for n, each in references.items()},
+            references={n: reference.clone() for n, reference in references.items()},
         )
-        return reading, found
+        return reading, tensors
 
     def _continued(
         self,
@@ -296,8 +296,8 @@ class BasePatterns:
     def held(self) -> SiteWrite:
         """Write the weights of the base run in all rows."""
         where, (lane, token, head) = self.where, self.spots
-        own = self.weights[indices_to_device((lane, self.columns, head), self.weights.device)]
-        return SiteWrite("pattern", where.layer, lane, token, head, own, stack=where.stack)
+        weight = self.weights[indices_to_device((lane, self.columns, head), self.weights.device)]
+        return SiteWrite("pattern", where.layer, lane, token, head, weight, stack=where.stack)
 
     def expand(self, gradient: Tensor) -> Tensor:
         """Return [lane, column, head, key]: a gradient by the weights; gradient: [spot, key]."""
@@ -368,16 +368,16 @@ def read_gradients(
         named = [list_tokens(hit, batch, run.draws) for hit in hits]
         places = [np.stack([lanes.of_draw(row, draw), token]) for row, draw, token in named]
         spots, index = np.unique(np.concatenate(places, axis=1), axis=1, return_inverse=True)
-        ends = np.cumsum([each.shape[1] for each in places])[:-1]
+        ends = np.cumsum([location.shape[1] for location in places])[:-1]
         of_position = np.split(index.reshape(-1), ends)
         differentiated = DifferentiatedRun(runs, run, readout, batch)
-        found = _gradients(differentiated, lanes, spots, save.points)
+        gradients = _gradients(differentiated, lanes, spots, save.points)
         for position, (rows, draws, token) in enumerate(named):
-            own = torch.from_numpy(of_position[position])
+            tensor = torch.from_numpy(of_position[position])
             each = count // save.cells[position].vectors
             for place, point in enumerate(save.points):
-                every = found[point.site, point.layer]
-                every = every[own.to(every.device)]
+                every = gradients[point.site, point.layer]
+                every = every[tensor.to(every.device)]
                 vectors = every.flatten(1) if point.unit is None else every[:, point.unit]
                 of_token = (rows, draws, token // each, vectors, each)
                 yield SiteVectors(number, place, position, *of_token)
@@ -391,9 +391,9 @@ def _gradients(
     Args:
         spots: [2, spot] lane and token.
     """
-    lane, token = (torch.from_numpy(each) for each in spots)
+    lane, token = (torch.from_numpy(spot) for spot in spots)
     leaves, adds = run.add_zeros(((point.site, point.layer) for point in points), lane, token)
     reading, _ = run.read(adds, lanes, ())
     (values,) = run.readout.tensors(reading)
-    found = compute_gradients(values.sum(), list(leaves.values()), keep=False)
-    return dict(zip(leaves, found, strict=True))
+    gradients = compute_gradients(values.sum(), list(leaves.values()), keep=False)
+    return dict(zip(leaves, gradients, strict=True))

@@ -186,8 +186,8 @@ class _WrittenVectors:
 
         def gather(where: SiteRead) -> Tensor:
             own = batch.of_site(where.site, where.stack)
-            found = gather_vectors(read[where].detach(), own, *self.places)
-            return found.reshape(len(self.lane), -1)
+            vectors = gather_vectors(read[where].detach(), own, *self.places)
+            return vectors.reshape(len(self.lane), -1)
 
         inputs = None if self.source is None else gather(self.source)
         return _BaseVectors(gather(self.where), inputs)
@@ -212,13 +212,15 @@ class _WrittenVectors:
             parts: Writes of different bases, such as those of several heads.
             read: Values of the base run at `reads`.
         """
-        found = [each.written(each.base(read, batch).at(each.spot)) for each in parts]
-        places = [torch.stack([own[each.spot] for own in each.places]).numpy() for each in parts]
+        changes = [part.written(part.base(read, batch).at(part.spot)) for part in parts]
+        places = [
+            torch.stack([place[part.spot] for place in part.places]).numpy() for part in parts
+        ]
         spots, spot = np.unique(np.concatenate(places, axis=1), axis=1, return_inverse=True)
         lane, position, unit = (torch.from_numpy(own) for own in spots)
-        row = np.concatenate([each.row for each in parts])
+        row = np.concatenate([part.row for part in parts])
         index = torch.from_numpy(spot.reshape(-1))
-        values = torch.cat(found)
+        values = torch.cat(changes)
         return _WrittenVectors(parts[0].where, row, index, values, lane, position, unit[:, None])
 
     def way(self, base: _BaseVectors) -> Tensor:
@@ -229,10 +231,10 @@ class _WrittenVectors:
         """
         one = self._first_rows()
         spot = self.spot[torch.from_numpy(one)]
-        own = base.at(spot)
-        change = (self._take(one).written(own) - own.values).to(base.values)
-        found = torch.zeros_like(base.values)
-        return found.index_add_(0, to_device(spot, found.device), change)
+        vectors = base.at(spot)
+        change = (self._take(one).written(vectors) - vectors.values).to(base.values)
+        tensor = torch.zeros_like(base.values)
+        return tensor.index_add_(0, to_device(spot, tensor.device), change)
 
     def _first_rows(self) -> Ints:
         """Select one of the vectors that are written at a spot, for each set of coordinates."""
@@ -296,16 +298,16 @@ class _ChangedPatterns:
         base = BasePatterns.of(where, read, batch, model)
         vectors = _WrittenVectors.as_whole(parts, read, batch)
         _, tokens, heads, _ = base.weights.shape
-        lane, position, unit = (each[vectors.spot] for each in vectors.places)
+        lane, position, unit = (location[vectors.spot] for location in vectors.places)
         number = 1 + _count_earlier(vectors.spot.numpy())
-        found = [base.scores]
+        scores = [base.scores]
         for which in range(1, int(number.max(initial=0)) + 1):
-            own = torch.from_numpy(np.flatnonzero(number == which))
-            values = vectors.values[to_device(own, vectors.values.device)]
-            place = lane[own], position[own], unit[own]
+            indices = torch.from_numpy(np.flatnonzero(number == which))
+            values = vectors.values[to_device(indices, vectors.values.device)]
+            place = lane[indices], position[indices], unit[indices]
             write = SiteWrite(where.site, where.layer, *place, values, stack=where.stack)
             given = run_full(model, batch, stop=stop, writes=[*noise, write], reads=reads[:1])
-            found.append(given.reads[reads[0]].nan_to_num(0.0))
+            scores.append(given.reads[reads[0]].nan_to_num(0.0))
         if where.site == "q":
             change = np.arange(len(vectors.row))
             place = (lane, frame.columns(lane, position)[:, None], unit[:, None])
@@ -319,13 +321,13 @@ class _ChangedPatterns:
             queries = torch.arange(tokens).expand(len(row), -1)
             place = (lane, queries, unit[:, None] * shared + torch.arange(shared))
         places = (place[0][:, None, None], place[1][:, :, None], place[2][:, None, :])
-        return _ChangedPatterns(base, found, row, places, change.reshape(-1), number, keys)
+        return _ChangedPatterns(base, scores, row, places, change.reshape(-1), number, keys)
 
     def sums(self, kind: GradientEstimator, gradient: Tensor, rows: int) -> Floats:
         """Return [row]: the estimator's numbers of the changed weights; gradient: [spot, key]."""
         device, pattern = gradient.device, self.base.weights
         slopes = self.base.expand(gradient)
-        found = np.zeros(rows)
+        sums = np.zeros(rows)
         each = self.places[1].shape[1] * self.places[2].shape[2] * pattern.shape[-1]
         count = max(1, PATTERN_NUMBERS // each)
         for first in range(0, len(self.row), count):
@@ -338,8 +340,8 @@ class _ChangedPatterns:
             written = renormalize_scores(changed, base, weights, has_sink=self.base.has_sink)
             flat = [value.flatten(0, -2) for value in (written, weights, slope)]
             parts = kind.values(flat[0], flat[1], flat[2], {}).reshape(len(base), -1).sum(1)
-            np.add.at(found, self.row[own], parts.cpu().numpy())
-        return found
+            np.add.at(sums, self.row[own], parts.cpu().numpy())
+        return sums
 
     def _written(self, base: Tensor, place: tuple[Tensor, ...], first: int) -> Tensor:
         """Return scores [change, query, head, key] with the vectors of changes from `first` on."""
@@ -347,13 +349,13 @@ class _ChangedPatterns:
         scores = base
         for which, changed in enumerate(self.scores[1:], 1):
             some = (change >= 0) & (change < len(base)) & (self.number == which)
-            own = torch.from_numpy(np.flatnonzero(some))
-            at = torch.from_numpy(change)[own]
+            indices = torch.from_numpy(np.flatnonzero(some))
+            at = torch.from_numpy(change)[indices]
             there = torch.zeros(len(base), base.shape[-1], dtype=torch.bool)
             if self.keys is None:
                 there[at] = True
             else:
-                there[at, self.keys[own]] = True
+                there[at, self.keys[indices]] = True
             there = to_device(there, base.device)[:, None, None]
             scores = torch.where(there, changed[place].double(), scores)
         return scores
@@ -384,7 +386,7 @@ class _ReceivingPatterns:
             stop = model.shape.n_layers
             read = run_full(model, batch, stop=stop, writes=noise, reads=given).reads
         own = [BasePatterns.of(each, read, batch, model) for each in wheres]
-        base = {each.where: each for each in own}
+        base = {patterns.where: patterns for patterns in own}
         return _ReceivingPatterns(edges, model, base, {each: read[each] for each in fixed})
 
     def sums(
@@ -409,16 +411,16 @@ class _ReceivingPatterns:
         """
         count = len(sent.lane)
         units = {at: unit_count(self.model.shape, *at) for at in self.edges.attended}
-        found = [{at: np.zeros((count, own)) for at, own in units.items()} for _ in slopes]
+        sums = [{at: np.zeros((count, unit)) for at, unit in units.items()} for _ in slopes]
         places = list(self.base)
-        each = max((own.scores[0].numel() for own in self.base.values()), default=1)
+        each = max((patterns.scores[0].numel() for patterns in self.base.values()), default=1)
         some = count_pattern_rows(each, len(self.base))
         for first in range(0, count if places else 0, some):
-            own = np.arange(first, min(first + some, count))
-            for at, changed in self._changed_scores(run, sent.take(own), lanes):
+            numbers = np.arange(first, min(first + some, count))
+            for at, changed in self._changed_scores(run, sent.take(numbers), lanes):
                 where = SiteRead(*at)
                 base = self.base[replace(where, site="pattern")]
-                lane = indices_to_device((torch.from_numpy(sent.lane[own]),), changed.device)
+                lane = indices_to_device((torch.from_numpy(sent.lane[numbers]),), changed.device)
                 scores, weights = (part[lane].double() for part in (base.scores, base.weights))
                 written = renormalize_scores(
                     changed.double(), scores, weights, has_sink=base.has_sink
@@ -429,21 +431,21 @@ class _ReceivingPatterns:
                     parts = kind.values(flat[0], flat[1], flat[2], {})
                     of_head = parts.reshape(weights.shape[:-1]).sum(1)
                     of_unit = of_head.unflatten(1, (units[at], -1)).sum(2)
-                    found[number][at][own] = of_unit.cpu().numpy()
-        return found
+                    sums[number][at][numbers] = of_unit.cpu().numpy()
+        return sums
 
     def _changed_scores(
         self, run: DifferentiatedRun, sent: SentRows, lanes: DrawLanes
     ) -> Iterator[tuple[SiteLayer, Tensor]]:
         """Yield [sender, column, head, key]: the scores with changed queries, or with changed keys,
         by the site that receives. The other factor of the scores is that of the base run."""
-        own = lanes.take(sent.lane)
+        draw_lanes = lanes.take(sent.lane)
         held = hold_rows(self.edges.rule, len(sent.lane), sent.rows.cell)
-        noise, stop = run.noise(own), self.model.shape.n_layers
+        noise, stop = run.noise(draw_lanes), self.model.shape.n_layers
         given = (held, RuleWrites(sent.writes), noise, RuleWrites())
         with (
             torch.no_grad(),
-            hold_sublayers(self.model, run.runs.norms, own.batch, *given) as holds,
+            hold_sublayers(self.model, run.runs.norms, draw_lanes.batch, *given) as holds,
         ):
             for site in _OTHER_FACTOR:
                 ends = {at: SiteRead(*at) for at in self.edges.attended}
@@ -451,11 +453,13 @@ class _ReceivingPatterns:
                 if not ends:
                     continue
                 writes = [*noise, *holds, *sent.writes]
-                writes += [self._fix(where, sent.lane, own.batch) for where in ends.values()]
+                writes += [self._fix(where, sent.lane, draw_lanes.batch) for where in ends.values()]
                 reads = [BasePatterns.reads(where)[0] for where in ends.values()]
-                read = run_full(self.model, own.batch, stop=stop, writes=writes, reads=reads).reads
+                read = run_full(
+                    self.model, draw_lanes.batch, stop=stop, writes=writes, reads=reads
+                ).reads
                 for (at, where), scores in zip(ends.items(), reads, strict=True):
-                    yield at, self._select(where, read[scores], sent, own.batch)
+                    yield at, self._select(where, read[scores], sent, draw_lanes.batch)
 
     def _fix(self, where: SiteRead, lanes: Ints, batch: Batch) -> SiteWrite:
         """Write the other factor of the scores at all tokens of rows, as in the base run."""
@@ -463,11 +467,11 @@ class _ReceivingPatterns:
         values = self.fixed[other]
         row, token = batch.of_read(other).tokens()
         index = torch.from_numpy(lanes)[row], batch.of_read(other).columns(row, token)
-        own, units = values[indices_to_device(index, values.device)], values.shape[2]
+        value, units = values[indices_to_device(index, values.device)], values.shape[2]
         place = (row.repeat_interleave(units), token.repeat_interleave(units))
         unit = torch.arange(units).repeat(len(row))
         return SiteWrite(
-            other.site, other.layer, *place, unit, own.flatten(0, 1), stack=other.stack
+            other.site, other.layer, *place, unit, value.flatten(0, 1), stack=other.stack
         )
 
     def _select(self, where: SiteRead, scores: Tensor, sent: SentRows, batch: Batch) -> Tensor:
@@ -501,7 +505,7 @@ class _EdgeShares:
     def circuits(self, rows: RowTable, draws: Ints, lanes_of: RuleReader) -> list[CircuitWrite]:
         """Return the edges that carry the fill in runs of the circuit, one for each row."""
         given = self.plan, rows, draws, lanes_of, self.inputs, self.shape, None
-        return [self._share(*own) for own in iter_circuits(*given)]
+        return [self._share(*circuit) for circuit in iter_circuits(*given)]
 
     @property
     def shape(self) -> ModelShape:
@@ -523,7 +527,7 @@ class _EdgeShares:
         if not here:
             return write
         number, of_table = torch.tensor(here).T
-        row, column = (each[of_table] for each in table.cells)
+        row, column = (cell[of_table] for cell in table.cells)
         shares = leaf[to_device(write.rows, leaf.device)][:, to_device(number, leaf.device)]
         shares = shares + (0 if rule.rule.spec.all_but else 1)
         mask = mask.to(leaf).expand(len(write.rows), *mask.shape)
@@ -539,9 +543,9 @@ def _count_earlier(values: Ints) -> Ints:
     """Return [n]: how often each value occurs before."""
     order = np.argsort(values, kind="stable")
     firsts = np.searchsorted(values[order], values[order])
-    found = np.empty_like(order)
-    found[order] = np.arange(len(order)) - firsts
-    return found
+    counts = np.empty_like(order)
+    counts[order] = np.arange(len(order)) - firsts
+    return counts
 
 
 def draw_noise(key: Sequence[int], size: Sequence[int]) -> Floats:
@@ -694,22 +698,22 @@ class GradientEstimates:
         """Return [measure, row]: estimates by the gradient at the base run."""
         noise = self.differentiated.noise(lanes)
         changed: dict[SiteRead, list[_WrittenVectors]] = defaultdict(list)
-        for each in filter(self._is_fixed, written):
-            changed[each.where].append(each)
+        for vectors in filter(self._is_fixed, written):
+            changed[vectors.where].append(vectors)
         fixed = [
             _ChangedPatterns.of(parts, lanes.batch, self.model, noise) for parts in changed.values()
         ]
-        plain = [each for each in written if not self._is_fixed(each)]
+        plain = [vectors for vectors in written if not self._is_fixed(vectors)]
         given = (plain, fixed, lanes, environments)
         if not self.kind.drops_layers:
             return self.kind.finish(self._to_first_order(self.differentiated, *given))
         layers = list_dropped_layers(self.plan.experiment)
         own_layer = np.full(len(environments), -1)
-        for each in written:
-            if each.where.site not in _STREAMS:
-                stack = "" if each.where.stack == "cross" else each.where.stack
-                own, now = layers.index((stack, each.where.layer)), own_layer[each.row]
-                own_layer[each.row] = np.where(np.isin(now, (-1, own)), own, len(layers))
+        for vectors in written:
+            if vectors.where.site not in _STREAMS:
+                stack = "" if vectors.where.stack == "cross" else vectors.where.stack
+                own, now = layers.index((stack, vectors.where.layer)), own_layer[vectors.row]
+                own_layer[vectors.row] = np.where(np.isin(now, (-1, own)), own, len(layers))
         rules = self.kind.backward or BackwardRules()
         total = np.zeros((len(self.readout.measures), len(environments)))
         counts = np.zeros(len(environments))
@@ -735,17 +739,17 @@ class GradientEstimates:
         same = np.stack([runs, rows.alternative, rows.prompt, draws])
         _, first, run_of_row = np.unique(same, axis=1, return_index=True, return_inverse=True)
         run_of_row = run_of_row.reshape(-1)
-        found = np.zeros((len(self.readout.measures), len(rows)))
+        leave_out_edges = np.zeros((len(self.readout.measures), len(rows)))
         longest = int(lanes.lengths.max())
         size = max(1, count_circuit_tokens(self.plan) // longest)
         for begin in range(0, len(first), size):
-            own = first[begin : begin + size]
-            items = [environments[n] for n in own.tolist()]
-            given = rows.take(own), draws[own], lanes.take(own), items
+            numbers = first[begin : begin + size]
+            items = [environments[n] for n in numbers.tolist()]
+            given = rows.take(numbers), draws[numbers], lanes.take(numbers), items
             here = np.flatnonzero((run_of_row >= begin) & (run_of_row < begin + size))
             edges = np.stack([rule.site_of_cell[rows.cell[here]] for rule in self.plan.rules])
-            found[:, here] = self._near_circuit(*given, run_of_row[here] - begin, edges)
-        return found
+            leave_out_edges[:, here] = self._near_circuit(*given, run_of_row[here] - begin, edges)
+        return leave_out_edges
 
     def _near_circuit(
         self,
@@ -773,17 +777,17 @@ class GradientEstimates:
         reading, _ = run.read((), lanes, (), shares.circuits(runs, draws, self.lanes_of))
         values = self.readout.tensors(replace(reading, items=items))
         own_values = [value.detach().double().cpu().numpy()[run_of_row] for value in values]
-        found = np.zeros((len(values), len(run_of_row)))
+        effects = np.zeros((len(values), len(run_of_row)))
         for number, value in enumerate(values):
             gradients = compute_gradients(value.sum(), leaves, keep=number + 1 < len(values))
-            for rule, own, gradient in zip(rules, edges, gradients, strict=True):
+            for rule, edge, gradient in zip(rules, edges, gradients, strict=True):
                 acts = np.flatnonzero(rule.acts(runs)[run_of_row])
-                index = torch.from_numpy(run_of_row[acts]), torch.from_numpy(own[acts])
+                index = torch.from_numpy(run_of_row[acts]), torch.from_numpy(edge[acts])
                 slope = gradient[indices_to_device(index, gradient.device)].double()[:, None]
                 base = torch.full_like(slope, 0 if rule.rule.spec.all_but else 1)
                 change = self.kind.values(1 - base, base, slope, self.options)
-                found[number, acts] += change.cpu().numpy()
-        return self.kind.finish(found) + np.stack(own_values)
+                effects[number, acts] += change.cpu().numpy()
+        return self.kind.finish(effects) + np.stack(own_values)
 
     def _decomposed(
         self,
@@ -797,23 +801,27 @@ class GradientEstimates:
         Each pass has the base run of some rows, and then their irrelevant parts.
         """
         count = len(lane_of_row)
-        found = np.zeros((len(self.readout.measures), count))
+        effects = np.zeros((len(self.readout.measures), count))
         by_item = any(atom.by_item for _, atom in self.readout.atoms)
         some = max(1, DECOMPOSED_TOKENS // (2 * int(lanes.lengths.max())))
         for first in range(0, count, some):
-            own = np.arange(first, min(first + some, count))
+            numbers = np.arange(first, min(first + some, count))
             place = np.full(count, -1)
-            place[own] = len(own) + np.arange(len(own))
-            both = lanes.take(np.tile(lane_of_row[own], 2))
+            place[numbers] = len(numbers) + np.arange(len(numbers))
+            both = lanes.take(np.tile(lane_of_row[numbers], 2))
             adds = select_writes(writes, place)
             with torch.no_grad():
                 reading, _ = self.differentiated.read(adds, both, ())
-                kinds = [items[n] for n in own.tolist()] * 2 if by_item else [None] * (2 * len(own))
+                kinds = (
+                    [items[n] for n in numbers.tolist()] * 2
+                    if by_item
+                    else [None] * (2 * len(numbers))
+                )
                 values = self.readout.tensors(replace(reading, items=kinds))
             for number, value in enumerate(values):
                 whole, irrelevant = value.double().chunk(2)
-                found[number, own] = (irrelevant - whole).cpu().numpy()
-        return found
+                effects[number, numbers] = (irrelevant - whole).cpu().numpy()
+        return effects
 
     def _decompose_edges(
         self, edges: PathEdges, sent: SentRows, lanes: DrawLanes, cells: Ints
@@ -830,12 +838,12 @@ class GradientEstimates:
         some = max(1, DECOMPOSED_TOKENS // (2 * int(lanes.lengths.max())))
         parts: dict[SiteLayer, list[Tensor]] = {place: [] for place in edges.reads}
         for first in range(0, count, some):
-            own = sent.take(np.arange(first, min(first + some, count)))
-            size = len(own.lane)
-            both = lanes.take(np.tile(own.lane, 2))
-            held = hold_rows(edges.rule, 2 * size, np.tile(own.rows.cell, 2))
+            sent_rows = sent.take(np.arange(first, min(first + some, count)))
+            size = len(sent_rows.lane)
+            both = lanes.take(np.tile(sent_rows.lane, 2))
+            held = hold_rows(edges.rule, 2 * size, np.tile(sent_rows.rows.cell, 2))
             held = replace(held, norms=np.zeros_like(held.norms))  # they divide as in the base run
-            writes, noise = select_writes(own.writes, size + np.arange(size)), run.noise(both)
+            writes, noise = select_writes(sent_rows.writes, size + np.arange(size)), run.noise(both)
             given = (both.batch, held, RuleWrites(writes), noise, RuleWrites())
             with torch.no_grad(), hold_sublayers(self.model, run.runs.norms, *given) as holds:
                 read = run_full(
@@ -846,11 +854,11 @@ class GradientEstimates:
                     reads=[*edges.reads.values()],
                     backward=backward,
                 ).reads
-            row, token = (torch.from_numpy(each) for each in own.tokens)
+            row, token = (torch.from_numpy(each) for each in sent_rows.tokens)
             for place, where in edges.reads.items():
                 index = row + size, both.batch.of_read(where).columns(row + size, token)
                 parts[place].append(read[where][indices_to_device(index, read[where].device)])
-        values = {place: torch.cat(own) for place, own in parts.items()}
+        values = {place: torch.cat(tensors) for place, tensors in parts.items()}
         directions, writes = self.means_and_donors.directions, list[SiteWrite]()
         for number, receivers in enumerate(edges.receivers):
             rows = np.flatnonzero(edges.receivers_of_row == number)
@@ -858,10 +866,10 @@ class GradientEstimates:
                 place = point.site, point.layer
                 part = self._receive(point, rows, edges, sent, values[place])
                 given = (edges.rule, part, place, cells, directions)
-                for each in write_receiving_features(*given):
-                    writes.append(join_writes(place, [each]))
-                    later = list_later_writes(each, place, directions)
-                    writes += [join_writes(to, [own]) for to, own in later]
+                for receiving_feature in write_receiving_features(*given):
+                    writes.append(join_writes(place, [receiving_feature]))
+                    later = list_later_writes(receiving_feature, place, directions)
+                    writes += [join_writes(to, [rule_write]) for to, rule_write in later]
         return writes
 
     def _receive(
@@ -880,12 +888,12 @@ class GradientEstimates:
         )
         token = np.repeat(firsts[sender], counts[sender]) + inside
         units = np.arange(values.shape[1]) if point.unit is None else np.array([point.unit])
-        own = values[:, torch.from_numpy(units).to(values.device)]
+        value = values[:, torch.from_numpy(units).to(values.device)]
         return RuleWrite(
             np.repeat(row, len(units)),
             np.repeat(sent.tokens[1][token], len(units)),
             np.tile(units, len(row)),
-            own[array_to_device(token, own.device)].flatten(0, 1),
+            value[array_to_device(token, value.device)].flatten(0, 1),
         )
 
     def _is_fixed(self, written: _WrittenVectors) -> bool:
@@ -902,29 +910,29 @@ class GradientEstimates:
     ) -> Floats:
         """Return [measure, row]: the estimator's numbers by the gradient in a run."""
         if self.kind.place == "attention":
-            widths = [each.values.shape[1] for each in written]
+            widths = [vectors.values.shape[1] for vectors in written]
         else:
-            widths = [each.width(self.model) for each in written]
-        sizes = [(len(each.lane), width) for each, width in zip(written, widths, strict=True)]
-        patterns = [each.base for each in fixed]
-        leaves = [run.zeros(*size) for size in (*sizes, *(each.size for each in patterns))]
+            widths = [vectors.width(self.model) for vectors in written]
+        sizes = [(len(vectors.lane), width) for vectors, width in zip(written, widths, strict=True)]
+        patterns = [changed_patterns.base for changed_patterns in fixed]
+        leaves = [run.zeros(*size) for size in (*sizes, *(pattern.size for pattern in patterns))]
         adds = [each.added(leaf) for each, leaf in zip([*written, *patterns], leaves, strict=True)]
-        reads = dict.fromkeys(where for each in written for where in each.reads)
+        reads = dict.fromkeys(where for vectors in written for where in vectors.reads)
         reading, read = run.read(adds, lanes, [*reads])
-        bases = [each.base(read, lanes.batch) for each in written]
-        found = np.zeros((len(self.readout.measures), len(environments)))
-        for number, own, gradients in self._gradients(reading, leaves, environments):
+        bases = [vectors.base(read, lanes.batch) for vectors in written]
+        effects = np.zeros((len(self.readout.measures), len(environments)))
+        for number, numbers, gradients in self._gradients(reading, leaves, environments):
             sums = [
-                self._sums(each, base, gradient, len(environments))
-                for each, base, gradient in zip(written, bases, gradients, strict=False)
+                self._sums(vectors, base, gradient, len(environments))
+                for vectors, base, gradient in zip(written, bases, gradients, strict=False)
             ]
             sums += [
-                each.sums(self.kind, gradient, len(environments))
-                for each, gradient in zip(fixed, gradients[len(written) :], strict=True)
+                changed_patterns.sums(self.kind, gradient, len(environments))
+                for changed_patterns, gradient in zip(fixed, gradients[len(written) :], strict=True)
             ]
             for each in sums:
-                found[number, own] += each[own]
-        return found
+                effects[number, numbers] += each[numbers]
+        return effects
 
     def _along_edges(
         self,
@@ -950,23 +958,24 @@ class GradientEstimates:
         systems = self.means_and_donors.directions.systems
         received, adds = run.add_zeros(edges.list_written(systems), *edges.tokens)
         patterns = _ReceivingPatterns.of(edges, self.model, lanes.batch, run.noise(lanes))
-        weights = [run.zeros(*each.size) for each in patterns.base.values()]
+        weights = [run.zeros(*base_patterns.size) for base_patterns in patterns.base.values()]
         adds += [
-            each.added(leaf) for each, leaf in zip(patterns.base.values(), weights, strict=True)
+            base_patterns.added(leaf)
+            for base_patterns, leaf in zip(patterns.base.values(), weights, strict=True)
         ]
-        leaves = [run.zeros(len(each.lane), each.width(self.model)) for each in written]
-        changes = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
-        wheres = dict.fromkeys(where for each in written for where in each.reads)
+        leaves = [run.zeros(len(vectors.lane), vectors.width(self.model)) for vectors in written]
+        changes = [vectors.added(leaf) for vectors, leaf in zip(written, leaves, strict=True)]
+        wheres = dict.fromkeys(where for vectors in written for where in vectors.reads)
         given = (run.model, run.runs.norms, lanes.batch, run.noise(lanes), changes, [*wheres])
         held = HeldPass.run(edges, *given, systems, self.kind.backward)
         along = _SentVectors(
-            held, leaves, written, [each.base(held.senders, lanes.batch) for each in written]
+            held, leaves, written, [vectors.base(held.senders, lanes.batch) for vectors in written]
         )
         given = (along, received, weights, adds)
-        found = np.zeros((len(self.readout.measures), len(environments)))
+        along_edges = np.zeros((len(self.readout.measures), len(environments)))
         for moved in self._list_moved_senders(written):
-            found += self._sum_rounds(run, *given, patterns, sent, lanes, environments, moved)
-        return found
+            along_edges += self._sum_rounds(run, *given, patterns, sent, lanes, environments, moved)
+        return along_edges
 
     def _sum_rounds(
         self,
@@ -998,20 +1007,22 @@ class GradientEstimates:
         edges, leaves = along.held.edges, [*received.values(), *weights]
         rounds = self._list_rounds(run, edges)
         every: list[list[tuple[int, Ints, Sequence[Tensor]]]] = []
-        for own, _ in rounds:
+        for differentiated_run, _ in rounds:
             moves = self._moved_inputs(edges.rule, lanes, moved)
-            every.append(self._mean_gradients(own, leaves, adds, moves, lanes, environments))
-        slopes = [each[len(received) :] for own in every for *_, each in own]
+            every.append(
+                self._mean_gradients(differentiated_run, leaves, adds, moves, lanes, environments)
+            )
+        slopes = [each[len(received) :] for numbers in every for *_, each in numbers]
         by_pattern = iter(patterns.sums(self.kind, run, sent, lanes, slopes))
-        found = np.zeros((len(self.readout.measures), len(environments)))
+        effects = np.zeros((len(self.readout.measures), len(environments)))
         for (_, share), gradients in zip(rounds, every, strict=True):
-            values = np.zeros_like(found)
-            for measure, own, each in gradients:
+            values = np.zeros_like(effects)
+            for measure, numbers, each in gradients:
                 by_site = dict(zip(received, each[: len(received)], strict=True))
-                given = (own, by_site, next(by_pattern), moved)
-                values[measure, own] = self._sum_edges(along, *given)
-            found += (np.abs(values) if self.kind.drops_layers else values) * share
-        return found
+                given = (numbers, by_site, next(by_pattern), moved)
+                values[measure, numbers] = self._sum_edges(along, *given)
+            effects += (np.abs(values) if self.kind.drops_layers else values) * share
+        return effects
 
     def _list_rounds(
         self, run: DifferentiatedRun, edges: PathEdges
@@ -1060,9 +1071,9 @@ class GradientEstimates:
             by_pattern: [sender, unit] numbers of queries and keys that receive.
             moved: The only site of senders that counts; None for all.
         """
-        edges, found = along.held.edges, np.zeros(len(rows))
+        edges, effects = along.held.edges, np.zeros(len(rows))
         for number in np.unique(edges.receivers_of_row[rows]).tolist():
-            own = np.flatnonzero(edges.receivers_of_row[rows] == number)
+            indices = np.flatnonzero(edges.receivers_of_row[rows] == number)
             sums = np.zeros(len(edges.first))
             if edges.has_gradient(number):
                 gradients = along.held.gradients(number, by_site, along.leaves)
@@ -1072,14 +1083,14 @@ class GradientEstimates:
             for point in edges.list_attended(number):
                 values = by_pattern[point.site, point.layer]
                 sums += values.sum(1) if point.unit is None else values[:, point.unit]
-            found[own] = sums[edges.sender[rows[own]]]
-        return found
+            effects[indices] = sums[edges.sender[rows[indices]]]
+        return effects
 
     def _list_moved_senders(self, written: Sequence[_WrittenVectors]) -> Sequence[SiteRead | None]:
         """List the sites of senders that move separately; None if the model's input moves."""
         if self.kind.moves != "senders":
             return [None]
-        return list(dict.fromkeys(each.where for each in written))
+        return list(dict.fromkeys(vectors.where for vectors in written))
 
     def _near_base(
         self,
@@ -1090,22 +1101,22 @@ class GradientEstimates:
     ) -> Floats:
         """Return [measure, row]: values by the mean gradient near the base run, with noise at the
         sites of a group of rows."""
-        wheres = [each.where for each in written]
+        wheres = [vectors.where for vectors in written]
         noise = self.differentiated.noise(lanes)
         read = run_full(self.model, lanes.batch, writes=noise, reads=wheres).reads
-        found = np.zeros((len(self.readout.measures), len(environments)))
+        effects = np.zeros((len(self.readout.measures), len(environments)))
         for every in _iter_joint_writes(written, groups):
-            bases = [each.base(read, lanes.batch) for each in every]
+            bases = [vectors.base(read, lanes.batch) for vectors in every]
             leaves = [self.differentiated.zeros(*base.values.shape) for base in bases]
-            adds = [each.added(leaf) for each, leaf in zip(every, leaves, strict=True)]
+            adds = [vectors.added(leaf) for vectors, leaf in zip(every, leaves, strict=True)]
             samples = range(int(self.options["samples"]))
-            places = dict.fromkeys(each.where for each in every)
+            places = dict.fromkeys(vectors.where for vectors in every)
             moves = ([self._noise_at(at, read[at], lanes, n) for at in places] for n in samples)
             given = (self.differentiated, leaves, adds, moves, lanes, environments)
-            for number, own, gradients in self._mean_gradients(*given):
+            for number, numbers, gradients in self._mean_gradients(*given):
                 for each in zip(every, bases, gradients, strict=True):
-                    found[number, own] += self._sums(*each, len(environments))[own]
-        return self.kind.finish(found)
+                    effects[number, numbers] += self._sums(*each, len(environments))[numbers]
+        return self.kind.finish(effects)
 
     def _between_runs(
         self,
@@ -1116,18 +1127,18 @@ class GradientEstimates:
         """Return [measure, row]: values by the mean gradient as the model's input moves from the
         source run to the base run."""
         run = self.differentiated
-        reads = [*dict.fromkeys(where for each in written for where in each.reads)]
+        reads = [*dict.fromkeys(where for vectors in written for where in vectors.reads)]
         read = run_full(self.model, lanes.batch, writes=run.noise(lanes), reads=reads).reads
-        bases = [each.base(read, lanes.batch) for each in written]
-        leaves = [run.zeros(len(each.lane), each.width(self.model)) for each in written]
-        adds = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
+        bases = [vectors.base(read, lanes.batch) for vectors in written]
+        leaves = [run.zeros(len(vectors.lane), vectors.width(self.model)) for vectors in written]
+        adds = [vectors.added(leaf) for vectors, leaf in zip(written, leaves, strict=True)]
         moves = self._moved_inputs(self.plan.rules[0], lanes)
-        found = np.zeros((len(self.readout.measures), len(environments)))
+        effects = np.zeros((len(self.readout.measures), len(environments)))
         given = (run, leaves, adds, moves, lanes, environments)
-        for number, own, gradients in self._mean_gradients(*given):
+        for number, numbers, gradients in self._mean_gradients(*given):
             for each in zip(written, bases, gradients, strict=True):
-                found[number, own] += self._sums(*each, len(environments))[own]
-        return self.kind.finish(found)
+                effects[number, numbers] += self._sums(*each, len(environments))[numbers]
+        return self.kind.finish(effects)
 
     def _mean_gradients(
         self,
@@ -1147,14 +1158,16 @@ class GradientEstimates:
         count, total = 0, list[tuple[int, Ints, Sequence[Tensor]]]()
         for moved in moves:
             reading, _ = run.read([*moved, *adds], lanes, ())
-            found = list(self._gradients(reading, leaves, environments))
+            gradients = list(self._gradients(reading, leaves, environments))
             if total:
-                found = [
-                    (number, own, [a + b for a, b in zip(sums, new, strict=True)])
-                    for (number, own, new), (*_, sums) in zip(found, total, strict=True)
+                gradients = [
+                    (number, numbers, [a + b for a, b in zip(sums, new, strict=True)])
+                    for (number, numbers, new), (*_, sums) in zip(gradients, total, strict=True)
                 ]
-            count, total = count + 1, found
-        return [(number, own, [each / count for each in sums]) for number, own, sums in total]
+            count, total = count + 1, gradients
+        return [
+            (number, numbers, [each / count for each in sums]) for number, numbers, sums in total
+        ]
 
     def _moved_inputs(
         self, rule: RulePlan, lanes: DrawLanes, moved: SiteRead | None = None
@@ -1177,16 +1190,18 @@ class GradientEstimates:
         wheres = wheres if moved is None else [moved]
         stop = 1 if moved is None or moved.layer is None else moved.layer + 1
         stop = 0 if moved is not None and moved.stack in ("encoder", "vision") else stop
-        found = [
-            run_full(self.model, own.batch, stop=stop, writes=run.noise(own), reads=wheres).reads
-            for run, own in ((self.differentiated, lanes), (source, other))
+        tensors = [
+            run_full(
+                self.model, draw_lanes.batch, stop=stop, writes=run.noise(draw_lanes), reads=wheres
+            ).reads
+            for run, draw_lanes in ((self.differentiated, lanes), (source, other))
         ]
         moves: list[SiteWrite] = []
         for where in wheres:
             lane, token = self._list_moved_tokens(where, rule, lanes)
             streams: list[Tensor] = []
-            for own, reads in zip((lanes, other), found, strict=True):
-                index = lane, own.batch.of_read(where).columns(lane, token)
+            for draw_lanes, reads in zip((lanes, other), tensors, strict=True):
+                index = lane, draw_lanes.batch.of_read(where).columns(lane, token)
                 streams.append(reads[where][indices_to_device(index, reads[where].device)])
             change, units = (streams[1] - streams[0]).flatten(0, 1), streams[0].shape[1]
             place = lane.repeat_interleave(units), token.repeat_interleave(units)
@@ -1223,13 +1238,13 @@ class GradientEstimates:
         ends = np.cumsum(np.bincount(lane.numpy()))[:-1].tolist()
         values: list[Floats] = []
         by_lane = zip(lanes.prompts, lanes.draws, vectors.tensor_split(ends), strict=True)
-        for prompt, draw, own in by_lane:
+        for prompt, draw, tensor in by_lane:
             row = self.differentiated.run.rows[int(prompt)]
             content = digest_number(row.source, np.array(row.ids, dtype=np.int64).tobytes())
             place = digest_number(where.site, where.layer, where.stack)
             key = [self.differentiated.runs.seed % 2**63, content, place, int(draw), sample]
-            scale = self.options["noise"] * float(own.max() - own.min())
-            values.append(draw_noise(key, own.shape) * scale)
+            scale = self.options["noise"] * float(tensor.max() - tensor.min())
+            values.append(draw_noise(key, tensor.shape) * scale)
         units = read.shape[2]
         return SiteWrite(
             where.site,
@@ -1251,12 +1266,14 @@ class GradientEstimates:
             own = [sorted(row_in_patches(reader, row).patch_tokens) for row in rows]
             lane = torch.arange(len(own)).repeat_interleave(torch.tensor([*map(len, own)]))
             return lane, torch.tensor([position for each in own for position in each])
-        found = [
-            torch.tensor([t for each in row.whole_pictures for t in each.places(each.name)[0]])
+        patches = [
+            torch.tensor(
+                [t for picture in row.whole_pictures for t in picture.places(picture.name)[0]]
+            )
             for row in rows
         ]
-        lane = torch.arange(len(found)).repeat_interleave(torch.tensor([*map(len, found)]))
-        position = torch.cat(found)[:, None] * count + torch.arange(count)
+        lane = torch.arange(len(patches)).repeat_interleave(torch.tensor([*map(len, patches)]))
+        position = torch.cat(patches)[:, None] * count + torch.arange(count)
         return lane.repeat_interleave(count), position.flatten()
 
     def _along(
@@ -1268,22 +1285,24 @@ class GradientEstimates:
     ) -> Floats:
         """Return [measure, row]: estimates by the mean gradient along the line of each group."""
         assert self.steps is not None
-        reads = [*dict.fromkeys(where for each in written for where in each.reads)]
+        reads = [*dict.fromkeys(where for vectors in written for where in vectors.reads)]
         noise = self.differentiated.noise(lanes)
         read = run_full(self.model, lanes.batch, writes=noise, reads=reads).reads
-        found = np.zeros((len(self.readout.measures), len(environments)))
+        effects = np.zeros((len(self.readout.measures), len(environments)))
         for every in _iter_joint_writes(written, groups):
-            bases = [each.base(read, lanes.batch) for each in every]
-            ways = [each.way(base) for each, base in zip(every, bases, strict=True)]
+            bases = [vectors.base(read, lanes.batch) for vectors in every]
+            ways = [vectors.way(base) for vectors, base in zip(every, bases, strict=True)]
             for step in range(self.steps):
                 share = (step + 0.5) / self.steps
                 leaves = [(way * share).requires_grad_() for way in ways]
-                adds = [each.added(leaf) for each, leaf in zip(every, leaves, strict=True)]
+                adds = [vectors.added(leaf) for vectors, leaf in zip(every, leaves, strict=True)]
                 reading, _ = self.differentiated.read(adds, lanes, ())
-                for number, own, gradients in self._gradients(reading, leaves, environments):
+                for number, numbers, gradients in self._gradients(reading, leaves, environments):
                     for each in zip(every, bases, gradients, strict=True):
-                        found[number, own] += self._sums(*each, len(environments))[own] / self.steps
-        return self.kind.finish(found)
+                        effects[number, numbers] += (
+                            self._sums(*each, len(environments))[numbers] / self.steps
+                        )
+        return self.kind.finish(effects)
 
     def _sums(
         self, written: _WrittenVectors, base: _BaseVectors, gradient: Tensor, rows: int
@@ -1291,19 +1310,19 @@ class GradientEstimates:
         """Return [row]: the estimator's numbers, summed or averaged over the vectors of a row."""
         spot = to_device(written.spot, gradient.device)
         vectors = base.at(written.spot)
-        own = vectors.values.to(gradient.device)
+        values = vectors.values.to(gradient.device)
         changed = written.written(vectors).to(gradient.device)
-        parts = self.kind.values(changed, own, gradient[spot].double(), self.options)
-        if parts.shape != (len(own),):
+        parts = self.kind.values(changed, values, gradient[spot].double(), self.options)
+        if parts.shape != (len(values),):
             function = f"{type(self.kind).__name__}.values"
             shape = list(parts.shape)
-            raise TypeError(f"`{function}` returned the shape {shape} instead of [{len(own)}]")
+            raise TypeError(f"`{function}` returned the shape {shape} instead of [{len(values)}]")
         if self.kind.over_vectors == "mean":
             counts = np.bincount(written.row)[written.row]
             parts = parts / array_to_device(counts, parts.device)
-        found = np.zeros(rows)
-        np.add.at(found, written.row, parts.cpu().numpy())
-        return found
+        sums = np.zeros(rows)
+        np.add.at(sums, written.row, parts.cpu().numpy())
+        return sums
 
     def _gradients(
         self, reading: ReadoutInput, leaves: Sequence[Tensor], environments: Sequence[ItemNumber]
@@ -1319,12 +1338,12 @@ class GradientEstimates:
         kinds = list(dict.fromkeys(environments))
         last = len(kinds) * len(self.readout.measures)
         for place, kind in enumerate(kinds):
-            own = np.array([n for n, each in enumerate(environments) if each == kind])
+            own = np.array([n for n, environment in enumerate(environments) if environment == kind])
             values = self.readout.tensors(replace(reading, items=[kind] * len(reading.prompts)))
             for number, value in enumerate(values):
                 more = (place * len(values) + number + 1) < last
-                found = compute_gradients(value.sum(), leaves, keep=more)
-                yield number, own, found
+                gradients = compute_gradients(value.sum(), leaves, keep=more)
+                yield number, own, gradients
 
 
 def _iter_joint_writes(
@@ -1338,8 +1357,8 @@ def _iter_joint_writes(
         groups: [row] equal for rows that move together.
     """
     for group in np.unique(groups):
-        own = [each.some(groups == group) for each in written]
-        if together := [each for each in own if len(each.row)]:
+        own = [vectors.some(groups == group) for vectors in written]
+        if together := [vectors for vectors in own if len(vectors.row)]:
             yield together
 
 
@@ -1360,11 +1379,11 @@ def _iter_places(rows: RowTable) -> Iterator[tuple[int, int, int]]:
 def _mark_gaps(values: list[Floats]) -> ReadoutResult:
     """Mark undefined values as gaps."""
     gaps: dict[int, ValueGap] = {}
-    for number, own in enumerate(values):
-        rows = np.flatnonzero(~np.isfinite(own))
+    for number, value in enumerate(values):
+        rows = np.flatnonzero(~np.isfinite(value))
         if len(rows):
             gaps[number] = ValueGap(rows, "its gradient isn't a number")
-            own[rows] = np.nan
+            value[rows] = np.nan
     count = len(values[0])
     broken = np.zeros(count, dtype=np.bool_)
     return ReadoutResult(values, broken, [np.zeros(count) for _ in values], {}, gaps)

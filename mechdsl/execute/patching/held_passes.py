@@ -14,13 +14,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.vectors import list_later_decoders
 from mechdsl.forward.hooks.backward_rules import catch_autograd_errors, compute_gradients
-from mechdsl.forward.hooks.batch import (
-    Batch,
-    RuleWrites,
-    SiteRead,
-    SiteWrite,
-    indices_to_device,
-)
+from mechdsl.forward.hooks.batch import Batch, RuleWrites, SiteRead, SiteWrite, indices_to_device
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.model import LoadedModel, has_single_output
@@ -101,11 +95,11 @@ def hold_sublayers(
     stop = None if frozen or others.circuits else shape.n_layers
     others = others.below(shape.n_layers + int(frozen), shape.n_layers)
     if all(read.stack == "vision" for read, _ in wanted):
-        edges = [each for each in others.edges if each.stack == "vision"]
+        edges = [edge for edge in others.edges if edge.stack == "vision"]
         stop, others = 0, RuleWrites(_list_patches(others), edges, blocks=others.blocks)
     last = None if has_single_output(model) else (batch.lengths - 1)[:, None]
     with norms.recorded(held.norms) as scales:
-        found = run_full(
+        reads = run_full(
             model,
             batch,
             writes=[*noise, *others.writes],
@@ -116,7 +110,7 @@ def hold_sublayers(
             circuits=others.circuits,
         ).reads
     with norms.kept(held.norms, scales):
-        yield [_write_tokens(found[read], read, own, batch, acting) for read, own in wanted]
+        yield [_write_tokens(reads[read], read, numbers, batch, acting) for read, numbers in wanted]
 
 
 def _list_held_sites(
@@ -126,30 +120,34 @@ def _list_held_sites(
     vision encoder of prompts if the senders are in it."""
     rows, without_mlps = np.flatnonzero(held.rows), np.flatnonzero(held.rows & held.mlps)
     removed = {to for to, of in acting.blocks if of is None}
-    stacks = {"": shape} | {name: own for name, own in shape.others.items() if name != "vision"}
+    stacks = {"": shape} | {
+        name: model_shape for name, model_shape in shape.others.items() if name != "vision"
+    }
     if _list_patches(acting):
         stacks = {"vision": shape.others["vision"]}
     wanted: list[tuple[SiteRead, Ints]] = []
-    for stack, own in stacks.items():
-        for layer in range(own.n_layers):
+    for stack, model_shape in stacks.items():
+        for layer in range(model_shape.n_layers):
             of_block = "" if stack == "cross" else stack
             if (of_block, layer) in removed:
                 continue
-            heads = [site for site in ("z", "mixer_out", "attn_out") if own.has(site, layer)]
+            heads = [
+                site for site in ("z", "mixer_out", "attn_out") if model_shape.has(site, layer)
+            ]
             whole = held.attention.get((stack, layer), np.zeros_like(held.rows))[rows]
             for site, here in ((heads[0], ~whole), ("attn_out", whole)) if heads else ():
                 wanted.append((SiteRead(site, layer, stack, before=True), rows[here]))
             sends = held.neurons.get((stack, layer), np.zeros_like(held.rows))[without_mlps]
             for mlp, here in (("mlp_hidden", sends), ("mlp_out", ~sends)):
-                if own.has(mlp, layer):
+                if model_shape.has(mlp, layer):
                     read = SiteRead(mlp, layer, stack, before=True)
                     wanted.append((read, without_mlps[here]))
-    return [(read, own) for read, own in wanted if len(own)]
+    return [(read, numbers) for read, numbers in wanted if len(numbers)]
 
 
 def _list_patches(acting: RuleWrites) -> list[SiteWrite]:
     """List the writes in the vision encoder of prompts, at patches of images."""
-    return [each for each in acting.writes if each.stack == "vision"]
+    return [write for write in acting.writes if write.stack == "vision"]
 
 
 def _write_tokens(
@@ -160,7 +158,7 @@ def _write_tokens(
     count, own = values.shape[2], batch.of_read(read)
     row, token = own.tokens()
     if read.stack == "vision":
-        places = [torch.stack([each.rows, each.positions]) for each in _list_patches(acting)]
+        places = [torch.stack([patch.rows, patch.positions]) for patch in _list_patches(acting)]
         row, token = torch.cat(places, dim=1).unique(dim=1)
     is_held = torch.zeros(len(batch), dtype=torch.bool)
     is_held[torch.from_numpy(rows)] = True
@@ -232,8 +230,8 @@ class PathEdges:
         of_kind: list[int] = []
         for pair, which in kinds.T.tolist():
             features = None if which < 0 else paths.coordinates[which].which
-            own = EdgeReceivers(of_pair[pair], features)
-            of_kind.append(number.setdefault(own, len(number)))
+            receivers = EdgeReceivers(of_pair[pair], features)
+            of_kind.append(number.setdefault(receivers, len(number)))
         row, token = rule.written.tokens.expand(at)
         places = np.unique(np.stack([lane_of_row[row], token]), axis=1)
         return PathEdges(
@@ -249,7 +247,7 @@ class PathEdges:
     def list_attended(self, number: int) -> list[SitePoint]:
         """List the receivers with a number whose change of attention weights is exact."""
         points = self.receivers[number].points
-        return [each for each in points if self.fixes_attention and is_query_or_key(each.site)]
+        return [point for point in points if self.fixes_attention and is_query_or_key(point.site)]
 
     def has_gradient(self, number: int) -> bool:
         """Return whether some receivers with a number have a gradient."""
@@ -259,14 +257,14 @@ class PathEdges:
     def attended(self) -> list[SiteLayer]:
         """The sites and layers of all receivers whose change of attention weights is exact."""
         points = (
-            each for number in range(len(self.receivers)) for each in self.list_attended(number)
+            point for number in range(len(self.receivers)) for point in self.list_attended(number)
         )
         return list(dict.fromkeys((point.site, point.layer) for point in points))
 
     @property
     def sites(self) -> list[SiteLayer]:
         """The sites and layers of all other receivers."""
-        points = (point for own in self.receivers for point in own.points)
+        points = (point for receiver in self.receivers for point in receiver.points)
         every = dict.fromkeys((point.site, point.layer) for point in points)
         attended = self.attended
         return [each for each in every if each not in attended]
@@ -276,21 +274,21 @@ class PathEdges:
         """What receivers at each site read: a transcoder's features read another site."""
         path = self.rule.rule.path
         assert path is not None
-        found: dict[SiteLayer, SiteRead] = {}
+        site_reads: dict[SiteLayer, SiteRead] = {}
         for site, layer in self.sites:
             of = path.reads(SitePoint(site, layer, None))
-            found[site, layer] = SiteRead(of.site, of.layer, before=of.site != "resid_post")
-        return found
+            site_reads[site, layer] = SiteRead(of.site, of.layer, before=of.site != "resid_post")
+        return site_reads
 
     def list_written(self, systems: Mapping[str, CoordinateSystem]) -> list[SiteLayer]:
         """List the sites that receivers change: features of a cross-layer transcoder change the
         outputs of later MLPs, too."""
-        found = [*self.sites]
+        sites = [*self.sites]
         for (site, layer), member in self.list_members().items():
             assert layer is not None
             later = list_later_decoders(systems[member.name], layer)
-            found += [(site, number) for number in later]
-        return list(dict.fromkeys(found))
+            sites += [(site, number) for number in later]
+        return list(dict.fromkeys(sites))
 
     def list_members(self) -> dict[SiteLayer, BasisMember]:
         """Return the dictionary of each receivers' site at which features receive."""
@@ -341,8 +339,8 @@ def select_writes(writes: Sequence[SiteWrite], place: Ints) -> list[SiteWrite]:
         place: [row] their new numbers; -1 for other rows.
     """
     rows = torch.from_numpy(place)
-    found = [each.some(rows[each.rows] >= 0, rows) for each in writes]
-    return [each for each in found if len(each.rows)]
+    site_writes = [write.some(rows[write.rows] >= 0, rows) for write in writes]
+    return [site_write for site_write in site_writes if len(site_write.rows)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,8 +365,8 @@ class ReceivingFeatures:
         """
         named = torch.tensor(which, device=self.read.device).expand(len(self.read), -1)
         index = named if which else None
-        found = self.system.encode(self.read, index)
-        change = found - found.detach()
+        activations = self.system.encode(self.read, index)
+        change = activations - activations.detach()
         return {
             place: decoder.shift(self.written, change, index) - self.written
             for place, decoder in self.decoders.items()
@@ -424,7 +422,7 @@ class HeldPass:
             hold_sublayers(model, norms, batch, *given) as writes,
             catch_autograd_errors(),
         ):
-            found = run_full(
+            reads = run_full(
                 model,
                 batch,
                 stop=model.shape.n_layers,
@@ -436,7 +434,7 @@ class HeldPass:
         inputs: dict[SiteLayer, Tensor] = {}
         for place, read in of_site.items():
             index = edges.tokens[0], batch.of_read(read).columns(*edges.tokens)
-            inputs[place] = found[read][indices_to_device(index, found[read].device)]
+            inputs[place] = reads[read][indices_to_device(index, reads[read].device)]
         features: dict[SiteLayer, ReceivingFeatures] = {}
         for place, member in edges.list_members().items():
             vectors = inputs[place][:, 0]
@@ -450,7 +448,7 @@ class HeldPass:
             for later, decoder in list_later_decoders(system, layer).items():
                 decoders[site, later] = decoder
             features[place] = ReceivingFeatures(system, vectors, written, decoders)
-        return HeldPass(edges, {where: found[where] for where in wheres}, inputs, features)
+        return HeldPass(edges, {where: reads[where] for where in wheres}, inputs, features)
 
     def gradients(
         self, number: int, slopes: Mapping[SiteLayer, Tensor], leaves: Sequence[Tensor]
@@ -463,14 +461,14 @@ class HeldPass:
             leaves: The zeros that were added at the senders.
         """
         total = torch.zeros((), dtype=torch.float64)
-        own = self.edges.receivers[number]
+        receiver = self.edges.receivers[number]
         attended = self.edges.list_attended(number)
-        for point in (each for each in own.points if each not in attended):
+        for point in (site_point for site_point in receiver.points if site_point not in attended):
             place = point.site, point.layer
             units = slice(None) if point.unit is None else point.unit
             parts = {place: self.inputs[place][:, units]}
-            if own.features is not None:
-                changes = self.features[place].changes(own.features)
+            if receiver.features is not None:
+                changes = self.features[place].changes(receiver.features)
                 parts = {to: change[:, None] for to, change in changes.items()}
             for to, values in parts.items():
                 slope = slopes[to][:, units]

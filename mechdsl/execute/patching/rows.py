@@ -149,17 +149,17 @@ class PassRows:
                 held.rows.copy(),
                 held.mlps.copy(),
                 held.norms.copy(),
-                {place: own.copy() for place, own in neurons.items()},
+                {place: neuron.copy() for place, neuron in neurons.items()},
                 {place: own.copy() for place, own in attention.items()},
             )
-            for every, own in (
+            for every, mask in (
                 (held.rows, part.held.rows),
                 (held.mlps, part.held.mlps),
                 (held.norms, part.held.norms),
-                *((held.neurons[place], own) for place, own in part.held.neurons.items()),
+                *((held.neurons[place], neuron) for place, neuron in part.held.neurons.items()),
                 *((held.attention[place], own) for place, own in part.held.attention.items()),
             ):
-                every[at] = own
+                every[at] = mask
         return replace(
             self,
             acting=self.acting.then(part.acting.moved(where)),
@@ -224,8 +224,8 @@ def plan_reads(
     readout: Readout, member: PassMember, run: PromptRun, lengths: Ints, look: RowObserver | None
 ) -> PassReads:
     """Plan the reads of a readout in a member's rows; lengths: [row of the pass]."""
-    own = lengths[member.at]
-    columns = [find_positions(spot, run.name, member.rows.prompt, own) for spot in readout.spots]
+    length = lengths[member.at]
+    columns = [find_positions(spot, run.name, member.rows.prompt, length) for spot in readout.spots]
     rows: list[Ints] = []
     positions: list[Ints] = []
     spots = len(columns) if readout.needs_plain else 0
@@ -234,9 +234,9 @@ def plan_reads(
         positions.append(np.stack(columns, axis=1).reshape(-1))
     if readout.loss is not None:
         first = np.array([run.rows[prompt].source for prompt in member.rows.prompt])
-        rows.append(np.repeat(member.at, own - first))
+        rows.append(np.repeat(member.at, length - first))
         positions.append(
-            np.concatenate([np.arange(*pair) for pair in zip(first, own, strict=True)])
+            np.concatenate([np.arange(*pair) for pair in zip(first, length, strict=True)])
         )
     empty = np.zeros(0, dtype=np.int64)
     inside = {
@@ -380,8 +380,11 @@ def _compute_receiver_writes(
         values = found[read]
         vectors = values[arrays_to_device((index, unit), values.device)]
         part = RuleWrite(wanted.row[own], wanted.token[own], unit, vectors)
-        for each in write_receiving_features(plan, part, place, cells, directions):
-            every = [(place, each), *list_later_writes(each, place, directions)]
+        for receiving_feature in write_receiving_features(plan, part, place, cells, directions):
+            every = [
+                (place, receiving_feature),
+                *list_later_writes(receiving_feature, place, directions),
+            ]
             writes += [join_writes(to, [own]) for to, own in every]
     return writes, added
 
@@ -405,10 +408,10 @@ def _plan_receiver_reads(
     reads: dict[SiteRead, RowPositions] = {}
     of_sites: dict[SiteLayer, tuple[SiteRead, Ints, Ints]] = {}
     for number, place in enumerate(places):
-        own = np.flatnonzero((of_point[wanted.point] == number) & ~is_end[wanted.point])
-        if len(own):
-            reads[read_of[place]], index = _distinct_places(wanted, own, sender)
-            of_sites[place] = read_of[place], own, index
+        indices = np.flatnonzero((of_point[wanted.point] == number) & ~is_end[wanted.point])
+        if len(indices):
+            reads[read_of[place]], index = _distinct_places(wanted, indices, sender)
+            of_sites[place] = read_of[place], indices, index
     last = gaining = np.flatnonzero(is_end[wanted.point])
     if len(last):
         reads[end], gaining = _distinct_places(wanted, last, sender)
@@ -416,14 +419,14 @@ def _plan_receiver_reads(
 
 
 def _distinct_places(
-    wanted: _ReceiverVectors, own: Ints, sender: Ints
+    wanted: _ReceiverVectors, numbers: Ints, sender: Ints
 ) -> tuple[RowPositions, Ints]:
     """Find the distinct positions that a subset of receiver vectors is read at.
 
     Returns:
         (row of the sender, token) of each distinct position, and each vector's index into them.
     """
-    seen = np.stack([sender[wanted.row[own]], wanted.token[own]])
+    seen = np.stack([sender[wanted.row[numbers]], wanted.token[numbers]])
     distinct, inverse = np.unique(seen, axis=1, return_inverse=True)
     return (distinct[0], distinct[1]), inverse.reshape(-1)
 
@@ -456,11 +459,11 @@ class Patcher:
         self.plan = plan
         self.skip = skip
         self.plans = plans
-        self.prefilled = [select_prefill_rules(each) for each in plans]
+        self.prefilled = [select_prefill_rules(experiment_plan) for experiment_plan in plans]
         """Plans restricted to rules that act on the prompts."""
         self.readouts = readouts
         self.means_and_donors = means_and_donors
-        self.systems = [each.directions.systems for each in means_and_donors]
+        self.systems = [donor.directions.systems for donor in means_and_donors]
         self.runs = runs
         self.model = runs.model
         self._settler = CircuitSettler(self.model)
@@ -501,16 +504,16 @@ class Patcher:
         have = GeneratedRows(rows.run, rows.prompts, (), rows.acting, rows.later)
         lanes_of = partial(self.runs.lanes, run, batch)
         in_replies = read_replies(self.runs, have, replies, readers)
-        for member, many, readout, want, own, read, seen in zip(
+        for member, many, readout, want, logit, read, seen in zip(
             members, repeated, readouts, wanted, logits, reads, observed, strict=True
         ):
             reading = ReadoutInput(
                 run=run.name,
                 prompts=many.rows.prompt,
                 items=[self.plans[member.number].items[cell] for cell in many.rows.cell],
-                logits=want.spots(own),
+                logits=want.spots(logit),
                 continued=self._read_continuations(rows, many, readout),
-                loss=want.loss(own, readout, many, rows.draw, lanes_of, run),
+                loss=want.loss(logit, readout, many, rows.draw, lanes_of, run),
                 activations=read,
                 references=self.runs.references(
                     readout, batch, many.rows.prompt, rows.draw[many.at]
@@ -520,11 +523,11 @@ class Patcher:
                 has_loss=None if readout.loss is None else has_loss(run, many.rows.prompt),
             )
             written = [replies[row] for row in many.at] if replies else ()
-            found = read_samples(readout, reading, written, skip=self.skip[member.number])
-            found = replace(found, listed=None if seen is None else seen.listed)
+            result = read_samples(readout, reading, written, skip=self.skip[member.number])
+            result = replace(result, listed=None if seen is None else seen.listed)
             if member.number in in_replies:
-                found = merge_reply_values(found, in_replies[member.number])
-            yield member, found.over_draws(draws)
+                result = merge_reply_values(result, in_replies[member.number])
+            yield member, result.over_draws(draws)
 
     def written(
         self, shared: SharedRows, chosen: Ints, run: PromptRun, batch: Ints
@@ -556,16 +559,16 @@ class Patcher:
         kept = None if self.runs.writer is None else self.runs.writer.kept
         if kept is None:
             return None
-        found = [b""] * len(chosen)
+        contents = [b""] * len(chosen)
         owner, rows = shared.owner[chosen], shared.rows.take(chosen)
         for number in np.unique(owner).tolist():
-            own = np.flatnonzero(owner == number)
-            keys = kept.of_rows(self.plans[number].experiment.key, rows.take(own))
+            indices = np.flatnonzero(owner == number)
+            keys = kept.of_rows(self.plans[number].experiment.key, rows.take(indices))
             if keys is None:
                 return None
-            for place, key in zip(own.tolist(), keys, strict=True):
-                found[place] = key
-        return found
+            for place, key in zip(indices.tolist(), keys, strict=True):
+                contents[place] = key
+        return contents
 
     def everything(
         self,
@@ -588,8 +591,8 @@ class Patcher:
         number, position = np.repeat(np.arange(len(rows)), lengths), count_columns(lengths)[1]
         none = np.zeros(0, dtype=np.int64)
         places = dict.fromkeys(reads, (number, position))
-        found = self._run_whole(rows, lanes, lane, (none, none), places, None)[1]
-        return {read: found[read] for read in reads}
+        tensors = self._run_whole(rows, lanes, lane, (none, none), places, None)[1]
+        return {read: tensors[read] for read in reads}
 
     def _look(self, member: PassMember) -> RowObserver | None:
         """Build the reader of the member's `observe` line, unless it reads reply tokens."""
@@ -603,14 +606,16 @@ class Patcher:
     def _pass_rows(
         self, shared: SharedRows, chosen: Ints, run: PromptRun, batch: Ints, draws: int
     ) -> PassRows:
-        found = _start_pass(shared, chosen, run, batch, draws)
+        pass_rows = _start_pass(shared, chosen, run, batch, draws)
         every = np.repeat(chosen, draws)
         owner = shared.owner[every]
         for number in np.unique(owner):
-            own = np.flatnonzero(owner == number)
-            rows, draw = shared.rows.take(every[own]), found.draw[own]
-            found = found.joined(self._rows_of(int(number), rows, draw, run, batch), own)
-        return found
+            indices = np.flatnonzero(owner == number)
+            rows, draw = shared.rows.take(every[indices]), pass_rows.draw[indices]
+            pass_rows = pass_rows.joined(
+                self._rows_of(int(number), rows, draw, run, batch), indices
+            )
+        return pass_rows
 
     def _rows_of(
         self,
@@ -624,13 +629,13 @@ class Patcher:
         """Build the rows of one experiment and their writes, for a pass with this continuation."""
         plan, shape = self.plans[number], self.model.shape
         path = plan.path
-        own = PassRows(run, batch, rows.prompt, draw, whole=plan.whole)
+        pass_rows = PassRows(run, batch, rows.prompt, draw, whole=plan.whole)
         if self.runs.writer is not None:
-            own = replace(own, later=self._later(number, rows, draw, run, batch))
+            pass_rows = replace(pass_rows, later=self._later(number, rows, draw, run, batch))
         if path is None or path.paths is None:
-            return replace(own, acting=self._acting(number, rows, draw, run, batch, text))
+            return replace(pass_rows, acting=self._acting(number, rows, draw, run, batch, text))
         if path.paths.at_the_end:
-            return self._held(own, number, path, rows, text)
+            return self._held(pass_rows, number, path, rows, text)
 
         def read(
             rows: PassRows, reads: Mapping[SiteRead, RowPositions]
@@ -642,14 +647,16 @@ class Patcher:
         def patched(
             senders: RowTable, draws: Ints, reads: Mapping[SiteRead, RowPositions]
         ) -> Mapping[SiteRead, Tensor]:
-            rows = replace(own, prompts=senders.prompt, draw=draws)
+            rows = replace(pass_rows, prompts=senders.prompt, draw=draws)
             return read(self._held(rows, number, path, senders, text), reads)
 
         def without(
             senders: RowTable, draws: Ints, reads: Mapping[SiteRead, RowPositions]
         ) -> Mapping[SiteRead, Tensor]:
             acting = self._acting(number, senders, draws, run, batch, text, senders=False)
-            return read(replace(own, prompts=senders.prompt, draw=draws, acting=acting), reads)
+            return read(
+                replace(pass_rows, prompts=senders.prompt, draw=draws, acting=acting), reads
+            )
 
         ends = None if path.rule.in_vision else find_pass_ends(plan, rows, text)
         got, added = _compute_receiver_writes(
@@ -662,7 +669,7 @@ class Patcher:
             self.means_and_donors[number].directions,
         )
         others = self._acting(number, rows, draw, run, batch, text, senders=False)
-        return replace(own, acting=RuleWrites(got).then(others).then(RuleWrites(added)))
+        return replace(pass_rows, acting=RuleWrites(got).then(others).then(RuleWrites(added)))
 
     def _held(
         self,
@@ -701,10 +708,10 @@ class Patcher:
         """
         plan, shape = self.prefilled[number], self.model.shape
         given = (self.lanes_of(number, batch, text), self.means_and_donors[number], shape)
-        own = build_rule_writes(plan, rows, draw, *given, text, senders=senders)
+        rule_writes = build_rule_writes(plan, rows, draw, *given, text, senders=senders)
         if run.derived is None:
-            return own
-        return self.runs.rules(run, rows.prompt, draw, batch).then(own)
+            return rule_writes
+        return self.runs.rules(run, rows.prompt, draw, batch).then(rule_writes)
 
     def _later(
         self, number: int, rows: RowTable, draw: Ints, run: PromptRun, batch: Ints
@@ -762,17 +769,17 @@ class Patcher:
             tokens = None
         reads = join_requests(inside)
         lanes = self.runs.lanes(rows.run, rows.batch)
-        logits, found = self._run(rows, lanes, final, reads, tokens)
+        logits, tensors = self._run(rows, lanes, final, reads, tokens)
         split = {
             read: values.tensor_split(np.cumsum([len(p[0]) for p in inside[read]])[:-1].tolist())
-            for read, values in found.items()
+            for read, values in tensors.items()
         }
         activations = [
             {
                 atom: flatten_units(split[r][i], readout.atoms[atom][1])
-                for atom, (r, i) in own.items()
+                for atom, (r, i) in part.items()
             }
-            for readout, own in zip(readouts, parts, strict=True)
+            for readout, part in zip(readouts, parts, strict=True)
         ]
         observed = [
             want.look
@@ -865,14 +872,14 @@ class Patcher:
         if rows.all_logits:
             columns = batch.columns(row, torch.from_numpy(final[1]))
         row, columns = indices_to_device((row, columns), result.logits.device)
-        found: dict[SiteRead, Tensor] = {}
+        tensors: dict[SiteRead, Tensor] = {}
         for read, (read_rows, positions) in reads.items():
             at = torch.from_numpy(read_rows)
             index = at, batch.of_read(read).columns(at, torch.from_numpy(positions))
-            found[read] = result.reads[read][indices_to_device(index, self.model.device)]
+            tensors[read] = result.reads[read][indices_to_device(index, self.model.device)]
         if has_single_output(self.model):
-            return result.logits[row], found
-        return result.logits[row, columns], found
+            return result.logits[row], tensors
+        return result.logits[row, columns], tensors
 
     def _find_copies(
         self, rows: PassRows, batch: Batch, lane: Ints, added: Sequence[SiteWrite]
@@ -897,7 +904,7 @@ class Patcher:
         """
         circuits = rows.acting.circuits
         if self.plan.skips_inert and alone and self._settles(rows):
-            return [self._settler.settle(each, lengths) for each in circuits]
+            return [self._settler.settle(circuit, lengths) for circuit in circuits]
         return circuits
 
     def _settles(self, rows: PassRows) -> bool:
@@ -933,11 +940,11 @@ class Patcher:
         prompts = member.rows.prompt
         count = np.arange(len(prompts))
         text = Continuation(number, atom)
-        own = self._rows_of(member.number, member.rows, draw, rows.run, rows.batch, text)
+        pass_rows = self._rows_of(member.number, member.rows, draw, rows.run, rows.batch, text)
         lengths = lanes.lengths[lanes.lane(prompts, draw)]
         at = find_continuation_positions(atom, prompts, lengths).numpy()
         final = (np.repeat(count, at.shape[1]), at.reshape(-1))
-        logits, _ = self._run(own, lanes, final, {}, None)
+        logits, _ = self._run(pass_rows, lanes, final, {}, None)
         return logits.unflatten(0, at.shape)
 
 
@@ -1004,8 +1011,8 @@ def list_stream_reads(model: LoadedModel) -> list[SiteRead]:
 
 def _describe_first(reads: Mapping[SiteRead, Tensor]) -> str:
     """Describe the first site, in the order of `reads`, with a NaN or infinity; empty if none."""
-    for read, found in reads.items():
-        if not bool(found.isfinite().all()):
+    for read, vectors in reads.items():
+        if not bool(vectors.isfinite().all()):
             of = "" if read.layer is None else f" of layer {read.layer}"
             return f"in `{read.site}`{of}"
     return ""
@@ -1031,11 +1038,11 @@ def _join_reads(
         parts.append({})
         looks.append({})
         for atom, (place, where) in want.inside.items():
-            own = inside.setdefault(place, [])
-            parts[-1][atom] = place, len(own)
-            own.append(where)
+            numbers = inside.setdefault(place, [])
+            parts[-1][atom] = place, len(numbers)
+            numbers.append(where)
         for place, where in (want.look.places if want.look is not None else {}).items():
-            own = inside.setdefault(place, [])
-            looks[-1][place] = len(own)
-            own.append(where)
+            numbers = inside.setdefault(place, [])
+            looks[-1][place] = len(numbers)
+            numbers.append(where)
     return inside, parts, looks

@@ -122,13 +122,13 @@ def compute_cell_vectors(
     Raises:
         CellFunctionFailed: A function fails.
     """
-    found: dict[tuple[int, int | None], CellVectors] = {}
-    for number, own in cells.items():
+    cell_vectors: dict[tuple[int, int | None], CellVectors] = {}
+    for number, cell in cells.items():
         rule = plan.rules[number]
         for text in (None, *(readout.appended_texts if rule.in_answers else ())):
-            made = _compute_rule_vectors(rule, own, runs, batches, text)
-            found[number, None if text is None else text.number] = made
-    return found
+            made = _compute_rule_vectors(rule, cell, runs, batches, text)
+            cell_vectors[number, None if text is None else text.number] = made
+    return cell_vectors
 
 
 def _compute_rule_vectors(
@@ -169,11 +169,11 @@ def _compute_rule_vectors(
         except PythonFailure as failure:
             raise CellFunctionFailed(failure, cells.cells[block.cell]) from failure
         view[rows] = made.view(len(rows), *block.shape[1:])
-    found = {
+    rule_vectors = {
         (block.cell, block.place, block.draw): (block.units, view)
         for block, view in zip(blocks, views, strict=True)
     }
-    return CellVectors(rule, cells, draws, found)
+    return CellVectors(rule, cells, draws, rule_vectors)
 
 
 def _list_blocks(
@@ -227,14 +227,14 @@ def _fill_block(
         view: [row, position, unit, width] the block's vectors.
         there: [row, position] whether a vector is present.
     """
-    own = np.flatnonzero(np.isin(cell.prompts, lanes.prompts))
-    index, token = rule.read.tokens.expand(cell.runs[own])
-    slot = count_columns(rule.read.tokens.counts(cell.runs[own]))[1]
-    prompt = cell.prompts[own][index]
+    indices = np.flatnonzero(np.isin(cell.prompts, lanes.prompts))
+    index, token = rule.read.tokens.expand(cell.runs[indices])
+    slot = count_columns(rule.read.tokens.counts(cell.runs[indices]))[1]
+    prompt = cell.prompts[indices][index]
     here = token // rule.vectors < ends[prompt]
     if not here.any():
         return
-    row, token, slot, prompt = own[index][here], token[here], slot[here], prompt[here]
+    row, token, slot, prompt = indices[index][here], token[here], slot[here], prompt[here]
     lane = lanes.lane(prompt, np.full(len(prompt), block.draw))
     where = SiteRead(*block.place)
     read = lanes.reads[where]
@@ -256,17 +256,17 @@ def choose_donors(
     plan: ExperimentPlan, table: PromptTable, seed: int, kept: Ints
 ) -> dict[int, Ints]:
     """Choose the rows of `RuleInputs.donors`; within one prompt set, by permuting the kept rows."""
-    found: dict[int, Ints] = {}
+    donors: dict[int, Ints] = {}
     for rule in plan.rules:
         if rule.rule.does.reads == "donor":
             external = rule.rule.external
             if external is None:
-                found[rule.number] = _permute_rows(kept, table.row_keys, seed)
+                donors[rule.number] = _permute_rows(kept, table.row_keys, seed)
             else:
-                found[rule.number] = _choose_external_donors(
+                donors[rule.number] = _choose_external_donors(
                     table, plan.starting_runs[0], external, seed
                 )
-    return found
+    return donors
 
 
 def _choose_external_donors(
@@ -278,13 +278,13 @@ def _choose_external_donors(
     """
     keys, run = external.table.row_keys, external.table.runs[external.run]
     order = sorted(range(len(keys)), key=lambda row: (stable_hash(seed, "donor", keys[row]), row))
-    found = np.empty(len(table), dtype=np.int64)
+    donors = np.empty(len(table), dtype=np.int64)
     for prompt, key in enumerate(table.row_keys):
         first = stable_hash(seed, "row of a donor", key) % len(order)
         around = [*order[first:], *order[:first]]
         ids = base.rows[prompt].ids
-        found[prompt] = next((row for row in around if run.rows[row].ids != ids), around[0])
-    return found
+        donors[prompt] = next((row for row in around if run.rows[row].ids != ids), around[0])
+    return donors
 
 
 def compute_means(
@@ -368,7 +368,9 @@ class _CoordinateEncoder:
             self.basis.find(SitePoint(*place, unit))
             for unit in range(unit_count(self.shape, *place))
         ]
-        return [None if own is None else self.directions.systems[own.name] for own in members]
+        return [
+            None if member is None else self.directions.systems[member.name] for member in members
+        ]
 
     def extent(self, place: SiteLayer) -> tuple[int, int]:
         """Return the vectors at a site, and the largest number of their coordinates."""
@@ -380,11 +382,11 @@ class _CoordinateEncoder:
         systems, (count, size) = self._systems(place), self.extent(place)
         parts = vectors.flatten(1)[:, None] if count == 1 else vectors
         wide = parts.to(torch.promote_types(parts.dtype, torch.float32))
-        found = wide.new_zeros(len(parts), count, size)
+        activations = wide.new_zeros(len(parts), count, size)
         for unit, system in enumerate(systems):
             if system is not None:
-                found[:, unit, : system.size] = system.encode(wide[:, unit], None)
-        return found
+                activations[:, unit, : system.size] = system.encode(wide[:, unit], None)
+        return activations
 
 
 def _compute_rule_means(
@@ -516,14 +518,14 @@ def _add_to_sums(
         )
         read = _LaneVectors(lanes, lane[row], token)
         for place, total in sums.items():
-            own, into = read, added
+            lane_vectors, into = read, added
             if plan.rule.circuit is not None and plan.rule.circuit.encoder is not None:
                 here = read.in_stack(SiteRead(*place).stack)  # other tokens have no such vector
-                own, into = read.some(here), tuple(each[here] for each in added)
+                lane_vectors, into = read.some(here), tuple(each[here] for each in added)
             if place in nodes:
-                vectors = own.split(nodes[place], split[nodes[place]])
+                vectors = lane_vectors.split(nodes[place], split[nodes[place]])
             else:
-                vectors = own.at(place)
+                vectors = lane_vectors.at(place)
             if encoder is not None:
                 vectors = encoder.encode(place, vectors)
             vectors = vectors[..., : total.shape[-1]]  # vectors over keys may be padded
@@ -575,7 +577,7 @@ class DerivedRuns:
         """
         kept = np.concatenate([np.arange(0), *batches])
         directions = {name: fits.of(plan) for name, plan in plans.items()}
-        found = DerivedRuns(
+        derived_runs = DerivedRuns(
             plans,
             runs,
             {
@@ -586,15 +588,15 @@ class DerivedRuns:
             {name: own for name, (own, _) in directions.items()},
             batches,
         )
-        problems = [problem for _, own in directions.values() for problem in own]
-        runs.rules_of = found.rules
+        problems = [problem for _, diagnostics in directions.values() for problem in diagnostics]
+        runs.rules_of = derived_runs.rules
         for name, plan in plans.items() if not problems else ():
-            if found.cells[name]:  # run functions first, because they may fail
+            if derived_runs.cells[name]:  # run functions first, because they may fail
                 try:
-                    found.written(name)
+                    derived_runs.written(name)
                 except CellFunctionFailed as failed:
-                    return found, [report_cell_failure(failed, plan)]
-        return found, problems
+                    return derived_runs, [report_cell_failure(failed, plan)]
+        return derived_runs, problems
 
     def written(self, name: str) -> RuleInputs:
         """Return the inputs of a run's rules besides activations on the same prompt.
@@ -658,11 +660,11 @@ class ReconstructionErrors:
         Args:
             rows: Rows of the prompt table.
         """
-        found = {spot: np.full((rows, 2), np.nan) for spot in plan.reconstructed}
-        for spot, values in found.items() if cache is not None else ():
+        errors = {spot: np.full((rows, 2), np.nan) for spot in plan.reconstructed}
+        for spot, values in errors.items() if cache is not None else ():
             assert cache is not None
             values[:] = cache.earlier(spot)
-        return ReconstructionErrors(plan, cache, found)
+        return ReconstructionErrors(plan, cache, errors)
 
     def is_unknown(self, prompts: Ints) -> Bools:
         """Return [prompt] whether an error isn't known yet."""
@@ -695,13 +697,15 @@ class ReconstructionErrors:
         position = rule.positions[spot.position]
         sums = np.zeros((len(base.prompts), 2))
         vectors: dict[int, Tensor] = {}
-        for each in read_vectors(lambda _: base, points, [position], [base.prompts]):
-            vectors[each.point] = each.vectors
-            if each.point % 2 == 0:
+        for vector in read_vectors(lambda _: base, points, [position], [base.prompts]):
+            vectors[vector.point] = vector.vectors
+            if vector.point % 2 == 0:
                 continue
-            system = directions.systems[basis.at(points[each.point - 1], spot.basis).name]
-            errors = relative_errors(system, vectors.pop(each.point - 1), vectors.pop(each.point))
-            at = np.searchsorted(base.prompts, each.prompts)
+            system = directions.systems[basis.at(points[vector.point - 1], spot.basis).name]
+            errors = relative_errors(
+                system, vectors.pop(vector.point - 1), vectors.pop(vector.point)
+            )
+            at = np.searchsorted(base.prompts, vector.prompts)
             np.add.at(sums[:, 0], at, errors)
             np.add.at(sums[:, 1], at, 1)
         return sums[np.searchsorted(base.prompts, prompts)]
@@ -725,16 +729,16 @@ def relative_errors(system: CoordinateSystem, vectors: Tensor, inputs: Tensor) -
         vectors: [K, width] what is reconstructed.
         inputs: [K, …] what is encoded: the same vectors, or the inputs of a transcoder.
     """
-    found = [np.zeros(0)]
+    errors = [np.zeros(0)]
     count = max(1, MAX_NUMBERS // max(system.size, vectors.shape[1]))
     for begin in range(0, len(vectors), count):
-        own, given = vectors[begin : begin + count], inputs[begin : begin + count]
-        dtype = torch.promote_types(own.dtype, torch.float32)
-        own, given = own.to(dtype), given.to(dtype)
-        error, length = (own - system.reconstruct(given)).norm(dim=-1), own.norm(dim=-1)
+        tensors, given = vectors[begin : begin + count], inputs[begin : begin + count]
+        dtype = torch.promote_types(tensors.dtype, torch.float32)
+        tensors, given = tensors.to(dtype), given.to(dtype)
+        error, length = (tensors - system.reconstruct(given)).norm(dim=-1), tensors.norm(dim=-1)
         ratio = torch.where(length > 0, error / length, 0.0)
-        found.append(ratio.double().cpu().numpy())
-    return np.concatenate(found)
+        errors.append(ratio.double().cpu().numpy())
+    return np.concatenate(errors)
 
 
 # --- inactive features ----------------------------------------------------------------------------
@@ -801,19 +805,19 @@ def find_inactive_rows(
     named = np.ones(len(rows), dtype=np.bool_)
     for rule in plan.rules:
         if rule.coordinates_of_cell is not None:
-            counts = np.array([len(own.which) for own in rule.coordinates])
+            counts = np.array([len(coordinate.which) for coordinate in rule.coordinates])
             named &= (counts[rule.coordinates_of_cell[rows.cell]] > 0) | ~rule.acts(rows)
-    found = np.zeros(len(rows), dtype=np.bool_)
+    inactive_rows = np.zeros(len(rows), dtype=np.bool_)
     for part in _parts(plan, np.flatnonzero(named)):
-        own = rows.take(part)
-        still = np.ones(len(own), dtype=np.bool_)
-        draws = np.zeros(len(own), dtype=np.int64)
-        writes = list_rule_writes(plan, own, draws, lanes_of, inputs, shape)
+        row_table = rows.take(part)
+        still = np.ones(len(row_table), dtype=np.bool_)
+        draws = np.zeros(len(row_table), dtype=np.int64)
+        writes = list_rule_writes(plan, row_table, draws, lanes_of, inputs, shape)
         for place, parts in writes.items():
             for write in parts:
-                still[write.row[_changes(place, write, own, base)]] = False
-        found[part] = still
-    return found
+                still[write.row[_changes(place, write, row_table, base)]] = False
+        inactive_rows[part] = still
+    return inactive_rows
 
 
 def _parts(plan: ExperimentPlan, rows: Ints) -> Iterator[Ints]:

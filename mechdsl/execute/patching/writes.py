@@ -53,13 +53,7 @@ from mechdsl.planner.rows import (
     point_units,
 )
 from mechdsl.resolve.bases import CoordinateChange
-from mechdsl.resolve.types import (
-    CircuitTargets,
-    SiteLayer,
-    SitePoint,
-    find_split_output,
-    is_neuron,
-)
+from mechdsl.resolve.types import CircuitTargets, SiteLayer, SitePoint, find_split_output, is_neuron
 from mechdsl.vocab.sites import SITES, write_order
 
 
@@ -92,17 +86,17 @@ class CellVectors:
         """
         cell, within = self.cells.place(self.plan, rows)
         draw = draws[row] if self.draws > 1 else np.zeros_like(row)
-        found: Tensor | None = None
+        vectors: Tensor | None = None
         kinds = np.stack([cell[row], draw])
         for index, number in np.unique(kinds, axis=1).T.tolist():
-            own = np.flatnonzero((kinds[0] == index) & (kinds[1] == number))
+            indices = np.flatnonzero((kinds[0] == index) & (kinds[1] == number))
             there, block = self.blocks[index, place, number]
-            where = (within[row[own]], slot[own], np.searchsorted(there, unit[own]))
+            where = (within[row[indices]], slot[indices], np.searchsorted(there, unit[indices]))
             values = block[tuple(map(torch.from_numpy, where))]
-            if found is None:
-                found = values.new_zeros(len(row), values.shape[-1])
-            found[torch.from_numpy(own)] = values
-        return torch.zeros(0, 1) if found is None else found
+            if vectors is None:
+                vectors = values.new_zeros(len(row), values.shape[-1])
+            vectors[torch.from_numpy(indices)] = values
+        return torch.zeros(0, 1) if vectors is None else vectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,21 +155,21 @@ class RuleInputs:
         """Return the edges of a rule's circuit at a class of tokens, which are counted once for all
         passes."""
         key = rule.number, number, of_class
-        found = self.edges.get(key)
-        if found is None:
+        edge_table = self.edges.get(key)
+        if edge_table is None:
             circuit, ends = rule.rule.circuit, rule.edge_ends[number][of_class]
             assert circuit is not None
             others = list_other_neurons(circuit, shape)
             features = split_outputs(rule, self.directions)
             kept = _list_kept_senders(circuit, ends[0]) if rule.rule.does.reads is None else []
-            found = _tabulate(*ends, kept, others, features)
-            self.edges[key] = found
-        return found
+            edge_table = _tabulate(*ends, kept, others, features)
+            self.edges[key] = edge_table
+        return edge_table
 
     def made_with(self, rule: int, text: Continuation | None) -> CellVectors | None:
         """Return the vectors that a rule writes with this continuation, if it reads whole cells."""
-        found = None if text is None else self.made.get((rule, text.number))
-        return self.made.get((rule, None)) if found is None else found
+        cell_vectors = None if text is None else self.made.get((rule, text.number))
+        return self.made.get((rule, None)) if cell_vectors is None else cell_vectors
 
     def of(self, text: Continuation | None) -> Mapping[int, RuleMeans]:
         """Return the means in passes with this continuation, by number of the rule."""
@@ -235,17 +229,17 @@ def select_readable_rows(
             position = rule.position_of_cell[rows.cell]
             key = position * rule.read.prompts + find_read_prompts(rule, rows, means_and_donors)
             good &= (rule.read.runs.counts(key) > 0) | ~rule.acts(rows)
-    found = np.flatnonzero(good)
-    own = rows.take(found)
-    fine = np.ones(len(found), dtype=np.bool_)
+    indices = np.flatnonzero(good)
+    row_table = rows.take(indices)
+    fine = np.ones(len(indices), dtype=np.bool_)
     for rule in plan.rules:
         if rule.in_answers:
-            tokens = _list_tokens(rule, own, means_and_donors)
+            tokens = _list_tokens(rule, row_table, means_and_donors)
             for text in texts:
-                written, read = _find_present(plan, rule, own, tokens, means_and_donors, text)
-                written &= rule.acts(own)[tokens.row]
+                written, read = _find_present(plan, rule, row_table, tokens, means_and_donors, text)
+                written &= rule.acts(row_table)[tokens.row]
                 fine[tokens.row[written & ~read]] = False
-    return found[fine]
+    return indices[fine]
 
 
 def find_pass_ends(plan: ExperimentPlan, rows: RowTable, text: Continuation | None) -> Ints | None:
@@ -354,8 +348,8 @@ def build_writes(
     apart = any(rule.does.mode == "step" for rule in plan.experiment.rules)
     return [
         write
-        for place, found in parts.items()
-        for write in _merge_in_order(place, found, apart=apart)
+        for place, part in parts.items()
+        for write in _merge_in_order(place, part, apart=apart)
     ]
 
 
@@ -399,8 +393,10 @@ def list_rule_writes(
             if mode == "coordinates":
                 for write in _write_coordinates(asked, spots, to, rows):
                     parts[to].append(write)
-                    for later, own in list_later_writes(write, to, means_and_donors.directions):
-                        parts[later].append(own)
+                    for later, rule_write in list_later_writes(
+                        write, to, means_and_donors.directions
+                    ):
+                        parts[later].append(rule_write)
                 continue
             if mode == "edit":
                 parts[to] += _write_edits(asked, spots)
@@ -453,7 +449,7 @@ def _write_coordinates(
     assert isinstance(does, CoordinateChange)
     members = basis.members
     named = plan.coordinates_of_cell[rows.cell[asked.row]]
-    numbers = np.array([own.basis for own in plan.coordinates], dtype=np.int64)
+    numbers = np.array([coordinate.basis for coordinate in plan.coordinates], dtype=np.int64)
     pairs, inverse = np.unique(np.stack([spots[2], numbers[named]]), axis=1, return_inverse=True)
     last = len(basis.bases) - 1  # features that come in are those of the last basis
     both = [
@@ -465,15 +461,15 @@ def _write_coordinates(
     kinds = np.stack([member_of, other_of, *counts[:, named]])
     for number, other, count, more in np.unique(kinds, axis=1).T.tolist():
         same = np.equal(kinds, [[number], [other], [count], [more]])
-        own = np.flatnonzero(same.all(axis=0))
+        indices = np.flatnonzero(same.all(axis=0))
         which = None
         if count:
-            used = (plan.coordinates[n] for n in np.unique(named[own]))
+            used = (plan.coordinates[n] for n in np.unique(named[indices]))
             every = [each.which + each.inserted for each in used]
             table = np.array(every, dtype=np.int64)
-            which = torch.from_numpy(table[np.unique(named[own], return_inverse=True)[1]])
+            which = torch.from_numpy(table[np.unique(named[indices], return_inverse=True)[1]])
         system = asked.means_and_donors.directions.systems[members[number].name]
-        part = _Coordinates(asked.part(own), system, which)
+        part = _Coordinates(asked.part(indices), system, which)
         values = does.values(plan.rule, part)
         if values.shape[1] > 1 and values.stride(1) == 0:  # one number for all coordinates
             values = values[:, :1]
@@ -485,7 +481,7 @@ def _write_coordinates(
             drops_error=does.drops_error,
             inserted=members[other] if more else None,
         )
-        row, position, unit = (each[own] for each in spots)
+        row, position, unit = (spot[indices] for spot in spots)
         yield RuleWrite(row, position, unit, values, mode, which, plan.number)
 
 
@@ -511,18 +507,22 @@ def write_receiving_features(
     system, vectors = directions.systems[member.name], part.values
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     named = paths.coordinates_of_cell[cells[part.row]]
-    counts = np.array([len(own.which) for own in paths.coordinates], dtype=np.int64)[named]
+    counts = np.array([len(coordinate.which) for coordinate in paths.coordinates], dtype=np.int64)[
+        named
+    ]
     for count in np.unique(counts).tolist():
-        own = np.flatnonzero(counts == count)
+        indices = np.flatnonzero(counts == count)
         which = None
         if count:
-            table = {number: paths.coordinates[number].which for number in set(named[own].tolist())}
-            which = torch.tensor([table[number] for number in named[own].tolist()])
-        index = array_to_device(own, wide.device)
+            table = {
+                number: paths.coordinates[number].which for number in set(named[indices].tolist())
+            }
+            which = torch.tensor([table[number] for number in named[indices].tolist()])
+        index = array_to_device(indices, wide.device)
         on_device = None if which is None else to_device(which, wide.device)
         values = system.encode(wide[index], on_device)
         mode = directions.mode(member, "set", (count, 0), joins_units=False, drops_error=False)
-        spots = part.row[own], part.position[own], part.unit[own]
+        spots = part.row[indices], part.position[indices], part.unit[indices]
         yield RuleWrite(*spots, values, mode, which, plan.number)
 
 
@@ -543,10 +543,10 @@ def _write_edits(asked: _RuleVectors, spots: tuple[Ints, Ints, Ints]) -> Iterato
     assert plan.direction_of_cell is not None
     which = plan.direction_of_cell[asked.rows.cell[asked.row]]
     for number in np.unique(which).tolist():
-        own = np.flatnonzero(which == number)
-        values = plan.rule.does.values(plan.rule, asked.part(own))
+        indices = np.flatnonzero(which == number)
+        values = plan.rule.does.values(plan.rule, asked.part(indices))
         mode = asked.means_and_donors.directions.edit(plan.directions[number])
-        row, position, unit = (each[own] for each in spots)
+        row, position, unit = (spot[indices] for spot in spots)
         yield RuleWrite(row, position, unit, values, mode, None, plan.number)
 
 
@@ -569,10 +569,10 @@ def _group_by_site(
     places = sorted(set(pairs), key=str)
     place_of_point = np.array([places.index(pair) for pair in pairs], dtype=np.int64)
     unit_of_point, unit_of_source = point_units(rule.point_table), point_units(rule.source_table)
-    own = place_of_point[points]
-    for index in np.unique(own):
+    numbers = place_of_point[points]
+    for index in np.unique(numbers):
         to, of = places[index]
-        chosen = np.flatnonzero(own == index)
+        chosen = np.flatnonzero(numbers == index)
         if rule.joins_units(to, shape):
             none = np.zeros_like(chosen)
             yield to, of, chosen, none, none
@@ -587,7 +587,7 @@ def build_edges(
     plan: ExperimentPlan, rows: RowTable, shape: ModelShape, text: Continuation | None = None
 ) -> list[EdgeWrite]:
     """Build the changes of attention edges in these rows, in the order of the file."""
-    found: list[EdgeWrite] = []
+    edges: list[EdgeWrite] = []
     ends = find_pass_ends(plan, rows, text)
     for rule in plan.rules:
         edge = rule.rule.edge
@@ -611,7 +611,7 @@ def build_edges(
             if ends is not None:
                 there = key // rule.vectors < ends[row_of[entry]]
                 entry, key = entry[there], key[there]
-            found.append(
+            edges.append(
                 EdgeWrite(
                     int(at),
                     edge.change,
@@ -624,7 +624,7 @@ def build_edges(
                     SITES[site].stack,
                 )
             )
-    return found
+    return edges
 
 
 def build_rule_writes(
@@ -671,14 +671,14 @@ def iter_circuits(
         for number, of_class in np.unique(np.stack([which, classes]), axis=1).T.tolist():
             if number == len(edges) or not edges[number][of_class]:  # the rule doesn't act there
                 continue
-            own = np.flatnonzero((which == number) & (classes == of_class))
+            indices = np.flatnonzero((which == number) & (classes == of_class))
             table = means_and_donors.tabulate(rule, number, of_class, shape)
             asked = _RuleVectors(
                 rule,
                 table.senders[0][0],
                 every,
-                own,
-                np.zeros_like(own),
+                indices,
+                np.zeros_like(indices),
                 rows,
                 draws,
                 lanes_of,
@@ -688,8 +688,8 @@ def iter_circuits(
                 shape,
             )
             write = CircuitWrite(
-                torch.from_numpy(every.row[own]),
-                torch.from_numpy(every.written[own]),
+                torch.from_numpy(every.row[indices]),
+                torch.from_numpy(every.written[indices]),
                 tuple(
                     SenderFill(
                         SiteRead(*place),
@@ -701,19 +701,19 @@ def iter_circuits(
                 ),
                 table.receivers,
                 table.mask,
-                _name_source(rule, every, own),
+                _name_source(rule, every, indices),
                 others=table.others,
                 features=table.features,
             )
             yield rule, of_class, write
 
 
-def _name_source(rule: RulePlan, every: _WriteTokens, own: Ints) -> str:
+def _name_source(rule: RulePlan, every: _WriteTokens, numbers: Ints) -> str:
     """Return the run whose values are written at the same tokens of the same rows; empty if there
     is none, or if the edges of a circuit have positions."""
     same = rule.rule.does.reads == "run" and rule.rule.external is None
     same = same and rule.rule.circuit is not None and not rule.rule.circuit.places
-    same = same and np.array_equal(every.read[own], every.written[own])
+    same = same and np.array_equal(every.read[numbers], every.written[numbers])
     return rule.rule.run if same else ""
 
 
@@ -723,13 +723,13 @@ NODES: Mapping[str, str] = {"mlp_out": "mlp_nodes", "attn_out": "attn_nodes"}
 
 def split_outputs(rule: RulePlan, directions: FittedDirections) -> dict[SiteLayer, FeatureSplit]:
     """Return the outputs whose features are nodes of a rule's circuit."""
-    found: dict[SiteLayer, FeatureSplit] = {}
+    outputs: dict[SiteLayer, FeatureSplit] = {}
     circuit = rule.rule.circuit
-    for output, own in ({} if circuit is None else circuit.features).items():
-        system = directions.systems[own.member.name]
+    for output, feature in ({} if circuit is None else circuit.features).items():
+        system = directions.systems[feature.member.name]
         assert isinstance(system, Dictionary)
-        found[output] = FeatureSplit(system, own.which, own.member.reads)
-    return found
+        outputs[output] = FeatureSplit(system, feature.which, feature.member.reads)
+    return outputs
 
 
 def group_senders(
@@ -742,9 +742,9 @@ def group_senders(
     """
     places = {(sender.site, sender.layer) for sender in senders}
     for place in sorted(places, key=lambda place: write_order(*place)):
-        own = {number_unit(s, features) for s in senders if (s.site, s.layer) == place}
-        rest = (OTHERS,) if OTHERS in own and place in features else ()
-        yield place, (*sorted(own - {OTHERS}), *rest)
+        numbers = {number_unit(s, features) for s in senders if (s.site, s.layer) == place}
+        rest = (OTHERS,) if OTHERS in numbers and place in features else ()
+        yield place, (*sorted(numbers - {OTHERS}), *rest)
 
 
 def number_unit(node: SitePoint, features: SplitOutputs) -> int:
@@ -759,8 +759,8 @@ def list_other_neurons(
 ) -> dict[SiteLayer, tuple[int, ...]]:
     """Return the neurons that are one node of a circuit together, by site and layer."""
     return {
-        where: tuple(sorted({*range(unit_count(shape, *where))} - {*own}))
-        for where, own in circuit.neurons.items()
+        where: tuple(sorted({*range(unit_count(shape, *where))} - {*numbers}))
+        for where, numbers in circuit.neurons.items()
     }
 
 
@@ -775,12 +775,12 @@ def list_stream_nodes(
     Args:
         stack: Empty for the main stream, or `encoder`.
     """
-    own = {
+    stream_nodes = {
         layer: units
         for (site, layer), units in others.items()
         if SITES[site].stack == stack and layer is not None
     }
-    return own, {} if stack else features
+    return stream_nodes, {} if stack else features
 
 
 def _fill_features(
@@ -865,9 +865,11 @@ def _tabulate(
         if is_neuron(of) and of.unit is None
     }
     places = tuple(
-        (place, own, joined.get(place, ())) for place, own in group_senders(every, features)
+        (place, numbers, joined.get(place, ())) for place, numbers in group_senders(every, features)
     )
-    nodes = ((*p, unit) for p, own, rest in places for unit in (*own, *[OTHERS][: len(rest)]))
+    nodes = (
+        (*p, unit) for p, numbers, rest in places for unit in (*numbers, *[OTHERS][: len(rest)])
+    )
     columns = {where: n for n, where in enumerate(nodes)}
     column = np.array(
         [columns[of.site, of.layer, number_unit(of, features)] for of in senders.points]
@@ -889,7 +891,7 @@ def build_position_ids(
 
     The tokens of an encoder and those of its decoder are counted separately.
     """
-    found: list[PositionIdWrite] = []
+    position_ids: list[PositionIdWrite] = []
     sources = plan.sources(rows)
     ends = find_pass_ends(plan, rows, text)
     for rule in plan.rules:
@@ -904,8 +906,8 @@ def build_position_ids(
         if ends is not None:
             there = token < ends[row]
             row, token, number = row[there], token[there], number[there]
-        found.append(PositionIdWrite(*map(torch.from_numpy, (row, token, number))))
-    return found
+        position_ids.append(PositionIdWrite(*map(torch.from_numpy, (row, token, number))))
+    return position_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -1031,15 +1033,17 @@ def _merge_in_order(
             yield join_writes(place, [part])
 
 
-def join_writes(place: SiteLayer, found: Sequence[RuleWrite]) -> SiteWrite:
+def join_writes(place: SiteLayer, rule_writes: Sequence[RuleWrite]) -> SiteWrite:
     """Join writes to one site; of several writes to the same vector, the last wins."""
-    row = np.concatenate([part.row for part in found])
-    position = np.concatenate([part.position for part in found])
-    unit = np.concatenate([part.unit for part in found])
-    longest = max(part.values.shape[1] for part in found)  # vectors over keys, of several rules
-    last_values = found[-1].values
-    values = torch.cat([_widen_keys(part.values, longest).to(last_values) for part in found])
-    to = found[-1].to
+    row = np.concatenate([part.row for part in rule_writes])
+    position = np.concatenate([part.position for part in rule_writes])
+    unit = np.concatenate([part.unit for part in rule_writes])
+    longest = max(
+        part.values.shape[1] for part in rule_writes
+    )  # vectors over keys, of several rules
+    last_values = rule_writes[-1].values
+    values = torch.cat([_widen_keys(part.values, longest).to(last_values) for part in rule_writes])
+    to = rule_writes[-1].to
     key = np.stack([row, position, unit])
     _, last = np.unique(key[:, ::-1], axis=1, return_index=True)
     if len(last) < len(row):
@@ -1055,9 +1059,9 @@ def join_writes(place: SiteLayer, found: Sequence[RuleWrite]) -> SiteWrite:
         torch.from_numpy(position),
         torch.from_numpy(unit),
         values,
-        mode=found[-1].mode,
+        mode=rule_writes[-1].mode,
         to=to,
-        rule=found[-1].rule,
+        rule=rule_writes[-1].rule,
     )
 
 
@@ -1097,24 +1101,24 @@ def build_generation_rules(
     for rule in plan.rules:
         alone = replace(plan, rules=(rule,))
 
-        def of(own: Ints, alone: ExperimentPlan = alone) -> RuleWrites:
+        def of(numbers: Ints, alone: ExperimentPlan = alone) -> RuleWrites:
             given = (lanes_of, means_and_donors, shape)
-            found = build_rule_writes(alone, rows.take(own), draws[own], *given)
-            return found.moved(torch.from_numpy(own))
+            rule_writes = build_rule_writes(alone, rows.take(numbers), draws[numbers], *given)
+            return rule_writes.moved(torch.from_numpy(numbers))
 
         if rule.rule.after_prefill:
             kept += of(np.arange(len(rows))).writes
             continue
         for also, following in _iter_following(rule, rows):
-            for first, last, own in _iter_steps(rule, rows, following):
-                found = of(own)
+            for first, last, numbers in _iter_steps(rule, rows, following):
+                writes = of(numbers)
                 steps.append(
                     StepRules(
                         first=max(first, 1),
                         last=last,
-                        writes=tuple(map(_keep_last_write, found.writes)),
-                        edges=tuple(StepEdge(_keep_last_edge(e, also), also) for e in found.edges),
-                        blocks=found.blocks,
+                        writes=tuple(map(_keep_last_write, writes.writes)),
+                        edges=tuple(StepEdge(_keep_last_edge(e, also), also) for e in writes.edges),
+                        blocks=writes.blocks,
                     )
                 )
     return GenerationRules(tuple(kept), tuple(steps))
@@ -1135,26 +1139,26 @@ def _iter_following(rule: RulePlan, rows: RowTable) -> Iterator[tuple[ExtraKeys,
         ("written", keys == ALL_TOKENS),
     )
     for also, own in kinds:
-        found = np.flatnonzero(follows & own)
-        if len(found):
-            yield also, found
+        indices = np.flatnonzero(follows & own)
+        if len(indices):
+            yield also, indices
 
 
 def _iter_steps(
-    rule: RulePlan, rows: RowTable, own: Ints
+    rule: RulePlan, rows: RowTable, numbers: Ints
 ) -> Iterator[tuple[int, int | None, Ints]]:
-    """Group the rows in `own` by the steps in which a rule acts, apart from step 0.
+    """Group the rows in `numbers` by the steps in which a rule acts, apart from step 0.
 
     Yields:
         First step, last step (None for no limit), rows.
     """
     if rule.steps is None:
-        yield 0, None, own  # including the final token, which is read and predicts nothing
+        yield 0, None, numbers  # including the final token, which is read and predicts nothing
         return
-    ends, which = np.unique(rule.steps[rows.cell[own]], axis=0, return_inverse=True)
+    ends, which = np.unique(rule.steps[rows.cell[numbers]], axis=0, return_inverse=True)
     for number, (first, last) in enumerate(ends.tolist()):
         if last > 0:
-            yield first, last, own[which.reshape(-1) == number]
+            yield first, last, numbers[which.reshape(-1) == number]
 
 
 def _is_last(rows: Tensor, positions: Tensor) -> Tensor:

@@ -248,8 +248,8 @@ class PanelRunner:
             return
         plans, batches = self.panel.derived, self._batches(self.kept)
         derived, problems = DerivedRuns.define(plans, self.runs, batches, self.fits)
-        for found in derived.directions.values():
-            self.defined.update(found.lengths)
+        for direction in derived.directions.values():
+            self.defined.update(direction.lengths)
         for plan in self._sound if problems else ():
             self._lose(plan, *problems)
         if self.stored is not None:
@@ -258,29 +258,29 @@ class PanelRunner:
     def _directions(self) -> dict[str, FittedDirections]:
         """Return the directions of each experiment's rules; an invalid one loses the experiment."""
         fits = self.fits
-        found: dict[str, FittedDirections] = {}
+        directions: dict[str, FittedDirections] = {}
         for plan in self._sound:
             own, problems = fits.of(plan)
-            found[plan.experiment.key] = own
+            directions[plan.experiment.key] = own
             self.measured[plan.experiment.key].lengths = {**self.defined, **own.lengths}
             if problems:
                 self._lose(plan, *problems)
         self.runs.passes += fits.passes
-        return found
+        return directions
 
     def _average(self) -> None:
         """Compute the means that rules write, over all rows of their experiments."""
         every = self._batches(self.kept)
         for plan in self.running:
             measured, readout = self.measured[plan.experiment.key], self.readouts
-            batches = [own for batch in every if len(own := measured.among(batch))]
-            own = self.means_and_donors[plan.experiment.key]
+            batches = [numbers for batch in every if len(numbers := measured.among(batch))]
+            numbers = self.means_and_donors[plan.experiment.key]
             means, of_texts = compute_means(
-                plan, self.runs, batches, readout[plan.experiment.key], own.directions
+                plan, self.runs, batches, readout[plan.experiment.key], numbers.directions
             )
             made = self._made(plan, batches)
-            found = RuleInputs(means, of_texts, own.donors, made, own.directions)
-            self.means_and_donors[plan.experiment.key] = found
+            rule_inputs = RuleInputs(means, of_texts, numbers.donors, made, numbers.directions)
+            self.means_and_donors[plan.experiment.key] = rule_inputs
         self.running = self._sound
 
     def _made(
@@ -376,11 +376,11 @@ class PanelRunner:
         else:
             self.patched_values[plan.experiment.key] = self.stored.patched(keys)
             if plan.watched_sites:
-                found = FeatureActivity(plan, len(self.table), self.stored.activity(keys))
-                self.activity[plan.experiment.key] = found
+                activity = FeatureActivity(plan, len(self.table), self.stored.activity(keys))
+                self.activity[plan.experiment.key] = activity
             if plan.reconstructed:
-                found = ReconstructionErrors.of(plan, len(self.table), self.stored.errors(keys))
-                self.errors[plan.experiment.key] = found
+                activity = ReconstructionErrors.of(plan, len(self.table), self.stored.errors(keys))
+                self.errors[plan.experiment.key] = activity
 
     def _look_up_activity(self, plan: ExperimentPlan, kept: Ints) -> None:
         """Look up the cached activity and reconstruction errors of an experiment's features."""
@@ -390,35 +390,35 @@ class PanelRunner:
         if not plan.watched_sites:
             return
         unstored = FeatureActivity(plan, len(self.table), None)
-        found = self.activity.setdefault(plan.experiment.key, unstored)
+        activity = self.activity.setdefault(plan.experiment.key, unstored)
         for batch in self._batches(kept):
-            found.look_up(plan.rows(batch))
+            activity.look_up(plan.rows(batch))
 
     def _decide_activity(self, plan: ExperimentPlan, batch: Ints, lanes_of: RuleReader) -> None:
         """Determine which rows of a batch have inactive features, if that isn't cached."""
         key = plan.experiment.key
-        found = self.activity.get(key)
-        if found is None:
+        activity = self.activity.get(key)
+        if activity is None:
             return
         rows = plan.rows(self.measured[key].among(batch))
         inputs = self.means_and_donors[key]
         good = select_readable_rows(plan, rows, inputs, self.readouts[key].passes)
         rows = rows.take(good)
-        found.look_up(rows.take(np.flatnonzero(found.is_unknown(rows))), own=True)
-        rows = rows.take(np.flatnonzero(found.is_unknown(rows)))
+        activity.look_up(rows.take(np.flatnonzero(activity.is_unknown(rows))), own=True)
+        rows = rows.take(np.flatnonzero(activity.is_unknown(rows)))
         if len(rows):
             (start,) = plan.starting_runs
             base = self.runs.lanes(start, batch, None)
             inactive = find_inactive_rows(plan, rows, base, lanes_of, inputs, self.runs.model.shape)
-            stored = list(found.decide(rows, inactive))
+            stored = list(activity.decide(rows, inactive))
             if self.stored is not None:
                 self.stored.keep(stored)
 
     def _without_errors(self, plan: ExperimentPlan, batch: Ints) -> Ints:
         """Return the prompts without cached reconstruction errors of the experiment's bases."""
-        found = self.errors.get(plan.experiment.key)
+        errors = self.errors.get(plan.experiment.key)
         prompts = self.measured[plan.experiment.key].among(batch)
-        return prompts[:0] if found is None else prompts[found.is_unknown(prompts)]
+        return prompts[:0] if errors is None else prompts[errors.is_unknown(prompts)]
 
     def _measure_errors(self, plan: ExperimentPlan, batch: Ints) -> None:
         """Measure the reconstruction errors of the bases on a batch that aren't cached."""
@@ -437,7 +437,7 @@ class PanelRunner:
 
     def _due(self) -> Ints:
         """Return the prompts on which some row must be run; all if no values are cached."""
-        if not any(found.any_earlier for found in self.patched_values.values()):
+        if not any(cache.any_earlier for cache in self.patched_values.values()):
             run = (plan for plan in self.running if plan.experiment.key not in self.together)
             return self.kept if any(plan.rules for plan in run) else self.kept[:0]
         due: list[Ints] = [self.kept[:0]]
@@ -457,13 +457,13 @@ class PanelRunner:
     ) -> ReadoutResult:
         """Return the values of an unpatched run on a batch: cached ones, or new measurements."""
         if self.values is not None:
-            found = self.values.own_unpatched(readout, run, batch, item, relative)
-            if found is not None:
-                return found
-        found = self.runs.values(readout, run, batch, item, relative=relative, skip=skip)
+            result = self.values.own_unpatched(readout, run, batch, item, relative)
+            if result is not None:
+                return result
+        result = self.runs.values(readout, run, batch, item, relative=relative, skip=skip)
         if self.values is not None:
-            self.values.measured(readout, run, batch, item, relative, found)
-        return found
+            self.values.measured(readout, run, batch, item, relative, result)
+        return result
 
     def _apply_keep_conditions(self) -> dict[int, UnusableRow]:
         """Drop the rows that a `keep` line excludes: `self.kept` becomes the remaining rows.
@@ -481,17 +481,17 @@ class PanelRunner:
             missing = ~self.values.unpatched(self.keep, "clean", self.kept, None, 0.0)
             due = self.kept[missing | self._inaccurate(self.kept)]
         for batch in self._by_known(self.kept, due):
-            found = self._values(self.keep, "clean", batch, None)
-            broken[batch] = found.broken
-            for values in found.values:
+            result = self._values(self.keep, "clean", batch, None)
+            broken[batch] = result.broken
+            for values in result.values:
                 good[batch] &= values != 0
             for accuracies in self.accuracies.values():  # of the rows that are dropped too
                 accuracies.measure(self._values, self.runs.model.rounding, batch)
             self._finish_batch()
             self.runs.forget()
-            for plan in self.panel.experiments if found.failed or found.gaps else ():
+            for plan in self.panel.experiments if result.failed or result.gaps else ():
                 reasons = explain_missing_values(
-                    found, plan.experiment, plan.experiment.keep, "clean", batch
+                    result, plan.experiment, plan.experiment.keep, "clean", batch
                 )
                 self._lose(plan, *reasons.values())
             if self.lost:
@@ -550,10 +550,12 @@ class PanelRunner:
         for run in measured.unpatched:
             relative = self._relative(plan, run)
             for number, environment in enumerate(measured.environments):
-                found = self._values(readout, run, batch, environment, relative, measured.failed)
-                measured.read_unpatched(run, number, columns, found)
-                measured.saw(UnusableRow(int(row), run) for row in batch[found.broken])
-                reasons = explain_missing_values(found, experiment, experiment.measures, run, batch)
+                result = self._values(readout, run, batch, environment, relative, measured.failed)
+                measured.read_unpatched(run, number, columns, result)
+                measured.saw(UnusableRow(int(row), run) for row in batch[result.broken])
+                reasons = explain_missing_values(
+                    result, experiment, experiment.measures, run, batch
+                )
                 for refused, reason in reasons.items():
                     measured.refused.setdefault(refused, reason)
                 measured.failed.update(reasons)
@@ -600,13 +602,13 @@ class PanelRunner:
         others."""
         self._decide_activity(plan, batch, lanes_of)
         self._measure_errors(plan, batch)
-        found, measured = self.rows_to_run(plan, batch), self.measured[plan.experiment.key]
+        rows, measured = self.rows_to_run(plan, batch), self.measured[plan.experiment.key]
         if plan.experiment.key in self.activity:
-            measured.watch(plan.n_cells, found.inactive, found.changing)
-        measured.dropped += found.dropped
-        measured.rows += len(found.live) + len(found.known) + len(found.left_out)
-        measured.inert += found.inert
-        return found
+            measured.watch(plan.n_cells, rows.inactive, rows.changing)
+        measured.dropped += rows.dropped
+        measured.rows += len(rows.live) + len(rows.known) + len(rows.left_out)
+        measured.inert += rows.inert
+        return rows
 
     # --- cells ------------------------------------------------------------------------------------
 
@@ -675,9 +677,9 @@ class PanelRunner:
     ) -> None:
         """Set the patched values of each measure to their means over draws; NaN without any."""
         measured = self.measured[plan.experiment.key]
-        for found, (sums, counts) in zip(measured.patched, sums_and_counts, strict=True):
+        for values, (sums, counts) in zip(measured.patched, sums_and_counts, strict=True):
             with np.errstate(invalid="ignore"):
-                found[:] = np.where(counts > 0, sums / counts, np.nan)
+                values[:] = np.where(counts > 0, sums / counts, np.nan)
         measured.empty_gaps()
 
     def _drop_unusable(self) -> None:
@@ -685,8 +687,8 @@ class PanelRunner:
         controls."""
         rows: dict[str, set[int]] = {}
         for plan in self.running:
-            own = self.measured[plan.experiment.key].unusable
-            rows.setdefault(get_owner_key(plan), set()).update(own)
+            unusable_rows = self.measured[plan.experiment.key].unusable
+            rows.setdefault(get_owner_key(plan), set()).update(unusable_rows)
         for plan in self._sound:
             measured = self.measured[plan.experiment.key]
             out = rows[get_owner_key(plan)] & set(measured.kept.tolist())
@@ -720,11 +722,11 @@ class PanelRunner:
         place = locate_in_cell(patcher, shared, row, run, batch, seen[0])
         self._lose_not_finite(plan, place, 1)
 
-    def _saw_no_value(self, member: PassMember, found: ReadoutResult) -> None:
+    def _saw_no_value(self, member: PassMember, result: ReadoutResult) -> None:
         """Record measures that can't be computed in rows of a pass, and cells without a value."""
         plan = self.running[member.number]
         measured = self.measured[plan.experiment.key]
-        for number, failed in found.failed.items():
+        for number, failed in result.failed.items():
             seen = self._row_of(member, failed.row or 0)
             measured.refused.setdefault(
                 number, report_function_failure(failed, plan.experiment, seen)
@@ -733,7 +735,7 @@ class PanelRunner:
         none_left = len(measured.refused) == len(plan.experiment.measures)
         if none_left and get_owner_key(plan) not in self.lost:
             self._lose(plan, *measured.refused.values())
-        for number, gap in found.gaps.items():
+        for number, gap in result.gaps.items():
             for row in gap.rows.tolist():
                 cell = int(member.rows.cell[row])
                 measured.lacks(number, cell, self._row_of(member, row), gap.reason)
@@ -789,7 +791,10 @@ class PanelRunner:
         live = [self.rows_to_run(plan, batch).live for plan in plans]
         run = [plan.experiment.spec.estimator is None for plan in plans]
         shared = self._sharer().of(
-            [own if cells else RowTable.none() for own, cells in zip(live, run, strict=True)]
+            [
+                row_table if cells else RowTable.none()
+                for row_table, cells in zip(live, run, strict=True)
+            ]
         )
         shortcuts = self.runs.shortcuts
         widths, work = compute_row_widths(shared, shortcuts, plans)
@@ -830,10 +835,10 @@ class PanelRunner:
                 count = max(1, int(np.searchsorted(ends, self.sizes.pass_tokens, side="right")))
                 chosen = group[begin : begin + count]
                 tokens = int(widths[chosen].sum())
-                own = self._own(shared, chosen)
-                if own is not None:
-                    self.profile.resumed += sum(len(member.rows) for member, _ in own)
-                    yield from own
+                values = self._own(shared, chosen)
+                if values is not None:
+                    self.profile.resumed += sum(len(member.rows) for member, _ in values)
+                    yield from values
                     begin += count
                     continue
                 try:
@@ -845,17 +850,17 @@ class PanelRunner:
                     self.profile.halved += 1
                     continue
                 self.profile.passed(tokens, seconds[0])
-                self._store_pass([(member, found) for _, member, found in passed])
-                for rows, member, found in passed:
-                    if found.broken.any():
-                        self._saw_unusable(patcher, shared, rows, batch, run, member, found.broken)
-                    self._saw_no_value(member, found)
-                    if found.listed is not None:
+                self._store_pass([(member, result) for _, member, result in passed])
+                for rows, member, result in passed:
+                    if result.broken.any():
+                        self._saw_unusable(patcher, shared, rows, batch, run, member, result.broken)
+                    self._saw_no_value(member, result)
+                    if result.listed is not None:
                         tokens = self.measured[self.running[member.number].experiment.key].tokens
-                        tokens.add(member.rows, rows_of[member.number], found.listed)
+                        tokens.add(member.rows, rows_of[member.number], result.listed)
                     measured = self.measured[self.running[member.number].experiment.key]
-                    measured.wrote(member.rows, found.replies)
-                    yield member, found.values
+                    measured.wrote(member.rows, result.replies)
+                    yield member, result.values
                 begin += count
 
     def _estimated(
@@ -875,20 +880,20 @@ class PanelRunner:
         while len(due):
             most = max(1, self.sizes.pass_tokens // n_layers)
             prompts, tokens = estimates.first(due, most)
-            own = rows.take(np.flatnonzero(np.isin(rows.prompt, prompts)))
-            member = PassMember(number, own, np.arange(len(own)))
+            row_table = rows.take(np.flatnonzero(np.isin(rows.prompt, prompts)))
+            member = PassMember(number, row_table, np.arange(len(row_table)))
             kept = self.patched_values.get(key)
-            known = kept.own(own) if kept is not None and kept.any_own else None
+            known = kept.own(row_table) if kept is not None and kept.any_own else None
             if known is not None:
-                self.profile.resumed += len(own)
-                yield own, known
+                self.profile.resumed += len(row_table)
+                yield row_table, known
                 due = due[len(prompts) :]
                 continue
             is_long = tokens * n_layers > self.sizes.limit
             estimates.recompute(is_long)
             try:
                 with measure_seconds() as seconds:
-                    found = estimates.of(own, self.measured[key].base_of(plan, own))
+                    result = estimates.of(row_table, self.measured[key].base_of(plan, row_table))
             except (RuntimeError, MemoryError) as error:
                 if len(prompts) == 1 or not is_out_of_memory(error) or not self.sizes.halve():
                     raise
@@ -900,16 +905,16 @@ class PanelRunner:
             if is_long:
                 self.measured[key].recomputed.update(prompts.tolist())
             self.profile.passed(tokens, seconds[0])
-            self._store_pass([(member, found)])
-            self._saw_no_value(member, found)
-            yield own, found.values
+            self._store_pass([(member, result)])
+            self._saw_no_value(member, result)
+            yield row_table, result.values
             due = due[len(prompts) :]
 
     def _own(
         self, shared: SharedRows, chosen: Ints
     ) -> list[tuple[PassMember, list[Floats]]] | None:
         """Return the values of a pass if this run computed it before it was interrupted."""
-        if not any(found.any_own for found in self.patched_values.values()):
+        if not any(cache.any_own for cache in self.patched_values.values()):
             return None
         read: list[tuple[PassMember, list[Floats]]] = []
         for member in list_members(shared, chosen):
@@ -954,12 +959,12 @@ class PanelRunner:
         members = self._members(shared, used)
         written = () if replies is None else replies.of(used)
         every = patcher.values(shared, used, members, run, batch, written)
-        return [(used, member, found) for member, found in every]
+        return [(used, member, result) for member, result in every]
 
     def _members(self, shared: SharedRows, chosen: Ints) -> list[PassMember]:
         """Return the members of the chosen distinct rows whose experiments aren't lost."""
         lost = [get_owner_key(plan) in self.lost for plan in self.running]
-        return [each for each in list_members(shared, chosen) if not lost[each.number]]
+        return [member for member in list_members(shared, chosen) if not lost[member.number]]
 
     def _used(self, shared: SharedRows, chosen: Ints) -> Ints:
         """Return the chosen distinct rows that a member of `_members` has."""
@@ -1011,10 +1016,10 @@ class Execution:
     @property
     def diagnostics(self) -> list[Diagnostic]:
         """Reasons why experiments, measures or cells could not be computed, without duplicates."""
-        parts = [d for each in self.measured.values() for d in each.refused.values()]
-        whole = [d for found in self.lost.values() for d in found]
-        own = [each for each in self.measured.values() if each.experiment.control_of is None]
-        cells = [d for each in own for d in report_missing_cells(each)]
+        parts = [d for values in self.measured.values() for d in values.refused.values()]
+        whole = [d for problems in self.lost.values() for d in problems]
+        own = [values for values in self.measured.values() if values.experiment.control_of is None]
+        cells = [d for values in own for d in report_missing_cells(values)]
         return list(dict.fromkeys([*whole, *parts, *cells]))
 
 
@@ -1024,7 +1029,9 @@ def choose_pass_sizes(
     options: ExecutionOptions,
 ) -> PassSizer:
     """Return the initial pass sizes of a run, before any trial."""
-    uses = [(models[name], each.table) for each in experiments for name in each.models]
+    uses = [
+        (models[name], experiment.table) for experiment in experiments for name in experiment.models
+    ]
     return PassSizer.of(options.pass_tokens, options.prompt_tokens, uses)
 
 
@@ -1055,7 +1062,9 @@ def execute(
     """
     options = options or ExecutionOptions()
     if sizes is None:
-        experiments = [each.experiment for panel in plan.panels for each in panel.experiments]
+        experiments = [
+            experiment.experiment for panel in plan.panels for experiment in panel.experiments
+        ]
         sizes = choose_pass_sizes(experiments, models, options)
     execution = Execution()
     if kept is not None:

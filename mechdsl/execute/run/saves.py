@@ -129,7 +129,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file and return its size. Raises OSError."""
     from safetensors.torch import save
 
-    data = save({name: own.contiguous() for name, own in tensors.items()}, dict(metadata))
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(path) as aside:
         aside.write_bytes(data)
@@ -214,12 +214,12 @@ def select_rows_to_save(
     tokenizer = runs.model_of(run).tokenizer
     assert tokenizer is not None
     decode = tokenizer.decode
-    own = of.tolist()
-    prompts_and_replies = list(zip(own, replies, strict=True))
+    numbers = of.tolist()
+    prompts_and_replies = list(zip(numbers, replies, strict=True))
 
     def found(cell: PositionCell) -> PositionCell:
         if cell.reply is None:
-            return replace(cell, hits=tuple(cell.hits[row] for row in own))
+            return replace(cell, hits=tuple(cell.hits[row] for row in numbers))
         hits: list[Hits] = []
         for row, reply in prompts_and_replies:
             tokens = find_reply_tokens(cell.reply.of_row(row), reply.ids, reply.text, decode)
@@ -233,8 +233,8 @@ def select_rows_to_save(
         keys = runs.table.row_keys if noise.row_keys is None else noise.row_keys
         noise = replace(
             noise,
-            positions=tuple(noise.positions[row] for row in own),
-            row_keys=tuple(keys[row] for row in own),
+            positions=tuple(noise.positions[row] for row in numbers),
+            row_keys=tuple(keys[row] for row in numbers),
             samples=1,
             drawn=tuple(draw.tolist()),
         )
@@ -289,9 +289,9 @@ def save_vectors(
             batches = split_gradient_batches(
                 runs.model_of(run).shape, save, run, size or PROMPT_TOKENS
             )
-        found = DerivedRuns.define(panel.derived, runs, batches, fits)[1]
-        if found:
-            problems += found
+        diagnostics = DerivedRuns.define(panel.derived, runs, batches, fits)[1]
+        if diagnostics:
+            problems += diagnostics
             break
         rows = select_rows_to_save(save, run, runs, batches)
         if rows.replies:
@@ -307,13 +307,13 @@ def save_vectors(
             problems.append(_report_no_gradient(save, str(refused)))
     for file in experiment.direction_files:
         try:
-            written, found = write_direction_file(file, experiment, model, fits)
+            written, diagnostics = write_direction_file(file, experiment, model, fits)
         except OSError as error:
             problems.append(report_not_written(file.spec, error))
             continue
         if written is not None:
             saved[file.spec.span.start] = written
-        problems += found
+        problems += diagnostics
     return [saved[start] for start in sorted(saved)], problems
 
 
@@ -400,8 +400,10 @@ class _SavedRun:
     def _places(self) -> dict[str, TensorEntry]:
         """Describe every tensor of the file; the number of vectors depends only on positions."""
         count, kind = self.layout.vectors, _DTYPE_NAMES[self._dtype()]
-        found = {name: TensorEntry(kind, (count, n)) for name, n in self.layout.widths.items()}
-        return found | {name: TensorEntry("I64", (count,)) for name in self.layout.columns}
+        tensor_entries = {
+            name: TensorEntry(kind, (count, n)) for name, n in self.layout.widths.items()
+        }
+        return tensor_entries | {name: TensorEntry("I64", (count,)) for name in self.layout.columns}
 
     def _fill(self, file: TensorFile, batches: Sequence[Ints]) -> None:
         """Write vectors in the order of the table: by row, then by reply, then by position."""
@@ -441,10 +443,10 @@ class _SavedRun:
         numbers: dict[int, dict[int, tuple[int, int]]] = {}
         for row in np.unique(np.concatenate([part.prompts for part in parts])).tolist():
             numbers[row] = {}
-            for own in row_in_patches(reader, self.run.rows[row]).whole_pictures:
-                expansion = own.picture.expansion
-                token = (own.first + expansion.is_image.index(True)) // count
-                places = sorted(own.first + cell.position for cell in expansion.layout.cells)
+            for picture in row_in_patches(reader, self.run.rows[row]).whole_pictures:
+                expansion = picture.picture.expansion
+                token = (picture.first + expansion.is_image.index(True)) // count
+                places = sorted(picture.first + cell.position for cell in expansion.layout.cells)
                 numbers[row] |= {place: (token, n) for n, place in enumerate(places)}
         found = np.array(
             [
@@ -458,11 +460,11 @@ class _SavedRun:
     def _read(self, batches: Sequence[Ints]) -> Iterator[list[SiteVectors]]:
         """Yield the vectors of each batch, and forget the batch's runs afterwards."""
         if self.save.gradient is not None:
-            found = read_gradients(self.runs, self.run, self.save, batches)
+            site_vectors = read_gradients(self.runs, self.run, self.save, batches)
         else:
             lanes = self.runs.reader(self.run, self.save.points)
-            found = read_vectors(lanes, self.save.points, self.save.cells, batches)
-        for _, batch in groupby(found, key=lambda each: each.batch):
+            site_vectors = read_vectors(lanes, self.save.points, self.save.cells, batches)
+        for _, batch in groupby(site_vectors, key=lambda vectors: vectors.batch):
             yield list(batch)
             if len(batches) > 1:  # also frees the runs that derived runs depend on
                 self.runs.forget()
@@ -515,7 +517,7 @@ class _SavedMeans(_SavedRun):
     def written(self, batches: Sequence[Ints]) -> SavedFile:
         """Write the file. Raises OSError if that fails, and _NoMean."""
         counts = self._counts(self.save.count_patches(self._shape))
-        rows = [int((own > 0).sum()) for own in counts]
+        rows = [int((numbers > 0).sum()) for numbers in counts]
         labels = [cell.label for cell in self.save.cells]
         for label, count in zip(labels, rows, strict=True):
             if not count:
@@ -539,11 +541,12 @@ class _SavedMeans(_SavedRun):
         """
         found: list[Ints] = []
         for cell in (
-            each if patches == 1 else each.in_patches(patches) for each in self.save.cells
+            position_cell if patches == 1 else position_cell.in_patches(patches)
+            for position_cell in self.save.cells
         ):
-            own = np.array([sum(map(len, hits)) for hits in cell.hits], dtype=np.int64)
+            numbers = np.array([sum(map(len, hits)) for hits in cell.hits], dtype=np.int64)
             counts = np.zeros(len(self.experiment.table), dtype=np.int64)
-            np.add.at(counts, self.rows.of, own * self.run.draws)
+            np.add.at(counts, self.rows.of, numbers * self.run.draws)
             found.append(counts)
         return found
 
@@ -575,8 +578,8 @@ class _SavedMeans(_SavedRun):
 
 def _pack_bytes(vectors: Tensor, order: Ints, dtype: torch.dtype) -> memoryview:
     """Return the bytes of [K, width] vectors in an order."""
-    own = vectors[torch.from_numpy(order).to(vectors.device)].to(dtype).cpu().contiguous()
-    whole: Any = own.view(torch.uint8).numpy()
+    tensors = vectors[torch.from_numpy(order).to(vectors.device)].to(dtype).cpu().contiguous()
+    whole: Any = tensors.view(torch.uint8).numpy()
     return memoryview(whole.reshape(-1))
 
 
@@ -631,12 +634,12 @@ def save_feature_rows(
     problems: list[Diagnostic] = []
     for save in (each for each in experiment.saves if each.basis is not None):
         try:
-            written, found = _write_file(experiment, save, models, options, parts)
+            written, diagnostics = _write_file(experiment, save, models, options, parts)
         except OSError as error:
             problems.append(report_not_written(save.spec, error))
             continue
         saved += [] if written is None else [written]
-        problems += found
+        problems += diagnostics
     return saved, problems
 
 
@@ -689,36 +692,40 @@ class _FeatureRows:
         assert save.spec.rows is not None
         (member,) = basis.members
         which = basis.coordinates[()].which or range(member.size)
-        found = ActiveRows(which, save.spec.rows, explains=not member.reads)
+        active_rows = ActiveRows(which, save.spec.rows, explains=not member.reads)
         begun = 0
         if parts is None:
-            self._read(self.experiment, system, found)
+            self._read(self.experiment, system, active_rows)
         else:
-            begun = self._read_parts(parts, system, found)
-        rows = self._rows_to_show(found.kept_rows.tolist(), parts)
+            begun = self._read_parts(parts, system, active_rows)
+        rows = self._rows_to_show(active_rows.kept_rows.tolist(), parts)
         with write_aside(self.path) as aside:
-            write_lines(aside, (self._line(*each, member, rows) for each in found.summaries()))
+            write_lines(
+                aside, (self._line(*summary, member, rows) for summary in active_rows.summaries())
+            )
         if parts is not None:
             self._state_path.unlink(missing_ok=True)
-        return self._summary(found, member, begun)
+        return self._summary(active_rows, member, begun)
 
     # --- reading ----------------------------------------------------------------------------------
 
-    def _read_parts(self, parts: RowParts, system: CoordinateSystem, found: ActiveRows) -> int:
+    def _read_parts(
+        self, parts: RowParts, system: CoordinateSystem, active_rows: ActiveRows
+    ) -> int:
         """Read all parts; return the record at which an interrupted run was continued."""
-        begun = done = self._restored(parts.key, found)
+        begun = done = self._restored(parts.key, active_rows)
         last = monotonic()
         while done < parts.count:
             end = min(done + PART_ROWS, parts.count)
             part, too_long = parts.part(range(done, end))
             if part is not None:
-                self._read(part, system, found)
+                self._read(part, system, active_rows)
             done = end
             self.too_long += too_long
             if self.options.on_progress is not None:
                 self.options.on_progress(done, parts.count)
             if parts.key is not None and monotonic() - last >= SECONDS_BETWEEN_SAVES:
-                self._keep(parts.key, done, found)
+                self._keep(parts.key, done, active_rows)
                 last = monotonic()
         return begun
 
@@ -764,13 +771,13 @@ class _FeatureRows:
         with replace_file(self._state_path) as made, made.open("wb") as file:
             np.savez(file, key=np.frombuffer(key, np.uint8), **arrays)
 
-    def _restored(self, key: bytes | None, found: ActiveRows) -> int:
+    def _restored(self, key: bytes | None, active_rows: ActiveRows) -> int:
         """Return the number of records that an interrupted run has read, and restore its state."""
         if key is None or not self._state_path.is_file():
             return 0
         with suppress(OSError, ValueError, KeyError, BadZipFile), np.load(self._state_path) as kept:
             if kept["key"].tobytes() == key:
-                found.restore(kept)
+                active_rows.restore(kept)
                 self.too_long = int(kept["too long"])
                 return int(kept["done"])
         return 0
@@ -781,11 +788,11 @@ class _FeatureRows:
         """Return the rows with these numbers."""
         if parts is None:
             return self._by_number(self.experiment)
-        found: dict[int, RunRow] = {}
+        rows: dict[int, RunRow] = {}
         for begin in range(0, len(numbers), PART_ROWS):
             part, _ = parts.part(numbers[begin : begin + PART_ROWS])
-            found |= {} if part is None else self._by_number(part)
-        return found
+            rows |= {} if part is None else self._by_number(part)
+        return rows
 
     def _by_number(self, part: ResolvedExperiment) -> dict[int, RunRow]:
         table = part.table
@@ -808,15 +815,15 @@ class _FeatureRows:
             "mean": about.mean,
             "rows": [
                 {
-                    "row": each.row,
-                    "activation": max(each.values),
-                    "text": rows[each.row].text,
-                    "tokens": [text(token) for token in rows[each.row].ids],
-                    "at": each.tokens,
-                    "activations": each.values,
-                    "values": dict(rows[each.row].values),
+                    "row": row.row,
+                    "activation": max(row.values),
+                    "text": rows[row.row].text,
+                    "tokens": [text(token) for token in rows[row.row].ids],
+                    "at": row.tokens,
+                    "activations": row.values,
+                    "values": dict(rows[row.row].values),
                 }
-                for each in about.rows
+                for row in about.rows
             ],
         }
         return json.dumps(line, ensure_ascii=False, default=str)

@@ -48,11 +48,11 @@ class AttendedImages:
             first: First column.
             count: Number of columns, which are all before or all after the end of the prompts.
         """
-        found = dict(self._arguments)
-        seen = found["cross_attention_mask"]
+        arguments = dict(self._arguments)
+        seen = arguments["cross_attention_mask"]
         width = seen.shape[1]
-        own = seen[:, first : first + count] if first < width else seen[:, -1:]
-        return found | {"cross_attention_mask": own}
+        tensor = seen[:, first : first + count] if first < width else seen[:, -1:]
+        return arguments | {"cross_attention_mask": tensor}
 
     @contextmanager
     def opened(self) -> Generator[None]:

@@ -47,12 +47,7 @@ from mechdsl.forward.hooks.batch import (
     to_device,
 )
 from mechdsl.forward.hooks.full_pass import SiteHooks, run_full
-from mechdsl.forward.hooks.model import (
-    IMAGE_TOKENS,
-    LoadedModel,
-    build_text_inputs,
-    replace_blocks,
-)
+from mechdsl.forward.hooks.model import IMAGE_TOKENS, LoadedModel, build_text_inputs, replace_blocks
 from mechdsl.vocab.sites import SITES
 
 _SITES_AFTER_KEYS = frozenset(
@@ -135,14 +130,14 @@ class NewTokens:
             return (columns >= self.first) & (columns < self.key_width)
 
         writes = (
-            each if is_of_image(each) else each.some(there(each.rows, each.positions))
-            for each in rules.writes
+            write if is_of_image(write) else write.some(there(write.rows, write.positions))
+            for write in rules.writes
         )
-        edges = (each.some(there(each.rows, each.queries)) for each in rules.edges)
+        edges = (edge.some(there(edge.rows, edge.queries)) for edge in rules.edges)
         return replace(
             rules,
-            writes=[each for each in writes if len(each.rows)],
-            edges=[each for each in edges if len(each.rows)],
+            writes=[write for write in writes if len(write.rows)],
+            edges=[edge for edge in edges if len(edge.rows)],
         )
 
     def locate(
@@ -158,10 +153,10 @@ class NewTokens:
         """Build the inputs of the model."""
         column = torch.arange(self.key_width, device=self.ids.device)
         starts = to_device(self.text_starts, self.ids.device)
-        own = column[self.first :] - starts[:, None]
+        tensor = column[self.first :] - starts[:, None]
         if self.saved is not None:
-            own = own - to_device(self.saved, own.device)[:, None]
-        numbers = own.clamp(min=0) if self.numbers is None else self.numbers
+            tensor = tensor - to_device(self.saved, tensor.device)[:, None]
+        numbers = tensor.clamp(min=0) if self.numbers is None else self.numbers
         mask = (column >= starts[:, None]).long()
         given = build_text_inputs(model, self.ids, numbers)
         if self.mixes_images(model):  # the model's masks count columns from the first one
@@ -321,11 +316,11 @@ def _select_for_keys(acting: RuleWrites, last: int) -> RuleWrites:
     return replace(
         acting,
         writes=[
-            each
-            for each in acting.writes
-            if each.layer != last or each.site not in _SITES_AFTER_KEYS
+            write
+            for write in acting.writes
+            if write.layer != last or write.site not in _SITES_AFTER_KEYS
         ],
-        edges=[each for each in acting.edges if each.layer != last],
+        edges=[edge for edge in acting.edges if edge.layer != last],
     )
 
 
@@ -391,14 +386,14 @@ def _open_attention(
         if kept.marked and not mine and not call.across:
             raise ValueError(f"`{model.name}` transforms its cached keys")
         layer = work.layer(call.place, call.query)
-        if layer is None and newest and mine and (found := one.attend(call)) is not None:
-            return found, None
+        if layer is None and newest and mine and (attended := one.attend(call)) is not None:
+            return attended, None
         if layer is not None and layer.rotated.get("k_rot"):
             if not mine:
                 raise ValueError(f"`{model.name}` caches its keys in a form that can't be edited")
-            own = kept.newest(call.layer, tokens.count)
-            turned = layer.turned("k_rot", own.transpose(0, 1).flatten(1, 2))
-            own.copy_(turned.unflatten(1, (len(own), -1)).transpose(0, 1))
+            tensor = kept.newest(call.layer, tokens.count)
+            turned = layer.turned("k_rot", tensor.transpose(0, 1).flatten(1, 2))
+            tensor.copy_(turned.unflatten(1, (len(tensor), -1)).transpose(0, 1))
             del layer.rotated["k_rot"]
         if mine:
             call = replace(call, **dict(zip(("key", "value"), kept.every(call.layer), strict=True)))
@@ -508,12 +503,12 @@ def _trial_tokens(model: LoadedModel, batch: Batch, columns: slice) -> NewTokens
 
 def _run_full_passes(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Return [prompt, token, vocab]: logits of the last tokens."""
-    found = [
+    logits = [
         run_full(model, _build_trial(model, [prompt], row)).logits
         for row, prompt in enumerate(prompts)
     ]
     last = _TRIAL_LENGTHS[0] - _SHARED_TOKENS - _SEPARATE_TOKENS + 1
-    return torch.cat([each[:, -last:] for each in found if each is not None]).float()
+    return torch.cat([logit[:, -last:] for logit in logits if logit is not None]).float()
 
 
 def _find_row_arguments(
@@ -550,9 +545,9 @@ def _find_row_arguments(
     return None
 
 
-def _relative_error(found: Tensor, whole: Tensor) -> float:
+def _relative_error(error: Tensor, whole: Tensor) -> float:
     """Return the largest difference from logits of full passes, relative to the largest logit."""
-    return float((found - whole).abs().amax() / whole.abs().amax())
+    return float((error - whole).abs().amax() / whole.abs().amax())
 
 
 def _get_tolerance(model: LoadedModel) -> float:
@@ -574,7 +569,7 @@ def _run_cached_passes(
     """
     width, images = _TRIAL_LENGTHS[0], list_image_layers(model)
     batch = _build_trial(model, prompts)
-    every, found = slice(0, len(prompts)), list[Tensor]()
+    every, cached_passes = slice(0, len(prompts)), list[Tensor]()
     size = model.shape.n_layers, len(prompts)
     common = KeyValueCache(*size, _SHARED_TOKENS, images=images)
     begun = _trial_tokens(model, batch, slice(0, _SHARED_TOKENS))
@@ -589,11 +584,11 @@ def _run_cached_passes(
         tokens = _trial_tokens(model, batch, slice(first, end))
         some = by if by is not None and (by[1].several or end == first + 1) else (None, None)
         acting = RuleWrites()
-        if inside and len(found) % 2 == 0:
+        if inside and len(cached_passes) % 2 == 0:
             acting = _build_neutral_edges(model, tokens, some[0] or RowLineup.apart(len(prompts)))
-        found.append(run_cached_pass(model, tokens, kept, every, acting, *some))
+        cached_passes.append(run_cached_pass(model, tokens, kept, every, acting, *some))
         first, end = end, end + 1
-    return torch.stack(found, dim=1).float()
+    return torch.stack(cached_passes, dim=1).float()
 
 
 def _build_neutral_edges(model: LoadedModel, tokens: NewTokens, lineup: RowLineup) -> RuleWrites:

@@ -152,9 +152,9 @@ def _sample_from_all(warm: Tensor, states: Tensor, uniform: Tensor) -> Tensor:
     )
     last = (sums < sums[:, -1:]).sum(-1)
     wanted = uniform * sums[states, -1]
-    own = torch.minimum((sums[states] <= wanted[:, None]).sum(-1), last[states])
-    before = torch.where(own > 0, sums[states, own - 1], 0.0)
-    rows, ids = (bins.short()[states] == own[:, None]).nonzero().unbind(-1)
+    mask = torch.minimum((sums[states] <= wanted[:, None]).sum(-1), last[states])
+    before = torch.where(mask > 0, sums[states, mask - 1], 0.0)
+    rows, ids = (bins.short()[states] == mask[:, None]).nonzero().unbind(-1)
     order = warm[states[rows], ids].sort(descending=True, stable=True).indices
     order = order[rows[order].sort(stable=True).indices]
     rows, ids = rows[order], ids[order]
@@ -199,20 +199,20 @@ class ReplyBuffer:
 
     def _finish(self, rows: Ints, ended: Literal["end", "length", "broken"]) -> None:
         for row in rows.tolist():
-            own = self._own(row)
-            self._done[row] = Reply(tuple(own), self.decoding.decode(own), ended)
+            numbers = self._own(row)
+            self._done[row] = Reply(tuple(numbers), self.decoding.decode(numbers), ended)
 
     def _stopped(self, row: int) -> bool:
         """Finish the reply if it contains a stop text, and return whether it does."""
-        own, decode = self._own(row), self.decoding.decode
-        text = decode(own)
-        found = [place for stop in self.decoding.stops if (place := text.find(stop)) >= 0]
-        if not found:
+        numbers, decode = self._own(row), self.decoding.decode
+        text = decode(numbers)
+        ends = [place for stop in self.decoding.stops if (place := text.find(stop)) >= 0]
+        if not ends:
             return False
-        end, count = min(found), len(own)
-        while count and decode(own[: count - 1]).startswith(text[:end]):
+        end, count = min(ends), len(numbers)
+        while count and decode(numbers[: count - 1]).startswith(text[:end]):
             count -= 1
-        self._done[row] = Reply(tuple(own[:count]), text[:end], "stop")
+        self._done[row] = Reply(tuple(numbers[:count]), text[:end], "stop")
         return True
 
     def replies(self) -> list[Reply]:

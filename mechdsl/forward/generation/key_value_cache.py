@@ -137,9 +137,9 @@ class SharedKeyValues:
         return self._times(rows, weights, self._of(layer)[1])
 
     def _of(self, layer: int) -> tuple[Tensor, Tensor]:
-        found = self.layers[layer]
-        assert found is not None
-        return found[0], found[1]
+        tensors = self.layers[layer]
+        assert tensors is not None
+        return tensors[0], tensors[1]
 
     def _times(self, rows: slice, vectors: Tensor, matrices: Tensor) -> Tensor:
         """Multiply vectors [n, heads, k, a] by their prompt's matrix [prompt, heads, a, b]."""
@@ -150,14 +150,14 @@ class SharedKeyValues:
             self._places[key] = _PromptLayout.by(mine, len(matrices), heads, matrices.device)
         places = self._places[key]
         laid = vectors.flatten(2).flatten(0, 1).index_select(0, places.of)
-        found, first = list[Tensor](), 0
+        outputs, first = list[Tensor](), 0
         for group in places.groups:
             end = first + group.count * heads * group.rows
             each = laid[first:end].view(group.count, heads, group.rows * shared, -1)
-            own = matrices if group.prompts is None else matrices[group.prompts]
-            found.append((each @ own).view(end - first, -1))
+            tensor = matrices if group.prompts is None else matrices[group.prompts]
+            outputs.append((each @ tensor).view(end - first, -1))
             first = end
-        every = found[0] if len(found) == 1 else torch.cat(found)
+        every = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return every.index_select(0, places.at).view(len(vectors), heads, shared, -1)
 
 
@@ -240,11 +240,11 @@ class _CacheLayer(CacheLayerMixin):
 
     def every(self) -> tuple[Tensor, Tensor]:
         """Return [n, heads, T, width] of the pass's rows: views, if no columns are shared."""
-        own = self.own()
+        tensors = self.own()
         if self.kept.shared is None:
-            return own
+            return tensors
         before = self.kept.shared.of_rows(self.number, self.kept.rows_of(self.number))
-        return torch.cat([before[0], own[0]], dim=2), torch.cat([before[1], own[1]], dim=2)
+        return torch.cat([before[0], tensors[0]], dim=2), torch.cat([before[1], tensors[1]], dim=2)
 
     def own(self) -> tuple[Tensor, Tensor]:
         """Return views of them without shared columns."""
@@ -410,7 +410,7 @@ class KeyValueCache(Cache):
         if not due:
             return
         device = due[0][0].keys.device
-        index = iter(arrays_to_device([each for _, rows in due for each in rows], device))
+        index = iter(arrays_to_device([row for _, rows in due for row in rows], device))
         for layer, (_, to) in due:
             layer.fit(1 + int(to.max()), 0)
             source, target = next(index), next(index)
@@ -433,14 +433,14 @@ class KeyValueCache(Cache):
         ]
         if end == first or not due:
             return
-        here, there = (slice(first - each.common, end - each.common) for each in (self, other))
-        index = arrays_to_device([own for _, _, own in due], due[0][1].keys.device)
-        for (mine, its, _), own in zip(due, index, strict=True):
+        here, there = (slice(first - cache.common, end - cache.common) for cache in (self, other))
+        index = arrays_to_device([numbers for _, _, numbers in due], due[0][1].keys.device)
+        for (mine, its, _), tensor in zip(due, index, strict=True):
             if not mine.is_initialized:
                 mine.lazy_initialization(its.keys, its.values)
-            mine.fit(len(own), here.start)
+            mine.fit(len(tensor), here.start)
             for to, of in ((mine.keys, its.keys), (mine.values, its.values)):
-                to[: len(own), :, here] = of[:, :, there].index_select(0, own)
+                to[: len(tensor), :, here] = of[:, :, there].index_select(0, tensor)
 
     def put(
         self,
@@ -459,7 +459,7 @@ class KeyValueCache(Cache):
             of: [K] long, rows of the other cache.
             columns: [K] long.
         """
-        mine, its = (getattr(each.layers[layer], which) for each in (self, other))
+        mine, its = (getattr(cache.layers[layer], which) for cache in (self, other))
         place, here, there = indices_to_device((columns, rows, of), mine.device)
         mine[here, :, place - self.common] = its[there, :, place]
 
@@ -481,10 +481,10 @@ def sum_weighted(weights: Tensor, values: Tensor) -> Tensor:
     if not products or products >= MIN_PRODUCTS or weights.device.type != "cpu":
         return weights @ values
     if keys <= 4:
-        found = weights[..., 0, None] * values[:, :, None, 0]
+        sums = weights[..., 0, None] * values[:, :, None, 0]
         for key in range(1, keys):
-            found.addcmul_(weights[..., key, None], values[:, :, None, key])
-        return found
+            sums.addcmul_(weights[..., key, None], values[:, :, None, key])
+        return sums
     copies = -(-MIN_PRODUCTS // products)
     return (weights.repeat(1, 1, copies, 1) @ values)[:, :, :queries]
 
@@ -535,19 +535,19 @@ class SingleQueryAttention:
             scores = (scores / how.cap).tanh() * how.cap
         scores = apply_mask(scores[:, :, :, None, None], self._added(call.mask), how.shared)
         weights = how.weights(scores, how.sink(scores)).to(call.value.dtype)
-        found = self._values(call.layer, weights[:, :, :, 0, 0])
-        return found.reshape(rows, 1, heads * how.shared, -1)
+        values = self._values(call.layer, weights[:, :, :, 0, 0])
+        return values.reshape(rows, 1, heads * how.shared, -1)
 
     def _scores(self, layer: int, queries: Tensor) -> Tensor:
         """Return [n, key-value heads, head of that, key] scores.
 
         queries: [n, key-value heads, head of that, width].
         """
-        own = queries @ self.kept.own(layer)[0].transpose(-1, -2)
+        scores = queries @ self.kept.own(layer)[0].transpose(-1, -2)
         if self.kept.shared is None:
-            return own
+            return scores
         before = self.kept.shared.scores(layer, self.kept.rows_of(layer), queries)
-        return torch.cat([before, own], dim=-1)
+        return torch.cat([before, scores], dim=-1)
 
     def _values(self, layer: int, weights: Tensor) -> Tensor:
         """Return [n, key-value heads, head of that, width].
@@ -555,10 +555,10 @@ class SingleQueryAttention:
         weights: [n, key-value heads, head of that, key].
         """
         shared, common = self.kept.shared, self.kept.common
-        own = sum_weighted(weights[..., common:], self.kept.own(layer)[1])
+        values = sum_weighted(weights[..., common:], self.kept.own(layer)[1])
         if shared is None:
-            return own
-        return own.add_(shared.values(layer, self.kept.rows_of(layer), weights[..., :common]))
+            return values
+        return values.add_(shared.values(layer, self.kept.rows_of(layer), weights[..., :common]))
 
     def _added(self, mask: Tensor | None) -> Tensor | None:
         """Return [n or 1, heads or 1, 1, key]: the mask's summands; None if there is no mask."""
@@ -647,11 +647,11 @@ def _run_block(
     """
     every = len(get_activation(args, kwargs))
     running(count)
-    found = _call_first_rows(forward, count, places, args, kwargs)
+    output = _call_first_rows(forward, count, places, args, kwargs)
     running(every)
-    several = isinstance(found, (tuple, list))
-    hidden = _append_copies(found[0] if several else found, others)
-    return type(found)([hidden, *found[1:]]) if several else hidden
+    several = isinstance(output, (tuple, list))
+    hidden = _append_copies(output[0] if several else output, others)
+    return type(output)([hidden, *output[1:]]) if several else hidden
 
 
 @contextmanager
@@ -697,8 +697,10 @@ def _call_first_rows(
 
     def cut(value: Any, place: ArgumentPath) -> Any:
         if isinstance(value, Tensor):
-            each = places.get(place, 0)
-            return value[: each * count] if each and len(value) == each * every else value
+            location = places.get(place, 0)
+            return (
+                value[: location * count] if location and len(value) == location * every else value
+            )
         if type(value) in (tuple, list):
             return type(value)(cut(each, (*place, n)) for n, each in enumerate(value))
         if type(value) is dict:
@@ -722,18 +724,18 @@ def record_lengths(
     model: LoadedModel, paths: Sequence[str]
 ) -> Generator[list[dict[ArgumentPath, int]]]:
     """Record, per path, the first dimensions of tensors in the arguments of modules."""
-    found: list[dict[ArgumentPath, int]] = [{} for _ in paths]
+    lengths: list[dict[ArgumentPath, int]] = [{} for _ in paths]
     with ExitStack() as stack:
         for number, path in enumerate(paths):
 
             def note(module: nn.Module, args: Any, kwargs: Any, number: int = number) -> None:
                 for name, value in (*enumerate(args), *kwargs.items()):
                     for place, tensor in _iter_tensors(value, (name,)):
-                        found[number][place] = len(tensor) if tensor.dim() else 0
+                        lengths[number][place] = len(tensor) if tensor.dim() else 0
 
             module = model.module.get_submodule(path)
             stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        yield found
+        yield lengths
 
 
 def compute_row_lengths(

@@ -107,8 +107,8 @@ class ReplyRequest:
     def inside(self) -> bool:
         """Whether a rule acts within attention."""
         steps = self.later.steps
-        writes = [*self.prefill.writes, *(each for rules in steps for each in rules.writes)]
-        edges = [*self.prefill.edges, *(each for rules in steps for each in rules.edges)]
+        writes = [*self.prefill.writes, *(write for rules in steps for write in rules.writes)]
+        edges = [*self.prefill.edges, *(edge for rules in steps for edge in rules.edges)]
         return bool(edges) or any(write.site in ATTENTION_INTERNAL_SITES for write in writes)
 
     @property
@@ -217,12 +217,14 @@ class FullPasses:
         rows: list[int] = states.leaders.tolist()
         step = ids.shape[1]
         held = self._before(states, RowChoice(len(self.prompts), rows), step)
-        encoded = [self._encoded[each] for each in states.parents.tolist()] if self._encoded else []
+        encoded = (
+            [self._encoded[parent] for parent in states.parents.tolist()] if self._encoded else []
+        )
         longest = max(len(self.prompts[row]) for row in rows) + step
         each = max(1, self.limit // longest)
         self._held, self._encoded = [], []
         parts = [slice(first, first + each) for first in range(0, len(rows), each)]
-        return torch.cat([self._part(rows[own], held[own], encoded[own], ids) for own in parts])
+        return torch.cat([self._part(rows[part], held[part], encoded[part], ids) for part in parts])
 
     def _part(
         self,
@@ -258,11 +260,11 @@ class FullPasses:
             self._encoded += encoded
             return self._run(acting, batch, held, sources)
         with record_encoded(self.model) as outputs:
-            found = self._run(acting, batch, held, sources)
+            part = self._run(acting, batch, held, sources)
         # Without rules in the encoder, vectors that it computed before may replace its pass.
         every = outputs[0][0] if outputs else with_encoded(self.model, batch).extra[ENCODED]
-        self._encoded += [own[:count] for own, count in zip(every, sources, strict=True)]
-        return found
+        self._encoded += [tensor[:count] for tensor, count in zip(every, sources, strict=True)]
+        return part
 
     def _run(
         self,
@@ -300,10 +302,10 @@ class FullPasses:
         given = zip(batch.starts.tolist(), batch.lengths.tolist(), sources, strict=True)
         spans = [slice(start + source, start + length) for start, length, source in given]
         for number, span in enumerate(spans if self._holds else ()):
-            own = {read: found[number, span] for read, found in result.reads.items()}
+            tensors = {read: vectors[number, span] for read, vectors in result.reads.items()}
             for read in self._stepped if held else ():  # of each token, from its own pass
-                own[read] = torch.cat([held[number][read], own[read][-1:]])
-            self._held.append(own)
+                tensors[read] = torch.cat([held[number][read], tensors[read][-1:]])
+            self._held.append(tensors)
         if not every:
             return result.logits[:, 0]
         index = torch.arange(len(batch), device=result.logits.device)
@@ -345,33 +347,35 @@ def apply_edit(now: Tensor, write: SiteWrite, index: tuple[Tensor, ...]) -> Tens
     return now.index_put_(index, apply_write(write.mode, now[index], values, to))
 
 
-def _rewrite_vectors(read: SiteRead, found: Sequence[Tensor], sources: Sequence[int]) -> SiteWrite:
+def _rewrite_vectors(
+    read: SiteRead, vectors: Sequence[Tensor], sources: Sequence[int]
+) -> SiteWrite:
     """Write the vectors read at each row's first tokens after those of its encoder.
 
     Args:
         read: The site.
-        found: [row] vectors [token, heads, d_head].
+        vectors: [row] vectors [token, heads, d_head].
         sources: [row] number of tokens that an encoder reads.
     """
-    heads = found[0].shape[1]
-    counts = torch.tensor([len(each) for each in found])
-    rows = torch.arange(len(found)).repeat_interleave(counts * heads)
+    heads = vectors[0].shape[1]
+    counts = torch.tensor([len(vector) for vector in vectors])
+    rows = torch.arange(len(vectors)).repeat_interleave(counts * heads)
     places = [
         (source + torch.arange(int(count))).repeat_interleave(heads)
         for source, count in zip(sources, counts, strict=True)
     ]
     units = torch.arange(heads).repeat(int(counts.sum()))
-    values = torch.cat(list(found)).flatten(0, 1)
+    values = torch.cat(list(vectors)).flatten(0, 1)
     return SiteWrite(read.site, read.layer, rows, torch.cat(places), units, values)
 
 
 def collect_blocks(steps: Sequence[StepRules], step: int) -> dict[BlockPlace, int | None]:
     """Return the block that replaces each exchanged block in a step, in which no encoder runs."""
-    found: dict[BlockPlace, int | None] = {}
+    blocks: dict[BlockPlace, int | None] = {}
     for rules in steps:
         if rules.acts(step):
-            found |= _collect_decoder_blocks(rules.blocks)
-    return found
+            blocks |= _collect_decoder_blocks(rules.blocks)
+    return blocks
 
 
 def _collect_decoder_blocks(pairs: BlockPairs) -> dict[BlockPlace, int | None]:
@@ -431,7 +435,7 @@ class CachedPasses:
         self.prefill = prefill = request.prefill
         kept, steps = request.later.kept, request.later.steps
         self.kept = [write for write in kept if not is_of_image(write)]
-        self._of_images = [each for each in (*prefill.writes, *kept) if is_of_image(each)]
+        self._of_images = [write for write in (*prefill.writes, *kept) if is_of_image(write)]
         """Changes of the images' keys and values, which each pass applies again."""
         self._sources = np.array(request.sources or [0] * len(prompts))
         self.steps = steps
@@ -453,11 +457,11 @@ class CachedPasses:
         self._way, self._places = way, way.places
         acting = find_first_step(len(prompts), prefill, kept, steps)
         lowest = self._find_lowest_blocks(request)
-        own = _count_own_tokens(prompts, prefill, self._sources)
+        numbers = _count_own_tokens(prompts, prefill, self._sources)
         if mixes_images(model, self._whole):  # a pass contains all tokens that attend to each other
-            own = np.where(own > 0, self._lengths, 0)
-        self._together = self._can_run_together(own, acting, lowest)
-        self.own = own = np.full_like(own, own.max()) if self._together else own
+            numbers = np.where(numbers > 0, self._lengths, 0)
+        self._together = self._can_run_together(numbers, acting, lowest)
+        self.own = numbers = np.full_like(numbers, numbers.max()) if self._together else numbers
         """[row] number of tokens that only its prefill computes."""
         self._common = self._count_common_columns()
         """Columns that rows of a prompt have in common throughout."""
@@ -484,7 +488,7 @@ class CachedPasses:
         lowest = find_lowest_block(self.model, count, request.prefill, later.kept, later.steps)
         return lowest if self._places.attention else lowest - lowest % 2
 
-    def _can_run_together(self, own: Ints, acting: Ints, lowest: Ints) -> bool:
+    def _can_run_together(self, numbers: Ints, acting: Ints, lowest: Ints) -> bool:
         """Choose whether the prefill shares blocks as steps do, with the same number of tokens per
         prompt.
 
@@ -492,11 +496,11 @@ class CachedPasses:
         which read the preceding token, possibly from the preceding pass.
 
         Args:
-            own: [row] number of tokens from the first one at which a rule acts.
+            numbers: [row] number of tokens from the first one at which a rule acts.
             acting: [row] the first step in which a rule acts.
             lowest: [row] the first half block with a rule.
         """
-        places, most, half_blocks = self._places, int(own.max()), 2 * self.model.shape.n_layers
+        places, most, half_blocks = self._places, int(numbers.max()), 2 * self.model.shape.n_layers
         begins = np.where(acting == 0, lowest, half_blocks)
         computed = len(self._whole) * half_blocks + int((half_blocks - begins).sum())
         return (
@@ -506,7 +510,7 @@ class CachedPasses:
             and not self.prefill.numbers
             and most > 0
             and all(write.mode != "step" for write in self.prefill.writes)
-            and most * computed <= half_blocks * int(own.sum())
+            and most * computed <= half_blocks * int(numbers.sum())
         )
 
     def arranged(self, states: RowStates, ids: Ints) -> RowStates:
@@ -579,7 +583,9 @@ class CachedPasses:
         if acts != self._step.acts or self._step.acting.edges:
             every = chosen.step(self._joined(acts), step, lengths, newest)
             self._step.acts, self._step.acting = acts, merge_writes(every, len(chosen.rows))
-        writes = [replace(each, positions=newest[each.rows]) for each in self._step.acting.writes]
+        writes = [
+            replace(write, positions=newest[write.rows]) for write in self._step.acting.writes
+        ]
         return replace(self._step.acting, writes=[*self._step.image_writes, *writes])
 
     def _joined(self, acts: tuple[bool, ...]) -> Sequence[StepRules]:
@@ -598,14 +604,14 @@ class CachedPasses:
 
     def _prefill(self, states: RowStates) -> Tensor:
         rows = states.leaders
-        own = self.own[rows]
-        found: list[Tensor] = []
-        shared = self._shared(states, own)
+        numbers = self.own[rows]
+        prefills: list[Tensor] = []
+        shared = self._shared(states, numbers)
         if shared is not None:
-            found.append(shared)
-        for part in _split_rows(own, self.limit):
-            found.append(self._suffix(rows, part, int(own[part].max())))
-        return torch.cat(found)
+            prefills.append(shared)
+        for part in _split_rows(numbers, self.limit):
+            prefills.append(self._suffix(rows, part, int(numbers[part].max())))
+        return torch.cat(prefills)
 
     def _prefill_together(self, states: RowStates, *, keys_only: bool = False) -> Tensor:
         """Run the prefill in shared blocks, some columns at a time.
@@ -655,14 +661,14 @@ class CachedPasses:
         end, texts = find_shared_end(host.ids.numpy(), host.starts.numpy(), first)
         if end == first or acting.edges or self._saved is not None or self._sources.any():
             return first
-        own = self._tokens(self._batch(rows), slice(end)).acting(acting)
-        key = np.stack([texts[self._texts[rows]], number_rules(own.writes, len(rows))])
+        writes = self._tokens(self._batch(rows), slice(end)).acting(acting)
+        key = np.stack([texts[self._texts[rows]], number_rules(writes.writes, len(rows))])
         _, lead, of = np.unique(key, axis=1, return_index=True, return_inverse=True)
         if (len(rows) - len(lead)) * (end - first) <= MAX_RECOMPUTED_TOKENS:
             return first
         counts = end - self.columns + self._lengths[rows[lead]]
         prompts = [self.prompts[row][:n] for row, n in zip(rows[lead], counts, strict=True)]
-        rules = RowChoice(len(rows), lead).rules(own)
+        rules = RowChoice(len(rows), lead).rules(writes)
         make = partial(CachedPasses, way=self._way, shares=self._shares)
         passes = make(self.model, ReplyRequest(prompts, rules), 1, self.limit)
         sharing = RowSharing(prompts, find_first_step(len(lead), rules, (), ()), None)
@@ -699,20 +705,20 @@ class CachedPasses:
         batch = self._whole
         keys = self._make_cache(len(batch), columns)
         acting, index = RuleWrites(blocks=self.prefill.blocks), torch.tensor(of)
-        each, found = max(1, self.limit // columns), list[Tensor]()
+        each, outputs = max(1, self.limit // columns), list[Tensor]()
         for first in range(0, len(batch), each):
             part = slice(first, min(first + each, len(batch)))
             tokens = self._tokens(batch.part(part), slice(columns))
             with self._sharing(self._distinct[part], columns):
                 if whole:
-                    found.append(run_cached_pass(self.model, tokens, keys, part, acting))
+                    outputs.append(run_cached_pass(self.model, tokens, keys, part, acting))
                 else:
                     store_keys(self.model, tokens, keys, part, acting)
         if self._common:
             self.keys.share(keys, self._common, of)
         every = [np.array(of)] * self.model.shape.n_layers
         self.keys.fill(keys, every, self._common, columns)
-        return torch.cat(found)[to_device(index[:whole], self.model.device)] if whole else None
+        return torch.cat(outputs)[to_device(index[:whole], self.model.device)] if whole else None
 
     def _sharing(
         self, prompts: Sequence[tuple[int, ...]], columns: int
@@ -763,7 +769,7 @@ class CachedPasses:
         edited values gives their cached form, for example after rotary embedding. Layers don't see
         each other's edits: each edit applies to the layer's original values.
         """
-        edits = [own for each in self.kept if len((own := chosen.write(each)).rows)]
+        edits = [site_write for each in self.kept if len((site_write := chosen.write(each)).rows)]
         if not edits:
             return
         touched = torch.cat([edit.rows for edit in edits]).unique()
@@ -796,23 +802,23 @@ class CachedPasses:
 
 
 def _stored_edits(
-    place: SiteRead, found: Tensor, batch: Batch, edits: Sequence[SiteWrite]
+    place: SiteRead, vectors: Tensor, batch: Batch, edits: Sequence[SiteWrite]
 ) -> SiteWrite:
     """Write all heads of each edited token at a site, with their edited values.
 
     Args:
-        found: [B, T, heads, d_head] the values that were read.
+        vectors: [B, T, heads, d_head] the values that were read.
         edits: Edits of all sites.
     """
     spots: list[Tensor] = []
     for edit in edits:
         if edit.where == place:
             index = edit.rows, batch.columns(edit.rows, edit.positions), edit.units
-            found = apply_edit(found, edit, index)
+            vectors = apply_edit(vectors, edit, index)
             spots.append(torch.stack([edit.rows, edit.positions], dim=1))
     rows, positions = torch.cat(spots).unique(dim=0).t()
-    heads = found.shape[2]
-    values = found[rows.to(found.device), batch.columns(rows, positions)].flatten(0, 1)
+    heads = vectors.shape[2]
+    values = vectors[rows.to(vectors.device), batch.columns(rows, positions)].flatten(0, 1)
     return SiteWrite(
         place.site,
         place.layer,
@@ -823,20 +829,20 @@ def _stored_edits(
     )
 
 
-def _split_rows(own: Ints, limit: int) -> Iterable[slice]:
+def _split_rows(numbers: Ints, limit: int) -> Iterable[slice]:
     """Split the states into prefill passes, without states whose tokens are all common.
 
     Args:
-        own: [state] number of tokens that aren't common, ascending.
+        numbers: [state] number of tokens that aren't common, ascending.
         limit: Tokens of one pass.
     """
-    first = int((own == 0).sum())
-    while first < len(own):
+    first = int((numbers == 0).sum())
+    while first < len(numbers):
         end = first + 1
-        while end < len(own):
-            more = int((own[end] - own[first:end]).sum())
-            wasteful = more > max(MAX_RECOMPUTED_TOKENS, int(own[first:end].sum()) // 4)
-            if wasteful or int(own[end]) * (end + 1 - first) > limit:
+        while end < len(numbers):
+            more = int((numbers[end] - numbers[first:end]).sum())
+            wasteful = more > max(MAX_RECOMPUTED_TOKENS, int(numbers[first:end].sum()) // 4)
+            if wasteful or int(numbers[end]) * (end + 1 - first) > limit:
                 break
             end += 1
         yield slice(first, end)
@@ -858,9 +864,9 @@ def _count_own_tokens(
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     first = lengths.copy()
     places = [
-        *((each.rows, each.positions - int(each.mode == "step")) for each in prefill.writes),
-        *((each.rows, each.queries) for each in prefill.edges),
-        *((each.rows, each.positions) for each in prefill.numbers),
+        *((write.rows, write.positions - int(write.mode == "step")) for write in prefill.writes),
+        *((edge.rows, edge.queries) for edge in prefill.edges),
+        *((number.rows, number.positions) for number in prefill.numbers),
     ]
     for rows, positions in places:
         np.minimum.at(first, rows.cpu().numpy(), positions.cpu().numpy().clip(min=0))
@@ -914,12 +920,12 @@ def generate_replies(
     if way is not None and way.kind == "cached":
         passes = partial(CachedPasses, way=way, shares=shares)
     work = _GenerationJob(model, request, decoding, passes, limit)
-    found: list[Reply | None] = [None] * len(prompts)
+    replies: list[Reply | None] = [None] * len(prompts)
     room = get_reply_bytes(model.device) if memory is None else memory
     for rows in _split_batches(model, prompts, decoding.tokens, limit, room):
         for row, reply in work.replies(rows):
-            found[row] = reply
-    return [reply for reply in found if reply is not None]
+            replies[row] = reply
+    return [reply for reply in replies if reply is not None]
 
 
 def _split_batches(
@@ -969,9 +975,9 @@ class _GenerationJob:
             with fuse_activations(self.model.module):
                 return self._together(rows)
 
-        found = try_pass(together, can_shrink=len(rows) > 1)
-        if found is not None:
-            yield from zip(rows, found, strict=True)
+        replies = try_pass(together, can_shrink=len(rows) > 1)
+        if replies is not None:
+            yield from zip(rows, replies, strict=True)
             return
         half = len(rows) // 2
         yield from self.replies(rows[:half])

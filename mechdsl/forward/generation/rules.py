@@ -60,7 +60,7 @@ class StepRules:
         return replace(
             self,
             writes=[write.moved(rows) for write in self.writes],
-            edges=[replace(each, edge=each.edge.moved(rows)) for each in self.edges],
+            edges=[replace(edge, edge=edge.edge.moved(rows)) for edge in self.edges],
         )
 
     def acts(self, step: int) -> bool:
@@ -85,7 +85,7 @@ class GenerationRules:
         """Renumber rows: row i becomes row `rows[i]`."""
         return GenerationRules(
             tuple(write.moved(rows) for write in self.kept),
-            tuple(each.moved(rows) for each in self.steps),
+            tuple(step.moved(rows) for step in self.steps),
         )
 
 
@@ -113,9 +113,9 @@ class RowChoice:
     def rules(self, rules: RuleWrites) -> RuleWrites:
         """Restrict the writes of rules to the selected rows."""
         return RuleWrites(
-            [write for each in rules.writes if len((write := self.write(each)).rows)],
-            [edge for each in rules.edges if len((edge := self.edge(each)).rows)],
-            [each.some(self._there(each.rows)).moved(self.to) for each in rules.numbers],
+            [write for site_write in rules.writes if len((write := self.write(site_write)).rows)],
+            [edge for edge_write in rules.edges if len((edge := self.edge(edge_write)).rows)],
+            [number.some(self._there(number.rows)).moved(self.to) for number in rules.numbers],
             rules.blocks,
         )
 
@@ -123,11 +123,13 @@ class RowChoice:
         """Restrict rules at newest tokens to the selected rows."""
         return replace(
             rules,
-            writes=[own for each in rules.writes if len((own := self.write(each)).rows)],
+            writes=[
+                site_write for write in rules.writes if len((site_write := self.write(write)).rows)
+            ],
             edges=[
-                replace(each, edge=edge)
-                for each in rules.edges
-                if len((edge := self.edge(each.edge)).rows)
+                replace(step_edge, edge=edge)
+                for step_edge in rules.edges
+                if len((edge := self.edge(step_edge.edge)).rows)
             ],
         )
 
@@ -141,18 +143,18 @@ class RowChoice:
             prompts: [row of the pass] number of prompt tokens.
             newest: [row of the pass] position of the newest token.
         """
-        found = RuleWrites()
+        writes = RuleWrites()
         for rules in steps:
             if not rules.acts(step):
                 continue
             mine = self.step_rules(rules)
-            own = RuleWrites(
-                [replace(each, positions=newest[each.rows]) for each in mine.writes],
-                [_place_edge(each, prompts, newest) for each in mine.edges],
+            rule_writes = RuleWrites(
+                [replace(write, positions=newest[write.rows]) for write in mine.writes],
+                [_place_edge(edge, prompts, newest) for edge in mine.edges],
                 blocks=rules.blocks,
             )
-            found = found.then(own)
-        return found
+            writes = writes.then(rule_writes)
+        return writes
 
 
 def merge_steps(prefill: RuleWrites, later: Sequence[RuleWrites]) -> RuleWrites:
@@ -168,37 +170,37 @@ def merge_steps(prefill: RuleWrites, later: Sequence[RuleWrites]) -> RuleWrites:
     Returns:
         All writes, with the blocks of the prefill.
     """
-    found = RuleWrites()
-    for each in (*(replace(own, blocks=()) for own in reversed(later)), prefill):
-        found = found.then(each)
-    return replace(found, writes=sorted(found.writes, key=lambda write: write.rule))
+    writes = RuleWrites()
+    for rule_writes in (*(replace(own, blocks=()) for own in reversed(later)), prefill):
+        writes = writes.then(rule_writes)
+    return replace(writes, writes=sorted(writes.writes, key=lambda write: write.rule))
 
 
 def join_step_rules(steps: Sequence[StepRules], count: int) -> list[StepRules]:
     """Join adjacent rules that act in the same steps into few writes; count: number of rows."""
-    found: list[StepRules] = []
+    step_rules: list[StepRules] = []
     for _, some in groupby(steps, lambda rules: (rules.first, rules.last, tuple(rules.blocks))):
         each = list(some)
         writes = RuleWrites([write for rules in each for write in rules.writes])
         edges = [edge for rules in each for edge in rules.edges]
-        found.append(replace(each[0], writes=merge_writes(writes, count).writes, edges=edges))
-    return found
+        step_rules.append(replace(each[0], writes=merge_writes(writes, count).writes, edges=edges))
+    return step_rules
 
 
-def _place_edge(each: StepEdge, prompts: Tensor, newest: Tensor) -> EdgeWrite:
+def _place_edge(step_edge: StepEdge, prompts: Tensor, newest: Tensor) -> EdgeWrite:
     """Build edges from the newest token of each row."""
-    edge = each.edge
+    edge = step_edge.edge
     if edge.change == "allow":
         raise ValueError("what the newest token sees can't be allowed besides")
     queries = newest[edge.rows]
     entries, keys = [edge.entries], [edge.keys]
-    if each.also:
-        first = queries if each.also == "newest" else prompts[edge.rows]
+    if step_edge.also:
+        first = queries if step_edge.also == "newest" else prompts[edge.rows]
         count = queries - first + 1
-        own = torch.arange(len(queries)).repeat_interleave(count)
+        indices = torch.arange(len(queries)).repeat_interleave(count)
         before = torch.cumsum(count, 0) - count
-        entries.append(own)
-        keys.append(first[own] + torch.arange(len(own)) - before[own])
+        entries.append(indices)
+        keys.append(first[indices] + torch.arange(len(indices)) - before[indices])
     return replace(edge, queries=queries, entries=torch.cat(entries), keys=torch.cat(keys))
 
 
@@ -219,9 +221,9 @@ class _MergedWrites:
             each: Scope within which the order matters, kind that merged parts share, and the part.
             count: Number of rows.
         """
-        found: dict[object, list[_MergedWrites]] = {}
+        merged: dict[object, list[_MergedWrites]] = {}
         for where, kind, part in each:
-            before = found.setdefault(where, [])
+            before = merged.setdefault(where, [])
             best: _MergedWrites | None = None
             for other in reversed(before):
                 if bool(other.rows[part.rows].any()):
@@ -232,7 +234,7 @@ class _MergedWrites:
                 before.append(best)
             best.rows[part.rows] = True
             best.parts.append(part)
-        return [joined for every in found.values() for joined in every]
+        return [joined for every in merged.values() for joined in every]
 
 
 def merge_writes(rules: RuleWrites, count: int) -> RuleWrites:
@@ -242,11 +244,11 @@ def merge_writes(rules: RuleWrites, count: int) -> RuleWrites:
         count: Number of rows of the pass.
     """
     writes = _MergedWrites.of(
-        ((each.where, (each.mode, each.values.shape[1]), each) for each in rules.writes),
+        ((write.where, (write.mode, write.values.shape[1]), write) for write in rules.writes),
         count,
     )
     edges = _MergedWrites.of(
-        (((each.stack, each.layer), each.change, each) for each in rules.edges), count
+        (((edge.stack, edge.layer), edge.change, edge) for edge in rules.edges), count
     )
     return replace(
         rules,
@@ -258,13 +260,13 @@ def merge_writes(rules: RuleWrites, count: int) -> RuleWrites:
 def _concatenate_writes(parts: Sequence[SiteWrite]) -> SiteWrite:
     if len(parts) == 1:
         return parts[0]
-    to = [each.to for each in parts if each.to is not None]
+    to = [part.to for part in parts if part.to is not None]
     return replace(
         parts[0],
-        rows=torch.cat([each.rows for each in parts]),
-        positions=torch.cat([each.positions for each in parts]),
-        units=torch.cat([each.units for each in parts]),
-        values=torch.cat([each.values for each in parts]),
+        rows=torch.cat([part.rows for part in parts]),
+        positions=torch.cat([part.positions for part in parts]),
+        units=torch.cat([part.units for part in parts]),
+        values=torch.cat([part.values for part in parts]),
         to=torch.cat(to) if to else None,
     )
 
@@ -272,15 +274,15 @@ def _concatenate_writes(parts: Sequence[SiteWrite]) -> SiteWrite:
 def _concatenate_edges(parts: Sequence[EdgeWrite]) -> EdgeWrite:
     if len(parts) == 1:
         return parts[0]
-    sizes = [0, *accumulate(len(each.rows) for each in parts)]
+    sizes = [0, *accumulate(len(part.rows) for part in parts)]
     return replace(
         parts[0],
-        rows=torch.cat([each.rows for each in parts]),
-        queries=torch.cat([each.queries for each in parts]),
-        heads=torch.cat([each.heads for each in parts]),
-        entries=torch.cat([each.entries + n for each, n in zip(parts, sizes, strict=False)]),
-        keys=torch.cat([each.keys for each in parts]),
-        amounts=torch.cat([each.amounts for each in parts]),
+        rows=torch.cat([part.rows for part in parts]),
+        queries=torch.cat([part.queries for part in parts]),
+        heads=torch.cat([part.heads for part in parts]),
+        entries=torch.cat([part.entries + n for part, n in zip(parts, sizes, strict=False)]),
+        keys=torch.cat([part.keys for part in parts]),
+        amounts=torch.cat([part.amounts for part in parts]),
     )
 
 
@@ -323,7 +325,7 @@ def number_distinct(values: Sequence[Hashable]) -> Ints:
 
 def number_rules(writes: Sequence[SiteWrite], count: int) -> Ints:
     """Return [row]: equal numbers for rows with equal writes, of `count` rows."""
-    found: list[tuple[object, ...]] = [()] * count
+    rules: list[tuple[object, ...]] = [()] * count
     for number, write in enumerate(writes):
         order = write.rows.argsort(stable=True)
         rows, counts = write.rows[order].unique_consecutive(return_counts=True)
@@ -333,8 +335,8 @@ def number_rules(writes: Sequence[SiteWrite], count: int) -> Ints:
         every = torch.cat(each, dim=1).numpy()
         ends = counts.cumsum(0).tolist()
         for row, first, end in zip(rows.tolist(), [0, *ends], ends, strict=False):
-            found[row] = (*found[row], number, every[first:end].tobytes())
-    return number_distinct(found)
+            rules[row] = (*rules[row], number, every[first:end].tobytes())
+    return number_distinct(rules)
 
 
 def find_shared_end(ids: Ints, starts: Ints, first: int) -> tuple[int, Ints]:
@@ -382,11 +384,11 @@ class RowSharing:
     def first(self, by: Ints) -> RowStates:
         """Return the states of the prefill, ordered by `by` [row] of their leading rows."""
         rows = np.arange(len(self._prompts))
-        found = self._split(rows, self._prompts, np.zeros_like(rows), 0)
-        order = np.argsort(by[found.leaders], kind="stable")
+        row_states = self._split(rows, self._prompts, np.zeros_like(rows), 0)
+        order = np.argsort(by[row_states.leaders], kind="stable")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
-        states = RowStates(found.rows, found.of, np.arange(len(found))).placed(place)
+        states = RowStates(row_states.rows, row_states.of, np.arange(len(row_states))).placed(place)
         return RowStates(states.rows, states.of, np.arange(len(states)))
 
     def follow(self, before: RowStates, newest: Ints, step: int) -> RowStates:
@@ -428,11 +430,11 @@ def find_first_step(
             found[index] = np.minimum(found[index], step)
 
     every = (*prefill.writes, *prefill.edges, *prefill.numbers)
-    note((each.rows for each in every), 0)
+    note((write.rows for write in every), 0)
     note((write.rows for write in kept), 1)
     for rules in steps:
         note((write.rows for write in rules.writes), rules.first)
-        note((each.edge.rows for each in rules.edges), rules.first)
+        note((edge.edge.rows for edge in rules.edges), rules.first)
     return found
 
 
@@ -595,18 +597,18 @@ def find_lowest_block(
 
     2 · `n_layers` if there is none, or only after all blocks.
     """
-    found = np.full(count, 2 * model.shape.n_layers, dtype=np.int64)
-    writes = [*prefill.writes, *kept, *(each for rules in steps for each in rules.writes)]
-    edges = [*prefill.edges, *(each.edge for rules in steps for each in rules.edges)]
+    block = np.full(count, 2 * model.shape.n_layers, dtype=np.int64)
+    writes = [*prefill.writes, *kept, *(write for rules in steps for write in rules.writes)]
+    edges = [*prefill.edges, *(edge.edge for rules in steps for edge in rules.edges)]
     places = [
-        *((each.rows, _find_half_block(model, each)) for each in writes),
-        *((each.rows, 2 * each.layer) for each in edges),
-        *((each.rows, 0) for each in prefill.numbers),
+        *((write.rows, _find_half_block(model, write)) for write in writes),
+        *((edge.rows, 2 * edge.layer) for edge in edges),
+        *((number.rows, 0) for number in prefill.numbers),
     ]
     for rows, begin in places:
         index = rows.cpu().numpy()
-        found[index] = np.minimum(found[index], begin)
-    return found
+        block[index] = np.minimum(block[index], begin)
+    return block
 
 
 def _find_half_block(model: LoadedModel, write: SiteWrite) -> int:

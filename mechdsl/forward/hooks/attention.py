@@ -473,21 +473,21 @@ def _attend_queries(
         scores = scores.mul(how.cap) if scores.requires_grad else scores.mul_(how.cap)
     scores = apply_mask(scores, masks.of(group, kept.mask, count), how.shared)
     weights = _compute_weights(scores, group, how).to(v.dtype)
-    found = _weigh_own_values(weights[..., mine], v)
+    values = _weigh_own_values(weights[..., mine], v)
     if before:
         old = weights[..., :before]
         if isinstance(mine, Tensor):
             old = old.index_fill(-1, mine, 0)
         flat = old.reshape(*q.shape[:2], -1, before)
-        found += (flat @ old_values).view(found.shape)
-    return found
+        values += (flat @ old_values).view(values.shape)
+    return values
 
 
 def _select_group(tensor: Tensor, group: AttentionGroup) -> Tensor:
     """Return [lane, head, row, token, d_head] of [head, N, d_head]."""
-    own = tensor[:, group.start : group.start + group.size]
+    values = tensor[:, group.start : group.start + group.size]
     shape = (len(group.lanes), group.rows, len(group.columns))
-    return own.unflatten(1, shape).permute(1, 0, 2, 3, 4)
+    return values.unflatten(1, shape).permute(1, 0, 2, 3, 4)
 
 
 def apply_mask(scores: Tensor, mask: Tensor | None, shared: int) -> Tensor:
@@ -513,15 +513,17 @@ def _compute_weights(scores: Tensor, group: AttentionGroup, how: AttentionMethod
     return how.work.weighed(group, how.weights(scores, sink))
 
 
-def _put_output(out: Tensor, group: AttentionGroup, found: Tensor) -> None:
+def _put_output(out: Tensor, group: AttentionGroup, output: Tensor) -> None:
     """Write [lane, key-value head, head of that, row, query, d_head] into [N, head, d_head]."""
     lanes, rows, own = len(group.lanes), group.rows, len(group.columns)
-    found = found.permute(0, 3, 4, 1, 2, 5).reshape(lanes, rows, found.shape[4], out.shape[1], -1)
+    output = output.permute(0, 3, 4, 1, 2, 5).reshape(
+        lanes, rows, output.shape[4], out.shape[1], -1
+    )
     target = out[group.start : group.start + group.size].view(lanes, rows, own, out.shape[1], -1)
     if len(group.queries) < own:
-        target[:, :, group.queries.selection] = found
+        target[:, :, group.queries.selection] = output
     else:
-        target.copy_(found)
+        target.copy_(output)
 
 
 def attend_full(
@@ -625,8 +627,8 @@ def attend_across(
     seen = add_bias(expand_query_mask(mask, count), position_bias)
     scores = apply_mask(scores, seen, how.shared)
     weights = _compute_weights(scores, group, how).to(value.dtype)
-    found = (weights @ value[:, :, None, None])[:, :, :, 0]
-    return found.flatten(1, 2).transpose(1, 2)
+    attended = (weights @ value[:, :, None, None])[:, :, :, 0]
+    return attended.flatten(1, 2).transpose(1, 2)
 
 
 def attend_tiles(
@@ -664,7 +666,7 @@ def attend_tiles(
         work.prepared(len(work.starts) * count, heads, value)
     queries = DeviceIndex.of(np.arange(size), query.device)
     most = max(1, get_max_scores(query.device) // (heads * size))
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     for tile in range(tiles):
         lane, first = divmod(work.passed, count)
         if first + size > count or lane >= len(work.starts):
@@ -681,9 +683,9 @@ def attend_tiles(
         given = query[own], key[own], value[own]
         here = mask[own] if isinstance(mask, Tensor) and len(mask) > 1 else mask
         parts = [_attend_in_tile(*given, here, part, how) for _, part in group.by_queries(most)]
-        found.append(torch.cat(parts, dim=2))
+        outputs.append(torch.cat(parts, dim=2))
         work.passed += size
-    return torch.cat(found).transpose(1, 2)
+    return torch.cat(outputs).transpose(1, 2)
 
 
 def attend_across_tiles(
@@ -725,9 +727,9 @@ def attend_across_tiles(
     def join(given: Tensor) -> Tensor:
         return given.transpose(0, 1).flatten(1, 2).unflatten(1, (lanes, count)).transpose(0, 1)
 
-    found = attend_full(join(query), join(key), join(value), seen, work, **arguments)
+    across_tiles = attend_full(join(query), join(key), join(value), seen, work, **arguments)
     work.passed = lanes * count
-    return found.flatten(0, 1).unflatten(0, (tiles, size))
+    return across_tiles.flatten(0, 1).unflatten(0, (tiles, size))
 
 
 _WINDOW_ENDS = "cu_seqlens"
@@ -749,7 +751,7 @@ def join_windows(
         By stack and layer, the first token of each window, and the number of tokens; filled when
         the layer runs. Layers that read tiles as rows of a batch are left out.
     """
-    found: dict[tuple[str, int], Sequence[int]] = {}
+    windows: dict[tuple[str, int], Sequence[int]] = {}
 
     def join(
         place: tuple[str, int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -757,7 +759,7 @@ def join_windows(
         ends: Tensor | None = kwargs.get(_WINDOW_ENDS)
         if ends is None:
             return None
-        found[place] = ends.tolist()
+        windows[place] = ends.tolist()
         return args, {**kwargs, _WINDOW_ENDS: ends[[0, -1]]}
 
     with ExitStack() as stack:
@@ -766,7 +768,7 @@ def join_windows(
             for path in {path.rpartition(".")[0] for path in paths}:
                 module, hook = model.module.get_submodule(path), partial(join, (name, layer))
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield found
+        yield windows
 
 
 def _attend_in_tile(
@@ -804,7 +806,7 @@ def _add_distances(
     k: Tensor,
     old_keys: Tensor,
     group: AttentionGroup,
-    own: Tensor,
+    tensor: Tensor,
     mine: slice | Tensor,
 ) -> None:
     """Add distance terms to scores [lane, head, 1, row, query, key].
@@ -813,7 +815,7 @@ def _add_distances(
     [lane, head, row, key, d_head].
 
     Args:
-        own: Columns of the rows' own keys.
+        tensor: Columns of the rows' own keys.
         mine: Their indices among all keys.
     """
     q, added = q.squeeze(2), torch.zeros_like(scores).squeeze(2)
@@ -821,7 +823,7 @@ def _add_distances(
     if before:
         every = torch.arange(before, device=q.device)
         added[..., :before] = distances.scores(q, old_keys[:, :, None], at, every)
-    added[..., mine] = distances.scores(q, k, at, own)
+    added[..., mine] = distances.scores(q, k, at, tensor)
     scores += added.unsqueeze(2)
 
 
@@ -880,11 +882,11 @@ class AttentionCall:
         together = max(1, get_max_scores(self.query.device) // (rows * heads * self.key.shape[2]))
         if together >= count or not isinstance(mask, Tensor) or arguments.get("distances"):
             return function(self.module, self.query, self.key, self.value, mask, **arguments)
-        found = [
+        outputs = [
             self._of_queries(function, slice(first, min(first + together, count)))
             for first in range(0, count, together)
         ]
-        return torch.cat(found, dim=1), None
+        return torch.cat(outputs, dim=1), None
 
     def _of_queries(self, function: AttentionFunction, part: slice) -> Tensor:
         """Return the output [B, part, heads, d_head] of some queries.
@@ -914,7 +916,7 @@ def replace_block_attention(
     sees_all: Callable[[], bool] | None = None,
 ) -> Generator[None]:
     """Replace the model's attention; `masked` and `sees_all` are those of `exchange_attention`."""
-    own, crossing = list_implementations(model), find_cross_attention(model)
+    block_attentions, crossing = list_implementations(model), find_cross_attention(model)
     encoding = find_encoder_attention(model)
 
     def function(
@@ -928,7 +930,9 @@ def replace_block_attention(
         across, layer = id(module) in crossing, running()
         place = "cross" if across else "", layer
         where = layer, across, encoding.get(id(module), place), module
-        return attention(AttentionCall(*where, query, key, value, attention_mask, kwargs, own))
+        return attention(
+            AttentionCall(*where, query, key, value, attention_mask, kwargs, block_attentions)
+        )
 
     exchanged = exchange_attention(model, function, masked=masked, sees_all=sees_all)
     with _track_block(model) as running, exchanged:

@@ -166,14 +166,14 @@ class AttentionHooks:
             vectors = vectors.clone()
         for token, head, write in writes:
             there = (token >= first) & (token < first + vectors.shape[1])
-            own = torch.nonzero(there)[:, 0]
-            index = indices_to_device((head[own], token[own] - first), vectors.device)
-            values = write.values[to_device(own, write.values.device)]
-            to = None if write.to is None else write.to[to_device(own, write.to.device)]
+            indices = torch.nonzero(there)[:, 0]
+            index = indices_to_device((head[indices], token[indices] - first), vectors.device)
+            values = write.values[to_device(indices, write.values.device)]
+            to = None if write.to is None else write.to[to_device(indices, write.to.device)]
             now = vectors[index]
             to = None if to is None else to_device(to, now.device)
             vectors[index] = apply_write(write.mode, now, to_device(values, now.device), to)
-            self.done += len(own)
+            self.done += len(indices)
         if site in self.wanted:
             earlier = [self.found[site]] if first else []
             self.found[site] = torch.cat([*earlier, vectors.transpose(0, 1)])
@@ -182,9 +182,9 @@ class AttentionHooks:
     def unseen(self, group: AttentionGroup) -> None:
         """Count changes at tokens that don't attend, because no measure depends on them."""
         for change in self.changes:
-            own = change.token - group.start
-            own = own[(own >= 0) & (own < group.size)] % len(group.columns)
-            self.done += int((~np.isin(own.numpy(), group.queries.host)).sum())
+            token = change.token - group.start
+            token = token[(token >= 0) & (token < group.size)] % len(group.columns)
+            self.done += int((~np.isin(token.numpy(), group.queries.host)).sum())
 
     def scored(self, group: AttentionGroup, scores: Tensor, sink: Tensor | None) -> Tensor | None:
         """Change masked scores in place.
@@ -200,19 +200,19 @@ class AttentionHooks:
         for change in self.changes:
             if change.change in ("pattern", "allow"):
                 continue
-            own, index = self._of(group, change, scores)
-            if not len(own):
+            tensor, index = self._of(group, change, scores)
+            if not len(tensor):
                 continue
             seen = self.seen[index]
             rows = scores[index].masked_fill(~seen, float("-inf"))
             if change.change == "scores":
-                rows = torch.where(seen, self._vectors(group, change, own, rows), rows)
+                rows = torch.where(seen, self._vectors(group, change, tensor, rows), rows)
             else:
-                keys = self._keys(group, change, own, rows) & seen
+                keys = self._keys(group, change, tensor, rows) & seen
                 own_sink = None if sink is None else sink[index]
                 rows, own_sink = _change_scores(
                     change,
-                    to_device(change.amounts[own].to(rows.dtype), rows.device),
+                    to_device(change.amounts[tensor].to(rows.dtype), rows.device),
                     rows,
                     keys,
                     own_sink,
@@ -233,10 +233,10 @@ class AttentionHooks:
         for change in self.changes:
             if change.change != "pattern":
                 continue
-            own, index = self._of(group, change, weights)
-            if len(own):
+            tensor, index = self._of(group, change, weights)
+            if len(tensor):
                 rows = weights[index]
-                vectors = self._vectors(group, change, own, rows)
+                vectors = self._vectors(group, change, tensor, rows)
                 weights[index] = torch.where(self.seen[index], vectors, rows)
         self._keep("pattern", group, weights)
         return weights
@@ -251,15 +251,15 @@ class AttentionHooks:
             query].
         """
         token = change.token
-        own = torch.nonzero((token >= group.start) & (token < group.start + group.size))[:, 0]
-        at, count = token[own] - group.start, len(group.columns)
+        indices = torch.nonzero((token >= group.start) & (token < group.start + group.size))[:, 0]
+        at, count = token[indices] - group.start, len(group.columns)
         place = torch.full((count,), -1)
         place[torch.from_numpy(group.queries.host)] = torch.arange(len(group.queries))
         query = place[at % count]
         asks = query >= 0  # others are in other parts of the group, or irrelevant to measures
-        own, at, query = own[asks], at[asks], query[asks]
-        self.done += len(own)
-        head = change.head[own]
+        indices, at, query = indices[asks], at[asks], query[asks]
+        self.done += len(indices)
+        head = change.head[indices]
         shared = like.shape[2]
         index = (
             at // (count * group.rows),
@@ -268,20 +268,20 @@ class AttentionHooks:
             at // count % group.rows,
             query,
         )
-        return own, indices_to_device(index, like.device)
+        return indices, indices_to_device(index, like.device)
 
     def _keys(
-        self, group: AttentionGroup, change: _AttentionChange, own: Tensor, rows: Tensor
+        self, group: AttentionGroup, change: _AttentionChange, tensor: Tensor, rows: Tensor
     ) -> Tensor:
         """Return [n, key]: whether a key is affected by the change."""
         place = torch.full((len(change.token),), -1, dtype=torch.long)
-        place[own] = torch.arange(len(own))
+        place[tensor] = torch.arange(len(tensor))
         row = place[change.entries]
         column = change.columns - self._first(group)
         good = (row >= 0) & (column >= 0) & (column < rows.shape[1])
-        found = torch.zeros(rows.shape, dtype=torch.bool)
-        found[row[good], column[good]] = True
-        return to_device(found, rows.device)
+        keys = torch.zeros(rows.shape, dtype=torch.bool)
+        keys[row[good], column[good]] = True
+        return to_device(keys, rows.device)
 
     def _vectors(
         self, group: AttentionGroup, change: _AttentionChange, own: Tensor, rows: Tensor
@@ -295,8 +295,8 @@ class AttentionHooks:
             starts = torch.full_like(starts, self._first(group))
         position = column - starts
         inside = position.clamp(0, change.values.shape[1] - 1)
-        found = to_device(change.values[own].gather(1, inside).to(rows.dtype), rows.device)
-        return apply_write(change.mode, rows, found)
+        vectors = to_device(change.values[own].gather(1, inside).to(rows.dtype), rows.device)
+        return apply_write(change.mode, rows, vectors)
 
     def _keep(self, site: str, group: AttentionGroup, found: Tensor) -> None:
         """Store values that are read, by key position."""
@@ -304,8 +304,8 @@ class AttentionHooks:
             assert self.pooled is not None
             count, keys = self.pools.tokens, torch.from_numpy(group.columns.host)
             asking = keys[torch.from_numpy(group.queries.host)]
-            for lane, own in zip(group.lanes.host.tolist(), found, strict=True):
-                pooled = self.pools.pool(own[:, :, 0].flatten(0, 1), asking, keys)
+            for lane, tensor in zip(group.lanes.host.tolist(), found, strict=True):
+                pooled = self.pools.pool(tensor[:, :, 0].flatten(0, 1), asking, keys)
                 self.pooled[lane * count : (lane + 1) * count] += pooled
         if site == "pattern" and "entropy" in self.wanted:
             self._store("entropy", group, compute_pattern_entropy(found)[..., None])
@@ -496,7 +496,7 @@ def _change_scores(
 
 def group_by_layer(edges: Sequence[EdgeWrite]) -> Mapping[tuple[str, int], list[EdgeWrite]]:
     """Group edges by stack and layer, in order."""
-    found: dict[tuple[str, int], list[EdgeWrite]] = defaultdict(list)
+    edges_of_layer: dict[tuple[str, int], list[EdgeWrite]] = defaultdict(list)
     for edge in edges:
-        found[edge.stack, edge.layer].append(edge)
-    return found
+        edges_of_layer[edge.stack, edge.layer].append(edge)
+    return edges_of_layer

@@ -224,12 +224,12 @@ class _RuledFunctions(TorchFunctionMode):
 
     def _product(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Half rule: each factor passes on half of its gradient."""
-        found = func(*args, **kwargs)
+        product = func(*args, **kwargs)
         factors = [each for each in args if isinstance(each, Tensor) and each.requires_grad]
         if len(factors) < 2:
-            return found
+            return product
         self.products += 1
-        return found if self.in_attention else scale_gradient(found, 0.5)
+        return product if self.in_attention else scale_gradient(product, 0.5)
 
     def _of_attention(
         self, rule: Callable[..., Any], func: Callable[..., Any], *args: Any, **kwargs: Any
@@ -295,12 +295,12 @@ class _DecomposedFunctions(TorchFunctionMode):
     def _share_bias(self, mapped: Tensor, bias: Tensor) -> Tensor:
         """Add a bias: γ gets a share in proportion to |Wγ| and |Wβ|, and all where both are 0."""
         whole, *parts = mapped.chunk(self._groups)
-        found = [whole + bias]
+        biases = [whole + bias]
         for irrelevant in parts:
             relevant_size, irrelevant_size = (whole - irrelevant).abs(), irrelevant.abs()
             sizes = relevant_size + irrelevant_size
-            found.append(irrelevant + torch.where(sizes > 0, irrelevant_size / sizes, 1.0) * bias)
-        return torch.cat(found)
+            biases.append(irrelevant + torch.where(sizes > 0, irrelevant_size / sizes, 1.0) * bias)
+        return torch.cat(biases)
 
     def _linear(
         self,
@@ -449,13 +449,13 @@ def _softmax(
     func: Callable[..., Tensor], value: Tensor, *args: Any, temperature: float, **kwargs: Any
 ) -> Tensor:
     """Softmax with the derivative of a softmax at a temperature, without the factor 1 / T."""
-    found = func(value, *args, **kwargs)
+    pattern = func(value, *args, **kwargs)
     dim = kwargs.get("dim", args[0] if args else -1)
-    scores = value.to(found.dtype)
+    scores = value.to(pattern.dtype)
     weights = (scores.detach() / temperature).softmax(dim).nan_to_num(0.0)
     scores = torch.where(weights > 0, scores, torch.zeros_like(scores))
     surrogate = weights * scores - weights * (weights * scores).sum(dim, keepdim=True)
-    return keep_value(found, surrogate)
+    return keep_value(pattern, surrogate)
 
 
 def _activation_rule(module: nn.Module, *, identity: bool) -> Callable[..., Tensor]:
@@ -469,14 +469,14 @@ def _activation_rule(module: nn.Module, *, identity: bool) -> Callable[..., Tens
         with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
             given = value.detach().requires_grad_()
             with torch.enable_grad():
-                found = own(given, *args, **kwargs)
+                output = own(given, *args, **kwargs)
             if identity:
                 small = given.abs() < _SMALL
                 safe = torch.where(small, torch.full_like(given, _SMALL), given).detach()
                 factor = own(safe, *args, **kwargs) / safe
             else:
-                (factor,) = torch.autograd.grad(found.sum(), given)
-        return keep_value(found, value * factor)
+                (factor,) = torch.autograd.grad(output.sum(), given)
+        return keep_value(output, value * factor)
 
     return forward
 

@@ -42,9 +42,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def tensors_to_host(values: Sequence[Tensor]) -> list[Tensor]:
     """Move tensors of one shape and dtype to the host, with one transfer from the device."""
-    away = [each for each in values if not each.is_cpu]
+    away = [value for value in values if not value.is_cpu]
     moved = iter(torch.stack(away).cpu() if away else ())
-    return [each if each.is_cpu else next(moved) for each in values]
+    return [value if value.is_cpu else next(moved) for value in values]
 
 
 def indices_to_device(indices: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
@@ -58,7 +58,7 @@ def indices_to_device(indices: Sequence[Tensor], device: torch.device) -> tuple[
 def arrays_to_device(arrays: Sequence[Ints], device: torch.device) -> tuple[Tensor, ...]:
     """Convert index arrays [n] to tensors on a device, in one transfer."""
     return indices_to_device(
-        [torch.from_numpy(np.ascontiguousarray(each)) for each in arrays], device
+        [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays], device
     )
 
 
@@ -91,8 +91,8 @@ class DeviceIndex:
     @cached_property
     def selection(self) -> slice | Tensor:
         """Selector of these indices; a slice, if possible, because it copies nothing."""
-        found = find_slice(self.host)
-        return self.device if found is None else found
+        rows = find_slice(self.host)
+        return self.device if rows is None else rows
 
 
 def find_slice(values: Ints) -> slice | None:
@@ -126,11 +126,11 @@ class PatchPools:
         """
         heads, asking, _ = weights.shape
         size = self.tokens + 1
-        own = to_device(self.of_patch[keys], weights.device)
-        found = weights.new_zeros(heads, asking, size).index_add_(2, own, weights)
-        own = to_device(self.of_patch[queries], weights.device)
-        found = weights.new_zeros(heads, size, size).index_add_(1, own, found) / self.each
-        return found[:, :-1, :-1].transpose(0, 1)
+        tensor = to_device(self.of_patch[keys], weights.device)
+        pooled = weights.new_zeros(heads, asking, size).index_add_(2, tensor, weights)
+        tensor = to_device(self.of_patch[queries], weights.device)
+        pooled = weights.new_zeros(heads, size, size).index_add_(1, tensor, pooled) / self.each
+        return pooled[:, :-1, :-1].transpose(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,10 +265,10 @@ class Batch:
         if self.tiles is not None:
             tokens, columns = self.tiles
             return positions // tokens * columns + positions % tokens
-        found = self.starts[rows] + positions
-        if "encoder" in self.frames and bool((found < 0).any()):
+        place = self.starts[rows] + positions
+        if "encoder" in self.frames and bool((place < 0).any()):
             raise ValueError("a position of the encoder's text is not one of the decoder")
-        return found
+        return place
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Return row and position of all tokens, row by row, on the host."""
@@ -300,9 +300,9 @@ class Batch:
     def first_positions(self, site: str, stack: str) -> Tensor:
         """Return [row] long: first position that a site has a vector for; in a decoder, the one
         after the encoder's tokens."""
-        own = self.of_site(site, stack)
-        encoded = own.frames.get("encoder")
-        return torch.zeros_like(own.lengths) if encoded is None else encoded.lengths
+        batch = self.of_site(site, stack)
+        encoded = batch.frames.get("encoder")
+        return torch.zeros_like(batch.lengths) if encoded is None else encoded.lengths
 
     def locate(
         self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
@@ -324,8 +324,8 @@ class Batch:
         encoded = torch.zeros_like(rows) if source is None else source.lengths[rows]
         within = positions < encoded
         if source is not None and bool(within.any()):
-            own = rows[within], positions[within], numbers[within]
-            moved = replace(self, frames={**self.frames, "encoder": source.numbered(*own)})
+            tensors = rows[within], positions[within], numbers[within]
+            moved = replace(self, frames={**self.frames, "encoder": source.numbered(*tensors)})
             return moved.numbered(rows[~within], positions[~within], numbers[~within])
         ids = self.position_ids().clone()
         index = rows, self.columns(rows, positions), numbers
@@ -438,10 +438,10 @@ class SiteWrite:
         index = there.nonzero()[:, 0]
         if len(index) == len(there):
             return self if rows is None else self.moved(rows)
-        own = self.rows[index]
+        row = self.rows[index]
         return replace(
             self,
-            rows=own if rows is None else rows[own],
+            rows=row if rows is None else rows[row],
             positions=self.positions[index],
             units=self.units[index],
             values=self.values[to_device(index, self.values.device)],
@@ -839,11 +839,11 @@ class CircuitRead:
         if self.changes is not None:
             return
         for index, part in self.parts:
-            own = part.changes
-            assert own is not None
+            changes = part.changes
+            assert changes is not None
             if self.changes is None:
-                self.changes = own.new_zeros(own.shape[0], len(self.rows), own.shape[2])
-            self.changes[:, to_device(index, own.device)] = own
+                self.changes = changes.new_zeros(changes.shape[0], len(self.rows), changes.shape[2])
+            self.changes[:, to_device(index, changes.device)] = changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -914,8 +914,8 @@ class RuleWrites:
 
     def numbered(self, batch: Batch) -> Batch:
         """Apply the position ids to a batch."""
-        for each in self.numbers:
-            batch = batch.numbered(each.rows, each.positions, each.numbers)
+        for number in self.numbers:
+            batch = batch.numbered(number.rows, number.positions, number.numbers)
         return batch
 
 
@@ -927,8 +927,8 @@ def get_free_memory(device: torch.device) -> int:
         return free + unused
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found = next(line.split() for line in lines if line.startswith("MemAvailable"))
-        available = int(found[1]) * 1024
+        fields = next(line.split() for line in lines if line.startswith("MemAvailable"))
+        available = int(fields[1]) * 1024
     except (OSError, StopIteration, ValueError):
         available = 4 << 30
     return min(available, _get_container_limit())

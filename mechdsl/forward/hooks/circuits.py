@@ -1,4 +1,4 @@
-"""Edges of a circuit in a full pass: each receiver reads its own sum of its senders.
+"""Edges of a circuit in a full pass: each receiver reads the sum of its senders.
 
 A receiver's input is the stream of this pass plus mask * (fill - value) summed over the senders
 before it. If all fills are 0 and most edges of a receiver are ablated, its input is the sum of the
@@ -175,16 +175,16 @@ def _attends_to_image(model: LoadedModel, layer: int) -> bool:
 
 def _explain_joined_attention(model: LoadedModel, stack: str, number: int) -> str:
     """Return why the heads of an attention can't be nodes; empty if they can."""
-    own = model.stack(stack)
-    block = own.anatomy.blocks[number]
+    block_stack = model.stack(stack)
+    block = block_stack.anatomy.blocks[number]
     if block.output is None:
         return "attention's output isn't a linear map of its heads"
-    if block.attn_output_norm is not None and own.shape.parallel_block:
+    if block.attn_output_norm is not None and block_stack.shape.parallel_block:
         return "a norm follows attention, which reads the same stream as the MLP"
     if not block.reads_stream:
         return "attention doesn't read the stream through a norm"
     entrance = () if stack == "cross" else ("resid_pre",)
-    if not all(own.shape.has(site, number) for site in (*ATTENTION_INPUTS, "z", *entrance)):
+    if not all(block_stack.shape.has(site, number) for site in (*ATTENTION_INPUTS, "z", *entrance)):
         return "there are no heads with queries, keys and values"
     of_image = stack == "cross" and model.shape.attends_to_image
     for site in ATTENTION_INPUTS[:1] if of_image else ATTENTION_INPUTS:
@@ -232,8 +232,8 @@ def _find_activation(model: LoadedModel, block: BlockAnatomy) -> Callable[[Tenso
         return None
     parent = model.module.get_submodule(block.mlp[0].rpartition(".")[0])
     named = (getattr(parent, name, None) for name in _ACTIVATIONS)
-    found: Any = next(filter(callable, named), None)
-    return cast("Callable[[Tensor], Tensor] | None", found)
+    activation: Any = next(filter(callable, named), None)
+    return cast("Callable[[Tensor], Tensor] | None", activation)
 
 
 def _reads_alone(mlp: nn.Module) -> bool:
@@ -241,7 +241,9 @@ def _reads_alone(mlp: nn.Module) -> bool:
     kind: Any = type(mlp)
     given = list(inspect.signature(kind.forward).parameters.values())[2:]
     rest = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    return all(each.default is not each.empty or each.kind in rest for each in given)
+    return all(
+        parameter.default is not parameter.empty or parameter.kind in rest for parameter in given
+    )
 
 
 def is_plain_mlp(model: LoadedModel, layer: int | None, *, normed: bool = False) -> bool:
@@ -319,12 +321,12 @@ def find_normed_sublayers(model: LoadedModel, stack: str = "") -> tuple[Sublayer
         attentions = [(stack, block)]
         if not stack and "cross" in model.others:
             attentions.append(("cross", model.stack("cross").anatomy.blocks[layer]))
-        for own, of in attentions:
-            where, added = SiteRead("z", layer, own), of.taps.get("attn_out")
+        for name, of in attentions:
+            where, added = SiteRead("z", layer, name), of.taps.get("attn_out")
             if added is not None and of.middle is not None:
                 sums.append(Sublayer(where, added, sum_norm=of.middle))
             if of.output is not None and of.attn_output_norm is not None:
-                width = TensorLayout.whole(model.stack(own).shape.d_model)
+                width = TensorLayout.whole(model.stack(name).shape.d_model)
                 joined = HookPoint(of.output, "out", width)
                 outputs.append(Sublayer(where, joined, of.attn_output_norm))
             elif added is not None:
@@ -338,25 +340,27 @@ def find_normed_sublayers(model: LoadedModel, stack: str = "") -> tuple[Sublayer
     in_front = any(block.attn_norm or block.mlp_norm for block in blocks)
     if len(sums) == len(outputs) and not in_front:
         return tuple(sums)
-    return tuple(outputs) if any(each.output_norm for each in outputs) else ()
+    return tuple(outputs) if any(output.output_norm for output in outputs) else ()
 
 
 def has_normed_sums(model: LoadedModel, stack: str = "") -> bool:
     """Whether norms follow the sums of the stream and the outputs of sublayers."""
-    return any(each.sum_norm for each in find_normed_sublayers(model, stack))
+    return any(sublayer.sum_norm for sublayer in find_normed_sublayers(model, stack))
 
 
 def _find_projection(model: LoadedModel, where: SiteRead) -> tuple[str, TensorLayout] | None:
     """Return the linear map from the norm of the stream to `q`, `k` or `v`, and the layout of its
     output; None if there is no such map."""
-    own, layer = model.stack(where.stack), where.layer
+    block_stack, layer = model.stack(where.stack), where.layer
     assert layer is not None
-    block, tap = own.anatomy.blocks[layer], model.tap(where.site, layer, where.stack)
+    block, tap = block_stack.anatomy.blocks[layer], model.tap(where.site, layer, where.stack)
     if tap.path in block.projections:
         path, layout = tap.path, tap.layout
     elif len(block.projections) == len(ATTENTION_INPUTS):  # a norm of queries or keys follows
         path = block.projections[ATTENTION_INPUTS.index(where.site)]
-        layout = TensorLayout.heads(unit_count(own.shape, where.site, layer), tap.layout.width)
+        layout = TensorLayout.heads(
+            unit_count(block_stack.shape, where.site, layer), tap.layout.width
+        )
     else:
         return None
     module = model.module.get_submodule(path)
@@ -383,7 +387,7 @@ def _list_projections(
     Args:
         stack: The stack of the stream.
     """
-    found: dict[str, dict[str, TensorLayout]] = {}
+    projections: dict[str, dict[str, TensorLayout]] = {}
     for site in ATTENTION_INPUTS:
         where = SiteRead(site, attention.layer, attention.stack)
         if reads_encoder(where) != (stack == "encoder"):
@@ -391,14 +395,16 @@ def _list_projections(
         projection = _find_projection(model, where)
         if projection is not None:
             path, layout = projection
-            found.setdefault(path, {})[site] = layout
-    return found
+            projections.setdefault(path, {})[site] = layout
+    return projections
 
 
 def _is_made_of(model: LoadedModel, path: str, layouts: Mapping[str, TensorLayout]) -> bool:
     """Return whether a linear map has no other outputs than queries, keys and values."""
     sizes = linear_sizes(unwrap_adapter(model.module.get_submodule(path)))
-    return sizes is not None and sizes[1] == sum(own.units * own.width for own in layouts.values())
+    return sizes is not None and sizes[1] == sum(
+        layout.units * layout.width for layout in layouts.values()
+    )
 
 
 @torch.no_grad()
@@ -464,14 +470,14 @@ class _PartialForward:
         # Under autocast, the output may have another dtype than the input.
         computed = self.forward(hidden[due][None])[0] if bool(due.any()) else None
         like = hidden if computed is None else computed
-        found = like.new_zeros(*hidden.shape[:2], self.width or hidden.shape[2])
+        sums = like.new_zeros(*hidden.shape[:2], self.width or hidden.shape[2])
         if computed is not None:
-            found[due] = computed
+            sums[due] = computed
         for part in self.parts:
             if part.vectors is not None:
                 index = part.rows.to(due.device), part.columns.to(due.device)
-                found[index] = part.vectors.to(found)
-        return found.view(*given, -1)
+                sums[index] = part.vectors.to(sums)
+        return sums.view(*given, -1)
 
 
 @dataclass(frozen=True)
@@ -505,15 +511,15 @@ def number_inputs(mask: Tensor, receivers: Sequence[int]) -> DistinctInputs:
     if mask.dim() == 3 or mask.requires_grad:
         chosen = torch.cat([nothing, mask[..., list(receivers), :]], dim=-2)
         return DistinctInputs(chosen, {row: n for n, row in enumerate(receivers, start=1)})
-    own = torch.cat([nothing, mask[list(receivers)]])
+    tensor = torch.cat([nothing, mask[list(receivers)]])
     numbers: dict[bytes, int] = {}
     first: list[int] = []
     of: list[int] = []
-    for place, row in enumerate(own.cpu().numpy()):
+    for place, row in enumerate(tensor.cpu().numpy()):
         number = numbers.setdefault(row.tobytes(), len(numbers))
         first += [place] * (number == len(first))
         of.append(number)
-    return DistinctInputs(own[first], dict(zip(receivers, of[1:], strict=True)))
+    return DistinctInputs(tensor[first], dict(zip(receivers, of[1:], strict=True)))
 
 
 def _take(tensor: Tensor, index: Sequence[int], dim: int = 0) -> Tensor:
@@ -534,11 +540,11 @@ def _sum_units(values: Tensor, weight: Tensor, count: int) -> Tensor:
         count: Number of single units.
     """
     values = values.transpose(0, 1)
-    found = torch.bmm(values[:count], weight[:count])
+    units = torch.bmm(values[:count], weight[:count])
     if len(values) == count:
-        return found
+        return units
     joined = values[count:, :, 0].T @ weight[count:, 0]
-    return torch.cat([found, joined[None]])
+    return torch.cat([units, joined[None]])
 
 
 def _sum_shares(shares: Tensor, vectors: Tensor) -> Tensor:
@@ -568,9 +574,9 @@ def _find_output(senders: SiteRead) -> SiteRead:
 def _select_units(vectors: Tensor, units: Sequence[Sequence[int]]) -> Tensor:
     """Return [selection, K, unit, width]: [K, unit, width] with 0 for all but some units."""
     found = vectors.new_zeros(len(units), *vectors.shape)
-    for own, selected in zip(found, units, strict=True):
-        there = to_device(torch.tensor(selected), own.device)
-        own[:, there] = vectors[:, there]
+    for tensor, selected in zip(found, units, strict=True):
+        there = to_device(torch.tensor(selected), tensor.device)
+        tensor[:, there] = vectors[:, there]
     return found
 
 
@@ -612,29 +618,29 @@ class CircuitHooks(ABC):
         self._receivers = circuit.receivers
         self._features = circuit.features
         self._stack = circuit.stack
-        own = model.stack(self._stack)
-        self._anatomy, self._shape = own.anatomy, own.shape
-        found = frame.locate("resid_pre", 0, self._stack, circuit.rows, circuit.positions)
-        self._rows, self._columns = indices_to_device(found[:2], model.device)
+        block_stack = model.stack(self._stack)
+        self._anatomy, self._shape = block_stack.anatomy, block_stack.shape
+        place = frame.locate("resid_pre", 0, self._stack, circuit.rows, circuit.positions)
+        self._rows, self._columns = indices_to_device(place[:2], model.device)
         self._stream: Tensor | None = None
         """[K, d_model] that enters the current attention."""
         self._joined = {n for site, n in circuit.features if site == "attn_out"}
         """Layers whose heads send to nodes of the output of attention."""
         normed = find_normed_sublayers(model, self._stack)
         self._normed_attention_outputs = {
-            each.senders.layer: each
-            for each in normed
-            if each.output_norm and self._sends_to_nodes(each.senders)
+            sublayer.senders.layer: sublayer
+            for sublayer in normed
+            if sublayer.output_norm and self._sends_to_nodes(sublayer.senders)
         }
         """By layer, attention whose output is split into nodes after a norm."""
         self._sublayers = tuple(map(self._join_sublayer, normed))
         """Those that receivers' inputs are recomputed from; empty if no norms follow sublayers."""
         self._normed_heads = {
-            each.senders: each
-            for each in self._sublayers
-            if each.output_norm or (each.sum_norm and each.senders.site == "z")
+            sublayer.senders: sublayer
+            for sublayer in self._sublayers
+            if sublayer.output_norm or (sublayer.sum_norm and sublayer.senders.site == "z")
         }
-        self._norms_follow_sums = any(each.sum_norm for each in self._sublayers)
+        self._norms_follow_sums = any(sublayer.sum_norm for sublayer in self._sublayers)
         self._last_layer = self._shape.read_layers - 1
         """The last block that the end of the model reads."""
         self._ends_before_norm = self._norms_follow_sums or "final_norm" not in self._anatomy.taps
@@ -688,8 +694,8 @@ class CircuitHooks(ABC):
         if self._sublayers:
             first = SiteRead("resid_pre", 0, self._stack)
             yield self._output(self.model.tap("resid_pre", 0, self._stack), first)
-        for each in self._sublayers:
-            yield self._output(each.output, _find_output(each.senders))
+        for sublayer in self._sublayers:
+            yield self._output(sublayer.output, _find_output(sublayer.senders))
         receivers: dict[SiteRead, list[int]] = defaultdict(list)
         for row, (where, _) in enumerate(self._receivers):
             receivers[where].append(row)
@@ -708,9 +714,9 @@ class CircuitHooks(ABC):
         by_path = defaultdict(list)
         for where, rows in receivers.items():
             if where.site in ATTENTION_INPUTS:
-                found = _find_projection(self.model, where)
-                assert found is not None
-                by_path[Attention.of(where), found[0]].append((found[1], rows))
+                projection = _find_projection(self.model, where)
+                assert projection is not None
+                by_path[Attention.of(where), projection[0]].append((projection[1], rows))
             elif where.site == "mlp_hidden":
                 yield from self._neurons(where, rows)
             elif where.site == "mlp_norm" and where.layer in split:
@@ -731,12 +737,12 @@ class CircuitHooks(ABC):
             sends: Site of the output.
             reads: Site of its nodes as receivers.
         """
-        found = {fill.where.layer for fill in self._fills if fill.where.site == sends}
-        found |= {where.layer for where, _ in self._receivers if where.site == reads}
+        layers = {fill.where.layer for fill in self._fills if fill.where.site == sends}
+        layers |= {where.layer for where, _ in self._receivers if where.site == reads}
         return [
             layer
             for site, layer in self._features
-            if site == sends and layer in found and layer is not None
+            if site == sends and layer in layers and layer is not None
         ]
 
     def _add(
@@ -757,8 +763,8 @@ class CircuitHooks(ABC):
 
     def _at(self, view: Tensor) -> Tensor:
         """Return [K, …] of a [B, T, …] tensor, in at least float32."""
-        found = view[self._rows.to(view.device), self._columns.to(view.device)]
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+        values = view[self._rows.to(view.device), self._columns.to(view.device)]
+        return values.to(torch.promote_types(values.dtype, torch.float32))
 
     # --- senders ---
 
@@ -1007,7 +1013,7 @@ class CircuitHooks(ABC):
             where: The output.
             compute: Returns [K, node, d_model], what nodes add to the stream.
         """
-        for fill in (each for each in self._fills if each.where == where):
+        for fill in (sender_fill for sender_fill in self._fills if sender_fill.where == where):
             now = compute(fill.units).transpose(0, 1)
             values = to_device(fill.values, now.device).to(now).transpose(0, 1)
             self._remember_change(fill.where, values - now)
@@ -1044,8 +1050,8 @@ class CircuitHooks(ABC):
         Raises:
             WriteMismatch: It isn't.
         """
-        found = self._compute_mlp(layer, normed[:1], outputs)
-        if (found - outputs[:1]).abs().amax() > _SAME_INPUT * outputs[:1].abs().amax():
+        mlp = self._compute_mlp(layer, normed[:1], outputs)
+        if (mlp - outputs[:1]).abs().amax() > _SAME_INPUT * outputs[:1].abs().amax():
             raise WriteMismatch("the MLP of a circuit isn't a function of its input")
 
     def _compute_neurons(self, layer: int, vectors: Tensor) -> Tensor:
@@ -1054,7 +1060,7 @@ class CircuitHooks(ABC):
         Args:
             vectors: [input, K, d_model]
         """
-        block, found = self._anatomy.blocks[layer], list[Tensor]()
+        block, neurons = self._anatomy.blocks[layer], list[Tensor]()
         assert block.down is not None
         mlp, down = (self.model.module.get_submodule(each) for each in (block.mlp[0], block.down))
         activation = _find_activation(self.model, block)
@@ -1063,12 +1069,12 @@ class CircuitHooks(ABC):
                 return activation(mlp(vectors)).view(*vectors.shape[:2], -1)
 
         def keep(hidden: Tensor) -> Tensor:
-            found.append(hidden)
+            neurons.append(hidden)
             return hidden.new_zeros(*hidden.shape[:-1], self._shape.d_model)
 
         with suspend_hooks(mlp), replace_forward(down, keep):
             mlp(vectors)
-        (hidden,) = found
+        (hidden,) = neurons
         return hidden.view(*vectors.shape[:2], -1)
 
     def _check_neurons(self, computed: Tensor, given: Tensor) -> None:
@@ -1284,8 +1290,8 @@ class _WriteHooks(CircuitHooks):
             layer = fill.where.layer
             assert layer is not None
             if len(fill.units) == unit_count(self.model.shape, "z", layer):
-                own = Attention("", layer)
-                for path, layouts in _list_projections(self.model, own, "").items():
+                attention = Attention("", layer)
+                for path, layouts in _list_projections(self.model, attention, "").items():
                     if _is_made_of(self.model, path, layouts):
                         yield path, SkippedTokens(*index, None)
 
@@ -1332,34 +1338,34 @@ class _WriteHooks(CircuitHooks):
             reader: A receiver of these inputs.
         """
         if self._sublayers:
-            own = self._stream_of(mask)
-            found = stream + (own - self._stream_of(torch.zeros_like(mask)[..., :1, :]))
+            inputs = self._stream_of(mask)
+            changed = stream + (inputs - self._stream_of(torch.zeros_like(mask)[..., :1, :]))
             if self._norms_follow_sums:
-                return found
+                return changed
             summed = _by_input(self._are_summed(mask, reader).bool())
-            return torch.where(summed.to(own.device), own, found)
+            return torch.where(summed.to(inputs.device), inputs, changed)
         biases = self._biases
         if reader.site in MLP_INPUTS and self._shape.parallel_block:
             biases = self._entrance_biases.get(reader.layer or 0, biases)
         if self._changes is not None:
             self._changes[0], self._changes[1] = stream, biases
             changes = self._changes[: _AHEAD + self._end]
-            own, summed = mask[..., : self._end], self._are_summed(mask, reader)
+            inputs, summed = mask[..., : self._end], self._are_summed(mask, reader)
             due = self._find_before(reader)[0][: self._end]
-            weights = torch.cat([1 - summed, summed, own - summed * due], dim=-1).to(changes)
+            weights = torch.cat([1 - summed, summed, inputs - summed * due], dim=-1).to(changes)
             if mask.dim() == 2:
-                found = (weights @ changes.flatten(1)).unflatten(1, stream.shape)
+                changed = (weights @ changes.flatten(1)).unflatten(1, stream.shape)
             else:
-                found = torch.einsum("kru,ukd->rkd", weights, changes)
-            return found.to(stream.device)
+                changed = torch.einsum("kru,ukd->rkd", weights, changes)
+            return changed.to(stream.device)
         summed = self._are_summed(mask, reader)
         shares = mask - summed * self._find_before(reader)[0]
         of_input = _by_input(summed).to(stream)
-        found = (1 - of_input) * stream + of_input * biases.to(stream)
+        changed = (1 - of_input) * stream + of_input * biases.to(stream)
         for column, gained in self._differences:
-            own = shares[..., column : column + len(gained)]
-            found = found + _sum_shares(own, gained).to(found.device)
-        return found
+            inputs = shares[..., column : column + len(gained)]
+            changed = changed + _sum_shares(inputs, gained).to(changed.device)
+        return changed
 
     def _are_summed(self, mask: Tensor, reader: SiteRead) -> Tensor:
         """Return [input, 1] or [K, input, 1]: 1 for an input that is the sum of the senders whose
@@ -1401,9 +1407,9 @@ class _WriteHooks(CircuitHooks):
         for layer in range(self._shape.n_layers):
             heads = [SiteRead("z", layer, stack) for stack in stacks]
             heads[0] = SiteRead("attn_out", layer) if layer in self._joined else heads[0]
-            for each in (*heads, SiteRead("mlp_out", layer, self._stack)):
-                if _is_before(each, reader) and (own or layer != reader.layer):
-                    yield each
+            for head in (*heads, SiteRead("mlp_out", layer, self._stack)):
+                if _is_before(head, reader) and (own or layer != reader.layer):
+                    yield head
 
     def _count_units(self, where: SiteRead) -> int:
         """Return the number of units of senders: of an MLP its neurons if they are senders,
@@ -1427,16 +1433,16 @@ class _WriteHooks(CircuitHooks):
         """
         first, *outputs = self._outputs
         stream = first + self._shares(mask, SiteRead("resid_pre", 0, self._stack))
-        for each, output in zip(self._sublayers, outputs, strict=False):
-            if each.output_norm is None and each.senders in self._of_heads:
-                stream = stream + self._join_heads(mask, each.senders, output)
-            elif each.output_norm is None:
-                stream = stream + output.to(stream) + self._shares(mask, each.senders)
+        for sublayer, output in zip(self._sublayers, outputs, strict=False):
+            if sublayer.output_norm is None and sublayer.senders in self._of_heads:
+                stream = stream + self._join_heads(mask, sublayer.senders, output)
+            elif sublayer.output_norm is None:
+                stream = stream + output.to(stream) + self._shares(mask, sublayer.senders)
             else:
-                joined = self._join_heads(mask, each.senders, output)
-                stream = stream + self._add_normed(each, joined)
-            if each.sum_norm is not None:
-                stream = self._normed(each.sum_norm, stream, self._like)
+                joined = self._join_heads(mask, sublayer.senders, output)
+                stream = stream + self._add_normed(sublayer, joined)
+            if sublayer.sum_norm is not None:
+                stream = self._normed(sublayer.sum_norm, stream, self._like)
         return stream
 
     def _join_heads(self, mask: Tensor, where: SiteRead, output: Tensor) -> Tensor:
@@ -1451,14 +1457,14 @@ class _WriteHooks(CircuitHooks):
         """
         if where not in self._of_heads:
             return output.expand(mask.shape[-2], *output.shape)
-        own, filled = self._of_heads[where]
-        rest = self._bias_of_heads[where].to(own)
+        tensor, filled = self._of_heads[where]
+        rest = self._bias_of_heads[where].to(tensor)
         named = (fill for fill in self._fills if fill.where == where)
         count = sum(len(fill.units) + len(fill.others) for fill in named)
         if count < self._count_units(where):
-            rest = output.to(own) - own.sum(0)
-        share = mask[..., self._senders[where]].to(own)
-        return rest + _sum_shares(1 - share, own) + _sum_shares(share, filled)
+            rest = output.to(tensor) - tensor.sum(0)
+        share = mask[..., self._senders[where]].to(tensor)
+        return rest + _sum_shares(1 - share, tensor) + _sum_shares(share, filled)
 
     def _shares(self, mask: Tensor, where: SiteRead) -> Tensor:
         """Return [receiver, K, d_model]: what the masked senders of a sublayer add."""
@@ -1478,8 +1484,8 @@ class _WriteHooks(CircuitHooks):
     def _number_inputs(self, attention: Attention) -> DistinctInputs:
         """Return the distinct inputs of the heads of an attention, and, if it is the first sublayer
         of a block, of the MLP but for the heads."""
-        found = self._distinct.get(attention)
-        if found is None:
+        distinct_inputs = self._distinct.get(attention)
+        if distinct_inputs is None:
             sites = ATTENTION_INPUTS
             is_split = any(layer == attention.layer for _, layer in self._features)
             if self._mask.dim() == 2 and not self._sublayers and not is_split:
@@ -1490,8 +1496,8 @@ class _WriteHooks(CircuitHooks):
                 if (where.stack, where.layer) == (attention.stack, attention.layer)
                 and where.site in sites
             ]
-            found = self._distinct[attention] = number_inputs(self._mask, rows)
-        return found
+            distinct_inputs = self._distinct[attention] = number_inputs(self._mask, rows)
+        return distinct_inputs
 
     def _normed_inputs(self, attention: Attention, value: Tensor) -> Tensor:
         """Return [input, K, d_model] after the norm before an attention; the first one is that of
@@ -1527,14 +1533,14 @@ class _WriteHooks(CircuitHooks):
             if where.site == "mlp_norm" and self._changes is not None:
                 summed = bool(self._are_summed(distinct.mask[number], reader))
                 summed = summed and self._find_before(where)[1]
-                own = inputs[number] if summed else inputs[number] - inputs[0]
-                self._begun[row] = _BegunInput(own, self._end, summed, self._biases)
+                tensor = inputs[number] if summed else inputs[number] - inputs[0]
+                self._begun[row] = _BegunInput(tensor, self._end, summed, self._biases)
 
     def _projection(
         self, attention: Attention, path: str, parts: list[tuple[TensorLayout, list[int]]]
     ) -> Iterator[CircuitStep]:
         """Yield a step that gives the projection the most common input of its heads, and one that
-        computes the others as if each had its own projection."""
+        computes the others as if each had a separate projection."""
         inputs, heads = self._number_inputs(attention), list[tuple[TensorLayout, list[int]]]()
         layouts = _list_projections(self.model, attention, self._stack)[path]
         shape = self.model.stack(attention.stack).shape
@@ -1626,8 +1632,8 @@ class _WriteHooks(CircuitHooks):
             index = self._rows.to(value.device)[:, None], self._columns.to(value.device)[:, None]
             value = value.clone(memory_format=torch.contiguous_format)
             view = view_layout(value, tap.layout)
-            own = hidden[to_device(numbers, value.device), :, to_device(units, value.device)]
-            view[*index, to_device(units, value.device)[None]] = own.transpose(0, 1).to(view)
+            tensor = hidden[to_device(numbers, value.device), :, to_device(units, value.device)]
+            view[*index, to_device(units, value.device)[None]] = tensor.transpose(0, 1).to(view)
             put_layout(value, tap.layout, view)
             return value
 
@@ -1728,20 +1734,20 @@ class _WriteHooks(CircuitHooks):
         assert output.layer is not None
         tap = self.model.tap(output.site, output.layer)
         scale = get_scale(self.model.module, tap)
-        found: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
         """[K, d_model]: what each node adds to the stream."""
 
         def write(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             of_input = compute(value, apply_scale(self._at(value), scale))
             for number, nodes in by_input.items():
-                found.update(zip(nodes, of_input(number, nodes).unbind(1), strict=True))
+                values.update(zip(nodes, of_input(number, nodes).unbind(1), strict=True))
             if set(by_input) == {0}:
                 return value
-            whole = torch.stack([*found.values()]).sum(0)
+            whole = torch.stack([*values.values()]).sum(0)
             return self._put(value, undo_scale(whole, scale))
 
         def send(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            self._send_nodes(output, lambda units: torch.stack([found[u] for u in units], dim=1))
+            self._send_nodes(output, lambda units: torch.stack([values[u] for u in units], dim=1))
             return value
 
         spot: tuple[str, HookSide, int] = (tap.path, tap.side, tap.item)
@@ -1770,12 +1776,12 @@ class _WriteHooks(CircuitHooks):
         Args:
             reader: As in `_at_earlier_end`; None for the last block that the end reads.
         """
-        due, *index = (each.to(value.device) for each in self._ends)
+        due, *index = (end.to(value.device) for end in self._ends)
         dtype = torch.promote_types(value.dtype, torch.float32)
         stream = value.new_zeros(len(self._rows), value.shape[-1], dtype=dtype)
         stream = stream.index_put((due,), value[tuple(index)].to(dtype))
-        found = self._input(row, stream, reader)[due.to(stream.device)]
-        return value.index_put(tuple(index), found.to(value))
+        vectors = self._input(row, stream, reader)[due.to(stream.device)]
+        return value.index_put(tuple(index), vectors.to(value))
 
     def _input(self, row: int, stream: Tensor, reader: SiteRead | None = None) -> Tensor:
         """Return [K, d_model]: what an MLP or the end of the model reads; reader: as in
@@ -1802,7 +1808,11 @@ class _ReadHooks(CircuitHooks):
         super().__init__(model, frame, read)
         self._read = read
         if read.changes is None:
-            size = sum(each.count for each in read.fills), len(read.rows), self._shape.d_model
+            size = (
+                sum(sender_fill.count for sender_fill in read.fills),
+                len(read.rows),
+                self._shape.d_model,
+            )
             dtype = torch.promote_types(model.dtype, torch.float32)
             read.changes = torch.empty(size, dtype=dtype, device=model.device)
         else:
@@ -1818,26 +1828,26 @@ class _ReadHooks(CircuitHooks):
         """
         first, *outputs = self._outputs
         stream, normed = first, list[Tensor]()
-        for each, output in zip(self._sublayers[:count], outputs, strict=False):
+        for sublayer, output in zip(self._sublayers[:count], outputs, strict=False):
             normed.append(output.to(stream))
-            if each.output_norm is not None:
-                stream = stream + self._add_normed(each, output)
+            if sublayer.output_norm is not None:
+                stream = stream + self._add_normed(sublayer, output)
                 continue
             stream = stream + output.to(stream)
-            if each.sum_norm is not None:
+            if sublayer.sum_norm is not None:
                 normed[-1] = stream
-                stream = self._normed(each.sum_norm, stream, self._like)
-        for each, inputs in reversed([*zip(self._sublayers, normed, strict=False)]):
-            gradient = self._before_norm(each.sum_norm, inputs, gradient, self._like)
-            own = gradient
-            if each.output_norm is not None:
-                scaled = apply_scale(gradient, self._find_scale(each))
-                own = self._before_norm(each.output_norm, inputs, scaled, self._like)
-            where = each.senders
+                stream = self._normed(sublayer.sum_norm, stream, self._like)
+        for sublayer, inputs in reversed([*zip(self._sublayers, normed, strict=False)]):
+            gradient = self._before_norm(sublayer.sum_norm, inputs, gradient, self._like)
+            tensor = gradient
+            if sublayer.output_norm is not None:
+                scaled = apply_scale(gradient, self._find_scale(sublayer))
+                tensor = self._before_norm(sublayer.output_norm, inputs, scaled, self._like)
+            where = sublayer.senders
             if where.site == "mlp_out" and where not in self._senders:
                 where = SiteRead("mlp_hidden", where.layer, self._stack)
             if where in self._senders:
-                yield self._senders[where], own
+                yield self._senders[where], tensor
         first = SiteRead("resid_pre", 0, self._stack)
         yield self._senders.get(first, slice(0, 0)), gradient
 
@@ -1891,20 +1901,20 @@ class _ReadHooks(CircuitHooks):
             self._check_neurons(first, self._at(view_layout(like, tap.layout))[:1])
             like = like.new_empty(0)
 
-            def differentiate(own: Tensor, part: Sequence[Sequence[int]]) -> Tensor:
+            def differentiate(tensor: Tensor, part: Sequence[Sequence[int]]) -> Tensor:
                 with torch.enable_grad():
                     inputs = stream.expand(len(part), *stream.shape).clone().requires_grad_()
                     normed = self._normed(norm, inputs, like).to(like)
                     hidden = view_layout(self._compute_neurons(layer, normed), tap.layout)
-                    given = _select_units(own, part).to(hidden)
-                    (found,) = torch.autograd.grad(hidden, inputs, given)
-                return found
+                    given = _select_units(tensor, part).to(hidden)
+                    (gradient,) = torch.autograd.grad(hidden, inputs, given)
+                return gradient
 
             def to_stream(gradient: Tensor) -> Tensor:
-                own = self._at(view_layout(gradient, tap.layout))
-                size = max(1, _NEURON_NUMBERS // own.numel())
+                tensor = self._at(view_layout(gradient, tap.layout))
+                size = max(1, _NEURON_NUMBERS // tensor.numel())
                 parts = (units[first : first + size] for first in range(0, len(units), size))
-                return torch.cat([differentiate(own, part) for part in parts])
+                return torch.cat([differentiate(tensor, part) for part in parts])
 
             sublayers = len(self._outputs) - 1
             self._read.taps.append(EdgeTap(value, rows, to_stream, sublayers=sublayers))
@@ -1937,15 +1947,15 @@ class _ReadHooks(CircuitHooks):
                 return value
 
             def to_stream(gradient: Tensor) -> Tensor:
-                given, found = undo_scale(self._at(gradient), scale), list[Tensor]()
+                given, gradients = undo_scale(self._at(gradient), scale), list[Tensor]()
                 with torch.enable_grad():
                     inputs = stream.clone().requires_grad_()
                     normed = self._normed(norm, inputs, like)
                     made = apply_scale(self._compute_mlp(layer, normed, like).to(given), scale)
                     parts = self._compute_nodes(layer, made, (inputs, normed), named)
                     for part in parts.unbind(1):
-                        found += torch.autograd.grad(part, inputs, given, retain_graph=True)
-                return torch.stack(found)
+                        gradients += torch.autograd.grad(part, inputs, given, retain_graph=True)
+                return torch.stack(gradients)
 
             self._read.taps.append(
                 EdgeTap(value, rows, to_stream, sublayers=len(self._outputs) - 1)
@@ -1976,14 +1986,14 @@ class _ReadHooks(CircuitHooks):
                 return value
 
             def to_heads(gradient: Tensor) -> Tensor:
-                given, found = undo_scale(self._at(gradient), scale), list[Tensor]()
+                given, gradients = undo_scale(self._at(gradient), scale), list[Tensor]()
                 with torch.enable_grad():
                     inputs = joined.clone().requires_grad_()
                     made = inputs if normed is None else self._add_normed(normed, inputs)
                     parts = split.split(made.to(given), made.to(given), named)
                     for part in parts.unbind(1):
-                        found += torch.autograd.grad(part, inputs, given, retain_graph=True)
-                return torch.stack(found)
+                        gradients += torch.autograd.grad(part, inputs, given, retain_graph=True)
+                return torch.stack(gradients)
 
             self._read.taps.append(EdgeTap(value, rows, to_heads, heads))
             return value.clone()
@@ -2008,13 +2018,13 @@ class _ReadHooks(CircuitHooks):
             self._check_input(self._normed(norm, stream, given), given)
 
             def to_stream(gradient: Tensor) -> Tensor:
-                found: list[Tensor] = []
+                gradients: list[Tensor] = []
                 for layout, rows in parts:
                     heads = [self._receivers[row][1] for row in rows]
-                    own = self._at(view_layout(gradient, layout))[:, heads]
-                    columns = view_layout(weight[None], layout)[0][:, heads].to(own)
-                    found.append(torch.einsum("krh,drh->rkd", own, columns))
-                return self._before_norm(norm, stream, torch.cat(found), given)
+                    tensor = self._at(view_layout(gradient, layout))[:, heads]
+                    columns = view_layout(weight[None], layout)[0][:, heads].to(tensor)
+                    gradients.append(torch.einsum("krh,drh->rkd", tensor, columns))
+                return self._before_norm(norm, stream, torch.cat(gradients), given)
 
             self._read.taps.append(
                 EdgeTap(value, rows, to_stream, sublayers=len(self._outputs) - 1)
@@ -2031,18 +2041,20 @@ class _ReadHooks(CircuitHooks):
             self._check_input(self._normed(norm, stream, value.detach()), value.detach())
 
         def to_stream(gradient: Tensor) -> Tensor:
-            own = self._at(gradient)[None]
+            tensor = self._at(gradient)[None]
             if norm is None:
-                return own
+                return tensor
             assert stream is not None
-            return self._before_norm(norm, stream, own, gradient)
+            return self._before_norm(norm, stream, tensor, gradient)
 
         self._read.taps.append(EdgeTap(value, [row], to_stream, sublayers=len(self._outputs) - 1))
         return value.clone()
 
     def _at_earlier_end(self, row: int, value: Tensor, reader: SiteRead) -> Tensor:
         seen, every = value.clone(), self._read.fills
-        count = sum(each.count for each in every if _is_before(each.where, reader))
+        count = sum(
+            sender_fill.count for sender_fill in every if _is_before(sender_fill.where, reader)
+        )
         tap = EdgeTap(
             seen,
             [row],
@@ -2095,12 +2107,14 @@ def compute_edge_scores(
     parts = [[own for _, own in read.parts] or [read] for read in reads]
     tapped = [tap.tensor for every in parts for part in every for tap in part.taps]
     gradients = iter(compute_gradients(total, [*tapped, *leaves], keep=False))
-    found: list[Tensor] = []
-    for read, every, own in zip(reads, parts, senders, strict=True):
-        scores = [_score_edges(part, [next(gradients) for _ in part.taps], own) for part in every]
-        found.append(torch.stack(scores).sum(0))
+    edge_scores: list[Tensor] = []
+    for read, every, sender in zip(reads, parts, senders, strict=True):
+        scores = [
+            _score_edges(part, [next(gradients) for _ in part.taps], sender) for part in every
+        ]
+        edge_scores.append(torch.stack(scores).sum(0))
         read.parts.clear()
-    return found, [*gradients]
+    return edge_scores, [*gradients]
 
 
 def _score_edges(read: CircuitRead, gradients: Sequence[Tensor], senders: slice) -> Tensor:
@@ -2116,7 +2130,7 @@ def _score_edges(read: CircuitRead, gradients: Sequence[Tensor], senders: slice)
     if read.places is not None:
         masks = [read.places == place for place in range(int(read.places.max()) + 1)]
     size = len(masks), len(read.receivers), len(changes)
-    found = torch.zeros(size, dtype=torch.float64, device=changes.device)
+    edges = torch.zeros(size, dtype=torch.float64, device=changes.device)
     for tap, gradient in zip(read.taps, gradients, strict=True):
         receiver, _ = read.receivers[tap.receivers[0]]
         before = [fill.count for fill in read.fills if _is_before(fill.where, receiver)]
@@ -2134,9 +2148,9 @@ def _score_edges(read: CircuitRead, gradients: Sequence[Tensor], senders: slice)
                 if mask is not None:
                     given, change = given[:, mask], change[:, mask]
                 product = given.flatten(1) @ change.flatten(1).T
-                found[place, tap.receivers, own] += product.to(found)
+                edges[place, tap.receivers, own] += product.to(edges)
     read.taps.clear()
-    return found
+    return edges
 
 
 def _is_before(sender: SiteRead, receiver: SiteRead) -> bool:

@@ -141,10 +141,10 @@ class StandardBasis:
 
 def count_encoded(system: CoordinateSystem, vectors: Tensor, which: Tensor | None) -> int:
     """Return how many vectors [K, width] can be encoded at once, for all coordinates or [K, m]."""
-    each = system.size
+    size = system.size
     if which is not None and which.shape[1] <= MAX_GATHERED:
-        each = which.shape[1] * vectors.shape[1]
-    return max(1, MAX_NUMBERS // each)
+        size = which.shape[1] * vectors.shape[1]
+    return max(1, MAX_NUMBERS // size)
 
 
 OTHERS = -1
@@ -181,12 +181,12 @@ class FeatureSplit:
             parts = zip(outputs.split(count), inputs.split(count), strict=True)
             return torch.cat([self.split(*part, nodes) for part in parts])
         values = self.system.encode(inputs, which.expand(len(inputs), -1)).to(outputs)
-        found = self.system.contributions(values, which, outputs)
+        contributions = self.system.contributions(values, which, outputs)
         if OTHERS not in nodes:
-            return found
-        rest = (outputs - found.sum(1))[:, None]
+            return contributions
+        rest = (outputs - contributions.sum(1))[:, None]
         order = [len(encoded) if node == OTHERS else encoded.index(node) for node in nodes]
-        return torch.cat([found, rest], dim=1)[:, order]
+        return torch.cat([contributions, rest], dim=1)[:, order]
 
 
 def _change_coordinates(operation: CoordinateOperation, current: Tensor, values: Tensor) -> Tensor:
@@ -245,9 +245,9 @@ class EarlierChange:
             changed = _change_coordinates(self.operation, current, values)
             return torch.where(there, changed, current)
         if which is None:
-            own = current.gather(1, self.which)
-            changed = _change_coordinates(self.operation, own, values)
-            return current.scatter(1, self.which, torch.where(there, changed, own))
+            tensor = current.gather(1, self.which)
+            changed = _change_coordinates(self.operation, tensor, values)
+            return current.scatter(1, self.which, torch.where(there, changed, tensor))
         for number, column in enumerate(self.which.unbind(1)):
             value = values[:, [number if values.shape[1] > 1 else 0]]
             changed = _change_coordinates(self.operation, current, value)
@@ -324,7 +324,7 @@ class CoordinateWrite:
                 values[part],
                 None if which is None else which[part],
                 inputs[part],
-                [each.part(part) for each in earlier],
+                [change.part(part) for change in earlier],
             )
             for part in parts
         ]
@@ -360,16 +360,16 @@ class CoordinateWrite:
         self, inputs: Tensor, which: Tensor | None, earlier: Sequence[EarlierChange]
     ) -> Tensor:
         """Return the current coordinates, after earlier writes."""
-        found = self.system.encode(inputs, which)
-        return reduce(lambda now, each: each.apply(now, which), earlier, found)
+        activations = self.system.encode(inputs, which)
+        return reduce(lambda now, change: change.apply(now, which), earlier, activations)
 
     def _reconstruct(self, inputs: Tensor, earlier: Sequence[EarlierChange]) -> Tensor:
         """Return [K, width]: the reconstruction from the current coordinates."""
-        found = self.system.reconstruct(inputs)
+        reconstruction = self.system.reconstruct(inputs)
         if not earlier:
-            return found
+            return reconstruction
         change = self._encode(inputs, None, earlier) - self.system.encode(inputs, None)
-        return self.system.shift(found, change, None)
+        return self.system.shift(reconstruction, change, None)
 
     def _apply(
         self,

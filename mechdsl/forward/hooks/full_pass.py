@@ -174,7 +174,7 @@ class PlacedWrite:
         to = None if self.to is None else to_device(self.to, now.device)
         inputs = None if inputs is None else inputs.to(now.device)
         values = to_device(self.values, now.device)
-        earlier = [each.to(now.device) for each in self.earlier]
+        earlier = [change.to(now.device) for change in self.earlier]
         with suspend_decomposition():  # encoders and plugins call layers
             return apply_write(self.write.mode, now, values, to, before, inputs, earlier)
 
@@ -188,7 +188,7 @@ class PlacedWrite:
             return
         index_of = {spot: number for number, spot in enumerate(self._spots)}
         is_open = torch.ones(len(index_of), dtype=torch.bool)
-        found: list[EarlierChange] = []
+        changes: list[EarlierChange] = []
         for other in reversed(others):
             index = torch.zeros(len(index_of), dtype=torch.long)
             there = torch.zeros_like(is_open)
@@ -200,16 +200,16 @@ class PlacedWrite:
                 continue
             own = other.write.mode
             if isinstance(own, CoordinateWrite) and mode.changes_same(own):
-                found.append(other._change_at(own, index, there))
+                changes.append(other._change_at(own, index, there))
             elif own == "set" or (isinstance(own, CoordinateWrite) and own.replaces_vectors):
                 is_open &= ~there
-        yield from reversed(found)
+        yield from reversed(changes)
 
     @property
     def _spots(self) -> list[tuple[int, int, int]]:
         """Tokens and units of the vectors."""
         indices = (self.first, self.second, self.units)
-        return list(zip(*(each.tolist() for each in indices), strict=True))
+        return list(zip(*(index.tolist() for index in indices), strict=True))
 
     def _change_at(self, mode: CoordinateWrite, index: Tensor, there: Tensor) -> EarlierChange:
         """Return the change of the vectors `index` [K], for those that are `there` [K]."""
@@ -310,14 +310,14 @@ class SiteSteps:
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             added = _find_additions(value, self.patches.pop(patches), self.inserted)
-            found = direct(value - added, module, given)
+            change = direct(value - added, module, given)
             if not places:
                 return value
             # tokens that aren't written keep their exact values
             there = torch.zeros(value.shape[:2], dtype=torch.bool, device=value.device)
             for place in places:
                 place.mark(there)
-            return torch.where(there[..., None], found + added, value)
+            return torch.where(there[..., None], change + added, value)
 
         return step
 
@@ -587,7 +587,7 @@ class SiteHooks:
         ruled = _list_attention(model, frame, stack) if changes.in_attention else set()
         self.within = self._within() | ruled
         self._layers: dict[tuple[str, int], AttentionHooks] = {}
-        self._circuits = [open_circuit(model, frame, each, writes) for each in circuits]
+        self._circuits = [open_circuit(model, frame, circuit, writes) for circuit in circuits]
         self._plan()
         dropped, encodes = changes.dropped_stack, reads_pixels(frame) and model.shape.encodes_apart
         is_passed = dropped in (stack, "encoder") or encodes
@@ -601,16 +601,18 @@ class SiteHooks:
         self._place_writes()
         for read in self._reads:
             self._require(read, ReadMismatch)
-        sources = [p.source for own in self._placed.values() for p in own if p.source is not None]
+        sources = [
+            p.source for writes in self._placed.values() for p in writes if p.source is not None
+        ]
         self._sites.sources.update(dict.fromkeys(sources))
         for where in dict.fromkeys([*self._placed, *self._reads, *sources]):
             if where.site not in ATTENTION_INTERNAL_SITES:
                 self._add_site(where, self._placed[where], where in (*self._reads, *sources))
         for circuit in self._circuits:
-            for each in circuit.steps():
-                if each.by_heads:
-                    self._by_heads.add(each.spot)
-                self._on(each.spot, each.order, each.step)
+            for step in circuit.steps():
+                if step.by_heads:
+                    self._by_heads.add(step.spot)
+                self._on(step.spot, step.order, step.step)
 
     def _place_writes(self) -> None:
         """Compute the indices of all writes, by site."""
@@ -725,8 +727,8 @@ class SiteHooks:
         mode, layer = write.mode, write.mode.find_layer(write.where.layer)
         source = replace(write.where, site=mode.reads, layer=layer)
         at = write.rows[there], write.positions[there]
-        first, second, found = self.frame.locate(source.site, source.layer, source.stack, *at)
-        if not bool(found.all()):
+        first, second, location = self.frame.locate(source.site, source.layer, source.stack, *at)
+        if not bool(location.all()):
             written = write.where.quoted
             raise WriteMismatch(f"{source.quoted} isn't computed where {written} is written")
         place.source, place.source_first, place.source_second = source, first, second
@@ -748,8 +750,8 @@ class SiteHooks:
         if isinstance(self.frame, Batch):
             first = self.frame.first_positions(where.site, where.stack)
             earlier = torch.maximum(earlier, first.to(earlier)[rows])
-        _, second, found = self.frame.locate(where.site, where.layer, where.stack, rows, earlier)
-        if not bool(found.all()):
+        _, second, place = self.frame.locate(where.site, where.layer, where.stack, rows, earlier)
+        if not bool(place.all()):
             raise WriteMismatch(f"{where.quoted} isn't computed at a position before a step")
         return second
 
@@ -762,8 +764,8 @@ class SiteHooks:
         if where.site in ATTENTION_INTERNAL_SITES:
             shape = self.model.stack(where.stack).shape
             keys = SITES[where.site].width == "key"
-            each = 0 if keys else vector_width(shape, where.site, where.layer)
-            return unit_count(shape, where.site, where.layer), each
+            extent = 0 if keys else vector_width(shape, where.site, where.layer)
+            return unit_count(shape, where.site, where.layer), extent
         layout = self.model.tap(where.site, where.layer, where.stack).layout
         return layout.units, layout.width
 
@@ -778,17 +780,17 @@ class SiteHooks:
 
     def _within(self) -> frozenset[tuple[str, int]]:
         """Return the stacks and layers with reads or writes within attention."""
-        found: set[tuple[str, int]] = set()
+        blocks: set[tuple[str, int]] = set()
         for write in self._writes:
             if write.site in ATTENTION_INTERNAL_SITES and write.layer is not None:
                 place = write.stack, write.layer
-                self._note(found, write.site, place, write.rows, write.positions)
+                self._note(blocks, write.site, place, write.rows, write.positions)
         for place, edges in self._edges.items():
             for edge in edges:
-                self._note(found, "pattern", place, edge.rows, edge.queries)
+                self._note(blocks, "pattern", place, edge.rows, edge.queries)
         read = [read for read in self._reads if read.site in ATTENTION_INTERNAL_SITES]
-        found |= {(each.stack, each.layer) for each in read if each.layer is not None}
-        return frozenset(found)
+        blocks |= {(each.stack, each.layer) for each in read if each.layer is not None}
+        return frozenset(blocks)
 
     def _note(
         self,
@@ -920,10 +922,10 @@ class SiteHooks:
             raise ValueError("a position in logits_at is not in its prompt")
         model = self.model
         every = torch.arange(len(positions))[:, None].expand_as(positions)
-        found = self.frame.locate("logits", None, "", every, positions)
+        place = self.frame.locate("logits", None, "", every, positions)
         rows, columns = (
             index.view(positions.shape)
-            for index in indices_to_device([each.reshape(-1) for each in found[:2]], model.device)
+            for index in indices_to_device([each.reshape(-1) for each in place[:2]], model.device)
         )
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
@@ -1060,13 +1062,13 @@ class SiteHooks:
             )
         named = {_name_read(read): read for read in _list_pattern_reads(layer, stack)}
         every = {
-            named.get(name, SiteRead(name, layer, stack)): found
-            for name, found in work.found.items()
+            named.get(name, SiteRead(name, layer, stack)): tensor
+            for name, tensor in work.found.items()
         }
         if work.pooled is not None:
             every[named["tokens"]] = work.pooled
-        for read, found in every.items():
-            self.found[read] = found.unflatten(0, (self.frame.leading, -1))
+        for read, tensor in every.items():
+            self.found[read] = tensor.unflatten(0, (self.frame.leading, -1))
 
 
 def _name_read(read: SiteRead) -> str:
@@ -1099,8 +1101,8 @@ def _list_attention(model: LoadedModel, frame: TokenFrame, stack: str) -> set[tu
         stacks.pop("vision", None)
     return {
         (name, layer)
-        for name, own in stacks.items()
-        for layer in own.partly.get("z", range(own.n_layers))
+        for name, shape in stacks.items()
+        for layer in shape.partly.get("z", range(shape.n_layers))
     }
 
 
@@ -1132,10 +1134,10 @@ def _stop_pass(*args: Any) -> None:
 
 def _number_places(*indices: Tensor) -> Tensor:
     """Return [K]: one number for each tuple of indices."""
-    found = indices[0]
+    places = indices[0]
     for index in indices[1:]:
-        found = found * (1 + int(index.max())) + index if len(index) else found
-    return found
+        places = places * (1 + int(index.max())) + index if len(index) else places
+    return places
 
 
 @dataclass
@@ -1189,8 +1191,8 @@ def run_full(
         RuleNotApplied: A function of the model has no rule in `backward`.
     """
     ruled, changes = _find_rules(model, backward)
-    own = Derivatives(gradients=gradients, recompute=recompute, backward=ruled or changes)
-    text = split_vision(model, batch, writes, reads, edges, circuits, stop, own)
+    derivatives = Derivatives(gradients=gradients, recompute=recompute, backward=ruled or changes)
+    text = split_vision(model, batch, writes, reads, edges, circuits, stop, derivatives)
     given = text.writes, text.reads, stop, text.edges, text.circuits
     work = SiteHooks(model, text.batch, *given, changes=changes)
     if logits_at is not None:
@@ -1248,15 +1250,15 @@ def _enable_gradients(model: LoadedModel) -> Generator[None]:
     Values that depend on weights alone, such as position biases cached by a library, aren't
     tracked.
     """
-    wanted = [each for each in model.module.parameters() if each.requires_grad]
-    for each in wanted:
-        each.requires_grad_(False)
+    wanted = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
     try:
         with torch.enable_grad(), disable_checkpoints():
             yield
     finally:
-        for each in wanted:
-            each.requires_grad_()
+        for parameter in wanted:
+            parameter.requires_grad_()
 
 
 @contextmanager
@@ -1290,8 +1292,8 @@ def open_attention(
                 return attend_across(*given, call.mask, layer, **call.arguments), None
             if call.place in opened:
                 ends = windows.get(call.place)
-                found = attend_across_tiles(*given, call.mask, layer, ends=ends, **call.arguments)
-                return found, None
+                tiles = attend_across_tiles(*given, call.mask, layer, ends=ends, **call.arguments)
+                return tiles, None
             attend = attend_tiles if work.is_patched(call.place[0]) else attend_full
             return attend(*given, call.mask, layer, **call.arguments), None
 

@@ -115,8 +115,10 @@ def project(projection: nn.Module, given: Tensor) -> Tensor:
 def _call_without_hooks(module: nn.Module, given: Tensor) -> Tensor:
     # The class's own forward, because a packed pass replaces the instance's.
     forward: Any = type(module).forward
-    found = forward(module, given)
-    return found[0] if isinstance(found, tuple) else found  # I-BERT's map also returns a scale
+    outputs = forward(module, given)
+    return (
+        outputs[0] if isinstance(outputs, tuple) else outputs
+    )  # I-BERT's map also returns a scale
 
 
 def project_heads(z: Tensor, heads: Tensor, weight: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ class LoadedModel:
 
     @property
     def made_of(self) -> dict[str, str]:
-        """Hashes of the model's sources besides its own weights.
+        """Hashes of the model's sources, except for its weights.
 
         These are the base of an adapter (`base m`) and the file of a function (`python toy.py`).
         """
@@ -204,11 +204,11 @@ class LoadedModel:
 
     def tap(self, site: str, layer: int | None, stack: str = "") -> HookPoint:
         """Return the hook point of a site. Raises ValueError if it is missing."""
-        own = self.stack(stack)
-        if layer is not None and not 0 <= layer < own.shape.n_layers:
+        block_stack = self.stack(stack)
+        if layer is not None and not 0 <= layer < block_stack.shape.n_layers:
             of = f" of `{stack}`" if stack else ""
-            raise ValueError(f"layer {layer}{of} is not in 0..{own.shape.n_layers - 1}")
-        tap = own.anatomy.tap(site, layer)
+            raise ValueError(f"layer {layer}{of} is not in 0..{block_stack.shape.n_layers - 1}")
+        tap = block_stack.anatomy.tap(site, layer)
         if tap is None:
             where = "" if layer is None else f" in layer {layer}"
             where += f" of its stack `{stack}`" if stack else ""
@@ -218,12 +218,12 @@ class LoadedModel:
 
 def list_attention_configs(module: nn.Module) -> tuple[Any, ...]:
     """List the distinct configs from which a module's parts read their attention function."""
-    found: dict[int, Any] = {}
+    configs: dict[int, Any] = {}
     for part in module.modules():
         config = getattr(part, "config", None)
         if hasattr(config, "_attn_implementation_internal"):
-            found[id(config)] = config
-    return tuple(found.values())
+            configs[id(config)] = config
+    return tuple(configs.values())
 
 
 def build_batch(
@@ -240,8 +240,12 @@ def build_batch(
     if not model.shape.encodes_apart:
         return Batch.of(ids, model.pad_id, side, model.device)
     split = list(zip(ids, sources, strict=True))
-    source = Batch.of([own[:count] for own, count in split], model.pad_id, "right", model.device)
-    target = Batch.of([own[count:] for own, count in split], model.pad_id, "right", model.device)
+    source = Batch.of(
+        [numbers[:count] for numbers, count in split], model.pad_id, "right", model.device
+    )
+    target = Batch.of(
+        [numbers[count:] for numbers, count in split], model.pad_id, "right", model.device
+    )
     batch = target.after(source)
     if "vision" not in model.others:
         return batch
@@ -283,11 +287,13 @@ def without_vectors(batch: Batch) -> Batch:
 @contextmanager
 def record_encoded(model: LoadedModel) -> Generator[list[Any]]:
     """Collect the outputs of an encoder-decoder's encoder, the library's objects of tensors."""
-    found: list[Any] = []
+    outputs: list[Any] = []
     encoder: Any = model.module
-    handle = encoder.get_encoder().register_forward_hook(lambda _, __, output: found.append(output))
+    handle = encoder.get_encoder().register_forward_hook(
+        lambda _, __, output: outputs.append(output)
+    )
     try:
-        yield found
+        yield outputs
     finally:
         handle.remove()
 
@@ -503,7 +509,7 @@ def split_vision(
     inside = [write for write in writes if write.stack == "vision"]
     asked = [read for read in reads if read.stack == "vision"]
     within = [edge for edge in edges if edge.stack == "vision"]
-    ablated = [own for own in circuits if own.stack == "vision"]
+    ablated = [circuit for circuit in circuits if circuit.stack == "vision"]
     blocks = _find_replaced_blocks(model, "vision")
     no_images = "vision" in batch.frames or "vision" not in model.others
     if no_images or not (inside or asked or within or ablated or blocks):
@@ -514,14 +520,14 @@ def split_vision(
         raise ValueError(f"`{model.name}` has no images whose vision encoder can be read")
     derivatives = derivatives or Derivatives(gradients=False, recompute=False, backward=None)
     given = inside, asked, blocks, within, ablated
-    embedded, found = table.encode(batch, *given, derivatives)
+    embedded, tensors = table.encode(batch, *given, derivatives)
     if stop is not None:
         embedded = [write for write in embedded if write.layer is None or write.layer <= stop]
     outside = [write for write in writes if write.stack != "vision"]
     rest = [edge for edge in edges if edge.stack != "vision"]
-    left = [read for read in reads if read not in found]
-    others = [own for own in circuits if own not in ablated]
-    return TextPass(batch, [*embedded, *outside], left, rest, others, found)
+    left = [read for read in reads if read not in tensors]
+    others = [circuit for circuit in circuits if circuit not in ablated]
+    return TextPass(batch, [*embedded, *outside], left, rest, others, tensors)
 
 
 _MAX_CACHED_BYTES = 1 << 31
@@ -545,15 +551,15 @@ class TensorCache:
         self, token: Hashable, compute: Callable[[], Mapping[str, Tensor]]
     ) -> Mapping[str, Tensor]:
         """Return the tensors of a token, computed if they aren't cached."""
-        found = self._entries.get(token)
-        if found is None:
-            found = compute()
-            self._bytes += _count_bytes(found)
+        entry = self._entries.get(token)
+        if entry is None:
+            entry = compute()
+            self._bytes += _count_bytes(entry)
             while self._entries and self._bytes > min(self._room, _MAX_CACHED_BYTES):
                 oldest = next(iter(self._entries))
                 self._bytes -= _count_bytes(self._entries.pop(oldest))
-            self._entries[token] = found
-        return found
+            self._entries[token] = entry
+        return entry
 
     def drop(self, token: Hashable) -> None:
         """Drop the tensors of a token, if they are cached."""
@@ -561,7 +567,7 @@ class TensorCache:
 
 
 def _count_bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(each.nbytes for each in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 class ImageInputs:
@@ -624,7 +630,7 @@ def _encode_once(model: LoadedModel, token: int) -> Tensor:
 def _encode(model: LoadedModel, token: int) -> dict[str, Tensor]:
     module: Any = model.module
     given = IMAGE_INPUTS[module].find(model, token)
-    inputs = {name: own[None].to(model.device) for name, own in given.items()}
+    inputs = {name: tensor[None].to(model.device) for name, tensor in given.items()}
     # `forward`, because `record_encoded` collects only calls of the pass itself.
     with torch.inference_mode(False), torch.no_grad():
         return {ENCODED: module.get_encoder().forward(**inputs).last_hidden_state[0].cpu()}
@@ -649,16 +655,20 @@ def _find_inputs(model: LoadedModel, source: Batch, *, encoded: bool = True) -> 
         encoded: Whether to prefer vectors that were computed before to pixels.
     """
     known = IMAGE_INPUTS[model.module]
-    found = [[known.find(model, each) for each in own] for own in list_images(model, source)]
-    first = found[0][0]
+    entries = [
+        [known.find(model, each) for each in numbers] for numbers in list_images(model, source)
+    ]
+    first = entries[0][0]
     names = [name for name in first if name == TILES or (name == ATTENDED) == encoded]
     if ATTENDED not in first:
         return {
-            name: torch.stack([own[name] for [own] in found]).to(model.device) for name in first
+            name: torch.stack([tensors[name] for [tensors] in entries]).to(model.device)
+            for name in first
         }
-    joined = {name: [torch.cat([each[name] for each in own]) for own in found] for name in names}
+    joined = {name: [torch.cat([each[name] for each in own]) for own in entries] for name in names}
     return {
-        name: pad_sequence(own, batch_first=True).to(model.device) for name, own in joined.items()
+        name: pad_sequence(tensors, batch_first=True).to(model.device)
+        for name, tensors in joined.items()
     }
 
 
@@ -739,7 +749,7 @@ def map_images_once(
         yield
         return
     blocks = model.others["cross"].anatomy.blocks
-    paths = [each for block in blocks for each in block.projections[1:]]
+    paths = [projection for block in blocks for projection in block.projections[1:]]
     modules = {path: model.module.get_submodule(path) for path in paths}
     if any("forward" in vars(each) for each in modules.values()):  # it computes something else
         yield
@@ -747,7 +757,9 @@ def map_images_once(
     images = list_images(model, batch.of_stack("encoder"))
     each = model.shape.attended
     distinct = {
-        token: (row, number) for row, own in enumerate(images) for number, token in enumerate(own)
+        token: (row, number)
+        for row, numbers in enumerate(images)
+        for number, token in enumerate(numbers)
     }
     forwards = {path: each.forward for path, each in modules.items()}
 
@@ -761,8 +773,8 @@ def map_images_once(
         room = int(get_free_memory(model.device) * _MEMORY_SHARE)
         known = ATTENDED_MAPS[model.module] = TensorCache(room)
     # Blocks may have the weights of other blocks in a pass.
-    weights = tuple(id(own) for each in modules.values() for own in each.parameters())
-    found = {
+    weights = tuple(id(parameter) for each in modules.values() for parameter in each.parameters())
+    entries = {
         token: known.find((token, weights), partial(compute, *place))
         for token, place in distinct.items()
     }
@@ -771,7 +783,7 @@ def map_images_once(
         def forward(given: Tensor) -> Tensor:
             if given.data_ptr() != states.data_ptr() or given.shape[1:] != states.shape[1:]:
                 return forwards[path](given)
-            every = [torch.cat([found[token][path] for token in own]) for own in images]
+            every = [torch.cat([entries[token][path] for token in numbers]) for numbers in images]
             return pad_sequence(every, batch_first=True)[: len(given)]
 
         return forward
@@ -893,10 +905,10 @@ class _ScoresComputed(Exception):
 
 def _call_scores(model: LoadedModel, path: str, arguments: Mapping[str, Any]) -> Tensor:
     """Return [B, T, labels] from the module that computes each token's output."""
-    found: list[Tensor] = []
+    scores: list[Tensor] = []
 
     def stop(module: nn.Module, args: Any, output: Tensor) -> None:
-        found.append(output)
+        scores.append(output)
         raise _ScoresComputed
 
     handle = model.module.get_submodule(path).register_forward_hook(stop)
@@ -906,7 +918,7 @@ def _call_scores(model: LoadedModel, path: str, arguments: Mapping[str, Any]) ->
         pass
     finally:
         handle.remove()
-    return found[0]
+    return scores[0]
 
 
 def call_module(model: LoadedModel, arguments: Mapping[str, Any]) -> Any:
@@ -1051,15 +1063,15 @@ def explain_block_mismatch(model: LoadedModel, to: BlockPlace, of: int | None) -
     """Explain why a block can't replace another of its stack; empty if it can."""
     block = _get_block(model, to)
     every = [block] if of is None else [block, _get_block(model, (to[0], of))]
-    if any("_hf_hook" in part.__dict__ for each in every for part in each.modules()):
+    if any("_hf_hook" in part.__dict__ for module in every for part in module.modules()):
         return "its weights are stored elsewhere while a block isn't running"
     if of is None:
         return ""
-    names = (dict(each.named_modules()) for each in every)
+    names = (dict(module.named_modules()) for module in every)
     lone = set.symmetric_difference(*map(set, names))
     shared = {name for name in lone if name.endswith(_SHARED_BIAS)}
     own, other = (
-        [part for part in _describe_parts(each) if part[0] not in shared] for each in every
+        [part for part in _describe_parts(module) if part[0] not in shared] for module in every
     )
     for part, replacement in zip(own, other, strict=False):
         if part != replacement:
@@ -1085,11 +1097,11 @@ def _get_block_weights(block: nn.Module) -> dict[str, ModuleWeights]:
     return {name: _get_own_weights(part) for name, part in block.named_modules()}
 
 
-def _put_weights(part: nn.Module, own: ModuleWeights) -> None:
+def _put_weights(part: nn.Module, weights: ModuleWeights) -> None:
     part._parameters.clear()
-    part._parameters.update(own[0])
+    part._parameters.update(weights[0])
     part._buffers.clear()
-    part._buffers.update(own[1])
+    part._buffers.update(weights[1])
 
 
 def _describe_parts(block: nn.Module) -> Iterator[tuple[Any, ...]]:

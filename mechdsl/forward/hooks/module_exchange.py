@@ -57,8 +57,8 @@ def load_weights(module: nn.Module) -> Generator[None]:
     Without this, weights on a disk or in other memory are available only while the module runs.
     """
     hook = module.__dict__.get("_hf_hook")
-    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    if hook is None or not any(weight.is_meta for weight in own):
+    parameters = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    if hook is None or not any(weight.is_meta for weight in parameters):
         yield
         return
     hook.pre_forward(module)
@@ -86,8 +86,8 @@ class SkippedBlock:
         self.forward = forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hidden, found = get_activation(args, kwargs), self.forward(*args, **kwargs)
-        return (hidden, *found[1:]) if isinstance(found, tuple) else hidden
+        hidden, result = get_activation(args, kwargs), self.forward(*args, **kwargs)
+        return (hidden, *result[1:]) if isinstance(result, tuple) else hidden
 
 
 @contextmanager
@@ -177,16 +177,16 @@ class DistanceScores:
 
     def scores(self, query: Tensor, key: Tensor, at: Tensor, of: Tensor) -> Tensor:
         """Return […, query, key] for query and key [lane, heads, …, token, d_head] at columns."""
-        found: list[Tensor] = []
+        scores: list[Tensor] = []
         if self.keys is not None:
             each = query @ self._table(self.keys, query)
             index = self.to_key[at][:, of]
-            found.append(each.gather(-1, index.expand(*each.shape[:-1], -1)))
+            scores.append(each.gather(-1, index.expand(*each.shape[:-1], -1)))
         if self.queries is not None:
             each = key @ self._table(self.queries, key)
             index = self.to_query[at][:, of].t()
-            found.append(each.gather(-1, index.expand(*each.shape[:-1], -1)).transpose(-1, -2))
-        return sum(found, query.new_zeros(()))
+            scores.append(each.gather(-1, index.expand(*each.shape[:-1], -1)).transpose(-1, -2))
+        return sum(scores, query.new_zeros(()))
 
     @staticmethod
     def _table(vectors: Tensor, like: Tensor) -> Tensor:
@@ -206,12 +206,12 @@ AttentionEntry = Callable[..., Any]
 def exchange_modules(
     entries: Sequence[tuple[nn.Module, AttentionEntry]],
     function: AttentionFunction,
-    own: str,
+    name: str,
     *,
     masked: bool,
 ) -> Generator[None]:
     """Let modules attend with `function`, each through its entry."""
-    exchange = AttentionExchange(function, own, masked=masked)
+    exchange = AttentionExchange(function, name, masked=masked)
     with ExitStack() as stack:
         for part, entry in entries:
             stack.enter_context(replace_forward(part, _build_forward(entry, part, exchange)))
@@ -535,14 +535,14 @@ def attend_data2vec_vision(
     resolution: tuple[int, int] = (0, 0),
 ) -> Any:
     def biases() -> Tensor:
-        found = [] if relative_position_bias is None else [relative_position_bias]
+        bias_tables = [] if relative_position_bias is None else [relative_position_bias]
         if module.has_relative_position_bias:
             size = module.config.patch_size
             window = (resolution[0] // size, resolution[1] // size)
             count = hidden_states.shape[1]
             bias = module.relative_position_bias(window, interpolate_pos_encoding, dim_size=count)
-            found.append(bias)
-        return sum(found, torch.zeros(1, 1, 1, 1, device=hidden_states.device))
+            bias_tables.append(bias)
+        return sum(bias_tables, torch.zeros(1, 1, 1, 1, device=hidden_states.device))
 
     query, key, value = (
         _split_heads(projection(hidden_states), module.num_attention_heads)

@@ -76,26 +76,26 @@ class CircuitSettler:
         number = id(write.mask)
         if number not in self._found:
             self._found[number] = write.mask, self._examine(write)
-        _, found = self._found[number]
+        _, settled = self._found[number]
         outputs = {
             fill.where.layer: fill.values[:, 0]
-            for fill, skipped in zip(write.fills, found.mlps, strict=True)
+            for fill, skipped in zip(write.fills, settled.mlps, strict=True)
             if skipped and fill.where.layer is not None
         }
         return replace(
             write,
-            fills=tuple(_take_units(write.fills, found.units)),
-            receivers=found.receivers,
-            mask=found.mask,
+            fills=tuple(_take_units(write.fills, settled.units)),
+            receivers=settled.receivers,
+            mask=settled.mask,
             outputs=outputs,
-            heads=tuple(_take_units(write.fills, found.heads)),
+            heads=tuple(_take_units(write.fills, settled.heads)),
         )
 
     def _examine(self, write: CircuitWrite) -> _Settled:
         graph, fills = self._graph, write.fills
         own = [[graph.column[_node(fill.where, unit)] for unit in fill.units] for fill in fills]
         columns = [column for nodes in own for column in nodes]
-        rows = [graph.row[_node(*each)] for each in write.receivers]
+        rows = [graph.row[_node(*receiver)] for receiver in write.receivers]
         kept = graph.before.copy()
         kept[np.ix_(rows, columns)] &= write.mask.numpy() == 0
         filled = np.isin(np.arange(len(graph.senders)), columns)
@@ -150,7 +150,7 @@ def _has_separate_units(model: LoadedModel, site: str, layer: int) -> bool:
     if tap.path in model.anatomy.blocks[layer].projections:
         return True
     weights = [*model.module.get_submodule(tap.path).parameters()]
-    return bool(weights) and all(each.numel() == tap.layout.width for each in weights)
+    return bool(weights) and all(weight.numel() == tap.layout.width for weight in weights)
 
 
 def _node(where: SiteRead, unit: int) -> CircuitNode:
@@ -166,9 +166,9 @@ def _take_units(
     fills: Sequence[SenderFill], chosen: Sequence[tuple[int, ...]]
 ) -> Iterator[SenderFill]:
     """Yield fills with some of their units, without those that have none."""
-    for fill, own in zip(fills, chosen, strict=True):
-        if len(own) == len(fill.units):
+    for fill, numbers in zip(fills, chosen, strict=True):
+        if len(numbers) == len(fill.units):
             yield fill
-        elif own:
-            units = tuple(fill.units[n] for n in own)
-            yield replace(fill, units=units, values=fill.values[:, list(own)])
+        elif numbers:
+            units = tuple(fill.units[n] for n in numbers)
+            yield replace(fill, units=units, values=fill.values[:, list(numbers)])

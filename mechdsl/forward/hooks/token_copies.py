@@ -50,8 +50,8 @@ class TokenCopies:
             given = args[0] if len(args) == 1 and not kwargs else None
             if not isinstance(given, Tensor) or given.shape[:-1].numel() != len(self.of):
                 return forward(*args, **kwargs)
-            found: Tensor = forward(given.reshape(-1, given.shape[-1])[self.computed])
-            return found[self.of].unflatten(0, given.shape[:-1])
+            output: Tensor = forward(given.reshape(-1, given.shape[-1])[self.computed])
+            return output[self.of].unflatten(0, given.shape[:-1])
 
         return compute
 
@@ -106,7 +106,7 @@ def find_row_copies(
     for number in numbers:
         columns = _list_columns(batch, number.rows, number.positions, "embed", "")
         np.minimum.at(changed[0], number.rows.numpy(), columns)
-    found: list[TokenCopies | None] = []
+    row_copies: list[TokenCopies | None] = []
     _, prompt = np.unique(lanes, return_inverse=True)
     column, row = np.arange(width), np.arange(count)[:, None]
     padding = column >= (batch.starts + batch.lengths).cpu().numpy()[:, None]
@@ -116,11 +116,11 @@ def find_row_copies(
         if before is None or not np.array_equal(own, before):
             equal = (column < own[:, None]) | padding
             key = np.where(equal, prompt[:, None], count + row) * width + column
-            found.append(_share_tokens(model, key))
+            row_copies.append(_share_tokens(model, key))
         else:
-            found.append(found[-1])
+            row_copies.append(row_copies[-1])
         before = own
-    return RowCopies(found)
+    return RowCopies(row_copies)
 
 
 def _list_columns(batch: Batch, rows: Tensor, positions: Tensor, site: str, stack: str) -> Ints:
@@ -218,5 +218,5 @@ def _list_shared_maps(model: LoadedModel, layers: Iterable[int]) -> list[nn.Modu
     if model.shape.attends_to_image:  # keys and values are of tokens of the image
         for block in (model.others["cross"].anatomy.blocks[layer] for layer in layers):
             paths += [*block.projections[:1], *([block.output] if block.output else [])]
-    modules = [each for path in paths for each in model.module.get_submodule(path).modules()]
-    return [each for each in modules if isinstance(each, nn.Linear) or is_transposed(each)]
+    modules = [module for path in paths for module in model.module.get_submodule(path).modules()]
+    return [module for module in modules if isinstance(module, nn.Linear) or is_transposed(module)]

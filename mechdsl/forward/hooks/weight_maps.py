@@ -61,8 +61,8 @@ class WeightMaps:
         if block.down is None:
             raise NoLinearMap(f"layer {layer} has no neurons with a separate map")
         module = self._module(block.down)
-        found = self._map(module, self.model.tap("mlp_hidden", layer).layout.end, block.down)
-        return self._scale_by_norm(found, block.mlp_output_norm)
+        neurons = self._map(module, self.model.tap("mlp_hidden", layer).layout.end, block.down)
+        return self._scale_by_norm(neurons, block.mlp_output_norm)
 
     def first_mlp(self, vectors: Tensor) -> Tensor:
         """Return [..., d_model]: the output of the first block's MLP for stream vectors.
@@ -72,11 +72,11 @@ class WeightMaps:
         block = self._block(0)
         if "mlp_out" not in block.taps or len(block.mlp) != 1:
             raise NoLinearMap("the first block has no MLP as a separate component")
-        found = vectors.to(self.model.dtype)
+        hidden = vectors.to(self.model.dtype)
         for path in (block.mlp_norm, *block.mlp, block.mlp_output_norm):
-            found = found if path is None else self._module(path)(found)
-            found = found[0] if isinstance(found, tuple) else found
-        return found.float()
+            hidden = hidden if path is None else self._module(path)(hidden)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return hidden.float()
 
     @cached_property
     def final_gain(self) -> tuple[Tensor, bool]:
@@ -99,8 +99,8 @@ class WeightMaps:
             raise NoLinearMap("the model has no unembedding")
         module, kind = self._module(path), self.model.dtype
         zero = module(torch.zeros(1, self.shape.d_model, dtype=kind, device=self.model.device))
-        found = module((vectors * gain).to(kind)).float() - zero.float()[0]
-        return found[..., : self.shape.vocab_size]
+        logits = module((vectors * gain).to(kind)).float() - zero.float()[0]
+        return logits[..., : self.shape.vocab_size]
 
     @cached_property
     def unembedding(self) -> Tensor:
@@ -185,12 +185,12 @@ class WeightMaps:
         kind, device = self.model.dtype, self.model.device
         units = torch.eye(width, dtype=kind, device=device)
         zero = module(torch.zeros(1, width, dtype=kind, device=device)).float()
-        found = module(units).float() - zero
+        output = module(units).float() - zero
         tried = torch.linspace(-1, 1, width, dtype=kind, device=device)[None]
         got = module(tried).float() - zero
-        if not torch.allclose(got, tried.float() @ found, atol=self._close(got)):
+        if not torch.allclose(got, tried.float() @ output, atol=self._close(got)):
             raise NoLinearMap(f"`{path}` isn't a linear map")
-        return found
+        return output
 
     @lru_cache(maxsize=4)  # noqa: B019
     @torch.no_grad()
@@ -221,12 +221,12 @@ class WeightMaps:
 
 def _split_units(whole: Tensor, layout: TensorLayout) -> Tensor:
     """Return [unit, width, rest] of [features, rest], with features in the layout's order."""
-    found: list[Tensor] = []
+    units: list[Tensor] = []
     for unit in range(layout.units):
         begin = layout.offset + unit // layout.group * layout.stride
         begin += unit % layout.group * layout.width
-        found.append(whole[begin : begin + layout.width])
-    return torch.stack(found)
+        units.append(whole[begin : begin + layout.width])
+    return torch.stack(units)
 
 
 NORM_TOLERANCE = 1e-3
@@ -253,28 +253,28 @@ class FrozenNorms:
     @contextmanager
     def recorded(self, rows: Bools) -> Generator[NormScales]:
         """Record the norms' divisors in passes while the context is open, if any row needs them."""
-        found: dict[str, list[Tensor]] = {}
+        recorded_scales: dict[str, list[Tensor]] = {}
         with ExitStack() as stack:
             for path, norm in self._norms.items() if rows.any() else ():
-                own = found.setdefault(path, [])
+                tensors = recorded_scales.setdefault(path, [])
 
                 def record(
                     module: nn.Module, args: Any, kwargs: Any, out: Tensor,
-                    norm: _NormMap = norm, own: list[Tensor] = own,
+                    norm: _NormMap = norm, own: list[Tensor] = tensors,
                 ) -> None:  # fmt: skip
                     own.append(norm.scale(get_activation(args, kwargs)))
 
                 module = self.model.module.get_submodule(path)
                 handle = module.register_forward_hook(record, with_kwargs=True)
                 stack.callback(handle.remove)
-            yield found
+            yield recorded_scales
 
     @contextmanager
     def kept(self, rows: Bools, scales: NormScales) -> Generator[None]:
         """Divide these rows by the divisors recorded in a pass over the same tokens."""
         with ExitStack() as stack:
-            for path, own in scales.items():
-                due = iter(own)
+            for path, tensors in scales.items():
+                due = iter(tensors)
 
                 def divide(
                     module: nn.Module, args: Any, kwargs: Any, out: Tensor,

@@ -233,30 +233,30 @@ def number_tokens(packs: Sequence[BlockPack | None], outside: TokenMask) -> tupl
         packs: Tokens of the blocks.
         outside: Tokens that are read before or after the blocks.
     """
-    found = np.full(outside.shape, -1, dtype=np.int64)
+    tokens = np.full(outside.shape, -1, dtype=np.int64)
     count = 0
     for pack in reversed(packs):
         if pack is None:
             continue
-        new = (pack.lookup >= 0) & (found < 0)
+        new = (pack.lookup >= 0) & (tokens < 0)
         row, column = np.nonzero(new)
         order = np.argsort(pack.lookup[row, column], kind="stable")
-        found[row[order], column[order]] = count + np.arange(len(order))
+        tokens[row[order], column[order]] = count + np.arange(len(order))
         count += len(order)
-    row, column = np.nonzero(outside & (found < 0))
-    found[row, column] = count + np.arange(len(row))
-    return found, count + len(row)
+    row, column = np.nonzero(outside & (tokens < 0))
+    tokens[row, column] = count + np.arange(len(row))
+    return tokens, count + len(row)
 
 
 def build_masks(
     places: Iterable[tuple[tuple[str, int | None], Ints, Ints]], shape: tuple[int, int]
 ) -> dict[tuple[str, int | None], TokenMask]:
     """Return (site, layer) → [row, column], true at the given rows and columns."""
-    found: dict[tuple[str, int | None], TokenMask] = {}
+    masks: dict[tuple[str, int | None], TokenMask] = {}
     for where, rows, columns in places:
-        mask = found.setdefault(where, np.zeros(shape, dtype=np.bool_))
+        mask = masks.setdefault(where, np.zeros(shape, dtype=np.bool_))
         mask[rows, columns] = True
-    return found
+    return masks
 
 
 def is_causal(model: LoadedModel, kept: ActivationCache) -> bool:
@@ -463,7 +463,7 @@ def compute_block_entry(
     noise = _write_noise(kept, lanes[chosen], own)
     stream = SiteRead("resid_pre", 0)
     batch = kept.batch.take(torch.from_numpy(lanes[chosen]))
-    found = run_full(model, batch, stop=0, writes=[*noise, *own], reads=[stream, *reads]).reads
+    tensors = run_full(model, batch, stop=0, writes=[*noise, *own], reads=[stream, *reads]).reads
 
     def put(into: Tensor, value: Tensor, rows: Ints, columns: Ints) -> None:
         there = universe[rows, columns] >= 0
@@ -472,10 +472,10 @@ def compute_block_entry(
         places = array_to_device(number[rows], model.device), array_to_device(columns, model.device)
         into[0, token] = value[places]
 
-    put(entered, found[stream].squeeze(2), *np.nonzero(written))
+    put(entered, tensors[stream].squeeze(2), *np.nonzero(written))
     seen: dict[SiteRead, Tensor] = {}
     for read in reads:
-        value = found[read]
+        value = tensors[read]
         seen[read] = value.new_zeros(1, size, *value.shape[2:])
         put(seen[read], value, row, column)
     return entered, seen
@@ -649,13 +649,13 @@ def run_packed(
     )
     if circuits and any(pack is not frame.packs[0] for pack in frame.packs):
         raise ValueError("blocks of a row whose circuit is ablated differ in tokens")
-    logits, found = _PackedRun(model, kept, frame).run(
+    logits, tensors = _PackedRun(model, kept, frame).run(
         writes, list(reads), tokens, fuse=fuse, edges=edges, circuits=circuits
     )
     at = array_to_device(frame.final[final[0], final_columns], logits.device)
     return PackedResult(
         end.asked(logits, at),
-        {read: frame.taken(read, found[read], *read_columns[read]) for read in reads},
+        {read: frame.taken(read, tensors[read], *read_columns[read]) for read in reads},
         tuple(0 if pack is None else len(pack) for pack in frame.packs),
     )
 
@@ -898,12 +898,14 @@ class _PackedRun:
         for lane in np.unique(pack.kept_index // columns).tolist():
             tokens = np.flatnonzero(pack.kept_index // columns == lane)
             at = array_to_device(tokens, self.frame.device)
-            own, mask = kept.part(slice(lane, lane + 1)), None
-            if own.mask is not None:
+            attention, mask = kept.part(slice(lane, lane + 1)), None
+            if attention.mask is not None:
                 columns_at = array_to_device(pack.kept_index[tokens] % columns, self.frame.device)
-                mask = own.mask[:, :, columns_at]
-            found, _ = function(given.module, query[:, :, at], own.keys, own.values, mask, **rest)
-            out[:, at] = found
+                mask = attention.mask[:, :, columns_at]
+            attended, _ = function(
+                given.module, query[:, :, at], attention.keys, attention.values, mask, **rest
+            )
+            out[:, at] = attended
         return out, None
 
 
@@ -919,11 +921,11 @@ def _compute_part(forward: Any, part: ComputedTokens, kept: Tensor, several: int
         out = kept.new_empty(1, flat.shape[1], kept.shape[1])
         out[0, part.taken] = kept[part.taken_from]
         if len(part.computed):
-            found = forward(flat[:, part.computed], *args, **kwargs)
-            if isinstance(found, tuple):  # further items aren't used
-                out[0, part.computed] = found[0].reshape(-1, out.shape[2])
-                return (out.view(*shape, -1), *found[1:])
-            out[0, part.computed] = found[0]
+            output = forward(flat[:, part.computed], *args, **kwargs)
+            if isinstance(output, tuple):  # further items aren't used
+                out[0, part.computed] = output[0].reshape(-1, out.shape[2])
+                return (out.view(*shape, -1), *output[1:])
+            out[0, part.computed] = output[0]
         whole = out.view(*shape, -1)
         return (whole, *[None] * (several - 1)) if several else whole
 

@@ -84,8 +84,8 @@ class ModelUnembedding:
         """
         place = SiteRead("final_norm")
         zero = self._logits_after(place, torch.zeros_like(vectors[:1]), tokens)
-        found = self._logits_after(place, vectors, tokens)
-        return uncap_logits(self.model, found) - uncap_logits(self.model, zero)
+        logits = self._logits_after(place, vectors, tokens)
+        return uncap_logits(self.model, logits) - uncap_logits(self.model, zero)
 
     def neurons_out(self, layer: int, units: Tensor, values: Tensor) -> Tensor:
         """Return [K, d_model]: contributions of neurons `units` [K] to the stream.
@@ -100,16 +100,16 @@ class ModelUnembedding:
         one = torch.zeros(len(distinct) + 1, self.model.shape.d_mlp).to(kind)
         one[torch.arange(len(distinct)), distinct] = 1
         with torch.inference_mode():
-            found = down(one).to(values)
+            output = down(one).to(values)
         tap = self.model.tap("mlp_out", layer)
-        return (found[:-1] - found[-1])[where] * values * tap.scale
+        return (output[:-1] - output[-1])[where] * values * tap.scale
 
     # --- through the model ------------------------------------------------------------------------
 
     def _logits_after(self, place: SiteRead, vectors: Tensor, tokens: Tensor | None) -> Tensor:
         """Return [K, tokens]: logits after vectors [K, d_model] are written at a site."""
-        found = [self._rows(place, part, tokens) for part in vectors.split(MAX_VECTORS)]
-        return torch.cat(found) if found else vectors.new_zeros(0, self.model.shape.outputs)
+        logits = [self._rows(place, part, tokens) for part in vectors.split(MAX_VECTORS)]
+        return torch.cat(logits) if logits else vectors.new_zeros(0, self.model.shape.outputs)
 
     def _rows(self, place: SiteRead, vectors: Tensor, tokens: Tensor | None) -> Tensor:
         count = len(vectors)
@@ -158,17 +158,17 @@ class ModelUnembedding:
         """A row of one token; in an encoder-decoder, one of the decoder, after one of an encoder
         that doesn't run. Blocks that attend to an image get vectors of 0."""
         model = self.model
-        own = Batch.of([(0,)], model.pad_id, model.calling.side, model.device)
+        batch = Batch.of([(0,)], model.pad_id, model.calling.side, model.device)
         if not model.shape.encodes_apart:
-            return own
+            return batch
         if model.shape.attends_to_image:
             tiles = torch.ones(1, 1, model.shape.tiles, dtype=torch.long, device=model.device)
             size = 1, model.shape.attended, model.shape.d_model
             image = torch.zeros(size, dtype=model.dtype, device=model.device)
-            return replace(own, extra={ATTENDED: image, TILES: tiles})
+            return replace(batch, extra={ATTENDED: image, TILES: tiles})
         width = model.shape.others["encoder"].d_model
         encoded = torch.zeros(1, 1, width, dtype=model.dtype, device=model.device)
-        return replace(own, extra={ENCODED: encoded}).after(own)
+        return replace(batch, extra={ENCODED: encoded}).after(batch)
 
     @property
     def _token(self) -> int:

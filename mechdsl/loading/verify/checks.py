@@ -131,9 +131,9 @@ class _WriteTrial:
             values = self._own(name, layer)
             at = self._part(name, values).start
             tokens = batch.of_site(name, self.bench.stack)
-            found = self.bench.real_of(number, read, tokens)[at:]
-            expected = amplify(values[at:], name, self.bench.anatomy).to(found.dtype)
-            back.append((label_site(name, layer), found, expected))
+            expectation = self.bench.real_of(number, read, tokens)[at:]
+            expected = amplify(values[at:], name, self.bench.anatomy).to(expectation.dtype)
+            back.append((label_site(name, layer), expectation, expected))
             if compute_difference(after[number], self.before) <= self.bench.tolerance / 10:
                 self.still.append((name, layer))
         return same, back
@@ -271,8 +271,8 @@ def check_gains(bench: CheckBench) -> Iterator[CheckOutcome]:
 
     def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
         for number, layer in enumerate(layers):
-            found = bench.real_of(number, reads[SiteRead("resid_post", layer, stack)], tokens)
-            gained = found[-1] - own("resid_post", layer)[-1]
+            stream = bench.real_of(number, reads[SiteRead("resid_post", layer, stack)], tokens)
+            gained = stream[-1] - own("resid_post", layer)[-1]
             yield f"layer {layer}", gained, own("mlp_out", layer)[0]
 
     yield bench.equal(
@@ -615,8 +615,8 @@ def check_attention(bench: CheckBench) -> Iterator[CheckOutcome]:
         assert result.logits is not None
         yield "logits", bench.output(result.logits), bench.output(bench.logits)
         for read in heads:
-            found = bench.real(result.reads[read])
-            yield f"z, layer {read.layer}", found, bench.read("z", read.layer)
+            values = bench.real(result.reads[read])
+            yield f"z, layer {read.layer}", values, bench.read("z", read.layer)
 
     yield bench.equal(ATTENTION_IDENTITY, pairs())
 
@@ -657,32 +657,34 @@ def add_stack_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
     The model is unchanged if attention, computed explicitly there, changes the output of the batch.
     """
     others: dict[str, BlockStack] = {}
-    for stack, own in model.others.items():
+    for stack, block_stack in model.others.items():
         if stack == "vision":
             continue
-        partly, more = dict(own.shape.partly), STACK_ATTENTION_SITES[stack]
+        partly, more = dict(block_stack.shape.partly), STACK_ATTENTION_SITES[stack]
         if "z" in partly:
             partly |= dict.fromkeys(more, partly["z"])
-        sites = own.shape.sites | more
-        others[stack] = replace(own, shape=replace(own.shape, sites=sites, partly=partly))
-    found = replace(model, others={**model.others, **others})
-    shapes = {stack: own.shape for stack, own in found.others.items()}
-    found = replace(found, shape=replace(model.shape, others=shapes))
+        sites = block_stack.shape.sites | more
+        others[stack] = replace(
+            block_stack, shape=replace(block_stack.shape, sites=sites, partly=partly)
+        )
+    extended = replace(model, others={**model.others, **others})
+    shapes = {stack: block_stack.shape for stack, block_stack in extended.others.items()}
+    extended = replace(extended, shape=replace(model.shape, others=shapes))
     reads = [
         SiteRead("pattern", layer, stack)
-        for stack, own in others.items()
-        for layer in own.anatomy.layers("z")
+        for stack, block_stack in others.items()
+        for layer in block_stack.anatomy.layers("z")
     ]
     real = batch.mask.bool()
     try:
-        plain, explicit = (run_full(found, batch, reads=each).logits for each in ((), reads))
+        plain, explicit = (run_full(extended, batch, reads=each).logits for each in ((), reads))
     except Exception:  # an unknown attention implementation may raise anything
         return model
     assert plain is not None
     assert explicit is not None
     off = (explicit - plain)[real].abs().amax() / plain[real].abs().amax()
     most = max(_STACK_ATTENTION_ERROR, 8 * torch.finfo(model.dtype).eps)
-    return found if bool(off <= most) else model
+    return extended if bool(off <= most) else model
 
 
 def add_vision_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
@@ -695,25 +697,25 @@ def add_vision_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
         model: The model.
         batch: Prompts with pixels.
     """
-    own = model.stack("vision")
+    block_stack = model.stack("vision")
     attends = model.shape.attends_to_image
-    own = replace(own, shape=with_attention(own.shape))
+    block_stack = replace(block_stack, shape=with_attention(block_stack.shape))
     shape = with_attention(model.shape.others["vision"])
     shapes = {**model.shape.others, "vision": shape}
-    found = replace(model, others={**model.others, "vision": own})
-    found = replace(found, shape=replace(model.shape, others=shapes))
+    extended = replace(model, others={**model.others, "vision": block_stack})
+    extended = replace(extended, shape=replace(model.shape, others=shapes))
     zero, one = torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.float64)
     same = [
         EdgeWrite(layer, "reweight", zero, zero, zero, zero, zero, one, "vision")
-        for layer in own.anatomy.layers("z")
+        for layer in block_stack.anatomy.layers("z")
     ]
     given = without_vectors(batch) if attends else batch
 
     def run(edges: Sequence[EdgeWrite]) -> Tensor:
         if not attends:
             reads = [_EMBED_READ]
-            return run_full(found, given, stop=0, reads=reads, edges=edges).reads[_EMBED_READ]
-        logits = run_full(found, given, edges=edges).logits
+            return run_full(extended, given, stop=0, reads=reads, edges=edges).reads[_EMBED_READ]
+        logits = run_full(extended, given, edges=edges).logits
         assert logits is not None
         return logits[given.mask.bool()]
 
@@ -723,7 +725,7 @@ def add_vision_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
         return model
     off = (explicit - plain).abs().amax() / plain.abs().amax()
     most = max(_STACK_ATTENTION_ERROR, 8 * torch.finfo(model.dtype).eps)
-    return found if bool(off <= most) else model
+    return extended if bool(off <= most) else model
 
 
 PACKED_IDENTITY = "rows restarted at a block and token = full forward passes"
@@ -810,8 +812,8 @@ def _compare_packed_rows(bench: CheckBench) -> CheckOutcome:
     tokens: list[int] = []
     for number, (name, layer, lane, which) in enumerate(starts):
         at = max(0, min(_RESTART_TOKENS[lane][which], int(lengths[number]) - 1 - which))
-        own = bench.read_of(lane, name, layer)[at]
-        values = amplify(own, name, model.anatomy)[None] / 50
+        tensor = bench.read_of(lane, name, layer)[at]
+        values = amplify(tensor, name, model.anatomy)[None] / 50
         writes.append(write_whole_site(SiteRead(name, layer), number, (at,), values))
         tokens.append(at)
     batch = bench.batch.take(torch.from_numpy(lanes))

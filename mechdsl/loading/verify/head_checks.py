@@ -117,12 +117,12 @@ def _check_silenced(
     ]
     if fed:
         streams = [SiteRead("resid_pre", layer, stack) for layer in layers]
-        own = run_on_tokens(bench, [two], streams)
-        writes += [_repeat_in_rows(stream, len(batch), own[stream][0]) for stream in streams]
+        tensors = run_on_tokens(bench, [two], streams)
+        writes += [_repeat_in_rows(stream, len(batch), tensors[stream][0]) for stream in streams]
     wanted = [SiteRead(site, layer, stack) for layer in layers for site in ("v", "z")]
     reads = run_on_tokens(bench, batch, wanted, writes)
 
-    found: dict[str, list[tuple[str, Tensor, Tensor]]] = {"q": [], "k": []}
+    pairs: dict[str, list[tuple[str, Tensor, Tensor]]] = {"q": [], "k": []}
     moved = True
     silent: dict[tuple[int, int, str], Tensor] = {}
     for number, row in enumerate(rows, start=1):
@@ -136,15 +136,15 @@ def _check_silenced(
                 moved &= bool(((z[number] - z[0])[hit].abs().amax(-1) > 0).all())
                 continue
             if not hit.all():
-                found[row.site].append((where, z[number][~hit], z[0][~hit]))
+                pairs[row.site].append((where, z[number][~hit], z[0][~hit]))
             if not bench.anatomy.additive_positions:
-                found[row.site].append((where, z[number][hit], v.mean(0)[hit]))
+                pairs[row.site].append((where, z[number][hit], v.mean(0)[hit]))
             elif (twin := silent.get((layer, row.bit, "q"))) is not None:
-                found["k"].append((where, z[number][hit], twin[hit]))
+                pairs["k"].append((where, z[number][hit], twin[hit]))
             silent[layer, row.bit, row.site] = z[number]
     what = "attends uniformly, and no other head does"
-    yield bench.equal(f"a head whose q is zero {what}", iter(found["q"]))
-    yield bench.equal(f"a head whose k are zero {what}", iter(found["k"]))
+    yield bench.equal(f"a head whose q is zero {what}", iter(pairs["q"]))
+    yield bench.equal(f"a head whose k are zero {what}", iter(pairs["k"]))
     yield CheckOutcome(
         "k of an earlier token matters",
         error=0.0 if moved else 1.0,
@@ -259,12 +259,12 @@ def check_attention_inputs(bench: CheckBench) -> Iterator[CheckOutcome]:
         """Yield (location, site, attention input), the latter two [token, head, width]."""
         for layer in layers:
             if site in bench.anatomy.blocks[layer].taps:
-                own = bench.real(read[SiteRead(site, layer, bench.stack)], site)
-                yield f"layer {layer}", own, _drop_repeats(calls[layer][which], own.shape[1])
+                tensor = bench.real(read[SiteRead(site, layer, bench.stack)], site)
+                yield f"layer {layer}", tensor, _drop_repeats(calls[layer][which], tensor.shape[1])
 
     def lengths(site: str, which: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-        for where, own, handed in both(site, which):
-            yield where, _profile_heads(own), _profile_heads(handed)
+        for where, tensor, handed in both(site, which):
+            yield where, _profile_heads(tensor), _profile_heads(handed)
 
     def slices() -> Iterator[tuple[str, Tensor, Tensor]]:
         for layer in bench.with_sites("z"):
@@ -285,8 +285,8 @@ def check_attention_inputs(bench: CheckBench) -> Iterator[CheckOutcome]:
                 z = bench.real(reads[SiteRead("z", layer, bench.stack)])
                 others = list(range(z.shape[1]))
                 del others[head]
-                own = bench.read("z", layer)[:, others].abs().sum((0, 2))
-                still = (z[:, others].abs().sum((0, 2)) == 0) & (own != 0)
+                tensor = bench.read("z", layer)[:, others].abs().sum((0, 2))
+                still = (z[:, others].abs().sum((0, 2)) == 0) & (tensor != 0)
                 where = f"layer {layer}, head {head}"
                 yield where, z[:, head], torch.zeros_like(z[:, head])
                 yield where, still.float(), torch.zeros(len(others), device=z.device)
@@ -339,8 +339,8 @@ def _record_attention(
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        own = get_own_attention(module, implemented)
-        out, weights = own(module, query, key, value, attention_mask, **kwargs)
+        attention = get_own_attention(module, implemented)
+        out, weights = attention(module, query, key, value, attention_mask, **kwargs)
         layer = layer_of(module)
         if layer is not None:
             calls[layer].append((query, key, value))
@@ -356,11 +356,11 @@ def _record_attention(
     ]
     try:
         with exchange_attention(model, function, masked=True):
-            found = run_full(model, bench.batch, reads=wanted).reads
+            tensors = run_full(model, bench.batch, reads=wanted).reads
     except CannotPack:  # a different kernel
         return {}
     if reads is not None:
-        reads.update(found)
+        reads.update(tensors)
 
     return {
         layer: (
@@ -388,17 +388,17 @@ def check_head_writes(bench: CheckBench) -> Iterator[CheckOutcome]:
     other tokens; none of them matters to other heads.
     """
     layers = bench.with_sites("q", "k", "v", "z")
-    found: dict[str, list[tuple[str, Tensor, Tensor]]] = {"v": [], "q": [], "k": []}
+    pairs: dict[str, list[tuple[str, Tensor, Tensor]]] = {"v": [], "q": [], "k": []}
     moved = True
     for layer in layers:
-        own = {s: bench.read_of(0, s, layer) for s in ("q", "k", "v", "z")}
-        count = len(own["z"])
+        tensors = {s: bench.read_of(0, s, layer) for s in ("q", "k", "v", "z")}
+        count = len(tensors["z"])
         at = count // 2
         elsewhere = [token for token in range(count) if token != at]
         tries = [
             (site, unit, range(count) if site == "v" else range(at, at + 1))
             for site in ("v", "q", "k")
-            for unit in sorted({0, own[site].shape[1] - 1})
+            for unit in sorted({0, tensors[site].shape[1] - 1})
         ]
         writes = [
             SiteWrite(
@@ -407,7 +407,7 @@ def check_head_writes(bench: CheckBench) -> Iterator[CheckOutcome]:
                 torch.full((len(places),), number),
                 torch.tensor(list(places)),
                 torch.full((len(places),), unit),
-                -own[site][places.start : places.stop, unit] * (site != "v"),
+                -tensors[site][places.start : places.stop, unit] * (site != "v"),
                 stack=bench.stack,
             )
             for number, (site, unit, places) in enumerate(tries)
@@ -417,23 +417,23 @@ def check_head_writes(bench: CheckBench) -> Iterator[CheckOutcome]:
         stop = 0 if bench.stack else bench.shape.n_layers
         z = run_full(bench.model, batch, writes=writes, reads=[read], stop=stop).reads[read]
         for number, (site, unit, _) in enumerate(tries):
-            where, now, was = f"layer {layer}, unit {unit}", z[number], own["z"]
-            shared = was.shape[1] // own[site].shape[1]
+            where, now, was = f"layer {layer}, unit {unit}", z[number], tensors["z"]
+            shared = was.shape[1] // tensors[site].shape[1]
             mine = slice(unit * shared, (unit + 1) * shared)
             others = [h for h in range(was.shape[1]) if not mine.start <= h < mine.stop]
-            found[site].append((where, now[:, others], was[:, others]))
+            pairs[site].append((where, now[:, others], was[:, others]))
             if site == "v":
-                found[site].append((where, now[:, mine], torch.zeros_like(now[:, mine])))
+                pairs[site].append((where, now[:, mine], torch.zeros_like(now[:, mine])))
                 continue
             if site == "q":
-                found[site].append((where, now[elsewhere], was[elsewhere]))
+                pairs[site].append((where, now[elsewhere], was[elsewhere]))
             felt = [at] if site == "q" else elsewhere
             moved &= compute_difference(now[felt, mine], was[felt, mine]) > bench.tolerance
     if not layers:
         return
-    yield bench.equal("a head without values returns nothing, and no other changes", found["v"])
-    yield bench.equal("a query affects only its own token and head", found["q"])
-    yield bench.equal("a key affects only its own head", found["k"])
+    yield bench.equal("a head without values returns nothing, and no other changes", pairs["v"])
+    yield bench.equal("a query affects only its own token and head", pairs["q"])
+    yield bench.equal("a key affects only its own head", pairs["k"])
     yield CheckOutcome(
         "a query affects its token, a key affects others",
         error=0.0 if moved else 1.0,

@@ -93,7 +93,7 @@ class XMOD(Family):
 
 @family("mpnet")
 class MPNet(Family):
-    """BERT's blocks with an attention module of their own, and biases by position."""
+    """BERT's blocks with a separate attention module, and biases by position."""
 
     additive_positions = True
 

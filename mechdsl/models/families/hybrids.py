@@ -34,7 +34,7 @@ class GraniteMoE(_Front):
 
 @family("falcon_h1")
 class FalconH1(_Front):
-    """Attention and a state-space layer side by side, each with a factor of its own."""
+    """Attention and a state-space layer side by side, each with a separate factor."""
 
     adds_up = False
 

@@ -42,14 +42,7 @@ from mechdsl.prompts.positions.spans import (
     row_example,
 )
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.runs import (
-    ANSWER_SPAN,
-    Hits,
-    PositionCell,
-    PromptRun,
-    ReplyPosition,
-    RunRow,
-)
+from mechdsl.prompts.runs import ANSWER_SPAN, Hits, PositionCell, PromptRun, ReplyPosition, RunRow
 from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN, ImagePromptTokenizer
 from mechdsl.prompts.tokens.tokenizer import ImageTokenizer, TextTokenizer
 from mechdsl.prompts.values import render_value
@@ -157,7 +150,7 @@ def hit_texts(
 
     tokenizer: names tokens that cover no text; without it, they are omitted.
     """
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     if cell.reply is not None or cell.vectors > 1:  # nothing is generated yet, or patches
         return ()
     for m, hits in zip(table.runs[run].token_maps, cell.hits, strict=True):
@@ -165,15 +158,15 @@ def hit_texts(
         for p in (p for tokens in hits for p in tokens if p < len(row.ids)):
             if row.image is not None:
                 if isinstance(tokenizer, ImageTokenizer):
-                    found[tokenizer.label(p)] += 1
+                    counts[tokenizer.label(p)] += 1
                 continue
             label = row.image_label(p) if row.ids[p] >= IMAGE_TOKEN else None
             text = label or ("" if row.special[p] else m.token_text(p))
             if not text and tokenizer is not None:
                 text = tokenizer.token_text(row.ids[p])
             if text:
-                found[text] += 1
-    return tuple(text for text, _ in found.most_common())
+                counts[text] += 1
+    return tuple(text for text, _ in counts.most_common())
 
 
 def join_hits(cells: Sequence[PositionCell], n: int) -> Hits:
@@ -247,16 +240,16 @@ def reply_cells(
     if there:
         replies = ReplyTokens(max((_length(row) for row in rows), default=0), *_ALL_EMPTY)
     places = _Places(position, replies, table)
-    found, problem = places.found()
+    cell_numbers, problem = places.found()
     cells: list[PositionCell] = []
-    for label, place in found:
+    for label, place in cell_numbers:
         if there:
             hits = tuple(_reply_hits(row, place.of_row(n), tokenizer) for n, row in enumerate(rows))
             cells += [PositionCell(label, hits)] if any(hits) else []
         else:
             last = tuple(single_token_hit(len(row.ids) - 1) for row in rows)
             cells.append(PositionCell(label, last, reply=place))
-    if found and not cells:
+    if cell_numbers and not cells:
         problem = places.bad("no reply contains it", "name another one; `report texts` shows them")
     diagnostics += [] if problem is None else [problem]
     return cells
@@ -278,8 +271,8 @@ def _reply_hits(row: RunRow, place: ReplyPosition, tokenizer: TextTokenizer) -> 
     ids = reply.of(row.ids)
     if reply.stands_in and place.kind == "text":
         place = ReplyPosition("last")
-    found = find_reply_tokens(place, ids, reply.text, tokenizer.decode)
-    return (tuple(reply.first - 1 + token for token in found),) if found else ()
+    reply_tokens = find_reply_tokens(place, ids, reply.text, tokenizer.decode)
+    return (tuple(reply.first - 1 + token for token in reply_tokens),) if reply_tokens else ()
 
 
 class _Places:
@@ -385,7 +378,7 @@ class _Places:
         """Return whether a reply can be long enough for a position."""
         if place.kind in ("token", "tokens"):
             ends = (place.number, place.last or place.number)
-            low, high = (each + place.offset for each in ends)
+            low, high = (end + place.offset for end in ends)
             return 1 <= low <= high <= self.most
         return place.kind == "step" or abs(place.offset) < self.most
 
@@ -422,8 +415,8 @@ def find_reply_tokens(
         The tokens; none if the reply lacks any of them.
     """
     first = 0 if place.kind == "step" else 1
-    found = tuple(token + place.offset for token in _tokens(place, reply, text, decode))
-    return found if all(first <= token <= len(reply) for token in found) else ()
+    tokens = tuple(token + place.offset for token in _tokens(place, reply, text, decode))
+    return tokens if all(first <= token <= len(reply) for token in tokens) else ()
 
 
 def _tokens(
@@ -439,10 +432,10 @@ def _tokens(
         case "all":
             return range(1, len(reply) + 1)
         case "text":
-            own = _of_text(place.text, reply, text, decode)
-            if place.which == "all" or not own:
-                return own
-            return own[:1] if place.which == "first" else own[-1:]
+            tokens = _of_text(place.text, reply, text, decode)
+            if place.which == "all" or not tokens:
+                return tokens
+            return tokens[:1] if place.which == "first" else tokens[-1:]
 
 
 def _of_text(part: str, reply: Sequence[int], text: str, decode: Decoder) -> Sequence[int]:
@@ -602,23 +595,24 @@ def _in_images(
             return (), [problem]
         with suppress(UnsupportedProcessor):  # a run reports unknown patches (E0413)
             table = table.in_patches(reader)
-        every = (own for row in table.runs[run].rows for own in row.pictures.values())
-        vectors = max((own.expansion.vectors for own in every), default=1)
-    cells, found = resolve_positions(positions, table, run, **given)
+        every = (picture for row in table.runs[run].rows for picture in row.pictures.values())
+        vectors = max((picture.expansion.vectors for picture in every), default=1)
+    cells, problems = resolve_positions(positions, table, run, **given)
     cells = tuple(replace(cell, vectors=vectors) for cell in cells) if vectors > 1 else cells
     rows = table.runs[run].rows
     if stands_in:
-        return cells, found
+        return cells, problems
     tokens = [
-        {token for cell in cells for own in cell.hits[n] for token in own} for n in range(len(rows))
+        {token for cell in cells for numbers in cell.hits[n] for token in numbers}
+        for n in range(len(rows))
     ]
     outside = [
         n
-        for n, (row, own) in enumerate(zip(rows, tokens, strict=True))
-        if not own <= row.patch_tokens.keys()
+        for n, (row, numbers) in enumerate(zip(rows, tokens, strict=True))
+        if not numbers <= row.patch_tokens.keys()
     ]
     if not outside:
-        return cells, found
+        return cells, problems
     problem = OutsidePrompt(
         span=positions.span,
         position=positions.span.written,
@@ -630,7 +624,7 @@ def _in_images(
         "patches: write `photo tokens` or `photo row 1 col 2 token` for an image `photo`",
         unit="images",
     )
-    return (), [*found, problem]
+    return (), [*problems, problem]
 
 
 def _find_uncountable(positions: ast.Positions) -> Diagnostic | None:
@@ -682,8 +676,8 @@ class _OneSide(Record):
         if self.side == "source":
             answers, replies = _NO_DECODER_ANSWERS, _NO_DECODER_REPLIES
         given = {**given, "answers": answers, "replies": replies}
-        cells, found = resolve_positions(self.positions, self.table, self.run, **given)
-        return tuple(map(self.moved, cells)), [*map(self._explain_decoder, found)]
+        cells, problems = resolve_positions(self.positions, self.table, self.run, **given)
+        return tuple(map(self.moved, cells)), [*map(self._explain_decoder, problems)]
 
     def problem(self) -> Diagnostic | None:
         """Return E0316 for text of the encoder among positions of the decoder."""
@@ -707,8 +701,8 @@ class _OneSide(Record):
         another error for a part of an image that doesn't exist."""
         if not isinstance(problem, NotInDecoder):
             return problem
-        found = resolve_positions(self.positions, self.whole.encoded, self.run, **given)[1]
-        wrong = [each for each in found if each.severity == "error"]
+        problems = resolve_positions(self.positions, self.whole.encoded, self.run, **given)[1]
+        wrong = [diagnostic for diagnostic in problems if diagnostic.severity == "error"]
         if not wrong:
             return problem
         if wrong[0].code == "E0306":  # the encoder reads the text several times
@@ -741,18 +735,18 @@ class _OneSide(Record):
         image = next(iter(sorted(images)), "photo")
         for item in self.positions.items:
             spans = [node for node in walk(item) if isinstance(node, ast.SpanRef)]
-            own = [node for node in spans if images & {node.name, node.of}]
-            if own and self.side == "target":
+            refs = [node for node in spans if images & {node.name, node.of}]
+            if refs and self.side == "target":
                 return NotInDecoder(
                     span=self.positions.span,
-                    position=own[0].span.written,
+                    position=refs[0].span.written,
                     part="the text",
                     reason="this position must be a token of the text",
                     reader="the vision encoder reads",
                     hint="name a token of the text, such as `last token`; `k cross`, `v cross` and "
                     "sites of `vision` are at tokens of the image",
                 )
-            if not own and self.side == "source":
+            if not refs and self.side == "source":
                 return OutsidePrompt(
                     span=item.span,
                     position=item.span.written,
@@ -812,11 +806,11 @@ class _Resolver:
         if refers_to_reply(counted, self.table):
             given = counted, self.table, self.run, replies, self.tokenizer
             return reply_cells(*given, self.diagnostics)
-        own = self.position(counted)
+        items = self.position(counted)
         if has_named_numbers(item):
-            own = self.somewhere(item, own)
-            own = [replace(own[0], label=position_label(counted))] if len(own) == 1 else own
-        return own
+            items = self.somewhere(item, items)
+            items = [replace(items[0], label=position_label(counted))] if len(items) == 1 else items
+        return items
 
     # --- shapes ---------------------------------------------------------------------------------
 
@@ -882,8 +876,8 @@ class _Resolver:
             case ast.RankedTokens():
                 if self.ranked is None:
                     return self._later(base, "a position that another experiment ranked")
-                found = self.ranked(base, self.run, self.loops, self.diagnostics)
-                return [PositionCell(label, tuple(hits)) for label, hits in found]
+                cells = self.ranked(base, self.run, self.loops, self.diagnostics)
+                return [PositionCell(label, tuple(hits)) for label, hits in cells]
             case ast.ChosenTokens():
                 return self._chosen(base)
             case ast.EachStep():  # a position in a reply: `reply_cells` resolves it
@@ -933,20 +927,20 @@ class _Resolver:
             return self._occurrences(base)
         if base.plural and ref.edge is None and ref.literal is None:
             return self._all_tokens(base)
-        found = self.spans.one_place(base, ref)
-        if found is None:
+        occurrences = self.spans.one_place(base, ref)
+        if occurrences is None:
             return []
-        hits = [p.tokens if base.plural else p.tokens[-1:] for p in found]
-        self.spans.warn(ref, zip(range(self.total), found, hits, strict=True))
+        hits = [p.tokens if base.plural else p.tokens[-1:] for p in occurrences]
+        self.spans.warn(ref, zip(range(self.total), occurrences, hits, strict=True))
         return [PositionCell(base.span.written, tuple((h,) if h else () for h in hits))]
 
     def _occurrences(self, base: ast.SpanTokens) -> list[PositionCell]:
         """Return one cell per occurrence; rows with fewer drop out of `each` and `*`."""
         ref = base.of
-        found = self.spans.all_places(replace(ref, occurrence=None))
-        if found is None:
+        occurrences = self.spans.all_places(replace(ref, occurrence=None))
+        if occurrences is None:
             return []
-        most = max(map(len, found))
+        most = max(map(len, occurrences))
         counted = occurrence_bounds(ref.occurrence)
         if counted is None:
             wanted = range(1, most + 1)
@@ -955,14 +949,14 @@ class _Resolver:
                 return []
         else:
             wanted = range(counted[0], counted[1] + 1)
-            lacking = [n for n, places in enumerate(found) if len(places) < wanted[-1]]
+            lacking = [n for n, places in enumerate(occurrences) if len(places) < wanted[-1]]
             if lacking:
                 self.spans.absent(base, ref, lacking, wanted[-1])
                 return []
         cells: list[PositionCell] = []
         for k in wanted:
             hits: list[Hits] = []
-            for places in found:
+            for places in occurrences:
                 tokens = places[k - 1].tokens if len(places) >= k else ()
                 hits.append((tokens if base.plural else tokens[-1:],) if tokens else ())
             name = ref.name if ref.name is not None else f'"{ref.literal}"'
@@ -972,7 +966,7 @@ class _Resolver:
             ref,
             (
                 (n, place, place.tokens if base.plural else place.tokens[-1:])
-                for n, places in enumerate(found)
+                for n, places in enumerate(occurrences)
                 for place in places
             ),
         )
@@ -981,38 +975,43 @@ class _Resolver:
     def _all_tokens(self, base: ast.SpanTokens) -> list[PositionCell]:
         """Return the joined tokens of all occurrences (`subject tokens`) or of `item 2..4`."""
         ref = base.of
-        found = self.spans.all_places(replace(ref, occurrence=None))
-        if found is None:
+        occurrences = self.spans.all_places(replace(ref, occurrence=None))
+        if occurrences is None:
             return []
         low, high = occurrence_bounds(ref.occurrence) or (1, None)
-        lacking = [n for n, places in enumerate(found) if len(places) < (high or low)]
+        lacking = [n for n, places in enumerate(occurrences) if len(places) < (high or low)]
         if lacking and not (self.spans.drops_out(ref) and len(lacking) < self.total):
             self.spans.absent(base, ref, lacking, high or low)
             return []
-        found = [() if n in lacking else places[low - 1 : high] for n, places in enumerate(found)]
+        occurrences = [
+            () if n in lacking else places[low - 1 : high] for n, places in enumerate(occurrences)
+        ]
         self.spans.warn(
-            ref, ((n, place, place.tokens) for n, places in enumerate(found) for place in places)
+            ref,
+            ((n, place, place.tokens) for n, places in enumerate(occurrences) for place in places),
         )
-        joined = [tuple(sorted({t for place in places for t in place.tokens})) for places in found]
+        joined = [
+            tuple(sorted({t for place in places for t in place.tokens})) for places in occurrences
+        ]
         hits = tuple(() if n in lacking else (tokens,) for n, tokens in enumerate(joined))
         return [PositionCell(base.span.written, hits)]
 
     def _each_token_of(self, base: ast.EachTokenOf, ref: ast.SpanRef) -> list[PositionCell]:
         if not self.spans.span_fits(base, ref, from_end=True):
             return []
-        found = self.spans.one_place(base, ref)
-        if found is None:
+        occurrences = self.spans.one_place(base, ref)
+        if occurrences is None:
             return []
         if self.spans.of_images or self.spans.is_picture(ref):
-            return image_token_cells(ref, found, self.spans)
-        self.spans.warn(ref, ((n, place, place.tokens) for n, place in enumerate(found)))
+            return image_token_cells(ref, occurrences, self.spans)
+        self.spans.warn(ref, ((n, place, place.tokens) for n, place in enumerate(occurrences)))
 
         def elsewhere(other: _Resolver) -> list[tuple[int, ...]]:
             places = other.spans.one_place(base, ref)
             return [p.tokens for p in places or ()]
 
-        lengths = self._lengths([p.tokens for p in found], elsewhere)
-        return span_cells(ref.span.written, [p.tokens for p in found], lengths)
+        lengths = self._lengths([p.tokens for p in occurrences], elsewhere)
+        return span_cells(ref.span.written, [p.tokens for p in occurrences], lengths)
 
     def _lengths(
         self,
@@ -1038,11 +1037,11 @@ class _Resolver:
             return [PositionCell(base.span.written, hits, follows=follows)]
         if not self.spans.span_fits(base, base.of, from_end=base.which == "last"):
             return []
-        found = self.spans.one_place(base, base.of)
-        if found is None:
+        occurrences = self.spans.one_place(base, base.of)
+        if occurrences is None:
             return []
-        there = [(p.tokens[at],) if p.tokens else () for p in found]
-        self.spans.warn(base.of, zip(range(self.total), found, there, strict=True))
+        there = [(p.tokens[at],) if p.tokens else () for p in occurrences]
+        self.spans.warn(base.of, zip(range(self.total), occurrences, there, strict=True))
         return [PositionCell(base.span.written, tuple((own,) if own else () for own in there))]
 
     # --- after the prompt -------------------------------------------------------------------------
@@ -1065,7 +1064,7 @@ class _Resolver:
             return []
         tokens = [self.spans.answer_tokens(n) for n in range(self.total)]
         if not base.plural:
-            return [*cells, *span_cells(ANSWER_SPAN, tokens, {len(own) for own in tokens})]
+            return [*cells, *span_cells(ANSWER_SPAN, tokens, {len(numbers) for numbers in tokens})]
         hits = ((own[0] + tokens[n],) for n, own in enumerate(cells[0].hits))
         return [PositionCell(position.span.written, tuple(hits))]
 
@@ -1081,13 +1080,13 @@ class _Resolver:
 
     def _joined(self, base: ast.PositionUnion, items: ast.Positions) -> list[PositionCell]:
         before = len(self.diagnostics)
-        found = [(item, self.position(item)) for item in items.items]
+        pairs = [(item, self.position(item)) for item in items.items]
         if has_errors(self.diagnostics[before:]):
             return []
-        cells = [cell for _, own in found for cell in own]
-        parts = [own for item, own in found if self._may_lack(item)]
+        cells = [cell for _, position_cells in pairs for cell in position_cells]
+        parts = [position_cells for item, position_cells in pairs if self._may_lack(item)]
         hits = tuple(
-            () if any(lacks_hits(own, n) for own in parts) else join_hits(cells, n)
+            () if any(lacks_hits(part, n) for part in parts) else join_hits(cells, n)
             for n in range(self.total)
         )
         return [_following(PositionCell(base.span.written, hits), cells)]
@@ -1098,8 +1097,8 @@ class _Resolver:
         before = len(self.diagnostics)
         cells = [cell for item in base.items.items for cell in self.position(item)]
         if base.items.span.source.path is None:  # positions of a file have no place in the program
-            found = self.diagnostics[before:]
-            self.diagnostics[before:] = [replace(each, span=base.span) for each in found]
+            problems = self.diagnostics[before:]
+            self.diagnostics[before:] = [replace(problem, span=base.span) for problem in problems]
         if has_errors(self.diagnostics[before:]):
             return []
         if base.labels is not None:
@@ -1216,10 +1215,14 @@ class _Resolver:
             kept.append((tokens,) if tokens or ranked else ())
         lacking = [] if ranked else [n for n, row in enumerate(kept) if not row]
         if lacking:
-            named = (each for each in walk(body.excluded) if isinstance(each, ast.TokenIndex))
+            named = (
+                token_index
+                for token_index in walk(body.excluded)
+                if isinstance(token_index, ast.TokenIndex)
+            )
             self.diagnostics.append(
                 NoPositionLeft(
-                    by_text=any(each.low is None for each in named),
+                    by_text=any(token_index.low is None for token_index in named),
                     span=body.span,
                     position=body.span.written,
                     run=self.run,

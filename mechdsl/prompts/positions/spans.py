@@ -59,7 +59,7 @@ def unknown_span_hint(name: str, spans: Iterable[str], table: PromptTable) -> st
             f"template, or add `span {name} in COLUMN`"
         )
     defined = table.sources[0].block.spec.spans if table.sources else ()
-    if any(each.name.id == name and each.literal is not None for each in defined):
+    if any(span.name.id == name and span.literal is not None for span in defined):
         return f"`span {name} = …` searches the prompts for its text, and no prompt contains it"
     listed = name_list(spans)
     otherwise = f"the spans are {listed}" if spans else "write a placeholder: `{name}`"
@@ -86,8 +86,8 @@ def occurrence_hint(ref: ast.SpanRef, least: int, table: PromptTable, run: str) 
         return "keep rows that have it with `where`, or name another position"
     gap = max(
         (
-            clean - own
-            for clean, own in zip(
+            clean - number
+            for clean, number in zip(
                 _counts(table, CLEAN, count), _counts(table, run, count), strict=True
             )
         ),
@@ -154,8 +154,8 @@ class NamedNumbers:
             parts = walk(node) if isinstance(node, ast.Point | ast.SpanRef | ast.TokenIndex) else ()
             if any(isinstance(part, ast.Variable) and part.name in self.loops for part in parts):
                 self.swept.add(node.span)
-        found = rewrite(positions, self._changed)
-        return found if not has_errors(self.diagnostics[before:]) else None
+        rewritten = rewrite(positions, self._changed)
+        return rewritten if not has_errors(self.diagnostics[before:]) else None
 
     def _changed(self, node: ast.Node) -> Any:
         return self._number(node) if isinstance(node, ast.Variable) else node
@@ -311,18 +311,18 @@ class SpanFinder:
             return [SpanOccurrence(0, 0, tokens) for tokens in m.row.places[name]]
         pictures = self.pictures_of(n, ref)
         if pictures or ref.view is not None:
-            tiles = (self.tiles_of(ref, own.picture.expansion) for own in pictures)
+            tiles = (self.tiles_of(ref, picture.picture.expansion) for picture in pictures)
             of_image = list_places(name, zip(pictures, tiles, strict=True))
             if of_image or ref.view is not None:
                 return [SpanOccurrence(0, 0, tokens) for tokens in of_image]
         if ref.literal is not None:
-            found = find_text(m.row.text, ref.literal)
+            ranges = find_text(m.row.text, ref.literal)
             if ref.of is not None:
                 around = [s for s in m.row.spans if s.name == ref.of]
-                found = [
-                    at for at in found if any(s.start <= at[0] and at[1] <= s.end for s in around)
+                ranges = [
+                    at for at in ranges if any(s.start <= at[0] and at[1] <= s.end for s in around)
                 ]
-            return [m.place(*at) for at in found]
+            return [m.place(*at) for at in ranges]
         if self.is_answer(ref):
             return [SpanOccurrence(0, 0, self.answer_tokens(n))]
         special = self.special_id(ref)
@@ -330,11 +330,11 @@ class SpanFinder:
             return [
                 SpanOccurrence(0, 0, (i,)) for i, token in enumerate(m.row.ids) if token == special
             ]
-        own = [s for s in m.row.spans if s.name == name]
+        spans = [s for s in m.row.spans if s.name == name]
         if ref.of is not None:
             around = [s for s in m.row.spans if s.name == ref.of]
-            own = [s for s in own if ref.of in s.within or _lies_in(s, around)]
-        return [m.place(s.start, s.end) for s in own]
+            spans = [s for s in spans if ref.of in s.within or _lies_in(s, around)]
+        return [m.place(s.start, s.end) for s in spans]
 
     def special_id(self, ref: ast.SpanRef) -> int | None:
         """Return the id of `bos`, `cls`, `sep` or `eos`, unless the prompt has a span of that name.
@@ -423,10 +423,10 @@ class SpanFinder:
         """Return False after an error if one token of a span of several patches is requested."""
         if ref.row is not None or (node.plural and not (node.each and self.of_images)):
             return True
-        found = self.all_places(replace(ref, occurrence=None))
-        if found is None:
+        occurrences = self.all_places(replace(ref, occurrence=None))
+        if occurrences is None:
             return False
-        sizes = [max([0, *(len(place.tokens) for place in places)]) for places in found]
+        sizes = [max([0, *(len(place.tokens) for place in places)]) for places in occurrences]
         several = [n for n, size in enumerate(sizes) if size > 1]
         if not several:
             return True
@@ -482,7 +482,7 @@ class SpanFinder:
             renamed += own
         if several:
             equal = renamed[0].picture.equal
-            owner = next(name for name, each in equal.items() if region in each.regions)
+            owner = next(name for name, picture in equal.items() if region in picture.regions)
             others = " or ".join(f"`{name}`" for name in equal if name != owner)
             what = f"is a region of `{owner}`, and the placeholder `{renamed[0].name}` may also "
             what += f"stand for {others}, which is equal"
@@ -518,7 +518,7 @@ class SpanFinder:
         if ref.of is not None:
             return []
         assert isinstance(self.tokenizer, ImageTokenizer)
-        parts = {each: row.places[each] for each in row.regions}
+        parts = {region: row.places[region] for region in row.regions}
         if name != IMAGE_SPAN and name not in parts:
             return []
         picture = PromptPicture(row.image, self.tokenizer.expansion, parts)
@@ -532,14 +532,14 @@ class SpanFinder:
         """Return the images that `photo row 1 col 2 token` refers to in each row, with their
         numbers; None after E0306, E0309 or E0321."""
         ref = base.of
-        found = [list(enumerate(self.pictures_of(n, ref), 1)) for n in range(self.total)]
+        images = [list(enumerate(self.pictures_of(n, ref), 1)) for n in range(self.total)]
         if self.is_empty(ref.occurrence):
             return None
         counted = occurrence_bounds(ref.occurrence)
         if counted is None:
-            several = [n for n, own in enumerate(found) if len(own) > 1]
+            several = [n for n, own in enumerate(images) if len(own) > 1]
             if several and ref.occurrence is None and not (base.each or base.plural):
-                name, last = ref.name or "", len(found[several[0]])
+                name, last = ref.name or "", len(images[several[0]])
                 ways = [
                     f"`{name} {last} row … col … token` for one of them",
                     f"`each {name} row … col … token` for one run each",
@@ -548,14 +548,14 @@ class SpanFinder:
                 what = f"occurs {last} times in the prompt"
                 self._ambiguous(base, ref.span.written, several, what, ways)
                 return None
-            return found
+            return images
         low, high = counted
-        lacking = [n for n, own in enumerate(found) if len(own) < high]
+        lacking = [n for n, own in enumerate(images) if len(own) < high]
         drops_out = self.drops_out(ref) and len(lacking) < self.total
         if low < 1 or (lacking and not drops_out):
             self.absent(base, ref, lacking or list(range(self.total)), min(low, high))
             return None
-        return [own[low - 1 : high] for own in found]
+        return [own[low - 1 : high] for own in images]
 
     def extra_label(self, token: int) -> str:
         """Return the label of a token of an image that reads no patch."""
@@ -622,7 +622,8 @@ class SpanFinder:
             n
             for n in range(self.total)
             if all(
-                self.tiles_of(ref, own.picture.expansion) == () for own in self.pictures_of(n, ref)
+                self.tiles_of(ref, picture.picture.expansion) == ()
+                for picture in self.pictures_of(n, ref)
             )
         ]
         return not self.lack_cells(ref, lacking)
@@ -665,19 +666,23 @@ class SpanFinder:
     @property
     def picture_names(self) -> list[str]:
         """Names of the images within the prompts."""
-        named = (each.name for m in self.maps[:1] for each in m.row.placed_pictures)
+        named = (picture.name for m in self.maps[:1] for picture in m.row.placed_pictures)
         return list(dict.fromkeys(named))
 
     def _is_video(self, ref: ast.SpanRef) -> bool:
         """Whether a span is a video, whose frames are images."""
-        return any(each.video == ref.name for m in self.maps[:1] for each in m.row.placed_pictures)
+        return any(
+            picture.video == ref.name for m in self.maps[:1] for picture in m.row.placed_pictures
+        )
 
     def _has_no_frames(self, ref: ast.SpanRef) -> bool:
         """Whether a span with a frame after its name is a video or an image and not a sound."""
         if ref.view is None or not ref.view.is_frame:
             return False
-        own = self.first_picture(0, ref) if self.is_picture(ref) else None
-        return self._is_video(ref) or (own is not None and not own.picture.expansion.is_sound)
+        picture = self.first_picture(0, ref) if self.is_picture(ref) else None
+        return self._is_video(ref) or (
+            picture is not None and not picture.picture.expansion.is_sound
+        )
 
     def _not_an_image(self, ref: ast.SpanRef) -> Diagnostic:
         """Return E0308 for patches of something that isn't an image."""
@@ -691,9 +696,9 @@ class SpanFinder:
             name = ref.span.written
             hint = f"name a frame of the video: `{FRAME_SPAN} 1 row 1 col 1 token`"
             what = f"`{ref.name}` is a video: only its frames have rows and columns"
-            own = re.fullmatch(rf"{ref.name}\s+({FRAME_SPAN}\s.*)", name)
-            if own is not None:
-                hint = f"name the frame first: `{own[1]} of {ref.name}`"
+            match = re.fullmatch(rf"{ref.name}\s+({FRAME_SPAN}\s.*)", name)
+            if match is not None:
+                hint = f"name the frame first: `{match[1]} of {ref.name}`"
                 what = what if ref.row is not None else f"`{ref.name}` is a video"
         elif framed and name in names:
             hint = f"name all tokens of the image: `{name} tokens`"
@@ -733,11 +738,11 @@ class SpanFinder:
             return None
         if not self._known(ref) or not self._views_fit(ref):
             return None
-        found = [self.places(n, ref) for n in range(self.total)]
-        empty = (n for n, places in enumerate(found) for p in places if not p.tokens)
+        occurrences = [self.places(n, ref) for n in range(self.total)]
+        empty = (n for n, places in enumerate(occurrences) for p in places if not p.tokens)
         bare = list(dict.fromkeys(empty))
         if bare:
-            place = next(p for p in found[bare[0]] if not p.tokens)
+            place = next(p for p in occurrences[bare[0]] if not p.tokens)
             text = self.maps[bare[0]].row.text[place.start : place.end]
             hint = 'name the token next to it, or choose a separator such as ", "'
             self.diagnostics.append(
@@ -753,7 +758,7 @@ class SpanFinder:
                 )
             )
             return None
-        return found
+        return occurrences
 
     def absent(self, node: ast.Node, ref: ast.SpanRef, lacking: list[int], least: int) -> None:
         self.diagnostics.append(
@@ -775,25 +780,25 @@ class SpanFinder:
 
         If `drops_out` holds, rows without the occurrence have one without tokens.
         """
-        found = self.all_places(ref)
-        if found is None:
+        occurrences = self.all_places(ref)
+        if occurrences is None:
             return None
         pick, least = _picker(ref)
         if least < 1:  # `item 0`: occurrences count from 1
             self.absent(node, ref, list(range(self.total)), least)
             return None
-        lacking = [n for n, places in enumerate(found) if len(places) < least]
+        lacking = [n for n, places in enumerate(occurrences) if len(places) < least]
         if lacking and not (self.drops_out(ref) and len(lacking) < self.total):
             self.absent(node, ref, lacking, least)
             return None
         if pick is None:
-            several = [n for n, places in enumerate(found) if len(places) > 1]
+            several = [n for n, places in enumerate(occurrences) if len(places) > 1]
             if several:
-                times = f"occurs {len(found[several[0]])} times in the prompt"
+                times = f"occurs {len(occurrences[several[0]])} times in the prompt"
                 self._ambiguous(node, ref.span.written, several, times, _occurrences(ref))
                 return None
             pick = 0
-        return [places[pick] if len(places) >= least else ABSENT_SPAN for places in found]
+        return [places[pick] if len(places) >= least else ABSENT_SPAN for places in occurrences]
 
     def _ambiguous(
         self, node: ast.Node, name: str, several: list[int], what: str, ways: list[str]
@@ -982,13 +987,13 @@ class CountedTokens:
                 )
             )
             return []
-        found: dict[int, list[Hits]] = {}
+        cell_hits: dict[int, list[Hits]] = {}
         for n, (hits, length) in enumerate(zip(whole, lengths, strict=True)):
             for run in hits:
                 for p in run:
                     index = p - length if align == "right" else p
-                    found.setdefault(index, [()] * self.spans.total)[n] = ((p,),)
-        return [PositionCell(str(index), tuple(found[index])) for index in sorted(found)]
+                    cell_hits.setdefault(index, [()] * self.spans.total)[n] = ((p,),)
+        return [PositionCell(str(index), tuple(cell_hits[index])) for index in sorted(cell_hits)]
 
     def inside(
         self,
@@ -1042,12 +1047,12 @@ class CountedTokens:
         """Return the rows in which a cell leaves the prompt."""
         lacking: set[int] = set()
         for n, row in enumerate(cell.hits):
-            own = self.maps[n].row
-            size = len(own.ids)
+            run_row = self.maps[n].row
+            size = len(run_row.ids)
             allowed = range(size + (self.spans.answers.longest(n) if in_answer else 0))
             for run in row:
                 inside = all(
-                    p in allowed and (special or p >= size or not own.special[p]) for p in run
+                    p in allowed and (special or p >= size or not run_row.special[p]) for p in run
                 )
                 if not inside:
                     lacking.add(n)
@@ -1067,8 +1072,8 @@ def grid_cells(base: ast.SpanTokens, spans: SpanFinder) -> list[PositionCell]:
     A row of images is an image named `image`. Codes: E0108 in texts, E0308, E0310, E0321.
     """
     ref = base.of
-    found = spans.all_places(ref)
-    if found is None or any(spans.is_empty(own) for own in (ref.row, ref.col)):
+    places = spans.all_places(ref)
+    if places is None or any(spans.is_empty(occurrence) for occurrence in (ref.row, ref.col)):
         return []
     placed = spans.images_of(base)
     if placed is None:
@@ -1095,7 +1100,7 @@ def grid_cells(base: ast.SpanTokens, spans: SpanFinder) -> list[PositionCell]:
     if base.plural:
         return [PositionCell(base.span.written, tuple(joined))]
     if len(cells) == 1:
-        return [PositionCell(base.span.written, tuple(own)) for own in cells.values()]
+        return [PositionCell(base.span.written, tuple(cell)) for cell in cells.values()]
     view = "" if ref.view is None else "thumbnail " if ref.view.number is None else "tile {0} "
     label = f"{{title}} {view}row {{1}} col {{2}}"
     ordered = sorted(cells, key=lambda place: (place[0], place[1] or 0, *place[2:]))
@@ -1115,26 +1120,26 @@ def _rectangle(
         (number of the tile, row, column) → token; without a view, the number is None. Empty if the
         image lacks one of them.
     """
-    found: dict[tuple[int | None, int, int], int] = {}
+    numbers: dict[tuple[int | None, int, int], int] = {}
     tiles = spans.tiles_of(ref, expansion)
     for tile in (None,) if tiles is None else tiles:
         grid = expansion.grid if tile is None else expansion.grid_of(tile)
         ranges: list[range] = []
-        for axis, own in enumerate((ref.row, ref.col)):
+        for axis, occurrence in enumerate((ref.row, ref.col)):
             most = max((place[axis] for place in grid), default=0)
-            low, high = occurrence_bounds(own) or (1, most)
+            low, high = occurrence_bounds(occurrence) or (1, most)
             if low < 1 or high > most:
                 return {}
             ranges.append(range(low, high + 1))
         wanted = [(row, col) for row in ranges[0] for col in ranges[1]]
         if not all(place in grid for place in wanted):  # tiles of different sizes
             return {}
-        found |= {(tile, *place): grid[place] for place in wanted}
-    return found
+        numbers |= {(tile, *place): grid[place] for place in wanted}
+    return numbers
 
 
 def image_token_cells(
-    ref: ast.SpanRef, found: Sequence[SpanOccurrence], spans: SpanFinder
+    ref: ast.SpanRef, occurrences: Sequence[SpanOccurrence], spans: SpanFinder
 ) -> list[PositionCell]:
     """Return one cell per token of an image or of a region; images without the token drop out."""
     cells: dict[str, list[Hits]] = {}
@@ -1147,8 +1152,11 @@ def image_token_cells(
         order[label] = at
         return cells.setdefault(label, [()] * spans.total)
 
-    for n, place in enumerate(found):
-        images = [(own, id(own.picture.expansion), own.title) for own in spans.pictures_of(n, ref)]
+    for n, place in enumerate(occurrences):
+        images = [
+            (picture, id(picture.picture.expansion), picture.title)
+            for picture in spans.pictures_of(n, ref)
+        ]
         for token in place.tokens:
             for image, expansion, title in images:
                 key = expansion, title, token - image.first

@@ -145,18 +145,18 @@ class ChatTemplate(Record):
             for number, text in enumerate(texts)
         ]
         plain = self._rendered(turns, texts, owners)
-        found = _Found(self._rendered(turns, marked, owners), mark, close)
-        if found.text != plain:
-            _lost(turns, found)
-        rich = found.rich(turns, owners)
-        for piece in found.between:
+        formatted = _Found(self._rendered(turns, marked, owners), mark, close)
+        if formatted.text != plain:
+            _lost(turns, formatted)
+        rich = formatted.rich(turns, owners)
+        for piece in formatted.between:
             for number, text in enumerate(texts):
                 self._refuse(number, turns, self._writes(piece, text))
         if not begun:
             return rich
-        end = found.end(len(turns) - 1, texts[-1])
+        end = formatted.end(len(turns) - 1, texts[-1])
         if any(span.end > end for span in rich.spans):
-            _lost(turns, found)
+            _lost(turns, formatted)
         return RichText(rich.text[:end], rich.spans)
 
     def _writes(self, piece: str, text: str) -> str | None:
@@ -212,19 +212,19 @@ class ChatTemplate(Record):
 
     def _place_images(self, turns: Sequence[Turn], texts: Sequence[str], written: str) -> str:
         """Replace the template's texts of images by those of the turns, in order."""
-        own = [
+        names = [
             text
             for turn, text in zip(turns, texts, strict=True)
             if MARKER.fullmatch(turn.rich.text)
         ]
         pieces = written.split(self.image)
-        if len(pieces) != len(own) + 1:
+        if len(pieces) != len(names) + 1:
             raise ChatProblem(
                 f"it writes `{self.image}` {len(pieces) - 1} times, for "
-                f"{count_noun(len(own), 'image')}",
+                f"{count_noun(len(names), 'image')}",
                 "write the whole text with `template`",
             )
-        return pieces[0] + "".join(map("".join, zip(own, pieces[1:], strict=True)))
+        return pieces[0] + "".join(map("".join, zip(names, pieces[1:], strict=True)))
 
 
 class _Found:
@@ -234,7 +234,7 @@ class _Found:
         self.places: dict[int, list[tuple[int, int]]] = {}
         """By turn number, the characters of its text without white space at its ends."""
         self.between: list[str] = []
-        """The template's own text."""
+        """The text of the template."""
         text, began, outside = "", dict[int, int](), ""
         for piece in re.split(f"({mark}[0-9]+{mark}|{close}[0-9]+{close})", marked):
             if piece[:1] == mark and len(piece) > 2:
@@ -299,7 +299,7 @@ class _Found:
 def _parts(number: int, turn: Turn) -> Iterator[tuple[int, Turn]]:
     """Yield a turn's number with each of its texts and images, as turns of its role."""
     text, spans = turn.rich.text, turn.rich.spans
-    edges = {end for found in MARKER.finditer(text) for end in found.span()}
+    edges = {end for match in MARKER.finditer(text) for end in match.span()}
     pairs = list(pairwise(sorted({0, len(text), *edges}))) if edges else [(0, len(text))]
     lost = set(spans)
     for start, end in pairs:
@@ -309,9 +309,9 @@ def _parts(number: int, turn: Turn) -> Iterator[tuple[int, Turn]]:
             end = start + len(piece.strip())
         if edges and start == end:
             continue
-        inner = [each for each in spans if start <= each.start and each.end <= end]
+        inner = [span for span in spans if start <= span.start and span.end <= end]
         lost -= set(inner)
-        moved = (each._replace(start=each.start - start, end=each.end - start) for each in inner)
+        moved = (span._replace(start=span.start - start, end=span.end - start) for span in inner)
         yield number, Turn(turn.role, RichText(text[start:end], tuple(moved)))
     if lost:
         name = min(lost).name
@@ -326,7 +326,7 @@ def find_turns(rich: RichText, roles: Sequence[str]) -> Iterator[tuple[int, int,
     If the template repeats or omits turns of a role, all its turns count as the role's first.
     """
     for role in dict.fromkeys(roles):
-        numbers = [n for n, own in enumerate(roles) if own == role]
+        numbers = [n for n, name in enumerate(roles) if name == role]
         spans = sorted((span.start, span.end) for span in rich.spans if span.name == role)
         numbers = numbers if len(numbers) == len(spans) else numbers[:1] * len(spans)
         for number, (start, end) in zip(numbers, spans, strict=True):
@@ -358,10 +358,10 @@ def _free_marks(texts: Sequence[str]) -> tuple[str, str]:
     return free[0], free[1]
 
 
-def _lost(turns: Sequence[Turn], found: _Found, number: int | None = None) -> NoReturn:
+def _lost(turns: Sequence[Turn], formatted: _Found, number: int | None = None) -> NoReturn:
     """Raise `ChatProblem` for a turn whose text isn't in the formatted text."""
     if number is None:
-        number = next((n for n in range(len(turns)) if n not in found.places), None)
+        number = next((n for n in range(len(turns)) if n not in formatted.places), None)
     role = "one turn" if number is None else f"`{turns[number].role}`"
     raise ChatProblem(
         f"the text of {role} doesn't appear in the formatted text",

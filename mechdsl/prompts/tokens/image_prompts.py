@@ -107,7 +107,7 @@ class ImagePromptTokenizer(TextTokenizer):
         cls, path: Path, bos: bool | None = None, *, span: Span | None = None
     ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
         """Read the tokenizer of a folder; its hash covers the settings of the processor."""
-        made, found = super().from_folder(path, bos, span=span)
+        made, problems = super().from_folder(path, bos, span=span)
         if isinstance(made, ImagePromptTokenizer):
             made.folder = path
             contents = [(path / name) for name in _FILES]
@@ -117,7 +117,7 @@ class ImagePromptTokenizer(TextTokenizer):
             if version := _library_version("torchvision"):  # prepares images by other classes
                 told.append(version.encode())
             made.hash = sha256(b"\0".join([made.hash.encode(), *told])).hexdigest()
-        return made, found
+        return made, problems
 
     def with_processor(self, processor: Any, config: Any) -> ImagePromptTokenizer:
         """Return the tokenizer with a processor and config from Python."""
@@ -135,8 +135,8 @@ class ImagePromptTokenizer(TextTokenizer):
         folder = cache_folder()
         if self.given is not None or self.folder is None or folder is None:
             return None
-        files = sorted(each for each in self.folder.iterdir() if each.suffix in _SETTINGS)
-        contents = [(each.name, sha256(each.read_bytes()).digest()) for each in files]
+        files = sorted(path for path in self.folder.iterdir() if path.suffix in _SETTINGS)
+        contents = [(file.name, sha256(file.read_bytes()).digest()) for file in files]
         code = [(PACKAGE_FOLDER / name).read_bytes() for name in _CODE]
         key = digest(self.hash, contents, code, _library_versions())
         return folder / "images" / key.hex()
@@ -158,10 +158,10 @@ class ImagePromptTokenizer(TextTokenizer):
         path = folder / f"{digest(name).hex()}.json"
         with suppress(OSError, ValueError, TypeError, LookupError):
             return parse(json.loads(path.read_text(encoding="utf-8")))
-        found = find()
+        value = find()
         with suppress(OSError):
-            write_atomically(path, json.dumps(found))
-        return parse(found)
+            write_atomically(path, json.dumps(value))
+        return parse(value)
 
     def _recall_layout(
         self, name: str, find: Callable[[], object], parse: Callable[[Any], FactT]
@@ -228,14 +228,14 @@ class ImagePromptTokenizer(TextTokenizer):
         prompt = ImagePrompt(self.processor, self._read[1], {}, ())
         name = type(self.reads_with).__name__
         kind = name.partition("ImageProcessor")[0]
-        found: dict[str, object] = {
+        settings: dict[str, object] = {
             "image_processor_type": name.replace(kind, _FIT_AS.get(kind, kind), 1)
         }
         for key in _FIT_SETTINGS:
             value = prompt.setting(key)
             is_plain = value is None or isinstance(value, bool | int | float | list | tuple | dict)
-            found[key] = value if is_plain else every.get(key)
-        return found
+            settings[key] = value if is_plain else every.get(key)
+        return settings
 
     @cached_property
     def image_text(self) -> ImageText:
@@ -247,8 +247,8 @@ class ImagePromptTokenizer(TextTokenizer):
         return self._recall_layout("text", self._find_image_text, lambda own: ImageText(*own))
 
     def _find_image_text(self) -> tuple[str, str, str]:
-        found = self.layout.image_text(*self._read)
-        return found.given, found.written, found.token
+        image_text = self.layout.image_text(*self._read)
+        return image_text.given, image_text.written, image_text.token
 
     @cached_property
     def _video_texts(self) -> dict[int, ImageText]:
@@ -266,8 +266,8 @@ class ImagePromptTokenizer(TextTokenizer):
         return self._video_texts[frames]
 
     def _find_video_text(self, frames: int) -> tuple[str, str, str]:
-        found = self.layout.video_text(*self._read, frames)
-        return found.given, found.written, found.token
+        image_text = self.layout.video_text(*self._read, frames)
+        return image_text.given, image_text.written, image_text.token
 
     def text_of(self, extent: tuple[int, ...]) -> ImageText:
         """Return the texts that stand for a picture, given its `Picture.extent`."""
@@ -363,7 +363,7 @@ class ImagePromptTokenizer(TextTokenizer):
         Its tokens attend to each other up to the first such token.
         """
         end = self.prefix_end
-        if end is None or [n for n, own in enumerate(ids) if own == end] == [len(ids) - 1]:
+        if end is None or [n for n, number in enumerate(ids) if number == end] == [len(ids) - 1]:
             return
         unfit = UnsupportedProcessor("it ends each prompt with a line break, its only one")
         unfit.hint = "write `\\n` at the end of the template, and nowhere else"
@@ -435,7 +435,7 @@ class ImagePromptTokenizer(TextTokenizer):
 
     @cached_property
     def natural_size(self) -> tuple[int, int]:
-        """(height, width) of images that have no size of their own, such as a gray image."""
+        """(height, width) of images without a size, such as a gray image."""
         return self._recall_layout(
             "size",
             lambda: self.layout.natural_size(self.reads_with),
@@ -469,15 +469,15 @@ class ImagePromptTokenizer(TextTokenizer):
         Raises:
             UnsupportedProcessor: The places of its tokens aren't known.
         """
-        own = self.sized(extent)
-        if own not in self._expansions:
-            height, width, *frames = own
-            self._expansions[own] = self._recall_layout(
+        numbers = self.sized(extent)
+        if numbers not in self._expansions:
+            height, width, *frames = numbers
+            self._expansions[numbers] = self._recall_layout(
                 " x ".join(map(str, (width, height, *frames))),
-                lambda: self._expand(own),
-                partial(self._parse_expansion, own),
+                lambda: self._expand(numbers),
+                partial(self._parse_expansion, numbers),
             )
-        return self._expansions[own]
+        return self._expansions[numbers]
 
     def patches(
         self, extent: tuple[int, ...], expansion: ImageExpansion, encoder: EncoderSize
@@ -489,10 +489,10 @@ class ImagePromptTokenizer(TextTokenizer):
         self, extent: tuple[int, ...], expansion: ImageExpansion, encoder: EncoderSize
     ) -> list[tuple[int, ...]] | None:
         """Return `ImageLayout.read_patches` of a picture; None if it isn't interpolated."""
-        own = self.layout
-        if not own.interpolates:
+        layout = self.layout
+        if not layout.interpolates:
             return None
-        return own.read_patches(self._lone_prompt(extent), expansion.layout, encoder)
+        return layout.read_patches(self._lone_prompt(extent), expansion.layout, encoder)
 
     def _lone_prompt(self, extent: tuple[int, ...]) -> ImagePrompt:
         """Return a prompt without inputs, for one picture."""
@@ -536,8 +536,8 @@ class ImagePromptTokenizer(TextTokenizer):
             rows = [[at, *cell] for at, cell in zip(numbers, features, strict=True)]
             return side**2, rows
 
-        def parse(found: tuple[int, list[list[Any]]]) -> ImageExpansion:
-            vectors, rows = found
+        def parse(encoding: tuple[int, list[list[Any]]]) -> ImageExpansion:
+            vectors, rows = encoding
             ids = repeat_each(expansion.ids, vectors)
             layout = ImageTokens(0, len(ids), _parse_cells(rows), {})
             is_image = repeat_each(expansion.is_image, vectors)
@@ -560,15 +560,17 @@ class ImagePromptTokenizer(TextTokenizer):
         cells, regions = expansion.layout.cells, dict[str, tuple[tuple[int, ...], ...]]()
         for name, shapes in picture.shapes.items():
             assert isinstance(picture.picture, Picture)
-            covered = (_covered(each, picture.picture, cells) for each in shapes)
+            covered = (_covered(shape, picture.picture, cells) for shape in shapes)
             regions[name] = tuple(covered)
-        equal = {name: self.in_encoder(own) for name, own in picture.equal.items()}
+        equal = {
+            name: self.in_encoder(prompt_picture) for name, prompt_picture in picture.equal.items()
+        }
         return replace(picture, expansion=expansion, regions=regions, equal=equal)
 
     def _parse_expansion(
-        self, extent: tuple[int, ...], found: tuple[list[int], list[list[Any]]]
+        self, extent: tuple[int, ...], encoding: tuple[list[int], list[list[Any]]]
     ) -> ImageExpansion:
-        ids, rows = found
+        ids, rows = encoding
         layout, own = ImageTokens(0, len(ids), _parse_cells(rows), {}), self.token_of(extent)
         is_image, is_sound = tuple(token == own for token in ids), self.layout.noun == "sound"
         return ImageExpansion(tuple(ids), is_image, layout, is_sound, is_grouped(extent))
@@ -585,7 +587,7 @@ class ImagePromptTokenizer(TextTokenizer):
         first, times = 0, 2 if is_grouped(extent) else 1
         moved = self.bos_after_images
         for before, after in (("", ""), ("a ", " b")):
-            written, found = self._written(
+            written, arguments = self._written(
                 f"{before}{text.given * times}{after}", *(extent,) * times
             )
             whole = f"{before}{text.written}{after}{self.layout.prefix_end}"
@@ -593,7 +595,7 @@ class ImagePromptTokenizer(TextTokenizer):
             at = self._places(plain, [text.token_range(len(before))])[0]
             later = (*(() if moved is None else (moved,)), *plain.ids[at + 1 :])
             if not ids:
-                ids, given, first = written[at : len(written) - len(later)], found, at
+                ids, given, first = written[at : len(written) - len(later)], arguments, at
                 ids = ids[: len(ids) // times]
             if written != [*plain.ids[:at], *ids * times, *later]:
                 raise UnsupportedProcessor("it changes the text around images")
@@ -603,10 +605,10 @@ class ImagePromptTokenizer(TextTokenizer):
 
     def _places(self, encoded: EncodedText, ranges: Sequence[tuple[int, int]]) -> list[int]:
         """Return the tokens of pictures that have these characters of a text."""
-        found = {offset: n for n, offset in enumerate(encoded.offsets) if not encoded.special[n]}
-        if not all(own in found for own in ranges):
+        numbers = {offset: n for n, offset in enumerate(encoded.offsets) if not encoded.special[n]}
+        if not all(own in numbers for own in ranges):
             raise UnsupportedProcessor("the tokenizer splits its image token")
-        return [found[own] for own in ranges]
+        return [numbers[own] for own in ranges]
 
     def _written(self, text: str, *extents: tuple[int, ...]) -> tuple[list[int], dict[str, Any]]:
         """Return the tokens of a text with black pictures of these extents, and the processor's
@@ -681,18 +683,20 @@ class ImagePromptTokenizer(TextTokenizer):
         videos of equal numbers of frames have the tokens that each has alone.
         """
         each = tuple(map(self.sized, extents))
-        is_video = [has_frames(own) for own in each]
+        is_video = [has_frames(numbers) for numbers in each]
         if not self.layout.joins_images_and_videos and len(set(is_video)) > 1:
             unfit = UnsupportedProcessor("it prepares images or videos, not both in a prompt")
             unfit.hint = "write images and videos in prompts of different blocks"
             raise unfit
         if self.prepares_together(each):
             return
-        lengths = {own[2] for own in each if has_frames(own)}
+        lengths = {numbers[2] for numbers in each if has_frames(numbers)}
         if len(lengths) < 2:
             raise _prepared_otherwise(each)
         most = max(lengths)
-        self._check_several([(*own[:2], most) if has_frames(own) else own for own in each])
+        self._check_several(
+            [(*numbers[:2], most) if has_frames(numbers) else numbers for numbers in each]
+        )
 
     def _write_joined(self, extents: Sequence[tuple[int, ...]]) -> list[int]:
         """Return the tokens that the processor writes for several pictures.
@@ -700,11 +704,11 @@ class ImagePromptTokenizer(TextTokenizer):
         Raises:
             _DifferentFrames: It can't prepare videos of different numbers of frames.
         """
-        text = " ".join(self.text_of(own).given for own in extents)
+        text = " ".join(self.text_of(numbers).given for numbers in extents)
         try:
             return self._written(text, *extents)[0]
         except ValueError as error:
-            if len({own[2] for own in extents if has_frames(own)}) < 2:
+            if len({numbers[2] for numbers in extents if has_frames(numbers)}) < 2:
                 raise
             raise _DifferentFrames from error
 
@@ -728,7 +732,7 @@ class ImagePromptTokenizer(TextTokenizer):
         if self.chat is None or not (prompts.chat and prompts.pictures):
             return self.chat
         try:
-            if any(each.is_video for each in prompts.pictures) and self.video_chat:
+            if any(picture.is_video for picture in prompts.pictures) and self.video_chat:
                 given = self.video_text(_SOME_FRAMES).given
                 return replace(self.chat, text=self.video_chat, image=given, part="video")
             return replace(self.chat, image=self.image_text.given)
@@ -742,21 +746,24 @@ class ImagePromptTokenizer(TextTokenizer):
         if not any(markers):
             return super()._raw(texts, add_special)
         if self.layout.encodes:
-            return [self._encoded(text, found) for text, found in zip(texts, markers, strict=True)]
+            return [
+                self._encoded(text, matches) for text, matches in zip(texts, markers, strict=True)
+            ]
         if self.layout.attended:
             pairs = zip(texts, markers, strict=True)
-            return [self._with_image(*each, add_special=add_special) for each in pairs]
+            return [self._with_image(*pair, add_special=add_special) for pair in pairs]
         moved = self.bos_after_images if add_special else None
         if moved is not None and not all(markers):
             return [self._raw([text], add_special)[0] for text in texts]
         plain = [
-            MARKER.sub(lambda own: self.text_of(marker_extent(own)).written, text) for text in texts
+            MARKER.sub(lambda match: self.text_of(marker_extent(match)).written, text)
+            for text in texts
         ]
         every = super()._raw(plain, add_special and moved is None)
         bos = None if self.bos is False else moved
         return [
-            self._expanded(encoded, found, bos) if found else encoded
-            for encoded, found in zip(every, markers, strict=True)
+            self._expanded(encoded, matches, bos) if matches else encoded
+            for encoded, matches in zip(every, markers, strict=True)
         ]
 
     def _separate_words(
@@ -834,9 +841,9 @@ class ImagePromptTokenizer(TextTokenizer):
         vectors: list[int] = []
         spans: list[tuple[int, int]] = []
         for marker in markers:
-            own = self.vector_tokens(marker[0], self.expansion(marker_extent(marker)))
-            vectors += own
-            spans += [marker.span()] * len(own)
+            vector_tokens = self.vector_tokens(marker[0], self.expansion(marker_extent(marker)))
+            vectors += vector_tokens
+            spans += [marker.span()] * len(vector_tokens)
         images = EncodedText(tuple(vectors), tuple(spans), (False,) * len(vectors))
         return _after_image(images, text_only)
 
@@ -920,7 +927,9 @@ class _DifferentFrames(Exception):
 
 def _prepared_otherwise(extents: Sequence[tuple[int, ...]]) -> UnsupportedProcessor:
     """Return the error of a processor that gives several pictures other tokens than each alone."""
-    what = " and ".join(sorted({"videos" if has_frames(own) else "images" for own in extents}))
+    what = " and ".join(
+        sorted({"videos" if has_frames(numbers) else "images" for numbers in extents})
+    )
     unfit = UnsupportedProcessor(f"it prepares several {what} in a prompt in another way")
     unfit.hint = "write one image or video in the template"
     unfit.what = what
@@ -933,7 +942,9 @@ def _unreadable(error: Exception) -> UnsupportedProcessor:
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
-    if any("torchvision::" in str(each) for each in causes):  # a name of a compiled operator
+    if any(
+        "torchvision::" in str(exception) for exception in causes
+    ):  # a name of a compiled operator
         unfit = UnsupportedProcessor("the installed torchvision doesn't fit the installed torch")
         unfit.hint = 'install the version for your torch: `pip install "mechdsl[video]"`'
     elif "torchvision" in told:
@@ -1091,7 +1102,9 @@ def prompt_pictures(
             expansion = tokenizer.expansion(sized.extent)
         shapes = dict(regions.get(name, {}))
         own = {
-            region: tuple(_covered(each, sized, expansion.layout.cells) for each in occurrences)
+            region: tuple(
+                _covered(occurrence, sized, expansion.layout.cells) for occurrence in occurrences
+            )
             for region, occurrences in shapes.items()
         }
         made = PromptPicture(sized, expansion, own, shapes)
@@ -1102,11 +1115,11 @@ def prompt_pictures(
 def _unite_regions(named: Mapping[str, PromptPicture]) -> PromptPicture:
     """Return one of several equal images, with the regions of all."""
     first, *others = named.values()
-    if all(each.shapes == first.shapes for each in others):
+    if all(picture.shapes == first.shapes for picture in others):
         return first
     regions, shapes = dict(first.regions), dict(first.shapes)
-    for each in others:
-        regions, shapes = {**each.regions, **regions}, {**each.shapes, **shapes}
+    for picture in others:
+        regions, shapes = {**picture.regions, **regions}, {**picture.shapes, **shapes}
     return replace(first, regions=regions, shapes=shapes, equal=named)
 
 
@@ -1128,7 +1141,7 @@ def _covered(region: Region, picture: Picture, every: tuple[ImageCell, ...]) -> 
     if not cells:  # of a missing model
         return tuple(cell.position for cell in every)
     cover = region_coverage(region, picture)
-    found: list[int] = []
+    patches: list[int] = []
     for cell in cells:
         assert cell.box is not None
         left, top, right, bottom = cell.box
@@ -1136,8 +1149,8 @@ def _covered(region: Region, picture: Picture, every: tuple[ImageCell, ...]) -> 
         if box[0] < box[2] and box[1] < box[3]:
             parts = cover.resize((_PARTS, _PARTS), Image.Resampling.BOX, box)
             if max(parts.tobytes()) >= HALF_COVERED:
-                found.append(cell.position)
-    return tuple(found)
+                patches.append(cell.position)
+    return tuple(patches)
 
 
 def read_prompt_tokenizer(
@@ -1186,5 +1199,5 @@ def report_unprepared(
 ) -> Diagnostic:
     """Return E0459 for images or sounds that a processor can't prepare."""
     what = unfit.what or ("sounds" if sounds else "images")
-    found = UnpreparedImages(span=span, model=model, reason=str(unfit), what=what)
-    return replace(found, hint=unfit.hint) if unfit.hint else found
+    problem = UnpreparedImages(span=span, model=model, reason=str(unfit), what=what)
+    return replace(problem, hint=unfit.hint) if unfit.hint else problem

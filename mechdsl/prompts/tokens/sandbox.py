@@ -176,10 +176,10 @@ def _now(form: str) -> str:
 
 
 def _numbers(first: int, *more: int) -> range:
-    found = range(first, *more)
-    if len(found) > limits.CHAT_STEPS:
+    numbers = range(first, *more)
+    if len(numbers) > limits.CHAT_STEPS:
         _fail("its range is too long")
-    return found
+    return numbers
 
 
 def _mapping(*args: Any, **kwargs: Any) -> dict[Any, Any]:
@@ -212,8 +212,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         )
         self.bounds = cast("_Bounds", self.extensions[_Bounds.identifier])
         own = {"tojson": _as_json, "replace": _replaced, "join": _joined}
-        found = {name: FILTERS[name] for name in _FILTERS} | own
-        self.filters = {name: _sized(self.bounds, run) for name, run in found.items()}
+        filters = {name: FILTERS[name] for name in _FILTERS} | own
+        self.filters = {name: _sized(self.bounds, run) for name, run in filters.items()}
         self.finalize = self.bounds.whole
         self.globals = {
             "raise_exception": _raised,
@@ -278,10 +278,10 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             raise SecurityError(f"`{operator}` works only on numbers")
         elif operator == "**" and (abs(left) > _LARGE or abs(right) > 64):
             _fail("it computes a number that is too large")
-        found = super().call_binop(context, operator, left, right)
-        if isinstance(found, int) and abs(found) > _LARGE**64:
+        value = super().call_binop(context, operator, left, right)
+        if isinstance(value, int) and abs(value) > _LARGE**64:
             _fail("it computes a number that is too large")
-        return self.bounds.whole(found)
+        return self.bounds.whole(value)
 
 
 def _weight(node: nodes.Node) -> int:

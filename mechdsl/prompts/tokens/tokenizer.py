@@ -109,12 +109,12 @@ class _CachedEncodings(dict[str, EncodedText]):
         It is cleared if it is larger than a batch and has too many characters.
         """
         self.update(zip(new, encoded, strict=True))
-        found = [self[text] for text in texts]
+        encoded_texts = [self[text] for text in texts]
         self.characters += sum(map(len, new))
         if len(self) > _BATCH and self.characters > _CACHED_TEXT:
             self.clear()
             self.characters = 0
-        return found
+        return encoded_texts
 
 
 @lru_cache(maxsize=16)
@@ -228,10 +228,10 @@ class TextTokenizer:
     ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
         """Wrap a copy of a tokenizer that already exists in Python. Codes: E0522."""
         content = backend.to_str().encode()
-        own, made_unknown = _backend_of(content)
+        tokenizer, made_unknown = _backend_of(content)
         tokens = {"bos": bos_token, "cls": cls_token, "sep": sep_token, "eos": eos_token}
         made = cls(
-            own,
+            tokenizer,
             roles={role: token for role, token in tokens.items() if token is not None},
             bos=bos,
             digest=sha256(content).hexdigest(),
@@ -290,8 +290,8 @@ class TextTokenizer:
     @cached_property
     def role_ids(self) -> dict[str, int]:
         """Token ids of `bos`, `cls`, `sep` and `eos`, if the tokenizer has them."""
-        found = {role: self._backend.token_to_id(token) for role, token in self.roles.items()}
-        return {role: number for role, number in found.items() if number is not None}
+        ids = {role: self._backend.token_to_id(token) for role, token in self.roles.items()}
+        return {role: number for role, number in ids.items() if number is not None}
 
     @cached_property
     def unknown_id(self) -> int | None:
@@ -477,11 +477,13 @@ class TextTokenizer:
         unique = list(dict.fromkeys(pairs))
         if self.starts:  # the decoder's text is separate from the encoder's
             texts = list(dict.fromkeys(text for _, text in unique))
-            own = dict(zip(texts, self.encode_all(texts, add_special=False), strict=True))
-            return [(own[text].ids, True) for _, text in pairs]
+            encoded_texts = dict(zip(texts, self.encode_all(texts, add_special=False), strict=True))
+            return [(encoded_texts[text].ids, True) for _, text in pairs]
         prompts = self.encode_unique(p for p, _ in unique) if encoded is None else encoded
-        found = self._separate_words(unique, prompts) if self._splits_at_spaces else {}
-        unique = [pair for pair in unique if pair not in found] if found else unique
+        separate_words = self._separate_words(unique, prompts) if self._splits_at_spaces else {}
+        unique = (
+            [pair for pair in unique if pair not in separate_words] if separate_words else unique
+        )
         whole = self.encode_all([p + t for p, t in unique])
         for pair, both in zip(unique, whole, strict=True):
             before = _without_closing(prompts[pair[0]])
@@ -489,8 +491,8 @@ class TextTokenizer:
             kept = ids[: len(before)] == before
             if not kept:
                 ids = self.encode(pair[1], add_special=False).ids
-            found[pair] = (ids[len(before) :] if kept else ids, kept)
-        return [found[pair] for pair in pairs]
+            separate_words[pair] = (ids[len(before) :] if kept else ids, kept)
+        return [separate_words[pair] for pair in pairs]
 
     def _separate_words(
         self, pairs: Sequence[tuple[str, str]], prompts: Mapping[str, EncodedText]
@@ -505,8 +507,8 @@ class TextTokenizer:
             if t[:1] == " " and p[-1:].strip() and False in prompts[p].special
         ]
         texts = list(dict.fromkeys(t for _, t in separate))
-        own = dict(zip(texts, self.encode_all(texts, add_special=False), strict=True))
-        return {pair: (own[pair[1]].ids, True) for pair in separate}
+        encoded_texts = dict(zip(texts, self.encode_all(texts, add_special=False), strict=True))
+        return {pair: (encoded_texts[pair[1]].ids, True) for pair in separate}
 
     @cached_property
     def _splits_at_spaces(self) -> bool:
@@ -518,13 +520,13 @@ class TextTokenizer:
         backend = self._backend
         added = backend.get_added_tokens_decoder().values()
         if backend.normalizer or any(
-            each.rstrip or re.search(r"\s", each.content) for each in added
+            token.rstrip or re.search(r"\s", token.content) for token in added
         ):
             return False
         state: Any = backend.pre_tokenizer and json.loads(backend.pre_tokenizer.__getstate__())
         steps: list[dict[str, Any]] = (state or {}).get("pretokenizers") or [state or {"type": ""}]
         splits = steps[0]["type"] == "WhitespaceSplit" or steps[0].get("use_regex") is True
-        return splits and all(each["type"] in _WITHIN_WORDS for each in steps[1:])
+        return splits and all(step["type"] in _WITHIN_WORDS for step in steps[1:])
 
     def encode_unique(self, texts: Iterable[str]) -> dict[str, EncodedText]:
         """Tokenise many texts, equal ones once."""
@@ -627,14 +629,14 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _roles(config: Mapping[str, Any], roles: Sequence[str] = SPECIAL_ROLES) -> dict[str, str]:
     """Return special tokens by role; an entry is the token itself, or an object with `content`."""
-    found: dict[str, str] = {}
+    markers: dict[str, str] = {}
     for role in roles:
         entry = config.get(f"{role}_token")
         if isinstance(entry, Mapping):
             entry = cast("Mapping[str, Any]", entry).get("content")
         if isinstance(entry, str):
-            found[role] = entry
-    return found
+            markers[role] = entry
+    return markers
 
 
 _LAST_WORD = re.compile(r"\s[\"'“‘«(\[{]*([^\W\d_]+(?:['’-][^\W\d_]+)*)$")
@@ -692,10 +694,10 @@ def respell(prompt: str, text: str, tokenizer: TextTokenizer) -> Respelling | No
     if tokenizer.starts or not before or before[-1].isspace() or not spaced.strip():
         return None
     pairs = [("", prompt), (prompt, text), ("", before), (before, spaced)]
-    (old, _), (own, follows), (new, _), (ids, kept) = tokenizer.continuations(pairs)
+    (old, _), (numbers, follows), (new, _), (ids, kept) = tokenizer.continuations(pairs)
     if not kept or not ids or tokenizer.unknown_id in ids:
         return None
-    if follows and (*old, *own) == (*new, *ids):
+    if follows and (*old, *numbers) == (*new, *ids):
         return None
     alone = len(ids) > 1 and tokenizer.is_space(ids[0])
     return Respelling(spaced, ids[1:] if alone else ids, alone, before != prompt)
@@ -712,12 +714,12 @@ def spacing_problem(prompt: str, text: str, tokenizer: TextTokenizer) -> Respell
     two = prompt.endswith(" ") and text.startswith(" ")
     if not two and not _lacks_space(prompt, text):
         return None
-    own, kept = tokenizer.continuation(prompt, text)
+    numbers, kept = tokenizer.continuation(prompt, text)
     meant = respell(prompt, text, tokenizer) if kept else None
     if meant is None or two or not _may_continue_word(prompt, text):
         return meant
     letter = len(text.strip()) == 1 and meant.space_alone
-    return None if letter or len(meant.ids) > len(own) else meant
+    return None if letter or len(meant.ids) > len(numbers) else meant
 
 
 def single_token_spelling(prompt: str, text: str, tokenizer: TextTokenizer) -> Respelling | None:
@@ -748,11 +750,11 @@ def spacing_warnings(
     """
     if tokenizer.stands_in:
         return []
-    found = {
+    respellings = {
         pair: spacing_problem(*pair, tokenizer)
         for pair in dict.fromkeys((p, t) for p, t in zip(prompts, texts, strict=True) if p and t)
     }
-    wrong = {pair: meant for pair, meant in found.items() if meant is not None}
+    wrong = {pair: meant for pair, meant in respellings.items() if meant is not None}
     if not wrong:
         return []
     (prompt, text), first = next(iter(wrong.items()))
@@ -897,11 +899,11 @@ class ImageTokenizer(TextTokenizer):
 
     def encode_picture(self, picture: Picture, *, inserted: int = 0) -> EncodedText:
         """Encode an image, with this number of tokens inserted after its patches."""
-        [own] = self.encode_all([picture.text])
+        [encoded_text] = self.encode_all([picture.text])
         return EncodedText(
-            own.ids + own.ids[-1:] * inserted,
-            own.offsets + ((0, 0),) * inserted,
-            own.special + (False,) * inserted,
+            encoded_text.ids + encoded_text.ids[-1:] * inserted,
+            encoded_text.offsets + ((0, 0),) * inserted,
+            encoded_text.special + (False,) * inserted,
         )
 
     @cached_property
@@ -942,8 +944,8 @@ class ImageTokenizer(TextTokenizer):
 
     def places(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
         """Return the tokens of each occurrence of the spans that every image has, by name."""
-        found = {name: tuple((n,) for n in self.layout.named(name)) for name in self.layout.names}
-        return {**found, IMAGE_SPAN: (self.layout.grid,)}
+        hits = {name: tuple((n,) for n in self.layout.named(name)) for name in self.layout.names}
+        return {**hits, IMAGE_SPAN: (self.layout.grid,)}
 
 
 class ImageRowFields(TypedDict, total=False):
@@ -965,8 +967,8 @@ def image_row_fields(
     picture = picture.sized(tokenizer.layout.size)
     places = {**tokenizer.places()}
     for name, occurrences in regions.items():
-        found = (tokenizer.covered(each, picture) for each in occurrences)
-        places[name] = tuple(tokens for tokens in found if tokens)
+        patches = (tokenizer.covered(occurrence, picture) for occurrence in occurrences)
+        places[name] = tuple(tokens for tokens in patches if tokens)
     return {"image": picture, "places": places, "regions": regions}
 
 
@@ -1003,10 +1005,10 @@ def _read(file: Path, part: str = "") -> Any:
     """Read a file, or a key of it; None if it doesn't exist. Raises OSError and ValueError."""
     if not file.exists():
         return None
-    found: Any = load_json(file.read_text(encoding="utf-8"))
+    document: Any = load_json(file.read_text(encoding="utf-8"))
     if not part:
-        return found
-    return cast("Mapping[str, Any]", found).get(part) if isinstance(found, Mapping) else None
+        return document
+    return cast("Mapping[str, Any]", document).get(part) if isinstance(document, Mapping) else None
 
 
 def make_image_tokenizer(

@@ -113,11 +113,11 @@ def overlay_data(experiment: ResolvedExperiment, kept: Ints, there: Bools) -> di
         return {}
     rows = [experiment.table.runs[experiment.spec.base].rows[i] for i in kept]
     texts = tuple(_token_texts(row, experiment) for row in rows)
-    hits = _token_hits(experiment, [len(own) for own in texts], kept, there)
-    found: dict[str, Any] = {"texts": texts, "hits": hits}
+    hits = _token_hits(experiment, [len(names) for names in texts], kept, there)
+    data: dict[str, Any] = {"texts": texts, "hits": hits}
     if any(row.image is not None or row.pictures for row in rows):
-        found["seen"] = _shown_images(experiment, kept, hits, max(asked))
-    return found
+        data["seen"] = _shown_images(experiment, kept, hits, max(asked))
+    return data
 
 
 def _token_texts(row: RunRow, experiment: ResolvedExperiment) -> tuple[str, ...]:
@@ -135,21 +135,21 @@ def _token_texts(row: RunRow, experiment: ResolvedExperiment) -> tuple[str, ...]
 
 def _spaced_texts(row: RunRow, experiment: ResolvedExperiment) -> tuple[str, ...]:
     """Return the texts of a row's tokens, each with the white space before it."""
-    found: list[str] = []
+    texts: list[str] = []
     end = 0
     for place, text in enumerate(_token_texts(row, experiment)):
         begin, last = row.offsets[place] if row.image is None else (0, 0)
         if row.image is not None or row.special[place] or last <= begin:
-            found.append(text)
+            texts.append(text)
             continue
         if row.image_label(place) is not None:  # all tokens of an image have its offsets
-            found.append(f" {text}")
+            texts.append(f" {text}")
             end = last
             continue
         between = row.text[end:begin]
-        found.append(between + text if between.isspace() else text)
+        texts.append(between + text if between.isspace() else text)
         end = last
-    return tuple(found)
+    return tuple(texts)
 
 
 def _token_hits(
@@ -183,15 +183,15 @@ def _shown_images(
 ) -> tuple[tuple[SeenImage, ...], ...]:
     """Return the images of each prompt; none after the first `count` prompts that any cell hits."""
     clean, base = (experiment.table.runs[name].rows for name in ("clean", experiment.spec.base))
-    found: list[tuple[SeenImage, ...]] = []
+    images: list[tuple[SeenImage, ...]] = []
     for place, number in enumerate(kept):
         own: tuple[SeenImage, ...] = ()
         if count > 0 and any(cell[place] for cell in hits):
             row = clean[number] if clean[number].image is not None else base[number]
             own = tuple(_read_images(row, experiment.model.tokenizer))
         count -= bool(own)
-        found.append(own)
-    return tuple(found)
+        images.append(own)
+    return tuple(images)
 
 
 def _read_images(row: RunRow, reader: TextTokenizer | ImageTokenizer | None) -> Iterator[SeenImage]:
@@ -348,9 +348,9 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
         listed = [(edge, None if n is None else frozenset((n,))) for edge, n in found.scores]
     places = ["" if at is None else label_places(at, found.places) for _, at in listed]
     trained = [
-        own.training.sample.table
-        for own in experiment.masks
-        if own.training.definition == found.name
+        mask.training.sample.table
+        for mask in experiment.masks
+        if mask.training.definition == found.name
     ]
     others = _name_other_edges(experiment, found)
     operands = {own.member.name: own.member.operand for own in found.features.values()}
@@ -397,19 +397,21 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
     )
 
 
-def _name_other_edges(experiment: ResolvedExperiment, found: CircuitTargets) -> dict[str, float]:
+def _name_other_edges(
+    experiment: ResolvedExperiment, circuit_targets: CircuitTargets
+) -> dict[str, float]:
     """Return the scores of the edges outside of a circuit, by their names in a file."""
     scores = {
         label_candidates((edge if at is None else PlacedEdge(edge, 0, at),)): score
-        for (edge, at), score in found.others.items()
+        for (edge, at), score in circuit_targets.others.items()
     }
     inside = {
-        label_candidates((PlacedEdge(edge, n, found.place_texts[n]),))
-        for edge, n in found.scores
+        label_candidates((PlacedEdge(edge, n, circuit_targets.place_texts[n]),))
+        for edge, n in circuit_targets.scores
         if n is not None
     }
     for mask in experiment.masks:
-        if mask.training.definition == found.name and found.place_texts:
+        if mask.training.definition == circuit_targets.name and circuit_targets.place_texts:
             named = map(label_candidates, zip(mask.candidates))
             listed = zip(named, mask.scores, strict=False)
             scores |= {
@@ -422,17 +424,17 @@ def _collect_graph(
     experiment: ResolvedExperiment, measured: MeasuredValues
 ) -> ResultCircuit | None:
     """Return the attribution graph that an experiment draws, if any."""
-    found = measured.graph
-    if found is None:
+    graph = measured.graph
+    if graph is None:
         return None
     table, shape = experiment.table, experiment.model.shape
     said = next(rule.spec.observed for rule in experiment.rules if rule.spec.observed is not None)
-    row = table.runs[experiment.spec.base].rows[found.row]
+    row = table.runs[experiment.spec.base].rows[graph.row]
     tokens = _spaced_texts(row, experiment)
-    nodes = tuple(_result_node(node, tokens, said.toward, experiment) for node in found.nodes)
+    nodes = tuple(_result_node(node, tokens, said.toward, experiment) for node in graph.nodes)
     supernodes = tuple(
-        (name, tuple(nodes[number].label for number in own))
-        for name, own in found.supernodes.items()
+        (name, tuple(nodes[number].label for number in numbers))
+        for name, numbers in graph.supernodes.items()
     )
     return ResultCircuit(
         name=said.name or said.word,
@@ -441,10 +443,10 @@ def _collect_graph(
         key_heads=1,
         width=shape.d_model,
         parallel=shape.parallel_block,
-        edges=tuple((nodes[of].label, nodes[to].label) for of, to, _ in found.edges),
-        scores=tuple(weight for *_, weight in found.edges),
-        total=found.total,
-        graph=ResultGraph(table.row_ids[found.row], tokens, nodes, supernodes),
+        edges=tuple((nodes[of].label, nodes[to].label) for of, to, _ in graph.edges),
+        scores=tuple(weight for *_, weight in graph.edges),
+        total=graph.total,
+        graph=ResultGraph(table.row_ids[graph.row], tokens, nodes, supernodes),
     )
 
 
@@ -490,10 +492,10 @@ def _collect_active_texts(
         marks = tuple(values.get(token) for token in range(len(tokens)))
         return ActiveText(table.row_ids[active.row], tokens, marks)
 
-    found = [tuple(map(text, own)) for own in measured.features.top_rows]
+    texts = [tuple(map(text, top_row)) for top_row in measured.features.top_rows]
     names = [axis.name for axis in experiment.axes]
     ranks = plan.coordinates[names.index(FEATURE_AXIS)][there]
-    return tuple(found[rank] for rank in ranks.tolist())
+    return tuple(texts[rank] for rank in ranks.tolist())
 
 
 def _name_patches(
@@ -528,8 +530,8 @@ def _collect_replies(
     base = table.runs[experiment.spec.base].rows
     runs = dict.fromkeys(run for run, _ in measured.unpatched_replies)
 
-    def of(found: Mapping[tuple[Any, int], tuple[Reply, ...]], name: object) -> RepliesByPrompt:
-        return {table.row_ids[n]: found[name, n] for n in kept if (name, n) in found}
+    def of(replies: Mapping[tuple[Any, int], tuple[Reply, ...]], name: object) -> RepliesByPrompt:
+        return {table.row_ids[n]: replies[name, n] for n in kept if (name, n) in replies}
 
     return Replies(
         tuple(of(measured.replies, cell) for cell in np.flatnonzero(there).tolist()),
@@ -558,8 +560,8 @@ def _find_cells(plan: ExperimentPlan, named: ResolvedExperiment) -> Bools:
     if named is plan.experiment:
         return there
     lengths = map(len, named.axes)
-    for own, length in zip(plan.coordinates, lengths, strict=True):
-        there = there & (own < length)
+    for coordinate, length in zip(plan.coordinates, lengths, strict=True):
+        there = there & (coordinate < length)
     return there
 
 
@@ -617,8 +619,8 @@ def _collect_cells(
     labels = _feature_labels(experiment)
     for key, cell in zip(name_cells(experiment), np.flatnonzero(there).tolist(), strict=True):
         listed = measured.listed.get(cell, ())
-        texts = tuple(text(each.token) for each in listed)
-        shares = tuple(each.over_rows for each in listed if each.over_rows is not None)
+        texts = tuple(text(token.token) for token in listed)
+        shares = tuple(token.over_rows for token in listed if token.over_rows is not None)
         feature = key.coords.get(FEATURE_AXIS)
         label = labels.get(feature, "") if isinstance(feature, int) else ""
         yield replace(key, listed=texts, shares=shares, label=label)
@@ -629,14 +631,14 @@ def _feature_labels(experiment: ResolvedExperiment) -> Mapping[int, str]:
 
     An observation of two bases has those of the first along this axis.
     """
-    found: dict[str, Mapping[int, str]] = {}
+    labels: dict[str, Mapping[int, str]] = {}
     for rule in experiment.rules:
         basis, looks = rule.basis, rule.does.changes == "nothing"
         if basis is None or not (looks or FEATURE_AXIS in basis.axes):
             continue
         members = basis.bases[0].values() if looks else basis.members
-        found |= {m.labels.digest: m.labels.texts for m in members if m.labels is not None}
-    return next(iter(found.values())) if len(found) == 1 else {}
+        labels |= {m.labels.digest: m.labels.texts for m in members if m.labels is not None}
+    return next(iter(labels.values())) if len(labels) == 1 else {}
 
 
 def _rounding_text(experiment: ResolvedExperiment, model: LoadedModel) -> str:
@@ -668,7 +670,7 @@ def rounding_unit_texts(forms: Sequence[MetricForm]) -> Iterator[str]:
 
 def _collect_accuracies(measured: MeasuredValues) -> dict[str, Any]:
     """Return accuracies over all usable rows, regardless of `keep`."""
-    found, experiment = measured.accuracies, measured.experiment
+    accuracies, experiment = measured.accuracies, measured.experiment
     table, by = experiment.table, experiment.spec.statistics.by
     rows = [i for i in range(len(table)) if i not in measured.unusable]
     clean = table.runs["clean"].rows
@@ -688,10 +690,10 @@ def _collect_accuracies(measured: MeasuredValues) -> dict[str, Any]:
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
     return {
-        "accuracy": {run: values[rows] for run, values in found.values.items()},
-        "accuracy_rounding": {run: values[rows] for run, values in found.rounding.items()},
-        "accuracy_rows": {run: tuple(table.row_ids[i] for i in rows) for run in found.values},
-        "accuracy_units": {run: units(run) for run in found.values},
+        "accuracy": {run: values[rows] for run, values in accuracies.values.items()},
+        "accuracy_rounding": {run: values[rows] for run, values in accuracies.rounding.items()},
+        "accuracy_rows": {run: tuple(table.row_ids[i] for i in rows) for run in accuracies.values},
+        "accuracy_units": {run: units(run) for run in accuracies.values},
     }
 
 
@@ -701,14 +703,14 @@ def _accuracy_text(experiment: ResolvedExperiment, units: Mapping[str, Ints]) ->
         return {}
     said = f"of all {count_noun(len(next(iter(units.values()))), 'row')}"
     said += ", before `keep`" if experiment.spec.keep else ""
-    counts = {run: len(np.unique(own)) for run, own in units.items()}
+    counts = {run: len(np.unique(unit)) for run, unit in units.items()}
     by = experiment.spec.statistics.by
-    few = any(counts[run] < min(len(own), MIN_UNITS) for run, own in units.items())
+    few = any(counts[run] < min(len(unit), MIN_UNITS) for run, unit in units.items())
     none = f", none below {MIN_UNITS}" if few else ""
     if by is not None:
         number = next(iter(counts.values()))
         said += f"; exact interval over {count_noun(number, 'group')} by {by} (Korn-Graubard){none}"
-    elif all(counts[run] == len(own) for run, own in units.items()):
+    elif all(counts[run] == len(unit) for run, unit in units.items()):
         said += "; exact interval (Clopper-Pearson)"
     else:
         distinct = ", ".join(f"{number} distinct in {run}" for run, number in counts.items())
@@ -785,15 +787,15 @@ def add_base_observations(
     relative = models[plan.experiment.model.key].rounding
     measures = list(result.measures)
     for number in bare.numbers:
-        own = measures[number]
+        measure = measures[number]
         base = other.patched[number][np.ix_(cells, columns)]
         gaps = tuple(
             gap or describe_gap(other, number, cell)
-            for gap, cell in zip(own.gaps, cells.tolist(), strict=True)
+            for gap, cell in zip(measure.gaps, cells.tolist(), strict=True)
         )
         rounding = relative * np.maximum(np.abs(base), 1)
         given = {"base": base, "source": None, "rounding": rounding, "gaps": gaps}
-        measures[number] = replace(own, **given, as_patched=bare.experiment.as_base)
+        measures[number] = replace(measure, **given, as_patched=bare.experiment.as_base)
     said = "base run: the observations without the rules, in the same rows and cells"
     told = {"effects of observations": said}
     if bare.experiment.as_base:
@@ -818,14 +820,14 @@ def add_circuit_baselines(
         cells = _cells_of_baseline(plan, plans[baseline.experiment.key])[plan.exists]
         columns = np.searchsorted(other.kept, measured[plan.experiment.key].kept)
         for number in baseline.numbers:
-            own, effect = measures[number], EFFECTS[result.measures[number].effect]
+            measure, effect = measures[number], EFFECTS[result.measures[number].effect]
             values = other.patched[number][np.ix_(cells, columns)]
             if which == "circuit":  # the other baseline comes first
-                measures[number] = replace(own, base=values)
+                measures[number] = replace(measure, base=values)
             elif effect.from_circuit:
-                measures[number] = replace(own, source=own.base - values)
+                measures[number] = replace(measure, source=measure.base - values)
             else:
-                measures[number] = replace(own, source=values)
+                measures[number] = replace(measure, source=values)
             said["∅"] = "every edge of the model has the fill, at the same tokens of the same rows"
             rules = plan.experiment.rules
             if any(rule.circuit is None and rule.does.changes != "nothing" for rule in rules):
@@ -838,10 +840,10 @@ def add_circuit_baselines(
 def _cells_of_baseline(plan: ExperimentPlan, bare: ExperimentPlan) -> Ints:
     """Return the cell of a baseline for the same values of its axes. Shape [cell]."""
     names = [axis.name for axis in plan.experiment.axes]
-    found = np.zeros(plan.n_cells, dtype=np.int64)
+    cells = np.zeros(plan.n_cells, dtype=np.int64)
     for axis in bare.experiment.axes:
-        found = found * len(axis) + plan.coordinates[names.index(axis.name)]
-    return found
+        cells = cells * len(axis) + plan.coordinates[names.index(axis.name)]
+    return cells
 
 
 def count_control_draws(control: ResolvedControl) -> Ints:
@@ -882,20 +884,24 @@ def _row_values(rows: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _result_hashes(experiment: ResolvedExperiment, model: LoadedModel) -> dict[str, str]:
-    found = {"model": model.provenance.get("weights", ""), **model.made_of}
-    found["tokenizer"] = experiment.model.tokenizer.hash
+    result_hashes = {"model": model.provenance.get("weights", ""), **model.made_of}
+    result_hashes["tokenizer"] = experiment.model.tokenizer.hash
     if experiment.table.data_hash:
-        found["data"] = experiment.table.data_hash
-    found.update({f"data of {name}": d for name, d in experiment.table.other_data.items()})
+        result_hashes["data"] = experiment.table.data_hash
+    result_hashes.update({f"data of {name}": d for name, d in experiment.table.other_data.items()})
     for rule in experiment.rules:
         if isinstance(rule.does, Observation):
-            found.update({f"file {name}": d for name, d in rule.does.made_of.items()})
-    for each in experiment.python:
-        key, own = f"python {each.file}", each.content_hash
-        if own is not None:
+            result_hashes.update({f"file {name}": d for name, d in rule.does.made_of.items()})
+    for python_function in experiment.python:
+        key, content_hash = f"python {python_function.file}", python_function.content_hash
+        if content_hash is not None:
             # Different `.mech` files may have different Python files of the same name.
-            found[key if found.get(key, own) == own else f"python {each.path}"] = own
-    return found
+            result_hashes[
+                key
+                if result_hashes.get(key, content_hash) == content_hash
+                else f"python {python_function.path}"
+            ] = content_hash
+    return result_hashes
 
 
 def build_finding(experiment: ResolvedExperiment, result: ExperimentResult) -> VariantFinding:
@@ -904,15 +910,15 @@ def build_finding(experiment: ResolvedExperiment, result: ExperimentResult) -> V
     ids = result.row_ids if result.row_ids is not None else experiment.table.row_ids
     name = data.label if data.called == "raw" else f"{data.called} of {data.label}"
     replies = tuple(result.replies.cells)
-    found = VariantFinding(experiment, name, row_ids=ids, cells=result.cells, replies=replies)
+    finding = VariantFinding(experiment, name, row_ids=ids, cells=result.cells, replies=replies)
     if data.kind == "category":  # no effect; selecting by it is rejected before the run
         none = np.full(len(data.patched), np.nan)
-        return replace(found, means=none, values=data.patched)
+        return replace(finding, means=none, values=data.patched)
     effect = EFFECTS[data.effect]
     with np.errstate(divide="ignore", invalid="ignore"):
         means = effect_parts(data, effect, slice(None)).mean()
         values = effect.of_means(data.patched, data.base, data.source)
-    return replace(found, means=means, values=np.broadcast_to(values, data.patched.shape))
+    return replace(finding, means=means, values=np.broadcast_to(values, data.patched.shape))
 
 
 def add_statistics(
@@ -973,11 +979,11 @@ def add_verification(
     for number, data in result.computed():
         if not EFFECTS[data.effect].is_tested_intervention:
             continue
-        found = result.statistics[number]
+        statistic = result.statistics[number]
         seed = digest_number("verify", experiment.seed)
-        estimates = np.where(data.inert, np.nan, found.mean)
-        own = (number, estimates, found.n, said.verify, seed, settings.confidence)
-        verified.append(verify_cells(*own, partial(exact.of, number)))
+        estimates = np.where(data.inert, np.nan, statistic.mean)
+        numbers = (number, estimates, statistic.n, said.verify, seed, settings.confidence)
+        verified.append(verify_cells(*numbers, partial(exact.of, number)))
     conventions = dict(result.conventions)
     if verified:
         text = _verification_text(verified, said.verify, settings.confidence)
@@ -999,12 +1005,12 @@ class _ExactCellCache:
         """Return the effects of some cells; those that aren't known yet are run."""
         new = np.sort(cells[~self._is_known[cells]])
         if len(new):
-            found = self._run(new)
-            assert len(found.cells) == len(new)
-            for number, own in enumerate(found.statistics):
+            result = self._run(new)
+            assert len(result.cells) == len(new)
+            for number, statistic in enumerate(result.statistics):
                 for name, values in self._numbers.items():
-                    values[number, new] = getattr(own, name)
-                self._counts[number, new] = own.n
+                    values[number, new] = getattr(statistic, name)
+                self._counts[number, new] = statistic.n
             self._is_known[new] = True
         numbers = {name: values[measure, cells] for name, values in self._numbers.items()}
         return ExactEffects(**numbers, n=self._counts[measure, cells])
@@ -1068,7 +1074,7 @@ def _search_text(found: VerifiedCells) -> str:
 
 def _verdict_level_text(experiment: spec.Experiment) -> dict[str, str]:
     """Describe the level of several `expect` lines."""
-    count = sum(not each.on_mean for each in experiment.expects)
+    count = sum(not expect.on_mean for expect in experiment.expects)
     if count < 2:
         return {}
     if experiment.statistics.verdicts == "holm":
@@ -1086,8 +1092,8 @@ def _null_bands(result: ExperimentResult) -> tuple[NullBand | None, ...]:
     return compute_null_bands(
         result.measures,
         result.drawn,
-        means=[each.mean for each in result.statistics],
-        rounding=[each.rounding for each in result.statistics],
+        means=[statistic.mean for statistic in result.statistics],
+        rounding=[statistic.rounding for statistic in result.statistics],
         confidence=result.settings.confidence,
         effects=EFFECTS,
     )
@@ -1116,8 +1122,10 @@ def build_lost_experiment(
     """Return an experiment that could not be computed; its expectations fail."""
     said = f"`{experiment.name}` could not be computed"
     outcomes = [
-        ExpectOutcome(each.text, False, None, None, None, said, line=each.span.line, computed=False)
-        for each in experiment.expects
+        ExpectOutcome(
+            expect.text, False, None, None, None, said, line=expect.span.line, computed=False
+        )
+        for expect in experiment.expects
     ]
     return LostExperiment(experiment.name, tuple(map(missing_reason, reasons)), tuple(outcomes))
 
@@ -1125,7 +1133,7 @@ def build_lost_experiment(
 def check_denominators(measured: MeasuredValues) -> dict[int, Diagnostic]:
     """Return E0604 for measures with a denominator that may be 0, by index of the measure."""
     experiment = measured.experiment
-    found: dict[int, Diagnostic] = {}
+    diagnostics: dict[int, Diagnostic] = {}
     for number, measure in enumerate(experiment.spec.measures):
         effect = EFFECTS[measure.effect]
         source = experiment.spec.source
@@ -1145,5 +1153,5 @@ def check_denominators(measured: MeasuredValues) -> dict[int, Diagnostic]:
             effect=effect,
         )
         if problems:
-            found[number] = problems[0]
-    return found
+            diagnostics[number] = problems[0]
+    return diagnostics

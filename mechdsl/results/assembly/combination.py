@@ -161,11 +161,11 @@ def _accuracy_without(result: ExperimentResult, rows: Collection[int]) -> Experi
 
 def _accuracy_at(result: ExperimentResult, index: Ints, runs: Sequence[str]) -> dict[str, Any]:
     """Restrict the accuracies of these runs to some of their rows."""
-    found: dict[str, Any] = {}
+    accuracies: dict[str, Any] = {}
     for name in ("accuracy", "accuracy_rounding", "accuracy_units"):
         own: Mapping[str, Any] = getattr(result, name)
-        found[name] = {run: each[index] if run in runs else each for run, each in own.items()}
-    return found
+        accuracies[name] = {run: each[index] if run in runs else each for run, each in own.items()}
+    return accuracies
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def _merge_measures(parts: Sequence[MeasureData]) -> MeasureData:
         truth=None if any(t is None for t in truths) else _merge_arrays(truths, cells),
         inert=np.concatenate([data.inert for data in parts]),
         rounding=None if any(r is None for r in roundings) else _merge_arrays(roundings, cells),
-        gaps=tuple(gap for own in gaps for gap in own),
+        gaps=tuple(gap for names in gaps for gap in names),
         seen=None if all(s is None for s in seen) else _merge_arrays(seen, cells),
         same=np.concatenate([each + start for each, start in zip(same, starts, strict=False)]),
     )
@@ -202,10 +202,10 @@ def _merge_arrays(
     values: Sequence[NDArray[NumberType] | None], cells: Sequence[int]
 ) -> NDArray[NumberType]:
     """Combine arrays [1 or cell, prompt] of variants; one row if all have the same single row."""
-    found = [value for value in values if value is not None]
-    if all(len(v) == 1 and np.array_equal(v, found[0], equal_nan=True) for v in found):
-        return found[0]
-    rows = [np.broadcast_to(v, (n, v.shape[1])) for v, n in zip(found, cells, strict=True)]
+    present = [value for value in values if value is not None]
+    if all(len(v) == 1 and np.array_equal(v, present[0], equal_nan=True) for v in present):
+        return present[0]
+    rows = [np.broadcast_to(v, (n, v.shape[1])) for v, n in zip(present, cells, strict=True)]
     return np.concatenate(rows)
 
 
@@ -235,7 +235,9 @@ def _merge_drawn(results: Sequence[ExperimentResult]) -> RandomControlValues | N
     known = [result.drawn for result in results if result.drawn is not None]
     if len(known) < len(results):
         return None
-    most = max(len(values) for each in known for values in each.values)
+    most = max(
+        len(values) for random_control_values in known for values in random_control_values.values
+    )
 
     def filled(values: Floats) -> Floats:
         missing = np.full((most - len(values), *values.shape[1:]), np.nan)
@@ -245,9 +247,11 @@ def _merge_drawn(results: Sequence[ExperimentResult]) -> RandomControlValues | N
         known[0],
         values=tuple(
             np.concatenate([filled(values) for values in of_all], axis=1)
-            for of_all in zip(*(each.values for each in known), strict=True)
+            for of_all in zip(
+                *(random_control_values.values for random_control_values in known), strict=True
+            )
         ),
-        counts=np.concatenate([each.counts for each in known]),
+        counts=np.concatenate([random_control_values.counts for random_control_values in known]),
     )
 
 
@@ -256,41 +260,43 @@ def _merge_drawn(results: Sequence[ExperimentResult]) -> RandomControlValues | N
 
 def _merge_conventions(parts: Sequence[tuple[VariantLabels, Mapping[str, str]]]) -> dict[str, str]:
     """Combine conventions: once if all variants share one, otherwise with the names of variants."""
-    found: dict[str, str] = {}
+    conventions: dict[str, str] = {}
     for key in dict.fromkeys(key for _, said in parts for key in said):
         texts = [said.get(key) for _, said in parts]
         if all(text == texts[0] for text in texts):
-            found[key] = texts[0] or ""
+            conventions[key] = texts[0] or ""
             continue
         whose = _variant_names([labels for labels, _ in parts], texts)
         by_text: dict[str, dict[str, None]] = {}
         for name, text in zip(whose, texts, strict=True):
             if text is not None:
                 by_text.setdefault(text, {})[name] = None
-        found[key] = "; ".join(f"{', '.join(names)}: {text}" for text, names in by_text.items())
-    return found
+        conventions[key] = "; ".join(
+            f"{', '.join(names)}: {text}" for text, names in by_text.items()
+        )
+    return conventions
 
 
 def _variant_names(labels: Sequence[VariantLabels], texts: Sequence[str | None]) -> list[str]:
     """Return names that distinguish the differing variants: one axis's label if it suffices."""
     for axis in range(len(labels[0])):
-        own = [str(each[axis][1]) for each in labels]
-        if len(set(zip(own, texts, strict=True))) == len(set(own)):
+        names = [str(each[axis][1]) for each in labels]
+        if len(set(zip(names, texts, strict=True))) == len(set(names)):
             word = f"{SEED_AXIS} " if labels[0][axis][0] == SEED_AXIS else ""
-            return [f"{word}{each}" for each in own]
+            return [f"{word}{name}" for name in names]
     return [", ".join(f"{axis} {label}" for axis, label in each) for each in labels]
 
 
 def _merge_hashes(parts: Sequence[tuple[VariantLabels, ExperimentResult]]) -> dict[str, str]:
     """Combine hashes by name; with several blocks or models, names include the variant."""
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for labels, result in parts:
         for key, value in result.hashes.items():
             same = all(other.hashes.get(key) == value for _, other in parts)
             of_block = key.startswith("data") and PROMPTS_AXIS in dict(labels)
             whose = dict(labels)[PROMPTS_AXIS] if of_block else result.model
-            found[key if same else f"{key} of {whose}"] = value
-    return found
+            hashes[key if same else f"{key} of {whose}"] = value
+    return hashes
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,35 +327,42 @@ def merge_prompt_sets(
     places = {row: place for place, row in enumerate(every)}
     where = [np.array([places[row] for row in rows], dtype=np.int64) for rows in own]
     results = [part.result for part in parts]
-    shared = [n for n in results[0].row_values if all(n in each.row_values for each in results)]
+    shared = [
+        n
+        for n in results[0].row_values
+        if all(n in experiment_result.row_values for experiment_result in results)
+    ]
 
     def joined(columns: Sequence[Sequence[Any] | None]) -> tuple[Any, ...] | None:
         """Join a value per row; None if some results have none."""
-        found: list[Any] = [None] * len(every)
+        cells: list[Any] = [None] * len(every)
         for index, column in zip(where, columns, strict=True):
             if not column and len(index):
                 return None
             for place, value in zip(index.tolist(), column or (), strict=True):
-                found[place] = value
-        return tuple(found)
+                cells[place] = value
+        return tuple(cells)
 
     said = ", ".join(f"{block} from {start}" for block, start in starts.items())
     common: dict[str, Any] = {
         "row_ids": tuple(every),
-        "row_keys": joined([each.row_keys for each in results]),
+        "row_keys": joined([experiment_result.row_keys for experiment_result in results]),
         "blocks": _result_of_rows(where, len(every)),
         "strata": _strata_of_rows(results, where, len(every)),
-        "row_values": {n: joined([each.row_values[n] for each in results]) for n in shared},
-        "texts": joined([each.texts for each in results]) or (),
-        "seen": joined([each.seen for each in results]) or (),
+        "row_values": {
+            n: joined([experiment_result.row_values[n] for experiment_result in results])
+            for n in shared
+        },
+        "texts": joined([experiment_result.texts for experiment_result in results]) or (),
+        "seen": joined([experiment_result.seen for experiment_result in results]) or (),
     }
-    found: list[tuple[VariantLabels, ExperimentResult]] = []
+    prompt_sets: list[tuple[VariantLabels, ExperimentResult]] = []
     for part, index in zip(parts, where, strict=True):
         result = _pad_result(part.result, index, len(every), starts[part.block])
         result = replace(result, **common, hits=result.hits if common["texts"] else ())
         conventions = {**result.conventions, "rows": f"numbered consecutively: {said}"}
-        found.append((part.label, replace(result, conventions=conventions)))
-    return found
+        prompt_sets.append((part.label, replace(result, conventions=conventions)))
+    return prompt_sets
 
 
 def _first_rows(parts: Sequence[PromptSetResult]) -> dict[str, int]:
@@ -358,7 +371,7 @@ def _first_rows(parts: Sequence[PromptSetResult]) -> dict[str, int]:
     for part in parts:
         result = part.result
         rows = [*(result.row_ids or range(result.prompts)), *result.left_out]
-        rows += [row for own in result.accuracy_rows.values() for row in own]
+        rows += [row for accuracy_row in result.accuracy_rows.values() for row in accuracy_row]
         sizes[part.block] = max(sizes.get(part.block, 0), max(rows, default=-1) + 1)
     return dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
 
@@ -366,16 +379,16 @@ def _first_rows(parts: Sequence[PromptSetResult]) -> dict[str, int]:
 def _result_of_rows(where: Sequence[Ints], size: int) -> Ints:
     """Return a code of the results that contain each row. Shape [prompt]."""
     there = np.zeros((len(where), size), dtype=np.int64)
-    for own, index in zip(there, where, strict=True):
-        own[index] = 1
+    for numbers, index in zip(there, where, strict=True):
+        numbers[index] = 1
     return np.unique(there, axis=1, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
 def _strata_of_rows(results: Sequence[ExperimentResult], where: Sequence[Ints], size: int) -> Ints:
     """Return a code of each row's results and of its stratum in them. Shape [prompt]."""
     codes = np.full((len(results), size), -1, dtype=np.int64)
-    for own, index, result in zip(codes, where, results, strict=True):
-        own[index] = 0 if result.strata is None else result.strata
+    for code, index, result in zip(codes, where, results, strict=True):
+        code[index] = 0 if result.strata is None else result.strata
     return np.unique(codes, axis=1, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
@@ -388,17 +401,17 @@ def _pad_result(result: ExperimentResult, index: Ints, size: int, start: int) ->
     """
 
     def padded(values: Floats) -> Floats:
-        found = np.full((*values.shape[:-1], size), np.nan)
-        found[..., index] = values
-        return found
+        wide = np.full((*values.shape[:-1], size), np.nan)
+        wide[..., index] = values
+        return wide
 
     of_cells: dict[int, tuple[tuple[int, ...], ...]] = {}
     for hits in result.hits:  # cells of one position share their hits
         if id(hits) not in of_cells:
-            found: list[tuple[int, ...]] = [()] * size
+            coordinates: list[tuple[int, ...]] = [()] * size
             for place, tokens in zip(index.tolist(), hits, strict=True):
-                found[place] = tokens
-            of_cells[id(hits)] = tuple(found)
+                coordinates[place] = tokens
+            of_cells[id(hits)] = tuple(coordinates)
     accuracy: Mapping[str, tuple[int, ...]] = result.accuracy_rows
     return replace(
         result,
@@ -415,7 +428,7 @@ def _pad_result(result: ExperimentResult, index: Ints, size: int, start: int) ->
         hits=tuple(of_cells[id(hits)] for hits in result.hits),
         replies=result.replies.shifted(start),
         active=tuple(
-            tuple(replace(each, row=start + each.row) for each in rows) for rows in result.active
+            tuple(replace(row, row=start + row.row) for row in rows) for rows in result.active
         ),
     )
 
@@ -437,9 +450,9 @@ def _pad_measure(data: MeasureData, padded: Any, index: Ints, size: int) -> Meas
 
 def _pad_views(seen: Ints, index: Ints, size: int) -> NDArray[np.int64]:
     """Pad codes of shape [1 or cell, prompt]; every row of another block gets a unique code."""
-    found = np.tile(np.arange(size, dtype=np.int64) + int(seen.max(initial=0)) + 1, (len(seen), 1))
-    found[:, index] = seen
-    return found
+    views = np.tile(np.arange(size, dtype=np.int64) + int(seen.max(initial=0)) + 1, (len(seen), 1))
+    views[:, index] = seen
+    return views
 
 
 CellGroups = Sequence[Sequence[int]]
@@ -560,9 +573,9 @@ def _average_drawn(drawn: RandomControlValues, joined: CellAverages) -> RandomCo
 
     def joint(values: Floats) -> Floats:
         pairs = zip(values, ~np.isnan(values), strict=True)
-        found = np.stack([joined.of(one, there) for one, there in pairs])
+        stacked = np.stack([joined.of(one, there) for one, there in pairs])
         beyond = np.arange(len(values))[:, None] >= counts[None, :]
-        found[beyond] = np.nan
-        return found
+        stacked[beyond] = np.nan
+        return stacked
 
     return replace(drawn, values=tuple(map(joint, drawn.values)), counts=counts)

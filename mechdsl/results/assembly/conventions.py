@@ -96,9 +96,9 @@ def _reply_ends(said: Generation, experiment: ResolvedExperiment, model: LoadedM
     text = experiment.model.tokenizer.token_text
     own = " or ".join(f"`{text(token)}`" for token in sorted(find_end_tokens(model)))
     stops = " or ".join(map(json.dumps, said.stops))
-    found = [f"before {stops}"] if stops else []
-    found += [f"before the model's {own}"] if own else []
-    return ", or ".join([*found, f"after {count_noun(said.tokens, 'token')}"])
+    ends = [f"before {stops}"] if stops else []
+    ends += [f"before the model's {own}"] if own else []
+    return ", or ".join([*ends, f"after {count_noun(said.tokens, 'token')}"])
 
 
 def _reply_lengths(plan: ExperimentPlan, measured: MeasuredValues) -> Iterator[str]:
@@ -159,13 +159,13 @@ def tower_conventions(experiment: ResolvedExperiment) -> dict[str, str]:
     if shape.task == "many labels":
         scale += ", plus its bias"
     what, other = ("texts", "text") if shape.side == "vision" else ("images", "image")
-    found = {
+    conventions = {
         "score": f"the model's own logit of an image and a text: {scale}",
         what: f"{len(shape.labels)}, each encoded once by the {other} tower, where no rule acts",
     }
     opposite = experiment.model.opposite
     if opposite is not None and opposite.block:
-        found[what] = f"`{opposite.block}`: {found[what]}"
+        conventions[what] = f"`{opposite.block}`: {conventions[what]}"
     if shape.classes:
         first = ", ".join(
             quote(text) for text in shape.labels[: min(_MAX_SHOWN_TEXTS, shape.classes)]
@@ -175,10 +175,10 @@ def tower_conventions(experiment: ResolvedExperiment) -> dict[str, str]:
         said += "; `correct`: this one scores highest; `rank`: its position among them"
         if shape.task == "one label":
             said += "; `prob`: their softmax"
-        found["classes"] = said
+        conventions["classes"] = said
     if shape.task == "many labels":
-        found["prob"] = "a sigmoid, as in training: each text is scored independently"
-    return found
+        conventions["prob"] = "a sigmoid, as in training: each text is scored independently"
+    return conventions
 
 
 def model_text(model: LoadedModel) -> str:
@@ -221,8 +221,10 @@ def _of_rows(experiment: ResolvedExperiment, measured: MeasuredValues) -> Conven
     """Describe Python functions and missing rows."""
     if experiment.python:
         names: dict[tuple[str, str], dict[str, None]] = {}
-        for each in experiment.python:
-            names.setdefault((each.file, each.identity), {})[f"`{each.name}`"] = None
+        for python_function in experiment.python:
+            names.setdefault((python_function.file, python_function.identity), {})[
+                f"`{python_function.name}`"
+            ] = None
         yield (
             "python",
             "; ".join(
@@ -256,21 +258,21 @@ def _of_runs(experiment: ResolvedExperiment, model: LoadedModel) -> ConventionIt
             key = f"noise of {name}"
             value = f"{noise.sds:g} sd = {compute_noise_scale(model, noise):.4g}"
             yield key, f"{experiment.table.conventions[key]}, {value}"
-    for name, own in experiment.derived.items():
-        said = (" ".join(rule.spec.span.written.split()) for rule in own.rules)
+    for name, resolved in experiment.derived.items():
+        said = (" ".join(rule.spec.span.written.split()) for rule in resolved.rules)
         rules = "; ".join(dict.fromkeys(said))
-        read = "" if own.spec.source is None else f", from {own.spec.source}"
+        read = "" if resolved.spec.source is None else f", from {resolved.spec.source}"
         stays = "; its writes stay in place under the experiment's rules"
         place = stays if name in _list_bases(experiment) else ""
-        yield f"run {name}", f"{own.spec.base} with {rules}{read}{place}"
+        yield f"run {name}", f"{resolved.spec.base} with {rules}{read}{place}"
 
 
 def _list_bases(experiment: ResolvedExperiment) -> list[str]:
     """List the base run of an experiment, the run that its rules start from, and so on."""
-    found = [experiment.spec.base]
-    while (run := experiment.derived.get(found[-1])) is not None:
-        found.append(run.spec.base)
-    return found
+    bases = [experiment.spec.base]
+    while (run := experiment.derived.get(bases[-1])) is not None:
+        bases.append(run.spec.base)
+    return bases
 
 
 def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
@@ -400,8 +402,10 @@ def _of_errors(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItem
     """Describe what dictionaries leave out of the vectors that rules change."""
     for name, (error, count) in measured.errors.items():
         rules = [rule.rule for rule in plan.rules if rule.rule.basis is not None]
-        own = [rule.does for rule in rules if rule.basis and name in rule.basis.names]
-        drops = [isinstance(does, CoordinateChange) and does.leaves_no_error for does in own]
+        interventions = [rule.does for rule in rules if rule.basis and name in rule.basis.names]
+        drops = [
+            isinstance(does, CoordinateChange) and does.leaves_no_error for does in interventions
+        ]
         kept = "some rules keep it" if not all(drops) and any(drops) else "rules keep it"
         kept = "it is dropped" if all(drops) else kept
         estimator = plan.experiment.spec.estimator
@@ -418,15 +422,15 @@ def _of_errors(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItem
 
 def _of_features(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:
     """Describe how well a basis describes the observed vectors."""
-    found, rule = measured.features, plan.observes
-    if found is None or rule is None or rule.rule.basis is None:
+    features, rule = measured.features, plan.observes
+    if features is None or rule is None or rule.rule.basis is None:
         return
-    at = f"at {count_noun(found.tokens, 'token')}"
+    at = f"at {count_noun(features.tokens, 'token')}"
     if rule.rule.in_vision:
-        at = f"at {count_noun(found.tokens, 'patch')}"
-    said = f"{found.active:,} of {found.size:,} features are active {at}"
-    if found.explained is not None:
-        said += f"; the reconstruction explains {found.explained:.4g} of their variance"
+        at = f"at {count_noun(features.tokens, 'patch')}"
+    said = f"{features.active:,} of {features.size:,} features are active {at}"
+    if features.explained is not None:
+        said += f"; the reconstruction explains {features.explained:.4g} of their variance"
     yield f"features of {rule.rule.basis.definition}", said
 
 
@@ -434,8 +438,8 @@ def _of_findings(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionIt
     """Describe further numbers of an observation over all rows."""
     for rule in plan.rules:
         if isinstance(rule.rule.does, RowSetObservation):
-            for each in rule.rule.does.describe_findings(measured.findings):
-                yield each.key, each.text
+            for finding in rule.rule.does.describe_findings(measured.findings):
+                yield finding.key, finding.text
 
 
 def _describe_patches(shape: ModelShape) -> str:
@@ -536,7 +540,7 @@ _MLP_SITES = ("mlp_norm", "mlp_hidden", "mlp_out")
 def _null_band(experiment: ResolvedExperiment) -> str:
     """Describe the meaning of a null band and its p-value."""
     confidence = experiment.spec.statistics.confidence
-    effects = dict.fromkeys(each.effect for each in experiment.spec.measures)
+    effects = dict.fromkeys(measure.effect for measure in experiment.spec.measures)
     by_zero = [name for name in effects if EFFECTS[name].is_shown_by_zero]
     size = "large"
     if by_zero:
@@ -582,24 +586,24 @@ def fallback_conventions(
     model: LoadedModel, measured: MeasuredValues, profile: ExecutionProfile
 ) -> dict[str, str]:
     """Describe deviations of the run from its plan."""
-    found: dict[str, str] = {}
+    conventions: dict[str, str] = {}
     if not model.restartable:
-        found["planner"] = f"{_FULL_ROWS}: the model can't be restarted"
+        conventions["planner"] = f"{_FULL_ROWS}: the model can't be restarted"
     elif model.shape.encodes_apart:
-        found["planner"] = "every row is a full forward pass through encoder and decoder"
+        conventions["planner"] = "every row is a full forward pass through encoder and decoder"
     if profile.halved:
         times = "once" if profile.halved == 1 else f"{profile.halved} times"
-        found["memory"] = (
+        conventions["memory"] = (
             f"ran out {times}, here or in experiments that share passes; passes were halved and "
             "run again"
         )
     if measured.recomputed:
         prompts = count_noun(len(measured.recomputed), "prompt")
-        found["gradients"] = (
+        conventions["gradients"] = (
             f"backward passes of {prompts} computed activations again where possible, to save "
             "memory"
         )
-    return found
+    return conventions
 
 
 def pass_size_convention(sizes: PassSizes) -> dict[str, str]:
@@ -640,10 +644,10 @@ def _counted_tokens(experiment: ResolvedExperiment) -> str:
 
 def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
     """Describe the targets and positions of metrics, unless their labels include them."""
-    found: dict[str, str] = {}
+    notes: dict[str, str] = {}
     every = [*experiment.measures, *experiment.keep]
     if any(atom.form.takes == "prompt" for measure in every for atom in measure.atoms):
-        found["loss"] = _counted_tokens(experiment)
+        notes["loss"] = _counted_tokens(experiment)
     said = [
         said for measure in every for atom in measure.atoms for said in _of_sets(atom, experiment)
     ]
@@ -651,26 +655,26 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
     if said or texts:
         once = ["equal tokens count once"] if said else []
         once += ["a text that begins with another one isn't added to it"] if texts else []
-        found["answer sets"] = "; ".join(dict.fromkeys([*said, *texts, *once]))
+        notes["answer sets"] = "; ".join(dict.fromkeys([*said, *texts, *once]))
     shape = experiment.model.shape
     logits = any(atom.form.of_outputs for measure in every for atom in measure.atoms)
     if logits and shape.output_at != "every token":
-        found["output"] = f"one per prompt, computed from {describe_pooling(shape)}"
+        notes["output"] = f"one per prompt, computed from {describe_pooling(shape)}"
         if shape.output_at == "image":
-            found["output"] = "one per image"
+            notes["output"] = "one per image"
             if has_inserted_tokens(experiment.table.runs[experiment.spec.base]):
-                found["output"] += "; a head that averages over tokens includes inserted ones"
+                notes["output"] += "; a head that averages over tokens includes inserted ones"
     if logits and shape.side:
-        found |= tower_conventions(experiment)
+        notes |= tower_conventions(experiment)
     elif logits and shape.task in _PROBABILITY:
-        found["classes"] = f"{shape.outputs} labels, {_PROBABILITY[shape.task]}"
+        notes["classes"] = f"{shape.outputs} labels, {_PROBABILITY[shape.task]}"
     places: dict[str, dict[str, None]] = {}
     for said in experiment.spec.measures:
         if said.place is not None:
             name = measure_names(said.label)[-1]
             places.setdefault(name, {})[f"`{said.place}`"] = None
     if places:
-        found["measured"] = "; ".join(
+        notes["measured"] = "; ".join(
             f"`{name}` at {' and '.join(own)}" for name, own in places.items()
         )
     compared = [
@@ -680,8 +684,8 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
     ]
     if compared:
         where = " and ".join(f"`{at}`" for at in dict.fromkeys(compared))
-        found["cosine"] = f"compared at {where}, where the metric reads, not where rules write"
-    return found
+        notes["cosine"] = f"compared at {where}, where the metric reads, not where rules write"
+    return notes
 
 
 def _of_sets(atom: MetricTerm, experiment: ResolvedExperiment) -> Iterator[str]:
@@ -692,13 +696,13 @@ def _of_sets(atom: MetricTerm, experiment: ResolvedExperiment) -> Iterator[str]:
     plain = len(node.arguments) == 1 and len(sets) == len(sets[0].tokens) == 1
     if plain and isinstance(node.arguments[0].value, ast.Range):
         return
-    counts = sorted({len(tokens) for each in sets for tokens in each.tokens})
+    counts = sorted({len(tokens) for token_sets in sets for tokens in token_sets.tokens})
     many = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     token_of = {
         number: token
-        for each in sets
-        for own, tokens in zip(each.numbers, each.tokens, strict=False)
-        for number, token in zip(own, tokens, strict=True)
+        for token_sets in sets
+        for numbers, tokens in zip(token_sets.numbers, token_sets.tokens, strict=False)
+        for number, token in zip(numbers, tokens, strict=True)
     }
     if not token_of:
         yield f"`{node.span.written}` over {many} tokens per row"
@@ -714,8 +718,8 @@ def _of_texts(measure: ResolvedMeasure) -> Iterator[str]:
     for atom in measure.atoms:
         if atom.part_of is not None:
             parts.setdefault(atom.part_of, []).append(atom)
-    for node, own in parts.items():
-        counts = sum(map(_texts_per_row, own))
+    for node, part in parts.items():
+        counts = sum(map(_texts_per_row, part))
         least, most = int(np.min(counts)), int(np.max(counts))
         many = f"{least} to {most}" if least < most else f"{most}"
         yield f"`{node.span.written}` over {many} texts of one or more tokens per row"
@@ -732,7 +736,7 @@ def _texts_per_row(term: MetricTerm) -> NDArray[np.int64]:
 
 def _on_answers(plan: ExperimentPlan) -> Iterator[str]:
     """Describe rules on answers of several tokens, where they could be misunderstood."""
-    left = [each.at.span.written for each in find_omitted_answers(plan.experiment)]
+    left = [answer.at.span.written for answer in find_omitted_answers(plan.experiment)]
     if left:
         where = " and ".join(f"`{at}`" for at in dict.fromkeys(left))
         yield f"{where} covers only the prompt; the answer after it isn't edited"
@@ -760,7 +764,7 @@ def _several_answers(positions: Any) -> bool:
 
 def _of_directions(plan: ExperimentPlan, measured: MeasuredValues) -> dict[str, str]:
     """Describe the computation and the norm of each direction."""
-    found: dict[str, str] = {}
+    notes: dict[str, str] = {}
     used = [rule.direction for rule in plan.experiment.every_rule if rule.direction is not None]
     for every in (list(direction.members.values()) for direction in used):
         members = every[:MAX_LISTED_SITES]
@@ -768,29 +772,29 @@ def _of_directions(plan: ExperimentPlan, measured: MeasuredValues) -> dict[str, 
             length = measured.lengths.get(member.name)
             norm = f"; norm {length:.4g}" if length else "; norm 0, so nothing changes"
             norm = "" if find_vector_role(member.vector) == "edit" else norm
-            found[f"direction {member.name}"] = f"{member.made}{norm}"
+            notes[f"direction {member.name}"] = f"{member.made}{norm}"
         more = len(every) - len(members)
         if more:
-            found["directions"] = f"and {more} more, made in the same way"
-    return found
+            notes["directions"] = f"and {more} more, made in the same way"
+    return notes
 
 
 def _of_bases(plan: ExperimentPlan) -> dict[str, str]:
     """Describe the computation of each basis, and of each trained group and lens."""
-    found = plan.experiment.trained_parts
+    parts = plan.experiment.trained_parts
     used = [basis for rule in plan.experiment.every_rule for basis in rule.bases]
     for basis in used:
         if basis.definition == WEIGHTS_BASIS:
             made = dict.fromkeys(member.made for member in basis.members if member.made)
-            found |= {f"direction of {WEIGHTS_BASIS}": "; ".join(made)} if made else {}
+            parts |= {f"direction of {WEIGHTS_BASIS}": "; ".join(made)} if made else {}
     named = [basis for basis in used if basis.definition not in (ast.STANDARD_BASIS, WEIGHTS_BASIS)]
     members = {member.name: member for basis in named for member in basis.members}
     for member in list(members.values())[:MAX_LISTED_SITES]:
-        found[f"basis {member.name}"] = member.made
+        parts[f"basis {member.name}"] = member.made
     more = len(members) - MAX_LISTED_SITES
     if more > 0:
-        found["bases"] = f"and {more} more, computed in the same way"
-    return found
+        parts["bases"] = f"and {more} more, computed in the same way"
+    return parts
 
 
 def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
@@ -800,10 +804,10 @@ def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
     edges = [rule for rule in every if rule.edge is not None]
     others = [rule for rule in every if rule.edge is None]
     estimator = plan.experiment.spec.estimator
-    found = _rule_notes(edges, model, estimator)
+    rule_notes = _rule_notes(edges, model, estimator)
     left = list(_exceptions(others))
     if left:
-        found["except"] = "; ".join(left)
+        rule_notes["except"] = "; ".join(left)
     points = {p for rule in plan.rules for p in (*rule.point_table, *rule.source_table)}
     layers = sorted(
         {p.layer for p in points if p.site in ATTENTION_INTERNAL_SITES and p.layer is not None}
@@ -812,8 +816,8 @@ def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
     if layers:
         where = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
         by_itself = f" (the model uses `{own}`)" if own not in ("", "eager") else ""
-        found["attention"] = f"computed explicitly (eager) in {where}{by_itself}"
-    found |= _rule_notes(others, model, estimator)
+        rule_notes["attention"] = f"computed explicitly (eager) in {where}{by_itself}"
+    rule_notes |= _rule_notes(others, model, estimator)
     replaced = {
         SITES[point.site].stack
         for rule in every
@@ -822,12 +826,12 @@ def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
         for point in here
     }
     if any(shares_position_biases(model, stack) for stack in replaced):
-        found["position biases"] = (
+        rule_notes["position biases"] = (
             "block 0 computes them for all blocks of its stack, also if it is replaced"
         )
     if estimator is not None and estimator.verify is None:
-        found.pop("passes", None)  # no row runs
-    return found
+        rule_notes.pop("passes", None)  # no row runs
+    return rule_notes
 
 
 def _exceptions(rules: Sequence[ResolvedRule]) -> Iterator[str]:
@@ -847,19 +851,19 @@ def _rule_notes(
     Args:
         estimator: The estimator in place of runs, if any.
     """
-    found: dict[str, dict[str, None]] = {}
+    notes: dict[str, dict[str, None]] = {}
     closing: dict[str, str] = {}
     for rule in rules:
-        for each in rule.does.conventions(rule, model.shape.n_layers):
-            text = each.text
-            if each.of_runs and estimator is not None:
+        for convention in rule.does.conventions(rule, model.shape.n_layers):
+            text = convention.text
+            if convention.of_runs and estimator is not None:
                 if estimator.verify is None:
                     continue
                 text = f"in cells that `verify` runs, {text}"
-            found.setdefault(each.key, {})[text] = None
-            if each.closing:
-                closing[each.key] = each.closing
+            notes.setdefault(convention.key, {})[text] = None
+            if convention.closing:
+                closing[convention.key] = convention.closing
     return {
         key: "; ".join([*texts, *([closing[key]] if key in closing else [])])
-        for key, texts in found.items()
+        for key, texts in notes.items()
     }

@@ -133,7 +133,7 @@ def check_explained_variance(
             be about others.
     """
     by = result.settings.by if result.settings else None
-    found: list[tuple[ExplainedVariance, int, int]] = []
+    shares: list[tuple[ExplainedVariance, int, int]] = []
     for number, data in result.computed():
         if data.kind != "number" or not EFFECTS[data.effect].tested:
             continue  # a metric's value is expected to depend on the prompt
@@ -145,20 +145,20 @@ def check_explained_variance(
             name: [str(values[i]) for i in index.tolist()]
             for name, values in result.row_values.items()
         }
-        own = columns.get(by or "")
+        names = columns.get(by or "")
         whole = [columns[name] for name in fixed if name in columns]
         of_tiles = by == IMAGE_SPAN and TILE in columns
         columns = {
-            name: each
-            for name, each in columns.items()
-            if not any(_is_grouped_by(each, other) for other in (own, *whole))
-            and not (of_tiles and _is_crossed(each, own))
+            name: column
+            for name, column in columns.items()
+            if not any(_is_grouped_by(column, other) for other in (names, *whole))
+            and not (of_tiles and _is_crossed(column, names))
         }
         best = largest_explained_variance(rows, columns)
-        found += [] if best is None else [(best, number, cell)]
-    if not found:
+        shares += [] if best is None else [(best, number, cell)]
+    if not shares:
         return []
-    best, number, cell = max(found, key=lambda each: each[0].share)
+    best, number, cell = max(shares, key=lambda each: each[0].share)
     if by is not None:
         line = f"write `by {best.name}` instead of `by {by}` in the line `stats`"
     elif experiment.statistics.span.written.startswith("stats"):
@@ -195,14 +195,17 @@ def largest_explained_variance(
     """
     n = len(rows)
     codes = {name: np.unique(column, return_inverse=True)[1] for name, column in columns.items()}
-    tried = {name: own for name, own in codes.items() if 2 <= int(own.max(initial=0)) + 1 < n / 2}
-    distinct = {tuple(_renumber(own)) for own in tried.values()}
-    found = [
-        each
-        for name, own in tried.items()
-        if (each := _explained_share(rows, name, own, F_TEST_LEVEL / len(distinct))) is not None
+    tried = {
+        name: code for name, code in codes.items() if 2 <= int(code.max(initial=0)) + 1 < n / 2
+    }
+    distinct = {tuple(_renumber(numbers)) for numbers in tried.values()}
+    variances = [
+        variance
+        for name, numbers in tried.items()
+        if (variance := _explained_share(rows, name, numbers, F_TEST_LEVEL / len(distinct)))
+        is not None
     ]
-    return max(found, key=lambda each: each.share, default=None)
+    return max(variances, key=lambda explained_variance: explained_variance.share, default=None)
 
 
 def _explained_share(
@@ -252,19 +255,19 @@ def _is_crossed(column: Sequence[str], by: Sequence[str] | None) -> bool:
 def _row_effects(data: MeasureData, cell: int) -> Floats:
     """Return the values whose mean is a cell's effect, shape [prompt]; for a ratio, the
     contributions to its error, because rows that agree on the ratio differ in the numerator."""
-    found = effect_parts(data, EFFECTS[data.effect], np.array([cell]))
-    rows = found.numerator[0]
-    if found.denominator is not None:
-        under = found.denominator[0]
+    parts = effect_parts(data, EFFECTS[data.effect], np.array([cell]))
+    rows = parts.numerator[0]
+    if parts.denominator is not None:
+        under = parts.denominator[0]
         total = float(under.sum())
         rows = rows - (float(rows.sum()) / total if total else 0.0) * under
-    return np.where(found.present[0], rows, np.nan)
+    return np.where(parts.present[0], rows, np.nan)
 
 
-def _largest_cell(data: MeasureData, found: CellStatistics) -> int | None:
+def _largest_cell(data: MeasureData, statistics: CellStatistics) -> int | None:
     """Return the cell with the largest mean that is neither rounding nor inert."""
-    usable = ~data.inert & ~found.at_rounding
-    sizes = np.where(usable & np.isfinite(found.mean), np.abs(found.mean), -1.0)
+    usable = ~data.inert & ~statistics.at_rounding
+    sizes = np.where(usable & np.isfinite(statistics.mean), np.abs(statistics.mean), -1.0)
     cell = int(np.argmax(sizes)) if len(sizes) else 0
     return cell if len(sizes) and sizes[cell] > 0 else None
 
@@ -280,10 +283,10 @@ def _distinct_rows(data: MeasureData, cell: int) -> tuple[Floats, Ints]:
     if data.rounding is not None and len(index):
         own = data.rounding[cell if len(data.rounding) > 1 else 0][index]
         rounding = float(np.nan_to_num(own).max())
-    found = rows[index]
-    if not len(found) or float(found.std()) <= rounding:  # the differences are only rounding
-        return found[:0], index[:0]
-    return found, index
+    row = rows[index]
+    if not len(row) or float(row.std()) <= rounding:  # the differences are only rounding
+        return row[:0], index[:0]
+    return row, index
 
 
 def _is_grouped_by(column: Sequence[str], by: Sequence[str] | None) -> bool:

@@ -75,25 +75,25 @@ class RowViews:
         return np.array([found[key] for key in keys], dtype=np.int64)
 
     def _cell(self, cell: int, measure: ResolvedMeasure) -> CellView:
-        found: list[int] = []
+        indices: list[int] = []
         for rule in self.plan.rules:
             acts = rule.active is None or bool(rule.active[cell])
-            found.append(int(rule.position_of_cell[cell]) if acts else -1)
-            found.append(-1 if rule.key_of_cell is None else int(rule.key_of_cell[cell]))
-            found.append(int(_cell_is_below_attention(rule, cell)))
+            indices.append(int(rule.position_of_cell[cell]) if acts else -1)
+            indices.append(-1 if rule.key_of_cell is None else int(rule.key_of_cell[cell]))
+            indices.append(int(_cell_is_below_attention(rule, cell)))
         by_item = any(atom.by_item for atom in measure.atoms)
         item = self.plan.items[cell] if by_item else None
-        return (*found, -1 if item is None else item)
+        return (*indices, -1 if item is None else item)
 
     def _codes(self, cell: CellView, measure: ResolvedMeasure, runs: Sequence[str]) -> list[int]:
         """Return the code of each kept row; rows that aren't part of the cell get unique codes."""
         numbers: dict[Hashable, int] = {}
-        found: list[int] = []
+        codes: list[int] = []
         for row in self.kept:
             view = self._view(cell, measure, runs, row)
             seen = ("left out", row) if view is None else view
-            found.append(numbers.setdefault(seen, len(numbers)))
-        return found
+            codes.append(numbers.setdefault(seen, len(numbers)))
+        return codes
 
     # --- one row ----------------------------------------------------------------------------------
 
@@ -213,17 +213,17 @@ class RowViews:
     def _last(self, run: PromptRun, measure: ResolvedMeasure, row: int, looked: int | None) -> int:
         """Return the last token that the measure reads."""
         end = len(run.rows[row].ids) - 1
-        found = -1 if looked is None else looked
+        index = -1 if looked is None else looked
         for atom in measure.atoms:
             if measure.observed or atom.form.takes == "observation":
                 continue
             at = measure.at.get(run.name)
             if at is None or atom.form.takes == "prompt":
                 appended = atom.appended[row] if atom.texts else 0
-                found = max(found, end + appended)
+                index = max(index, end + appended)
             else:
-                found = max(found, at[row])
-        return found
+                index = max(index, at[row])
+        return index
 
     def _looked_at(self, cell: CellView, measure: ResolvedMeasure, row: int) -> int | None:
         """Return the last token that the measure observes."""
@@ -251,7 +251,7 @@ class RowViews:
         """
         key = id(run)
         if key not in self._prefixes:
-            self._prefixes[key] = _prefix_numbers([each.ids for each in run.rows])
+            self._prefixes[key] = _prefix_numbers([run_row.ids for run_row in run.rows])
         numbers = self._prefixes[key][row]
         causal = self.causal(run.model) and not (ahead or (self.ahead and run.derived))
         final = len(run.rows[row].ids) - 1
@@ -315,23 +315,23 @@ def _list_shown(
 ) -> Hits:
     """List the written hits of a row that token `last` sees; None: all. A token of an image reads
     the whole image, so it sees each patch that a rule writes in the vision encoder."""
-    found: list[tuple[int, ...]] = []
+    cell_hits: list[tuple[int, ...]] = []
     for hits, tokens in zip(written.hits[row], written.tokens(row), strict=True):
         if not hits:
             continue
         first = _find_first_token(prompt, tokens) if rule.in_vision else min(tokens)
         if last is None or first <= last:
-            found.append(hits)
-    return tuple(found)
+            cell_hits.append(hits)
+    return tuple(cell_hits)
 
 
 def _find_first_token(prompt: RunRow, tokens: Sequence[int]) -> int:
     """Return the first of these tokens and of those of their images."""
     images = (
-        {each.first + position for position in each.picture.expansion.cell_of}
-        for each in prompt.whole_pictures
+        {picture.first + position for position in picture.picture.expansion.cell_of}
+        for picture in prompt.whole_pictures
     )
-    return min(min(own) for own in (*images, {*tokens}) if not own.isdisjoint(tokens))
+    return min(min(numbers) for numbers in (*images, {*tokens}) if not numbers.isdisjoint(tokens))
 
 
 def _reads_observation(measure: ResolvedMeasure) -> bool:
@@ -392,8 +392,8 @@ def plan_units(
     present = plan.present(kept)[there]
     counts = np.zeros(len(present), dtype=np.int64)
     every = {
-        tuple(cells.tolist()): sampling.units(own)
-        for cells, own in group_cells_by_view(len(present), seen)
+        tuple(cells.tolist()): sampling.units(numbers)
+        for cells, numbers in group_cells_by_view(len(present), seen)
     }
     for cells, units in every.items():
         counts[list(cells)] = units.held(present[list(cells)])

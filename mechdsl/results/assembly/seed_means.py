@@ -77,12 +77,12 @@ def _means_of_cell(
             continue
         assert single.settings is not None
         mean, far = float(known.mean()), mean_half_width(known, single.settings.confidence)
-        found = averaged.statistics[measure]
-        ends = float(found.low[place]), float(found.high[place])
+        statistic = averaged.statistics[measure]
+        ends = float(statistic.low[place]), float(statistic.high[place])
         if ends[0] == ends[1] or len(known) < len(values):
             ends = np.nan, np.nan
         yield SeedMean(
-            measure, cell, len(known), mean, mean - far, mean + far, *ends, int(found.n[place])
+            measure, cell, len(known), mean, mean - far, mean + far, *ends, int(statistic.n[place])
         )
 
 
@@ -139,14 +139,14 @@ def measure_agreement(
     """
     chosen = [set(each) for each in sets]
     pairs = list(combinations(chosen, 2))
-    found = [len(one & other) / len(one | other) for one, other in pairs]
+    agreements = [len(one & other) / len(one | other) for one, other in pairs]
     chance = None
     if candidates is not None:
         by_pair = [_expected_jaccard(len(one), len(other), candidates) for one, other in pairs]
         chance = float(np.mean(by_pair))
     shared, used = set.intersection(*chosen), set.union(*chosen)
     counts = len(chosen[0]), len(shared), len(used)
-    return SetAgreement(len(sets), noun, *counts, float(np.mean(found)), chance)
+    return SetAgreement(len(sets), noun, *counts, float(np.mean(agreements)), chance)
 
 
 def _expected_jaccard(one: int, other: int, every: int) -> float:
@@ -163,16 +163,21 @@ def describe_agreements(variants: Sequence[ResolvedExperiment]) -> dict[str, str
     Args:
         variants: All experiments with one name.
     """
-    found: dict[str, str] = {}
-    for model in dict.fromkeys(each.model.name for each in variants):
-        own = [each for each in variants if each.model.name == model]
-        several = [mask for each in own for mask in each.masks if mask.training.is_one_of_several]
+    agreements: dict[str, str] = {}
+    for model in dict.fromkeys(variant.model.name for variant in variants):
+        experiments = [variant for variant in variants if variant.model.name == model]
+        several = [
+            mask
+            for experiment in experiments
+            for mask in experiment.masks
+            if mask.training.is_one_of_several
+        ]
         for name in dict.fromkeys(mask.training.definition for mask in several):
             masks = {m.training.seed: m for m in several if m.training.definition == name}.values()
             first = next(iter(masks))
-            where = "" if len(own) == len(variants) else f" in {model}"
+            where = "" if len(experiments) == len(variants) else f" in {model}"
             is_known = first.noun in ("site", "edge")  # others may change no training row
             count = len(first.candidates) if is_known else None
             agreement = measure_agreement([mask.chosen for mask in masks], count, first.noun)
-            found[f"agreement of {name}{where}"] = agreement.text
-    return found
+            agreements[f"agreement of {name}{where}"] = agreement.text
+    return agreements

@@ -48,11 +48,11 @@ from mechdsl.vocab.metrics import EFFECTS
 def index_by_occurrence(keys: Iterable[Hashable]) -> dict[Hashable, int]:
     """Map keys to indices; equal keys are distinguished by their occurrence number."""
     counts: Counter[Hashable] = Counter()
-    found: dict[Hashable, int] = {}
+    index: dict[Hashable, int] = {}
     for place, key in enumerate(keys):
-        found[key, counts[key]] = place
+        index[key, counts[key]] = place
         counts[key] += 1
-    return found
+    return index
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,12 +133,12 @@ class AlignedRows:
 
     @classmethod
     def of(cls, old: ExperimentResult, new: ExperimentResult) -> AlignedRows:
-        found, settings = match_rows(old, new), new.settings
+        rows, settings = match_rows(old, new), new.settings
         if settings is None:
             raise ValueError(f"experiment `{new.name}` has no statistics yet")
         keys, groups = _row_keys(new), new.groups
-        if len(found):
-            at = found.new
+        if len(rows):
+            at = rows.new
             sampling = SamplingDesign(
                 len(at),
                 settings,
@@ -148,16 +148,16 @@ class AlignedRows:
                 None if new.strata is None else new.strata[at],
                 None if new.blocks is None else new.blocks[at],
             )
-            return cls(found, sampling, np.ones(len(at), dtype=bool))
+            return cls(rows, sampling, np.ones(len(at), dtype=bool))
         of_new = np.arange(new.prompts + old.prompts) < new.prompts
         by = settings.by
         labels = None
         if groups is not None:  # a value in both runs counts as two draws, which is conservative
             theirs = old.row_values.get(by or "", range(old.prompts))
-            labels = np.array([f"+{each}" for each in groups] + [f"-{each}" for each in theirs])
-        own = np.concatenate([keys, _row_keys(old)])
+            labels = np.array([f"+{group}" for group in groups] + [f"-{each}" for each in theirs])
+        numbers = np.concatenate([keys, _row_keys(old)])
         return cls(
-            found, SamplingDesign(len(own), settings, new.seed, own.tolist(), labels), of_new
+            rows, SamplingDesign(len(numbers), settings, new.seed, numbers.tolist(), labels), of_new
         )
 
 
@@ -209,9 +209,9 @@ class AlignedMeasure:
             old, new = self.parts(cells[some])
             full = (old.present | new.present).all(1)
             for whole in (True, False):
-                own = np.flatnonzero(full == whole)
-                if len(own):
-                    yield self._block(cells[some[own]], units, whole=whole)
+                indices = np.flatnonzero(full == whole)
+                if len(indices):
+                    yield self._block(cells[some[indices]], units, whole=whole)
 
     def _block(self, cells: Ints, units: Units, *, whole: bool) -> CellBlock:
         old, new = self.parts(cells)
@@ -229,12 +229,12 @@ class AlignedMeasure:
         return _restrict_rows(old, present), _restrict_rows(new, present)
 
 
-def _restrict_rows(own: EffectParts, present: Bools) -> EffectParts:
-    denominator = own.denominator
+def _restrict_rows(parts: EffectParts, present: Bools) -> EffectParts:
+    denominator = parts.denominator
     if denominator is not None and not present.all():
         denominator = np.where(present, denominator, 0.0)
-    numerator = np.where(present, own.numerator, 0.0)
-    return replace(own, numerator=numerator, denominator=denominator, present=present)
+    numerator = np.where(present, parts.numerator, 0.0)
+    return replace(parts, numerator=numerator, denominator=denominator, present=present)
 
 
 def _align_measure(
@@ -260,8 +260,8 @@ def _align_measure(
         if rows.paired:
             seen = seen[:, places]
         else:  # rows of the other run get unique codes
-            own = np.arange(len(there)) + int(seen.max(initial=0)) + 1
-            wide = np.repeat(own[None], len(seen), axis=0)
+            numbers = np.arange(len(there)) + int(seen.max(initial=0)) + 1
+            wide = np.repeat(numbers[None], len(seen), axis=0)
             wide[:, there] = seen
             seen = wide
     held = {name: cut(getattr(data, name)) for name in ROW_ARRAYS}
@@ -273,10 +273,13 @@ def _join_views(old: MeasureData, new: MeasureData, cells: Ints) -> Ints | None:
     if old.seen is None and new.seen is None:
         return None
     rows = old.patched.shape[1]
-    views = [np.arange(rows)[None] if each.seen is None else each.seen for each in (old, new)]
-    views = [each[cells] if len(each) > 1 else each for each in views]
-    most = max(len(each) for each in views)
-    return np.concatenate([np.broadcast_to(each, (most, rows)) for each in views], axis=1)
+    views = [
+        np.arange(rows)[None] if measure_data.seen is None else measure_data.seen
+        for measure_data in (old, new)
+    ]
+    views = [view[cells] if len(view) > 1 else view for view in views]
+    most = max(len(view) for view in views)
+    return np.concatenate([np.broadcast_to(view, (most, rows)) for view in views], axis=1)
 
 
 CellState = Literal["equal", "rounding", "noise", "changed", "unclear", "lost", "found", "none"]
@@ -362,8 +365,8 @@ class MeasureComparison:
         return round(1 - self.settings.confidence / 100, 10)
 
     def _number(self, result: ExperimentResult, measure: int, cell: int) -> bool:
-        found = result.statistics[measure]
-        return bool(np.isfinite((found.share if self.category else found.mean)[cell]))
+        statistic = result.statistics[measure]
+        return bool(np.isfinite((statistic.share if self.category else statistic.mean)[cell]))
 
     def _state(self, cell: int) -> CellState:
         sides = (
@@ -424,11 +427,11 @@ class MeasureComparison:
     def _unbounded(self, block: CellBlock) -> list[str | None]:
         """Return a reason for ratios whose denominator can't be distinguished from 0 on the
         compared rows, and for effects that have no interval in one of the runs. Shape [cell]."""
-        found = self._gaps(block)
+        gaps = self._gaps(block)
         effect = self.aligned.effect
         if effect.denominator is None or self.aligned.new.per_prompt:
-            return found
-        present = np.stack([each.present for each in self.aligned.parts(block.cells)])
+            return gaps
+        present = np.stack([part.present for part in self.aligned.parts(block.cells)])
         for sums, there in zip((block.both.old, block.both.new), present, strict=True):
             ones = block.units.total(there.astype(np.float64))
             bottom = EffectSums(np.broadcast_to(sums.bottom, ones.shape), ones, sums.held)
@@ -437,13 +440,13 @@ class MeasureComparison:
             with np.errstate(invalid="ignore"):
                 bounded = (low > 0) | (high < 0)
             for place in np.flatnonzero(~bounded).tolist():
-                found[place] = f"{effect.divisor} can't be distinguished from 0 on these rows"
-        return found
+                gaps[place] = f"{effect.divisor} can't be distinguished from 0 on these rows"
+        return gaps
 
     def _gaps(self, block: CellBlock) -> list[str | None]:
         """Return the reasons of a table for effects of either run without an interval; None for
         shares. Shape [cell]."""
-        found: list[str | None] = [None] * len(block.cells)
+        gaps: list[str | None] = [None] * len(block.cells)
         shares, _ = self._shares(block)
         settings = self.settings.model_copy(update={"test": "t"})
         word = self.rows.sampling.unit_word(block.units)
@@ -453,8 +456,8 @@ class MeasureComparison:
             low, _ = skewed_t(sums, strata).interval(settings.confidence, MIN_UNITS)
             for place in np.flatnonzero(np.isnan(low) & ~shares).tolist():
                 held = int(sums.held[place])
-                found[place] = interval_gap(held, word, settings, is_ratio=is_ratio)
-        return found
+                gaps[place] = interval_gap(held, word, settings, is_ratio=is_ratio)
+        return gaps
 
     # --- categories -------------------------------------------------------------------------------
 
@@ -490,15 +493,15 @@ class MeasureComparison:
         shown = self._shown(cell)
         every = np.unique(np.concatenate([v[r] for v, r in zip(shown, rows, strict=True)]))
         is_it = [
-            np.where(own, value == every[:, None], False).astype(np.float64)
-            for value, own in zip(shown, rows, strict=True)
+            np.where(row, value == every[:, None], False).astype(np.float64)
+            for value, row in zip(shown, rows, strict=True)
         ]
         tops = [block.units.total(each) for each in is_it]
         if self.rows.paired:
             flips = flip_count(tests, self.level)
-            found = float(joint_sign_flip_p(tops[1] - tops[0], flips, self.new.seed).min())
-            return found, found <= 1 / (flips + 1)
-        bottoms = [block.units.total(own[None].astype(np.float64)) for own in rows]
+            category_p = float(joint_sign_flip_p(tops[1] - tops[0], flips, self.new.seed).min())
+            return category_p, category_p <= 1 / (flips + 1)
+        bottoms = [block.units.total(row[None].astype(np.float64)) for row in rows]
         held = [np.full(len(every), np.count_nonzero(each)) for each in bottoms]
         sides = [EffectSums(*each) for each in zip(tops, bottoms, held, strict=True)]
         return min(
@@ -531,21 +534,23 @@ class MeasureComparison:
         cells, both = block.cells, block.both
         confidence, level = self.settings.confidence, 1 - self.settings.confidence / 100
         strata = block.units.strata if block.whole else None
-        own = (
+        difference = (
             paired_difference(both, strata)
             if self.rows.paired
             else unpaired_difference(both, block.of_new)
         )
         nothing = np.zeros(len(cells), dtype=bool)
-        found = Inference.of(*own.interval(confidence, MIN_UNITS), own.p(), nothing, level)
+        inference = Inference.of(
+            *difference.interval(confidence, MIN_UNITS), difference.p(), nothing, level
+        )
         shares, rows = self._shares(block)
         exact = np.flatnonzero(shares)
         if len(exact):
             old, new = (sums.chosen(exact) for sums in (rows.old, rows.new))
             old_rows, new_rows = (rows[exact] for rows in block.n)
-            found.fill(exact, infer_shares(new, old, new_rows, confidence, old_rows))
-        self.low[cells], self.high[cells] = found.low, found.high
-        self.p[cells], self.floor[cells] = found.p, found.floor
+            inference.fill(exact, infer_shares(new, old, new_rows, confidence, old_rows))
+        self.low[cells], self.high[cells] = inference.low, inference.high
+        self.p[cells], self.floor[cells] = inference.p, inference.floor
 
     def _shares(self, block: CellBlock) -> tuple[Bools, RunPair]:
         """Return which cells are shares in both runs, shape [cell], and the sums of these shares.
@@ -554,19 +559,19 @@ class MeasureComparison:
         `delta` and `total` subtract a second share. If it is equal in both runs on every row, it
         cancels, and the difference is that of the first shares.
         """
-        found, sums = np.full(len(block.cells), not self.category), list[EffectSums]()
+        mask, sums = np.full(len(block.cells), not self.category), list[EffectSums]()
         subtracted: list[Floats] = []
         parts = self.aligned.parts(block.cells)
-        for data, own in zip((self.aligned.old, self.aligned.new), parts, strict=True):
+        for data, part in zip((self.aligned.old, self.aligned.new), parts, strict=True):
             shares = cell_shares(data, self.aligned.effect, block.cells)
             if shares is None:
-                return np.zeros_like(found), block.both
-            found &= shares.exact
-            sums.append(replace(shares, present=own.present).sums(block.units)[0])
-            subtracted += [np.where(own.present, run, 0.0) for run in shares.runs[1:]]
+                return np.zeros_like(mask), block.both
+            mask &= shares.exact
+            sums.append(replace(shares, present=part.present).sums(block.units)[0])
+            subtracted += [np.where(part.present, run, 0.0) for run in shares.runs[1:]]
         if subtracted:
-            found &= self.rows.paired & (subtracted[0] == subtracted[1]).all(axis=1)
-        return found, RunPair(*sums)
+            mask &= self.rows.paired & (subtracted[0] == subtracted[1]).all(axis=1)
+        return mask, RunPair(*sums)
 
     def decide(self, corrected: Floats) -> None:
         """Decide which cells changed; `corrected` are the p-values of the tested cells."""
@@ -586,16 +591,18 @@ def _value_or_nan(values: Floats) -> Floats:
 def _value_differences(aligned: AlignedMeasure) -> ValueDifferences:
     count = len(aligned.new.patched)
     zero = [np.zeros(count, dtype=np.int64) for _ in range(3)]
-    found = ValueDifferences(zero[0], zero[1], zero[2], np.full(count, np.nan))
+    differences = ValueDifferences(zero[0], zero[1], zero[2], np.full(count, np.nan))
     old, new = aligned.old, aligned.new
     if not aligned.rows.paired:
-        counts = [np.count_nonzero(~np.isnan(each.patched), axis=1) for each in (old, new)]
-        found.n = np.minimum(*counts)
-        return found
+        counts = [
+            np.count_nonzero(~np.isnan(measure_data.patched), axis=1) for measure_data in (old, new)
+        ]
+        differences.n = np.minimum(*counts)
+        return differences
     differs = np.zeros_like(new.patched, dtype=bool)
     beyond = np.zeros_like(differs)
     size = np.zeros_like(new.patched)
-    bounds = [each.rounding for each in (old, new)]
+    bounds = [measure_data.rounding for measure_data in (old, new)]
     bound = sum((np.nan_to_num(each) for each in bounds if each is not None), np.zeros((1, 1)))
     there = ~np.isnan(old.patched) & ~np.isnan(new.patched)
     for one, two in _run_values(aligned):
@@ -603,18 +610,18 @@ def _value_differences(aligned: AlignedMeasure) -> ValueDifferences:
         with np.errstate(invalid="ignore"):  # values that are infinite in both runs
             moved = np.abs(two - one)
         apart = np.where(np.isnan(moved), 0.0, moved)
-        own = apart > 0
-        differs |= own | alone
+        mask = apart > 0
+        differs |= mask | alone
         # A category that rounding may change may become any other one.
-        beyond |= (own & (bound == 0) if new.kind == "category" else apart > bound) | alone
+        beyond |= (mask & (bound == 0) if new.kind == "category" else apart > bound) | alone
         size = np.maximum(size, np.broadcast_to(apart, size.shape))
     inside = there | (np.isnan(old.patched) != np.isnan(new.patched))
-    found.n = np.count_nonzero(there, axis=1)
-    found.changed = np.count_nonzero(differs & inside, axis=1)
-    found.beyond = np.count_nonzero(beyond & inside, axis=1)
+    differences.n = np.count_nonzero(there, axis=1)
+    differences.changed = np.count_nonzero(differs & inside, axis=1)
+    differences.beyond = np.count_nonzero(beyond & inside, axis=1)
     if new.kind == "number":
-        found.largest = np.where(there, size, 0.0).max(axis=1, initial=0.0)
-    return found
+        differences.largest = np.where(there, size, 0.0).max(axis=1, initial=0.0)
+    return differences
 
 
 def _run_values(aligned: AlignedMeasure) -> Iterator[tuple[Floats, Floats]]:
@@ -633,60 +640,62 @@ def decide_changes(measures: Sequence[MeasureComparison]) -> dict[str, str]:
     sign can be flipped, so they can't be false positives and need no share of the level (Tarone
     1990).
     """
-    asked = [len(each.asked) for each in measures]
+    asked = [len(measure.asked) for measure in measures]
     tests = sum(asked)
     if not tests:
         return {}
     correction = shared_correction(
-        [each.settings for each, n in zip(measures, asked, strict=True) if n]
+        [measure.settings for measure, n in zip(measures, asked, strict=True) if n]
     )
-    for each in measures:
-        each.test(1 if correction == "none" else tests)
-    p = np.concatenate([each.p[each.asked] for each in measures])
+    for measure in measures:
+        measure.test(1 if correction == "none" else tests)
+    p = np.concatenate([measure.p[measure.asked] for measure in measures])
     corrected = CORRECTIONS[correction](p)
     reach = _is_out_of_reach(measures, correction)
     ends = np.cumsum(asked)
-    for each, own, lost in zip(
+    for measure, values, lost in zip(
         measures, np.split(corrected, ends[:-1]), np.split(reach, ends[:-1]), strict=True
     ):
-        cells = each.asked
-        each.decide(own)
+        cells = measure.asked
+        measure.decide(values)
         for cell in cells[lost].tolist():
-            if each.states[cell] == "noise":
-                each.states[cell] = "unclear"
-                units = count_noun(int(each.units[cell]), each.word)
-                each.reasons[cell] = f"{units}: too few for a significant p after correction"
+            if measure.states[cell] == "noise":
+                measure.states[cell] = "unclear"
+                units = count_noun(int(measure.units[cell]), measure.word)
+                measure.reasons[cell] = f"{units}: too few for a significant p after correction"
     return dict(_correction_texts(measures, correction, tests))
 
 
 def shared_correction(settings: Sequence[spec.Statistics]) -> str:
     """Return the common correction of all experiments, or Holm's; also for `max`, which applies
     only within one experiment."""
-    found = {each.correction for each in settings}
-    only = found.pop() if len(found) == 1 else "holm"
+    corrections = {setting.correction for setting in settings}
+    only = corrections.pop() if len(corrections) == 1 else "holm"
     return only if only in CORRECTIONS else "holm"
 
 
 def _is_out_of_reach(measures: Sequence[MeasureComparison], correction: str) -> NDArray[np.bool_]:
     """Return whether a tested cell's units all indicate a change but are too few for a significant
     p. Shape [tested cell]."""
-    found = np.zeros(sum(len(each.asked) for each in measures), dtype=bool)
-    units = [int(each.units[cell]) for each in measures for cell in each.asked.tolist()]
-    settings = next(each.settings for each in measures if len(each.asked))
-    own = settings.model_copy(update={"correction": correction})
-    found[unreachable_cells(units, own)] = True
-    p = np.concatenate([each.p[each.asked] for each in measures])
-    least = np.array([smallest_p_value(each, own) for each in units])
-    level = 1 - own.confidence / 100
-    return found & ((p < level) | (p <= least * (1 + 1e-9)))
+    mask = np.zeros(sum(len(measure.asked) for measure in measures), dtype=bool)
+    units = [int(measure.units[cell]) for measure in measures for cell in measure.asked.tolist()]
+    settings = next(measure.settings for measure in measures if len(measure.asked))
+    statistics = settings.model_copy(update={"correction": correction})
+    mask[unreachable_cells(units, statistics)] = True
+    p = np.concatenate([measure.p[measure.asked] for measure in measures])
+    least = np.array([smallest_p_value(unit, statistics) for unit in units])
+    level = 1 - statistics.confidence / 100
+    return mask & ((p < level) | (p <= least * (1 + 1e-9)))
 
 
 def _correction_texts(
     measures: Sequence[MeasureComparison], correction: str, tests: int
 ) -> Iterator[tuple[str, str]]:
-    tested = [each for each in measures if len(each.asked) or "changed" in each.states]
-    apart = [each for each in tested if not each.rows.paired]
-    confidence = " or ".join(dict.fromkeys(f"{each.settings.confidence:g} %" for each in tested))
+    tested = [measure for measure in measures if len(measure.asked) or "changed" in measure.states]
+    apart = [comparison for comparison in tested if not comparison.rows.paired]
+    confidence = " or ".join(
+        dict.fromkeys(f"{comparison.settings.confidence:g} %" for comparison in tested)
+    )
     yield (
         "difference",
         "new minus old, on the rows that both runs have, paired by row",
@@ -703,7 +712,7 @@ def _correction_texts(
         "flips, because without a change, old and new are exchangeable in each",
     )
     if apart:
-        names = ", ".join(dict.fromkeys(f"`{each.new.name}`" for each in apart))
+        names = ", ".join(dict.fromkeys(f"`{comparison.new.name}`" for comparison in apart))
         yield (
             "not paired",
             f"{names}: no row is in both runs, so they are two samples, with Welch's degrees of "
@@ -713,5 +722,5 @@ def _correction_texts(
         "correction",
         f"{CORRECTION_NAMES[correction]}, over {count_noun(tests, 'cell')} whose values differ "
         "by more than rounding; a cell is changed if p corrected is below "
-        + " or ".join(dict.fromkeys(f"{each.level:g}" for each in tested)),
+        + " or ".join(dict.fromkeys(f"{comparison.level:g}" for comparison in tested)),
     )

@@ -59,7 +59,7 @@ def match_files(
     if len(old.files) == len(new.files) == 1:
         yield old.files[0], new.files[0]
         return
-    pairs = IndexMatch.of([each.file for each in old.files], [each.file for each in new.files])
+    pairs = IndexMatch.of([file.file for file in old.files], [file.file for file in new.files])
     yield from ((old.files[one], new.files[two]) for one, two in pairs)
     yield from ((None, new.files[place]) for place in pairs.added)
     yield from ((old.files[place], None) for place in pairs.removed)
@@ -128,11 +128,11 @@ def find_input_changes(
     one, two = options
     if one is not None and two is not None:
         yield from _input_differences(one, two)
-    found: dict[tuple[str, str | None, str | None], list[str]] = {}
+    changes: dict[tuple[str, str | None, str | None], list[str]] = {}
     for name, one, two in pairs:
         for change in _pair_changes(one, two):
-            found.setdefault((change.what, change.old, change.new), []).append(name)
-    for key, names in found.items():
+            changes.setdefault((change.what, change.old, change.new), []).append(name)
+    for key, names in changes.items():
         yield InputChange(*key, () if len(names) == len(pairs) else tuple(names))
     for change in _input_differences(old.versions, new.versions):
         yield InputChange(f"version of {change.what}", change.old, change.new)
@@ -145,11 +145,11 @@ def _input_differences(old: Mapping[str, str], new: Mapping[str, str]) -> Iterat
 
 
 def _file_inputs(file: FileResult) -> dict[str, str]:
-    found = {"text of the file": file.hash, "seed": str(file.seed)}
+    file_inputs = {"text of the file": file.hash, "seed": str(file.seed)}
     if file.sizes is not None:
         sizes = file.sizes
-        found["pass sizes"] = f"{sizes.pass_tokens:,} tokens, prompts {sizes.prompt_tokens:,}"
-    return found
+        file_inputs["pass sizes"] = f"{sizes.pass_tokens:,} tokens, prompts {sizes.prompt_tokens:,}"
+    return file_inputs
 
 
 def _pair_changes(old: ExperimentResult, new: ExperimentResult) -> Iterator[InputChange]:
@@ -161,33 +161,33 @@ def _pair_changes(old: ExperimentResult, new: ExperimentResult) -> Iterator[Inpu
 
 
 def _experiment_inputs(result: ExperimentResult) -> dict[str, str]:
-    found = {"model's name": result.model, "runs": result.direction}
+    inputs = {"model's name": result.model, "runs": result.direction}
     if result.settings is not None:
         own = result.settings
         by = "" if own.verdicts == "none" else f" verdicts {own.verdicts}"
         by += "" if own.by is None else f" by {own.by}"
-        found["stats"] = (
+        inputs["stats"] = (
             f"bootstrap({own.resamples}) confidence {own.confidence:g} correct {own.correction} "
             f"test {own.test}{by}"
         )
     for what, digest in result.hashes.items():
-        found[f"{what} (SHA-256)"] = digest
+        inputs[f"{what} (SHA-256)"] = digest
     others = {k: text for k, text in result.conventions.items() if k not in STATISTICS_CONVENTIONS}
-    return {**found, **others}
+    return {**inputs, **others}
 
 
 def find_row_change(name: str, old: ExperimentResult, new: ExperimentResult) -> RowChange | None:
     """Return the changes of rows; None if both runs have the same rows."""
-    found = match_rows(old, new)
-    if not found.added and not found.removed:
+    match = match_rows(old, new)
+    if not match.added and not match.removed:
         return None
     return RowChange(
         name,
         old.prompts,
         new.prompts,
-        len(found),
-        tuple(_row_number(new, place) for place in found.added),
-        tuple(_row_number(old, place) for place in found.removed),
+        len(match),
+        tuple(_row_number(new, place) for place in match.added),
+        tuple(_row_number(old, place) for place in match.removed),
     )
 
 
@@ -210,24 +210,24 @@ class VerdictChange:
     @property
     def text(self) -> str:
         """The expectation as written in the source."""
-        found = self.new or self.old
-        assert found is not None
-        return found.text
+        outcome = self.new or self.old
+        assert outcome is not None
+        return outcome.text
 
 
 def find_verdict_changes(
     experiment: str, old: Sequence[ExpectOutcome], new: Sequence[ExpectOutcome]
 ) -> Iterator[VerdictChange]:
     """Match expectations by text; several equal ones in order."""
-    found = IndexMatch.of([each.text for each in old], [each.text for each in new])
-    for one, two in found:
+    match = IndexMatch.of([outcome.text for outcome in old], [outcome.text for outcome in new])
+    for one, two in match:
         before, after = old[one], new[two]
         if before.holds != after.holds:
             turn: VerdictChangeType = "holds now" if after.holds else "fails now"
             yield VerdictChange(experiment, turn, before, after)
-    for place in found.added:
+    for place in match.added:
         yield VerdictChange(experiment, "new", None, new[place])
-    for place in found.removed:
+    for place in match.removed:
         yield VerdictChange(experiment, "gone", old[place], None)
 
 
@@ -329,7 +329,7 @@ class Differences:
     @property
     def changed_cells(self) -> tuple[CellDifference, ...]:
         """Cells whose effect changed beyond noise."""
-        return tuple(each for each in self.cells if each.state == "changed")
+        return tuple(cell for cell in self.cells if cell.state == "changed")
 
     @property
     def compared(self) -> int:
@@ -339,7 +339,7 @@ class Differences:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why the exit status is 1, in words; empty if it is 0."""
-        failing = sum(each.turn == "fails now" for each in self.verdicts)
+        failing = sum(verdict.turn == "fails now" for verdict in self.verdicts)
         cells, gone = len(self.changed_cells), len(self.removed)
         return tuple(
             said
@@ -391,18 +391,18 @@ def compare_results(
         sides: Names and options of both runs.
     """
     work = _Comparison(old, new)
-    conventions = decide_changes([each for _, each in work.measures])
+    conventions = decide_changes([comparison for _, comparison in work.measures])
     options = sides[0].options, sides[1].options
     return Differences(
         old=sides[0],
         new=sides[1],
         inputs=tuple(find_input_changes(old, new, work.files, work.pairs, options)),
-        rows=tuple(each for each in (find_row_change(*pair) for pair in work.pairs) if each),
+        rows=tuple(change for change in (find_row_change(*pair) for pair in work.pairs) if change),
         verdicts=tuple(work.verdicts),
         cells=tuple(work.cells()),
         added=(*work.added, *work.without_number("found")),
         removed=(*work.removed, *work.without_number("lost")),
-        counts=Counter(state for _, each in work.measures for state in each.states),
+        counts=Counter(state for _, comparison in work.measures for state in comparison.states),
         conventions=conventions,
     )
 
@@ -447,14 +447,16 @@ class _Comparison:
         rows = AlignedRows.of(old, new)
         measures, cells = match_measures(old, new), match_cells(old, new)
         label = _label_cells((*old.cells, *new.cells))
-        for found, result, numbers, places in (
+        for differences, result, numbers, places in (
             (self.added, new, measures.added, cells.added),
             (self.removed, old, measures.removed, cells.removed),
         ):
-            found += [
+            differences += [
                 UnmatchedItem(name, measure_label(result.measures[number])) for number in numbers
             ]
-            found += [UnmatchedItem(name, cell=label(result.cells[place])) for place in places]
+            differences += [
+                UnmatchedItem(name, cell=label(result.cells[place])) for place in places
+            ]
         if len(cells):
             self.measures += [
                 (name, MeasureComparison(old, new, numbers, cells, rows)) for numbers in measures
@@ -462,22 +464,22 @@ class _Comparison:
 
     def without_number(self, state: CellState) -> Iterator[UnmatchedItem]:
         """Yield cells of both runs that have a number in only one of them."""
-        for name, each in self.measures:
-            said = measure_label(each.aligned.new)
-            for cell in each.of_state(state).tolist():
-                key = each.new.cells[int(each.cells.new[cell])]
-                yield UnmatchedItem(name, said, key.name, each.reasons[cell])
+        for name, comparison in self.measures:
+            said = measure_label(comparison.aligned.new)
+            for cell in comparison.of_state(state).tolist():
+                key = comparison.new.cells[int(comparison.cells.new[cell])]
+                yield UnmatchedItem(name, said, key.name, comparison.reasons[cell])
 
     def cells(self) -> Iterator[CellDifference]:
         """Yield cells with a number in both runs that aren't bit-identical."""
-        for name, each in self.measures:
-            for cell in each.of_state("changed", "noise", "unclear", "rounding").tolist():
-                yield _cell_difference(name, each, cell)
+        for name, comparison in self.measures:
+            for cell in comparison.of_state("changed", "noise", "unclear", "rounding").tolist():
+                yield _cell_difference(name, comparison, cell)
 
 
 def _label_cells(cells: Iterable[CellKey]) -> Callable[[CellKey], str]:
     """Return a function that names a cell: with its position if another cell has its name."""
-    names = Counter(each.name for each in {cell_key(each): each for each in cells}.values())
+    names = Counter(key.name for key in {cell_key(cell): cell for cell in cells}.values())
 
     def label(cell: CellKey) -> str:
         is_unique = names[cell.name] == 1 or cell.position is None
@@ -492,17 +494,17 @@ ComputedOrLost = ExperimentResult | LostExperiment
 def _by_name(file: FileResult | None) -> dict[str, ComputedOrLost]:
     if file is None:
         return {}
-    return {each.name: each for each in (*file.experiments, *file.lost)}
+    return {experiment.name: experiment for experiment in (*file.experiments, *file.lost)}
 
 
-def _outcomes(found: ComputedOrLost | None) -> Sequence[ExpectOutcome]:
-    return () if found is None else found.outcomes
+def _outcomes(outcome: ComputedOrLost | None) -> Sequence[ExpectOutcome]:
+    return () if outcome is None else outcome.outcomes
 
 
-def _missing_text(found: ComputedOrLost | None) -> str | None:
-    if not isinstance(found, LostExperiment):
+def _missing_text(outcome: ComputedOrLost | None) -> str | None:
+    if not isinstance(outcome, LostExperiment):
         return None
-    return "; ".join(f"not computed ({each.code}): {each.reason}" for each in found.reasons)
+    return "; ".join(f"not computed ({reason.code}): {reason.reason}" for reason in outcome.reasons)
 
 
 def measure_label(data: MeasureData) -> str:
@@ -510,9 +512,9 @@ def measure_label(data: MeasureData) -> str:
     return f"{data.called} of {data.label}{at}"
 
 
-def _cell_difference(experiment: str, found: MeasureComparison, cell: int) -> CellDifference:
-    key = found.new.cells[int(found.cells.new[cell])]
-    data, values, paired = found.aligned.new, found.values, found.rows.paired
+def _cell_difference(experiment: str, comparison: MeasureComparison, cell: int) -> CellDifference:
+    key = comparison.new.cells[int(comparison.cells.new[cell])]
+    data, values, paired = comparison.aligned.new, comparison.values, comparison.rows.paired
 
     def number(value: float) -> float | None:
         return float(value) if np.isfinite(value) else None
@@ -527,23 +529,23 @@ def _cell_difference(experiment: str, found: MeasureComparison, cell: int) -> Ce
         effect=data.called,
         at=data.at,
         kind=data.kind,
-        state=found.states[cell],
+        state=comparison.states[cell],
         paired=paired,
         rows=int(values.n[cell]),
-        units=int(found.units[cell]),
+        units=int(comparison.units[cell]),
         rows_changed=int(values.changed[cell]) if paired else None,
         rows_beyond=int(values.beyond[cell]) if paired else None,
         largest=number(values.largest[cell]),
-        old=number(found.before[cell]),
-        new=number(found.after[cell]),
-        difference=number(found.after[cell] - found.before[cell]),
-        low=number(found.low[cell]),
-        high=number(found.high[cell]),
-        p=number(found.p[cell]),
-        p_corrected=number(found.p_corrected[cell]),
-        p_at_most=bool(found.floor[cell]),
-        rounding=number(found.bound[cell]) or None,
-        reason=found.reasons[cell],
+        old=number(comparison.before[cell]),
+        new=number(comparison.after[cell]),
+        difference=number(comparison.after[cell] - comparison.before[cell]),
+        low=number(comparison.low[cell]),
+        high=number(comparison.high[cell]),
+        p=number(comparison.p[cell]),
+        p_corrected=number(comparison.p_corrected[cell]),
+        p_at_most=bool(comparison.floor[cell]),
+        rounding=number(comparison.bound[cell]) or None,
+        reason=comparison.reasons[cell],
     )
 
 
@@ -657,43 +659,48 @@ class DifferencesDocument(DocumentPart):
     conventions: dict[str, str]
 
 
-def differences_document(found: Differences) -> DifferencesDocument:
+def differences_document(differences: Differences) -> DifferencesDocument:
     """Convert the comparison to its document."""
     sides = [
-        ComparedRunDocument(name=each.name, **({"note": each.note} if each.note else {}))
-        for each in (found.old, found.new)
+        ComparedRunDocument(
+            name=compared_run.name, **({"note": compared_run.note} if compared_run.note else {})
+        )
+        for compared_run in (differences.old, differences.new)
     ]
     return DifferencesDocument(
         schema=DIFFERENCES_SCHEMA_VERSION,
         old=sides[0],
         new=sides[1],
-        changed=found.changed,
-        reasons=list(found.reasons),
+        changed=differences.changed,
+        reasons=list(differences.reasons),
         inputs=[
             InputDocument(
-                what=each.what, old=each.old, new=each.new, experiments=list(each.experiments)
+                what=change.what,
+                old=change.old,
+                new=change.new,
+                experiments=list(change.experiments),
             )
-            for each in found.inputs
+            for change in differences.inputs
         ],
-        rows=[RowsDocument(**_as_lists(vars(each))) for each in found.rows],
+        rows=[RowsDocument(**_as_lists(vars(row))) for row in differences.rows],
         verdicts=[
             VerdictDocument(
-                experiment=each.experiment,
-                text=each.text,
-                turn=each.turn,
-                old=_outcome_document(each.old),
-                new=_outcome_document(each.new),
+                experiment=verdict.experiment,
+                text=verdict.text,
+                turn=verdict.turn,
+                old=_outcome_document(verdict.old),
+                new=_outcome_document(verdict.new),
             )
-            for each in found.verdicts
+            for verdict in differences.verdicts
         ],
         cells=[
-            CellDifferenceDocument(**{k: v for k, v in vars(each).items() if k != "cell"})
-            for each in found.cells
+            CellDifferenceDocument(**{k: v for k, v in vars(cell).items() if k != "cell"})
+            for cell in differences.cells
         ],
-        added=_unmatched_documents(found.added),
-        removed=_unmatched_documents(found.removed),
-        counts=dict(found.counts),
-        conventions=dict(found.conventions),
+        added=_unmatched_documents(differences.added),
+        removed=_unmatched_documents(differences.removed),
+        counts=dict(differences.counts),
+        conventions=dict(differences.conventions),
     )
 
 
@@ -706,7 +713,7 @@ def _outcome_document(outcome: ExpectOutcome | None) -> ExpectDocument | None:
 
 
 def _unmatched_documents(places: tuple[UnmatchedItem, ...]) -> list[UnmatchedItemDocument]:
-    return [UnmatchedItemDocument(**vars(each)) for each in places]
+    return [UnmatchedItemDocument(**vars(place)) for place in places]
 
 
 def differences_schema() -> dict[str, Any]:
@@ -745,13 +752,13 @@ def diff_runs(old: RunSource, new: RunSource, store: Path | None = None) -> Diff
     sides = [one.side, two.side]
     if one.id is not None and one.id == two.id:
         sides = [
-            replace(each, note="; ".join(filter(None, (each.note, "both are the same run"))))
-            for each in sides
+            replace(side, note="; ".join(filter(None, (side.note, "both are the same run"))))
+            for side in sides
         ]
     elif sides[0].name == sides[1].name:
         sides = [
-            replace(each, name=f"{each.name}, {word}")
-            for each, word in zip(sides, ("old", "new"), strict=True)
+            replace(side, name=f"{side.name}, {word}")
+            for side, word in zip(sides, ("old", "new"), strict=True)
         ]
     return compare_results(one.results, two.results, (sides[0], sides[1]))
 
@@ -759,7 +766,7 @@ def diff_runs(old: RunSource, new: RunSource, store: Path | None = None) -> Diff
 def _load_run(given: RunSource, other: RunSource, store: Path | None) -> _LoadedRun:
     """Load a run; an id is looked up in the store of `other`, the other run."""
     if isinstance(given, Results):
-        files = ", ".join(each.file for each in given.files) or "no file"
+        files = ", ".join(file.file for file in given.files) or "no file"
         return _LoadedRun(ComparedRun(files), given)
     if isinstance(given, Run):
         return _LoadedRun(_compared_run(given.facts, given.about), given.results, given.id)
@@ -798,6 +805,6 @@ def _source_change_note(text: str, results: Results) -> str:
     if source is None:
         return "the file can't be read now"
     now = sha256(source.text.encode()).hexdigest()
-    if all(each.hash == now for each in results.files):
+    if all(file.hash == now for file in results.files):
         return ""
     return "the file has changed since this run"

@@ -114,22 +114,25 @@ def decide_all_expectations(
         lost: Experiments that could not be computed.
     """
     confidence = result.settings.confidence if result.settings else 95.0
-    found = [decide_expectation(each, result, others, lost, confidence) for each in expectations]
-    left = [number for number, each in enumerate(expectations) if not each.on_mean]
+    outcomes = [
+        decide_expectation(expectation, result, others, lost, confidence)
+        for expectation in expectations
+    ]
+    left = [number for number, expectation in enumerate(expectations) if not expectation.on_mean]
     if result.settings is None or result.settings.verdicts == "none" or len(left) < 2:
-        return found
+        return outcomes
     words = f"by Holm's correction of {count_noun(len(left), 'verdict')}"
     while left:
         own = 100 - (100 - confidence) / len(left)
         for number in left:
-            each = decide_expectation(expectations[number], result, others, lost, own)
+            outcome = decide_expectation(expectations[number], result, others, lost, own)
             said = f"at {own:.6g} %, {words}"
-            found[number] = replace(each, reason=_join_reasons(each.reason, said))
-        still = [number for number in left if not found[number].holds]
+            outcomes[number] = replace(outcome, reason=_join_reasons(outcome.reason, said))
+        still = [number for number in left if not outcomes[number].holds]
         if len(still) == len(left):
             break
         left = still
-    return found
+    return outcomes
 
 
 def decide_expectation(
@@ -211,12 +214,12 @@ class _Judge:
         """Return the first condition that holds, each at a share of the level (Bonferroni), or the
         last one. Several chances at the full level would inflate the error."""
         part = replace(self, confidence=100 - (100 - self.confidence) / len(conditions))
-        found = [part.judge(each) for each in conditions]
-        verdict = next((each for each in found if each.holds), found[-1])
+        verdicts = [part.judge(condition) for condition in conditions]
+        verdict = next((each for each in verdicts if each.holds), verdicts[-1])
         said = f"each of {len(conditions)} alternatives at {part.confidence:.6g} %"
         return replace(
             verdict,
-            computed=verdict.holds or all(each.computed for each in found),
+            computed=verdict.holds or all(each.computed for each in verdicts),
             reason=verdict.reason if self.on_mean else _join_reasons(verdict.reason, said),
         )
 
@@ -404,8 +407,10 @@ class _Judge:
         others = of.cells[~mine]
         place = int(np.flatnonzero(others == winner)[0])
         for rival in of.cells[mine].tolist():
-            found = compare_with_rival(space, of, others, rival, sign, self.confidence)
-            low, name = found.low_together[place], self.result.cells[rival].name
+            simultaneous_bounds = compare_with_rival(
+                space, of, others, rival, sign, self.confidence
+            )
+            low, name = simultaneous_bounds.low_together[place], self.result.cells[rival].name
             if math.isnan(low):
                 said.append(self.no_difference(space, name, self.confidence))
                 return False
@@ -492,8 +497,8 @@ class _Judge:
         """Return other cells whose effect, or its size, may be equal up to rounding."""
         means = self.result.statistics[of.measure].mean
         sizes = np.abs(means) if size else means
-        own = replace(of, cells=np.array([cell]))
-        moved = rounding_bounds(replace(of, cells=others)) + rounding_bounds(own)
+        selected_cells = replace(of, cells=np.array([cell]))
+        moved = rounding_bounds(replace(of, cells=others)) + rounding_bounds(selected_cells)
         close = (np.abs(sizes[others] - sizes[cell]) <= moved) & (moved > 0) & (others != cell)
         return others[close].tolist()
 

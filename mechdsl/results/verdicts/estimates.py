@@ -221,11 +221,11 @@ def map_interval(
     """
     match number:
         case CombinedNumbers(sign, inner, FixedNumber(value)):
-            found = map_interval(inner, interval)
-            ends = [] if found is None else [float(OPERATIONS[sign](e, value)) for e in found]
+            mapped = map_interval(inner, interval)
+            ends = [] if mapped is None else [float(OPERATIONS[sign](e, value)) for e in mapped]
         case CombinedNumbers(sign, FixedNumber(value), inner) if sign != "/":
-            found = map_interval(inner, interval)
-            ends = [] if found is None else [float(OPERATIONS[sign](value, e)) for e in found]
+            mapped = map_interval(inner, interval)
+            ends = [] if mapped is None else [float(OPERATIONS[sign](value, e)) for e in mapped]
         case _:
             return interval(number)
     return (min(ends), max(ends)) if ends else None
@@ -250,13 +250,13 @@ def studentise_number(number: SmoothNumber, draws: Resamples, held: int) -> Stud
         error = np.sqrt(_squared_error(np.ones((1, draws.units)), influence, draws.strata, held))
         size = np.sqrt((influence**2).sum(1)) + np.abs(value) / max(held, 1)
         error = np.where(error <= FLAT_VARIANCE * size, 0.0, error)
-        found: list[Floats] = []
+        studentised: list[Floats] = []
         for weights in draws.weights(4 * draws.units):
             moved, influence = evaluate_resamples(number, weights)
             moved = moved - value
             spread = np.sqrt(_squared_error(weights, influence, draws.strata, held))
-            found.append(studentised_pivot(moved, spread, error))
-    pivots = np.concatenate(found) if found else np.zeros(0)
+            studentised.append(studentised_pivot(moved, spread, error))
+    pivots = np.concatenate(studentised) if studentised else np.zeros(0)
     error = error if held > 1 else np.full(1, np.nan)
     units = np.array([held], dtype=np.int64)
     return StudentisedCells(value, error, pivots[:, None], units, draws.count)
@@ -266,14 +266,14 @@ def _squared_error(weights: Floats, influence: Floats, strata: Ints | None, held
     """Return the squared standard error. Shape [resample]."""
     if strata is None:
         return (weights * influence**2).sum(1) * held / (held - 1)
-    found = np.zeros(len(weights))
+    squared_error = np.zeros(len(weights))
     for stratum in range(int(strata.max()) + 1):
         own = strata == stratum
         drawn, part = weights[:, own], influence[:, own]
         count = drawn.shape[1]
         squares, total = (drawn * part**2).sum(1), (drawn * part).sum(1)
-        found += np.maximum(squares - total**2 / count, 0.0) * count / (count - 1)
-    return found
+        squared_error += np.maximum(squares - total**2 / count, 0.0) * count / (count - 1)
+    return squared_error
 
 
 class NoNumber(Exception):
@@ -318,7 +318,7 @@ def combine_estimates(sign: Operator, left: Estimate, right: Estimate) -> Estima
     with np.errstate(divide="ignore", invalid="ignore"):
         point = float(OPERATIONS[sign](np.float64(left.point), right.point))
     zero = "it divides by 0" if sign == "/" and right.point == 0 else None
-    found = Estimate(
+    estimate = Estimate(
         point,
         why=left.why or right.why or zero,
         rounding=_combined_rounding(sign, left, right),
@@ -326,10 +326,10 @@ def combine_estimates(sign: Operator, left: Estimate, right: Estimate) -> Estima
     )
     if left.smooth is not None and right.smooth is not None:
         if isinstance(left.smooth, FixedNumber) and isinstance(right.smooth, FixedNumber):
-            return replace(found, smooth=FixedNumber(point), low=point, high=point)
-        return replace(found, smooth=CombinedNumbers(sign, left.smooth, right.smooth))
+            return replace(estimate, smooth=FixedNumber(point), low=point, high=point)
+        return replace(estimate, smooth=CombinedNumbers(sign, left.smooth, right.smooth))
     low, high = _operation_interval(sign, left, right)
-    return replace(found, low=low, high=high)
+    return replace(estimate, low=low, high=high)
 
 
 def _operation_interval(sign: Operator, left: Estimate, right: Estimate) -> tuple[float, float]:

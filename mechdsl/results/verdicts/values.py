@@ -35,12 +35,7 @@ from mechdsl.checks.conditions import (
 )
 from mechdsl.fits.agreement import auroc, pearson, spearman
 from mechdsl.program import spec
-from mechdsl.program.significance import (
-    MIN_UNITS,
-    interval_gap,
-    smallest_p_value,
-    unequal_units,
-)
+from mechdsl.program.significance import MIN_UNITS, interval_gap, smallest_p_value, unequal_units
 from mechdsl.program.spec import PROMPTS_AXIS
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.verdicts.estimates import (
@@ -116,9 +111,9 @@ def compare_with_each_rival(
     step = max(1, 4_000_000 // space.draws.resamples)
     for start in range(0, len(rivals), step):
         block = slice(start, start + step)
-        own = sums.chosen(block)
-        found = infer(own, settings, space.draws, 1)
-        value[block], low[block], high[block] = own.value, found.low, found.high
+        effect_sums = sums.chosen(block)
+        inference = infer(effect_sums, settings, space.draws, 1)
+        value[block], low[block], high[block] = effect_sums.value, inference.low, inference.high
     least = int(np.argmin(np.where(np.isnan(low), -np.inf, low)))
     return NearestRival(
         int(rivals[least]), float(value[least]), float(low[least]), float(high[least])
@@ -185,7 +180,12 @@ def rank_true_cells(
 ) -> Estimate:
     """Estimate how often a positive cell has the greater effect. For a perfect order, the
     confidence is that of the differences of all pairs of cells together."""
-    true = np.array([any(each.matches(of.result.cells[i]) for each in truth) for i in of.cells])
+    true = np.array(
+        [
+            any(cell_selection.matches(of.result.cells[i]) for cell_selection in truth)
+            for i in of.cells
+        ]
+    )
     if not 0 < true.sum() < len(true):
         which = "none" if not true.sum() else "every one"
         raise NoNumber(f"{which} of the {len(true)} cells is a true one")
@@ -200,8 +200,10 @@ def rank_true_cells(
         pairs = cell_differences(space, of, left.ravel(), right.ravel(), sign, -sign)
         sure = space.together(pairs, confidence).low_together > 0
         return _perfect_estimate(point, float(sure.mean()))
-    found = [auroc(sums.under(weights), true) for weights in space.draws.weights(4 * len(sums.top))]
-    return _resampled_estimate(space, point, np.concatenate(found), confidence)
+    true_cells = [
+        auroc(sums.under(weights), true) for weights in space.draws.weights(4 * len(sums.top))
+    ]
+    return _resampled_estimate(space, point, np.concatenate(true_cells), confidence)
 
 
 def list_truths(result: ExperimentResult, ranking: Ranking) -> list[bool | None]:
@@ -228,24 +230,24 @@ def rank_true_rows(
     if len(of.cells) != 1:
         raise NoNumber(f"{len(of.cells)} cells match, not one")
     data = of.result.measures[of.measure]
-    found = effect_parts(data, EFFECTS[data.effect], of.cells)
-    if found.denominator is not None:
+    parts = effect_parts(data, EFFECTS[data.effect], of.cells)
+    if parts.denominator is not None:
         raise NoNumber(f"`{data.effect}` is a ratio of means, which single rows don't have")
     truths = list_truths(of.result, ranking)
-    known = found.present[0] & np.array([each is not None for each in truths])
-    true: Bools = np.array([bool(each) for each in truths]) & known
-    false = ~np.array([bool(each) for each in truths]) & known
+    known = parts.present[0] & np.array([truth is not None for truth in truths])
+    true: Bools = np.array([bool(truth) for truth in truths]) & known
+    false = ~np.array([bool(truth) for truth in truths]) & known
     if not true.any() or not false.any():
         name = ranking.column or f"accuracy({ranking.run})"
         raise NoNumber(f"`{name}` is the same in all {int(known.sum())} rows")
     place = space.place(of.result)
-    effects, codes = found.numerator[0], space.units.codes[place]
+    effects, codes = parts.numerator[0], space.units.codes[place]
     ahead = effects[true][:, None] - effects[false][None]
     wins = (ahead > 0) + 0.5 * (ahead == 0)
     point = float(wins.mean())
     gap = space.too_few
     for words, rows in (("", known), ("positive rows: ", true), ("other rows: ", false)):
-        why = space.too_unequal(found.chosen_rows(rows).sums(space.units, place), confidence)
+        why = space.too_unequal(parts.chosen_rows(rows).sums(space.units, place), confidence)
         gap = gap or (why and words + why)
     if gap is not None:
         return Estimate(point, why=gap)
@@ -310,17 +312,17 @@ class CellSelector:
         result = self.result
         if isinstance(value, CellValue) and value.experiment is not None:
             result = self.other(value.experiment)
-        found = select_value_cells(result, value.measure, value.where)
-        if not len(found):
+        value_cells = select_value_cells(result, value.measure, value.where)
+        if not len(value_cells):
             cells = [i for i in range(len(result.cells)) if is_selected(result, i, value.where)]
             reasons = result.statistics[value.measure].reasons
             missing = result.measures[value.measure].missing
             if missing is not None:
                 raise NotComputed(f"not computed ({missing.code}): {missing.reason}")
             raise NoNumber((reasons[cells[0]] if cells else None) or "no such cell")
-        if isinstance(value, CellValue) and not value.aggregate and len(found) > 1:
-            raise NoNumber(f"{len(found)} cells match, not one")
-        return SelectedCells(result, value.measure, found)
+        if isinstance(value, CellValue) and not value.aggregate and len(value_cells) > 1:
+            raise NoNumber(f"{len(value_cells)} cells match, not one")
+        return SelectedCells(result, value.measure, value_cells)
 
     def other(self, name: str) -> ExperimentResult:
         if name not in self.others:
@@ -387,9 +389,9 @@ def average_cells(data: MeasureData, cells: Ints, share: Floats) -> MeasureData 
         if values is None:
             return None
         rows = values[cells] if len(values) > 1 else values
-        found = share @ np.broadcast_to(rows, there.shape)
+        average = share @ np.broadcast_to(rows, there.shape)
         # Rounding must not turn an average of equal values into another value.
-        return np.clip(found, rows.min(0), rows.max(0))[None]
+        return np.clip(average, rows.min(0), rows.max(0))[None]
 
     patched, base = averaged(data.patched), averaged(data.base)
     assert patched is not None
@@ -405,7 +407,7 @@ def average_cells(data: MeasureData, cells: Ints, share: Floats) -> MeasureData 
 
 
 def is_selected(result: ExperimentResult, cell: int, where: Sequence[CellSelection]) -> bool:
-    return all(each.matches(result.cells[cell]) for each in where)
+    return all(cell_selection.matches(result.cells[cell]) for cell_selection in where)
 
 
 def select_value_cells(
@@ -413,10 +415,10 @@ def select_value_cells(
 ) -> Ints:
     """Return the selected cells that have a value."""
     means = result.statistics[measure].mean
-    found = [
+    value_cells = [
         i for i in range(len(means)) if np.isfinite(means[i]) and is_selected(result, i, where)
     ]
-    return np.array(found, dtype=np.int64)
+    return np.array(value_cells, dtype=np.int64)
 
 
 def rounding_bounds(of: SelectedCells) -> Floats:
@@ -438,9 +440,9 @@ class ComparisonSample:
         self.mine = mine
         self.read = read
         self.results = [mine]
-        for each in read:
-            if all(each.result is not known for known in self.results):
-                self.results.append(each.result)
+        for selected_cells in read:
+            if all(selected_cells.result is not known for known in self.results):
+                self.results.append(selected_cells.result)
 
     @cached_property
     def units(self) -> Units:
@@ -450,21 +452,21 @@ class ComparisonSample:
 
     def _rows(self, result: ExperimentResult) -> UnitRows:
         seen = [
-            own
-            for each in self.read
-            if each.result is result
-            for cells, own in cells_by_view(result.measures[each.measure])
-            if own is not None and np.isin(cells, each.cells).any()
+            numbers
+            for selected_cells in self.read
+            if selected_cells.result is result
+            for cells, numbers in cells_by_view(result.measures[selected_cells.measure])
+            if numbers is not None and np.isin(cells, selected_cells.cells).any()
         ]
-        own = result.sampling.rows(*seen)
+        rows = result.sampling.rows(*seen)
         by = self.mine.settings.by if self.mine.settings else None
         if result is self.mine or by is None or by not in result.row_values:
-            return own if result is self.mine else replace(own, groups=None)
-        return replace(own, groups=np.array([str(value) for value in result.row_values[by]]))
+            return rows if result is self.mine else replace(rows, groups=None)
+        return replace(rows, groups=np.array([str(value) for value in result.row_values[by]]))
 
     @cached_property
     def draws(self) -> Resamples:
-        whole = all(self._whole(each) for each in self.read)
+        whole = all(self._whole(selected_cells) for selected_cells in self.read)
         return self.mine.sampling.draws(self.units, whole=whole)
 
     def _whole(self, of: SelectedCells) -> bool:
@@ -477,8 +479,8 @@ class ComparisonSample:
 
     def sums(self, of: SelectedCells) -> EffectSums:
         data = of.result.measures[of.measure]
-        found = effect_parts(data, EFFECTS[data.effect], of.cells)
-        return found.sums(self.units, self.place(of.result))
+        parts = effect_parts(data, EFFECTS[data.effect], of.cells)
+        return parts.sums(self.units, self.place(of.result))
 
     def place(self, result: ExperimentResult) -> int:
         return next(i for i, known in enumerate(self.results) if known is result)
@@ -486,7 +488,7 @@ class ComparisonSample:
     @cached_property
     def held(self) -> int:
         """Smallest number of units of any value that is read."""
-        counts = [self._held(each) for each in self.read]
+        counts = [self._held(selected_cells) for selected_cells in self.read]
         return min(counts, default=0)
 
     def _held(self, of: SelectedCells) -> int:
@@ -499,19 +501,23 @@ class ComparisonSample:
     def not_paired(self) -> str | None:
         """A note on comparisons between experiments, or blocks of one, with different rows."""
         cells = [
-            each.result.cells[n]
-            for each in self.read
-            if PROMPTS_AXIS in each.result.axes
-            for n in each.cells
+            selected_cells.result.cells[n]
+            for selected_cells in self.read
+            if PROMPTS_AXIS in selected_cells.result.axes
+            for n in selected_cells.cells
         ]
         blocks = list(dict.fromkeys(str(cell.coords[PROMPTS_AXIS]) for cell in cells))
         if len(blocks) > 1:
             return f"not paired: rows of {name_list(blocks)}"
         read = [
-            result for result in self.results if any(each.result is result for each in self.read)
+            result
+            for result in self.results
+            if any(selected_cells.result is result for selected_cells in self.read)
         ]
-        found = [(each.name, set(self.units.codes[self.place(each)].tolist())) for each in read]
-        (_, own), *others = found or [("", set[int]())]
+        units = [
+            (result.name, set(self.units.codes[self.place(result)].tolist())) for result in read
+        ]
+        (_, own), *others = units or [("", set[int]())]
         unit = "prompt" if self.mine.groups is None else self.mine.sampling.unit_word(self.units)
         words = [
             f"`{name}` has {len(own & theirs) or 'none'} of these {count_noun(len(own), unit)}"
@@ -530,12 +536,15 @@ class ComparisonSample:
 
     def gap(self, held: int, confidence: float) -> str:
         """Return why a value over `held` units has no interval."""
-        effects = [EFFECTS[each.result.measures[each.measure].effect] for each in self.read]
+        effects = [
+            EFFECTS[selected_cells.result.measures[selected_cells.measure].effect]
+            for selected_cells in self.read
+        ]
         return interval_gap(
             held,
             self.mine.sampling.unit_word(self.units),
             self.settings(confidence),
-            is_ratio=any(each.denominator is not None for each in effects),
+            is_ratio=any(effect.denominator is not None for effect in effects),
         )
 
     def too_unequal(
@@ -552,12 +561,15 @@ class ComparisonSample:
         low, _ = skewed_t(sums, strata).interval(confidence, 1)
         if not np.isnan(low).any():
             return None
-        effects = [EFFECTS[each.result.measures[each.measure].effect] for each in self.read]
+        effects = [
+            EFFECTS[selected_cells.result.measures[selected_cells.measure].effect]
+            for selected_cells in self.read
+        ]
         return unequal_units(
             int(sums.held[np.isnan(low).argmax()]),
             self.mine.sampling.unit_word(self.units),
             confidence,
-            is_ratio=any(each.denominator is not None for each in effects),
+            is_ratio=any(effect.denominator is not None for effect in effects),
         )
 
     def include(
@@ -579,14 +591,14 @@ class ComparisonSample:
     ) -> SimultaneousBounds:
         """Return the cells' own intervals, by the method of the table, and simultaneous bounds
         that are never nearer to the values."""
-        found = simultaneous_bounds(sums, self.draws, confidence)
-        own = self.intervals(sums, confidence, tested=tested)
+        bounds = simultaneous_bounds(sums, self.draws, confidence)
+        inference = self.intervals(sums, confidence, tested=tested)
         return SimultaneousBounds(
-            found.value,
-            own.low,
-            own.high,
-            np.minimum(found.low_together, own.low),
-            np.maximum(found.high_together, own.high),
+            bounds.value,
+            inference.low,
+            inference.high,
+            np.minimum(bounds.low_together, inference.low),
+            np.maximum(bounds.high_together, inference.high),
         )
 
     def settings(self, confidence: float) -> spec.Statistics:
@@ -676,8 +688,10 @@ class ValueReader:
         if gap is not None:
             return replace(estimate, why=estimate.why or gap)
         if ends is not None and known:
-            found = studentise_number(estimate.smooth, self.space.draws, self.space.held)
-            if found.error[0] == 0:
+            studentised_cells = studentise_number(
+                estimate.smooth, self.space.draws, self.space.held
+            )
+            if studentised_cells.error[0] == 0:
                 return replace(estimate, low=ends[0], high=ends[1])
         ends = map_interval(
             estimate.smooth, lambda number: self.number_interval(number, confidence)
@@ -694,9 +708,12 @@ class ValueReader:
             corrected = number_skewed_t(number, draws, held)
             (low, high), p = corrected.interval(confidence, MIN_UNITS), corrected.p()
         else:
-            found = studentise_number(number, draws, held)
-            (low, high), (p, _) = found.interval(confidence), found.p()
-        effects = [each.result.measures[each.measure].effect for each in self.space.read]
+            studentised_cells = studentise_number(number, draws, held)
+            (low, high), (p, _) = studentised_cells.interval(confidence), studentised_cells.p()
+        effects = [
+            selected_cells.result.measures[selected_cells.measure].effect
+            for selected_cells in self.space.read
+        ]
         is_difference = isinstance(number, CombinedNumbers) and number.sign == "-"
         if linear and (is_difference or all(EFFECTS[name].tested for name in effects)):
             nothing = np.zeros(len(p), dtype=bool)
@@ -760,8 +777,8 @@ class ValueReader:
         about = replace(about, point=point, rounding=float(rounding.max()), why=self.space.too_few)
         if about.why:
             return about
-        found = self.together(of, sums, confidence)
-        few = np.flatnonzero(np.isnan(found.low) | np.isnan(found.high))
+        bounds = self.together(of, sums, confidence)
+        few = np.flatnonzero(np.isnan(bounds.low) | np.isnan(bounds.high))
         if len(few):
             name = of.result.cells[int(of.cells[few[0]])].name
             reason = self.space.gap(int(sums.held[few[0]]), confidence)
@@ -769,9 +786,9 @@ class ValueReader:
         # The largest value exceeds every cell's simultaneous bound and is below the largest of the
         # separate bounds.
         low, high = (
-            (found.low_together.max(), found.high.max())
+            (bounds.low_together.max(), bounds.high.max())
             if largest
-            else (found.low.min(), found.high_together.min())
+            else (bounds.low.min(), bounds.high_together.min())
         )
         return replace(about, low=float(low), high=float(high))
 
@@ -844,9 +861,9 @@ class ValueReader:
             return found
         # Both groups of cells share the level.
         part, rest = 100 - (100 - confidence) * len(others) / len(of.cells), sums.chosen(others)
-        own = self.space.intervals(rest, confidence, tested=tested).within(known)
+        inference = self.space.intervals(rest, confidence, tested=tested).within(known)
         bounds = self.space.together(rest, part, tested=tested).within(known)
-        found.low[others], found.high[others] = own.low, own.high
+        found.low[others], found.high[others] = inference.low, inference.high
         found.low_together[others] = bounds.low_together
         found.high_together[others] = bounds.high_together
         return found
@@ -892,12 +909,12 @@ class ValueReader:
     # --- non-smooth values
 
     def accuracy(self, run: str, confidence: float) -> Estimate:
-        found = self.cells.result.accuracy_of(run, confidence)
-        why = None if math.isfinite(found.mean) else "no prompt has an answer"
+        interval = self.cells.result.accuracy_of(run, confidence)
+        why = None if math.isfinite(interval.mean) else "no prompt has an answer"
         unit = "distinct prompts" if self.cells.result.groups is None else "groups"
-        few = f"no interval below {MIN_UNITS} {unit}" if math.isnan(found.low) else None
+        few = f"no interval below {MIN_UNITS} {unit}" if math.isnan(interval.low) else None
         return Estimate(
-            found.mean, None, found.low, found.high, why or few, rounding=found.rounding
+            interval.mean, None, interval.low, interval.high, why or few, rounding=interval.rounding
         )
 
     def correlation(self, value: Correlation, confidence: float) -> Estimate:
@@ -916,11 +933,13 @@ class ValueReader:
             gap = gap or self.space.too_unequal(sums, confidence)
         if gap is not None:
             return Estimate(measured, why=gap)
-        found = true_correlation(one, two, confidence)
-        if math.isnan(found.value):
+        correlation = true_correlation(one, two, confidence)
+        if math.isnan(correlation.value):
             return Estimate(measured, why="the effects don't differ between cells beyond chance")
         return Estimate(
-            found.value, None, *self.space.include(found.low, found.high, 0.0, confidence)
+            correlation.value,
+            None,
+            *self.space.include(correlation.low, correlation.high, 0.0, confidence),
         )
 
     def ranking(self, value: Ranking, confidence: float) -> Estimate:

@@ -150,18 +150,22 @@ class AttentionDistance(PatternObservation):
         return type(self), self.name, settings
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
+        resolved = super().resolve(rule, work)
         window, right = _read_distance(rule, work)
         reader = work.model.tokenizer
         layout = reader.layout if isinstance(reader, ImageTokenizer) else None
         grid = None if layout is None else (len(layout.front), layout.rows, layout.cols)
-        if found is None or not right or (layout and not _check_patches(rule, found, layout, work)):
+        if (
+            resolved is None
+            or not right
+            or (layout and not _check_patches(rule, resolved, layout, work))
+        ):
             return None
-        assert found.sites is not None
-        if not in_one_text(rule, found.sites, work):
+        assert resolved.sites is not None
+        if not in_one_text(rule, resolved.sites, work):
             return None
-        causal = is_causal(found.sites, work) and not mixes_images(work.model, work.table)
-        in_vision = _is_in(found.sites, "vision") and not reader.stands_in
+        causal = is_causal(resolved.sites, work) and not mixes_images(work.model, work.table)
+        in_vision = _is_in(resolved.sites, "vision") and not reader.stands_in
         rows = list_rows(work.table, work.experiment.base, work) if in_vision else None
         side = 1 if work.model.shape.resamples else work.model.shape.merged_side
         does = AttentionDistance(
@@ -172,7 +176,7 @@ class AttentionDistance(PatternObservation):
             side=side,
             joins_tiles=work.model.shape.attends_to_image,
         )
-        return replace(found, does=does)
+        return replace(resolved, does=does)
 
     def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
         weights = seen.vectors
@@ -203,24 +207,24 @@ class AttentionDistance(PatternObservation):
         for n, (prompt, position) in enumerate(distinct.tolist()):
             for placed in rows[prompt].whole_pictures:
                 numbers, places = placed.picture.expansion.list_patches(self._side)
-                own = np.flatnonzero(numbers + placed.first * self._side**2 == position)
-                if len(own):
-                    tile, *center = places[own[0]].tolist()
+                indices = np.flatnonzero(numbers + placed.first * self._side**2 == position)
+                if len(indices):
+                    tile, *center = places[indices[0]].tolist()
                     in_tile = places[:, 0] == tile
                     there = np.flatnonzero(places[:, 0] >= 0 if self._joins_tiles else in_tile)
                     key = there + placed.first if self._joins_tiles else there
                     away[n, key] = np.hypot(*(places[there, 1:] - center).T)
-        found = seen.vectors.new_tensor(away[index.ravel()])
-        weights = seen.vectors.masked_fill(found.isnan(), 0)
-        return weights / weights.sum(-1, keepdim=True).clamp_min(1e-38), found.nan_to_num(0)
+        distances = seen.vectors.new_tensor(away[index.ravel()])
+        weights = seen.vectors.masked_fill(distances.isnan(), 0)
+        return weights / weights.sum(-1, keepdim=True).clamp_min(1e-38), distances.nan_to_num(0)
 
     def _between_patches(self, queries: Tensor, weights: Tensor) -> Tensor:
         """Compute the distances between centres of patches, in patches: [query, patch]."""
         assert self.grid is not None
         front, _, cols = self.grid
         keys = queries.new_tensor(range(weights.shape[1]))
-        own = (queries - front)[:, None]
-        down, right = own // cols - keys // cols, own % cols - keys % cols
+        query = (queries - front)[:, None]
+        down, right = query // cols - keys // cols, query % cols - keys % cols
         return (down**2 + right**2).to(weights.dtype).sqrt()
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
@@ -255,10 +259,10 @@ def _read_distance(rule: spec.Rule, work: ExperimentContext) -> tuple[int | None
 
 
 def _check_patches(
-    rule: spec.Rule, found: ResolvedRule, layout: PatchLayout, work: ExperimentContext
+    rule: spec.Rule, resolved: ResolvedRule, layout: PatchLayout, work: ExperimentContext
 ) -> bool:
     """Report E0207 for queries that aren't patches of an image."""
-    cells = found.positions.written.values()
+    cells = resolved.positions.written.values()
     tokens = {token for cell in cells for row in cell.hits for hit in row for token in hit}
     if all(layout.place(token) is not None for token in tokens):
         return True
@@ -285,9 +289,9 @@ class AttentionWeight(ObservationKind, EdgeIntervention):
     by_unit = True
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found = resolve_edge(rule, self, None, work)
-        if found is None or found.sites is None or "nothing" not in found.sites.labels.values():
-            return found
+        edge = resolve_edge(rule, self, None, work)
+        if edge is None or edge.sites is None or "nothing" not in edge.sites.labels.values():
+            return edge
         work.diagnostics.append(
             report_empty_selection(rule.span, "observe", "one of its cells selects no head")
         )
@@ -533,15 +537,15 @@ class WeightedValueNorm(RowSetObservation, AttentionWeight):
             what, hint = f"`by value_norm` in {where}", "leave out `by value_norm`"
             work.diagnostics.append(NotSupported(span=rule.span, what=what, later=hint))
             return None
-        found = super().resolve(rule, work)
-        if found is None or not alone:
+        resolved = super().resolve(rule, work)
+        if resolved is None or not alone:
             return None
-        points = list_value_points(rule_layers(found))
+        points = list_value_points(rule_layers(resolved))
         missing = find_missing_point(points, work.sites.shape, work.model.name, rule.span)
         if missing is not None:
             work.diagnostics.append(missing)
             return None
-        return found
+        return resolved
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         said = (

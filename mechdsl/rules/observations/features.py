@@ -95,15 +95,15 @@ class FeatureActivations(SiteRowSetObservation):
             return None
         said, before = rule.observed, len(work.diagnostics)
         assert said is not None
-        found = super().resolve(rule, work)
+        resolved = super().resolve(rule, work)
         targets = self._targets(rule, work)
-        if found is None or found.sites is None or has_errors(work.diagnostics[before:]):
+        if resolved is None or resolved.sites is None or has_errors(work.diagnostics[before:]):
             return None
-        basis = resolve_observed_basis(rule, found.sites, work)
-        if basis is None or not self._reads_plain_runs(rule, found.run, work):
+        basis = resolve_observed_basis(rule, resolved.sites, work)
+        if basis is None or not self._reads_plain_runs(rule, resolved.run, work):
             return None
-        (member,), ((key, points),) = basis.members, found.sites.points.items()
-        if found.in_vision and not _encodes_patches(member, rule, work):
+        (member,), ((key, points),) = basis.members, resolved.sites.points.items()
+        if resolved.in_vision and not _encodes_patches(member, rule, work):
             return None
         count = min(said.top or member.size, member.size)
         selects = count < member.size
@@ -119,8 +119,8 @@ class FeatureActivations(SiteRowSetObservation):
             unembeds=unembeds and shape.takes == "text" and not member.reads,
             one_token=all(
                 len(tokens) == 1
-                for cell in found.positions.written.values()
-                for row in cell.in_patches(shape.merged_side**2 if found.in_vision else 1).hits
+                for cell in resolved.positions.written.values()
+                for row in cell.in_patches(shape.merged_side**2 if resolved.in_vision else 1).hits
                 for tokens in row
             ),
         )
@@ -128,10 +128,12 @@ class FeatureActivations(SiteRowSetObservation):
         work.add_axis(Axis(FEATURE_AXIS, labels, said.span))
         if member.reads:
             points = tuple(replace(point, site=member.reads) for point in points)
-        named = {key: f"{label} in {basis.definition}" for key, label in found.sites.labels.items()}
-        own = replace(found.sites, points={key: points}, labels=named)
-        sites = repeat_sites(own, FEATURE_AXIS, count)
-        return replace(found, does=does, sites=sites, basis=basis)
+        named = {
+            key: f"{label} in {basis.definition}" for key, label in resolved.sites.labels.items()
+        }
+        site_targets = replace(resolved.sites, points={key: points}, labels=named)
+        sites = repeat_sites(site_targets, FEATURE_AXIS, count)
+        return replace(resolved, does=does, sites=sites, basis=basis)
 
     def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
         other = None if rule.receiver is None else match_run(rule.receiver, work)
@@ -234,8 +236,8 @@ def correlate(values: Floats, targets: Floats) -> tuple[float, Floats]:
 
 def _encodes_patches(member: BasisMember, rule: spec.Rule, work: ExperimentContext) -> bool:
     """Report E0207 for a basis whose features depend on the order of patches."""
-    own = member.operand
-    if not isinstance(own, DictionaryFile) or not own.context_layers:
+    operand = member.operand
+    if not isinstance(operand, DictionaryFile) or not operand.context_layers:
         return True
     report_bad_observation(
         rule, work, "reads a temporal SAE, whose features depend on preceding tokens, but patches "

@@ -65,18 +65,18 @@ class GraphProbe(AttributionGraphs):
         return replace(self.form, meaning=meanings[name]) if name in meanings else self.form
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
+        resolved = super().resolve(rule, work)
         assert rule.observed is not None
         call = rule.observed.call
         every = () if call is None else call.arguments
-        targets = [each.value for each in every if each.name == "target"]
+        targets = [argument.value for argument in every if argument.name == "target"]
         if len(targets) != 1:
             hint = f"write `{self.word}(t, target: correct(answer))`"
             report_bad_observation(rule, work, "needs one value to predict", hint)
             return None
         assert call is not None
         target, outcome = cast("ast.Expr", targets[0]), None
-        own = [each for each in every if each.name in PROBE_OPTIONS]
+        arguments = [argument for argument in every if argument.name in PROBE_OPTIONS]
         if _names_metric(target, work):
             outcome = resolve_next_token_measure(target, "target", rule, work)
             if outcome is None:
@@ -85,20 +85,20 @@ class GraphProbe(AttributionGraphs):
                 reason = f"needs a measure that is 0 or 1, and `{outcome.text}` isn't"
                 report_bad_observation(rule, work, reason, "write `target: correct(answer)`")
                 return None
-            if any(each.name == "kind" for each in own):
+            if any(argument.name == "kind" for argument in arguments):
                 reason = f"predicts two classes of `{outcome.text}`, which needs no `kind`"
                 report_bad_observation(rule, work, reason, "remove `kind`")
                 return None
-        own += [] if outcome else [ast.Argument(None, target, span=target.span)]
-        settings = replace(call, arguments=tuple(own))
+        arguments += [] if outcome else [ast.Argument(None, target, span=target.span)]
+        settings = replace(call, arguments=tuple(arguments))
         resolve = resolve_probe if outcome is None else resolve_measure_probe
         probe = resolve(settings, work.table, work.program.parameters, work.diagnostics)
-        if found is None or probe is None:
+        if resolved is None or probe is None:
             return None
-        assert isinstance(found.does, GraphProbe)
-        found.does.probe, found.does.outcome = probe, outcome
-        found.does.form = replace(type(self).form, unit=PROBE_UNITS[probe.kind])
-        return found
+        assert isinstance(resolved.does, GraphProbe)
+        resolved.does.probe, resolved.does.outcome = probe, outcome
+        resolved.does.form = replace(type(self).form, unit=PROBE_UNITS[probe.kind])
+        return resolved
 
     def tell(
         self,
@@ -161,7 +161,7 @@ class GraphProbe(AttributionGraphs):
 def _names_metric(expression: ast.Expr, work: ExperimentContext) -> bool:
     """Return whether an expression has a metric, which values of rows don't have."""
     names = (each.name for each in walk(expression) if isinstance(each, ast.Call))
-    words = (each.id for each in walk(expression) if isinstance(each, ast.Name))
+    words = (name.id for name in walk(expression) if isinstance(name, ast.Name))
     rows = work.table.runs[work.experiment.base].rows
     known = {*METRICS, *work.program.metrics} - {*(rows[0].values if rows else ())}
     return any(name in known for name in (*names, *words))

@@ -117,14 +117,14 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             for layer, member in sorted(self.members.items())
             if isinstance(member.operand, DictionaryFile)
         ] + [
-            *(own.digest for _, own in sorted(self.decoders.items())),
-            *((option, [sorted(each.features) for each in own])
-              for option, own in sorted(self.groups.items())),
+            *(decoder.digest for _, decoder in sorted(self.decoders.items())),
+            *((option, [sorted(supernode.features) for supernode in group])
+              for option, group in sorted(self.groups.items())),
         ]  # fmt: skip
 
     def features_of(self, option: str) -> frozenset[LayerFeature]:
         """Return the features of the group that an option names; empty without the option."""
-        return frozenset().union(*(each.features for each in self.groups.get(option, ())))
+        return frozenset().union(*(supernode.features for supernode in self.groups.get(option, ())))
 
     def form_of(self, name: str) -> MetricForm:
         if name != "completeness":
@@ -139,8 +139,8 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         target = _resolve_target(rule, work)
         positions = resolve_base_positions(rule.at, work)
         names = self._names(rule, work)
-        found = None if names is None else resolve_transcoders(names, work)
-        if found is None or positions is None or not fits:
+        transcoders = None if names is None else resolve_transcoders(names, work)
+        if transcoders is None or positions is None or not fits:
             return None
         assert rule.observed is not None
         if target is None and rule.observed.toward is not None:  # already reported
@@ -150,7 +150,7 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             reason, hint = "explains one token at a time", "name a single one: `at last token`"
             report_bad_observation(rule, work, reason, hint)
             return None
-        bases, members = found
+        bases, members = transcoders
         decoders = read_decoders(names or (), members, work)
         if decoders is None:
             return None
@@ -220,7 +220,7 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         """Return the groups that options name, by option; None after E0207 or an error in a
         group."""
         assert rule.observed is not None
-        found: dict[str, tuple[Supernode, ...]] = {}
+        groups: dict[str, tuple[Supernode, ...]] = {}
         call = rule.observed.call
         for given in () if call is None else call.arguments:
             if given.name is None or given.name not in self.group_options:
@@ -228,7 +228,7 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             values: Sequence[ast.Node] = (given.value,)
             if isinstance(given.value, ast.ListLiteral) and given.name == "supernodes":
                 values = given.value.items
-            own: list[Supernode] = []
+            supernodes: list[Supernode] = []
             for value in values:
                 group = work.program.groups.get(value.id) if isinstance(value, ast.Name) else None
                 written = " ".join(value.span.written.split())
@@ -244,19 +244,24 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
                 features = list_group_features(group, members, value, work)
                 if features is None:
                     return None
-                shared = next((each.name for each in own if each.features & features), None)
+                shared = next(
+                    (supernode.name for supernode in supernodes if supernode.features & features),
+                    None,
+                )
                 # Until other experiments have run, features that they rank are placeholders.
                 if shared is not None and not work.sites.onward.stand_ins:
                     reason = f"has features in common with `{shared}`"
                     _report_group(value, written, reason, "name groups without these", work)
                     return None
-                own.append(Supernode(group.name, features))
-            found[given.name] = tuple(own)
-        if "supernodes" in found and all(each.kind != "graph" for each in work.experiment.reports):
+                supernodes.append(Supernode(group.name, features))
+            groups[given.name] = tuple(supernodes)
+        if "supernodes" in groups and all(
+            report.kind != "graph" for report in work.experiment.reports
+        ):
             reason = "`supernodes` are those of a graph that is drawn, and none is"
             report_bad_observation(rule, work, reason, "add `report graph`, or remove the option")
             return None
-        return found
+        return groups
 
     def _model_fits(self, rule: spec.Rule, work: ExperimentContext) -> bool:
         """Report what the line or the model lacks."""
@@ -291,20 +296,22 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
 
     def describe_group(self, option: str) -> str:
         """Return the group of an option with the number of its features."""
-        (own,) = self.groups[option]
-        return f"`{own.name}` ({count_noun(len(own.features), 'feature')})"
+        (supernode,) = self.groups[option]
+        return f"`{supernode.name}` ({count_noun(len(supernode.features), 'feature')})"
 
     def graph_conventions(self, n_layers: int) -> Iterator[Convention]:
         count = len(self.members)
         others = [str(layer) for layer in range(n_layers) if layer not in self.members]
         said = f"transcoders of {count} of {n_layers} layers"
         operands = [
-            own.operand for own in self.members.values() if isinstance(own.operand, DictionaryFile)
+            member.operand
+            for member in self.members.values()
+            if isinstance(member.operand, DictionaryFile)
         ]
-        crosses = any(own.crosses_layers for own in operands)
+        crosses = any(operand.crosses_layers for operand in operands)
         if crosses:
             said = f"a cross-layer transcoder, with features of {count} of {n_layers} layers"
-        skips = any(own.skips for own in operands)
+        skips = any(operand.skips for operand in operands)
         said += "; paths through skip connections are linear" if skips else ""
         if others:
             rest = "what they don't write to" if crosses else "the whole output of"
@@ -375,8 +382,8 @@ class GraphAblation(AttributionGraphs):
         ):
             if wrong:
                 report_bad_observation(rule, work, reason, hint)
-        found = super().resolve(rule, work)
-        return None if has_errors(work.diagnostics[before:]) else found
+        resolved = super().resolve(rule, work)
+        return None if has_errors(work.diagnostics[before:]) else resolved
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         which = f"the {self.top} features of each prompt with the most influence on it"
@@ -410,15 +417,15 @@ class GraphWeight(AttributionGraphs):
         return replace(self.form, meaning=meaning) if name == "random" else self.form
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
-        if found is None:
+        resolved = super().resolve(rule, work)
+        if resolved is None:
             return None
-        assert isinstance(found.does, GraphWeight)
-        if "from" not in found.does.groups:
+        assert isinstance(resolved.does, GraphWeight)
+        if "from" not in resolved.does.groups:
             hint = f"write `{self.word}(t0, t1, from: people, to: places)`"
             report_bad_observation(rule, work, "needs a group of features", hint)
             return None
-        return found
+        return resolved
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         to = "the target" if self.target is not None else "the targets, weighted"
@@ -449,13 +456,13 @@ def _resolve_target(rule: spec.Rule, work: ExperimentContext) -> ResolvedMeasure
     said = rule.observed
     if said is None or said.toward is None:
         return None
-    found = resolve_next_token_measure(said.toward, "toward", rule, work)
-    flat = found and find_flat_part(found, work.experiment.base, at_base=True)
+    measure = resolve_next_token_measure(said.toward, "toward", rule, work)
+    flat = measure and find_flat_part(measure, work.experiment.base, at_base=True)
     if flat is not None:
         text, reason, hint = flat
         report_bad_observation(rule, work, f"has no edges toward `{text}`: {reason}", hint)
         return None
-    return found
+    return measure
 
 
 def resolve_next_token_measure(
@@ -473,12 +480,12 @@ def resolve_next_token_measure(
         work.diagnostics,
         metrics=work.program.metrics,
     )
-    found = resolve_measure(expression, context, label=label)
-    if found is None:
+    measure = resolve_measure(expression, context, label=label)
+    if measure is None:
         return None
     example = "toward answer - wrong" if label == "toward" else "target: correct(answer)"
     hint = f"name texts of one token: `{example}`"
-    for atom in found.atoms:
+    for atom in measure.atoms:
         several = any(atom.appended) and not work.model.tokenizer.stands_in
         if atom.form.takes in ("prompt", "own", "activations") or atom.run is not None or several:
             own = "has several tokens" if several else "isn't read from the next token's logits"
@@ -486,7 +493,7 @@ def resolve_next_token_measure(
             reason = f"{does} the next token, and `{atom.node.span.written}` {own}"
             report_bad_observation(rule, work, reason, hint)
             return None
-    return found
+    return measure
 
 
 def _mlp_points(layers: int) -> tuple[SitePoint, ...]:

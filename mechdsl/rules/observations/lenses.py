@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from mechdsl.base import limits
-from mechdsl.base.files import (
-    SafetensorsFile,
-    UnreadableFile,
-    compute_digest,
-    inspect_safetensors,
-)
+from mechdsl.base.files import SafetensorsFile, UnreadableFile, compute_digest, inspect_safetensors
 from mechdsl.base.text import name_list
 from mechdsl.program import spec
 from mechdsl.program.paths import TUNED_LENS_PATH, path_to_read
@@ -22,18 +17,8 @@ from mechdsl.program.spec import constant_value
 from mechdsl.resolve.observations import ObservedVectors
 from mechdsl.resolve.probes import resolve_lens
 from mechdsl.resolve.sites import ExperimentContext
-from mechdsl.resolve.types import (
-    Convention,
-    Intervention,
-    ResolvedRule,
-    SiteTargets,
-    TrainedLens,
-)
-from mechdsl.rules.observations.registry import (
-    iter_points,
-    observation,
-    report_bad_observation,
-)
+from mechdsl.resolve.types import Convention, Intervention, ResolvedRule, SiteTargets, TrainedLens
+from mechdsl.rules.observations.registry import iter_points, observation, report_bad_observation
 from mechdsl.rules.observations.vectors import LogitLens
 from mechdsl.syntax import ast
 
@@ -90,17 +75,17 @@ class TunedLens(LogitLens):
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.observed is not None
-        found, names = super().resolve(rule, work), rule.observed.bases
+        resolved, names = super().resolve(rule, work), rule.observed.bases
         lens = resolve_lens(names[0], work) if names else _read_lens_file(rule, work)
-        if found is None or lens is None:
+        if resolved is None or lens is None:
             return None
-        assert found.sites is not None
-        there = {p.layer for p in iter_points(found.sites) if p.layer is not None}
+        assert resolved.sites is not None
+        there = {p.layer for p in iter_points(resolved.sites) if p.layer is not None}
         if isinstance(lens, TrainedLens):
             fits = _check_layers(rule, lens, sorted(there), work)
         else:
             fits = _check_translators(rule, lens, sorted(there), work)
-        return replace(found, does=TunedLens(lens)) if fits else None
+        return replace(resolved, does=TunedLens(lens)) if fits else None
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
         other = next((p.site for p in iter_points(sites) if p.site != "resid_post"), None)
@@ -153,7 +138,9 @@ def _read_lens_file(rule: spec.Rule, work: ExperimentContext) -> SafetensorsFile
         )
         return None
     path, problems = path_to_read(TUNED_LENS_PATH, written, call.span)
-    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
+    work.diagnostics.extend(
+        diagnostic for diagnostic in problems if diagnostic not in work.diagnostics
+    )
     if path is None:
         return None
     try:

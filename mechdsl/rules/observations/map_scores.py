@@ -125,16 +125,16 @@ def _check_region(rule: spec.Rule, work: ExperimentContext) -> bool:
 
 def _region_tokens(rule: spec.Rule, work: ExperimentContext) -> PositionCell | None:
     """Return the tokens of a text that maps are compared with; None after an error."""
-    found = resolve_base_positions(rule.at, work)
-    if found is None:
+    position_targets = resolve_base_positions(rule.at, work)
+    if position_targets is None:
         return None
-    if found.axes:
+    if position_targets.axes:
         hint = "join them: `first-item token` has one, `{item token, name token}` has several"
         report_bad_observation(
             rule, work, f"can't be compared with `{_region(rule)}`, which is a sweep", hint
         )
         return None
-    return next(iter(found.written.values()))
+    return next(iter(position_targets.written.values()))
 
 
 def _token_masks(given: MapLine) -> dict[int, Bools]:
@@ -144,13 +144,13 @@ def _token_masks(given: MapLine) -> dict[int, Bools]:
     """
     import numpy as np
 
-    found: dict[int, Bools] = {}
+    token_masks: dict[int, Bools] = {}
     for number, hits in enumerate(given.shown.hits):
         mask = np.zeros(grid_size(number, given.work), dtype=bool)
         mask[0, [token for hit in hits for token in hit]] = True
         if mask.any():
-            found[number] = mask
-    return found
+            token_masks[number] = mask
+    return token_masks
 
 
 def _masks(region: str, work: ExperimentContext) -> dict[int, Bools]:
@@ -162,13 +162,13 @@ def _masks(region: str, work: ExperimentContext) -> dict[int, Bools]:
 
     reader = work.model.tokenizer
     assert isinstance(reader, ImageTokenizer)
-    found: dict[int, Bools] = {}
+    masks: dict[int, Bools] = {}
     for number, row in enumerate(work.table.runs["clean"].rows):
         assert row.image is not None
         mask = region_mask(row.regions.get(region, ()), row.image, reader.processing, reader.layout)
         if mask.any():
-            found[number] = mask
-    return found
+            masks[number] = mask
+    return masks
 
 
 # --- the words ------------------------------------------------------------------------------------
@@ -211,8 +211,8 @@ class RegionMass(RegionObservation):
     def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
         from mechdsl.fits.agreement import chance_mass, relevance_mass
 
-        found = relevance_mass(values, mask)
-        return found, chance_mass(values, mask) if found == found else float("nan")
+        score = relevance_mass(values, mask)
+        return score, chance_mass(values, mask) if score == score else float("nan")
 
 
 @observation("iou", unit="part")
@@ -259,8 +259,8 @@ class RegionAuroc(RegionObservation):
     def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
         from mechdsl.fits.agreement import mask_auroc
 
-        found = mask_auroc(values, mask)
-        return found, 0.5 if found == found else found
+        score = mask_auroc(values, mask)
+        return score, 0.5 if score == score else score
 
 
 REMOVAL_VERBS = ("replace", "ablate", "patch")
@@ -283,8 +283,10 @@ class MapComparison(MapObservation):
                 rule, work, reason, f"write `observe {self.word} of {self.example}`"
             )
         elif len(said.others) != wanted:
-            found = f"{len(said.others)} after `to`"
-            reason = f"has {found} for {len(said.maps)} maps" if self.several else f"has {found}"
+            written = f"{len(said.others)} after `to`"
+            reason = (
+                f"has {written} for {len(said.maps)} maps" if self.several else f"has {written}"
+            )
             each = "for each map, in the same order" if self.several else "experiment"
             report_bad_observation(rule, work, reason, f"name one {each}")
         return len(said.others) == wanted
@@ -328,17 +330,17 @@ class Infidelity(MapComparison):
         from mechdsl.fits.agreement import infidelity
 
         part = _compared_variant(given)
-        found = _read_removals(part, given.work)
+        removals = _read_removals(part, given.work)
 
         def score(cell: int, number: int, values: Floats) -> Sequence[float]:
-            own = infidelity(values, *found[number])
-            same = infidelity(np.ones_like(values), *found[number])
+            own = infidelity(values, *removals[number])
+            same = infidelity(np.ones_like(values), *removals[number])
             return own, same if own == own else own
 
         lacking = (
             f"which `{part.experiment.name}` doesn't remove two different sets of patches from"
         )
-        return [MapReference(found, lacking, score)] * len(given.maps)
+        return [MapReference(removals, lacking, score)] * len(given.maps)
 
     def unit_of(self, given: MapLine) -> str:
         return f"{_compared_variant(given).experiment.measures[0].unit or 'number'}²"
@@ -422,7 +424,7 @@ def _read_removals(
     numbers = [number for number, _ in cells]
     columns = {row: column for column, row in enumerate(part.row_ids)}
     prompts = {row: prompt for prompt, row in enumerate(own.table.row_ids)}
-    found: dict[int, tuple[Bools, Floats]] = {}
+    removals: dict[int, tuple[Bools, Floats]] = {}
     for number, row in enumerate(work.table.row_ids):
         if row not in columns:
             continue
@@ -438,8 +440,8 @@ def _read_removals(
         drops = -values[numbers, columns[row]]
         there = np.isfinite(drops) & taken.any((1, 2))
         if there.sum() > 1:
-            found[number] = taken[there], drops[there]
-    return found
+            removals[number] = taken[there], drops[there]
+    return removals
 
 
 # --- sensitivity ----------------------------------------------------------------------------------
@@ -459,7 +461,7 @@ class Sensitivity(MapComparison):
 
     def others(self, given: MapLine) -> Sequence[Sequence[VariantFinding]] | None:
         assert given.rule.observed is not None
-        found: list[Sequence[VariantFinding]] = []
+        findings: list[Sequence[VariantFinding]] = []
         for part, named in zip(given.maps, given.rule.observed.others, strict=True):
             finding = find_map_finding(named, given.work)
             if finding is None:
@@ -467,8 +469,8 @@ class Sensitivity(MapComparison):
             for near in finding.parts:
                 check_map(near, given.work)
                 _check_same_map(part, near)
-            found.append(finding.parts)
-        return found
+            findings.append(finding.parts)
+        return findings
 
     def settings(self, given: MapLine) -> Sequence[MapReference]:
         return [_nearby_reference(group, given.work) for group in given.others]
@@ -487,7 +489,7 @@ def _check_same_map(part: VariantFinding, near: VariantFinding) -> None:
         PickError: If it isn't.
     """
     own, other = part.experiment, near.experiment
-    axes = [[(axis.name, axis.labels) for axis in each.other_axes] for each in (part, near)]
+    axes = [[(axis.name, axis.labels) for axis in finding.other_axes] for finding in (part, near)]
     if _map_recipe(own) != _map_recipe(other) or axes[0] != axes[1]:
         raise PickError(
             f"`{other.name}` isn't computed like `{own.name}`",

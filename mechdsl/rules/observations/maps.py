@@ -144,9 +144,9 @@ class MapObservation(RowSetObservation, ObservationKind):
         ready = [check_map_line(rule, work, texts=self.texts), self.fits(rule, work)]
         shown = self.shown(rule, work) if all(ready) else None
         try:
-            found = [resolve_map(each, work) for each in rule.observed.maps]
-            maps = [part for part in found if part is not None]
-            if shown is None or len(maps) < len(found):
+            findings = [resolve_map(each, work) for each in rule.observed.maps]
+            maps = [part for part in findings if part is not None]
+            if shown is None or len(maps) < len(findings):
                 return None
             given = MapLine(rule, work, maps, shown)
             others = self.others(given)
@@ -188,16 +188,16 @@ class MapObservation(RowSetObservation, ObservationKind):
             grids, name = build_grids(part, work), part.experiment.name
             if not grids:
                 raise _no_rows(part, work)
-            found = self._of_map(grids, setting, work)
+            scores = self._of_map(grids, setting, work)
             dropped[setting.lacking] = len(work.table) - len(setting.rows)
             dropped[f"because `{name}` lacks them"] = len(work.table) - len(grids)
             blank = [
-                np.isnan(found[0, :, number]).all()
+                np.isnan(scores[0, :, number]).all()
                 for number, row in enumerate(work.table.row_ids)
                 if row in grids and number in setting.rows
             ]
             dropped[f"where `{own}` {self.blank}"] = sum(map(bool, blank))
-            cells.append(found)
+            cells.append(scores)
         measures = dict.fromkeys(part.measure for part in maps)
         parts = [f"by each row's {' or '.join(measures)}, signed", *self.details(given)]
         parts += [WINDOW_NOTE] * any(part.of_windows for part in maps)
@@ -220,12 +220,12 @@ class MapObservation(RowSetObservation, ObservationKind):
         import numpy as np
 
         count = len(next(iter(grids.values())))
-        found = np.full((1 + len(self.controls), count, len(work.table)), np.nan)
+        scores = np.full((1 + len(self.controls), count, len(work.table)), np.nan)
         for number, row in enumerate(work.table.row_ids):
             if row in grids and number in setting.rows:
                 for cell, values in enumerate(grids[row]):
-                    found[:, cell, number] = setting.score(cell, number, values)
-        return found
+                    scores[:, cell, number] = setting.score(cell, number, values)
+        return scores
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         said = self.form.meaning[0].lower() + self.form.meaning[1:]
@@ -287,7 +287,7 @@ def find_map_finding(named: ast.MapOf, work: ExperimentContext) -> Finding | Non
     Raises:
         PickError: If the name isn't a map.
     """
-    looped = [each.value.id for each in named.cell if isinstance(each.value, ast.Name)]
+    looped = [argument.value.id for argument in named.cell if isinstance(argument.value, ast.Name)]
     loop = next((name for name in (named.of, *looped) if name in work.loops), None)
     if loop is not None:
         reason = f"`{loop}` is the variable of a `for`, but maps aren't cells of a loop"
@@ -398,7 +398,7 @@ def span_cell(name: str, work: ExperimentContext) -> PositionCell:
     """
     hits: list[Hits] = []
     for row in work.table.runs["clean"].rows:
-        tokens = {token for own in row.places.get(name, ()) for token in own}
+        tokens = {token for numbers in row.places.get(name, ()) for token in numbers}
         hits.append((tuple(sorted(tokens)),) if tokens else ())
     return PositionCell(name, tuple(hits))
 
@@ -420,10 +420,10 @@ def build_grids(part: VariantFinding, work: ExperimentContext) -> dict[int, Floa
     counts: dict[int, Floats] = {}
     base, reader = work.experiment.base, work.model.tokenizer
     if isinstance(reader, ImageTokenizer):
-        found = part.by_place(base)
+        places = part.by_place(base)
     else:
-        found = part.by_token(work.table, base, reader)
-    for row, tokens, values in found:
+        places = part.by_token(work.table, base, reader)
+    for row, tokens, values in places:
         if row not in here:
             continue
         shape = (len(values), *grid_size(here[row], work))
@@ -483,12 +483,12 @@ class MapSum(MapObservation):
         checked = check_map_line(rule, work, by_position=True, texts=self.texts)
         ready = [checked, self.fits(rule, work)]
         try:
-            found = [resolve_map(each, work) for each in said.maps]
+            findings = [resolve_map(each, work) for each in said.maps]
         except PickError as refusal:
             report_bad_observation(rule, work, refusal.reason, refusal.hint)
             return None
-        maps = [part for part in found if part is not None]
-        if not all(ready) or len(maps) < len(found):
+        maps = [part for part in findings if part is not None]
+        if not all(ready) or len(maps) < len(findings):
             return None
         positions, weights = (
             resolve_base_positions(rule.at, work),
@@ -591,15 +591,17 @@ def _resolve_weights(maps: Sequence[ast.MapOf], work: ExperimentContext) -> MapW
     """Evaluate the factors before maps; None after E0337."""
     one = Amounts((), {(): 1.0})
     each = [one if own.weight is None else resolve_amounts(own.weight, work) for own in maps]
-    found = [own for own in each if own is not None]
-    if len(found) < len(each):
+    amounts = [own for own in each if own is not None]
+    if len(amounts) < len(each):
         return None
-    named = {name for own in found for name in own.axes}
+    named = {name for amount in amounts for name in amount.axes}
     loops = tuple(name for name in work.loops if name in named)
     values: dict[AxisIndices, tuple[float, ...]] = {}
     for key, _ in work.sites.combinations(loops):
         at = dict(zip(loops, key, strict=True))
-        values[key] = tuple(own.values[tuple(at[name] for name in own.axes)] for own in found)
+        values[key] = tuple(
+            amount.values[tuple(at[name] for name in amount.axes)] for amount in amounts
+        )
     return MapWeights(loops, values)
 
 

@@ -174,16 +174,16 @@ def _options(
     kinds: Sequence[ProbeKind],
 ) -> dict[str, Any]:
     """Read `folds: 5, kind: logistic, penalty: 0.1`; report E0207 for invalid options."""
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     known = [name for name in PROBE_OPTIONS if name != "kind" or len(kinds) > 1]
-    for each in call.arguments:
-        if each.name is None or each.name == "train":
+    for argument in call.arguments:
+        if argument.name is None or argument.name == "train":
             continue
-        word, value = each.name, each.value
+        word, value = argument.name, argument.value
         if word not in known:
             hint = did_you_mean(word, known, f"there is {', '.join([*known, 'train'])}")
             _bad_probe_argument(
-                diagnostics, each.span, word, "isn't an option of a probe", hint, bare=True
+                diagnostics, argument.span, word, "isn't an option of a probe", hint, bare=True
             )
             continue
         number = value.id if isinstance(value, ast.Name) else None
@@ -192,11 +192,11 @@ def _options(
         good, hint = PROBE_OPTIONS[word]
         if not good(number):
             _bad_probe_argument(
-                diagnostics, each.span, word, f"can't be `{value.span.written}`", hint
+                diagnostics, argument.span, word, f"can't be `{value.span.written}`", hint
             )
         else:
-            found[word] = number
-    return found
+            options[word] = number
+    return options
 
 
 PROBE_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -270,7 +270,7 @@ class ProbeObservation(SiteRowSetObservation):
         return made_of_probe(self.trained)
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
+        resolved = super().resolve(rule, work)
         said = rule.observed
         assert said is not None
         if said.call is None:
@@ -279,19 +279,19 @@ class ProbeObservation(SiteRowSetObservation):
             )
             return None
         if said.bases:
-            reading = read_trained_probe(rule, found, work)
-            if found is None or reading is None:
+            reading = read_trained_probe(rule, resolved, work)
+            if resolved is None or reading is None:
                 return None
-            return replace(found, does=ProbeObservation(reading=reading))
+            return replace(resolved, does=ProbeObservation(reading=reading))
         parameters, before = work.program.parameters, len(work.diagnostics)
-        train = None if found is None else resolve_training_rows(rule, found, work)
+        train = None if resolved is None else resolve_training_rows(rule, resolved, work)
         if has_errors(work.diagnostics[before:]):
             return None
         other = None if train is None else train.table
         probe = resolve_probe(said.call, work.table, parameters, work.diagnostics, other)
-        if found is None or probe is None:
+        if resolved is None or probe is None:
             return None
-        return replace(found, does=ProbeObservation(probe, train))
+        return replace(resolved, does=ProbeObservation(probe, train))
 
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         from mechdsl.fits.regression import assign_folds, shuffle_targets
@@ -302,16 +302,17 @@ class ProbeObservation(SiteRowSetObservation):
         assert probe is not None
         y = select_targets(probe.targets, seen.prompts)
         if seen.training is not None and probe.train is not None:
-            own = select_targets(probe.train, seen.training.prompts)
-            dealt = shuffle_targets(seen.training.keys, own, seed)
+            targets = select_targets(probe.train, seen.training.prompts)
+            dealt = shuffle_targets(seen.training.keys, targets, seed)
             return [
-                _score_fitted(probe, seen, seen.training, each, y, seed) for each in (own, dealt)
+                _score_fitted(probe, seen, seen.training, each, y, seed)
+                for each in (targets, dealt)
             ]
         strata = y[:, 0].tolist() if probe.kind == "logistic" else None
         fold = assign_folds(seen.keys, probe.folds, seed, strata)
         return [
-            score_held_out(probe, seen.vectors, own, fold)
-            for own in (y, shuffle_targets(seen.keys, y, seed))
+            score_held_out(probe, seen.vectors, values, fold)
+            for values in (y, shuffle_targets(seen.keys, y, seed))
         ]
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
@@ -330,14 +331,14 @@ def select_targets(targets: Sequence[tuple[float, ...]], prompts: Ints) -> Float
 
 
 def _score_fitted(
-    probe: Probe, seen: RowVectors, training: TrainingVectors, own: Floats, y: Floats, seed: int
+    probe: Probe, seen: RowVectors, training: TrainingVectors, values: Floats, y: Floats, seed: int
 ) -> Floats:
     """Score predictions from a fit to other rows: [row].
 
     Args:
         seen: The vectors to evaluate.
         training: The vectors to fit on.
-        own: The targets to fit on, [training row, target].
+        values: The targets to fit on, [training row, target].
         y: The targets to evaluate.
     """
     import numpy as np
@@ -349,12 +350,12 @@ def _score_fitted(
         raise ValueError("the rows used for fitting are equal there")
     if probe.kind == "ridge":
         inner = assign_folds(training.keys, min(probe.folds, distinct), seed)
-        predict = RidgeProbe(probe.penalty)(training.vectors, own, inner)
+        predict = RidgeProbe(probe.penalty)(training.vectors, values, inner)
         return r_squared(y, predict(seen.vectors))
     fit = LogisticProbe(LOGISTIC_PENALTY if probe.penalty is None else probe.penalty)
-    found, index = np.unique(own[:, 0], return_inverse=True)
+    classes, index = np.unique(values[:, 0], return_inverse=True)
     told = fit(training.vectors, index.astype(np.float64), index)(seen.vectors)
-    return (found[told.astype(np.int64)] == y[:, 0]).astype(np.float64)
+    return (classes[told.astype(np.int64)] == y[:, 0]).astype(np.float64)
 
 
 def score_held_out(probe: Probe, vectors: Floats, y: Floats, fold: Ints) -> Floats:
@@ -424,7 +425,7 @@ class _RoutedObservation(SiteTokenSetObservation):
         self.probe, self.trained_on = probe, trained_on
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
+        resolved = super().resolve(rule, work)
         said = rule.observed
         assert said is not None
         if said.call is None:
@@ -432,15 +433,15 @@ class _RoutedObservation(SiteTokenSetObservation):
             report_bad_observation(rule, work, "doesn't name the value to predict", example)
             return None
         before = len(work.diagnostics)
-        train = None if found is None else resolve_training_rows(rule, found, work)
+        train = None if resolved is None else resolve_training_rows(rule, resolved, work)
         if has_errors(work.diagnostics[before:]):
             return None
         other = None if train is None else train.table
         parameters, diagnostics = work.program.parameters, work.diagnostics
         probe = resolve_probe(said.call, work.table, parameters, diagnostics, other, ("ridge",))
-        if found is None or probe is None:
+        if resolved is None or probe is None:
             return None
-        return replace(found, does=type(self)(probe, train))
+        return replace(resolved, does=type(self)(probe, train))
 
     def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: ExperimentContext) -> bool:
         if ("position" in found.positions.axes) != self.swept:
@@ -576,7 +577,7 @@ class RoutingMap(_RoutedObservation):
     def per_token(self, seen: ObservedTokens, seed: int) -> Sequence[Floats]:
         import numpy as np
 
-        found = np.empty(len(seen.own.row))
+        values = np.empty(len(seen.own.row))
         for held, fit in self.fitted(seen, seed):
-            found[held[seen.own.row]] = fit.weights(*seen.own.of_rows(held))
-        return [found[None]]
+            values[held[seen.own.row]] = fit.weights(*seen.own.of_rows(held))
+        return [values[None]]

@@ -129,8 +129,8 @@ class SiteObservation(ObservationKind):
         named = not self.of_output and _names_logits(rule, sites, work)
         if named or not self.sites_fit(rule, sites, work):
             return None
-        found = ResolvedRule(spec=rule, does=self, run=run, sites=sites, positions=positions)
-        return found if self.positions_fit(rule, found, work) else None
+        resolved = ResolvedRule(spec=rule, does=self, run=run, sites=sites, positions=positions)
+        return resolved if self.positions_fit(rule, resolved, work) else None
 
     def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
         """Return the run to compare with, or the observed run if there is no comparison."""
@@ -156,13 +156,13 @@ class SiteObservation(ObservationKind):
 def _names_logits(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
     """Report a line that observes the model's output, which measures read."""
     assert rule.site is not None
-    found = any(point.site == "logits" for point in iter_points(sites))
-    if found:
+    logits = any(point.site == "logits" for point in iter_points(sites))
+    if logits:
         reason = "is the model's output, but observations read earlier activations"
         hint = "measure it: `measure logit(answer) as raw`; it is computed from `final_norm`"
         name, span = rule.site.span.written, rule.site.span
         work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
-    return found
+    return logits
 
 
 def describe_joined(sites: SiteTargets, positions: PositionTargets) -> Iterator[str]:
@@ -198,7 +198,11 @@ class ObserveRule(RuleKind):
         _check_name_free(rule, rule.observed, work)
         entry = OBSERVATIONS.get(word)
         if rule.observed.weights_attention and (entry is None or not entry.weights_attention):
-            factors = [name for name, each in OBSERVATIONS.items() if each.weights_attention]
+            factors = [
+                name
+                for name, observation_kind in OBSERVATIONS.items()
+                if observation_kind.weights_attention
+            ]
             hint = did_you_mean(word, factors, f"factors are {', '.join(factors)}")
             kind, span = "factor of attention", rule.observed.span
             work.diagnostics.append(UnknownWord(span=span, kind=kind, word=word, hint=hint))
@@ -220,8 +224,8 @@ class ObserveRule(RuleKind):
         if entry is not None:
             return entry.resolve(rule, work)
         hint = did_you_mean(word, OBSERVATIONS, f"observations are {', '.join(OBSERVATIONS)}")
-        found = UnknownWord(span=rule.observed.span, kind="observation", word=word, hint=hint)
-        work.diagnostics.append(found)
+        problem = UnknownWord(span=rule.observed.span, kind="observation", word=word, hint=hint)
+        work.diagnostics.append(problem)
         return None
 
 
@@ -232,8 +236,8 @@ def _check_name_free(rule: spec.Rule, said: spec.ObservedQuantity, work: Experim
         return
     hint = "an observation has no effects: remove `as …`, or choose a different name"
     reason = f"names the observation, but `{said.name}` is {kind}"
-    found = BadArgument(span=rule.span, name=f"as {said.name}", reason=reason, hint=hint)
-    work.diagnostics.append(found)
+    problem = BadArgument(span=rule.span, name=f"as {said.name}", reason=reason, hint=hint)
+    work.diagnostics.append(problem)
 
 
 def report_bad_observation(
@@ -244,8 +248,8 @@ def report_bad_observation(
     name = f"observe {rule.observed.word}"
     # A reason about something else, such as a token, isn't a predicate of the name.
     reason = f"can't be computed: {reason}" if reason.startswith("`") else reason
-    found = BadArgument(span=rule.observed.span, name=name, reason=reason, hint=hint)
-    work.diagnostics.append(found)
+    problem = BadArgument(span=rule.observed.span, name=name, reason=reason, hint=hint)
+    work.diagnostics.append(problem)
 
 
 def check_unembedding(rule: spec.Rule, work: ExperimentContext, *, decoders: bool = False) -> bool:

@@ -75,9 +75,9 @@ class SiteRowSetObservation(RowSetObservation, SiteObservation):
     of_several: ClassVar[str] = "a row's vector is the mean over its tokens"
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
+        resolved = super().resolve(rule, work)
         made = "is computed from vectors of all rows and doesn't read a run in which rules act"
-        return found if check_no_rules(rule, work, made) else None
+        return resolved if check_no_rules(rule, work, made) else None
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
         """Report E0207 for vectors whose width differs between rows, and for too many numbers."""
@@ -128,13 +128,15 @@ class SiteTokenSetObservation(TokenSetObservation, SiteRowSetObservation):
         return check_token_numbers(rule, found, work)
 
 
-def check_token_numbers(rule: spec.Rule, found: ResolvedRule, work: ExperimentContext) -> bool:
+def check_token_numbers(rule: spec.Rule, resolved: ResolvedRule, work: ExperimentContext) -> bool:
     """Report E0207 for tokens whose vectors are too many numbers."""
-    assert found.sites is not None
-    every = join_positions(found.positions.written.values())
+    assert resolved.sites is not None
+    every = join_positions(resolved.positions.written.values())
     tokens = sum(len(tokens) for row in every.hits for tokens in row)
     shape = work.sites.shape
-    widths = (sum(count_numbers(p, shape) for p in own) for own in found.sites.points.values())
+    widths = (
+        sum(count_numbers(p, shape) for p in points) for points in resolved.sites.points.values()
+    )
     numbers = tokens * max(widths, default=0)
     if numbers <= MAX_ROW_NUMBERS:
         return True
@@ -146,27 +148,29 @@ def check_token_numbers(rule: spec.Rule, found: ResolvedRule, work: ExperimentCo
 def resolve_compared_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTargets | None:
     """Resolve the sites after `with`, with axes `to_layer` and `to_head`; None after an error."""
     assert rule.receiver is not None
-    found, axes = resolve_site(rule.receiver, work.sites)
+    site_targets, axes = resolve_site(rule.receiver, work.sites)
     for axis in axes:
         work.add_axis(replace(axis, name=f"to_{axis.name}"))
-    own = {axis.name for axis in axes}
-    if found is None:
+    names = {axis.name for axis in axes}
+    if site_targets is None:
         return None
-    return replace(found, axes=tuple(f"to_{n}" if n in own else n for n in found.axes))
+    return replace(
+        site_targets, axes=tuple(f"to_{n}" if n in names else n for n in site_targets.axes)
+    )
 
 
-def _compares_one_side(found: ResolvedRule, others: SiteTargets, work: ExperimentContext) -> bool:
+def _compares_one_side(rule: ResolvedRule, others: SiteTargets, work: ExperimentContext) -> bool:
     """Report E0317 if the compared sites have vectors at different tokens."""
-    every = (here for sites in (found.sites, others) if sites is not None
+    every = (here for sites in (rule.sites, others) if sites is not None
              for here in sites.points.values())  # fmt: skip
-    return check_same_side(found.spec, [point for here in every for point in here], work)
+    return check_same_side(rule.spec, [point for here in every for point in here], work)
 
 
-def _compares_encoder(found: ResolvedRule, others: SiteTargets, work: ExperimentContext) -> bool:
+def _compares_encoder(rule: ResolvedRule, others: SiteTargets, work: ExperimentContext) -> bool:
     """Return whether patches of image tokens are compared with the vectors of these tokens in the
     language model."""
     shape = work.sites.shape
-    if not found.in_vision or shape.resamples or shape.encodes_apart:
+    if not rule.in_vision or shape.resamples or shape.encodes_apart:
         return False
     return all(not SITES[point.site].stack for here in others.points.values() for point in here)
 
@@ -202,8 +206,8 @@ class _RankObservation(SiteRowSetObservation):
 
         from mechdsl.fits.geometry import singular_values
 
-        found = self.number(singular_values(seen.vectors, centred=True), seen)
-        return [np.full(len(seen.vectors), found)]
+        number = self.number(singular_values(seen.vectors, centred=True), seen)
+        return [np.full(len(seen.vectors), number)]
 
 
 @observation("rank", unit="dimensions")
@@ -240,7 +244,7 @@ class EffectiveRank(_RankObservation):
 
 
 def resolve_training_rows(
-    rule: spec.Rule, found: ResolvedRule, work: ExperimentContext
+    rule: spec.Rule, resolved: ResolvedRule, work: ExperimentContext
 ) -> TrainingRows | None:
     """Resolve the rows after `train:` at the positions of the rule.
 
@@ -259,10 +263,10 @@ def resolve_training_rows(
         return None
     if work.table.stands_in or table.stands_in:
         return None
-    own, fitted = work.table.runs[work.experiment.base].rows, table.runs[rows.run].rows
+    run_rows, fitted = work.table.runs[work.experiment.base].rows, table.runs[rows.run].rows
     keys, texts = set(table.row_keys), {row.ids for row in fitted}
     images = _source_images(fitted) if table.cut_from or work.table.cut_from else set()
-    pairs = zip(work.table.row_keys, own, strict=True)
+    pairs = zip(work.table.row_keys, run_rows, strict=True)
     shared = sum(
         key in keys or row.ids in texts or bool(_source_images([row]) & images)
         for key, row in pairs
@@ -276,7 +280,7 @@ def resolve_training_rows(
     cells, problems = resolve_external_positions(rule.at, table, rows.run, work)
     work.diagnostics.extend(problems)
     by_label = {cell.label: cell for cell in cells}
-    labels = [cell.label for cell in found.positions.written.values()]
+    labels = [cell.label for cell in resolved.positions.written.values()]
     lacking = [label for label in labels if label not in by_label]
     if lacking and not has_errors(problems):
         reason = f"is fitted on rows without `{lacking[0]}`"
@@ -284,20 +288,20 @@ def resolve_training_rows(
         return None
     if has_errors(problems):
         return None
-    training = TrainingRows(table, table.runs[rows.run], tuple(by_label[own] for own in labels))
-    if found.in_vision and not _check_images_differ(rule, found, training, work):
+    training = TrainingRows(table, table.runs[rows.run], tuple(by_label[label] for label in labels))
+    if resolved.in_vision and not _check_images_differ(rule, resolved, training, work):
         return None
     return training
 
 
 def _check_images_differ(
-    rule: spec.Rule, found: ResolvedRule, training: TrainingRows, work: ExperimentContext
+    rule: spec.Rule, resolved: ResolvedRule, training: TrainingRows, work: ExperimentContext
 ) -> bool:
     """Report E0207 for rows whose images are those of training rows: the vectors of patches depend
     on the image only."""
-    own = work.table.runs[work.experiment.base]
+    run = work.table.runs[work.experiment.base]
     known = _images_of_rows(training.run, training.cells)
-    every = [_images_of_rows(own, [cell]) for cell in found.positions.written.values()]
+    every = [_images_of_rows(run, [cell]) for cell in resolved.positions.written.values()]
     shared = set().union(*every) & known
     if not shared:
         return True
@@ -352,10 +356,10 @@ class Similarity(SiteRowSetObservation):
             report_bad_observation(rule, work, reason, "remove one `with …`")
             return None
         other = match_run(rule.receiver, work)
-        found = self._of_runs(rule, other, work) if other else self._of_sites(rule, work)
-        several = found is not None and any(
+        resolved = self._of_runs(rule, other, work) if other else self._of_sites(rule, work)
+        several = resolved is not None and any(
             sum(map(len, row)) > 1
-            for cells in (found.positions.written, found.positions.read)
+            for cells in (resolved.positions.written, resolved.positions.read)
             for cell in cells.values()
             for row in cell.hits
         )
@@ -363,12 +367,12 @@ class Similarity(SiteRowSetObservation):
             reason = "compares one token at a time with itself"
             report_bad_observation(rule, work, reason, "sweep them: `each SPAN token`, `token *`")
             return None
-        return found
+        return resolved
 
     def _of_positions(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found = super().resolve(rule.model_copy(update={"onto": None}), work)
-        if rule.onto is None or found is None:
-            return found
+        resolved = super().resolve(rule.model_copy(update={"onto": None}), work)
+        if rule.onto is None or resolved is None:
+            return resolved
         both = sweeps_positions(rule.at, work) and sweeps_positions(rule.onto, work)
         if both:
             reason = "can't sweep at both positions"
@@ -376,21 +380,23 @@ class Similarity(SiteRowSetObservation):
                 rule, work, reason, "sweep at one of them, and name or join the other: `{A, B}`"
             )
             return None
-        others = resolve_base_positions(rule.onto, work.reading(found.sites))
-        return None if others is None else replace(found, spec=rule, edge=EdgeTargets(None, others))
+        others = resolve_base_positions(rule.onto, work.reading(resolved.sites))
+        return (
+            None if others is None else replace(resolved, spec=rule, edge=EdgeTargets(None, others))
+        )
 
     def _of_sites(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.receiver is not None
-        found, nothing = super().resolve(rule, work), is_unknown_name(rule.receiver, work)
+        resolved, nothing = super().resolve(rule, work), is_unknown_name(rule.receiver, work)
         others = None if nothing else resolve_compared_sites(rule, work)
-        if found is None or others is None or not self.sites_fit(rule, others, work):
+        if resolved is None or others is None or not self.sites_fit(rule, others, work):
             return None
-        if not _compares_one_side(found, others, work):
+        if not _compares_one_side(resolved, others, work):
             return None
         shape = work.sites.shape
         widths = {
             sum(count_numbers(point, shape) for point in points)
-            for sites in (found.sites, others)
+            for sites in (resolved.sites, others)
             if sites is not None
             for points in sites.points.values()
         }
@@ -400,7 +406,7 @@ class Similarity(SiteRowSetObservation):
             )
             report_bad_observation(rule, work, reason, "name sites of the same space, or `cka`")
             return None
-        return replace(found, compared_sites=others)
+        return replace(resolved, compared_sites=others)
 
     def _of_runs(self, rule: spec.Rule, other: str, work: ExperimentContext) -> ResolvedRule | None:
         if work.table.runs[other].draws > 1:
@@ -408,8 +414,8 @@ class Similarity(SiteRowSetObservation):
                 rule, work, "has no meaning over draws of noise", "use one draw: `samples: 1`"
             )
             return None
-        found = super().resolve(rule, work)
-        return None if found is None else replace(found, does=SimilarityBetweenRuns())
+        resolved = super().resolve(rule, work)
+        return None if resolved is None else replace(resolved, does=SimilarityBetweenRuns())
 
     def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
         other = None if rule.receiver is None else match_run(rule.receiver, work)
@@ -472,19 +478,19 @@ class RankCorrelation(Similarity):
             hint = f"write `observe {self.word}(10) logits at each SPAN token with last token`"
             report_bad_observation(rule, work, "compares two positions of a prompt", hint)
             return None
-        found = super().resolve(rule, work)
-        if found is None or count is None or not check_unembedding(rule, work):
+        resolved = super().resolve(rule, work)
+        if resolved is None or count is None or not check_unembedding(rule, work):
             return None
-        assert found.edge is not None
-        cells = (*found.positions.written.values(), *found.edge.keys.written.values())
+        assert resolved.edge is not None
+        cells = (*resolved.positions.written.values(), *resolved.edge.keys.written.values())
         if any(sum(map(len, row)) > 1 for cell in cells for row in cell.hits):
             reason = "compares one token with another one"
             report_bad_observation(rule, work, reason, "sweep them: `each SPAN token`, `token *`")
             return None
-        return replace(found, does=RankCorrelation(count))
+        return replace(resolved, does=RankCorrelation(count))
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
-        if any(point.site != "logits" for own in sites.points.values() for point in own):
+        if any(point.site != "logits" for points in sites.points.values() for point in points):
             report_bad_observation(rule, work, "compares predictions", "write `logits`")
             return False
         return super().sites_fit(rule, sites, work)
@@ -496,7 +502,7 @@ class RankCorrelation(Similarity):
 
         assert seen.other is not None
         pairs = zip(seen.vectors, seen.other, strict=True)
-        return [np.array([top_rank_correlation(*each, self.count) for each in pairs])]
+        return [np.array([top_rank_correlation(*pair, self.count) for pair in pairs])]
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
         yield (
@@ -534,8 +540,8 @@ def is_unknown_name(site: ast.Site, work: ExperimentContext) -> bool:
     runs = dict.fromkeys((*work.table.runs, *blocks))
     known = f"runs are {name_list(runs)}, and a site is, for example, `resid_post layer *`"
     hint = did_you_mean(name.id, [*runs, *SITES], known)
-    found = UnknownWord(span=name.span, kind="site or run", word=name.id, hint=hint)
-    work.diagnostics.append(found)
+    problem = UnknownWord(span=name.span, kind="site or run", word=name.id, hint=hint)
+    work.diagnostics.append(problem)
     return True
 
 
@@ -551,7 +557,7 @@ class Cka(SiteRowSetObservation):
     takes: ClassVar = ("with site",)
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
+        resolved = super().resolve(rule, work)
         if rule.receiver is None:
             hint = "name the other: `with resid_post layer *`, or a run: `with fewer`"
             report_bad_observation(rule, work, "compares two sites", hint)
@@ -563,17 +569,17 @@ class Cka(SiteRowSetObservation):
             )
             return None
         if match_run(rule.receiver, work) is not None:
-            return None if found is None else replace(found, does=CkaBetweenRuns())
+            return None if resolved is None else replace(resolved, does=CkaBetweenRuns())
         others = (
             None if is_unknown_name(rule.receiver, work) else resolve_compared_sites(rule, work)
         )
-        if found is None or others is None or not self.sites_fit(rule, others, work):
+        if resolved is None or others is None or not self.sites_fit(rule, others, work):
             return None
-        if not _compares_encoder(found, others, work) and not _compares_one_side(
-            found, others, work
+        if not _compares_encoder(resolved, others, work) and not _compares_one_side(
+            resolved, others, work
         ):
             return None
-        return replace(found, compared_sites=others)
+        return replace(resolved, compared_sites=others)
 
     def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
         other = None if rule.receiver is None else match_run(rule.receiver, work)
@@ -626,10 +632,10 @@ class RandomNumber(SiteRowSetObservation):
     of_whole_text = True
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found, said = super().resolve(rule, work), rule.observed
+        resolved, said = super().resolve(rule, work), rule.observed
         assert said is not None
         if said.call is None:
-            return found
+            return resolved
         one = said.call.arguments[0] if len(said.call.arguments) == 1 else None
         node = None if one is None or one.name is not None else one.value
         draws = constant_value(node, work.program.parameters)
@@ -639,9 +645,9 @@ class RandomNumber(SiteRowSetObservation):
             )
             return None
         work.add_axis(Axis(self.counts, tuple(range(1, draws + 1)), said.span))
-        if found is None or found.sites is None:
+        if resolved is None or resolved.sites is None:
             return None
-        return replace(found, sites=repeat_sites(found.sites, self.counts, draws))
+        return replace(resolved, sites=repeat_sites(resolved.sites, self.counts, draws))
 
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         import numpy as np
@@ -682,25 +688,25 @@ class Clusters(SiteTokenSetObservation):
         self.count, self.trained_on, self.train = count, trained_on, train
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
+        resolved = super().resolve(rule, work)
         said = rule.observed
         assert said is not None
         count = _read_count(rule, work)
         before = len(work.diagnostics)
-        train = None if found is None else resolve_training_rows(rule, found, work)
+        train = None if resolved is None else resolve_training_rows(rule, resolved, work)
         if rule.receiver is not None and match_run(rule.receiver, work) is None:
             report_bad_observation(rule, work, "is compared with a run", "name one: `with noised`")
         if has_errors(work.diagnostics[before:]):
             return None
-        if count is None or found is None or found.sites is None:
+        if count is None or resolved is None or resolved.sites is None:
             return None
         named = None if train is None else training_rows(said.call)
         called = "" if named is None else named.span.written
         if rule.receiver is not None:
-            return replace(found, does=ClusterAgreement(count, train, called))
+            return replace(resolved, does=ClusterAgreement(count, train, called))
         work.add_axis(Axis("cluster", tuple(range(1, count + 1)), said.span))
-        sites = repeat_sites(found.sites, "cluster", count)
-        return replace(found, does=Clusters(count, train, called), sites=sites)
+        sites = repeat_sites(resolved.sites, "cluster", count)
+        return replace(resolved, does=Clusters(count, train, called), sites=sites)
 
     def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
         other = None if rule.receiver is None else match_run(rule.receiver, work)
@@ -773,8 +779,10 @@ class ClusterAgreement(Clusters):
 
         assert seen.other is not None
         fit = self.fitted(seen, seed)
-        own, other = (_likeliest_cluster(fit, each) for each in (seen.own, seen.other))
-        same = (own == other).astype(float)[None]
+        values, other = (
+            _likeliest_cluster(fit, token_vectors) for token_vectors in (seen.own, seen.other)
+        )
+        same = (values == other).astype(float)[None]
         return [same, np.full(same.shape, fit.reached)]
 
     def told(self) -> Iterator[str]:
@@ -786,8 +794,8 @@ def _token_pairs(positions: PositionTargets, row: int) -> set[tuple[int, int]]:
     cells = zip(positions.written.values(), positions.read.values(), strict=True)
     return {
         pair
-        for own, other in cells
-        for one, two in zip(own.hits[row], other.hits[row], strict=True)
+        for position_cell, other in cells
+        for one, two in zip(position_cell.hits[row], other.hits[row], strict=True)
         for pair in zip(one, two, strict=True)
     }
 
@@ -802,8 +810,8 @@ def _read_count(rule: spec.Rule, work: ExperimentContext) -> int | None:
     said = rule.observed
     assert said is not None
     arguments = () if said.call is None else said.call.arguments
-    plain = [each.value for each in arguments if each.name is None]
-    other = next((each for each in arguments if each.name not in (None, "train")), None)
+    plain = [argument.value for argument in arguments if argument.name is None]
+    other = next((argument for argument in arguments if argument.name not in (None, "train")), None)
     if other is not None:
         hint = "there is train"
         work.diagnostics.append(

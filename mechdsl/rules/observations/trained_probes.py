@@ -15,12 +15,7 @@ from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.program import spec
 from mechdsl.resolve.directions import find_class
 from mechdsl.resolve.observations import ObservedVectors, RowVectors, evaluate_rows
-from mechdsl.resolve.probes import (
-    class_key,
-    explain_misfit,
-    resolve_trained_probe,
-    target_of,
-)
+from mechdsl.resolve.probes import class_key, explain_misfit, resolve_trained_probe, target_of
 from mechdsl.resolve.sites import ExperimentContext, label_all_points, label_points
 from mechdsl.resolve.trainings import name_probe_map
 from mechdsl.resolve.types import (
@@ -67,14 +62,14 @@ class ProbeReading(Record):
 
         targets = np.array([self.targets[row] for row in seen.prompts.tolist()])
         (point,) = seen.points
-        found: list[Floats] = []
+        scores: list[Floats] = []
         for shuffled in (False, True):
             made = load_map(self.probe, point, shuffled=shuffled)(seen.vectors)
             if self.probe.classes:
-                found.append((made.argmax(axis=1) == targets).astype(np.float64))
+                scores.append((made.argmax(axis=1) == targets).astype(np.float64))
             else:
-                found.append(r_squared(targets, made))
-        return found
+                scores.append(r_squared(targets, made))
+        return scores
 
     def describe(self, sites: SiteTargets) -> Iterator[str]:
         """Yield notes for tables."""
@@ -91,27 +86,29 @@ class ProbeReading(Record):
 
 def _describe_map(probe: TrainedProbe, sites: SiteTargets) -> Iterator[str]:
     """Yield where a probe was trained if it reads other sites."""
-    own = set(probe.training.inputs)
-    if any(point not in own for point in iter_points(sites)):
+    inputs = set(probe.training.inputs)
+    if any(point not in inputs for point in iter_points(sites)):
         where = label_all_points(probe.training.inputs)
         yield f"`{probe.training.definition}` was trained on vectors of {where}"
 
 
 def read_trained_probe(
-    rule: spec.Rule, found: ResolvedRule | None, work: ExperimentContext
+    rule: spec.Rule, resolved: ResolvedRule | None, work: ExperimentContext
 ) -> ProbeReading | None:
     """Resolve a probe that `observe probe(NAME)` names, with the values of the rows; None after an
     error.
 
     Codes: E0207, and those of `resolve_trained_probe`.
     """
-    probe = resolve_named_probe(rule, found, work)
+    probe = resolve_named_probe(rule, resolved, work)
     definition = None if probe is None else work.program.bases[probe.training.definition]
     if probe is None or definition is None:
         return None
     assert rule.observed is not None
     assert rule.observed.call is not None
-    option = next((each for each in rule.observed.call.arguments if each.name is not None), None)
+    option = next(
+        (argument for argument in rule.observed.call.arguments if argument.name is not None), None
+    )
     if option is not None:
         reason = f"is an option of the fit, and `{probe.training.definition}` is already fitted"
         hint = f"remove it, or write it in `probe {probe.training.definition} = fit(…)`"
@@ -120,7 +117,7 @@ def read_trained_probe(
         return None
     target, problems = target_of(definition), list(work.diagnostics)
     values = evaluate_rows(target, work.table, problems)
-    work.diagnostics.extend(own for own in problems if own not in work.diagnostics)
+    work.diagnostics.extend(problem for problem in problems if problem not in work.diagnostics)
     if values is None or work.table.stands_in:
         return None
     targets = _evaluated_targets(probe, values, rule, work)
@@ -158,25 +155,25 @@ def _evaluated_targets(
 
 
 def resolve_named_probe(
-    rule: spec.Rule, found: ResolvedRule | None, work: ExperimentContext
+    rule: spec.Rule, resolved: ResolvedRule | None, work: ExperimentContext
 ) -> TrainedProbe | None:
     """Resolve the probe that an observation names, and check that it fits the sites; None after an
     error."""
     assert rule.observed is not None
     assert rule.observed.call is not None
     (name,) = rule.observed.bases
-    (node,) = (each.value for each in rule.observed.call.arguments if each.name is None)
+    (node,) = (argument.value for argument in rule.observed.call.arguments if argument.name is None)
     value = evaluate_rows(cast("ast.Expr", node), work.table, [])
     if value and not work.table.stands_in:
         reason = f"names `{name}`, which is a probe and a value of `{work.table.name}`"
         report_bad_observation(rule, work, reason, "rename the probe")
         return None
     probe = resolve_trained_probe(name, work)
-    if probe is None or found is None:
+    if probe is None or resolved is None:
         return None
-    assert found.sites is not None
+    assert resolved.sites is not None
     problem = None
-    for points in found.sites.points.values():
+    for points in resolved.sites.points.values():
         problem = problem or _misfit(probe, points, work)
     if problem is not None:
         report_bad_observation(rule, work, *problem)
@@ -200,10 +197,10 @@ def _misfit(
         reason = f"reads {where}, for which `{name}` has no map"
         return reason, f"declare `{name}` there, too: `{hint}`"
     width = probe.widths[number]
-    own = count_numbers(point, work.sites.shape)
-    if own == width or work.sites.shape.stands_in:
+    numbers = count_numbers(point, work.sites.shape)
+    if numbers == width or work.sites.shape.stands_in:
         return None
-    reason = f"reads vectors of {own:,} numbers, and `{name}` is trained on {width:,}"
+    reason = f"reads vectors of {numbers:,} numbers, and `{name}` is trained on {width:,}"
     return reason, "name a site of the same width"
 
 
@@ -212,9 +209,9 @@ def _find_map(probe: TrainedProbe, point: SitePoint) -> int | None:
     the probe has maps for several. None without one."""
     inputs = probe.training.inputs
     by_layer, by_head = (len({getattr(p, n) for p in inputs}) > 1 for n in ("layer", "unit"))
-    for number, own in enumerate(inputs):
-        same_layer = not by_layer or own.layer == point.layer
-        if same_layer and (not by_head or own.unit == point.unit):
+    for number, site_point in enumerate(inputs):
+        same_layer = not by_layer or site_point.layer == point.layer
+        if same_layer and (not by_head or site_point.unit == point.unit):
             return number
     return None
 
@@ -280,21 +277,21 @@ class PredictionObservation(SiteObservation):
         return made_of_probe(self.probe)
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found, said = super().resolve(rule, work), rule.observed
+        resolved, said = super().resolve(rule, work), rule.observed
         assert said is not None
         if len(said.bases) != 1:
             hint = "name one: `prediction(told)`, with `probe told = fit(ridge, …) at …`"
             report_bad_observation(rule, work, "needs a probe of the file", hint)
             return None
-        probe = resolve_named_probe(rule, found, work)
-        if found is None or probe is None:
+        probe = resolve_named_probe(rule, resolved, work)
+        if resolved is None or probe is None:
             return None
         assert said.call is not None
         number = find_class(said.call, probe, work.program)
         if isinstance(number, BadArgument):
             work.diagnostics.append(number)
             return None
-        return replace(found, does=PredictionObservation(probe, number))
+        return replace(resolved, does=PredictionObservation(probe, number))
 
     def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
         import torch

@@ -48,11 +48,11 @@ class NeuronValue(SiteObservation):
     of_coordinates = True
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
+        resolved = super().resolve(rule, work)
         assert rule.observed is not None
-        if found is None or rule.observed.basis is None:
-            return found
-        return replace(found, does=COORDINATE_VALUE)
+        if resolved is None or rule.observed.basis is None:
+            return resolved
+        return replace(resolved, does=COORDINATE_VALUE)
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
         assert rule.site is not None
@@ -83,7 +83,7 @@ class CoordinateValue(NeuronValue):
         assert rule.basis is not None
         assert rule.sites is not None
         over = list(describe_joined(rule.sites, rule.positions))
-        if any(len(own.which) != 1 for own in rule.basis.coordinates.values()):
+        if any(len(coordinate.which) != 1 for coordinate in rule.basis.coordinates.values()):
             over.insert(0, "the joined coordinates")
         averaged = f", averaged over {' and '.join(over)}" if over else ""
         which = "the number" if rule.basis.definition == ast.STANDARD_BASIS else "the coordinate"
@@ -125,8 +125,8 @@ def check_stream_sites(
         else:
             continue
         span = rule.site.span
-        found = BadArgument(span=span, name=span.written, reason=reason, hint=hint)
-        work.diagnostics.append(found)
+        problem = BadArgument(span=span, name=span.written, reason=reason, hint=hint)
+        work.diagnostics.append(problem)
         return False
     return True
 
@@ -146,8 +146,8 @@ class LogitLens(SiteObservation):
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         there = check_unembedding(rule, work, decoders=True)
-        found = super().resolve(rule, work)
-        return found if there else None
+        resolved = super().resolve(rule, work)
+        return resolved if there else None
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
         return check_stream_sites(rule, sites, work)
@@ -216,10 +216,10 @@ class DirectLogit(SiteObservation):
             span = rule.observed.span
             work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
             there = False
-        found = super().resolve(rule, work)
-        if found is None or found.sites is None or not there:
+        resolved = super().resolve(rule, work)
+        if resolved is None or resolved.sites is None or not there:
             return None
-        return replace(found, sites=_use_head_outputs(found.sites))
+        return replace(resolved, sites=_use_head_outputs(resolved.sites))
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
         return check_stream_sites(rule, _use_head_outputs(sites), work, "mlp_hidden")

@@ -182,9 +182,9 @@ class Composition(WeightObservation):
         self.by = by
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
+        resolved = super().resolve(rule, work)
         by = read_option_word(rule, COMPOSITIONS, "isn't a type of composition", work)
-        return None if found is None or by is None else replace(found, does=Composition(by))
+        return None if resolved is None or by is None else replace(resolved, does=Composition(by))
 
     def said(self) -> Iterator[str]:
         maps = "OV" if self.by == "v" else "QK"
@@ -214,16 +214,16 @@ class SingularValues(WeightObservation):
         self.of = of
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
+        resolved = super().resolve(rule, work)
         said = rule.observed
         assert said is not None
         of = read_option_word(rule, CIRCUITS, "isn't a map of a head", work)
         if said.top is None:
             report_bad_observation(rule, work, "doesn't state how many", "write `top 5`")
-        if found is None or found.sites is None or of is None or said.top is None:
+        if resolved is None or resolved.sites is None or of is None or said.top is None:
             return None
         site, shape = ("z" if of == "ov" else "q"), work.sites.shape
-        layers = {point.layer for here in found.sites.points.values() for point in here}
+        layers = {point.layer for here in resolved.sites.points.values() for point in here}
         most = min(min(vector_width(shape, site, n), shape.d_model) for n in layers)
         if said.top > most and not shape.stands_in:
             report_bad_observation(
@@ -234,8 +234,8 @@ class SingularValues(WeightObservation):
             )
             return None
         work.add_axis(Axis(self.counts, tuple(range(1, said.top + 1)), said.span))
-        sites = repeat_sites(found.sites, self.counts, said.top)
-        return replace(found, does=SingularValues(of), sites=sites)
+        sites = repeat_sites(resolved.sites, self.counts, said.top)
+        return replace(resolved, does=SingularValues(of), sites=sites)
 
     def said(self) -> Iterator[str]:
         yield f"of {CIRCUITS[self.of]}"
@@ -260,20 +260,20 @@ class BasisObservation(WeightObservation):
         self.members = members
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found, named = super().resolve(rule, work), _read_bases(rule, self.basis_counts, work)
+        resolved, named = super().resolve(rule, work), _read_bases(rule, self.basis_counts, work)
         bases = None if named is None else resolve_argument_bases(named, work)
-        if found is None or found.sites is None or bases is None:
+        if resolved is None or resolved.sites is None or bases is None:
             return None
         members = bases.members[0], bases.members[-1]
         if not self.bases_fit(rule, members, work):
             return None
-        sites = found.sites
+        sites = resolved.sites
         assert rule.observed is not None
         for axis, member in zip(self.value_axes, members, strict=False):
             size = min(member.size, 2) if work.sites.shape.stands_in else member.size
             work.add_axis(Axis(axis, tuple(range(size)), rule.observed.span))
             sites = repeat_sites(sites, axis, size)
-        return replace(found, does=type(self)(members), sites=sites, basis=bases)
+        return replace(resolved, does=type(self)(members), sites=sites, basis=bases)
 
     def bases_fit(
         self, rule: spec.Rule, members: tuple[BasisMember, BasisMember], work: ExperimentContext
@@ -318,8 +318,8 @@ def _read_bases(
     said = rule.observed
     assert said is not None
     given = () if said.call is None else said.call.arguments
-    values = [each.value for each in given if each.name is None]
-    named = [each for each in values if isinstance(each, ast.Name)]
+    values = [argument.value for argument in given if argument.name is None]
+    named = [value for value in values if isinstance(value, ast.Name)]
     if len(given) not in counts or len(named) < len(given):
         many = "two bases" if counts == (2,) else "one or two bases"
         listed = ", ".join("bc"[: max(counts)])
@@ -430,14 +430,14 @@ class Successor(WeightObservation):
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         there = check_unembedding(rule, work)
-        found = super().resolve(rule, work)
+        resolved = super().resolve(rule, work)
         tokens = _tokens(rule, work)
-        if found is None or tokens is None or not there:
+        if resolved is None or tokens is None or not there:
             return None
         assert rule.observed is not None
         assert rule.observed.call is not None
-        texts = [each.value.span.written for each in rule.observed.call.arguments]
-        return replace(found, does=Successor(tokens, texts))
+        texts = [argument.value.span.written for argument in rule.observed.call.arguments]
+        return replace(resolved, does=Successor(tokens, texts))
 
     def said(self) -> Iterator[str]:
         yield f"of {', '.join(self.texts[:8])}" + (", …" if len(self.texts) > 8 else "")
@@ -449,13 +449,13 @@ def _tokens(rule: spec.Rule, work: ExperimentContext) -> list[int] | None:
     said, tokenizer = rule.observed, work.model.tokenizer
     assert said is not None
     arguments = () if said.call is None else said.call.arguments
-    texts = [each.value for each in arguments if each.name is None]
-    strings = [each for each in texts if isinstance(each, ast.String)]
-    if len(strings) < len(arguments) or len({each.value for each in strings}) < MIN_TEXTS:
+    texts = [argument.value for argument in arguments if argument.name is None]
+    strings = [string for string in texts if isinstance(string, ast.String)]
+    if len(strings) < len(arguments) or len({string.value for string in strings}) < MIN_TEXTS:
         reason = f"takes at least {MIN_TEXTS} different texts, each followed by the next"
         report_bad_observation(rule, work, reason, 'write `successor(" one", " two", " three")`')
         return None
-    found: list[int] = []
+    tokens: list[int] = []
     for text in strings:
         ids = tokenizer.encode(text.value, add_special=False).ids
         if len(ids) != 1 and not tokenizer.stands_in:
@@ -465,8 +465,8 @@ def _tokens(rule: spec.Rule, work: ExperimentContext) -> list[int] | None:
             problem = BadArgument(span=text.span, name=name, reason=reason, hint=hint)
             work.diagnostics.append(problem)
             return None
-        found += ids[:1]
-    return found
+        tokens += ids[:1]
+    return tokens
 
 
 @observation("value_vectors", unit="logit")
@@ -490,12 +490,12 @@ class ValueVectors(WeightObservation):
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         there, said = check_unembedding(rule, work), rule.observed
-        found = super().resolve(rule, work)
-        if found is None or not there:
+        resolved = super().resolve(rule, work)
+        if resolved is None or not there:
             return None
         assert said is not None
         kind = ValueVectors if said.toward is None else TokenValueVectors
-        return replace(found, does=kind(said.top or 0))
+        return replace(resolved, does=kind(said.top or 0))
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
         hint = "write `layer * neuron *`"
@@ -539,7 +539,11 @@ class CircuitComparison(WeightObservation):
     @property
     def made_of(self) -> Mapping[str, str]:
         own = (self.first, self.second)
-        return {f"circuit {n}": each.digest for n, each in enumerate(own) if each.digest}
+        return {
+            f"circuit {n}": circuit_edges.digest
+            for n, circuit_edges in enumerate(own)
+            if circuit_edges.digest
+        }
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.observed is not None
@@ -571,8 +575,8 @@ class CircuitComparison(WeightObservation):
         if not untrained and not self.scores_fit(first, rule, work):
             return None
         edges_of_first, edges_of_second = (
-            SiteTargets((), {(): list_sender_sites(own.edges)}, {(): name})
-            for own, name in ((first, one.name), (second, other.name))
+            SiteTargets((), {(): list_sender_sites(circuit_edges.edges)}, {(): name})
+            for circuit_edges, name in ((first, one.name), (second, other.name))
         )
         does = type(self)((first, second), edges)
         cell = PositionCell("edges", (((),),) * len(work.table))
@@ -634,7 +638,7 @@ class CircuitComparison(WeightObservation):
         parts = "{:,} and {:,} edges, of {:,} of the {}".format(*sizes, of)
         yield Convention("observed", "; ".join([f"{self.word}: {said}", parts, *self.said()]))
         if self.edges.groups:
-            groups = ", ".join(f"`{each}`" for each in self.edges.groups)
+            groups = ", ".join(f"`{group}`" for group in self.edges.groups)
             said = f"each edge counts once for each of these groups of tokens: {groups}; an edge "
             yield Convention("compared at", f"{said}without a position is in all of them")
         if self.edges.divided:

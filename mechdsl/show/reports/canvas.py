@@ -111,8 +111,8 @@ SVG_SIZE = re.compile(r'(?<=\s)(width|height|viewBox)="([^"]*)"')
 
 def svg_size(svg: str) -> tuple[float, float]:
     """Return the width and the height of a drawing in pixels."""
-    found = dict(SVG_SIZE.findall(svg[: svg.index(">")]))
-    return float(found["width"]), float(found["height"])
+    size = dict(SVG_SIZE.findall(svg[: svg.index(">")]))
+    return float(size["width"]), float(size["height"])
 
 
 def write_picture(svg: str, path: Path, columns: int | None = None) -> None:

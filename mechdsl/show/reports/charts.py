@@ -160,7 +160,7 @@ HEADER_SIZE = 12
 
 def add_title(chart: Any, result: ExperimentResult, data: MeasureData, *said: str | None) -> Any:
     """Add a title to a chart; `said` are the remarks of its type."""
-    measure = next(n for n, each in enumerate(result.measures) if each is data)
+    measure = next(n for n, measure_data in enumerate(result.measures) if measure_data is data)
     facts = [
         f"{result.model} · {result.direction} · {prompt_count_text(result, measure)}",
         scale_note(result, data),
@@ -183,14 +183,14 @@ def add_title(chart: Any, result: ExperimentResult, data: MeasureData, *said: st
 
 def null_band_caption(result: ExperimentResult, data: MeasureData) -> str | None:
     """Explain the grey area of a chart with a null band."""
-    measure = next(n for n, each in enumerate(result.measures) if each is data)
+    measure = next(n for n, measure_data in enumerate(result.measures) if measure_data is data)
     null = null_band_text(result, measure)
     return f"grey: {null}" if null else None
 
 
 def faint_caption(result: ExperimentResult, data: MeasureData) -> str | None:
     """Explain faint bars and points."""
-    measure = next(n for n, each in enumerate(result.measures) if each is data)
+    measure = next(n for n, measure_data in enumerate(result.measures) if measure_data is data)
     return thin_note(result, measure, "faint:")
 
 
@@ -200,7 +200,7 @@ def add_hover(base: Any, field: str = "hover") -> Any:
 
 
 def stack_charts(charts: Sequence[Any], result: ExperimentResult) -> Any:
-    """Stack the charts of all measures, each with its own colours and shapes. If none of the
+    """Stack the charts of all measures, each with separate colours and shapes. If none of the
     drawable measures could be computed, the figure contains only that note."""
     if not charts:
         title = alt.TitleParams(
@@ -209,8 +209,8 @@ def stack_charts(charts: Sequence[Any], result: ExperimentResult) -> Any:
         )
         nothing = alt.Chart(alt.Data(values=[{}])).mark_point(opacity=0)
         charts = [nothing.properties(title=title, height=1)]
-    own = alt.vconcat(*charts, spacing=36).resolve_scale(color="independent", shape="independent")
-    return apply_theme(own)  # a second call would replace the first
+    chart = alt.vconcat(*charts, spacing=36).resolve_scale(color="independent", shape="independent")
+    return apply_theme(chart)  # a second call would replace the first
 
 
 def apply_theme(chart: Any) -> Any:
@@ -277,7 +277,7 @@ def fewer_prompts_caption(
     result: ExperimentResult, data: MeasureData, *, written: bool
 ) -> str | None:
     """Explain where n of cells with fewer prompts is shown; `written`: at the marks."""
-    measure = next(n for n, each in enumerate(result.measures) if each is data)
+    measure = next(n for n, measure_data in enumerate(result.measures) if measure_data is data)
     return fewer_prompts_note(result, measure, "small" if written else "under the pointer")
 
 

@@ -155,12 +155,12 @@ def join_supernodes(circuit: ResultCircuit) -> ResultCircuit:
     nodes = {node.label: node for node in graph.nodes}
     for name, labels in graph.supernodes:
         for label in labels:
-            own = node_of[label]
-            names[label] = joined = f"L{own.layer}.{name}"
+            result = node_of[label]
+            names[label] = joined = f"L{result.layer}.{name}"
             del nodes[label]
-            count = sum(node_of[other].layer == own.layer for other in labels)
+            count = sum(node_of[other].layer == result.layer for other in labels)
             text = f"{name} ({count_noun(count, 'node')})"
-            nodes.setdefault(joined, replace(own, label=joined, kind="supernode", text=text))
+            nodes.setdefault(joined, replace(result, label=joined, kind="supernode", text=text))
     sums: dict[tuple[str, str], float] = {}
     for (of, to), score in zip(circuit.edges, circuit.scores, strict=True):
         pair = names.get(of, of), names.get(to, to)
@@ -179,7 +179,7 @@ def join_positions(circuit: ResultCircuit) -> ResultCircuit:
     for edge, score, at in zip(circuit.edges, scores, circuit.places, strict=True):
         largest[edge] = max(score, largest.get(edge, 0.0), key=abs)
         places.setdefault(edge, []).append(at)
-    joined = tuple(" and ".join(own) for own in places.values())
+    joined = tuple(" and ".join(names) for names in places.values())
     own = tuple(largest.values()) if circuit.scores else ()
     return replace(circuit, edges=tuple(largest), scores=own, places=joined)
 
@@ -190,14 +190,14 @@ def list_edges(circuit: ResultCircuit, top: int | None) -> list[DrawnEdge]:
     places = circuit.places or ("",) * len(circuit.edges)
     listed = list(zip(circuit.edges, scores, places, strict=True))
     listed.sort(key=lambda each: -abs(each[1] or 0.0))
-    found: list[DrawnEdge] = []
+    edges: list[DrawnEdge] = []
     for (of, to), score, at in listed[:top]:
         receiver, reads = _component(to, circuit)
         if to == "embed":  # the projector reads the end of a vision encoder
             receiver = Component(to, "logits", (circuit.layers, 0))
         text = f"{of} -> {to} at {at}" if at else f"{of} -> {to}"
-        found.append(DrawnEdge(_component(of, circuit)[0], receiver, reads, text, score))
-    return found
+        edges.append(DrawnEdge(_component(of, circuit)[0], receiver, reads, text, score))
+    return edges
 
 
 def _component(
@@ -243,34 +243,34 @@ def _stack_component(
     """Return the box of one end of an edge in another stack, and the input of a head. An encoder is
     below the decoder, and its attention in a layer is above that of the decoder."""
     site, stack, layer, unit = match.groups()
-    own = int(layer or -1)
+    component = int(layer or -1)
     if stack == "encoder":  # its embedding and layers, then the embedding of the decoder at -1
         ends = (each for edge in circuit.edges for each in edge)
-        found = (_STACK_LABEL.fullmatch(each) for each in ends)
-        layers = [int(each[3]) for each in found if each and each[2] == stack and each[3]]
-        own -= max(layers, default=-1) + 2
+        matches = (_STACK_LABEL.fullmatch(end) for end in ends)
+        layers = [int(each[3]) for each in matches if each and each[2] == stack and each[3]]
+        component -= max(layers, default=-1) + 2
     first = 2 if stack == "cross" else 0
     if site == "embed":
-        return Component(match[0], "embed", (own, 0)), None
+        return Component(match[0], "embed", (component, 0)), None
     if unit is None:
         label = f"mlp_out {stack} layer {layer}"
-        return Component(label, "mlp", (own, _MLP_ROW), said=f"{stack} L{layer} MLP"), None
+        return Component(label, "mlp", (component, _MLP_ROW), said=f"{stack} L{layer} MLP"), None
     if site == "mlp_hidden":
         said = f"{stack} L{layer}N{unit}"
-        return Component(match[0], "neuron", (own, _MLP_ROW), int(unit), said), None
+        return Component(match[0], "neuron", (component, _MLP_ROW), int(unit), said), None
     if site in ("k", "v") and circuit.key_heads < circuit.heads:
         said = f"{stack} L{layer}H{unit}.{site}"
-        return Component(match[0], "key-value", (own, first), int(unit), said), None
+        return Component(match[0], "key-value", (component, first), int(unit), said), None
     of: Literal["q", "k", "v"] | None = None
     if site != "z":
         of = "q" if site == "q" else "k" if site == "k" else "v"
     label, said = f"z {stack} layer {layer} head {unit}", f"{stack} L{layer}H{unit}"
-    return Component(label, "head", (own, first + 1), int(unit), said), of
+    return Component(label, "head", (component, first + 1), int(unit), said), of
 
 
 def _graph_component(label: str, graph: ResultGraph, layers: int) -> Component:
     """Return the box of a node of an attribution graph."""
-    node = next(each for each in graph.nodes if each.label == label)
+    node = next(result for result in graph.nodes if result.label == label)
     level = {"token": (-1, 0), "logit": (layers, 0)}.get(node.kind, (node.layer, 0))
     text = node.text.strip() or repr(node.text)
     said = {
@@ -286,16 +286,19 @@ def _graph_component(label: str, graph: ResultGraph, layers: int) -> Component:
 def lay_out(circuit: ResultCircuit, edges: Sequence[DrawnEdge]) -> CircuitLayout:
     """Place the components of some edges."""
     ends = [end for edge in edges for end in (edge.sender, edge.receiver)]
-    components = sorted(dict.fromkeys(ends), key=lambda each: (each.level, each.unit, each.label))
+    components = sorted(
+        dict.fromkeys(ends),
+        key=lambda component: (component.level, component.unit, component.label),
+    )
     group = circuit.heads // circuit.key_heads
     shared = [
-        (own, head)
-        for own in components
-        if own.kind == "key-value"
+        (component, head)
+        for component in components
+        if component.kind == "key-value"
         for head in components
         if head.kind == "head"
-        and head.level == (own.level[0], own.level[1] + 1)
-        and head.unit // group == own.unit
+        and head.level == (component.level[0], component.level[1] + 1)
+        and head.unit // group == component.unit
     ]
     pairs = dict.fromkeys(edge.pair for edge in edges)
     made = _list_rows(components, pairs)
@@ -303,16 +306,16 @@ def lay_out(circuit: ResultCircuit, edges: Sequence[DrawnEdge]) -> CircuitLayout
     left = min(x - _width(place) / 2 for place, x in across.items())
     right = max(x + _width(place) / 2 for place, x in across.items())
     tops, bottoms, height = _heights(made)
-    levels = sorted({own.level for own in components})
+    levels = sorted({component.level for component in components})
     number = {level: n for n, level in enumerate(levels)}
 
     def stop(place: _Place) -> tuple[float, float, float]:
         row = number[place.level]
         return across[place] - left, bottoms[row], tops[row]
 
-    def top_of(own: Component) -> float:
-        row = number[own.level]
-        return (tops[row] + bottoms[row] - NODE_HEIGHT[own.kind]) / 2
+    def top_of(component: Component) -> float:
+        row = number[component.level]
+        return (tops[row] + bottoms[row] - NODE_HEIGHT[component.kind]) / 2
 
     routes: dict[Pair, list[tuple[float, float, float]]] = {}
     for (of, to, is_negative), route in made.routes.items():
@@ -329,14 +332,16 @@ def lay_out(circuit: ResultCircuit, edges: Sequence[DrawnEdge]) -> CircuitLayout
         )
         for layer in layers
     ]
-    placed = {own: (across[own] - left, top_of(own)) for own in components}
+    placed = {component: (across[component] - left, top_of(component)) for component in components}
     return CircuitLayout(placed, routes, shared, bands, (right - left, height))
 
 
 def _list_rows(components: Sequence[Component], pairs: Mapping[Pair, None]) -> _Rows:
     """Return the places of each row, and those of each edge."""
-    levels = sorted({own.level for own in components})
-    made = _Rows([[own for own in components if own.level == level] for level in levels])
+    levels = sorted({component.level for component in components})
+    made = _Rows(
+        [[component for component in components if component.level == level] for level in levels]
+    )
     number = {level: n for n, level in enumerate(levels)}
     for of, to, is_negative in pairs:
         passed = levels[number[of.level] + 1 : number[to.level]]

@@ -85,8 +85,8 @@ class ColourScale:
     @property
     def colours(self) -> list[str]:
         """The colours of `domain`, as `#rrggbb`."""
-        found = [self.colour(value) or (0, 0, 0) for value in self.domain]
-        return ["#{:02x}{:02x}{:02x}".format(*colour) for colour in found]
+        colours = [self.colour(value) or (0, 0, 0) for value in self.domain]
+        return ["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours]
 
     def is_dark(self, value: float) -> bool:
         """Whether text on the colour is white."""

@@ -151,18 +151,18 @@ def picture_of(
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Print the edges with their scores, the largest first."""
-    found = picture_of(result, report.top or LISTED_EDGES)
+    picture = picture_of(result, report.top or LISTED_EDGES)
     console.print()
-    if found is None:
+    if picture is None:
         console.print(Text(f"{result.name}: no circuit", style="bold"), highlight=False)
         return
-    console.print(Text(_title(result, found), style="bold"), highlight=False)
-    write = map_format([found.limit])
-    width = max(len(edge.text) for edge in found.edges)
-    for edge in found.edges:
+    console.print(Text(_title(result, picture), style="bold"), highlight=False)
+    write = map_format([picture.limit])
+    width = max(len(edge.text) for edge in picture.edges)
+    for edge in picture.edges:
         score = "" if edge.score is None else f"  {write(edge.score):>8}"
         console.print(Text(f"{edge.text:<{width if score else 0}}{score}"), highlight=False)
-    notes = [note.replace(": dotted lines", "") for note in found.notes]
+    notes = [note.replace(": dotted lines", "") for note in picture.notes]
     print_notes(["; ".join(notes)], console)
     print_conventions(result, report, console)
 
@@ -173,14 +173,14 @@ def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     if suffix == ".json":
         path.write_text(_json_text(result, report.top), encoding="utf-8")
         return
-    found = picture_of(result, report.top, joined=True)
+    picture = picture_of(result, report.top, joined=True)
     if suffix == ".html":
-        path.write_text(_page(result, found), encoding="utf-8")
+        path.write_text(_page(result, picture), encoding="utf-8")
         return
     canvas = Canvas()
-    canvas.heads(*_heading(result, found))
-    if found is not None:
-        drawing, (width, height) = draw_circuit(found)
+    canvas.heads(*_heading(result, picture))
+    if picture is not None:
+        drawing, (width, height) = draw_circuit(picture)
         canvas.y += 12
         canvas.shapes.append(f'<g transform="translate(20,{canvas.y:.1f})">{drawing}</g>')
         canvas.right = max(canvas.right, 20 + width)
@@ -188,29 +188,29 @@ def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     canvas.save(path, report.width)
 
 
-def _heading(result: ExperimentResult, found: CircuitPicture | None) -> list[str]:
-    if found is None:
+def _heading(result: ExperimentResult, picture: CircuitPicture | None) -> list[str]:
+    if picture is None:
         return [f"{result.name}: no circuit"]
-    facts = [f"{result.model} · {'; '.join(found.notes)}"]
-    positions = () if result.circuit is None else list_positions(result.circuit, found)
-    return [_title(result, found), *facts, *positions]
+    facts = [f"{result.model} · {'; '.join(picture.notes)}"]
+    positions = () if result.circuit is None else list_positions(result.circuit, picture)
+    return [_title(result, picture), *facts, *positions]
 
 
-def list_positions(circuit: ResultCircuit, found: CircuitPicture) -> Iterator[str]:
+def list_positions(circuit: ResultCircuit, picture: CircuitPicture) -> Iterator[str]:
     """Yield a line for each position of the shown edges: `last token: embed -> L1H1.q`."""
-    shown = {edge.text.partition(" at ")[0] for edge in found.edges}
+    shown = {edge.text.partition(" at ")[0] for edge in picture.edges}
     edges: dict[str, list[str]] = {}
     for (of, to), at in zip(circuit.edges, circuit.places, strict=False):
         if at and f"{of} -> {to}" in shown:
             edges.setdefault(at, []).append(f"{of} -> {to}")
-    for at, own in edges.items():
-        more = len(own) - MAX_LISTED
-        yield f"{at}: {', '.join(own[:MAX_LISTED])}{f' and {more:,} more' if more > 0 else ''}"
+    for at, names in edges.items():
+        more = len(names) - MAX_LISTED
+        yield f"{at}: {', '.join(names[:MAX_LISTED])}{f' and {more:,} more' if more > 0 else ''}"
 
 
-def _title(result: ExperimentResult, found: CircuitPicture) -> str:
-    kind = "circuit" if found.circuit.graph is None else "attribution graph"
-    return f"{result.name}: {kind} {found.circuit.name}"
+def _title(result: ExperimentResult, picture: CircuitPicture) -> str:
+    kind = "circuit" if picture.circuit.graph is None else "attribution graph"
+    return f"{result.name}: {kind} {picture.circuit.name}"
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -401,11 +401,11 @@ def _graph_name(label: str) -> str:
 # --- the drawing ----------------------------------------------------------------------------------
 
 
-def draw_circuit(found: CircuitPicture) -> tuple[str, tuple[float, float]]:
+def draw_circuit(picture: CircuitPicture) -> tuple[str, tuple[float, float]]:
     """Draw a circuit as SVG at (0, 0); return it with its width and height in pixels."""
-    layout = lay_out(found.circuit, found.edges)
+    layout = lay_out(picture.circuit, picture.edges)
     width, height = layout.size
-    write = map_format([found.limit])
+    write = map_format([picture.limit])
     shapes: list[str] = []
     for number, (layer, top, bottom) in enumerate(layout.layers):
         shade = "#f6f6f6" if number % 2 == 0 else "#ffffff"
@@ -414,11 +414,11 @@ def draw_circuit(found: CircuitPicture) -> tuple[str, tuple[float, float]]:
             f'height="{bottom - top + 24:.1f}" fill="{shade}"/>'
         )
         shapes.append(_text(f"layer {layer}", 6, (top + bottom) / 2 + 4, 11, "start", QUIET_INK))
-    inner = [_shared_line(layout, own, head) for own, head in layout.shared]
-    inner += [_edge(found, layout, edge, write) for edge in found.edges]
-    inner += [_node(own, at, found.edges) for own, at in layout.components.items()]
+    inner = [_shared_line(layout, component, head) for component, head in layout.shared]
+    inner += [_edge(picture, layout, edge, write) for edge in picture.edges]
+    inner += [_node(component, at, picture.edges) for component, at in layout.components.items()]
     shapes.append(f'<g transform="translate({LAYER_MARGIN},0)">{"".join(inner)}</g>')
-    legend, legend_width = _legend(found, write)
+    legend, legend_width = _legend(picture, write)
     shapes.append(f'<g transform="translate(6,{height + 26:.1f})">{legend}</g>')
     size = max(width + LAYER_MARGIN + 8, legend_width + 12), height + 26 + LEGEND_HEIGHT
     return "".join(shapes), size
@@ -432,7 +432,7 @@ def edge_colour(score: float | None) -> str:
 
 
 def _edge(
-    found: CircuitPicture,
+    picture: CircuitPicture,
     layout: CircuitLayout,
     edge: DrawnEdge,
     write: Callable[[float], str],
@@ -447,7 +447,7 @@ def _edge(
     return (
         f'<g class="edge" data-of="{edge.sender.label}" data-to="{edge.receiver.label}">'
         f'<path d="{_route_path(stops)}" fill="none" stroke="{edge_colour(edge.score)}" '
-        f'stroke-width="{found.width(edge.score):.2f}" stroke-opacity="0.75"/>'
+        f'stroke-width="{picture.width(edge.score):.2f}" stroke-opacity="0.75"/>'
         f"<title>{escape_xml(said)}</title></g>"
     )
 
@@ -468,32 +468,32 @@ def _route_path(stops: Sequence[tuple[float, float, float]]) -> str:
     return path
 
 
-def _shared_line(layout: CircuitLayout, own: Component, head: Component) -> str:
-    (x, y), (to, top) = layout.components[own], layout.components[head]
+def _shared_line(layout: CircuitLayout, component: Component, head: Component) -> str:
+    (x, y), (to, top) = layout.components[component], layout.components[head]
     return (
-        f'<g class="edge" data-of="{own.label}" data-to="{head.label}"><path '
+        f'<g class="edge" data-of="{component.label}" data-to="{head.label}"><path '
         f'd="M{x:.1f},{y:.1f} L{to:.1f},{top + NODE_HEIGHT["head"]:.1f}" fill="none" '
         f'stroke="{LINE}" stroke-dasharray="2 3"/></g>'
     )
 
 
-def _node(own: Component, at: tuple[float, float], edges: Sequence[DrawnEdge]) -> str:
+def _node(component: Component, at: tuple[float, float], edges: Sequence[DrawnEdge]) -> str:
     x, y = at
-    width, height = own.width, NODE_HEIGHT[own.kind]
-    reads = {edge.reads for edge in edges if edge.receiver == own and edge.reads is not None}
+    width, height = component.width, NODE_HEIGHT[component.kind]
+    reads = {edge.reads for edge in edges if edge.receiver == component and edge.reads is not None}
     middle = y + (14 if reads else height / 2 + 4)
     inside = "".join(
         _text(name, x + PORTS[name] * width, y + height - 5, 10, "middle", QUIET_INK)
         for name in sorted(reads)
     )
-    incoming = sum(edge.receiver == own for edge in edges)
-    outgoing = sum(edge.sender == own for edge in edges)
-    said = f"{own.title}: {count_noun(incoming, 'edge')} in, {outgoing:,} out"
+    incoming = sum(edge.receiver == component for edge in edges)
+    outgoing = sum(edge.sender == component for edge in edges)
+    said = f"{component.title}: {count_noun(incoming, 'edge')} in, {outgoing:,} out"
     return (
-        f'<g class="node" data-node="{own.label}"><rect x="{x - width / 2:.1f}" y="{y:.1f}" '
-        f'width="{width:.1f}" height="{height:.1f}" rx="{4 if own.kind != "head" else 10}" '
-        f'fill="{FILLS[own.kind]}" stroke="{LINE}"/>'
-        f"{_text(own.title, x, middle, 11, 'middle', INK)}{inside}"
+        f'<g class="node" data-node="{component.label}"><rect x="{x - width / 2:.1f}" y="{y:.1f}" '
+        f'width="{width:.1f}" height="{height:.1f}" rx="{4 if component.kind != "head" else 10}" '
+        f'fill="{FILLS[component.kind]}" stroke="{LINE}"/>'
+        f"{_text(component.title, x, middle, 11, 'middle', INK)}{inside}"
         f"<title>{escape_xml(said)}</title></g>"
     )
 
@@ -505,9 +505,9 @@ def _text(text: str, x: float, y: float, size: int, anchor: str, ink: str) -> st
     )
 
 
-def _legend(found: CircuitPicture, write: Callable[[float], str]) -> tuple[str, float]:
+def _legend(picture: CircuitPicture, write: Callable[[float], str]) -> tuple[str, float]:
     """Draw the legend at (0, 0); return it with its width."""
-    scores = [edge.score for edge in found.edges if edge.score is not None]
+    scores = [edge.score for edge in picture.edges if edge.score is not None]
     ends = [max(scores, default=0.0), min(scores, default=0.0)]
     samples = [score for score in ends if score] if scores else []
     parts: list[str] = []
@@ -516,12 +516,12 @@ def _legend(found: CircuitPicture, write: Callable[[float], str]) -> tuple[str, 
         said = "edge" if score is None else f"score {write(score)}"
         parts.append(
             f'<path d="M{x:.1f},8 h30" stroke="{edge_colour(score)}" '
-            f'stroke-width="{found.width(score):.2f}" stroke-opacity="0.75"/>'
+            f'stroke-width="{picture.width(score):.2f}" stroke-opacity="0.75"/>'
         )
         parts.append(_text(said, x + 36, 12, 11, "start", QUIET_INK))
         x += 36 + text_width(said, 11) + 22
-    kinds = {edge.receiver.kind for edge in found.edges} | {
-        edge.sender.kind for edge in found.edges
+    kinds = {edge.receiver.kind for edge in picture.edges} | {
+        edge.sender.kind for edge in picture.edges
     }
     names: dict[ComponentKind, str] = {
         "head": "head",
@@ -588,12 +588,12 @@ svg.addEventListener("click", () => { if (chosen !== null) choose(chosen); });
 """
 
 
-def _page(result: ExperimentResult, found: CircuitPicture | None) -> str:
+def _page(result: ExperimentResult, picture: CircuitPicture | None) -> str:
     """Return a page that needs no network."""
-    first, *facts = _heading(result, found)
+    first, *facts = _heading(result, picture)
     body = [f"<h1>{escape_xml(first)}</h1>", *(f"<p>{escape_xml(fact)}</p>" for fact in facts)]
-    if found is not None:
-        drawing, (width, height) = draw_circuit(found)
+    if picture is not None:
+        drawing, (width, height) = draw_circuit(picture)
         body.append(
             "<p>Click a component to show its edges only. Hover over an edge for its score.</p>"
         )

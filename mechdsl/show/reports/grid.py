@@ -83,13 +83,13 @@ def grid_panels(
     def text(axis: str, value: Coord) -> str:
         return names[value] if names and axis == "position" else coordinate_text(axis, value)
 
-    found: dict[tuple[Coord, ...], GridPanel] = {}
+    panels: dict[tuple[Coord, ...], GridPanel] = {}
     for index, cell in enumerate(result.cells):
         key = tuple(cell.coords[axis] for axis in others)
-        if key not in found:
-            found[key] = GridPanel(", ".join(map(text, others, key)), {})
-        found[key].cells[tuple(cell.coords[axis] for axis in drawn)] = index
-    return list(found.values())
+        if key not in panels:
+            panels[key] = GridPanel(", ".join(map(text, others, key)), {})
+        panels[key].cells[tuple(cell.coords[axis] for axis in drawn)] = index
+    return list(panels.values())
 
 
 def coordinate_text(axis: str, value: Coord) -> str:
@@ -395,7 +395,7 @@ def count_confusions(
     """
     word = report.variable or ""
     axis = axis_name(result, word)
-    found: dict[int, list[ConfusionCounts]] = {}
+    confusions: dict[int, list[ConfusionCounts]] = {}
     for measure, data in enumerate(result.measures):
         if data.kind != "category" or report.by not in short_names(data.label, data.word):
             continue
@@ -419,8 +419,8 @@ def count_confusions(
         columns = _category_columns(
             seen, [number for number in numbers.values() if number is not None]
         )
-        found[measure] = [_count_panel(title, rows, columns, numbers) for title, rows in named]
-    return found
+        confusions[measure] = [_count_panel(title, rows, columns, numbers) for title, rows in named]
+    return confusions
 
 
 def _add_base_run(
@@ -435,17 +435,17 @@ def _add_base_run(
         and all(np.array_equal(each[name], first[name], equal_nan=True) for name in first)
         for each in bases
     ):
-        return [(title, first), *((own or "patched", rows) for own, rows in named)]
+        return [(title, first), *((name or "patched", rows) for name, rows in named)]
     pairs = zip(named, bases, strict=True)
     return [
-        each for (own, rows), base in pairs for each in ((f"{own}, {title}", base), (own, rows))
+        each for (name, rows), base in pairs for each in ((f"{name}, {title}", base), (name, rows))
     ]
 
 
 def _values_by_axis(
-    names: Sequence[Coord], found: Floats, panel: GridPanel
+    names: Sequence[Coord], values: Floats, panel: GridPanel
 ) -> Mapping[Coord, Floats]:
-    return {name: found[panel.cells[name,]] for name in names if (name,) in panel.cells}
+    return {name: values[panel.cells[name,]] for name in names if (name,) in panel.cells}
 
 
 def _values_by_row(
@@ -463,8 +463,8 @@ def _row_number(name: Coord, word: str) -> float | None:
     """Return the number in a row's name: 3, or `item 3 token` on the axis `item`."""
     if not isinstance(name, str):
         return float(name)
-    found = re.match(rf"{re.escape(word)} (\d+)\b", name)
-    return float(found[1]) if found else None
+    match = re.match(rf"{re.escape(word)} (\d+)\b", name)
+    return float(match[1]) if match else None
 
 
 def _category_columns(seen: Sequence[float], rows: Sequence[float]) -> tuple[float, ...]:
@@ -512,7 +512,7 @@ AXIS_TITLES = {
     "model": "Model",
     "prompts": "Prompts",
 }
-"""Titles of the language's own axes. The name of a loop variable is the user's, so it stays."""
+"""Titles of the language's axes. The name of a loop variable is the user's, so it stays."""
 
 QUANTITIES = {
     "prob": "probability",

@@ -322,12 +322,12 @@ COUNT_COLUMN = "n"
 def confusion_chart(result: ExperimentResult, report: spec.Report) -> Any:
     """Draw shares on a map with counts below them; a row's own category is framed."""
     maps: list[Any] = []
-    for measure, found in count_confusions(result, report).items():
-        own = any(column is not None for each in found for column in each.own)
+    for measure, confusions in count_confusions(result, report).items():
+        own = any(column is not None for counts in confusions for column in counts.own)
         framed = f"framed: the category equals the row's {report.variable}" if own else None
         row_title = chart_axis_title(result, report.variable or "")
         column_title = capitalise(quantity_name(result.measures[measure]))
-        drawn = _confusion_panel(found, row_title, column_title)
+        drawn = _confusion_panel(confusions, row_title, column_title)
         maps.append(add_title(drawn, result, result.measures[measure], framed))
     return apply_theme(alt.vconcat(*maps, spacing=36))
 
@@ -344,11 +344,13 @@ def _count_axis(below: ChartLabels) -> dict[str, Any]:
     return {**below.options, "values": [*written, COUNT_COLUMN]}
 
 
-def _confusion_panel(found: list[ConfusionCounts], row_title: str, column_title: str) -> Any:
-    rows = list(dict.fromkeys(name for each in found for name in each.rows))
-    columns = list(dict.fromkeys(column for each in found for column in each.columns))
+def _confusion_panel(confusions: list[ConfusionCounts], row_title: str, column_title: str) -> Any:
+    rows = list(dict.fromkeys(name for counts in confusions for name in counts.rows))
+    columns = list(dict.fromkeys(column for counts in confusions for column in counts.columns))
     numbered = len(rows) * len(columns) <= MAX_NUMBERED_CELLS
-    most = max((count for each in found for row in each.counts for count in row), default=0)
+    most = max(
+        (count for counts in confusions for row in counts.counts for count in row), default=0
+    )
     room = page_layout().room(MAX_MAP_WIDTH) / (len(columns) + 1)
     needed = max(text_width("0.00", SHARE_SIZE), text_width(str(most), ENTRY_COUNT_SIZE)) + 6
     numbered = numbered and room >= needed
@@ -357,7 +359,7 @@ def _confusion_panel(found: list[ConfusionCounts], row_title: str, column_title:
     below = column_labels(shown, step, room * len(columns))
     names_of_rows = row_labels(rows, 34 if numbered else 18)
     width = below.step * (len(columns) + 1)
-    records = _confusion_records(found, dict(zip(columns, below.texts, strict=True)), width)
+    records = _confusion_records(confusions, dict(zip(columns, below.texts, strict=True)), width)
     plain: dict[str, Any] = {"ticks": False, "domain": False}
     base = add_hover(alt.Chart()).encode(
         x=alt.X(
@@ -373,14 +375,14 @@ def _confusion_panel(found: list[ConfusionCounts], row_title: str, column_title:
     )
     scale = ColourScale(0.0, 1.0, diverges=False)
     legend = _scale_legend(
-        "Share of the row's prompts", scale, names_of_rows.step * len(rows), width, len(found)
+        "Share of the row's prompts", scale, names_of_rows.step * len(rows), width, len(confusions)
     )
     shades = alt.Color("share:Q", scale=_altair_scale(scale), legend=legend)
     layers = _confusion_layers(base, shades, numbered=numbered)
     drawn = alt.layer(*layers, data=alt.Data(values=records)).properties(
         width=alt.Step(below.step), height=alt.Step(names_of_rows.step)
     )
-    return facet_chart(drawn, [each.title for each in found], width)
+    return facet_chart(drawn, [counts.title for counts in confusions], width)
 
 
 def _confusion_records(
@@ -464,18 +466,18 @@ def _tokens_chart(shown: Overlay) -> Any:
     tokens: list[dict[str, Any]] = []
     titles: list[dict[str, Any]] = []
     top = 0
-    for each in shown.texts():
+    for text in shown.texts():
         titles.append(
-            {"x": 0, "y": top + PROMPT_TITLE_HEIGHT / 2, "text": f"prompt {each.prompt + 1}"}
+            {"x": 0, "y": top + PROMPT_TITLE_HEIGHT / 2, "text": f"prompt {text.prompt + 1}"}
         )
         top += PROMPT_TITLE_HEIGHT
-        columns = token_columns(each, write)
-        widths, left = box_widths(columns), first_box_x(each)
+        columns = token_columns(text, write)
+        widths, left = box_widths(columns), first_box_x(text)
         places = box_positions(widths, left)
-        for title, values in each.rows:
+        for title, values in text.rows:
             titles.append({"x": 0, "y": top + BOX_HEIGHT / 2, "text": title})
             for token, column, value, width, (line, x) in zip(
-                each.tokens, columns, values, widths, places, strict=True
+                text.tokens, columns, values, widths, places, strict=True
             ):
                 shade, y = diverging_colour(value, shown.limit), top + line * TOKEN_LINE_HEIGHT
                 tokens.append(
@@ -525,9 +527,9 @@ def _maps_chart(shown: Overlay) -> Any:
 
 
 def _image_layer(
-    each: ImageMaps, values: Floats | None, corner: tuple[float, float], size: tuple[float, float]
+    maps: ImageMaps, values: Floats | None, corner: tuple[float, float], size: tuple[float, float]
 ) -> dict[str, Any]:
-    pixels = each.pixels if values is None else pale_image(each.pixels)
+    pixels = maps.pixels if values is None else pale_image(maps.pixels)
     (x, y), (width, height) = corner, size
     return {
         "url": png_data_url(pixels, size),

@@ -232,40 +232,40 @@ def _heatmap_notes(result: ExperimentResult, frame: FigureFrame) -> list[str]:
 def _print_confusions(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Print one matrix per measure and combination of the remaining axes."""
     title = axis_title(result, report.variable or "")
-    for measure, found in count_confusions(result, report).items():
+    for measure, confusions in count_confusions(result, report).items():
         print_heading(result, result.measures[measure], console)
-        for each in found:
-            if each.title:
-                console.print(Text(each.title, style="bold"), highlight=False)
-            _confusion_matrix(each, report, title, console.width).print(console)
+        for counts in confusions:
+            if counts.title:
+                console.print(Text(counts.title, style="bold"), highlight=False)
+            _confusion_matrix(counts, report, title, console.width).print(console)
         said = [f"share of the row's n prompts; {MISSING}: none of them"]
-        if any(own is not None for each in found for own in each.own):
+        if any(number is not None for counts in confusions for number in counts.own):
             said.append(f"*: the category equals the row's {report.variable}")
         print_notes(said, console)
     print_conventions(result, report, console)
 
 
 def _confusion_matrix(
-    found: ConfusionCounts, report: spec.Report, title: str, width: int
+    counts: ConfusionCounts, report: spec.Report, title: str, width: int
 ) -> Matrix:
     """Build a matrix of shares, with counts if there is room."""
-    most = max(chain([0], *found.counts))
-    counted = len(found.columns) * (len(f" 0.00 ({most})") + 2) + 24 <= width
+    most = max(chain([0], *counts.counts))
+    counted = len(counts.columns) * (len(f" 0.00 ({most})") + 2) + 24 <= width
 
     def entry(row: int, column: int) -> MatrixEntry:
-        count, share = found.counts[row][column], found.share(row, column)
-        mark = "*" if found.own[row] == column and found.total(row) else " "
+        count, share = counts.counts[row][column], counts.share(row, column)
+        mark = "*" if counts.own[row] == column and counts.total(row) else " "
         number = f" ({count})" if counted and count else ""
         text = f"{share:.2f}{number}" if count or mark == "*" else MISSING
         return MatrixEntry(
             text + mark, diverging_colour(share, 1.0) if count else None, mark == "*"
         )
 
-    rows, columns = range(len(found.rows)), range(len(found.columns))
+    rows, columns = range(len(counts.rows)), range(len(counts.columns))
     return Matrix(
-        [value_text(name) for name in found.rows],
-        [*(f"{column:g}" for column in found.columns), "n"],
-        [[*(entry(r, c) for c in columns), MatrixEntry(f"{found.total(r)} ")] for r in rows],
+        [value_text(name) for name in counts.rows],
+        [*(f"{column:g}" for column in counts.columns), "n"],
+        [[*(entry(r, c) for c in columns), MatrixEntry(f"{counts.total(r)} ")] for r in rows],
         title,
         report.by or "",
     )

@@ -15,11 +15,7 @@ from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.colours import diverging_colour
 from mechdsl.show.reports.maps import Matrix, MatrixEntry
-from mechdsl.show.reports.overlay_pages import (
-    ImageMaps,
-    ShadedPrompt,
-    build_overlays,
-)
+from mechdsl.show.reports.overlay_pages import ImageMaps, ShadedPrompt, build_overlays
 from mechdsl.show.reports.text import (
     drawable_measures,
     print_conventions,
@@ -30,29 +26,29 @@ from mechdsl.show.reports.text import (
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Print each prompt's tokens above the numbers, both shaded."""
-    found = build_overlays(result, report)
+    overlays = build_overlays(result, report)
     for measure, data in drawable_measures(result, console):
         print_heading(result, data, console)
-        if measure not in found:
+        if measure not in overlays:
             print_notes(["a category has no shades: see `report table`"], console)
             continue
-        shown = found[measure]
+        shown = overlays[measure]
         write = shown.write
         for maps in shown.images():
             _patch_matrices(maps, shown.limit, write, console)
-        for each in shown.texts():
-            console.print(Text(f"prompt {each.prompt + 1}", style="bold"), highlight=False)
-            _matrix(each, shown.limit, write).print(console)
+        for text in shown.texts():
+            console.print(Text(f"prompt {text.prompt + 1}", style="bold"), highlight=False)
+            _matrix(text, shown.limit, write).print(console)
         print_notes(shown.notes, console)
     print_conventions(result, report, console)
 
 
 def _patch_matrices(
-    each: ImageMaps, limit: float, write: Callable[[float], str], console: Console
+    maps: ImageMaps, limit: float, write: Callable[[float], str], console: Console
 ) -> None:
     """Print the numbers of patches in the layout of the image."""
-    for title, values in each.maps:
-        said = f"{each.title} · {title}" if len(each.maps) > 1 else each.title
+    for title, values in maps.maps:
+        said = f"{maps.title} · {title}" if len(maps.maps) > 1 else maps.title
         console.print(Text(escape_hidden(said), style="bold"), highlight=False)
         rows, columns = ([str(n + 1) for n in range(size)] for size in values.shape)
         entries = [[_overlay_entry(float(value), limit, write) for value in row] for row in values]
@@ -65,12 +61,15 @@ def _overlay_entry(value: float, limit: float, write: Callable[[float], str]) ->
     )
 
 
-def _matrix(each: ShadedPrompt, limit: float, write: Callable[[float], str]) -> Matrix:
-    only: Sequence[float] = each.rows[0][1] if len(each.rows) == 1 else ()
+def _matrix(shaded_prompt: ShadedPrompt, limit: float, write: Callable[[float], str]) -> Matrix:
+    only: Sequence[float] = shaded_prompt.rows[0][1] if len(shaded_prompt.rows) == 1 else ()
     return Matrix(
-        [title for title, _ in each.rows],
-        [shown_token(token) for token in each.tokens],
-        [[_overlay_entry(value, limit, write) for value in values] for _, values in each.rows],
+        [title for title, _ in shaded_prompt.rows],
+        [shown_token(token) for token in shaded_prompt.tokens],
+        [
+            [_overlay_entry(value, limit, write) for value in values]
+            for _, values in shaded_prompt.rows
+        ],
         header_colours=[diverging_colour(value, limit) for value in only],
     )
 

@@ -72,7 +72,7 @@ class ShadedPrompt:
 
     def without_images(self) -> ShadedPrompt | None:
         """Return the tokens of text; None if no cell hits any in a prompt with images."""
-        inside = {n for own in self.images for n in range(*own.span)}
+        inside = {n for image in self.images for n in range(*image.span)}
         words = [n for n in range(len(self.tokens)) if n not in inside]
         if inside and not any(math.isfinite(values[n]) for _, values in self.rows for n in words):
             return None
@@ -109,31 +109,41 @@ class Overlay:
 
     def images(self) -> list[ImageMaps]:
         """Return the images with their numbers."""
-        return [image_maps(each, own, self.write) for each in self.prompts for own in each.images]
+        return [
+            image_maps(prompt, image, self.write)
+            for prompt in self.prompts
+            for image in prompt.images
+        ]
 
     def texts(self) -> list[ShadedPrompt]:
         """Return the tokens outside images, of prompts in which cells hit any."""
-        texts = (each.without_images() for each in self.prompts)
-        return [each for each in texts if each is not None]
+        texts = (prompt.without_images() for prompt in self.prompts)
+        return [text for text in texts if text is not None]
 
 
 def build_overlays(result: ExperimentResult, report: spec.Report) -> Mapping[int, Overlay]:
     """Return the prompts of each measure except categories."""
-    found: dict[int, Overlay] = {}
+    overlays: dict[int, Overlay] = {}
     for measure, data in result.computed():
         if data.kind == "category":
             continue
         values = prompt_effects(result, measure)
         there = np.isfinite(values).any(axis=0)
         if result.seen:
-            there = there & np.array([bool(own) for own in result.seen])
+            there = there & np.array([bool(images) for images in result.seen])
         hit = np.flatnonzero(there)[: report.top or DEFAULT_SHOWN_PROMPTS]
         shaded = tuple(_shade_prompt(result, values, int(prompt)) for prompt in hit if result.hits)
-        numbers = [abs(x) for each in shaded for _, row in each.rows for x in row if x == x]
+        numbers = [
+            abs(x)
+            for shaded_prompt in shaded
+            for _, row in shaded_prompt.rows
+            for x in row
+            if x == x
+        ]
         notes = tuple(_overlay_notes(result, data, len(shaded)))
         limit = max(numbers, default=0.0)
-        found[measure] = Overlay(data, shaded, limit, notes, bool(result.seen))
-    return found
+        overlays[measure] = Overlay(data, shaded, limit, notes, bool(result.seen))
+    return overlays
 
 
 def prompt_effects(result: ExperimentResult, measure: int) -> Floats:
@@ -155,11 +165,11 @@ def prompt_effects(result: ExperimentResult, measure: int) -> Floats:
 def _shade_prompt(result: ExperimentResult, values: Floats, prompt: int) -> ShadedPrompt:
     tokens = result.texts[prompt]
     others = [axis for axis in result.axes if axis != "position"]
-    found = grid_panels(result, ("position",))
+    panels = grid_panels(result, ("position",))
     if len(others) == 1 and others[0] in UPWARD_AXES:  # layer 0 is the bottom row, as in maps
-        found.reverse()
+        panels.reverse()
     rows: list[tuple[str, tuple[float, ...]]] = []
-    for panel in found:
+    for panel in panels:
         at: list[list[float]] = [[] for _ in tokens]
         for cell in panel.cells.values():
             for token in result.hits[cell][prompt]:
@@ -196,20 +206,26 @@ def _overlay_notes(result: ExperimentResult, data: MeasureData, prompts: int) ->
     return said
 
 
-def image_maps(each: ShadedPrompt, seen: SeenImage, write: Callable[[float], str]) -> ImageMaps:
+def image_maps(
+    shaded_prompt: ShadedPrompt, seen: SeenImage, write: Callable[[float], str]
+) -> ImageMaps:
     """Return the numbers at the patches of an image of a prompt; numbers of its other tokens are
     appended to the name of the map."""
     maps: list[tuple[str, Floats]] = []
     others = [n for n in range(*seen.span) if n not in seen.tokens]
-    for title, values in each.rows:
+    for title, values in shaded_prompt.rows:
         numbers = [
-            f"{each.tokens[n]}: {write(values[n])}" for n in others if math.isfinite(values[n])
+            f"{shaded_prompt.tokens[n]}: {write(values[n])}"
+            for n in others
+            if math.isfinite(values[n])
         ]
         named = " · ".join(part for part in (title, *numbers) if part)
         patches = np.array([values[n] for n in seen.tokens]).reshape(seen.rows, seen.cols)
         maps.append((named or "effect", patches))
-    alone = len(each.tokens) == len(range(*seen.span))
-    said = f"image {each.prompt + 1}: " if alone else f"prompt {each.prompt + 1}, "
+    alone = len(shaded_prompt.tokens) == len(range(*seen.span))
+    said = (
+        f"image {shaded_prompt.prompt + 1}: " if alone else f"prompt {shaded_prompt.prompt + 1}, "
+    )
     return ImageMaps(said + seen.title, seen.pixels, tuple(maps))
 
 
@@ -257,10 +273,10 @@ def pale_image(pixels: Pixels) -> Pixels:
     return np.repeat(pale.round().astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def drawn_size(each: ImageMaps) -> tuple[float, float]:
+def drawn_size(maps: ImageMaps) -> tuple[float, float]:
     """Return the (width, height) of a drawn image."""
-    patches = max((values.shape for _, values in each.maps), default=(1, 1))
-    height, width = each.pixels.shape[:2]
+    patches = max((values.shape for _, values in maps.maps), default=(1, 1))
+    height, width = maps.pixels.shape[:2]
     side = min(MAX_DRAWN_SIDE, max(DRAWN_SIDE, MIN_PATCH_SIDE * max(patches)))
     scale = side / max(height, width)
     return width * scale, height * scale
@@ -380,24 +396,24 @@ def _svg_text(text: str, x: float, y: float, anchor: str) -> str:
 
 def _number_range(shown: Sequence[ImageMaps]) -> tuple[float, float]:
     """Return the smallest and the largest number of all maps."""
-    every = np.concatenate([values.ravel() for each in shown for _, values in each.maps])
+    every = np.concatenate([values.ravel() for maps in shown for _, values in maps.maps])
     finite = every[np.isfinite(every)]
     return float(finite.min(initial=0.0)), float(finite.max(initial=0.0))
 
 
 def is_hatched(shown: Sequence[ImageMaps]) -> bool:
     """Whether any patch has no number."""
-    return any(np.isnan(values).any() for each in shown for _, values in each.maps)
+    return any(np.isnan(values).any() for maps in shown for _, values in maps.maps)
 
 
-def image_figures(each: ImageMaps) -> list[tuple[str, Floats | None]]:
+def image_figures(maps: ImageMaps) -> list[tuple[str, Floats | None]]:
     """Return the original image, then the image under each map."""
-    return [("image", None), *each.maps]
+    return [("image", None), *maps.maps]
 
 
-def figure_lines(each: ImageMaps) -> list[list[tuple[str, Floats | None]]]:
+def figure_lines(maps: ImageMaps) -> list[list[tuple[str, Floats | None]]]:
     """Split the figures of an image into lines within the maximum width."""
-    every, column = image_figures(each), max(drawn_size(each)[0], DRAWN_SIDE)
+    every, column = image_figures(maps), max(drawn_size(maps)[0], DRAWN_SIDE)
     room = page_layout().room(CANVAS_WIDTH) - 2 * CANVAS_MARGIN
     count = max(1, int((room + IMAGE_GAP) // (column + IMAGE_GAP)))
     return [every[start : start + count] for start in range(0, len(every), count)]
@@ -415,11 +431,11 @@ def draw_maps(
 ) -> None:
     """Draw each image next to its maps, in lines, and the scale with its title below all."""
     canvas.shapes.append(f"<defs>{HATCH_PATTERN}</defs>")
-    for each in shown:
-        canvas.words(each.title, CANVAS_TITLE_SIZE, INK, "bold")
+    for maps in shown:
+        canvas.words(maps.title, CANVAS_TITLE_SIZE, INK, "bold")
         canvas.y += 4
-        _draw_line(canvas, each, limit, write)
-    if any(each.maps for each in shown):
+        _draw_line(canvas, maps, limit, write)
+    if any(maps.maps for maps in shown):
         scale, width = scale_legend(
             limit, write, hatched=is_hatched(shown), ends=_number_range(shown), title=title
         )
@@ -431,11 +447,11 @@ def draw_maps(
 
 
 def _draw_line(
-    canvas: Canvas, each: ImageMaps, limit: float, write: Callable[[float], str]
+    canvas: Canvas, maps: ImageMaps, limit: float, write: Callable[[float], str]
 ) -> None:
-    width, height = drawn_size(each)
+    width, height = drawn_size(maps)
     column = max(width, DRAWN_SIDE)
-    for line in figure_lines(each):
+    for line in figure_lines(maps):
         captions = [
             wrap(escape_hidden(title), max(8, int(column / 6.4))) or [""] for title, _ in line
         ]
@@ -444,7 +460,7 @@ def _draw_line(
             x = CANVAS_MARGIN + place * (column + IMAGE_GAP)
             for number, text in enumerate(reversed(caption)):
                 canvas.line(text, x, top - 4 - 13 * number, 11, INK)
-            shapes = image_figure(each.pixels, values, limit, write, (width, height))
+            shapes = image_figure(maps.pixels, values, limit, write, (width, height))
             canvas.shapes.append(f'<g transform="translate({x:.1f},{top:.1f})">{shapes}</g>')
             canvas.right = max(canvas.right, x + width)
         canvas.y = top + height + IMAGE_GAP
@@ -466,18 +482,18 @@ def maps_html(
     lines = [
         f'<svg width="0" height="0" style="position:absolute"><defs>{HATCH_PATTERN}</defs></svg>'
     ]
-    for each in shown:
-        width, height = drawn_size(each)
-        lines.append(f'<h2>{escape_xml(each.title)}</h2><div class="maps">')
-        for title, values in image_figures(each):
-            shapes = image_figure(each.pixels, values, limit, write, (width, height))
+    for maps in shown:
+        width, height = drawn_size(maps)
+        lines.append(f'<h2>{escape_xml(maps.title)}</h2><div class="maps">')
+        for title, values in image_figures(maps):
+            shapes = image_figure(maps.pixels, values, limit, write, (width, height))
             lines.append(
                 f'<figure><figcaption style="width:{width:.0f}px">{escape_xml(title)}</figcaption>'
                 f'<svg role="img" aria-label="{escape_xml(title)}" width="{width:.1f}" '
                 f'height="{height:.1f}">{shapes}</svg></figure>'
             )
         lines.append("</div>")
-    if any(each.maps for each in shown):
+    if any(maps.maps for maps in shown):
         scale, width = scale_legend(
             limit, write, hatched=is_hatched(shown), ends=_number_range(shown), title=title
         )
@@ -502,15 +518,15 @@ UNSHADED = (255, 255, 255)
 
 def write_overlay(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     """Write the overlay in the format of the file's extension."""
-    found = build_overlays(result, report)
+    overlays = build_overlays(result, report)
     if path.suffix.lower() == ".html":
-        path.write_text(_page_html(result, found), encoding="utf-8")
+        path.write_text(_page_html(result, overlays), encoding="utf-8")
         return
     if report.width is None:
-        _picture(result, found).save(path)
+        _picture(result, overlays).save(path)
         return
     with drawn_for(PageLayout(page_width(report.width))):
-        _picture(result, found).save(path, report.width)
+        _picture(result, overlays).save(path, report.width)
 
 
 def _heading_lines(result: ExperimentResult, shown: Overlay) -> Iterator[str]:
@@ -554,9 +570,9 @@ p, small {{ color: {QUIET_INK}; font-size: 12px; margin: 2px 0; }}
 {MAP_STYLE}"""
 
 
-def _page_html(result: ExperimentResult, found: Mapping[int, Overlay]) -> str:
-    body = "".join(_measure_html(result, shown) for shown in found.values())
-    if not found:
+def _page_html(result: ExperimentResult, overlays: Mapping[int, Overlay]) -> str:
+    body = "".join(_measure_html(result, shown) for shown in overlays.values())
+    if not overlays:
         title, why = map(escape_xml, _empty_picture(result))
         body = f"<h1>{title}</h1><p>{why}</p>"
     title = escape_xml(result.name)
@@ -572,14 +588,14 @@ def _measure_html(result: ExperimentResult, shown: Overlay) -> str:
     lines = [f"<h1>{escape_xml(first)}</h1>", *(f"<p>{escape_xml(fact)}</p>" for fact in facts)]
     if shown.has_images:
         lines.append(maps_html(shown.images(), shown.limit, write, value_title(shown.data)))
-    for each in shown.texts():
-        lines.append(f"<h2>prompt {each.prompt + 1}</h2>")
-        columns = token_columns(each, write)
-        for title, values in each.rows:
+    for text in shown.texts():
+        lines.append(f"<h2>prompt {text.prompt + 1}</h2>")
+        columns = token_columns(text, write)
+        for title, values in text.rows:
             label = f"<span>{escape_xml(title)}</span>" if title else ""
             tokens = "".join(
                 _token_html(token, value, diverging_colour(value, shown.limit), column)
-                for token, value, column in zip(each.tokens, values, columns, strict=True)
+                for token, value, column in zip(text.tokens, values, columns, strict=True)
             )
             lines.append(f'<div class="row">{label}<div>{tokens}</div></div>')
     return "\n".join(lines)
@@ -598,16 +614,16 @@ class TokenColumn:
         return self.write(value) if math.isfinite(value) else ""
 
 
-def token_columns(each: ShadedPrompt, write: Callable[[float], str]) -> list[TokenColumn]:
+def token_columns(shaded_prompt: ShadedPrompt, write: Callable[[float], str]) -> list[TokenColumn]:
     """Return columns with the same width in every row, so that rows can be compared."""
     return [
         TokenColumn(
             shown_token(token),
             cell_len(shown_token(token)),
-            max(len(write(row[i])) for _, row in each.rows),
+            max(len(write(row[i])) for _, row in shaded_prompt.rows),
             write,
         )
-        for i, token in enumerate(each.tokens)
+        for i, token in enumerate(shaded_prompt.tokens)
     ]
 
 
@@ -618,9 +634,9 @@ def box_widths(columns: Sequence[TokenColumn]) -> list[float]:
     ]
 
 
-def first_box_x(each: ShadedPrompt) -> float:
+def first_box_x(shaded_prompt: ShadedPrompt) -> float:
     """Return the left end of the first token, after the titles of the rows."""
-    longest = max(text_width(title, CANVAS_TITLE_SIZE) for title, _ in each.rows)
+    longest = max(text_width(title, CANVAS_TITLE_SIZE) for title, _ in shaded_prompt.rows)
     return longest + 12 if longest else 0
 
 
@@ -654,39 +670,39 @@ def _token_html(token: str, value: float, shade: Colour | None, column: TokenCol
 # --- the picture --------------------------------------------------------------------------------
 
 
-def _picture(result: ExperimentResult, found: Mapping[int, Overlay]) -> Canvas:
+def _picture(result: ExperimentResult, overlays: Mapping[int, Overlay]) -> Canvas:
     canvas = Canvas()
-    for shown in found.values():
+    for shown in overlays.values():
         canvas.heads(*_heading_lines(result, shown))
         canvas.y += 8
         write = shown.write
         if shown.has_images:
             title = value_title(shown.data)
             draw_maps(canvas, shown.images(), shown.limit, write, title)
-        for each in shown.texts():
-            canvas.words(f"prompt {each.prompt + 1}", CANVAS_TITLE_SIZE, INK, "bold")
+        for text in shown.texts():
+            canvas.words(f"prompt {text.prompt + 1}", CANVAS_TITLE_SIZE, INK, "bold")
             canvas.y += 4
-            _draw_prompt(canvas, each, shown.limit, write)
+            _draw_prompt(canvas, text, shown.limit, write)
             canvas.y += 6
         canvas.y += 14
-    if not found:
+    if not overlays:
         canvas.heads(*_empty_picture(result))
     return canvas
 
 
 def _draw_prompt(
-    canvas: Canvas, each: ShadedPrompt, limit: float, write: Callable[[float], str]
+    canvas: Canvas, shaded_prompt: ShadedPrompt, limit: float, write: Callable[[float], str]
 ) -> None:
     """Draw the tokens once per row of numbers, in aligned columns."""
-    columns = token_columns(each, write)
+    columns = token_columns(shaded_prompt, write)
     widths = box_widths(columns)
-    places = box_positions(widths, CANVAS_MARGIN + first_box_x(each))
-    for title, values in each.rows:
+    places = box_positions(widths, CANVAS_MARGIN + first_box_x(shaded_prompt))
+    for title, values in shaded_prompt.rows:
         if title:
             canvas.line(title, CANVAS_MARGIN, canvas.y + 16, CANVAS_TITLE_SIZE, INK)
         first = canvas.y
         for token, column, value, width, (line, x) in zip(
-            each.tokens, columns, values, widths, places, strict=True
+            shaded_prompt.tokens, columns, values, widths, places, strict=True
         ):
             canvas.y = first + line * TOKEN_LINE_HEIGHT
             said, shade = hover_text(token, column.number(value)), diverging_colour(value, limit)

@@ -242,12 +242,12 @@ def _print_lines(result: ExperimentResult, report: spec.Report, console: Console
         for panel in grid_panels(result, (axis,)):
             if panel.title:
                 console.print(Text(panel.title, style="bold"), highlight=False)
-            found = [
+            lines = [
                 ([value_text(value)], panel.cells[value,])
                 for value in values
                 if (value,) in panel.cells
             ]
-            layout.print(found, console)
+            layout.print(lines, console)
         print_notes(figure_notes(result, measure, drawn=layout.scale.width > 0), console)
     print_conventions(result, report, console)
 
@@ -294,15 +294,15 @@ def _print_bars(result: ExperimentResult, report: spec.Report, console: Console)
 def _label_cells(panel: GridPanel, values: list[list[Coord]]) -> list[LabelledCell]:
     """Return cells with their labels; a label is printed only when it changes."""
     keys = [(first, second) for first in values[0] for second in values[1]] if values[1:] else None
-    found: list[LabelledCell] = []
+    cells: list[LabelledCell] = []
     last: Coord | None = None
     for key in keys or [(value,) for value in values[0]]:
         if key not in panel.cells:
             continue
         labels = ["" if key[0] == last else value_text(key[0]), *map(value_text, key[1:])]
-        found.append((labels, panel.cells[key]))
+        cells.append((labels, panel.cells[key]))
         last = key[0]
-    return found
+    return cells
 
 
 @dataclass(frozen=True)

@@ -349,14 +349,16 @@ def _repeat_rows(data: NDArray[NumberType], times: int) -> NDArray[NumberType]:
 
 
 def _order(result: ExperimentResult, measure: int, report: spec.Report) -> list[int]:
-    found = result.statistics[measure]
+    statistic = result.statistics[measure]
     order = list(range(len(result.cells)))
     axis = result.aliases.get(report.by, report.by) if report.by else None
     if axis in result.axes:
         order.sort(key=lambda i: sort_key(result.cells[i].coords[axis or ""]))
     if report.top is None:
         return order
-    size = found.share if result.measures[measure].kind == "category" else np.abs(found.mean)
+    size = (
+        statistic.share if result.measures[measure].kind == "category" else np.abs(statistic.mean)
+    )
     return sorted(order, key=lambda i: -np.nan_to_num(size[i], nan=-1.0))[: report.top]
 
 
@@ -389,11 +391,11 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
     columns = _cell_columns(result, order)
     cells = [result.cells[i] for i in order]
     if result.source:
-        columns.append(Column("direction", [_direction(result, each) for each in cells], spare=4))
-    found = result.statistics[measure]
-    columns.append(Column("n", [str(int(found.n[i])) for i in order], True, describes=True))
-    if any(found.units[i] not in (0, found.n[i]) for i in order):
-        texts = [str(int(found.units[i])) for i in order]
+        columns.append(Column("direction", [_direction(result, cell) for cell in cells], spare=4))
+    statistic = result.statistics[measure]
+    columns.append(Column("n", [str(int(statistic.n[i])) for i in order], True, describes=True))
+    if any(statistic.units[i] not in (0, statistic.n[i]) for i in order):
+        texts = [str(int(statistic.units[i])) for i in order]
         columns.append(Column("effective n", texts, True, describes=True))
     if result.measures[measure].kind == "category":
         columns += _category_columns(result, measure, order)
@@ -442,9 +444,9 @@ def _in_sites(result: ExperimentResult, axis: str) -> bool:
 
 
 def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
-    found, band = result.statistics[measure], result.control(measure)
-    ends = [found.low, found.high, *([band.low, band.high] if band else [])]
-    write = number_format(_comparable_numbers(found.mean[order], [each[order] for each in ends]))
+    statistic, band = result.statistics[measure], result.control(measure)
+    ends = [statistic.low, statistic.high, *([band.low, band.high] if band else [])]
+    write = number_format(_comparable_numbers(statistic.mean[order], [end[order] for end in ends]))
     confidence = result.settings.confidence if result.settings else 95.0
     shown = mean_texts(result, measure, order, write)
     columns = [
@@ -456,16 +458,16 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         Column(
             name, [write(value) if np.isfinite(value) else MISSING for value in each[order]], True
         )
-        for name, each in found.further.items()
+        for name, each in statistic.further.items()
     ]
     if band is not None:
-        columns.append(Column(band.title, null_texts(band, found, order, write), True))
+        columns.append(Column(band.title, null_texts(band, statistic, order, write), True))
         if band.title == "null" and np.isfinite(band.p[order]).any():
             columns.append(Column("p null", null_p_texts(band, order), True))
-    if found.test is None:
+    if statistic.test is None:
         return columns
     correction = result.settings.correction if result.settings else "none"
-    survived, small = is_significant(result, measure), found.at_rounding
+    survived, small = is_significant(result, measure), statistic.at_rounding
     alike = is_within_random(result, measure)
     by_zero = EFFECTS[result.measures[measure].effect].is_shown_by_zero
     weaker = "above band" if by_zero else "below band"
@@ -473,7 +475,7 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         "inert"
         if result.measures[measure].inert[i]
         else MISSING
-        if np.isnan(found.p_corrected[i])
+        if np.isnan(statistic.p_corrected[i])
         else "rounding"
         if small[i]
         else ("in band" if band is not None and band.inside[i] else weaker)
@@ -486,13 +488,13 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
 
     def texts(p: Floats) -> list[str]:
         # The max-statistic has separate flips, whose minimum seldom matches that of single cells.
-        most = found.floor & (p <= found.p) if correction == "max" else found.floor
+        most = statistic.floor & (p <= statistic.p) if correction == "max" else statistic.floor
         return [p_text(p[i], bool(most[i])) for i in order]
 
     return [
         *columns,
-        Column("p", texts(found.p), True, spare=1),
-        Column("corrected", texts(found.p_corrected), True),
+        Column("p", texts(statistic.p), True, spare=1),
+        Column("corrected", texts(statistic.p_corrected), True),
         Column("survives", verdicts),
     ]
 
@@ -505,19 +507,25 @@ def _exact_columns(
     verified = result.verification(measure)
     if verified is None:
         return []
-    found = [verified.of_cell(cell) for cell in order]
-    known = [each for each in found if each is not None]
-    ends = [np.array([[each.low, each.high] for each in known]).ravel()]
-    write = number_format(_comparable_numbers(np.array([each.mean for each in known]), ends))
+    exact_effects = [verified.of_cell(cell) for cell in order]
+    known = [exact_effect for exact_effect in exact_effects if exact_effect is not None]
+    ends = [np.array([[exact_effect.low, exact_effect.high] for exact_effect in known]).ravel()]
+    write = number_format(
+        _comparable_numbers(np.array([exact_effect.mean for exact_effect in known]), ends)
+    )
     none = (MISSING, MISSING)
     texts = [
-        none if each is None else interval_texts(write, each.mean, each.low, each.high)
-        for each in found
+        none
+        if exact_effect is None
+        else interval_texts(write, exact_effect.mean, exact_effect.low, exact_effect.high)
+        for exact_effect in exact_effects
     ]
     columns = [Column("exact", [mean for mean, _ in texts], True)]
     if intervals:
         columns.append(Column("exact interval", [interval for _, interval in texts], True))
-    choices = ["" if each is None else each.choice for each in found]
+    choices = [
+        "" if exact_effect is None else exact_effect.choice for exact_effect in exact_effects
+    ]
     return [*columns, Column("verified", choices, spare=1)]
 
 
@@ -526,20 +534,20 @@ def _comparable_numbers(means: Floats, ends: Sequence[Floats]) -> list[float]:
     as with few units of a skewed delta, is ignored."""
     finite = np.abs(means[np.isfinite(means)])
     far = MAX_RELATIVE_END * float(finite.max(initial=0.0)) or np.inf
-    return [*means.tolist(), *(v for each in ends for v in np.clip(each, -far, far).tolist())]
+    return [*means.tolist(), *(v for end in ends for v in np.clip(end, -far, far).tolist())]
 
 
 def _category_columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
-    found = result.statistics[measure]
-    share, error = number_format(found.share[order]), number_format(found.mean_error[order])
-    commonest = [f"{found.commonest[i]:g}" if found.n[i] else MISSING for i in order]
+    statistic = result.statistics[measure]
+    share, error = number_format(statistic.share[order]), number_format(statistic.mean_error[order])
+    commonest = [f"{statistic.commonest[i]:g}" if statistic.n[i] else MISSING for i in order]
     columns = [
         Column("commonest", commonest, True),
-        Column("share", [share(found.share[i]) for i in order], True),
+        Column("share", [share(statistic.share[i]) for i in order], True),
     ]
-    if np.isfinite(found.mean_error[order]).any():
+    if np.isfinite(statistic.mean_error[order]).any():
         columns.append(
-            Column("distance to answer", [error(found.mean_error[i]) for i in order], True)
+            Column("distance to answer", [error(statistic.mean_error[i]) for i in order], True)
         )
     return columns
 
@@ -567,11 +575,12 @@ def _notes(
         if line:
             said.append(line)
     if result.measures[measure].kind == "number":
-        found = result.statistics[measure]
+        statistic = result.statistics[measure]
         reasons = {
             reason
             for i in order
-            if (reason := found.reasons[i]) and not np.isfinite([found.mean[i], found.low[i]]).all()
+            if (reason := statistic.reasons[i])
+            and not np.isfinite([statistic.mean[i], statistic.low[i]]).all()
         }
         said += [f"{MISSING} where {reason}" for reason in sorted(reasons)]
     return said
@@ -637,16 +646,16 @@ def _widths(columns: Sequence[Column], width: int) -> list[int]:
 
     Widths are fixed, because shrinking the last column could cut its characters.
     """
-    found = [column.least for column in columns]
-    left = width - sum(found) - COLUMN_GAP * (len(columns) - 1)
+    widths = [column.least for column in columns]
+    left = width - sum(widths) - COLUMN_GAP * (len(columns) - 1)
     while left > 0:
-        short = [i for i, column in enumerate(columns) if found[i] < column.width]
+        short = [i for i, column in enumerate(columns) if widths[i] < column.width]
         if not short:
             break
         for index in short[:left]:
-            found[index] += 1
+            widths[index] += 1
         left -= len(short[:left])
-    return found
+    return widths
 
 
 def _has_room(columns: Sequence[Column], width: int) -> bool:
@@ -715,7 +724,7 @@ def _by_feature(result: ExperimentResult, order: Sequence[int]) -> Iterator[Acti
         if name not in done and len(done) < SHOWN_FEATURES:
             done.add(name)
             title = f"{name} · {escape_hidden(key.label)}" if key.label else name
-            prompts = [_excerpt(each) for each in result.active[cell][:SHOWN_PROMPTS]]
+            prompts = [_excerpt(active_text) for active_text in result.active[cell][:SHOWN_PROMPTS]]
             yield ActiveFeature(title, prompts)
 
 

@@ -91,24 +91,24 @@ def _distinct_texts(
     """Format the numbers of one row, the ends of an interval last. If an end would be printed as 0
     and isn't, powers of ten are used. An exact 0 has no decimals, and digits below the rounding
     error are omitted."""
-    texts = [write(each) for each in numbers]
+    texts = [write(number) for number in numbers]
     zero = [text != MISSING and float(text) == 0 for text in texts]
     rounded = rounding > 0 and abs(numbers[0]) <= rounding
     if all(zero) and (rounded or not any(numbers)):
         return [ROUNDED_ZERO if rounded else "0"] * len(numbers)
-    hidden = [is_zero and each != 0 for is_zero, each in zip(zero, numbers, strict=True)]
+    hidden = [is_zero and number != 0 for is_zero, number in zip(zero, numbers, strict=True)]
     if rounded or not any(hidden[-2:]):
         return texts
-    return [f"{each:.1e}" for each in numbers]
+    return [f"{number:.1e}" for number in numbers]
 
 
 def mean_texts(
     result: ExperimentResult, measure: int, cells: Iterable[int], write: Callable[[float], str]
 ) -> list[tuple[str, str]]:
     """Format the mean of each cell with its interval; a cell that can't differ has no rounding."""
-    found, inert = result.statistics[measure], result.measures[measure].inert
-    rounding = np.where(inert, 0.0, found.rounding)
-    every = (found.mean, found.low, found.high, rounding)
+    statistic, inert = result.statistics[measure], result.measures[measure].inert
+    rounding = np.where(inert, 0.0, statistic.rounding)
+    every = (statistic.mean, statistic.low, statistic.high, rounding)
     return [interval_texts(write, *(float(each[cell]) for each in every)) for cell in cells]
 
 
@@ -153,8 +153,8 @@ def scale_note(result: ExperimentResult, data: MeasureData) -> str | None:
         return "" if math.isnan(values[0]) else f"{' to '.join(ends)}{unit}"
 
     def with_value(name: str, values: Sequence[float], unit: str) -> str:
-        found = shown(values, unit)
-        return f"{name} ({found})" if found else name
+        text = shown(values, unit)
+        return f"{name} ({text})" if text else name
 
     if effect.from_circuit:
         gap = shown(source, _UNIT_TEXTS.get(data.unit, ""))
@@ -180,8 +180,8 @@ _UNIT_TEXTS = {"nat": " nat", "logit": " logit", "token": " tokens"}
 
 def _run_means(values: Floats) -> list[float]:
     """Return the mean over prompts of every distinct run; cells may have separate runs."""
-    found = [float(np.nanmean(row)) if not np.isnan(row).all() else math.nan for row in values]
-    return found if len(found) == 1 or not np.isnan(found).any() else [math.nan]
+    averages = [float(np.nanmean(row)) if not np.isnan(row).all() else math.nan for row in values]
+    return averages if len(averages) == 1 or not np.isnan(averages).any() else [math.nan]
 
 
 def drawable_measures(
@@ -229,7 +229,7 @@ def print_title(name: str, what: str, facts: str, console: Console) -> None:
 def heading_facts(result: ExperimentResult, data: MeasureData) -> str:
     """Describe model, direction, number of prompts, ends of the scale, and the experiments that
     selected the sites on the same prompts."""
-    measure = next(n for n, each in enumerate(result.measures) if each is data)
+    measure = next(n for n, measure_data in enumerate(result.measures) if measure_data is data)
     facts = [result.model, result.direction, prompt_count_text(result, measure)]
     ends = scale_note(result, data)
     if ends:
@@ -281,15 +281,15 @@ def print_hanging(lead: str, text: str, console: Console) -> None:
 
 def is_significant(result: ExperimentResult, measure: int) -> Bools:
     """Return whether a corrected effect is significant and exceeds rounding. Shape [cell]."""
-    found = result.statistics[measure]
+    statistic = result.statistics[measure]
     with np.errstate(invalid="ignore"):
-        return (found.p_corrected < significance_level(result)) & ~found.at_rounding
+        return (statistic.p_corrected < significance_level(result)) & ~statistic.at_rounding
 
 
 def rounding_note(result: ExperimentResult, measure: int) -> str | None:
     """Count the cells with mean effects at, or affected by, the level of rounding; give it."""
-    data, found = result.measures[measure], result.statistics[measure]
-    changing = found.rounding[may_round_differently(data, found)]
+    data, statistic = result.measures[measure], result.statistics[measure]
+    changing = statistic.rounding[may_round_differently(data, statistic)]
     if len(changing):
         what = "the category" if data.kind == "category" else "correctness"
         cells = count_noun(len(changing), "cell")
@@ -298,7 +298,7 @@ def rounding_note(result: ExperimentResult, measure: int) -> str | None:
             f"rounding alone may change {what} in up to {share} of the prompts of {cells}, "
             "estimated from the base run"
         )
-    bounds = found.rounding[found.at_rounding]
+    bounds = statistic.rounding[statistic.at_rounding]
     if not len(bounds):
         return None
     upto = " to ".join(dict.fromkeys(f"{end:.1e}" for end in (bounds.min(), bounds.max())))
@@ -373,12 +373,12 @@ def significance_note(
 ) -> str | None:
     """Count the cells that are significant after correction, and those of them that random targets
     reach, after the marks for the two."""
-    found, band = result.statistics[measure], result.control(measure)
-    if not found.test or result.settings is None:
+    statistic, band = result.statistics[measure], result.control(measure)
+    if not statistic.test or result.settings is None:
         return None
-    if found.withheld:
-        return f"no cell is reported as significant: {WITHHELD_TEXTS[found.withheld]}"
-    tested = int(np.count_nonzero(~np.isnan(found.p_corrected)))
+    if statistic.withheld:
+        return f"no cell is reported as significant: {WITHHELD_TEXTS[statistic.withheld]}"
+    tested = int(np.count_nonzero(~np.isnan(statistic.p_corrected)))
     if not tested:
         return "no cell was tested: none has a p-value"
     good = int(np.count_nonzero(is_significant(result, measure)))
@@ -446,16 +446,16 @@ def verification_notes(result: ExperimentResult, measure: int) -> list[str]:
     verified = result.verification(measure)
     if verified is None:
         return []
-    over, own, said = verified.over_random, verified.over_all, list[str]()
+    over, agreement, said = verified.over_random, verified.over_all, list[str]()
     said += _search_notes(verified)
     if over is not None and over.cells >= MIN_CORRELATED:
         cells = f"{count_noun(over.cells, 'cell')} drawn from {verified.others:,}"
         if over.cells == verified.others:
             cells = f"all {count_noun(over.cells, 'other cell')}"
         said.append(f"agreement over {cells}: {_agreement_text(over)}")
-    if own.cells >= MIN_CORRELATED and (over is None or own.cells > over.cells):
-        cells = f"all {count_noun(own.cells, 'verified cell')}, which aren't a random sample"
-        said.append(f"agreement over {cells}: {_agreement_text(own)}")
+    if agreement.cells >= MIN_CORRELATED and (over is None or agreement.cells > over.cells):
+        cells = f"all {count_noun(agreement.cells, 'verified cell')}, which aren't a random sample"
+        said.append(f"agreement over {cells}: {_agreement_text(agreement)}")
     recall = verified.recall
     if recall is not None and over is not None:
         top, drawn = f"top {verified.top}", len(verified.cells) - verified.ranked
@@ -497,21 +497,29 @@ def _search_notes(verified: VerifiedCells) -> Iterator[str]:
         )
 
 
-def _agreement_text(found: Agreement) -> str:
+def _agreement_text(agreement: Agreement) -> str:
     """Format the correlations of estimates and exact effects."""
-    pairs = (("Pearson", found.pearson), ("Spearman", found.spearman))
+    pairs = (("Pearson", agreement.pearson), ("Spearman", agreement.spearman))
     texts: list[str] = []
-    for name, own in pairs:
-        value = f"{own.value:.3f}" if math.isfinite(own.value) else MISSING
-        interval = f" [{own.low:.3f}, {own.high:.3f}]" if math.isfinite(own.low) else ""
+    for name, correlation_estimate in pairs:
+        value = (
+            f"{correlation_estimate.value:.3f}"
+            if math.isfinite(correlation_estimate.value)
+            else MISSING
+        )
+        interval = (
+            f" [{correlation_estimate.low:.3f}, {correlation_estimate.high:.3f}]"
+            if math.isfinite(correlation_estimate.low)
+            else ""
+        )
         texts.append(f"{name} {value}{interval}")
     return ", ".join(texts)
 
 
 def zero_width_note(result: ExperimentResult, measure: int) -> str | None:
     """Count the cells with an interval of zero width, because their rows are equal."""
-    data, found = result.measures[measure], result.statistics[measure]
-    equal = (found.low == found.high) & ~data.inert
+    data, statistic = result.measures[measure], result.statistics[measure]
+    equal = (statistic.low == statistic.high) & ~data.inert
     count = int(np.count_nonzero(equal))
     if not count:
         return None
@@ -550,12 +558,12 @@ def map_texts(result: ExperimentResult, measure: int, write: Callable[[float], s
 
 
 def null_texts(
-    band: NullBand, found: CellStatistics, cells: Iterable[int], write: Callable[[float], str]
+    band: NullBand, statistics: CellStatistics, cells: Iterable[int], write: Callable[[float], str]
 ) -> list[str]:
     """Format the null band of each cell as `[low, high]`, and a single draw as a number."""
 
     def range_text(cell: int) -> str:
-        ends = _distinct_texts(write, [band.low[cell], band.high[cell]], found.rounding[cell])
+        ends = _distinct_texts(write, [band.low[cell], band.high[cell]], statistics.rounding[cell])
         return f"[{', '.join(ends)}]" if band.draws[cell] > 1 else ends[0]
 
     return [range_text(cell) if math.isfinite(band.low[cell]) else MISSING for cell in cells]

@@ -120,31 +120,31 @@ def _reply_notes(result: ExperimentResult, shown: Sequence[PromptReplies]) -> li
 
 def _reply_lines(result: ExperimentResult, row: int) -> Iterator[ReplyLine]:
     """Yield the unpatched runs, then the cells; those with equal replies share a line."""
-    found = result.replies
-    for run, texts in found.runs.items():
+    written_replies = result.replies
+    for run, texts in written_replies.runs.items():
         if row in texts:
-            plain = tuple((ReplyPart(each.text), *_end_mark(each)) for each in texts[row])
+            plain = tuple((ReplyPart(reply.text), *_end_mark(reply)) for reply in texts[row])
             yield ReplyLine(result.shown(run), plain, runs=True)
     alike: dict[tuple[object, ...], list[CellKey]] = {}
     first: dict[tuple[object, ...], tuple[Sequence[Reply], Sequence[Reply]]] = {}
-    for cell, texts in zip(result.cells, found.cells, strict=False):
+    for cell, texts in zip(result.cells, written_replies.cells, strict=False):
         if row not in texts or not (cell.site or cell.coords):
             continue  # without rules the only cell is the base run
         base = _base_replies(result, row, cell)
-        key = (tuple((each.text, each.ended) for each in texts[row]), id(base))
+        key = (tuple((reply.text, reply.ended) for reply in texts[row]), id(base))
         alike.setdefault(key, []).append(cell)
         first[key] = (texts[row], base)
     for key, cells in alike.items():
         replies, base = first[key]
         parts = tuple(
             (
-                *mark_differences(base[n % len(base)].text if base else None, each.text),
-                *_end_mark(each),
+                *mark_differences(base[n % len(base)].text if base else None, reply.text),
+                *_end_mark(reply),
             )
-            for n, each in enumerate(replies)
+            for n, reply in enumerate(replies)
         )
         same = bool(base) and all(
-            _is_equal(each, base[n % len(base)]) for n, each in enumerate(replies)
+            _is_equal(reply, base[n % len(base)]) for n, reply in enumerate(replies)
         )
         yield ReplyLine(_cells_label(cells), () if same else parts, runs=False)
 

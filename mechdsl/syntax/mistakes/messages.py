@@ -144,7 +144,7 @@ class Lexeme:
 
 def split_lexemes(text: str) -> list[Lexeme]:
     """Split a text into lexemes, without matching brackets."""
-    found: list[Lexeme] = []
+    lexemes: list[Lexeme] = []
     line_end = -1
     for match in _PIECE.finditer(text):
         if match.lastgroup is None:
@@ -157,8 +157,8 @@ def split_lexemes(text: str) -> list[Lexeme]:
         else:
             first = False
         kind = match.lastgroup
-        found.append(Lexeme(kind, match[0], match.start(), match.end(), first))
-    return found
+        lexemes.append(Lexeme(kind, match[0], match.start(), match.end(), first))
+    return lexemes
 
 
 def balance_brackets(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
@@ -275,10 +275,10 @@ def _headless(text: str, piece: Lexeme, depth: int) -> int:
 
 
 def _no_brace(source: Source, piece: Lexeme, end: int) -> Diagnostic:
-    found = f"end of the `{piece.text}` statement"
+    expected = f"end of the `{piece.text}` statement"
     span = Span(source, end, end)
     hint = f"put the lines of `{piece.text}` between `{{` and `}}`"
-    return UnexpectedToken(found=found, expected="`{`", hint=hint, span=span)
+    return UnexpectedToken(found=expected, expected="`{`", hint=hint, span=span)
 
 
 def _colon(source: Source, head: str, at: int) -> Diagnostic:
@@ -308,22 +308,22 @@ def _stray(source: Source, piece: Lexeme) -> Diagnostic:
 
 def match_brackets(text: str) -> list[Lexeme]:
     """Split a text with matching brackets into lexemes with depths and partners."""
-    found = split_lexemes(text)
+    lexemes = split_lexemes(text)
     opened: list[Lexeme] = []
-    for piece in found:
+    for piece in lexemes:
         if piece.kind == "sign" and piece.text in ("}", ")", "]") and opened:
             opened.pop().partner = piece.start
         piece.depth = len(opened)
         if piece.kind == "sign" and piece.text in _CLOSERS:
             opened.append(piece)
-    return found
+    return lexemes
 
 
 def statement_starts(
     text: str, inside: list[Lexeme], kind: str, depth: int, words: RegisteredWords
 ) -> list[int]:
     """Return the indices of the lexemes that begin a statement of a block."""
-    found: list[int] = []
+    starts: list[int] = []
     certain = certain_first_words(kind, words)
     for i, piece in enumerate(inside):
         if piece.kind != "word" or piece.depth != depth:
@@ -334,19 +334,19 @@ def statement_starts(
         goes_on = before is not None and before.text in ("+", "-", "/", ",", "=", "->", "..")
         if piece.text in certain:
             inner = piece.text == "from" and not _FROM_INTO.match(text, piece.start)
-            if piece.text == "using" and found and inside[found[-1]].text == "discover":
+            if piece.text == "using" and starts and inside[starts[-1]].text == "discover":
                 inner = True
             if piece.text == "block" and before is not None and not piece.first:
                 inner = before.text in ("replace", "with")
             if not inner and not (goes_on and not piece.first):
-                found.append(i)
+                starts.append(i)
         elif (
             i == 0
             or (kind in ("data_lines", "change_lines") and _defines(text, piece, before, goes_on))
             or (piece.first and not goes_on and piece.text not in CLAUSE_WORDS)
         ):
-            found.append(i)
-    return found
+            starts.append(i)
+    return starts
 
 
 def _defines(text: str, piece: Lexeme, before: Lexeme | None, goes_on: bool) -> bool:
@@ -500,10 +500,10 @@ def _foreign_path(mistake: Mistake) -> Diagnostic | None:
         meant = translate_word(before.text, f" {token.text}")  # `mlp 3`
         if meant is not None:
             return explain_misplaced(mistake, f"write `{meant}`")
-    found = find_foreign_path(mistake.source.text[mistake.begin : mistake.end])
-    if found is None:
+    foreign_path = find_foreign_path(mistake.source.text[mistake.begin : mistake.end])
+    if foreign_path is None:
         return None
-    start, end, site = found
+    start, end, site = foreign_path
     span = Span(mistake.source, mistake.begin + start, mistake.begin + end)
     if not span.start <= mistake.offset <= span.end:
         return None
@@ -550,12 +550,12 @@ def explain_habit(mistake: Mistake) -> Diagnostic | None:
     if mistake.cut_short and text[end : end + 1] != "}":
         # The rest of the line may belong to this statement, not to the next one.
         end = max(end, text.find("\n", mistake.span.start))
-    found = _foreign_metric(mistake) or find_hint(
+    hint = _foreign_metric(mistake) or find_hint(
         text[mistake.begin : mistake.offset], text[mistake.offset : end], mistake.accepts
     )
-    if found is None:
+    if hint is None:
         return None
-    return explain_misplaced(mistake, found)
+    return explain_misplaced(mistake, hint)
 
 
 def _foreign_metric(mistake: Mistake) -> str | None:

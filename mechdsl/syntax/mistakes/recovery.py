@@ -282,15 +282,18 @@ def recover(
     text, unbalanced = balance_brackets(source, text)
     reader = _Recovery(source, text, match_brackets(text), words, [*diagnostics, *unbalanced])
     begin, version = reader.version()
-    found = reader.lines("top_lines", begin, len(text))
+    lines = reader.lines("top_lines", begin, len(text))
     if not reader.diagnostics:
         # Each part is valid by itself, so only the position is known.
         span = Span(source, stopped, min(stopped + 1, len(text)))
         reader.diagnostics.append(
             UnexpectedToken(found=f"`{span.text.strip()}`", expected="something else", span=span)
         )
-    statements = ([version] if version else []) + found
-    lost = [*reader.lost, *(ast.LostStatement(span=each.span) for each in unbalanced if each.span)]
+    statements = ([version] if version else []) + lines
+    lost = [
+        *reader.lost,
+        *(ast.LostStatement(span=problem.span) for problem in unbalanced if problem.span),
+    ]
     file = ast.File(tuple(statements), lost=tuple(lost), span=Span(source, 0, len(text)))
     return file, _causes(reader.diagnostics)
 
@@ -344,32 +347,32 @@ class _Recovery:
     def version(self) -> tuple[int, ast.Version | None]:
         """Return where the statements begin, and the version before them."""
         begin = skip_space(self.text)
-        found = _VERSION.match(self.text, begin)
+        match = _VERSION.match(self.text, begin)
         other = _FIRST_WORD.match(self.text, begin)
         if (
-            found is None
+            match is None
             and other is not None
             and closest_name(other["word"], ["mech"]) is not None
         ):
             span = Span(self.source, begin, other.end("word"))
             self.diagnostics.append(MisspeltWord(word=span.text, meant="mech", span=span))
             return other.end(), None
-        if found is None:
+        if match is None:
             problem, place = "the file does not start with `mech 1`", "first statement"
             word = re.compile(r"[^\s]*").match(self.text, begin)
             end = word.end() if word else begin
             return self._wrong_version(problem, place, Span(self.source, begin, end)), None
-        span = Span(self.source, begin, found.end())
-        number = found["number"]
+        span = Span(self.source, begin, match.end())
+        number = match["number"]
         if number == str(LANGUAGE_VERSION):
-            return found.end(), ast.Version(LANGUAGE_VERSION, span=span)
+            return match.end(), ast.Version(LANGUAGE_VERSION, span=span)
         problem = f"version {number} of the language is not supported"
         if not number.isdigit():
             problem = "`mech` must be followed by the version of the language"
         place = f"this mechdsl reads version {LANGUAGE_VERSION}"
         self._wrong_version(problem, place, span)
         # In `mech model …` the number is missing; in `mech v1` it is wrong.
-        return (found.end() if number[-1:].isdigit() else begin + len("mech")), None
+        return (match.end() if number[-1:].isdigit() else begin + len("mech")), None
 
     def _wrong_version(self, problem: str, place: str, span: Span) -> int:
         self.diagnostics.append(WrongVersion(problem=problem, place=place, span=span))
@@ -377,24 +380,24 @@ class _Recovery:
 
     def lines(self, kind: str, begin: int, end: int, depth: int = 0) -> list[Any]:
         """Parse the valid statements of one type between two offsets."""
-        found: list[Any] = []
+        lines: list[Any] = []
         inside = self._between(begin, end)
         starts = statement_starts(self.text, inside, kind, depth, self.words)
         heads = [inside[i].start for i in starts]
         while begin < end and len(self.diagnostics) <= limits.SYNTAX_ERRORS:
             try:
-                return found + self._read(kind, begin, end)
+                return lines + self._read(kind, begin, end)
             except ParserError as error:
                 mistake = self._locate(kind, begin, end, heads, error)
             try:
-                found += self._read(kind, begin, mistake.begin)
+                lines += self._read(kind, begin, mistake.begin)
             except ParserError as error:
                 # The first word of the next statement was read as a missing part of this one.
                 mistake = self._locate(kind, begin, mistake.begin, heads, error)
-                found += self._before(kind, begin, mistake.begin)
-            found += self._mistaken(kind, depth, mistake)
+                lines += self._before(kind, begin, mistake.begin)
+            lines += self._mistaken(kind, depth, mistake)
             begin = max(mistake.end, begin + 1)
-        return found
+        return lines
 
     def _between(self, begin: int, end: int) -> list[Lexeme]:
         first = bisect_left(self.pieces, begin, key=_offset)
@@ -421,27 +424,27 @@ class _Recovery:
         """Find the statement that an error belongs to; `heads` are the starts of statements."""
         offset = begin + error.offset
         number = bisect_right(heads, offset) if offset < end else bisect_left(heads, end)
-        own = heads[number - 1] if number and heads[number - 1] >= begin else begin
+        head = heads[number - 1] if number and heads[number - 1] >= begin else begin
         following = min(heads[number], end) if number < len(heads) else end
-        accepts = self._accepts(kind, own, offset, error)
-        if own == offset and "$END" not in accepts and number > 1 and own > begin:
+        accepts = self._accepts(kind, head, offset, error)
+        if head == offset and "$END" not in accepts and number > 1 and head > begin:
             # A statement begins here, but the previous one is unfinished.
-            own, following = max(heads[number - 2], begin), offset
+            head, following = max(heads[number - 2], begin), offset
         after = bisect_left(self.pieces, offset, key=_offset)
         token = self.pieces[after] if after < len(self.pieces) else None
-        if own < offset < following and token is not None and token.first and "$END" in accepts:
-            own = offset  # the preceding text is complete
+        if head < offset < following and token is not None and token.first and "$END" in accepts:
+            head = offset  # the preceding text is complete
         before = self.pieces[after - 1] if after else None
         return Mistake(
             source=self.source,
             words=self.words,
             kind=kind,
-            begin=own,
+            begin=head,
             end=following,
             offset=offset,
             token=token if token is not None and token.start < end else None,
             before=before if before is not None and before.start >= begin else None,
-            statement=self._between(own, following),
+            statement=self._between(head, following),
             accepts=accepts,
             lexed=error.terminal,
         )
@@ -463,22 +466,22 @@ class _Recovery:
             begins = meant if word is mistake.statement[0] else first
             at = word.start - mistake.begin
             reading = WordSubstitution(at, at + len(word.text), meant)
-            found = self._kept(kind, depth, mistake, begins, reading)
-            if found is not None:
+            nodes = self._kept(kind, depth, mistake, begins, reading)
+            if nodes is not None:
                 self.diagnostics.append(explain_misspelling(mistake, word, meant))
-                return found
+                return nodes
         problem = explain_mistake(mistake)
         rest_of_line = mistake.begin == self.hinted_end and not mistake.statement[0].first
         if not rest_of_line:
             self.diagnostics.append(problem)
         hinted = isinstance(problem, UnexpectedToken) and bool(problem.hint)
         self.hinted_end = mistake.end if mistake.cut_short and hinted else -1
-        found = self._kept(kind, depth, mistake, first, named=True) if brace is not None else None
-        if found is None and (reading := self._two_dots(mistake)) is not None:
-            found = self._kept(kind, depth, mistake, first, reading)
-        if found is None:
+        nodes = self._kept(kind, depth, mistake, first, named=True) if brace is not None else None
+        if nodes is None and (reading := self._two_dots(mistake)) is not None:
+            nodes = self._kept(kind, depth, mistake, first, reading)
+        if nodes is None:
             self.lost.append(lost_statement(mistake))
-        return found or []
+        return nodes or []
 
     def _two_dots(self, mistake: Mistake) -> WordSubstitution | None:
         """Read `layers 1.4` as `layers 1..4`, if the parser stopped there."""
