@@ -39,23 +39,12 @@ OBSERVATIONS: Registry[ObservationKind] = Registry("observation")
 class ObservationKind(Observation):
     """An observation that a word is registered for."""
 
+    word_facts: ClassVar[ObservationWord]
+    """Facts of its word for stages that don't know its class; set when it is registered."""
+
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         """Resolve the targets of a line; None after an error. See `RuleKind.resolve`."""
         raise NotImplementedError
-
-    @classmethod
-    def word_facts(cls) -> ObservationWord:
-        """Return the facts of its word for stages that don't know its class."""
-        return ObservationWord(
-            is_lens=cls.read_by_measures,
-            of_weights=cls.of_weights,
-            of_bases=cls.of_bases,
-            of_probes=cls.of_probes,
-            of_coordinates=cls.of_coordinates,
-            has_graph=cls.has_graph,
-            axes=(cls.counts,) if cls.counts else cls.value_axes,
-            controls=cls.controls,
-        )
 
     def clauses_fit(self, rule: spec.Rule, work: ExperimentContext) -> bool:
         """Report E0207 for clauses that it doesn't accept, and for missing positions."""
@@ -99,6 +88,16 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
         entry.form = MetricForm("observation", unit, "number", _identity, meaning, narrow=True)
         if entry.read_by_measures:
             entry.form = MetricForm("nothing", unit, "number", _top_probability, meaning)
+        entry.word_facts = ObservationWord(
+            is_lens=entry.read_by_measures,
+            of_weights=entry.of_weights,
+            of_bases=entry.of_bases,
+            of_probes=entry.of_probes,
+            of_coordinates=entry.of_coordinates,
+            has_graph=entry.has_graph,
+            axes=(entry.counts,) if entry.counts else entry.value_axes,
+            controls=entry.controls,
+        )
         OBSERVATIONS.add(word, entry())
         return entry
 
@@ -190,7 +189,7 @@ class ObserveRule(RuleKind):
         return None if rule.observed is None else OBSERVATIONS.get(rule.observed.word)
 
     def observation_words(self) -> Mapping[str, ObservationWord]:
-        return {word: entry.word_facts() for word, entry in OBSERVATIONS.items()}
+        return {word: entry.word_facts for word, entry in OBSERVATIONS.items()}
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.observed is not None

@@ -170,84 +170,115 @@ def balance_brackets(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
     Returns:
         The repaired text, of the same length, and the diagnostics.
     """
-    chars = list(text)
-    diagnostics: list[Diagnostic] = []
-    opened: list[Lexeme] = []
-    early: list[Lexeme] = []
-    """Closing braces that aren't the first on their line and that close a brace of another line."""
+    repair = _BracketRepair(source, text)
+    for piece in split_lexemes(text):
+        repair.read(piece)
+    while repair.opened:
+        repair.close(len(repair.chars), "")
+    return "".join(repair.chars), repair.diagnostics
 
-    def indent(offset: int) -> int:
-        line = text[text.rfind("\n", 0, offset) + 1 : offset + 1]
-        return len(line) - len(line.lstrip())
 
-    def close(piece: Lexeme, before: int, place: str) -> None:
+class _BracketRepair:
+    """The repair of unmatched brackets, lexeme by lexeme."""
+
+    def __init__(self, source: Source, text: str) -> None:
+        self.source, self.text = source, text
+        self.chars = list(text)
+        self.diagnostics: list[Diagnostic] = []
+        self.opened: list[Lexeme] = []
+        """Brackets that aren't closed yet."""
+        self.early: list[Lexeme] = []
+        """Closing braces that aren't the first on their line and close a brace of another line."""
+
+    def read(self, piece: Lexeme) -> None:
+        """Open and close the brackets that a lexeme shows."""
+        if piece.kind == "word" and piece.first and self.opened:
+            self._close_before_statement(piece)
+        if piece.kind == "word":
+            self._open_missing_brace(piece)
+        elif piece.kind == "sign" and piece.text in _CLOSERS:
+            self.opened.append(piece)
+        elif piece.kind == "sign" and piece.text in "})]":
+            self._match_closer(piece)
+
+    def close(self, before: int, place: str) -> None:
+        """Report the last open bracket, and write its closing bracket before an offset."""
+        piece = self.opened.pop()
         closer = _CLOSERS[piece.text]
-        span = Span(source, piece.start, piece.end)
+        span = Span(self.source, piece.start, piece.end)
         # Of a block that begins with a colon, the missing braces are one mistake.
-        is_reported = text[piece.start] == ":"
-        if piece.text == "{" and (end := _block_end(text, piece, before)):
+        is_reported = self.text[piece.start] == ":"
+        if piece.text == "{" and (end := _block_end(self.text, piece, before)):
             before = end
-            place = f", before line {source.line_column(end)[0]}"
+            place = f", before line {self.source.line_column(end)[0]}"
         if not is_reported:
-            diagnostics.append(Unclosed(opener=piece.text, closer=closer, place=place, span=span))
-        slot = before - 1
+            problem = Unclosed(opener=piece.text, closer=closer, place=place, span=span)
+            self.diagnostics.append(problem)
+        chars, slot = self.chars, before - 1
         while slot > piece.end and chars[slot].isspace() and chars[slot - 1].isspace():
             slot -= 1
         if slot >= piece.end and slot < len(chars) and chars[slot].isspace():
             chars[slot] = closer
+        elif before >= len(chars):
+            chars.insert(before, closer)
         else:
-            chars.insert(before, closer) if before >= len(chars) else chars.__setitem__(
-                piece.start, " "
-            )
+            chars[piece.start] = " "
 
-    for piece in split_lexemes(text):
-        if piece.kind == "word" and piece.first and opened:
-            line = source.line_column(piece.start)[0]
-            if _HEADER.match(text, piece.start) and not (
-                piece.text in ("prompts", "images", "model") and opened[-1].text != "{"
-            ):
-                while opened:
-                    close(opened.pop(), piece.start, f", before line {line}")
-            while opened and opened[-1].text != "{" and _begins(text, piece):
-                close(opened.pop(), piece.start, f", before line {line}")
-        inside = piece.first or (bool(opened) and not text[opened[-1].end : piece.start].strip())
-        if piece.kind == "word" and piece.first and (colon := _COLON.match(text, piece.start)):
+    def _close_before_statement(self, piece: Lexeme) -> None:
+        """Close the brackets that are open before a word that begins a statement."""
+        place = f", before line {self.source.line_column(piece.start)[0]}"
+        if _HEADER.match(self.text, piece.start) and not (
+            piece.text in ("prompts", "images", "model") and self.opened[-1].text != "{"
+        ):
+            while self.opened:
+                self.close(piece.start, place)
+        while self.opened and self.opened[-1].text != "{" and _begins(self.text, piece):
+            self.close(piece.start, place)
+
+    def _open_missing_brace(self, piece: Lexeme) -> None:
+        """Open the block of a statement that has a colon, or nothing, instead of a brace."""
+        inside = piece.first or (
+            bool(self.opened) and not self.text[self.opened[-1].end : piece.start].strip()
+        )
+        if piece.first and (colon := _COLON.match(self.text, piece.start)):
             at = colon.start("colon")
-            chars[at] = "{"
-            opened.append(Lexeme("sign", "{", at, at + 1, first=False))
-            diagnostics.append(_colon(source, colon["head"], at))
-        elif piece.kind == "word" and inside and (end := _headless(text, piece, len(opened))):
-            chars[end] = "{"
-            opened.append(Lexeme("sign", "{", end, end + 1, first=False))
-            diagnostics.append(_no_brace(source, piece, end))
-        if piece.kind != "sign":
-            continue
-        if piece.text in _CLOSERS:
-            opened.append(piece)
-        elif piece.text in "})]":
-            matching = [i for i, o in enumerate(opened) if _CLOSERS[o.text] == piece.text]
-            if not matching:
-                # An earlier brace may be the stray one and have closed this one's block.
-                stray = early.pop() if early and piece.text == "}" else piece
-                chars[stray.start] = " "
-                diagnostics.append(_stray(source, stray))
-                continue
-            index = matching[-1]
-            if piece.first and piece.text == "}":
-                # Indentation shows which of several open braces this one closes.
-                here = indent(piece.start)
-                aligned = [i for i in matching if indent(opened[i].start) == here]
-                if aligned and indent(opened[index].start) > here:
-                    index = aligned[-1]
-            while len(opened) > index + 1:
-                line = source.line_column(piece.start)[0]
-                close(opened.pop(), piece.start, f", before the `{piece.text}` of line {line}")
-            opener = opened.pop()
-            if not piece.first and "\n" in text[opener.start : piece.start]:
-                early.append(piece)
-    while opened:
-        close(opened.pop(), len(chars), "")
-    return "".join(chars), diagnostics
+            problem = _colon(self.source, colon["head"], at)
+        elif inside and (at := _headless(self.text, piece, len(self.opened))):
+            problem = _no_brace(self.source, piece, at)
+        else:
+            return
+        self.chars[at] = "{"
+        self.opened.append(Lexeme("sign", "{", at, at + 1, first=False))
+        self.diagnostics.append(problem)
+
+    def _match_closer(self, piece: Lexeme) -> None:
+        """Close the bracket that a closing bracket belongs to, and those opened after it."""
+        opened = self.opened
+        matching = [i for i, opener in enumerate(opened) if _CLOSERS[opener.text] == piece.text]
+        if not matching:
+            # An earlier brace may be the stray one and have closed this one's block.
+            stray = self.early.pop() if self.early and piece.text == "}" else piece
+            self.chars[stray.start] = " "
+            self.diagnostics.append(_stray(self.source, stray))
+            return
+        index = matching[-1]
+        if piece.first and piece.text == "}":
+            # Indentation shows which of several open braces this one closes.
+            here = self._indent(piece.start)
+            aligned = [i for i in matching if self._indent(opened[i].start) == here]
+            if aligned and self._indent(opened[index].start) > here:
+                index = aligned[-1]
+        line = self.source.line_column(piece.start)[0]
+        while len(opened) > index + 1:
+            self.close(piece.start, f", before the `{piece.text}` of line {line}")
+        opener = opened.pop()
+        if not piece.first and "\n" in self.text[opener.start : piece.start]:
+            self.early.append(piece)
+
+    def _indent(self, offset: int) -> int:
+        """Return the indentation of an offset's line."""
+        line = self.text[self.text.rfind("\n", 0, offset) + 1 : offset + 1]
+        return len(line) - len(line.lstrip())
 
 
 def _block_end(text: str, opener: Lexeme, before: int) -> int:
