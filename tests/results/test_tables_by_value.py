@@ -1,11 +1,14 @@
-"""W0720 of tables by prompt values, whose cells are separate families."""
+"""Tables by prompt values: W0720, as their cells are separate families, and values of all types."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+import mechdsl
 from mechdsl.base.text import Source
 from mechdsl.checks.file_check import check_source
+from mechdsl.show.reports.table import group_by_value
 
 FILE = """mech 1
 
@@ -66,3 +69,20 @@ def test_table_by_value_without_possible_significance_is_a_warning(
     rows: int, correction: str, expected: str | None
 ) -> None:
     assert said(rows, correction) == ([] if expected is None else [expected])
+
+
+def test_table_by_a_list_has_the_cells_of_each_prompt() -> None:
+    """A list isn't hashable; its text names it."""
+    text = FILE.replace("ROWS", "4").replace("CORRECTION", "holm").replace("by count", "by fruits")
+    result = mechdsl.run(text, write_reports=False)["heads"]
+    lists = [str(value) for value in result.row_values["fruits"]]
+    assert len(set(lists)) == 4
+    grouped = group_by_value(result, "fruits")
+    names = [cell.coords["fruits"] for cell in grouped.cells]
+    assert list(dict.fromkeys(names)) == sorted(lists)
+    count = len(result.cells)
+    for row, name in enumerate(lists):
+        part = slice(names.index(name), names.index(name) + count)
+        expected = np.full((count, 4), np.nan)
+        expected[:, row] = result.measures[0].patched[:, row]
+        np.testing.assert_array_equal(grouped.measures[0].patched[part], expected)

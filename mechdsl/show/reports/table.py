@@ -288,9 +288,14 @@ def group_by_value(result: ExperimentResult, by: str | None) -> ExperimentResult
     """Repeat every cell for each value of the prompts: a further axis, corrected as a whole."""
     if by is None or result.settings is None:
         return result
-    labels = [str(value) for value in result.row_values[by]]
-    values = sorted(set(result.row_values[by]), key=sort_key)
-    masks = [np.array([label == str(value) for label in labels]) for value in values]
+    labels = np.array([str(value) for value in result.row_values[by]])
+    # A list of texts is named by its text: the value of an axis must be a text or a number.
+    named = {
+        str(value): str(value) if isinstance(value, list) else value
+        for value in result.row_values[by]
+    }
+    values = sorted(named.values(), key=sort_key)
+    masks = [labels == str(value) for value in values]
 
     def rows(data: Floats) -> Floats:
         # Prompts of other values aren't part of the cell: NaN excludes them everywhere.
