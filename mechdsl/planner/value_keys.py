@@ -1,4 +1,9 @@
-"""Keys of cached values: everything that a number depends on, and nothing else."""
+"""Keys of cached values: everything that a number depends on, and nothing else.
+
+How a number is computed isn't in these keys: a change of it raises `NUMERIC_VERSION` of
+`execute.run_record`. A new item of a digest changes all its keys, so that every store computes the
+values again.
+"""
 
 from __future__ import annotations
 

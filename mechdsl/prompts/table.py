@@ -339,7 +339,7 @@ def replace_tokens(
     cell: one of the cells of `at`.
     """
     hits = [tuple(p for tokens in row for p in tokens) for row in cell.hits]
-    return _replaced(table, run, at, hits, [text] * len(hits), tokenizer)
+    return _replace_tokens(table, run, at, hits, [text] * len(hits), tokenizer)
 
 
 def _change_tokens(
@@ -388,10 +388,10 @@ def replace_at_positions(
         tuple(sorted({p for cell in cells for tokens in cell.hits[n] for p in tokens}))
         for n in range(len(table))
     ]
-    return _replaced(table, run, at, hits, texts, tokenizer), diagnostics
+    return _replace_tokens(table, run, at, hits, texts, tokenizer), diagnostics
 
 
-def _replaced(
+def _replace_tokens(
     table: PromptTable,
     run: str,
     at: ast.Positions,
@@ -760,9 +760,9 @@ class _Builder:
         self.diagnostics: list[Diagnostic] = []
 
     def table(self, found: RowCollection, limit: int | None, part: SplitPart | None) -> PromptTable:
-        table, equal = self.runs(found.rows)
-        equal = {name: rows.total() for name, rows in found.unchanged.items()} | equal
-        left_out = {name: count for name, count in equal.items() if self._uses(name)}
+        table, unchanged = self.runs(found.rows)
+        unchanged = {name: rows.total() for name, rows in found.unchanged.items()} | unchanged
+        left_out = {name: count for name, count in unchanged.items() if self._uses(name)}
         conventions = rows_convention(self.block, found, len(table), limit, part, left_out)
         conventions |= token_conventions(self.block, table, self.tokenizer)
         if not has_errors(self.diagnostics):
@@ -783,7 +783,7 @@ class _Builder:
             dealt=balanced_variables(self.block, table.sources) if rounds else (),
             exhausted=exhausted_variables(self.block, table.sources),
             whole=rounds and not self.block.draws,
-            unchanged=frozenset(equal),
+            unchanged=frozenset(unchanged),
             changed_by=tuple(sorted(left_out)),
             classes=classes,
         )
@@ -834,7 +834,7 @@ class _Builder:
                 for name, run in runs.items()
             },
         )
-        return self._replaced(table, made)
+        return self._apply_token_changes(table, made)
 
     def _texts(
         self,
@@ -930,14 +930,14 @@ class _Builder:
 
     # --- token changes of corruptions ----------------------------------------------------------
 
-    def _replaced(
+    def _apply_token_changes(
         self, table: PromptTable, made: Sequence[BuiltRow]
     ) -> tuple[PromptTable, dict[str, int]]:
         """Apply `replace item tokens with "thing"` and patch changes of corruptions.
 
         Rows that a used corruption leaves unchanged are dropped.
         """
-        equal: dict[str, int] = {}
+        unchanged: dict[str, int] = {}
         keep = [True] * len(table)
         runs = dict(table.runs)
         for corruption in self.block.spec.corruptions:
@@ -967,7 +967,7 @@ class _Builder:
                 if all(same) and not has_errors(self.diagnostics):
                     self.diagnostics.append(no_effect_error(corruption, self.block))
                 elif any(same):
-                    equal[corruption.name] = sum(same)
+                    unchanged[corruption.name] = sum(same)
                     if not self._uses(corruption.name):
                         continue
                     keep = [k and not s for k, s in zip(keep, same, strict=True)]
@@ -985,7 +985,7 @@ class _Builder:
             row_keys=tuple(compress(table.row_keys, keep)),
             runs=runs,
         )
-        return table, equal
+        return table, unchanged
 
     def _new_texts(
         self,

@@ -106,9 +106,12 @@ def metric(
     Args:
         name: The name in a file. A metric with several forms registers one function for each.
         takes: What the function receives. The named argument `digits` only selects numerals; no
-            named argument reaches the function.
+            named argument reaches the function. A new kind of argument needs the entries that
+            docs/architecture.md lists under "argument of a metric".
         unit: The unit in tables. It also determines how rounding is estimated: `logit`, `nat` and
             `number` move like logits, `rank` and `share` if tokens swap, others in proportion.
+            `rank` and `share` are step functions without a gradient; sums of probabilities are
+            `probability`.
         kind: Whether values are numbers or categories.
         default: See `MetricForm.default`.
         narrow: See `MetricForm.narrow`.

@@ -541,7 +541,7 @@ def compare(case: Case, tmp_path: Path) -> None:
     event(f"runs with rules: {'run made' in text}, files: {len(plain.saved)}")
     for one, other in zip(plain.experiments, planned.experiments, strict=True):
         if one.name == "then" and any(map(tied, plain.experiments)):
-            event("what is picked hangs on rounding")
+            event("what is picked depends on rounding")
             break
         same(one, other, text)
 

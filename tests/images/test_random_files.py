@@ -363,7 +363,7 @@ def compare(case: Case, tmp_path: Path) -> None:
     event("run: " + text.split("\n  from ")[1].splitlines()[1].split()[0])
     for one, other in zip(plain.experiments, planned.experiments, strict=True):
         if one.name == "then" and any(map(tied, plain.experiments)):
-            event("what is picked hangs on rounding")
+            event("what is picked depends on rounding")
             break
         same(one, other, text)
 

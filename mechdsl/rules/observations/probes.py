@@ -523,7 +523,7 @@ class RoutedProbe(_RoutedObservation):
     """How well a linear probe tells numbers of what it takes from several tokens, in rows that it
     was not fitted to.
 
-    Which tokens it takes hangs on their vectors, by weights that are fitted with it.
+    Which tokens it takes depends on their vectors, by weights that are fitted with it.
     returns: 1 − (y − ŷ)² / mean((y − ȳ)²), whose mean is R²
     source: Adeli, Sun and Kriegeskorte 2025, arXiv 2505.17329
     """

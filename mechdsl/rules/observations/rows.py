@@ -622,7 +622,7 @@ class CkaBetweenRuns(Cka):
 class RandomNumber(SiteRowSetObservation):
     """A number drawn for each row and place, even between 0 and 1.
 
-    It hangs on the seed of the file, on the text or image that is looked at and on the position,
+    It depends on the seed of the file, on the text or image that is looked at and on the position,
     and not on the vector: maps are set against it, and tokens are ranked by it in random order.
     `random(20)` draws twenty, along an axis `draw`.
     """
