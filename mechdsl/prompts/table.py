@@ -937,7 +937,7 @@ class _Builder:
 
         Rows that a used corruption leaves unchanged are dropped.
         """
-        unchanged: dict[str, int] = {}
+        unchanged_rows: dict[str, int] = {}
         keep = [True] * len(table)
         runs = dict(table.runs)
         for corruption in self.block.spec.corruptions:
@@ -967,7 +967,7 @@ class _Builder:
                 if all(same) and not has_errors(self.diagnostics):
                     self.diagnostics.append(no_effect_error(corruption, self.block))
                 elif any(same):
-                    unchanged[corruption.name] = sum(same)
+                    unchanged_rows[corruption.name] = sum(same)
                     if not self._uses(corruption.name):
                         continue
                     keep = [k and not s for k, s in zip(keep, same, strict=True)]
@@ -985,7 +985,7 @@ class _Builder:
             row_keys=tuple(compress(table.row_keys, keep)),
             runs=runs,
         )
-        return table, unchanged
+        return table, unchanged_rows
 
     def _new_texts(
         self,

@@ -289,6 +289,16 @@ class TestCorruptions:
         assert sorted(texts(made)) == ["1", "3", "4"]
         assert "1 that `c` leaves unchanged" in made.conventions["dropped"]
 
+    def test_rows_with_equal_tokens_after_replacement_are_dropped(
+        self, words: TextTokenizer
+    ) -> None:
+        text = """a in 1..4 template "{a} and 9" corrupt c { replace a tokens with "2" }
+        corrupt d { replace a tokens with "5" }"""
+        made = table(text, words)
+        assert sorted(texts(made)) == ["1 and 9", "3 and 9", "4 and 9"]
+        assert made.conventions["dropped"] == "1 that `c` leaves unchanged"
+        assert made.unchanged == {"c"}
+
     def test_duplicate_records_are_kept_unless_distinct(
         self, words: TextTokenizer, tmp_path: Path
     ) -> None:
