@@ -320,7 +320,7 @@ class ModelContexts:
             what = f"an adapter of `{base.name}`, which has two towers,"
             self.diagnostics.append(NotSupported(span=model.span, what=what))
             return None, None
-        from mechdsl.models.folder import check_adapter_task, check_base_model, read_scaling
+        from mechdsl.models.adapter_folder import check_adapter_task, check_base_model, read_scaling
 
         scaling, problems = read_scaling(folder, model)
         if scaling is not None:

@@ -61,10 +61,11 @@ from mechdsl.loading.verify.checks import (
     retry_with_one_prompt,
     run_checks,
 )
+from mechdsl.models.adapter_folder import PROMPT_ADAPTER_REASON, PROMPT_ADAPTERS
 from mechdsl.models.block import is_norm, is_transposed
 from mechdsl.models.config import limit_sites, stack_shape
 from mechdsl.models.finder import find_anatomies
-from mechdsl.models.folder import PROMPT_ADAPTER_REASON, PROMPT_ADAPTERS, json_digest
+from mechdsl.models.folder import json_digest
 from mechdsl.models.shape import (
     Anatomy,
     Family,

@@ -81,6 +81,7 @@ from mechdsl.loading.weight_edits import (
     copy_modules,
     find_output_map,
 )
+from mechdsl.models.adapter_folder import AdapterScaling, read_scaling
 from mechdsl.models.config import (
     add_generation_defaults,
     check_starts,
@@ -91,7 +92,6 @@ from mechdsl.models.config import (
 )
 from mechdsl.models.folder import (
     ADAPTER_CONFIG,
-    AdapterScaling,
     FileHasher,
     check_weights,
     file_stamps,
@@ -99,7 +99,6 @@ from mechdsl.models.folder import (
     hash_file,
     hash_weights,
     locate_model,
-    read_scaling,
     require_model,
     weight_files,
 )

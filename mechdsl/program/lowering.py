@@ -366,7 +366,7 @@ def expectation_experiments(expectation: spec.Expectation, labels: Collection[st
     """Return words of an expectation that may be names of other experiments.
 
     Args:
-        labels: Labels of the measures of its own experiment.
+        labels: Labels of the measures of the experiment that contains it.
     """
     names: set[str] = set()
     inner: set[int] = set()

@@ -200,7 +200,7 @@ def _parquet(content: bytes) -> list[DataRecord]:
         file = parquet.ParquetFile(io.BytesIO(content))
         records = cast("list[DataRecord]", file.read().to_pylist())
         names = cast("list[str]", file.schema_arrow.names)
-    except Exception as error:  # pyarrow has its own tree of exceptions
+    except Exception as error:  # pyarrow raises exceptions of several types
         raise MalformedData(f"pyarrow: {error}", "write the file again") from None
     reject_repeated(names, DUPLICATE_COLUMNS)
     return records
@@ -391,7 +391,7 @@ def _open_parquet(file: Path, name: str) -> StreamedFile:
             groups = [RecordGroup(int(own.num_rows), int(own.total_byte_size)) for own in every]
     except OSError:
         raise
-    except Exception as error:  # pyarrow has its own tree of exceptions
+    except Exception as error:  # pyarrow raises exceptions of several types
         raise MalformedData(f"pyarrow: {error}", "write the file again") from None
     reject_repeated(columns, DUPLICATE_COLUMNS)
 

@@ -1152,12 +1152,12 @@ class StandInTokenizer(TextTokenizer):
     def vocab_size(self) -> int:
         return 1 << 62
 
-    @property
-    def role_ids(self) -> dict[str, int]:  # type: ignore[override]
+    @cached_property
+    def role_ids(self) -> dict[str, int]:
         return {"bos": _BOS}
 
-    @property
-    def unknown_id(self) -> None:  # type: ignore[override]
+    @cached_property
+    def unknown_id(self) -> int | None:
         return None
 
     @cached_property

@@ -156,8 +156,8 @@ def test_samples_do_not_depend_on_the_batch() -> None:
     whole = generate_replies(model, request, how, cached=False, limit=30)
     assert whole == together
     rules = Rules(acts("gpt2", 3, "resid_post", "add", "each step", prompts[3]))
-    beside = generate_replies(model, ReplyRequest(prompts, random=random, **rules.given()), how)
-    assert [n for n in range(15) if beside[n] != together[n]] == [3]
+    with_rules = generate_replies(model, ReplyRequest(prompts, random=random, **rules.given()), how)
+    assert [n for n in range(15) if with_rules[n] != together[n]] == [3]
 
 
 def test_sampling_without_a_key_per_row_is_rejected() -> None:

@@ -361,7 +361,7 @@ def test_classifier_adapter_brings_its_head_and_rejects_other_tasks(
 
 
 def _scaling(folder: Path) -> Any:
-    from mechdsl.models.folder import read_scaling
+    from mechdsl.models.adapter_folder import read_scaling
 
     scaling, found = read_scaling(folder, statement(str(folder), base="m"))
     assert scaling is not None, [(d.message, d.label_text) for d in found]

@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from mechdsl.base.records import REGISTRIES
 
@@ -99,15 +100,13 @@ class Steps:
         """Count every step of the store, and log every forward pass."""
         from mechdsl.execute.patching.rows import Patcher
         from mechdsl.store import files
-        from mechdsl.store import files as blobs
-        from mechdsl.store import files as disk
         from mechdsl.store.runs import OpenRun
 
         for owner, name in (
-            (blobs, "write_synced"),
-            (blobs, "sync_folder"),
-            (disk, "sync"),
-            (blobs.Blobs, "place"),
+            (files, "write_synced"),
+            (files, "sync_folder"),
+            (files, "sync"),
+            (files.Blobs, "place"),
             (OpenRun, "keep"),
             (OpenRun, "settle"),
             (OpenRun, "finish"),
@@ -133,14 +132,14 @@ class Steps:
                 steps.step("after commit")
                 return found
 
-        files.Index.writing = lambda own: Watched(own)  # type: ignore[method-assign, assignment]
+        patch.object(files.Index, "writing", lambda index: Watched(index)).start()
         values = Patcher.values
 
         def passed(*args: Any, **named: Any) -> Any:
             steps.tell("pass")
             return values(*args, **named)
 
-        Patcher.values = passed  # type: ignore[method-assign]
+        patch.object(Patcher, "values", passed).start()
 
 
 @dataclass

@@ -846,12 +846,12 @@ class ImageTokenizer(TextTokenizer):
     def own_size(self) -> int:
         return 0
 
-    @property
-    def role_ids(self) -> dict[str, int]:  # type: ignore[override]
+    @cached_property
+    def role_ids(self) -> dict[str, int]:
         return {}
 
-    @property
-    def unknown_id(self) -> None:  # type: ignore[override]
+    @cached_property
+    def unknown_id(self) -> int | None:
         return None
 
     @property

@@ -99,7 +99,7 @@ class Overlay:
     limit: float
     """The largest absolute number, which has the full colour."""
     notes: tuple[str, ...]
-    """What is shown, and why a prompt's number isn't its own ratio."""
+    """What is shown, and why a prompt's number isn't the ratio of that prompt."""
     has_images: bool
 
     @property
@@ -180,7 +180,7 @@ def _shade_prompt(result: ExperimentResult, values: Floats, prompt: int) -> Shad
 
 
 def _overlay_notes(result: ExperimentResult, data: MeasureData, prompts: int) -> list[str]:
-    """Describe a figure of some prompts, and why a prompt's number isn't its own ratio."""
+    """Describe a figure, and why a prompt's number isn't the ratio of that prompt."""
     images = bool(result.seen)
     if not prompts:
         what = "images" if images else "tokens"
