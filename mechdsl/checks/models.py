@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from mechdsl.base.installation import install_command, missing_requirements
 from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.models import (
@@ -44,6 +45,9 @@ from mechdsl.resolve.model_pairs import list_differences, read_tower_inputs
 from mechdsl.resolve.types import AxisLabel, ModelContext, ResolvedExperiment, SitePoint
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
+
+_PROCESSOR_LIBRARIES = {"torch", "transformers"}
+"""Libraries with the processors of images and sounds in prompts."""
 
 
 def largest_indices(program: spec.Program) -> dict[str, int]:
@@ -247,7 +251,10 @@ class ModelContexts:
                 tokenizer = self._images(folder, shape, model)
             elif shape is not None or has_tokenizer(folder):
                 images = shape is not None and shape.has_processor
-                tokenizer = self._tokenizer(folder, model, images=images)
+                if images and self._lacks_processor(model):
+                    shape = None
+                else:
+                    tokenizer = self._tokenizer(folder, model, images=images)
                 if tokenizer is not None and shape is not None:
                     tokenizer = tokenizer.with_starts(shape.starts)
         shape = shape or stand_in_shape(self._largest)
@@ -260,6 +267,25 @@ class ModelContexts:
         reader, problems = read_tower_inputs(folder, shape, model)
         self.diagnostics.extend(problems)
         return reader
+
+    def _lacks_processor(self, model: spec.Model) -> bool:
+        """Report W0710 if prompts have images or sounds, and the libraries of a model's processor
+        aren't installed."""
+        missing = sorted(_PROCESSOR_LIBRARIES & missing_requirements().keys())
+        if self.require or not missing or not any(p.pictures for p in self.program.prompts.values()):
+            return False
+        self.diagnostics.append(
+            ModelNotLocal(
+                span=model.span,
+                model=model.name,
+                path=model.path,
+                absence="without the libraries of its processor",
+                where="prepared by ",
+                place=f"{' and '.join(missing)}, which this installation lacks",
+                advice=f"install what runs need: `{install_command()}`",
+            )
+        )
+        return True
 
     def _folder(self, model: spec.Model) -> Path | None:
         folder, problems = locate_model(model, model.span.source.folder)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mechdsl import __version__
 from mechdsl.cli.output import (
     COMPLETION_VARIABLE,
     INVALID_INPUT,
@@ -101,7 +102,7 @@ class CommandGroup(click.Group):
     help="Interpretability experiments as files: check, explain, plan and run them.",
     invoke_without_command=True,
 )
-@click.version_option(package_name="mechdsl", message="%(version)s")
+@click.version_option(__version__, message="%(version)s")
 @click.pass_context
 def app(context: click.Context) -> None:
     """The commands; alone, the list of them."""

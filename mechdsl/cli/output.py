@@ -70,12 +70,25 @@ def print_line(text: str, *, out: bool = True) -> None:
 
 
 def report_failure(what: str, error: Exception) -> int:
-    """Report an internal error, so that no user sees a traceback."""
+    """Report an internal error, so that no user sees a traceback; return the exit status.
+
+    Codes: E0208 for a missing library of the extra `run`.
+    """
     if isinstance(error, OSError) and error.filename is not None:
         from mechdsl.diagnostics.command_line import write_error
 
         print_diagnostics([write_error(error)])
         return INCOMPLETE
+    if isinstance(error, ModuleNotFoundError):
+        from mechdsl.base.installation import install_command, missing_requirements
+        from mechdsl.diagnostics.command_line import BadCommandLine
+
+        library = (error.name or "").partition(".")[0]
+        if library in missing_requirements():
+            reason = f"{what} needs `{library}`, but this installation only checks files"
+            hint = f"install what runs need: `{install_command()}`"
+            print_diagnostics([BadCommandLine(reason=reason, hint=hint)])
+            return INVALID_INPUT
     if os.environ.get("MECHDSL_DEBUG"):
         raise error
     reason = f"{type(error).__name__}: {error}"

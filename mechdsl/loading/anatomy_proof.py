@@ -106,7 +106,7 @@ def compute_proof_key(module: nn.Module, config: Mapping[str, Any], **more: obje
     parts = {
         "config": {name: value for name, value in config.items() if name not in _FILE_KEYS},
         "machine": [platform.machine(), platform.python_version()],
-        "versions": {name: version(name) for name in ("torch", "transformers", "mechdsl")},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
         "code": package_digest(),
         "modules": _hash_module_code(module),
         **more,

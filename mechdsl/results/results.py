@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+import mechdsl
 from mechdsl.base import limits
 from mechdsl.base.files import write_atomically
 from mechdsl.base.text import AllowedFolders, Source, count_noun, dump_json, name_list
@@ -575,6 +576,8 @@ NOT_INSTALLED = "unknown"
 @cache
 def package_version(package: str) -> str:
     """Return the version of a package; `NOT_INSTALLED` if it isn't there."""
+    if package == "mechdsl":
+        return mechdsl.__version__
     try:
         return version(package)
     except PackageNotFoundError:
