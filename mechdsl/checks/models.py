@@ -271,8 +271,9 @@ class ModelContexts:
     def _lacks_processor(self, model: spec.Model) -> bool:
         """Report W0710 if prompts have images or sounds, and the libraries of a model's processor
         aren't installed."""
+        has_pictures = any(prompts.pictures for prompts in self.program.prompts.values())
         missing = sorted(_PROCESSOR_LIBRARIES & missing_requirements().keys())
-        if self.require or not missing or not any(p.pictures for p in self.program.prompts.values()):
+        if self.require or not missing or not has_pictures:
             return False
         self.diagnostics.append(
             ModelNotLocal(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mechdsl import __version__
+from mechdsl.base.version import __version__
 from mechdsl.cli.output import (
     COMPLETION_VARIABLE,
     INVALID_INPUT,

@@ -156,7 +156,7 @@ def schema(what: str) -> int:
 @click.command()
 def version() -> int:
     """Print the version."""
-    from mechdsl import __version__
+    from mechdsl.base.version import __version__
 
     print(__version__)
     return SUCCESS

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-import mechdsl
 from mechdsl.base import limits
 from mechdsl.base.files import write_atomically
 from mechdsl.base.text import AllowedFolders, Source, count_noun, dump_json, name_list
+from mechdsl.base.version import __version__
 from mechdsl.diagnostics.rendering import Diagnostics
 from mechdsl.execute.run_record import SavedFile
 from mechdsl.program.plugins import plugin_versions
@@ -577,7 +577,7 @@ NOT_INSTALLED = "unknown"
 def package_version(package: str) -> str:
     """Return the version of a package; `NOT_INSTALLED` if it isn't there."""
     if package == "mechdsl":
-        return mechdsl.__version__
+        return __version__
     try:
         return version(package)
     except PackageNotFoundError:

@@ -15,6 +15,8 @@ def of_version(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str],
     real = results.version
 
     def changed(package: str, to: str) -> None:
+        if package == "mechdsl":
+            monkeypatch.setattr(results, "__version__", to)
         monkeypatch.setattr(results, "version", lambda name: to if name == package else real(name))
         results.package_version.cache_clear()
 
