@@ -138,7 +138,7 @@ def test_command_without_its_library_names_the_install_command(
 ) -> None:
     done = run_light(light, tmp_path, *command)
     assert done.returncode == 2
-    assert f"needs `{library}`, but this installation only checks files" in done.stderr
+    assert f"needs `{library}`, which isn't installed" in done.stderr
     line = next(line for line in done.stderr.splitlines() if " -m pip install " in line)
     assert set(re.findall(r'"(.*?)"', line)) == set(EXTRAS["run"])
     assert f"`{sys.executable} -m pip install " in line

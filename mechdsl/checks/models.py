@@ -282,7 +282,7 @@ class ModelContexts:
                 path=model.path,
                 absence="without the libraries of its processor",
                 where="prepared by ",
-                place=f"{' and '.join(missing)}, which this installation lacks",
+                place=f"{' and '.join(missing)}, not installed here",
                 advice=f"install what runs need: `{install_command()}`",
             )
         )

@@ -85,7 +85,7 @@ def report_failure(what: str, error: Exception) -> int:
 
         library = (error.name or "").partition(".")[0]
         if library in missing_requirements():
-            reason = f"{what} needs `{library}`, but this installation only checks files"
+            reason = f"{what} needs `{library}`, which isn't installed"
             hint = f"install what runs need: `{install_command()}`"
             print_diagnostics([BadCommandLine(reason=reason, hint=hint)])
             return INVALID_INPUT

@@ -31,7 +31,7 @@ COOKBOOK = DOCS / "cookbook.md"
 PREPARING = {
     "make demo",
     "make test",
-    "pip install .",
+    'pip install ".[run]"',
     'pip install "mechdsl[offload]"',
     "mechdsl run --offload FOLDER experiment.mech",
     "source .venv/bin/activate",
@@ -180,7 +180,7 @@ def run_code(fence: Fence, name: str) -> None:
 def run_steps(fence: Fence, command: Command) -> None:
     """Run the commands in the steps of a workflow."""
     lines = re.findall(r"^ +- run: (.*)$", fence.content, re.MULTILINE)
-    assert lines[0] == "pip install ./mechdsl-*.whl"
+    assert lines[0] == 'pip install "$(echo ./mechdsl_core-*.whl)[run]"'
     for line in lines[1:]:
         ran(command, line)
 
