@@ -33,8 +33,6 @@ PixelBox = tuple[float, float, float, float]
 THUMBNAIL = 0
 """The number of the view that shows the whole image next to its tiles."""
 
-MarkerName = Literal["class", "row end", "separator", "tile tag", "start", "end", "text", "padding"]
-
 
 class ImageCell(Record):
     """A position of the language model that reads a part of an image."""
@@ -74,18 +72,7 @@ class ImageTokens(Record):
     end: int
     """The position after its last one."""
     cells: tuple[ImageCell, ...]
-    """In the order of the prompt."""
-    markers: Mapping[MarkerName, tuple[int, ...]]
-    """Positions of tokens that read no part of the image:
-
-    - `class`: the class token of the vision encoder.
-    - `row end`: the vector or text at the end of a row of cells or tiles.
-    - `separator`: the token between tiles.
-    - `tile tag`: the tokens that name a tile.
-    - `start`, `end`: the tokens around an image or a tile.
-    - `text`: words that the processor writes between tiles.
-    - `padding`: tokens of tiles that the image doesn't fill, which nothing attends to.
-    """
+    """In the order of the prompt. The other tokens read no part of the image."""
 
     @cached_property
     def tiles(self) -> tuple[ImageTile, ...]:
@@ -109,14 +96,6 @@ class ImageTokens(Record):
     def cols(self) -> int:
         """Columns of the grid of all tiles."""
         return max((cell.col for cell in self.cells if cell.tile != THUMBNAIL), default=0)
-
-    def overlapping(self, box: PixelBox) -> tuple[ImageCell, ...]:
-        """Return the cells that cover a part of a box, given in pixels of the original image."""
-        return tuple(
-            cell
-            for cell in self.cells
-            if cell.box is not None and _intersection(cell.box, box) is not None
-        )
 
 
 class ImageExpansion(Record):
@@ -160,7 +139,7 @@ class ImageExpansion(Record):
         cells = [cell for cell in self.layout.cells if cell.tile == number]
         first, end = cells[0].position, cells[-1].position + 1
         moved = tuple(replace(cell, tile=1, position=cell.position - first) for cell in cells)
-        layout = ImageTokens(0, end - first, moved, {})
+        layout = ImageTokens(0, end - first, moved)
         return first, ImageExpansion(self.ids[first:end], self.is_image[first:end], layout)
 
     def list_patches(self, side: int) -> tuple[Ints, Ints]:
@@ -287,8 +266,9 @@ class View(Record):
 
 # --- one prompt -----------------------------------------------------------------------------------
 
-Feature = tuple[int, int, int, PixelBox | None] | MarkerName
-"""A vector that replaces an image token: (tile, row, col, box) of a cell, or a marker."""
+Feature = tuple[int, int, int, PixelBox | None] | Literal["class", "row end", "padding"]
+"""A vector that replaces an image token: (tile, row, col, box) of a cell, the class token of the
+encoder, the end of a row of cells, or padding of a tile, which nothing attends to."""
 
 
 class ImagePrompt(Record):
@@ -709,7 +689,7 @@ def _located(
         reason = f"the prompt has {len(positions):,} {noun} tokens, and its layout {wanted:,}"
         name = type(prompt.processor).__name__
         raise _unknown(f"`{name}` prepares {noun}s in another layout: {reason}")
-    reader = _MarkerReader(entry, prompt, ids, token)
+    reader = _MarkerReader(entry, prompt, ids)
     rest = iter(positions)
     return tuple(reader.tokens_of(own, list(islice(rest, len(own)))) for own in features)
 
@@ -747,57 +727,28 @@ def _token_ids(inputs: Mapping[str, Any]) -> list[int]:
 class _MarkerReader:
     """Finds the tokens around and between the image tokens of a prompt."""
 
-    def __init__(
-        self, entry: ImageLayout, prompt: ImagePrompt, ids: Sequence[int], token: int
-    ) -> None:
+    def __init__(self, entry: ImageLayout, prompt: ImagePrompt, ids: Sequence[int]) -> None:
         self._ids = ids
         tokenizer = prompt.processor.tokenizer
-        self._image = token
         text = getattr(prompt.processor, entry.separator) if entry.separator else None
         self._separator: int | None = (
             None if text is None else tokenizer.convert_tokens_to_ids(text)
         )
-        self._around: dict[int, MarkerName] = {}
-        around: tuple[tuple[str, MarkerName], ...] = (entry.start, "start"), (entry.end, "end")
-        for attribute, name in around:
+        self._around: dict[int, str] = {}
+        for attribute, name in ((entry.start, "start"), (entry.end, "end")):
             if attribute:
                 own = getattr(prompt.config, attribute, None)
-                token = getattr(tokenizer, attribute) if own is None else own
-                self._around[token] = name
+                self._around[getattr(tokenizer, attribute) if own is None else own] = name
 
     def tokens_of(self, features: Sequence[Feature], positions: Sequence[int]) -> ImageTokens:
         """Return the tokens of an image from its vectors and their positions."""
         first, last = self._bounds(positions[0], positions[-1])
-        markers: dict[MarkerName, list[int]] = {}
-        cells: list[ImageCell] = []
-        for feature, position in zip(features, positions, strict=True):
-            if isinstance(feature, tuple):
-                cells.append(ImageCell(position, *feature))
-            else:
-                markers.setdefault(feature, []).append(position)
-        is_tag = False
-        for position in range(first, last + 1):
-            token = self._ids[position]
-            if token == self._image:
-                is_tag = False
-                continue
-            is_tag = is_tag or token == self._separator
-            markers.setdefault(self._name(token, is_tag=is_tag), []).append(position)
-        ordered: dict[MarkerName, tuple[int, ...]] = {
-            name: tuple(sorted(numbers)) for name, numbers in markers.items()
-        }
-        return ImageTokens(first, last + 1, tuple(cells), ordered)
-
-    def _name(self, token: int, *, is_tag: bool) -> MarkerName:
-        """Return the name of a token that isn't an image token.
-
-        is_tag: whether it follows a separator.
-        """
-        if self._separator is None:
-            return self._around.get(token, "text")
-        if token == self._separator:
-            return "separator"
-        return "tile tag" if is_tag else "row end"
+        cells = tuple(
+            ImageCell(position, *feature)
+            for feature, position in zip(features, positions, strict=True)
+            if isinstance(feature, tuple)
+        )
+        return ImageTokens(first, last + 1, cells)
 
     def _bounds(self, first: int, last: int) -> tuple[int, int]:
         """Extend the bounds of image tokens to the separators or tokens around them."""

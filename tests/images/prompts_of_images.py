@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 from transformers.video_utils import VideoMetadata
 
+from mechdsl.images.layouts import ImageTokens
 from tests.families import build, rows_vlm
 from tests.families.parts import Architecture
 
@@ -510,3 +511,9 @@ def video_prompt(made: Any, marker: str, video: Pixels) -> Mapping[str, Any]:
     """Return the processor's output for `w1 VIDEO w2`. video: [frame, height, width, 3]."""
     text = f"w1 {marker.replace('<image>', '<video>')} w2"
     return made(text=[text], videos=[video], return_tensors="pt")
+
+
+def others(own: ImageTokens) -> tuple[int, ...]:
+    """The tokens of an image that read no part of it."""
+    cells = {cell.position for cell in own.cells}
+    return tuple(at for at in range(own.start, own.end) if at not in cells)

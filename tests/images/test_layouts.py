@@ -7,7 +7,7 @@ attention in their vision encoder, so a changed pixel changes only the vectors t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,7 +69,8 @@ class Expected:
     thumbnail: list[list[int]] | None = None
     thumbnail_box: PixelBox | None = None
     """Of the thumbnail's first cell."""
-    markers: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    others: tuple[int, ...] = ()
+    """Tokens of the image without a cell."""
 
     def __str__(self) -> str:
         said = " and ".join(f"{height} x {width}" for height, width in self.sizes)
@@ -85,9 +86,7 @@ EXPECTED = (
     Expected("llava", ((8, 8), (8, 8)), [[8, 9], [10, 11]], {(1, 1): (0, 0, 4, 4)}),
     Expected("vipllava", ((8, 16),), TWO_BY_TWO, {(1, 2): (8, 0, 12, 4)}),
     Expected("video_llava", ((8, 16),), TWO_BY_TWO, {(1, 2): (8, 0, 12, 4)}),
-    Expected(
-        "llava_class", ((8, 8),), [[3, 4], [5, 6]], {(1, 1): (0, 0, 4, 4)}, markers={"class": (2,)}
-    ),
+    Expected("llava_class", ((8, 8),), [[3, 4], [5, 6]], {(1, 1): (0, 0, 4, 4)}, others=(2,)),
     # Padded to a square: the image has rows 3 to 6 of 8.
     Expected("llava_pad", ((4, 8),), TWO_BY_TWO, {(1, 1): (0, 0, 4, 2), (2, 2): (4, 2, 8, 4)}),
     # The only row is the fourth of 8.
@@ -100,7 +99,7 @@ EXPECTED = (
         tiles=[[1, 1, 2, 2], [1, 1, 2, 2]],
         thumbnail=TWO_BY_TWO,
         thumbnail_box=(0, 0, 8, 4),
-        markers={"row end": (10, 15)},
+        others=(10, 15),
     ),
     # 12 columns in the middle of 16, and no column of cells without the image.
     Expected(
@@ -111,7 +110,7 @@ EXPECTED = (
         tiles=[[1, 1, 2, 2], [1, 1, 2, 2]],
         thumbnail=TWO_BY_TWO,
         thumbnail_box=(0, 0, 6, 4),
-        markers={"row end": (10, 15)},
+        others=(10, 15),
     ),
     Expected(
         "llava_next",
@@ -121,7 +120,7 @@ EXPECTED = (
         tiles=[[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]],
         thumbnail=[[20, 21], [22, 23]],
         thumbnail_box=(0, 0, 8, 8),
-        markers={"row end": (28, 33, 38, 43)},
+        others=(28, 33, 38, 43),
     ),
     # Of 6 x 6 cells, the model keeps the middle rows: the others read padding only.
     Expected(
@@ -132,7 +131,7 @@ EXPECTED = (
         tiles=[[4, 4, 5, 5, 6, 6], [4, 4, 5, 5, 6, 6]],
         thumbnail=TWO_BY_TWO,
         thumbnail_box=(0, 0, 12, 4),
-        markers={"row end": (12, 19)},
+        others=(12, 19),
     ),
     # 36 cells are more than 4 tiles of 4: they become 4 x 4 cells of 6 x 6 pixels.
     Expected(
@@ -143,7 +142,7 @@ EXPECTED = (
         tiles=[[1, 2, 2, 3], [4, 5, 5, 6], [4, 5, 5, 6], [7, 8, 8, 9]],
         thumbnail=TWO_BY_TWO,
         thumbnail_box=(0, 0, 12, 12),
-        markers={"row end": (10, 15, 20, 25)},
+        others=(10, 15, 20, 25),
     ),
     Expected(
         "llava_onevision",
@@ -153,7 +152,7 @@ EXPECTED = (
         tiles=[[1, 1], [1, 1], [2, 2], [2, 2]],
         thumbnail=TWO_BY_TWO,
         thumbnail_box=(0, 0, 4, 8),
-        markers={"row end": (8, 11, 14, 17)},
+        others=(8, 11, 14, 17),
     ),
     # Several images have no tiles; each is padded to a square.
     Expected(
@@ -161,7 +160,7 @@ EXPECTED = (
         ((16, 8), (4, 8)),
         [[9, 10], [11, 12]],
         {(1, 1): (0, 0, 4, 2), (2, 2): (4, 2, 8, 4)},
-        markers={"row end": (13,)},
+        others=(13,),
     ),
     *(
         each
@@ -173,7 +172,7 @@ EXPECTED = (
                 ((8, 16),),
                 [[3, 4, 5, 6], [7, 8, 9, 10]],
                 {(1, 1): (0, 0, 4, 4), (2, 3): (8, 4, 12, 8)},
-                markers={"start": (2,), "end": (11,)},
+                others=(2, 11),
             ),
             # 36 pixels are fewer than 64: resized to 8 x 8.
             Expected(
@@ -181,7 +180,7 @@ EXPECTED = (
                 ((6, 6),),
                 [[3, 4], [5, 6]],
                 {(2, 1): (0, 3, 3, 6)},
-                markers={"start": (2,), "end": (7,)},
+                others=(2, 7),
             ),
             # 512 pixels are more than 256: resized to 20 x 8.
             Expected(
@@ -189,7 +188,7 @@ EXPECTED = (
                 ((8, 8), (32, 16)),
                 [[11, 12], [13, 14], [15, 16], [17, 18], [19, 20]],
                 {(1, 1): (0, 0, 8, 6.4), (5, 2): (8, 25.6, 16, 32)},
-                markers={"start": (10,), "end": (21,)},
+                others=(10, 21),
             ),
         )
     ),
@@ -206,11 +205,7 @@ EXPECTED = (
                 tiles=[[1, 1, 2, 2], [1, 1, 2, 2]],
                 thumbnail=[[17, 18], [19, 20]],
                 thumbnail_box=(0, 0, 16, 8),
-                markers={
-                    "separator": (2, 8, 15, 21),
-                    "tile tag": (3, 9, 16),
-                    "row end": (14,),
-                },
+                others=(2, 3, 8, 9, 14, 15, 16, 21),
             ),
             # Smaller images are enlarged: each cell reads one pixel.
             Expected(
@@ -221,11 +216,7 @@ EXPECTED = (
                 tiles=[[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]],
                 thumbnail=[[30, 31], [32, 33]],
                 thumbnail_box=(0, 0, 2, 2),
-                markers={
-                    "separator": (2, 8, 15, 21, 28, 34),
-                    "tile tag": (3, 9, 16, 22, 29),
-                    "row end": (14, 27),
-                },
+                others=(2, 3, 8, 9, 14, 15, 16, 21, 22, 27, 28, 29, 34),
             ),
         )
     ),
@@ -234,7 +225,7 @@ EXPECTED = (
         ((16, 32),),
         [[4, 5], [6, 7]],
         {(1, 2): (16, 0, 32, 8)},
-        markers={"separator": (2, 8), "tile tag": (3,)},
+        others=(2, 3, 8),
     ),
     # No token before the text: the processor inserts `<s>` after the image.
     Expected("paligemma", ((6, 10),), [[1, 2], [3, 4]], {(1, 1): (0, 0, 5, 3)}),
@@ -247,14 +238,14 @@ EXPECTED = (
         tiles=[[1, 1, 2, 2], [1, 1, 2, 2]],
         thumbnail=[[11, 12], [13, 14]],
         thumbnail_box=(0, 0, 16, 8),
-        markers={"start": (2,), "end": (15,)},
+        others=(2, 15),
     ),
     Expected(
         "internvl",
         ((16, 16),),
         [[3, 4], [5, 6]],
         {(1, 2): (8, 0, 16, 8)},
-        markers={"start": (2,), "end": (7,)},
+        others=(2, 7),
     ),
     Expected(
         "internvl",
@@ -264,7 +255,7 @@ EXPECTED = (
         tiles=[[1, 1], [1, 1], [2, 2], [2, 2], [3, 3], [3, 3]],
         thumbnail=[[23, 24], [25, 26]],
         thumbnail_box=(0, 0, 8, 24),
-        markers={"start": (10,), "end": (27,)},
+        others=(10, 27),
     ),
     # 16 pixels, and the mean of 4 x 4 patches of 2; a blank line before and after.
     Expected(
@@ -272,7 +263,7 @@ EXPECTED = (
         ((8, 16),),
         [[4, 5], [6, 7]],
         {(1, 1): (0, 0, 8, 4)},
-        markers={"start": (3,), "end": (8,)},
+        others=(3, 8),
     ),
     Expected(
         "gemma3_pan",
@@ -282,11 +273,32 @@ EXPECTED = (
         tiles=[[1, 1, 2, 2, 3, 3], [1, 1, 2, 2, 3, 3]],
         thumbnail=[[9, 10], [11, 12]],
         thumbnail_box=(0, 0, 12, 4),
-        markers={
-            "start": (8, 26, 34, 42),
-            "end": (13, 31, 39, 47),
-            "text": (*range(14, 26), 32, 33, 40, 41),
-        },
+        others=(
+            8,
+            13,
+            14,
+            15,
+            16,
+            17,
+            18,
+            19,
+            20,
+            21,
+            22,
+            23,
+            24,
+            25,
+            26,
+            31,
+            32,
+            33,
+            34,
+            39,
+            40,
+            41,
+            42,
+            47,
+        ),
     ),
 )
 
@@ -306,9 +318,7 @@ def test_layout_of_processor_equals_manual_arrays(expected: Expected) -> None:
     assert (matrix(thumbnail) if thumbnail else None) == expected.thumbnail
     if thumbnail:
         assert thumbnail[0].box == pytest.approx(expected.thumbnail_box)
-    assert got.markers == expected.markers
-    every = [*(cell.position for cell in got.cells), *sum(got.markers.values(), ())]
-    assert sorted(every) == list(range(got.start, got.end))
+    assert vlm.others(got) == expected.others
 
 
 def test_layout_of_resampled_tiles_has_no_rows_and_columns() -> None:
@@ -323,7 +333,7 @@ def test_layout_of_resampled_tiles_has_no_rows_and_columns() -> None:
     cells = [ImageCell(at, tile, 0, 0, box) for tile, (own, box) in wanted.items() for at in own]
     assert got.cells == tuple(cells)
     assert (got.rows, got.cols) == (0, 0)
-    assert got.markers == {"separator": (2, 6, 10, 14, 18, 22)}
+    assert vlm.others(got) == (2, 6, 10, 14, 18, 22)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +343,7 @@ def test_layout_of_narrow_image_has_thumbnail_only(size: Size, row_ends: tuple[i
     [got] = found("llava_next", size)
     assert [cell.tile for cell in got.cells] == [THUMBNAIL] * 4
     assert (got.rows, got.cols) == (0, 0)
-    assert got.markers.get("row end", ()) == row_ends
+    assert vlm.others(got) == row_ends
 
 
 def test_tiles_have_first_cell_and_size() -> None:
@@ -342,14 +352,6 @@ def test_tiles_have_first_cell_and_size() -> None:
     assert told == [(0, 1, 1, 2, 2), (4, 1, 1, 2, 2), (5, 1, 3, 2, 2), (6, 1, 5, 2, 2)]
     assert got.thumbnail is not None
     assert got.thumbnail.number == THUMBNAIL
-
-
-def test_overlapping_returns_cells_that_intersect_the_box() -> None:
-    [got] = found("qwen2_vl", (8, 16))
-    cells = got.overlapping((5, 3, 8, 5))
-    assert [(cell.row, cell.col) for cell in cells] == [(1, 2), (2, 2)]
-    [padded] = found("llava_pad", (1, 8))
-    assert len(padded.overlapping((0, 0, 8, 1))) == 2
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -432,11 +434,23 @@ def test_changed_pixels_change_vector_at_position_of_their_cell(name: str, shape
             if number == 0 and shape in UNRESIZED.get(name, ()) and cell.tile != THUMBNAIL:
                 tile = [each for each in own.cells if each.tile != THUMBNAIL]
                 moved = {each.position for each in tile if (after - before)[each.position].any()}
-                hit = {each.position for each in own.overlapping(part)} & {
+                hit = {each.position for each in overlapping(own, part)} & {
                     each.position for each in tile
                 }
                 assert moved == hit
     assert tested or shape in ("small", "uneven")
+
+
+def overlapping(own: ImageTokens, part: PixelBox) -> list[ImageCell]:
+    """The cells that cover a part of a box, in pixels of the original image."""
+    left, top, right, bottom = part
+    return [
+        cell
+        for cell in own.cells
+        if cell.box is not None
+        and max(cell.box[0], left) < min(cell.box[2], right)
+        and max(cell.box[1], top) < min(cell.box[3], bottom)
+    ]
 
 
 def check_change(own: ImageTokens, difference: torch.Tensor, part: PixelBox) -> int:
@@ -474,7 +488,7 @@ def test_changed_pixels_change_resampled_vectors_of_their_tile(shape: str) -> No
         other, part = changed(images[0], box)
         after = vlm.stream("idefics2", vlm.prompt(made, marker, [other, *images[1:]]))
         moved = {int(at) for at in (after - before).norm(dim=-1).nonzero()}
-        assert moved == {cell.position for cell in own.overlapping(part)}
+        assert moved == {cell.position for cell in overlapping(own, part)}
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -590,7 +604,7 @@ def test_layout_from_the_plugins_page_is_used(monkeypatch: pytest.MonkeyPatch) -
     [own] = image_layout(made, config, {"input_ids": [1, 3, *[55] * 5]}, [(8, 16)])
     assert [cell.position for cell in own.cells] == [2, 3, 4, 5]
     assert own.cells[1].box == (8, 0, 12, 4)
-    assert own.markers == {"row end": (6,)}
+    assert vlm.others(own) == (6,)
 
 
 def test_second_layout_of_a_model_type_raises() -> None:

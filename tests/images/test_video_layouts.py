@@ -40,7 +40,7 @@ def test_frames_of_video_llava_begin_with_class_token() -> None:
     inputs = {"input_ids": [1, *[VIDEO] * 10, 3], "pixel_values_videos": np.zeros((1, 2, 3, 8, 8))}
     [own] = video_layout(made, config, inputs, [(8, 16)])
     assert frames_of(own) == {1: [2, 3, 4, 5], 2: [7, 8, 9, 10]}
-    assert own.markers == {"class": (1, 6)}
+    assert vlm.others(own) == (1, 6)
     assert (own.start, own.end, own.rows, own.cols) == (1, 11, 2, 2)
     assert box_of(own, 2, 2, 1) == (4, 4, 8, 8)
 
@@ -56,7 +56,7 @@ def test_frames_of_llava_onevision_are_pooled_before_one_row_end() -> None:
     }
     [own] = video_layout(made, vlm.model(name).config, inputs, [(10, 20)])
     assert frames_of(own) == {1: [2, 3, 4, 5], 2: [6, 7, 8, 9], 3: [10, 11, 12, 13]}
-    assert own.markers == {"row end": (14,)}
+    assert vlm.others(own) == (14,)
     assert box_of(own, 3, 1, 2) == (10, 0, 20, 5)
 
 
@@ -68,7 +68,7 @@ def test_frames_of_qwen_are_merged_in_pairs(name: str) -> None:
     inputs = {"input_ids": ids, "video_grid_thw": [[2, 4, 8]]}
     [own] = video_layout(made, vlm.model(name).config, inputs, [(8, 16)])
     assert frames_of(own) == {1: [*range(1, 9)], 2: [*range(9, 17)]}
-    assert own.markers == {"start": (0,), "end": (17,)}
+    assert vlm.others(own) == (0, 17)
     assert box_of(own, 2, 2, 3) == (8, 4, 12, 8)
 
 
@@ -79,7 +79,7 @@ def test_pairs_of_qwen3_are_separated_by_time() -> None:
     inputs = {"input_ids": [1, 2, 2, *pair, 2, 2, *pair, 3], "video_grid_thw": [[2, 4, 4]]}
     [own] = video_layout(made, vlm.model(name).config, inputs, [(8, 8)])
     assert frames_of(own) == {1: [4, 5, 6, 7], 2: [12, 13, 14, 15]}
-    assert own.markers == {"start": (3, 11), "end": (8, 16), "text": (9, 10)}
+    assert vlm.others(own) == (3, 8, 9, 10, 11, 16)
 
 
 def test_frames_of_smolvlm_follow_tokens_of_text_and_tags() -> None:
@@ -106,7 +106,7 @@ def test_frames_of_internvl_follow_their_numbers() -> None:
     inputs = {"input_ids": [1, *frame * 3, 3], "pixel_values": np.zeros((3, 3, 16, 16))}
     [own] = video_layout(made, vlm.model("internvl").config, inputs, [(10, 20)])
     assert frames_of(own) == {1: [3, 4, 5, 6], 2: [10, 11, 12, 13], 3: [17, 18, 19, 20]}
-    assert own.markers == {"start": (2, 9, 16), "end": (7, 14, 21), "text": (8, 15)}
+    assert vlm.others(own) == (2, 7, 8, 9, 14, 15, 16, 21)
     assert box_of(own, 3, 1, 2) == (10, 0, 20, 5)
 
 

@@ -539,7 +539,7 @@ class ImagePromptTokenizer(TextTokenizer):
         def parse(encoding: tuple[int, list[list[Any]]]) -> ImageExpansion:
             vectors, rows = encoding
             ids = repeat_each(expansion.ids, vectors)
-            layout = ImageTokens(0, len(ids), _parse_cells(rows), {})
+            layout = ImageTokens(0, len(ids), _parse_cells(rows))
             is_image = repeat_each(expansion.is_image, vectors)
             grouped = expansion.grouped
             return ImageExpansion(ids, is_image, layout, grouped=grouped, vectors=vectors)
@@ -571,7 +571,7 @@ class ImagePromptTokenizer(TextTokenizer):
         self, extent: tuple[int, ...], encoding: tuple[list[int], list[list[Any]]]
     ) -> ImageExpansion:
         ids, rows = encoding
-        layout, own = ImageTokens(0, len(ids), _parse_cells(rows), {}), self.token_of(extent)
+        layout, own = ImageTokens(0, len(ids), _parse_cells(rows)), self.token_of(extent)
         is_image, is_sound = tuple(token == own for token in ids), self.layout.noun == "sound"
         return ImageExpansion(tuple(ids), is_image, layout, is_sound, is_grouped(extent))
 
@@ -1064,7 +1064,7 @@ def stand_in_expansion(*, is_sound: bool = False) -> ImageExpansion:
     cells = tuple(ImageCell(k, 1, row + 1, col + 1, None) for k, (row, col) in enumerate(places))
     if is_sound:
         cells = tuple(ImageCell(k, k + 1, 1, k + 1, None) for k in range(count))
-    layout = ImageTokens(0, count, cells, {})
+    layout = ImageTokens(0, count, cells)
     return ImageExpansion((IMAGE_TOKEN,) * count, (True,) * count, layout, is_sound)
 
 

@@ -913,7 +913,7 @@ class ImageTokenizer(TextTokenizer):
         places = [(token, layout.place(token)) for token in layout.grid]
         cells = tuple(ImageCell(token, 1, *place, None) for token, place in places if place)
         is_image = tuple(token in layout.grid for token in range(count))
-        return ImageExpansion((0,) * count, is_image, ImageTokens(0, count, cells, {}))
+        return ImageExpansion((0,) * count, is_image, ImageTokens(0, count, cells))
 
     def label(self, token: int) -> str:
         """Return the label of a token in tables: its position as written in the language."""
