@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from mechdsl.execute.training import VectorCache
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.fits.training import TrainingState
+from mechdsl.fits.vectors import TrainedEdit
 from mechdsl.forward.hooks.batch import CircuitRead, CircuitWrite, SiteWrite
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
@@ -392,36 +393,6 @@ class ObjectiveRows(EffectRows[Edit]):
         vectors, other = self._vectors_in(rows)
         point, written = self.declared.made, edit(vectors, other)
         return [write_point(point, self.model, *self._places(rows, lanes), written)]
-
-
-class TrainedEdit(Protocol):
-    """Parameters of an edit, while they are trained."""
-
-    @property
-    def parameters(self) -> Mapping[str, Tensor]:
-        """Tensors that the optimiser changes."""
-        ...
-
-    @property
-    def memory(self) -> Mapping[str, Tensor]:
-        """Further tensors that the next steps depend on."""
-        ...
-
-    def edit(self, own: Tensor, other: Tensor) -> Tensor:
-        """Return the vectors that are written after the training, as `Edit` does."""
-        ...
-
-    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
-        """Return what training steps write; it carries gradients of the parameters."""
-        ...
-
-    def penalty(self) -> Tensor | float:
-        """Return what is added to the loss."""
-        ...
-
-    def after_step(self) -> None:
-        """Restore what must hold after every step."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,10 +26,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
+
+
+class TrainedEdit:
+    """An edit of vectors, while its parameters are trained.
+
+    By default, it has no memory, no penalty and no constraint.
+    """
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Tensors that the optimiser changes."""
+        raise NotImplementedError
+
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """Further tensors that the next steps depend on."""
+        return {}
+
+    def edit(self, own: Tensor, other: Tensor) -> Tensor:
+        """Return [vector, width]: what is written after the training for vectors of the base run.
+
+        Args:
+            own: [vector, width] vectors of the base run.
+            other: [vector, width] those of the source run, if the edit reads one.
+        """
+        raise NotImplementedError
+
+    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
+        """Return what training steps write in place of `edit`, with gradients of the parameters.
+
+        Args:
+            own: As in `edit`.
+            other: As in `edit`.
+            progress: Share of the steps that are done, from 0 to below 1.
+        """
+        return self.edit(own, other)
+
+    def penalty(self) -> Tensor | float:
+        """Return what is added to the loss."""
+        return 0.0
+
+    def after_step(self) -> None:
+        """Restore what must hold after every step."""
+
 
 # --- rotations ------------------------------------------------------------------------------------
 
@@ -37,7 +80,7 @@ ROTATION = "rotation"
 """Name of the parameter."""
 
 
-class Rotation:
+class Rotation(TrainedEdit):
     """Orthonormal directions of a subspace."""
 
     def __init__(self, matrix: Tensor) -> None:
@@ -49,11 +92,6 @@ class Rotation:
         """Tensors that the optimiser changes."""
         return {ROTATION: self.matrix}
 
-    @property
-    def memory(self) -> Mapping[str, Tensor]:
-        """Further tensors that the next steps depend on: none."""
-        return {}
-
     def directions(self) -> Tensor:
         """Return R [dims, width], orthonormal rows that carry gradients of the parameters."""
         return orthonormal_rows(self.matrix)
@@ -61,18 +99,6 @@ class Rotation:
     def edit(self, own: Tensor, other: Tensor) -> Tensor:
         """Exchange the part of vectors in the subspace; see `exchange`."""
         return exchange(own, other, self.directions())
-
-    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
-        """Return what training steps write in place of `edit`.
-
-        Args:
-            progress: Share of the steps that are done, from 0 to below 1.
-        """
-        return self.edit(own, other)
-
-    def penalty(self) -> Tensor | float:
-        """Return what is added to the loss."""
-        return 0.0
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -166,52 +192,30 @@ NUMBERS = "vector"
 """Name of the parameter."""
 
 
-class TrainedVectors(Protocol):
+class TrainedVectors(TrainedEdit):
     """Vectors that a training writes at a site."""
 
     like_length: float
     """Mean length of the vectors that they are added to, or that they replace."""
 
-    @property
-    def parameters(self) -> Mapping[str, Tensor]:
-        """Tensors that the optimiser changes."""
-        ...
-
-    @property
-    def memory(self) -> Mapping[str, Tensor]:
-        """Further tensors that the next steps depend on."""
-        ...
-
     def vector(self) -> Tensor:
         """Return the vector [width], or one for each token [token, width]."""
-        ...
+        raise NotImplementedError
 
     def draw_like(self, vector: Tensor, random: Generator) -> Tensor:
         """Draw vectors of the same lengths in uniformly distributed directions."""
-        ...
+        raise NotImplementedError
 
     def write(self, own: Tensor, vector: Tensor) -> Tensor:
         """Return [vector, width] what is written for vectors of the base run."""
-        ...
+        raise NotImplementedError
 
     def edit(self, own: Tensor, other: Tensor) -> Tensor:
         """Return [vector, width] what is written with the present parameters."""
-        ...
-
-    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
-        """Return what training steps write: the same as `edit`."""
-        ...
-
-    def penalty(self) -> Tensor | float:
-        """Return what is added to the loss."""
-        ...
-
-    def after_step(self) -> None:
-        """Restore what must hold after every step."""
-        ...
+        return self.write(own, self.vector())
 
 
-class SteeringVector:
+class SteeringVector(TrainedVectors):
     """A vector that is added to others."""
 
     def __init__(
@@ -238,11 +242,6 @@ class SteeringVector:
         """Tensors that the optimiser changes."""
         return {NUMBERS: self.numbers}
 
-    @property
-    def memory(self) -> Mapping[str, Tensor]:
-        """Further tensors that the next steps depend on: none."""
-        return {}
-
     def vector(self) -> Tensor:
         """Return v [width], which carries gradients of the parameters."""
         return self._unit * self.numbers
@@ -260,14 +259,6 @@ class SteeringVector:
         """Return [vector, width] vectors of the base run with a vector added."""
         return own + vector
 
-    def edit(self, own: Tensor, other: Tensor) -> Tensor:
-        """Return [vector, width] vectors of the base run with the vector added."""
-        return self.write(own, self.vector())
-
-    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
-        """Return what training steps write: the same as `edit`."""
-        return self.edit(own, other)
-
     def penalty(self) -> Tensor | float:
         """Return the penalty p ‖v‖² / m², where m is the mean length of the vectors of the site."""
         if not self._penalty:
@@ -281,7 +272,7 @@ class SteeringVector:
             self.numbers.copy_(rescale(self.numbers, math.sqrt(len(self.numbers))))
 
 
-class SoftPrompt:
+class SoftPrompt(TrainedVectors):
     """Vectors that replace those at the tokens of a position, one for each token."""
 
     def __init__(self, like: Tensor, tokens: int) -> None:
@@ -318,11 +309,6 @@ class SoftPrompt:
         """Tensors that the optimiser changes."""
         return {NUMBERS: self.numbers}
 
-    @property
-    def memory(self) -> Mapping[str, Tensor]:
-        """Further tensors that the next steps depend on: none."""
-        return {}
-
     def vector(self) -> Tensor:
         """Return v [token, width], which carries gradients of the parameters."""
         return self._start + self._unit * self.numbers
@@ -342,21 +328,6 @@ class SoftPrompt:
         """Return [vector, width]: the vectors [token, width] for every row."""
         return vector.repeat(len(own) // len(vector), 1)
 
-    def edit(self, own: Tensor, other: Tensor) -> Tensor:
-        """Return [vector, width] what is written in the rows of these vectors."""
-        return self.write(own, self.vector())
-
-    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
-        """Return what training steps write: the same as `edit`."""
-        return self.edit(own, other)
-
-    def penalty(self) -> Tensor | float:
-        """Return 0: no vector is too long."""
-        return 0.0
-
-    def after_step(self) -> None:
-        """Nothing must be restored."""
-
 
 def rescale(vector: Tensor, length: float) -> Tensor:
     """Return [width] a vector of the same direction and another length; 0 stays 0."""
@@ -364,7 +335,7 @@ def rescale(vector: Tensor, length: float) -> Tensor:
     return vector * (length / norm) if norm > 0 else vector
 
 
-class LowRankEdit:
+class LowRankEdit(TrainedVectors):
     """A vector that is added, as an affine function of low rank of the vector that it is added to.
 
     Its matrix [2 rank + 1, width] has the rows of B, those of A, and c.
@@ -393,11 +364,6 @@ class LowRankEdit:
     def parameters(self) -> Mapping[str, Tensor]:
         """Tensors that the optimiser changes."""
         return {"reads": self.reads, "writes": self.writes, "offset": self.offset}
-
-    @property
-    def memory(self) -> Mapping[str, Tensor]:
-        """Further tensors that the next steps depend on: none."""
-        return {}
 
     def vector(self) -> Tensor:
         """Return the matrix [2 rank + 1, width], which carries gradients of the parameters."""
@@ -435,18 +401,6 @@ class LowRankEdit:
     def write(self, own: Tensor, vector: Tensor) -> Tensor:
         """Return [vector, width] vectors of the base run with what the edit adds to each."""
         return own + low_rank_change(own, vector)
-
-    def edit(self, own: Tensor, other: Tensor) -> Tensor:
-        """Return [vector, width] edited vectors of the base run."""
-        return self.write(own, self.vector())
-
-    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
-        """Return what training steps write: the same as `edit`."""
-        return self.edit(own, other)
-
-    def penalty(self) -> Tensor | float:
-        """Return 0: no edit is too large."""
-        return 0.0
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -489,7 +443,7 @@ CHANGES = "changes"
 """Name of the parameter."""
 
 
-class ChannelScales:
+class ChannelScales(TrainedEdit):
     """Factors of the numbers of vectors."""
 
     def __init__(self, like: Tensor, *, penalty: float) -> None:
@@ -507,11 +461,6 @@ class ChannelScales:
         """Tensors that the optimiser changes."""
         return {CHANGES: self.changes}
 
-    @property
-    def memory(self) -> Mapping[str, Tensor]:
-        """Further tensors that the next steps depend on: none."""
-        return {}
-
     def factors(self) -> Tensor:
         """Return s [width], which carries gradients of the parameters."""
         return 1 + self.changes
@@ -520,13 +469,6 @@ class ChannelScales:
         """Return [vector, width] vectors of the base run, scaled."""
         return own * self.factors()
 
-    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
-        """Return what training steps write: the same as `edit`."""
-        return self.edit(own, other)
-
     def penalty(self) -> Tensor | float:
         """Return the penalty p ‖s − 1‖² / width."""
         return self._penalty * self.changes.square().mean() if self._penalty else 0.0
-
-    def after_step(self) -> None:
-        """Nothing must be restored."""
