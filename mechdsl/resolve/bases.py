@@ -177,9 +177,6 @@ class Reconstruction(Intervention):
             else "the output of the MLP is replaced by that of the transcoder",
         )
 
-    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
-        return vectors.amounts[:, None]
-
 
 RECONSTRUCTION = Reconstruction()
 
@@ -200,9 +197,6 @@ class FeatureExchange(Intervention):
             "other dictionary's features to the same vector come in",
         )
 
-    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
-        return vectors.amounts[:, None]
-
 
 EXCHANGE = FeatureExchange()
 
@@ -219,9 +213,6 @@ class CoordinateRemoval(Intervention):
             "the current vector loses its projection onto the span of the named coordinates' "
             "directions, also where these coordinates are 0",
         )
-
-    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
-        return vectors.amounts[:, None]
 
 
 REMOVAL = CoordinateRemoval()
@@ -378,9 +369,6 @@ class WeightScaling(Intervention):
             "the weights from the named heads or neurons to the output of their sublayer change at "
             "all tokens; biases stay",
         )
-
-    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
-        return vectors.amounts[:, None]
 
 
 class WeightChange(CoordinateChange):

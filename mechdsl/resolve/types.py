@@ -1242,16 +1242,15 @@ class Intervention:
         Args:
             amounts: The rule's number in each cell, [cell].
         """
-        import numpy as np
-
-        return np.zeros(len(amounts), dtype=np.bool_)
+        return (amounts == 0) & (self.mode in ("add", "edit", "step"))
 
     def detail(self, rule: ResolvedRule) -> str | None:
         """Return the text after the name of its node in the graph.
 
         None means that the node has no text, because the rule writes the vectors that it reads.
         """
-        return _source_text(rule.spec.fill) if rule.amounts is not None else ""
+        fill = rule.spec.fill
+        return "" if rule.amounts is None or fill is None else fill.span.written
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         """Yield the notes that a table prints for the rule."""
@@ -1273,11 +1272,7 @@ class Intervention:
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
         """Compute the values to write at sites: [K, width] or [K, 1]."""
-        return vectors.read()
-
-
-def _source_text(node: ast.Node | None) -> str:
-    return "" if node is None else node.span.written
+        return vectors.amounts[:, None] if self.reads is None else vectors.read()
 
 
 def _are_in(stack: str, site_points: Mapping[AxisIndices, tuple[SitePoint, ...]] | None) -> bool:

@@ -69,12 +69,6 @@ class StepAddition(Intervention):
             "position it is 0",
         )
 
-    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
-        return amounts == 0
-
-    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
-        return vectors.amounts[:, None]
-
 
 STEP_ADDITION = StepAddition()
 
@@ -164,9 +158,6 @@ class ValueAddition(ValueAssignment):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from super().conventions(rule, n_layers)
         yield Convention("steering", f"`add` {CURRENT_STATE_NOTE}")
-
-    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
-        return amounts == 0
 
     @property
     def redirected(self) -> Intervention | None:
@@ -416,12 +407,6 @@ class EditAddition(Steering):
             "matrices A and B and the vector c",
         )
 
-    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
-        return amounts == 0
-
-    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
-        return vectors.amounts[:, None]
-
 
 EDIT_ADDITION = EditAddition()
 
@@ -458,9 +443,6 @@ class AddRule(DirectionRule):
         edits = direction.role == "edit"
         return EDIT_ADDITION if edits else self
 
-    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
-        return amounts == 0
-
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
         return scale_directions(vectors)
 
@@ -470,9 +452,6 @@ class NumberAddition(Intervention):
 
     name = "add number"
     mode = "add"
-
-    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
-        return amounts == 0
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
         return vectors.amounts[:, None].expand(-1, vectors.width)
@@ -552,9 +531,6 @@ class ScaleRule(RuleKind, Steering):
 
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
         return amounts == 1
-
-    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
-        return vectors.amounts[:, None]
 
 
 @rule_kind("project out")
