@@ -693,7 +693,7 @@ def truth_column(argument: ast.Argument, of: CellReader) -> str | None:
 
     Codes: E0201 for unknown names, E0606 for ambiguous ones and for variables that aren't Boolean.
     """
-    name = _lone_name(argument)
+    name = _name(argument.value) if argument.name is None else None
     if name is None:
         return None
     columns, groups = of.known.columns, of.known.groups
@@ -775,10 +775,6 @@ def _sites(argument: ast.Argument, of: CellReader) -> Iterator[ast.ArgumentValue
             yield from of.known.groups[name]
         else:
             yield each
-
-
-def _lone_name(argument: ast.Argument) -> str | None:
-    return _name(argument.value) if argument.name is None else None
 
 
 def _name(value: ast.ArgumentValue) -> str | None:

@@ -905,7 +905,8 @@ def _outline(
         diagnostics += check_measure_tokens(resolved)
         diagnostics += check_image_support(resolved)
         for each in (*resolved.derived.values(), resolved):
-            diagnostics += _write_warnings(each) if experiment.prompts != spec.NO_PROMPTS else []
+            if experiment.prompts != spec.NO_PROMPTS:
+                diagnostics += [*_first_tokens(each), *_single_rows(each)]
         diagnostics += [*_answers(resolved), *_unread_blocks(resolved)]
         diagnostics += _tested_where_picked(resolved, filled.program)
     checked.diagnostics.extend(filter_certain(diagnostics, known.unknown))
@@ -1147,10 +1148,6 @@ def _answers(experiment: ResolvedExperiment) -> list[Diagnostic]:
         )
         for answer in find_omitted_answers(experiment)
     ]
-
-
-def _write_warnings(experiment: ResolvedExperiment) -> list[Diagnostic]:
-    return [*_first_tokens(experiment), *_single_rows(experiment)]
 
 
 def _unread_blocks(experiment: ResolvedExperiment) -> list[Diagnostic]:

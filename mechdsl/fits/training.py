@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.text import count_noun, name_list
@@ -204,10 +204,6 @@ class TrainingState:
             start_loss=float(numbers["start_loss"]),
             tensors=dict(tensors),
         )
-
-
-def _generator(*parts: object) -> Generator:
-    return torch.Generator().manual_seed(stable_hash(*parts) % 2**63)
 
 
 class Training:
@@ -454,7 +450,8 @@ class Training:
             state.position, state.passes = 0, state.passes + 1
             return self._batch()
         if self._order is None or self._order[0] != state.passes:
-            random = _generator(self.settings.seed, "order", state.passes)
+            seed = stable_hash(self.settings.seed, "order", state.passes) % 2**63
+            random = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(inputs), generator=random).to(inputs.device)
             self._order = state.passes, order
         which = self._order[1][state.position * size : (state.position + 1) * size]

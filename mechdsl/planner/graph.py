@@ -322,15 +322,11 @@ def graph_leaves(graph: Graph) -> list[ReportNode | ExpectNode]:
     return [node for node in graph if isinstance(node, (ReportNode, ExpectNode))]
 
 
-def graph_saves(graph: Graph) -> list[SaveNode]:
-    """Return the saves to files in source order."""
-    return [node for node in graph if isinstance(node, SaveNode)]
-
-
 def map_nodes(graph: Graph, change: Callable[[Node], Node]) -> Graph:
     """Apply a change to all nodes and drop those that are no longer needed."""
+    saves = (node for node in graph if isinstance(node, SaveNode))
     return graph_from_leaves(
-        [rebuild_node(leaf, change) for leaf in (*graph_leaves(graph), *graph_saves(graph))]
+        [rebuild_node(leaf, change) for leaf in (*graph_leaves(graph), *saves)]
     )
 
 

@@ -793,7 +793,7 @@ def _code_names(code: CodeType) -> _CodeNames:
         _code_names(code_type) for code_type in code.co_consts if isinstance(code_type, CodeType)
     ]
     # A name that no known operation uses may be a global.
-    read = others | (set(code.co_names) - attributes - _import_names(imported))
+    read = others | (set(code.co_names) - attributes - {each.lstrip(".") for each in imported})
     return _CodeNames(
         frozenset(read).union(*(code_names.read for code_names in inner)),
         frozenset(attributes).union(*(code_names.attributes for code_names in inner)),
@@ -802,10 +802,6 @@ def _code_names(code: CodeType) -> _CodeNames:
         frozenset(assigned).union(*(code_names.assigned for code_names in inner)),
         frozenset(stored).union(*(code_names.stored_cells for code_names in inner)),
     )
-
-
-def _import_names(imported: Iterable[str]) -> set[str]:
-    return {each.lstrip(".") for each in imported}
 
 
 def _constants(constants: Iterable[object]) -> set[str]:

@@ -293,7 +293,8 @@ def _resolve_trained_family(
     for key in list_axis_indices(axes):
         number, place = (key[-1], key[:-1]) if seeds else (0, key)
         (point,) = points[place]
-        name, basis = _name_trained(definition, axes, key), every_seed[number]
+        name = _name_with_seed(definition.name, axes, key, definition.seed)
+        basis = every_seed[number]
         every = outline_vector(basis, name, options, sample, point, work.program, work.model)
         vector = every[0]
         _check_rank(call, vector.training, work)
@@ -394,11 +395,6 @@ def find_class(call: ast.Call, probe: TrainedProbe, program: spec.Program) -> in
 
 def _written(key: float | str) -> str:
     return f'"{key}"' if isinstance(key, str) else f"{key:g}"
-
-
-def _name_trained(definition: spec.Direction, axes: Sequence[Axis], key: AxisIndices) -> str:
-    """Return the name of a member, with the seed of its training if it is one of several."""
-    return _name_with_seed(definition.name, axes, key, definition.seed)
 
 
 def _name_vector(name: str, axes: Sequence[Axis], key: AxisIndices, vector: DirectionVector) -> str:

@@ -1008,7 +1008,6 @@ def resolve_measure(
     label: str,
     at: ast.Position | None = None,
     runs: tuple[str, ...] = (),
-    observed: bool = False,
 ) -> ResolvedMeasure | None:
     """Resolve a measure and its metrics at the first position at which it is read.
 
@@ -1016,7 +1015,6 @@ def resolve_measure(
         context: State for resolving measures; errors are added to its diagnostics.
         at: The position, which is resolved in the text of each run; None for the last token.
         runs: The runs on which the measure is read.
-        observed: Whether metrics read the experiment's observation.
 
     Returns:
         The measure; None after an error.
@@ -1025,7 +1023,7 @@ def resolve_measure(
     positions.
     """
     measure_positions = resolve_measure_positions(
-        expression, context, label=label, at=at, runs=runs, observed=observed
+        expression, context, label=label, at=at, runs=runs
     )
     return None if measure_positions is None else measure_positions[0][1]
 
@@ -1056,7 +1054,8 @@ def resolve_measure_positions(
 ) -> list[tuple[AxisLabels, ResolvedMeasure]] | None:
     """Resolve a measure at each position at which it is read, with the labels of the position.
 
-    See `resolve_measure` for the arguments.
+    See `resolve_measure` for the arguments. observed: Whether metrics read the experiment's
+    observation.
     """
     before = len(context.diagnostics)
     context.at, context.reads_observed = at, observed

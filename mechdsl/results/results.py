@@ -454,9 +454,13 @@ def pack_results(results: Results, text: str) -> dict[str, bytes]:
         "sources": [_source_parts(source, own=n == 0) for n, source in enumerate(kept.sources)],
         **parts,
     }
+    arrays = {
+        name: np.ascontiguousarray(array).reshape(array.shape)  # it gives numbers a dimension
+        for name, array in kept.arrays.items()
+    }
     return {
         RESULT_FILE: json.dumps(whole, allow_nan=False, separators=(",", ":")).encode(),
-        ARRAYS_FILE: save({name: _contiguous(array) for name, array in kept.arrays.items()}),
+        ARRAYS_FILE: save(arrays),
         SOURCE_FILE: text.encode("utf-8", "surrogatepass"),
         DOCUMENT_FILE: (results.to_json(indent=None) + "\n").encode("utf-8", "surrogatepass"),
     }
@@ -531,10 +535,6 @@ def _restore_intervals(file: FileResult, found: list[Any], kept: Attachments) ->
         if any(label not in intervals.get(run, {}) for run, label in asked):
             raise ArchiveError(f"intervals of `{experiment.name}` are missing")
         vars(experiment)["run_intervals"] = intervals  # the cache of the property
-
-
-def _contiguous(array: NDArray[Any]) -> NDArray[Any]:
-    return np.ascontiguousarray(array).reshape(array.shape)
 
 
 def _own_source(name: str, text: str) -> Source:

@@ -117,7 +117,7 @@ def write_value(value: Any, kept: Attachments) -> Any:
     if kind is Percent:
         return {"percent": write_value(float(value), kept)}
     if kind is Span:
-        return {"span": _write_span(value, kept)}
+        return {"span": [kept.source(value.source), value.start, value.end]}
     if kind in _BY_TEXT:
         tag, text, _ = _BY_TEXT[kind]
         return {tag: text(value)}
@@ -188,10 +188,6 @@ def _read_array(data: Any, kept: Attachments) -> NDArray[Any]:
     if type(data) is not str or data not in kept.arrays:
         raise ValueError("an array is missing")
     return kept.arrays[data]
-
-
-def _write_span(span: Span, kept: Attachments) -> list[int]:
-    return [kept.source(span.source), span.start, span.end]
 
 
 def _read_span(data: Any, kept: Attachments) -> Span:

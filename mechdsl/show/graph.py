@@ -285,11 +285,8 @@ def to_svg(graph: Graph) -> str:
 
 def _lines(node: Node) -> list[str]:
     first, *others = describe_node(node)
-    return [first, *(line for other in others for line in _wrap_text(other))]
-
-
-def _wrap_text(text: str) -> list[str]:
-    return textwrap.wrap(text, WRAP_CHARACTERS, break_on_hyphens=False)
+    wrap = textwrap.TextWrapper(WRAP_CHARACTERS, break_on_hyphens=False).wrap
+    return [first, *(line for other in others for line in wrap(other))]
 
 
 def _size(lines: Sequence[str]) -> tuple[float, float]:

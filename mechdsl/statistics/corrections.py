@@ -207,16 +207,14 @@ def add_corrected_p(
         replace(
             statistic,
             p_corrected=own[measure][first[measure]],
-            test=_test_in_words(data, sampling, share[known]) if _has_p(data, effects) else None,
+            test=_test_in_words(data, sampling, share[known])
+            if data.kind == "number" and effects[data.effect].tested
+            else None,
             tests=int(known.sum()),
             withheld=withheld[measure],
         )
         for measure, (data, statistic) in enumerate(zip(measures, statistics, strict=True))
     ]
-
-
-def _has_p(data: MeasureData, effects: Registry[EffectKind]) -> bool:
-    return data.kind == "number" and effects[data.effect].tested
 
 
 def _moves(

@@ -726,7 +726,6 @@ def skewed_t_of_moves(
     moves: Floats,
     held: Ints,
     strata: Ints | None = None,
-    freedom: Floats | None = None,
 ) -> SkewedT:
     """Return the statistic of smooth numbers, linearised.
 
@@ -735,18 +734,16 @@ def skewed_t_of_moves(
         moves: Change of the value by one unit, shape [cell, unit]; they sum to 0.
         held: Number of units, shape [cell].
         strata: Shape [unit], as in `skewed_t`.
-        freedom: Degrees of freedom, shape [cell], if they aren't units minus strata.
     """
     ones = np.zeros_like(moves)
     squares, cubes = _moments(moves, ones, held, strata)
     size = np.sqrt((moves**2).sum(1)) + np.abs(value) / np.maximum(held, 1)
-    default = (held - _strata_count(strata)).astype(np.float64)
     return SkewedT(
         value=value,
         held=held,
         nonzero=held,
         flat=(np.sqrt(squares[0]) <= FLAT_ERROR * size) & (held > 1),
-        freedom=default if freedom is None else freedom,
+        freedom=(held - _strata_count(strata)).astype(np.float64),
         slope=np.ones(len(value)),
         squares=squares,
         cubes=cubes,

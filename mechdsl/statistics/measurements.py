@@ -575,12 +575,6 @@ def find_repeated_cells(data: MeasureData, effect: EffectKind) -> Ints:
     return np.array([first.setdefault(key, cell) for cell, key in enumerate(keys)], dtype=np.int64)
 
 
-def numerators(data: MeasureData, effect: EffectKind, cells: CellIndex) -> EffectParts:
-    """Return the numerators alone, which the effect's test uses."""
-    plain = EffectKind(name="", meaning="", formula="", numerator=effect.numerator)
-    return effect_parts(data, plain, cells)
-
-
 @dataclass(frozen=True, eq=False)
 class SamplingDesign:
     """The properties of an experiment, besides its values, that its intervals and p depend on."""

@@ -54,7 +54,7 @@ def read_token_vectors(
     basis that will encode the vectors, and an empty tensor of its precision and device; if it reads
     context, the vectors are what the preceding tokens don't predict.
     """
-    if encoding is not None and _reads_context(encoding[0]):
+    if encoding is not None and isinstance(encoding[0], Dictionary) and encoding[0].reads_context:
         given = model, run, lanes, combinations, _extend_to_preceding(spot), rows, keys, forget
         every = read_token_vectors(*given)
         return {
@@ -90,11 +90,6 @@ def read_token_vectors(
         )
         for combination in combinations
     }
-
-
-def _reads_context(system: CoordinateSystem) -> bool:
-    """Whether the coordinates of a token depend on the preceding tokens."""
-    return isinstance(system, Dictionary) and system.reads_context
 
 
 def _extend_to_preceding(spot: PositionCell) -> PositionCell:

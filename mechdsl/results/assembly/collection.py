@@ -326,7 +326,7 @@ def collect_result(
         row_ids=tuple(table.row_ids[i] for i in kept),
         row_keys=tuple(table.row_keys[i] for i in kept),
         row_values=_row_values([rows[i].values for i in kept]),
-        reports=experiment.spec.reports or (_default_report(experiment),),
+        reports=experiment.spec.reports or (spec.Report(span=experiment.spec.span, kind="table"),),
         rounding=_rounding_text(experiment, model),
         replies=_collect_replies(experiment, measured, there),
         **overlay_data(plan.experiment, kept, there),
@@ -871,11 +871,6 @@ def drop_measures(result: ExperimentResult, missing: Mapping[int, Diagnostic]) -
             for number, data in enumerate(result.measures)
         ),
     )
-
-
-def _default_report(experiment: ResolvedExperiment) -> spec.Report:
-    """Return the report that is shown if the file requests none."""
-    return spec.Report(span=experiment.spec.span, kind="table")
 
 
 def _row_values(rows: list[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -303,7 +303,8 @@ class AttentionWeight(ObservationKind, EdgeIntervention):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         assert rule.spec.edge is not None
         axes = {axis.word: axis for axis in rule.spec.edge.axes}
-        over = [f"these {word}s" for word, axis in axes.items() if _joins(axis)]
+        joined = (word for word, axis in axes.items() if axis.plural or axis.window is not None)
+        over = [f"these {word}s" for word in joined]
         if rule.spec.edge.heads is not None:
             assert rule.sites is not None
             over += ["these heads"] if any(len(p) > 1 for p in rule.sites.points.values()) else []
@@ -322,10 +323,6 @@ def sum_key_weights(seen: ObservedVectors) -> Tensor:
     index, key = seen.keys
     weights = seen.vectors[index, key]
     return weights.new_zeros(len(seen.vectors)).index_add_(0, index, weights)
-
-
-def _joins(axis: ast.Axis) -> bool:
-    return axis.plural or axis.window is not None
 
 
 LATER_LABEL, OTHER_LABEL = "later tokens", "other tokens"
