@@ -17,7 +17,6 @@ from mechdsl.rules.observations.registry import observation, report_bad_observat
 from mechdsl.rules.observations.rows import (
     SiteRowSetObservation,
     check_token_numbers,
-    match_run,
     repeat_sites,
 )
 from mechdsl.rules.observations.vectors import STREAM_SITES
@@ -134,10 +133,6 @@ class FeatureActivations(SiteRowSetObservation):
         site_targets = replace(resolved.sites, points={key: points}, labels=named)
         sites = repeat_sites(site_targets, FEATURE_AXIS, count)
         return replace(resolved, does=does, sites=sites, basis=basis)
-
-    def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
-        other = None if rule.receiver is None else match_run(rule.receiver, work)
-        return other or super().read_run(rule, work)
 
     def _targets(self, rule: spec.Rule, work: ExperimentContext) -> tuple[float, ...] | None:
         """Evaluate the value that features are correlated with; E0207 if it isn't a number."""

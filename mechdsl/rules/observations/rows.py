@@ -114,6 +114,10 @@ class SiteRowSetObservation(RowSetObservation, SiteObservation):
             parts.append(self.of_several)
         yield Convention("observed", "; ".join([*parts, *self.said(rule)]))
 
+    def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
+        other = None if rule.receiver is None else match_run(rule.receiver, work)
+        return other or super().read_run(rule, work)
+
     def said(self, rule: ResolvedRule) -> Iterator[str]:
         """Yield further notes for tables."""
         yield from ()
@@ -417,10 +421,6 @@ class Similarity(SiteRowSetObservation):
         resolved = super().resolve(rule, work)
         return None if resolved is None else replace(resolved, does=SimilarityBetweenRuns())
 
-    def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
-        other = None if rule.receiver is None else match_run(rule.receiver, work)
-        return other or super().read_run(rule, work)
-
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         import numpy as np
 
@@ -581,10 +581,6 @@ class Cka(SiteRowSetObservation):
             return None
         return replace(resolved, compared_sites=others)
 
-    def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
-        other = None if rule.receiver is None else match_run(rule.receiver, work)
-        return other or super().read_run(rule, work)
-
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         import numpy as np
 
@@ -707,10 +703,6 @@ class Clusters(SiteTokenSetObservation):
         work.add_axis(Axis("cluster", tuple(range(1, count + 1)), said.span))
         sites = repeat_sites(resolved.sites, "cluster", count)
         return replace(resolved, does=Clusters(count, train, called), sites=sites)
-
-    def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
-        other = None if rule.receiver is None else match_run(rule.receiver, work)
-        return other or super().read_run(rule, work)
 
     def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: ExperimentContext) -> bool:
         """Report E0207 also for tokens whose order differs between two runs."""
