@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 
 DISTRIBUTION = "mechdsl-core"
@@ -16,6 +15,8 @@ _MODULES = {"vl-convert-python": "vl_convert"}
 
 def missing_requirements() -> dict[str, str]:
     """Return the absent modules of the extra `run` → the requirements that pip installs."""
+    from importlib.metadata import PackageNotFoundError, requires  # slow to import
+
     try:
         lines = requires(DISTRIBUTION) or []
     except PackageNotFoundError:  # a checkout that isn't installed

@@ -272,8 +272,10 @@ class ModelContexts:
         """Report W0710 if prompts have images or sounds, and the libraries of a model's processor
         aren't installed."""
         has_pictures = any(prompts.pictures for prompts in self.program.prompts.values())
+        if self.require or not has_pictures:
+            return False
         missing = sorted(_PROCESSOR_LIBRARIES & missing_requirements().keys())
-        if self.require or not missing or not has_pictures:
+        if not missing:
             return False
         self.diagnostics.append(
             ModelNotLocal(
@@ -282,7 +284,7 @@ class ModelContexts:
                 path=model.path,
                 absence="without the libraries of its processor",
                 where="prepared by ",
-                place=f"{' and '.join(missing)}, not installed here",
+                place=f"{' and '.join(missing)}, which this installation lacks",
                 advice=f"install what runs need: `{install_command()}`",
             )
         )
