@@ -13,7 +13,7 @@ from mechdsl.diagnostics.other_tools import (
     METRIC_NAMES,
     TERMS,
     TOOLS,
-    find_foreign_path,
+    translate_path,
     translate_word,
 )
 
@@ -172,8 +172,7 @@ def _hint(word: str, plain: str) -> str:
     Args:
         plain: The word in lower case, with spaces for other separators.
     """
-    path = find_foreign_path(word)
-    site = path[2] if path is not None else translate_word(word.split(" ")[0])
+    site = translate_path(word) or translate_word(word.split(" ")[0])
     if site:
         return f"write `{site}`; `mechdsl explain {site.split(' ')[0]}` describes it"
     term = TERMS.get(plain) or TERMS.get(plain.removesuffix("s"))

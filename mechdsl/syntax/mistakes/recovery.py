@@ -14,6 +14,7 @@ from mechdsl.base import limits
 from mechdsl.base.records import close_names, closest_name
 from mechdsl.base.text import STRING_PATTERN, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.habits import Rewrite, find_rewrites
 from mechdsl.diagnostics.syntax import (
     MisspeltWord,
     UnexpectedCharacter,
@@ -31,6 +32,7 @@ from mechdsl.syntax.mistakes.messages import (
     explain_habit,
     explain_misplaced,
     explain_mistake,
+    explain_rewrite,
     first_words,
     match_brackets,
     statement_starts,
@@ -262,6 +264,9 @@ _FIRST_WORD = re.compile(r"(?P<word>[A-Za-z]\w*)[ \t]+[0-9]+\b")
 MAX_GUESSES = 1000
 """Maximum number of word substitutions tried per file."""
 
+MAX_HABITS = 4
+"""Maximum number of habits rewritten in one statement."""
+
 MAX_GUESSED_LENGTH = 2000
 """Maximum length, in characters, of a statement in which words are substituted."""
 
@@ -462,6 +467,8 @@ class _Recovery:
         brace = block_start(mistake.statement, first)
         if brace is not None and brace.start < mistake.offset <= (brace.partner or 0):
             return self._kept(kind, depth, mistake, first) or []
+        if (nodes := self._habitual(kind, depth, mistake, first)) is not None:
+            return nodes
         for word, meant in self._guesses(mistake):
             begins = meant if word is mistake.statement[0] else first
             at = word.start - mistake.begin
@@ -482,6 +489,70 @@ class _Recovery:
         if nodes is None:
             self.lost.append(lost_statement(mistake))
         return nodes or []
+
+    def _habitual(
+        self, kind: str, depth: int, mistake: Mistake, first: str
+    ) -> list[Any] | None:
+        """Report habits at a mistake, and parse the statement without them.
+
+        Returns:
+            The statement, empty if it is still invalid; None if no habit is at the position.
+        """
+        rewrite = self._rewrite(kind, mistake, first)
+        if rewrite is None:
+            return None
+        self.diagnostics.append(explain_rewrite(mistake, rewrite))
+        reading = WordSubstitution(rewrite.start, rewrite.end, rewrite.text)
+        nodes = self._kept(kind, depth, mistake, first, reading)
+        if nodes is None and block_start(mistake.statement, first) is not None:
+            nodes = self._kept(kind, depth, mistake, first, named=True)
+        if nodes is None:
+            self.lost.append(lost_statement(mistake))
+        return nodes or []
+
+    def _rewrite(self, kind: str, mistake: Mistake, first: str) -> Rewrite | None:
+        """Return the replacement of habits after which the parser gets further."""
+        brace = block_start(mistake.statement, first)
+        end = mistake.end if brace is None else brace.start
+        tail = "" if brace is None else "{}"
+        text = self.text[mistake.begin : end].rstrip()
+        stop = min(mistake.offset - mistake.begin, len(text))
+        if len(text) > MAX_GUESSED_LENGTH:
+            return None
+        done: Rewrite | None = None
+        for _ in range(MAX_HABITS):
+            each, further = self._step(kind, text, tail, stop, self.text[: mistake.begin])
+            if each is None:
+                break
+            done = each if done is None else done.joined(each, text)
+            if further is None:
+                break
+            text, stop = each.put_into(text), further
+        return done
+
+    def _step(
+        self, kind: str, text: str, tail: str, stop: int, before: str
+    ) -> tuple[Rewrite | None, int | None]:
+        """Return the first replacement after which the parser gets further, and where it stops."""
+        for each in find_rewrites(text, stop, stop, UnexpectedToken.code, before):
+            if not self.guesses_left:
+                break
+            self.guesses_left -= 1
+            further = self._stop(kind, each.put_into(text) + tail)
+            is_whole = each.end - each.start == len(text)
+            passed = stop if is_whole else each.start + len(each.text)
+            is_there = stop <= skip_space(text, each.end)
+            if further is None or (is_there and further > passed):
+                return each, further
+        return None, None
+
+    def _stop(self, kind: str, text: str) -> int | None:
+        """Return the offset where the parser stops in a text; None if the text is valid."""
+        try:
+            run_parser(self.source, text, start=kind, words=self.words)
+        except ParserError as error:
+            return error.offset
+        return None
 
     def _two_dots(self, mistake: Mistake) -> WordSubstitution | None:
         """Read `layers 1.4` as `layers 1..4`, if the parser stopped there."""
