@@ -82,7 +82,7 @@ def is_page_name(text: str) -> bool:
         return False
     if text == LANGUAGE_PAGE or _CODE.fullmatch(text):
         return True
-    if find_foreign_path(text) is not None:
+    if translate_path(text) is not None:
         return not Path(text).is_file()
     if _WORD.search(text) is None or _FILE.search(text):
         return False

@@ -24,6 +24,8 @@ None if the habit doesn't apply."""
 
 WRITE = "write `{rewrite}`"
 
+SWEEPS = "write `{rewrite}`; a plural joins them, and a singular word makes one run for each"
+
 BOTH_ENDS = "a range includes both ends: write `{rewrite}`"
 
 
@@ -166,13 +168,16 @@ POSITIONS = (
     Habit(rf"(?P<x>\b{_TOKEN}\s*=?\s*(-?[0-9]+)){_END}", "at token {0}"),
 )
 
+_NO_EDGE = "".join(f"(?<!{word} )" for word in ("observe", "block", "reweight", "set", "allow"))
+"""No word before `attention` that makes it a word of the language."""
+
 SITES = (
     Habit(
         r"([A-Za-z_]\w*(?:\.\w+|\[\s*-?[0-9]+\s*\])+)",
         lambda groups, before: translate_path(groups[0] or ""),
     ),
     Habit(
-        rf"(?<![\w.])({SITE_WORDS})(?:\s+stream)?"
+        rf"{_NO_EDGE}(?<![\w.])({SITE_WORDS})(?:\s+stream)?"
         r"(?:\s+(layers?\s+[\w.*%]+(?:\s+heads?\s+[\w.*%]+)?)|\s+([0-9]+)\b)?(?![\w.(])",
         _site,
     ),
@@ -187,13 +192,18 @@ SITES = (
 
 SELECTORS = (
     Habit(_AXIS + r"\s+([0-9]+(?:\s+[0-9]+)+)\b", _listed),
-    Habit(_AXIS + r"\s*=?\s*(?:range\s*)?\(\s*(?:([0-9]+)\s*,\s*)?([0-9]+)\s*\)", _exclusive, BOTH_ENDS),
-    Habit(_AXIS + r"\s*=?\s*\[?\s*([0-9]+)?\s*:\s*([0-9]+)(?:\s*\])?", _exclusive, BOTH_ENDS),
+    Habit(
+        _AXIS + r"\s*=?\s*(?:range\s*)?\(\s*(?:([0-9]+)\s*,\s*)?([0-9]+)\s*\)",
+        _exclusive,
+        BOTH_ENDS,
+    ),
+    Habit(_AXIS + r"\s*=?\s*([0-9]+)\s*:\s*([0-9]+)", _exclusive, BOTH_ENDS),
+    Habit(_AXIS + r"\s*=?\s*\[\s*([0-9]+)?\s*:\s*([0-9]+)\s*\]", _exclusive, BOTH_ENDS),
     Habit(_AXIS + r"\s*[=:]?\s*\[\s*([0-9]+(?:\s*,\s*[0-9]+)*)\s*\]", "{0} {1}"),
     Habit(_AXIS + r"\s+([0-9]+)\s*(?:-|\.\.\.|to\s)\s*([0-9]+)\b", "{0} {1}..{2}"),
     Habit(_AXIS + r"\s*[=:]\s*([\w.*%-]+)", "{0} {1}"),
-    Habit(rf"{_ALL}(layers?)\s+{_ALL}((?:head|neuron|expert)s?)\b", "{0} * {1} *"),
-    Habit(rf"{_ALL}((?:layer|head|neuron|expert)s?)\b", "{0} *"),
+    Habit(rf"{_ALL}(layers?)\s+{_ALL}((?:head|neuron|expert)s?)\b", "{0} * {1} *", SWEEPS),
+    Habit(rf"{_ALL}((?:layer|head|neuron|expert)s?)\b", "{0} *", SWEEPS),
     Habit(_AXIS + r"\s+all\b", "{0} *"),
     Habit(
         r"\bin\s+(?P<x>()range\(\s*(?:([0-9]+)\s*,\s*)?([0-9]+)\s*\))",
@@ -225,14 +235,19 @@ MEASURES = (
 EXPECTATIONS = (
     Habit(r"^(?P<x>assert|check|require)\b", "expect"),
     Habit(r"^expect\b.*?(?P<x>\b([a-z]\w*)\.(mean|max|min)\(\s*([^()]*?)\s*\))", "{1}({0}, {2})"),
-    Habit(r"^expect\b.*?(?P<x>\b([a-z]\w*)(?:\[|\()\s*([0-9]+)\s*,\s*([0-9]+)\s*(?:\]|\)))", "{0}(L{1}H{2})"),
+    Habit(
+        r"^expect\b.*?(?P<x>\b([a-z]\w*)(?:\[|\()\s*([0-9]+)\s*,\s*([0-9]+)\s*(?:\]|\)))",
+        "{0}(L{1}H{2})",
+    ),
     Habit(r"^expect\b.*?(?P<x>\b([a-z]\w*)\[\s*([^\[\]]+?)\s*\])", "{0}({1})"),
     Habit(r"^expect\s+(?P<x>top\s+1\s*(?:=|is)\s*([^\n]+?))\s*$", _argmax),
     Habit(r"^expect\s+(?P<x>(?:best|argmax)\s*(?:=|is)\s*([^\n]+?))\s*$", _argmax),
 )
 
 STATEMENTS = (
-    Habit(r"^(?P<x>denoise|restore)\s+(?:layer|head|L[0-9]|[a-z]\w*\s+(?:layer|head|at)\b)", "patch"),
+    Habit(
+        r"^(?P<x>denoise|restore)\s+(?:layer|head|L[0-9]|[a-z]\w*\s+(?:layer|head|at)\b)", "patch"
+    ),
     Habit(
         r"^denoise\s+(\w+)\s*$",
         "from clean into {0}",
@@ -243,15 +258,15 @@ STATEMENTS = (
         r"(?:\s*(?:new\s+)?tokens?\b)?",
         "generate {0}",
     ),
-    Habit(
-        r"\b(temperature|top_k|top_p|samples|limit|seed)\s*[=:]\s*([0-9][\w.]*)", "{0} {1}"
-    ),
+    Habit(r"\b(temperature|top_k|top_p|samples|limit|seed)\s*[=:]\s*([0-9][\w.]*)", "{0} {1}"),
     Habit(r"\bwith\s+(?P<x>(mean|zero|resample)\s*\(\s*\))", "{0}"),
     Habit(r"\bwith\s+(?P<x>zeros?\s*\(\s*\)|zeros|zeroes|0)" + _END, "zero"),
     Habit(r"\bwith\s+(?P<x>(?:average|avg)(?:\s*\(\s*\))?)", "mean"),
     Habit(r"^([a-z]\w*\s[^\n]*?)\s*([+-])=\s*(\S[^\n]*?)\s*$", _added),
     Habit(rf"^add\s+([^\n]+?)\s+(?:at|in|on|into)\s+{_SITE}\s*$", "add {0} to {1}"),
-    Habit(rf"^(?:ablate|remove|erase)\s+([a-z]\w*)\s+from\s+{_SITE}\s*$", "project out {0} from {1}"),
+    Habit(
+        rf"^(?:ablate|remove|erase)\s+([a-z]\w*)\s+from\s+{_SITE}\s*$", "project out {0} from {1}"
+    ),
     Habit(rf"^steer\s+{_SITE}\s+with\s+([^\n]+?)\s*$", "add {1} to {0}"),
     Habit(r'\b(?:\w+\s*\.\s*)*from_pretrained\(\s*("[^"]*")[^()]*\)', "hf({0})"),
     Habit(r"^observe\s+(?P<x>attention\s+(?:pattern|weights?|scores?|probs))\b", "attention"),
@@ -342,10 +357,8 @@ def suggest_rewrite(problem: Diagnostic) -> Diagnostic:
     line = source[begin : source.find("\n", begin) if "\n" in source[begin:] else None]
     kind = getattr(problem, "kind", "")
     cause = f"{problem.code} {kind}" if problem.code == "E0203" else problem.code
-    rewrites = find_rewrites(
-        line, span.start - begin, span.end - begin, cause, source[:begin]
-    )
+    rewrites = find_rewrites(line, span.start - begin, span.end - begin, cause, source[:begin])
     for each in rewrites:
         marked = Span(span.source, begin + each.start, begin + each.end)
-        return replace(problem, span=marked, rewrite=each.text, advice=each.advice)
+        return replace(problem, span=marked, rewrite=each.text, rewrite_help=each.advice)
     return problem

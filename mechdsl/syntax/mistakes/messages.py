@@ -228,9 +228,10 @@ class _BracketRepair:
         if _HEADER.match(self.text, piece.start) and not (
             piece.text in ("prompts", "images", "model") and self.opened[-1].text != "{"
         ):
-            # A deeper line is in the block; the block isn't unclosed, but the line is misplaced.
+            # A single line that is indented deeper is misplaced, but its block isn't unclosed.
+            ends = piece.text in ("experiment", "prompts", "images")
             indent = self._indent(piece.start)
-            while self.opened and self._indent(self.opened[-1].start) >= indent:
+            while self.opened and (ends or self._indent(self.opened[-1].start) >= indent):
                 self.close(piece.start, place)
         while self.opened and self.opened[-1].text != "{" and _begins(self.text, piece):
             self.close(piece.start, place)
@@ -620,7 +621,7 @@ def explain_rewrite(mistake: Mistake, rewrite: Rewrite) -> Diagnostic:
         found=f"`{_short(span.text)}`",
         expected="a different spelling",
         rewrite=rewrite.text,
-        advice=rewrite.advice,
+        rewrite_help=rewrite.advice,
         span=span,
     )
 

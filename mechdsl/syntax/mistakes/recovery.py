@@ -490,22 +490,20 @@ class _Recovery:
             self.lost.append(lost_statement(mistake))
         return nodes or []
 
-    def _habitual(
-        self, kind: str, depth: int, mistake: Mistake, first: str
-    ) -> list[Any] | None:
+    def _habitual(self, kind: str, depth: int, mistake: Mistake, first: str) -> list[Any] | None:
         """Report habits at a mistake, and parse the statement without them.
 
         Returns:
-            The statement, empty if it is still invalid; None if no habit is at the position.
+            The block with its valid lines, empty for other statements; None if no habit is at the position.
         """
         rewrite = self._rewrite(kind, mistake, first)
         if rewrite is None:
             return None
         self.diagnostics.append(explain_rewrite(mistake, rewrite))
-        reading = WordSubstitution(rewrite.start, rewrite.end, rewrite.text)
-        nodes = self._kept(kind, depth, mistake, first, reading)
-        if nodes is None and block_start(mistake.statement, first) is not None:
-            nodes = self._kept(kind, depth, mistake, first, named=True)
+        nodes: list[Any] | None = None
+        if block_start(mistake.statement, first) is not None:
+            reading = WordSubstitution(rewrite.start, rewrite.end, rewrite.text)
+            nodes = self._kept(kind, depth, mistake, first, reading)
         if nodes is None:
             self.lost.append(lost_statement(mistake))
         return nodes or []
