@@ -124,7 +124,7 @@ def _added(groups: list[Group], before: str) -> str:
     return f"add -{term if term[0].isdigit() else f'1 * {term}'} to {site}"
 
 
-_AT = r"\b(?:at|onto|from|to|with|between|and)\s+"
+_AT = r"(?:\b(?:at|onto|from|to|with|between|and)\s+|[{,]\s*)"
 """The word before a position."""
 
 _END = r"(?=\s*(?:$|[,}\n)]|(?:with|onto|into|to|as|by|top|and|during|after|in|from)\b))"
@@ -150,7 +150,8 @@ POSITIONS = (
     _position(rf"(?:{_TOKEN}\s*)?\[\s*(-?[0-9]+)\s*\]", "token {0}"),
     _position(rf"(?:{_TOKEN}\s*)?\[\s*(-?[0-9]+)?\s*:\s*(-?[0-9]+)?\s*\]", _slice, BOTH_ENDS),
     _position(rf"{_TOKEN}\s*=?\s*(-?[0-9]+){_END}", "token {0}"),
-    _position(r"(-[0-9]+)" + _END, "token {0}"),
+    _position(r"(-?[0-9]+)" + _END, "token {0}"),
+    _position(r"tokens?\s+(-?[0-9]+)\s*:\s*(-?[0-9]+)", _slice, BOTH_ENDS),
     _position(rf"(?:all|every)(?:\s+(?:the\s+)?(?:tokens|positions)|{_END})", "tokens *"),
     _position(r"everywhere", "tokens *"),
     _position(rf"(?:all|every|each|any)\s+{_TOKEN}{_END}", "token *"),
@@ -163,6 +164,7 @@ POSITIONS = (
     _position(r"([a-z]\w*)\s*\[\s*0\s*\]", "first token of {0}"),
     _position(rf"([a-z]\w*?)[\s._]+{_LAST}(?:[\s_]*token)?{_END}", "last token of {0}"),
     _position(rf"([a-z]\w*?)[\s._]+{_FIRST}(?:[\s_]*token)?{_END}", "first token of {0}"),
+    _position(r"(last|first)\s+([a-z]\w*)\s+(tokens?)", "{0}-{1} {2}"),
     _position(r"the\s+(\S[^\n]*?\btokens?)", "{0}"),
     _position(rf"(tokens?)\s+(?:of|in)\s+(\w+){_END}", "{1} {0}"),
     Habit(rf"(?P<x>\b{_TOKEN}\s*=?\s*(-?[0-9]+)){_END}", "at token {0}"),
@@ -200,7 +202,8 @@ SELECTORS = (
     Habit(_AXIS + r"\s*=?\s*([0-9]+)\s*:\s*([0-9]+)", _exclusive, BOTH_ENDS),
     Habit(_AXIS + r"\s*=?\s*\[\s*([0-9]+)?\s*:\s*([0-9]+)\s*\]", _exclusive, BOTH_ENDS),
     Habit(_AXIS + r"\s*[=:]?\s*\[\s*([0-9]+(?:\s*,\s*[0-9]+)*)\s*\]", "{0} {1}"),
-    Habit(_AXIS + r"\s+([0-9]+)\s*(?:-|\.\.\.|to\s)\s*([0-9]+)\b", "{0} {1}..{2}"),
+    Habit(_AXIS + r"\s+([0-9]+)\s*(?:-|to\s)\s*([0-9]+)\b", "{0} {1}..{2}"),
+    Habit(r"(\w+)\s*\.\.\.\s*(\w+)", "{0}..{1}"),
     Habit(_AXIS + r"\s*[=:]\s*([\w.*%-]+)", "{0} {1}"),
     Habit(rf"{_ALL}(layers?)\s+{_ALL}((?:head|neuron|expert)s?)\b", "{0} * {1} *", SWEEPS),
     Habit(rf"{_ALL}((?:layer|head|neuron|expert)s?)\b", "{0} *", SWEEPS),
@@ -282,7 +285,7 @@ STATEMENTS = (
         r"^(\w+)\s+(at\s+[\w-]+\s+tokens?)\s+([^\n]*\S)\s*$",
         "{0} {2} {1}",
     ),
-    Habit(r'^model\s*=\s*("[^"]*")', "model m = hf({0})"),
+    Habit(r'^model\s*=?\s*("[^"]*")', "model m = hf({0})"),
 )
 
 PLACES: tuple[Place, ...] = (

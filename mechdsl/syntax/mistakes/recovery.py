@@ -494,7 +494,7 @@ class _Recovery:
         """Report habits at a mistake, and parse the statement without them.
 
         Returns:
-            The block with its valid lines, empty for other statements; None if no habit is at the position.
+            The block with its valid lines, empty for other statements; None without a habit.
         """
         rewrite = self._rewrite(kind, mistake, first)
         if rewrite is None:
