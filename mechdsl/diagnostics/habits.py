@@ -167,7 +167,7 @@ POSITIONS = (
     _position(r"(last|first)\s+([a-z]\w*)\s+(tokens?)", "{0}-{1} {2}"),
     _position(r"the\s+(\S[^\n]*?\btokens?)", "{0}"),
     _position(rf"(tokens?)\s+(?:of|in)\s+(\w+){_END}", "{1} {0}"),
-    Habit(rf"(?P<x>\b{_TOKEN}\s*=?\s*(-?[0-9]+)){_END}", "at token {0}"),
+    Habit(rf"(?P<x>\b(?:positions?|pos|index|idx)\s*=?\s*(-?[0-9]+)){_END}", "at token {0}"),
 )
 
 _NO_EDGE = "".join(f"(?<!{word} )" for word in ("observe", "block", "reweight", "set", "allow"))
