@@ -12,6 +12,7 @@ from mechdsl.base.text import STRING_PATTERN, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.other_tools import (
     METRIC_NAMES,
+    SITE_NAMES,
     SITE_WORDS,
     translate_path,
     translate_word,
@@ -99,8 +100,9 @@ def _metric(groups: list[Group], before: str) -> str:
     name, listed = groups
     metric = METRIC_NAMES[name or ""]
     arguments = [part.strip() for part in (listed or "").split(",")]
-    if arguments in ([""], ["logits"]):
-        return metric
+    arguments = [part for part in arguments if part not in ("", "logits", "patched")]
+    if metric == "loss" and arguments:
+        return f"-logprob({arguments[0]})"
     wanted = re.findall(r"answer|wrong|clean|1\.\.9", metric)
     for old, new in zip(wanted, arguments, strict=False):
         metric = metric.replace(old, new, 1)
@@ -188,14 +190,21 @@ SITES = (
         "mlp_hidden {0}",
     ),
     Habit(r"^(?:(?!\blayers?\b).)*?(?P<x>\bhead\s+([0-9]+)\.([0-9]+))(?![\w.])", "L{0}H{1}"),
+    Habit(r"^(?:(?!\blayers?\b).)*?(?P<x>\bhead\s*\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\))", "L{0}H{1}"),
+    Habit(r"\b(?:mlp|MLP)\s+(layers?\s+\S+\s+neurons?)\b", "mlp_hidden {0}"),
+    Habit(rf"\b(layers?\s+[\w.*]+)\s+({SITE_NAMES})\b", "{1} {0}"),
+    Habit(rf"\b({SITE_NAMES})\(\s*(?:layer\s*[=:]?\s*)?([0-9]+)\s*\)", "{0} layer {1}"),
+    Habit(r"\b(layers?\s+[\w.*]+)\s*,\s*(heads?)\b", "{0} {1}"),
     Habit(r"\b[aAlL]([0-9]+)[.\s]\s*[hH]([0-9]+)\b", "L{0}H{1}"),
     Habit(r"\bL([0-9]+)\.([0-9]+)\b", "L{0}H{1}"),
 )
 
+UNITS = (Habit(r"\b(?:m|mlp|MLP|L(?=[0-9]+MLP))([0-9]+)(?:MLP)?\b", "L{0}.mlp"),)
+
 SELECTORS = (
     Habit(_AXIS + r"\s+([0-9]+(?:\s+[0-9]+)+)\b", _listed),
     Habit(
-        _AXIS + r"\s*=?\s*(?:range\s*)?\(\s*(?:([0-9]+)\s*,\s*)?([0-9]+)\s*\)",
+        _AXIS + r"\s*=?\s*range\s*\(\s*(?:([0-9]+)\s*,\s*)?([0-9]+)\s*\)",
         _exclusive,
         BOTH_ENDS,
     ),
@@ -219,9 +228,13 @@ _NAMES = "|".join(METRIC_NAMES)
 
 METRICS = (
     Habit(
+        r"\bperplexity\b", "loss", "perplexity is the exponential of the loss: write `{rewrite}`"
+    ),
+    Habit(
         rf"(?<![\w.])({_NAMES})(?:\s*[(\[]\s*([^()\[\]]*?)\s*[)\]]|(?![\w(\[.]))",
         _metric,
     ),
+    Habit(r"\b([a-z_]+)\[\s*([^\[\]]+?)\s*\]", "{0}({1})"),
 )
 
 MEASURES = (
@@ -237,7 +250,11 @@ MEASURES = (
 
 EXPECTATIONS = (
     Habit(r"^(?P<x>assert|check|require)\b", "expect"),
-    Habit(r"^expect\b.*?(?P<x>\b([a-z]\w*)\.(mean|max|min)\(\s*([^()]*?)\s*\))", "{1}({0}, {2})"),
+    Habit(r"^expect\b.*?(?P<x>\b([a-z]\w*)\.(mean|max|min)\(\s*\))", "{1}({0})"),
+    Habit(r"^expect\b.*?(?P<x>\b([a-z]\w*)\.(mean|max|min)\(\s*([^()]+?)\s*\))", "{1}({0}, {2})"),
+    Habit(r"^expect\s+(?P<x>(max|min|mean)\s+([a-z]\w*))", "{0}({1})"),
+    Habit(r"^expect\b.*?(?P<x>\b([a-z]\w*)\s+at\s+(L[0-9]+H[0-9]+))", "{0}({1})"),
+    Habit(r"^expect\b.*?=\s*(?P<x>\(?\s*([0-9]+)\s*[.,]\s*([0-9]+)\s*\)?)\s*$", "L{0}H{1}"),
     Habit(
         r"^expect\b.*?(?P<x>\b([a-z]\w*)(?:\[|\()\s*([0-9]+)\s*,\s*([0-9]+)\s*(?:\]|\)))",
         "{0}(L{1}H{2})",
@@ -256,14 +273,23 @@ STATEMENTS = (
         "from clean into {0}",
         "denoising patches from the clean run: write `{rewrite}`, and `patch` the sites",
     ),
+    Habit(r"^generate\s+[0-9]+\s+(?P<x>(temperature|top_k|top_p|samples))\b", "with {0}"),
+    Habit(r"^generate\b.*?(?P<x>\bstop\w*\s*[=:]?)\s*\"", "until"),
     Habit(
-        r"^generate\s*\(?\s*(?:(?:max|num)_(?:new_)?(?:tokens|length)\s*[=:]?\s*)?([0-9]+)\s*\)?"
+        r"^generate\s*\(?\s*(?:up\s+to\s+|max\s+)?(?:(?:max|num)_(?:new_)?(?:tokens|length)\s*[=:]?\s*)?([0-9]+)\s*\)?"
         r"(?:\s*(?:new\s+)?tokens?\b)?",
         "generate {0}",
     ),
     Habit(r"\b(temperature|top_k|top_p|samples|limit|seed)\s*[=:]\s*([0-9][\w.]*)", "{0} {1}"),
-    Habit(r"\bwith\s+(?P<x>(mean|zero|resample)\s*\(\s*\))", "{0}"),
-    Habit(r"\bwith\s+(?P<x>zeros?\s*\(\s*\)|zeros|zeroes|0)" + _END, "zero"),
+    Habit(r"\bwith\s+(?P<x>(mean|zero|resample)(?:\s*\(\s*\)|_?ablation))", "{0}"),
+    Habit(r"^(ablate\s[^\n]+?)\s+(with\s+\w+)\s+(at\s[^\n]+?)\s*$", "{0} {2} {1}"),
+    Habit(rf"^(?:zero|knock)(?:[\s_]?out)?\s+{_SITE}\s*$", "ablate {0} with zero"),
+    Habit(
+        r"^(?:patch|ablate|freeze|scale|clamp)\s(?:(?!\bat\b).)*?\s"
+        r"(?P<x>((?:last|first)\s+token|tokens?\s+[-0-9*.]+))",
+        "at {0}",
+    ),
+    Habit(r"\bwith\s+(?P<x>zeros?\s*\(\s*\)|zeros|zeroes|0(?:\.0+)?)" + _END, "zero"),
     Habit(r"\bwith\s+(?P<x>(?:average|avg)(?:\s*\(\s*\))?)", "mean"),
     Habit(r"^([a-z]\w*\s[^\n]*?)\s*([+-])=\s*(\S[^\n]*?)\s*$", _added),
     Habit(rf"^add\s+([^\n]+?)\s+(?:at|in|on|into)\s+{_SITE}\s*$", "add {0} to {1}"),
@@ -271,6 +297,9 @@ STATEMENTS = (
         rf"^(?:ablate|remove|erase)\s+([a-z]\w*)\s+from\s+{_SITE}\s*$", "project out {0} from {1}"
     ),
     Habit(rf"^steer\s+{_SITE}\s+with\s+([^\n]+?)\s*$", "add {1} to {0}"),
+    Habit(
+        r'\b(?:LanguageModel|load_model|transformers|AutoModel\w*)\(\s*("[^"]*")[^()]*\)', "hf({0})"
+    ),
     Habit(r'\b(?:\w+\s*\.\s*)*from_pretrained\(\s*("[^"]*")[^()]*\)', "hf({0})"),
     Habit(r"^observe\s+(?P<x>attention\s+(?:pattern|weights?|scores?|probs))\b", "attention"),
     Habit(r"^observe\s+(?P<x>(logit|tuned)\s+lens)\b", "{0}_lens"),
@@ -291,6 +320,7 @@ STATEMENTS = (
 PLACES: tuple[Place, ...] = (
     Place(frozenset({"E0101", "E0308", "E0322"}), POSITIONS),
     Place(frozenset({"E0101", "E0203 component"}), SITES),
+    Place(frozenset({"E0203 component"}), UNITS),
     Place(frozenset({"E0101", "E0322"}), SELECTORS),
     Place(frozenset({"E0203 metric", "E0612"}), METRICS),
     Place(frozenset({"E0101", "E0203 effect"}), MEASURES),

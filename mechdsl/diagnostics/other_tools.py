@@ -194,6 +194,9 @@ _WITHOUT_LAYER = frozenset({"embed", "final_norm", "logits"})
 
 _SITES = frozenset(_HOOKS.values())
 
+SITE_NAMES = "|".join(sorted(_SITES, key=len, reverse=True))
+"""Pattern of the names of sites."""
+
 _PER_HEAD = frozenset({"q", "k", "v", "q_rot", "k_rot", "z", "head_out", "pattern", "scores"})
 
 _LISTS = frozenset({"layers", "layer", "blocks", "block", "resblocks", "h"})

@@ -366,6 +366,8 @@ def statement_starts(
         goes_on = before is not None and before.text in ("+", "-", "/", ",", "=", "->", "..")
         if piece.text in certain:
             inner = piece.text == "from" and not _FROM_INTO.match(text, piece.start)
+            if piece.text == "from" and starts and not piece.first:  # `from end to start`
+                inner |= any(each.text == "attention" for each in inside[starts[-1] : i])
             if piece.text == "using" and starts and inside[starts[-1]].text == "discover":
                 inner = True
             if piece.text == "block" and before is not None and not piece.first:

@@ -537,10 +537,14 @@ class _Recovery:
                 break
             self.guesses_left -= 1
             further = self._stop(kind, each.put_into(text) + tail)
-            is_whole = each.end - each.start == len(text)
-            passed = stop if is_whole else each.start + len(each.text)
-            is_there = stop <= skip_space(text, each.end)
-            if further is None or (is_there and further > passed):
+            new_end = each.start + len(each.text)
+            if each.end - each.start == len(text):
+                passed = stop
+            elif stop <= skip_space(text, each.end):
+                passed = new_end
+            else:
+                passed = stop + new_end - each.end
+            if further is None or further > passed:
                 return each, further
         return None, None
 
