@@ -27,6 +27,8 @@ WRITE = "write `{rewrite}`"
 
 SWEEPS = "write `{rewrite}`; a plural joins them, and a singular word makes one run for each"
 
+SHARES = "write `{rewrite}` for a range, and a percent sign in a share, as in `25%`"
+
 BOTH_ENDS = "a range includes both ends: write `{rewrite}`"
 
 
@@ -189,7 +191,6 @@ SITES = (
         r"(?:^\w+|\b(?:of|to|from))\s+(?P<x>neurons?\s+(layers?\s+\S+\s+neurons?\s+\S+))",
         "mlp_hidden {0}",
     ),
-    Habit(r"^(?:(?!\blayers?\b).)*?(?P<x>\bhead\s+([0-9]+)\.([0-9]+))(?![\w.])", "L{0}H{1}"),
     Habit(r"^(?:(?!\blayers?\b).)*?(?P<x>\bhead\s*\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\))", "L{0}H{1}"),
     Habit(r"\b(?:mlp|MLP)\s+(layers?\s+\S+\s+neurons?)\b", "mlp_hidden {0}"),
     Habit(rf"\b(layers?\s+[\w.*]+)\s+({SITE_NAMES})\b", "{1} {0}"),
@@ -202,6 +203,7 @@ SITES = (
 UNITS = (Habit(r"\b(?:m|mlp|MLP|L(?=[0-9]+MLP))([0-9]+)(?:MLP)?\b", "L{0}.mlp"),)
 
 SELECTORS = (
+    Habit(r"^(?:(?!\blayers?\b).)*?(?P<x>\bhead\s+([0-9]+)\.([0-9]+))(?![\w.])", "L{0}H{1}"),
     Habit(_AXIS + r"\s+([0-9]+(?:\s+[0-9]+)+)\b", _listed),
     Habit(
         _AXIS + r"\s*=?\s*range\s*\(\s*(?:([0-9]+)\s*,\s*)?([0-9]+)\s*\)",
@@ -213,6 +215,8 @@ SELECTORS = (
     Habit(_AXIS + r"\s*[=:]?\s*\[\s*([0-9]+(?:\s*,\s*[0-9]+)*)\s*\]", "{0} {1}"),
     Habit(_AXIS + r"\s+([0-9]+)\s*(?:-|to\s)\s*([0-9]+)\b", "{0} {1}..{2}"),
     Habit(r"(\w+)\s*\.\.\.\s*(\w+)", "{0}..{1}"),
+    Habit(rf"{_AXIS}\s+(?P<x>([0-9]+)\.([0-9]+))(?![\w.%(])", "{1}..{2}", SHARES),
+    Habit(rf"(?:{_AXIS}|\bin)\s+(?P<x>(\w+)\.(\w+))(?![\w.%(])", "{1}..{2}"),
     Habit(_AXIS + r"\s*[=:]\s*([\w.*%-]+)", "{0} {1}"),
     Habit(rf"{_ALL}(layers?)\s+{_ALL}((?:head|neuron|expert)s?)\b", "{0} * {1} *", SWEEPS),
     Habit(rf"{_ALL}((?:layer|head|neuron|expert)s?)\b", "{0} *", SWEEPS),
@@ -273,7 +277,7 @@ STATEMENTS = (
         "from clean into {0}",
         "denoising patches from the clean run: write `{rewrite}`, and `patch` the sites",
     ),
-    Habit(r"^generate\s+[0-9]+\s+(?P<x>(temperature|top_k|top_p|samples))\b", "with {0}"),
+    Habit(r"^generate\s+[0-9]+\s+(?P<x>(temperature|top_k|top_p))(?=\s+[0-9])", "with {0}"),
     Habit(r"^generate\b.*?(?P<x>\bstop\w*\s*[=:]?)\s*\"", "until"),
     Habit(
         r"^generate\s*\(?\s*(?:up\s+to\s+|max\s+)?(?:(?:max|num)_(?:new_)?(?:tokens|length)\s*[=:]?\s*)?([0-9]+)\s*\)?"
@@ -319,9 +323,9 @@ STATEMENTS = (
 
 PLACES: tuple[Place, ...] = (
     Place(frozenset({"E0101", "E0308", "E0322"}), POSITIONS),
+    Place(frozenset({"E0101", "E0322"}), SELECTORS),
     Place(frozenset({"E0101", "E0203 component"}), SITES),
     Place(frozenset({"E0203 component"}), UNITS),
-    Place(frozenset({"E0101", "E0322"}), SELECTORS),
     Place(frozenset({"E0203 metric", "E0612"}), METRICS),
     Place(frozenset({"E0101", "E0203 effect"}), MEASURES),
     Place(frozenset({"E0101", "E0606"}), EXPECTATIONS),

@@ -197,17 +197,7 @@ IMAGE_HINTS: tuple[Hint, ...] = (
     ),
 )
 
-_AXIS = r"\b(layers?|heads?|neurons?|experts?|features?|dims?)"
-
 HABIT_HINTS: tuple[Hint, ...] = (
-    Hint(_AXIS + r"\s*[0-9]+\s*$", r"\.(\w+)", "write two dots in a range: `..{1}`"),
-    Hint(_AXIS + r"\s+([A-Za-z_]\w*)\s*$", r"\.(\w+)", "write two dots in a range: `{1}..{2}`"),
-    Hint(r"\bin\s+([A-Za-z_]\w*)\.$", r"([0-9]+)", "write two dots in a range: `{0}..{1}`"),
-    Hint(
-        _AXIS + r"\s*$",
-        r"([0-9]+)\.([0-9]+)(?![0-9%])",
-        "write two dots in a range, as in `{1}..{2}`, and a percent sign in a share, as in `25%`",
-    ),
     Hint(
         r"^(template|answer|wrong)\s*$",
         r'[fr](?=")',

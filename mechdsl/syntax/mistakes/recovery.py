@@ -254,11 +254,6 @@ def lost_statement(mistake: Mistake) -> ast.LostStatement:
 
 _VERSION = re.compile(r"mech\b[ \t]*(?P<number>[\w.]*)")
 
-_ONE_DOT = re.compile(
-    r"\b(?:in|layers?|heads?|neurons?|experts?|features?|tokens?|row|col)[ \t]+"
-    r"(?P<range>\w+\.\w+)(?![\w.%(\"])"
-)
-
 _FIRST_WORD = re.compile(r"(?P<word>[A-Za-z]\w*)[ \t]+[0-9]+\b")
 
 MAX_GUESSES = 1000
@@ -484,8 +479,6 @@ class _Recovery:
         hinted = isinstance(problem, UnexpectedToken) and bool(problem.hint)
         self.hinted_end = mistake.end if mistake.cut_short and hinted else -1
         nodes = self._kept(kind, depth, mistake, first, named=True) if brace is not None else None
-        if nodes is None and (reading := self._two_dots(mistake)) is not None:
-            nodes = self._kept(kind, depth, mistake, first, reading)
         if nodes is None:
             self.lost.append(lost_statement(mistake))
         return nodes or []
@@ -554,18 +547,6 @@ class _Recovery:
             run_parser(self.source, text, start=kind, words=self.words)
         except ParserError as error:
             return error.offset
-        return None
-
-    def _two_dots(self, mistake: Mistake) -> WordSubstitution | None:
-        """Read `layers 1.4` as `layers 1..4`, if the parser stopped there."""
-        for match in _ONE_DOT.finditer(self.text, mistake.begin, mistake.end):
-            start, end = match.span("range")
-            if start <= mistake.offset < end:
-                start, end = start - mistake.begin, end - mistake.begin
-                low, high = match["range"].split(".")
-                # `layer 0.5` may also be a share, whose upper end isn't layer 5.
-                is_share = low.isdecimal() and high.isdecimal()
-                return WordSubstitution(start, end, low if is_share else f"{low}..{high}")
         return None
 
     def _guesses(self, mistake: Mistake) -> Iterator[tuple[Lexeme, str]]:
