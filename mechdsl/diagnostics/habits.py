@@ -182,6 +182,7 @@ SITES = (
         r"([A-Za-z_]\w*(?:\.\w+|\[\s*-?[0-9]+\s*\])+)",
         lambda groups, before: translate_path(groups[0] or ""),
     ),
+    Habit(r"\b(?:mlp|MLP)\s+(layers?\s+\S+\s+neurons?)\b", "mlp_hidden {0}"),
     Habit(
         rf"{_NO_EDGE}(?<![\w.])({SITE_WORDS})(?:\s+stream)?"
         r"(?:\s+(layers?\s+[\w.*%]+(?:\s+heads?\s+[\w.*%]+)?)|\s+([0-9]+)\b)?(?![\w.(])",
@@ -192,7 +193,6 @@ SITES = (
         "mlp_hidden {0}",
     ),
     Habit(r"^(?:(?!\blayers?\b).)*?(?P<x>\bhead\s*\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\))", "L{0}H{1}"),
-    Habit(r"\b(?:mlp|MLP)\s+(layers?\s+\S+\s+neurons?)\b", "mlp_hidden {0}"),
     Habit(rf"\b(layers?\s+[\w.*]+)\s+({SITE_NAMES})\b", "{1} {0}"),
     Habit(rf"\b({SITE_NAMES})\(\s*(?:layer\s*[=:]?\s*)?([0-9]+)\s*\)", "{0} layer {1}"),
     Habit(r"\b(layers?\s+[\w.*]+)\s*,\s*(heads?)\b", "{0} {1}"),
@@ -260,7 +260,7 @@ EXPECTATIONS = (
     Habit(r"^expect\b.*?(?P<x>\b([a-z]\w*)\s+at\s+(L[0-9]+H[0-9]+))", "{0}({1})"),
     Habit(r"^expect\b.*?=\s*(?P<x>\(?\s*([0-9]+)\s*[.,]\s*([0-9]+)\s*\)?)\s*$", "L{0}H{1}"),
     Habit(
-        r"^expect\b.*?(?P<x>\b([a-z]\w*)(?:\[|\()\s*([0-9]+)\s*,\s*([0-9]+)\s*(?:\]|\)))",
+        r"^expect\b.*?(?P<x>\b([a-z]\w*)[\[(]\s*([0-9]+)\s*(?:,|\]\s*\[)\s*([0-9]+)\s*[\])])",
         "{0}(L{1}H{2})",
     ),
     Habit(r"^expect\b.*?(?P<x>\b([a-z]\w*)\[\s*([^\[\]]+?)\s*\])", "{0}({1})"),
