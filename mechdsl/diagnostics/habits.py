@@ -29,6 +29,9 @@ SWEEPS = "write `{rewrite}`; a plural joins them, and a singular word makes one 
 
 SHARES = "write `{rewrite}` for a range, and a percent sign in a share, as in `25%`"
 
+MAX_LENGTH = 2000
+"""Maximum length, in characters, of a statement in which habits are searched."""
+
 BOTH_ENDS = "a range includes both ends: write `{rewrite}`"
 
 
@@ -388,10 +391,15 @@ def suggest_rewrite(problem: Diagnostic) -> Diagnostic:
     span = problem.span
     if span is None or problem.severity != "error" or problem.code == "E0101":
         return problem
+    if not any(each.startswith(problem.code) for place in PLACES for each in place.codes):
+        return problem
     source = span.source.text
     begin = source.rfind("\n", 0, span.start) + 1
-    begin += len(source[begin:]) - len(source[begin:].lstrip(" \t"))
-    line = source[begin : source.find("\n", begin) if "\n" in source[begin:] else None]
+    end = source.find("\n", begin) + 1 or len(source)
+    line = source[begin:end].strip()
+    if len(line) > MAX_LENGTH:
+        return problem
+    begin = source.index(line, begin)
     kind = getattr(problem, "kind", "")
     cause = f"{problem.code} {kind}" if problem.code == "E0203" else problem.code
     rewrites = find_rewrites(line, span.start - begin, span.end - begin, cause, source[:begin])
