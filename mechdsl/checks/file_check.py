@@ -52,6 +52,7 @@ from mechdsl.diagnostics.experiments import (
     UnreadableExpectation,
     UnreadableMeasure,
 )
+from mechdsl.diagnostics.habits import suggest_rewrite
 from mechdsl.diagnostics.models import ModelNotLocal
 from mechdsl.diagnostics.prompts import CorruptionWithoutEffect, NoRows, NoTemplate, UnknownValue
 from mechdsl.diagnostics.rules import (
@@ -674,7 +675,8 @@ def _check_source(
     problems = [problem for problem in checked.diagnostics if not broken.cause(problem)]
     if has_errors([*syntax, *problems]):  # an error may be the reason for an unused name
         problems = [d for d in problems if not isinstance(d, UnusedName)]
-    checked.diagnostics = _unique(list_skipped_checks([*syntax, *problems], program, source))
+    problems = list_skipped_checks([*syntax, *map(suggest_rewrite, problems)], program, source)
+    checked.diagnostics = _unique(problems)
     return checked
 
 

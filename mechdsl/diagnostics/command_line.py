@@ -13,7 +13,7 @@ from mechdsl.diagnostics.other_tools import (
     METRIC_NAMES,
     TERMS,
     TOOLS,
-    find_foreign_path,
+    translate_path,
     translate_word,
 )
 
@@ -82,7 +82,7 @@ def is_page_name(text: str) -> bool:
         return False
     if text == LANGUAGE_PAGE or _CODE.fullmatch(text):
         return True
-    if find_foreign_path(text) is not None:
+    if translate_path(text) is not None:
         return not Path(text).is_file()
     if _WORD.search(text) is None or _FILE.search(text):
         return False
@@ -172,8 +172,7 @@ def _hint(word: str, plain: str) -> str:
     Args:
         plain: The word in lower case, with spaces for other separators.
     """
-    path = find_foreign_path(word)
-    site = path[2] if path is not None else translate_word(word.split(" ")[0])
+    site = translate_path(word) or translate_word(word.split(" ")[0])
     if site:
         return f"write `{site}`; `mechdsl explain {site.split(' ')[0]}` describes it"
     term = TERMS.get(plain) or TERMS.get(plain.removesuffix("s"))

@@ -52,6 +52,10 @@ class Diagnostic(Record, kw_only=True):
     problem isn't in a file."""
     by_text: bool = False
     """Whether this instance depends only on the text, regardless of `depends_on`."""
+    rewrite: str = ""
+    """The text that replaces the marked text, if the fix is known."""
+    rewrite_help: str = ""
+    """Format string of `help_text` in place of `help`, if the fix is a rewrite."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__(kw_only=True)
@@ -90,7 +94,7 @@ class Diagnostic(Record, kw_only=True):
     @property
     def help_text(self) -> str:
         """The formatted fix."""
-        return self._said(self.help)
+        return self._said(self.rewrite_help or self.help)
 
 
 class HintedDiagnostic(Diagnostic):

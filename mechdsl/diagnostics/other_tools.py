@@ -53,7 +53,11 @@ _MODULES = {
 _WORDS = {
     "block_input": "resid_pre",
     "block_output": "resid_post",
+    "layer_output": "resid_post",
     "mlp_activation": "mlp_hidden",
+    "mlp_activations": "mlp_hidden",
+    "mlp_post": "mlp_hidden",
+    "mlp_act": "mlp_hidden",
     "mlp_output": "mlp_out",
     "attention_output": "attn_out",
     "attention_value_output": "z",
@@ -71,6 +75,17 @@ _WORDS = {
     "mlp": "mlp_out",
     "attn": "attn_out",
     "attention": "attn_out",
+    "attn_scores": "scores",
+    "attention_scores": "scores",
+    "attn_pattern": "pattern",
+    "attention_pattern": "pattern",
+    "attn_weights": "pattern",
+    "attention_weights": "pattern",
+    "attn_probs": "pattern",
+    "result": "head_out",
+    "ln_final": "final_norm",
+    "embedding": "embed",
+    "embeddings": "embed",
     "unembed": "logits",
     "projector": "embed",
     "multi_modal_projector": "embed",
@@ -92,7 +107,17 @@ METRIC_NAMES = {
     "mae": "absolute_error(1..9)",
     "mean_absolute_error": "absolute_error(1..9)",
     "cross_entropy": "loss",
+    "ce_loss": "loss",
     "perplexity": "loss",
+    "nll": "-logprob(answer)",
+    "nll_loss": "-logprob(answer)",
+    "p": "prob(answer)",
+    "P": "prob(answer)",
+    "softmax": "prob(answer)",
+    "proba": "prob(answer)",
+    "logits": "logit(answer)",
+    "logprobs": "logprob(answer)",
+    "log_softmax": "logprob(answer)",
 }
 """Metric of other libraries → metric of mechdsl."""
 
@@ -167,40 +192,43 @@ TERMS = {
 
 _WITHOUT_LAYER = frozenset({"embed", "final_norm", "logits"})
 
+_SITES = frozenset(_HOOKS.values())
+
+SITE_NAMES = "|".join(sorted(_SITES, key=len, reverse=True))
+"""Pattern of the names of sites."""
+
 _PER_HEAD = frozenset({"q", "k", "v", "q_rot", "k_rot", "z", "head_out", "pattern", "scores"})
 
-_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+|\[\s*-?[0-9]+\s*\])+")
+_LISTS = frozenset({"layers", "layer", "blocks", "block", "resblocks", "h"})
+"""Names of a model's list of blocks."""
+
+SITE_WORDS = "|".join(map(re.escape, sorted({*_HOOKS, *_WORDS}, key=len, reverse=True)))
+"""Pattern of the words that name a site in other tools."""
 
 _READ = re.compile(r"\.(?:output|input)(?:\.0)?$")
 
 
-def find_foreign_path(text: str) -> tuple[int, int, str] | None:
-    """Find the first path of another tool in a statement, such as `blocks.3.hook_resid_post`.
+def translate_path(path: str) -> str | None:
+    """Return the site of a dotted path, such as `blocks.3.hook_resid_post`; None if it names none.
 
-    Returns:
-        Start, end, and the site in mechdsl; None if there is no path with a known site.
+    A path without a layer names `layer *`.
     """
-    unquoted = re.sub(r'"[^"\n]*"', lambda quoted: " " * len(quoted[0]), text)
-    for match in _PATH.finditer(unquoted):
-        site = _translate_path(match[0])
-        if site is not None:
-            return match.start(), match.end(), site
-    return None
-
-
-def _translate_path(path: str) -> str | None:
-    """Return the site of a dotted path; a path without a layer names `layer *`."""
     dotted = re.sub(r"\[\s*(-?[0-9]+)\s*\]", r".\1", path)
     reads_input = re.search(r"\.input(?:\.0)?$", dotted) is not None
     parts = _READ.sub("", dotted).split(".")
     numbers = [n for n, part in enumerate(parts) if part.lstrip("-").isdigit()]
     tail = parts[numbers[0] + 1 :] if numbers else parts
     layer = parts[numbers[0]] if numbers else "*"
-    if reads_input:
+    outer = parts[: numbers[0]] if numbers else parts[:-1]
+    if numbers and not tail and outer[-1] not in _LISTS:  # `resid_pre.2`
+        kind = _HOOKS.get(outer[-1]) or _WORDS.get(outer[-1])
+        kind = kind or (outer[-1] if outer[-1] in _SITES else None)
+        if outer[-1] == "hidden_states":  # transformers counts the embeddings, too
+            kind = "resid_pre"
+    elif reads_input:
         kind = "resid_pre" if numbers and not tail else None
     else:
         kind = _kind_of(tail, inside=bool(numbers))
-    outer = parts[: numbers[0]] if numbers else parts[:-1]
     stack = "vision " if any(part.startswith("vis") for part in outer) else ""
     return None if kind is None else _written(kind, f"layer {layer}", stack)
 

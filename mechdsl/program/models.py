@@ -68,7 +68,7 @@ def lower_model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -
     if isinstance(source, ast.Call):
         return _from_source(statement, source, parts, scope)
     if isinstance(source, ast.String):
-        hint = f"name the source: `model {statement.name.id} = hf({source.span.written})`"
+        hint = f"write `hf({source.span.written})`"
         scope.diagnostics.append(
             BadArgument(
                 span=source.span, name=source.value, reason="is not a model source", hint=hint

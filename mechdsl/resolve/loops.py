@@ -227,7 +227,8 @@ def resolve_loop_values(
         return loop_values
     listed = loop.domain.values
     items = listed.items if isinstance(listed, ast.ListLiteral) else ()
-    plain = [_plain(node, values) for node in (*items, *walk(loop.domain))]
+    inside = () if isinstance(listed, ast.Call) else walk(loop.domain)  # not the 4 of `range(4)`
+    plain = [_plain(node, values) for node in (*items, *inside)]
     ranged = loop.domain.step is not None or isinstance(loop.domain.values, ast.Range)
     plain = [value for value in plain if not (ranged and isinstance(value, str))]
     return (next((value for value in plain if value is not None), 0),)

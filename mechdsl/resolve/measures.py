@@ -14,7 +14,6 @@ from mechdsl.base.text import count_noun, find_run, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.experiments import UnreadableMeasure
 from mechdsl.diagnostics.models import NoLogits, NoSuchOutput
-from mechdsl.diagnostics.other_tools import METRIC_NAMES
 from mechdsl.diagnostics.rules import AxisDoesNotFit
 from mechdsl.diagnostics.syntax import NotSupported, UnknownName, UnknownWord
 from mechdsl.models.shape import ModelShape
@@ -532,8 +531,6 @@ def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
         return hint
     if name == "auc":
         return "the area under a curve is an expectation: `expect auc(prob, k) < 0.4`"
-    if name in METRIC_NAMES:
-        return f"write `{METRIC_NAMES[name]}`"
     known = ", ".join(METRICS)
     return did_you_mean(name, [*METRICS, *context.metrics], f"metrics are {known}")
 

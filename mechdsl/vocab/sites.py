@@ -11,7 +11,6 @@ from typing import Literal
 from mechdsl.base.records import Record, Registry
 from mechdsl.base.text import Span
 from mechdsl.diagnostics.core import did_you_mean
-from mechdsl.diagnostics.other_tools import translate_word
 from mechdsl.diagnostics.syntax import UnknownWord
 
 SiteAxis = Literal["layer", "head", "neuron", "expert"]
@@ -440,14 +439,7 @@ def unknown_component(word: str, span: Span, names: Iterable[str] = ()) -> Unkno
     hint = f"did you mean `{unit}`?" if unit else f"components are {known}"
     if unit is None and re.fullmatch(r"L\d*[HN]\d*", word):
         hint = "write both numbers: `L9H9` is head 9 of layer 9, `L9N9` a neuron"
-    head = re.fullmatch(r"(L[0-9]+)\.(H[0-9]+)", span.text)
-    site = translate_word(word, span.source.text[span.end :])
-    if head is not None:
-        hint = f"write `{head[1]}{head[2]}`"
-    elif site is not None:
-        hint = f"write `{site}`"
-    else:
-        hint = did_you_mean(word, [*SITES, *names], hint)
+    hint = did_you_mean(word, [*SITES, *names], hint)
     if word == "all":
         hint = "write `ablate all but c` to ablate all edges except those of a circuit `c`, or "
         hint += "`ablate layers * heads * except g` for sites"

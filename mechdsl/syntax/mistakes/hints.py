@@ -16,8 +16,6 @@ class Hint:
     text: str
     accepts: str = ""
     """A terminal that must be accepted at the position."""
-    exclusive: bool = False
-    """Whether the last group is the end of a range that excludes it, as in Python."""
 
 
 IMAGE_HINTS: tuple[Hint, ...] = (
@@ -199,58 +197,7 @@ IMAGE_HINTS: tuple[Hint, ...] = (
     ),
 )
 
-_AXIS = r"\b(layers?|heads?|neurons?|experts?|features?|dims?)"
-
 HABIT_HINTS: tuple[Hint, ...] = (
-    Hint(_AXIS + r"\s*[0-9]+\s*$", r"\.(\w+)", "write two dots in a range: `..{1}`"),
-    Hint(_AXIS + r"\s+([A-Za-z_]\w*)\s*$", r"\.(\w+)", "write two dots in a range: `{1}..{2}`"),
-    Hint(r"\bin\s+([A-Za-z_]\w*)\.$", r"([0-9]+)", "write two dots in a range: `{0}..{1}`"),
-    Hint(
-        _AXIS + r"\s*$",
-        r"([0-9]+)\.([0-9]+)(?![0-9%])",
-        "write two dots in a range, as in `{1}..{2}`, and a percent sign in a share, as in `25%`",
-    ),
-    Hint(
-        _AXIS + r"\s+range\s*$",
-        r"\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)",
-        "a range includes both ends: write `{0} {1}..{2}`",
-        exclusive=True,
-    ),
-    Hint(
-        _AXIS + r"\s+range\s*$",
-        r"\(\s*([0-9]+)\s*\)",
-        "a range includes both ends: write `{0} 0..{1}`",
-        exclusive=True,
-    ),
-    Hint(
-        _AXIS + r"\s*([0-9]+)\s*$",
-        r": *([0-9]+)",
-        "a range includes both ends: write `{0} {1}..{2}`",
-        exclusive=True,
-    ),
-    Hint(
-        _AXIS + r"\s*$",
-        r"\[\s*([0-9]+(?:\s*,\s*[0-9]+)*)\s*\]",
-        "remove the brackets: `{0} {1}`",
-    ),
-    Hint(
-        r"^(\w+)\s+at\s+([\w-]+)\s+$",
-        r"(tokens?)\s+(\S.*?)\s*$",
-        "write the site first: `{0} {3} at {1} {2}`",
-    ),
-    Hint(r"\bat\s+position\s*$", r"(-?[0-9]+)", "write `token {0}`"),
-    Hint(r"", r"positions?\s+(-?[0-9]+)", "write `at token {0}`"),
-    Hint(
-        r"^$",
-        r"(zero|mean|resample)_?ablat(?:e|ion)\s+(\S.*?)\s*$",
-        "write `ablate {1} with {0}`",
-    ),
-    Hint(
-        r"",
-        r"(limit|seed|temperature)\s*=\s*([\w.]+)",
-        "write `{0} {1}` without a sign in between",
-    ),
-    Hint(r"^model\s*$", r'=?\s*("[^"]*")', "name the model and its source: `model m = hf({0})`"),
     Hint(
         r"^(template|answer|wrong)\s*$",
         r'[fr](?=")',
@@ -262,7 +209,6 @@ HABIT_HINTS: tuple[Hint, ...] = (
         r":",
         "write `{0} {1} {{` and close the block with `}}`",
     ),
-    Hint(r"^generate\s+([0-9]+)\s*$", r"tokens?\b", "remove the unit: `generate {0}`"),
 )
 """Habits from Python, TransformerLens and other experiment libraries."""
 
@@ -736,8 +682,6 @@ HINTS: tuple[Hint, ...] = (
     Hint(r"\b([0-9]+)\s*$", r"- *([0-9]+)", "a range is written `{0}..{1}`"),
     Hint(r"\b([0-9]+)\s*$", r": *([0-9]+)", "a range is written `{0}..{1}`"),
     Hint(r"\b([0-9]+)\s+$", r"to +([0-9]+)\b", "a range is written `{0}..{1}`"),
-    Hint(r"\.\.\s*$", r"\. *([0-9]+)", "write two dots in a range: `..{0}`"),
-    Hint(r"\b(last|first)\s+$", r"(\w+) +(tokens?)\b", "write `{0}-{1} {2}`"),
     Hint(
         r"\bwindow\s+$",
         r"([0-9]+)\s+(layers?\s+\S+)",
@@ -803,21 +747,15 @@ HINTS: tuple[Hint, ...] = (
         r"heads?\b",
         "a circuit chooses edges at positions; to choose sites, write `group {0} = fit(…) at …`",
     ),
-    Hint(r"\b(\w+)\s+$", r"([0-9]+|\*)", "name the axis: `{0} layer {1}`", "LAYER"),
-    Hint(r"(?:at|onto|to|from|with|,)\s*$", r"(-?[0-9]+)", "write `token {0}`", "TOKEN"),
+    Hint(
+        r"\b(?!(?:layer|head|neuron|expert)s?\b)([a-z]\w*)\s+$",
+        r"([0-9]+|\*)",
+        "name the axis: `{0} layer {1}`",
+        "LAYER",
+    ),
     Hint(r"", r"to\b", "write `onto` to name where the activation is written", "ONTO"),
     Hint(r"", r"to\b", "write `into`: `from SOURCE into BASE`", "INTO"),
     Hint(r"", r"(?:x|×|vs|against|and|,)(?!\w)", "write `by`: `heatmap layer by head`", "BY"),
-    Hint(
-        r"",
-        r"((?:layer|head|neuron|expert|token)s?) *= *([\w.*%]+)",
-        "write `{0} {1}` without a sign in between",
-    ),
-    Hint(
-        r"\b((?:layer|head|neuron|expert|token)s?)\s*$",
-        r"[=:] *(\S+)",
-        "write `{0} {1}` without a sign in between",
-    ),
     Hint(r"\([^()]*\b([a-z_]+)\s*$", r"=(?!=)", "write a colon after an option: `{0}: …`"),
     Hint(
         r"\{[^}]*\btokens?\s+$",
@@ -848,7 +786,6 @@ HINTS: tuple[Hint, ...] = (
         r"(?:width|columns?)\b",
         "write `width 1 column` or `width 2 columns`",
     ),
-    Hint(r"\beach\s+token\s*$", r"", "write `token *` for each token separately", "BETWEEN"),
     Hint(
         r"^$",
         r"run\s+(\w+)\s*\{",
@@ -937,11 +874,6 @@ HINTS: tuple[Hint, ...] = (
         "write the site of the head: `z {2} layer {0} head {1}`",
     ),
     Hint(
-        r"^observe\s+attention\s+(?:pattern|scores)\s+$",
-        r"(vision|encoder|cross)\b",
-        "remove the site: `observe attention {0} layer 1 head 0 from … to …`",
-    ),
-    Hint(
         r"(?:^|\{)\s*\w+\s*=\s*[\w.]+\s*$",
         r",\s*\w+\s*=",
         "write one assignment per line",
@@ -959,7 +891,6 @@ HINTS: tuple[Hint, ...] = (
         "AT",
     ),
     Hint(r"^ablate\b", r"", "name the replacement: `with mean` or `with zero`", "WITH"),
-    Hint(r"\b(?:last|first)\s*$", r"", "write `last token` or `last-item token`", "TOKEN"),
 )
 
 
@@ -972,7 +903,5 @@ def find_hint(before: str, after: str, accepts: frozenset[str]) -> str | None:
         right = re.match(known.after, after)
         if left and right:
             groups = [*left.groups(), *right.groups()]
-            if known.exclusive:
-                groups[-1] = str(max(0, int(groups[-1]) - 1))
             return known.text.format(*groups)
     return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mechdsl.base.records import closest_name
 from mechdsl.base.text import STRING_PATTERN, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.other_tools import METRIC_NAMES, find_foreign_path, translate_word
+from mechdsl.diagnostics.habits import Rewrite
 from mechdsl.diagnostics.syntax import (
     MisspeltWord,
     ReservedName,
@@ -77,8 +77,6 @@ _COLON = re.compile(
 
 _LINE = re.compile(r"^(?P<indent>[ \t]*)(?P<first>[^\s#])[^\n]*", re.MULTILINE)
 """A line that is neither blank nor a comment."""
-
-_RANGE_START = re.compile(r"\b(?:in|layers?|heads?|neurons?|experts?|features?)\s+\Z")
 
 _PATH_START = re.compile(r"model\.[A-Za-z_]")
 
@@ -230,7 +228,10 @@ class _BracketRepair:
         if _HEADER.match(self.text, piece.start) and not (
             piece.text in ("prompts", "images", "model") and self.opened[-1].text != "{"
         ):
-            while self.opened:
+            # A single line that is indented deeper is misplaced, but its block isn't unclosed.
+            ends = piece.text in ("experiment", "prompts", "images")
+            indent = self._indent(piece.start)
+            while self.opened and (ends or self._indent(self.opened[-1].start) >= indent):
                 self.close(piece.start, place)
         while self.opened and self.opened[-1].text != "{" and _begins(self.text, piece):
             self.close(piece.start, place)
@@ -365,6 +366,8 @@ def statement_starts(
         goes_on = before is not None and before.text in ("+", "-", "/", ",", "=", "->", "..")
         if piece.text in certain:
             inner = piece.text == "from" and not _FROM_INTO.match(text, piece.start)
+            if piece.text == "from" and starts and not piece.first:  # `from end to start`
+                inner |= any(each.text == "attention" for each in inside[starts[-1] : i])
             if piece.text == "using" and starts and inside[starts[-1]].text == "discover":
                 inner = True
             if piece.text == "block" and before is not None and not piece.first:
@@ -480,7 +483,6 @@ def explain_mistake(mistake: Mistake) -> Diagnostic:
     """Return the most specific message that applies to a mistake."""
     return (
         _first_word(mistake)
-        or _foreign_path(mistake)
         or _taken_for_position(mistake)
         or _misspelt(mistake)
         or explain_habit(mistake)
@@ -524,28 +526,6 @@ def _first_word(mistake: Mistake) -> Diagnostic | None:
     )
 
 
-def _foreign_path(mistake: Mistake) -> Diagnostic | None:
-    """Report a path of another tool, such as `blocks.3.hook_resid_post`."""
-    before, token = mistake.before, mistake.token
-    if before is not None and token is not None and token.kind == "number":
-        meant = translate_word(before.text, f" {token.text}")  # `mlp 3`
-        if meant is not None:
-            return explain_misplaced(mistake, f"write `{meant}`")
-    foreign_path = find_foreign_path(mistake.source.text[mistake.begin : mistake.end])
-    if foreign_path is None:
-        return None
-    start, end, site = foreign_path
-    span = Span(mistake.source, mistake.begin + start, mistake.begin + end)
-    if not span.start <= mistake.offset <= span.end:
-        return None
-    is_range = _RANGE_START.search(mistake.source.text, mistake.begin, span.start)
-    if is_range and span.text.count(".") == 1:  # `for b in a.5`, `layers a.5`
-        return None
-    return UnexpectedToken(
-        found=f"`{span.text}`", expected="a site of mechdsl", hint=f"write `{site}`", span=span
-    )
-
-
 def _is_definition(mistake: Mistake) -> bool:
     if mistake.kind not in ("data_lines", "change_lines") or len(mistake.statement) < 2:
         return False
@@ -581,21 +561,12 @@ def explain_habit(mistake: Mistake) -> Diagnostic | None:
     if mistake.cut_short and text[end : end + 1] != "}":
         # The rest of the line may belong to this statement, not to the next one.
         end = max(end, text.find("\n", mistake.span.start))
-    hint = _foreign_metric(mistake) or find_hint(
+    hint = find_hint(
         text[mistake.begin : mistake.offset], text[mistake.offset : end], mistake.accepts
     )
     if hint is None:
         return None
     return explain_misplaced(mistake, hint)
-
-
-def _foreign_metric(mistake: Mistake) -> str | None:
-    """Return the hint for `measure accuracy`, a metric of other libraries without an effect."""
-    words = [piece.text for piece in mistake.statement]
-    if not (mistake.cut_short and words[:1] == ["measure"] and len(words) == 2):
-        return None
-    metric = METRIC_NAMES.get(words[1])
-    return f"write `measure {metric} as raw`" if metric else None
 
 
 def _misspelt(mistake: Mistake) -> Diagnostic | None:
@@ -642,6 +613,19 @@ def explain_misplaced(
     span = Span(mistake.source, word.start, word.end) if word else mistake.span
     found, expected = _found(mistake), _expected(mistake)
     return UnexpectedToken(found=found, expected=expected, hint=hint, span=span)
+
+
+def explain_rewrite(mistake: Mistake, rewrite: Rewrite) -> Diagnostic:
+    """Report E0101 for a habit: the marked text, and the text that replaces it."""
+    begin = mistake.begin
+    span = Span(mistake.source, begin + rewrite.start, begin + rewrite.end)
+    return UnexpectedToken(
+        found=f"`{_short(span.text)}`",
+        expected="a different spelling",
+        rewrite=rewrite.text,
+        rewrite_help=rewrite.advice,
+        span=span,
+    )
 
 
 def _found(mistake: Mistake) -> str:

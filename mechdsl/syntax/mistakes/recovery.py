@@ -14,6 +14,7 @@ from mechdsl.base import limits
 from mechdsl.base.records import close_names, closest_name
 from mechdsl.base.text import STRING_PATTERN, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.habits import Rewrite, find_rewrites
 from mechdsl.diagnostics.syntax import (
     MisspeltWord,
     UnexpectedCharacter,
@@ -31,6 +32,7 @@ from mechdsl.syntax.mistakes.messages import (
     explain_habit,
     explain_misplaced,
     explain_mistake,
+    explain_rewrite,
     first_words,
     match_brackets,
     statement_starts,
@@ -252,15 +254,13 @@ def lost_statement(mistake: Mistake) -> ast.LostStatement:
 
 _VERSION = re.compile(r"mech\b[ \t]*(?P<number>[\w.]*)")
 
-_ONE_DOT = re.compile(
-    r"\b(?:in|layers?|heads?|neurons?|experts?|features?|tokens?|row|col)[ \t]+"
-    r"(?P<range>\w+\.\w+)(?![\w.%(\"])"
-)
-
 _FIRST_WORD = re.compile(r"(?P<word>[A-Za-z]\w*)[ \t]+[0-9]+\b")
 
 MAX_GUESSES = 1000
 """Maximum number of word substitutions tried per file."""
+
+MAX_HABITS = 4
+"""Maximum number of habits rewritten in one statement."""
 
 MAX_GUESSED_LENGTH = 2000
 """Maximum length, in characters, of a statement in which words are substituted."""
@@ -462,6 +462,8 @@ class _Recovery:
         brace = block_start(mistake.statement, first)
         if brace is not None and brace.start < mistake.offset <= (brace.partner or 0):
             return self._kept(kind, depth, mistake, first) or []
+        if (nodes := self._habitual(kind, depth, mistake, first)) is not None:
+            return nodes
         for word, meant in self._guesses(mistake):
             begins = meant if word is mistake.statement[0] else first
             at = word.start - mistake.begin
@@ -477,22 +479,74 @@ class _Recovery:
         hinted = isinstance(problem, UnexpectedToken) and bool(problem.hint)
         self.hinted_end = mistake.end if mistake.cut_short and hinted else -1
         nodes = self._kept(kind, depth, mistake, first, named=True) if brace is not None else None
-        if nodes is None and (reading := self._two_dots(mistake)) is not None:
+        if nodes is None:
+            self.lost.append(lost_statement(mistake))
+        return nodes or []
+
+    def _habitual(self, kind: str, depth: int, mistake: Mistake, first: str) -> list[Any] | None:
+        """Report habits at a mistake, and parse the statement without them.
+
+        Returns:
+            The block with its valid lines, empty for other statements; None without a habit.
+        """
+        rewrite = self._rewrite(kind, mistake, first)
+        if rewrite is None:
+            return None
+        self.diagnostics.append(explain_rewrite(mistake, rewrite))
+        nodes: list[Any] | None = None
+        if block_start(mistake.statement, first) is not None:
+            reading = WordSubstitution(rewrite.start, rewrite.end, rewrite.text)
             nodes = self._kept(kind, depth, mistake, first, reading)
         if nodes is None:
             self.lost.append(lost_statement(mistake))
         return nodes or []
 
-    def _two_dots(self, mistake: Mistake) -> WordSubstitution | None:
-        """Read `layers 1.4` as `layers 1..4`, if the parser stopped there."""
-        for match in _ONE_DOT.finditer(self.text, mistake.begin, mistake.end):
-            start, end = match.span("range")
-            if start <= mistake.offset < end:
-                start, end = start - mistake.begin, end - mistake.begin
-                low, high = match["range"].split(".")
-                # `layer 0.5` may also be a share, whose upper end isn't layer 5.
-                is_share = low.isdecimal() and high.isdecimal()
-                return WordSubstitution(start, end, low if is_share else f"{low}..{high}")
+    def _rewrite(self, kind: str, mistake: Mistake, first: str) -> Rewrite | None:
+        """Return the replacement of habits after which the parser gets further."""
+        brace = block_start(mistake.statement, first)
+        end = mistake.end if brace is None else brace.start
+        tail = "" if brace is None else "{}"
+        text = self.text[mistake.begin : end].rstrip()
+        stop = min(mistake.offset - mistake.begin, len(text))
+        if len(text) > MAX_GUESSED_LENGTH:
+            return None
+        done: Rewrite | None = None
+        for _ in range(MAX_HABITS):
+            each, further = self._step(kind, text, tail, stop, self.text[: mistake.begin])
+            if each is None:
+                break
+            done = each if done is None else done.joined(each, text)
+            if further is None:
+                break
+            text, stop = each.put_into(text), further
+        return done
+
+    def _step(
+        self, kind: str, text: str, tail: str, stop: int, before: str
+    ) -> tuple[Rewrite | None, int | None]:
+        """Return the first replacement after which the parser gets further, and where it stops."""
+        for each in find_rewrites(text, stop, stop, UnexpectedToken.code, before):
+            if not self.guesses_left:
+                break
+            self.guesses_left -= 1
+            further = self._stop(kind, each.put_into(text) + tail)
+            new_end = each.start + len(each.text)
+            if each.end - each.start == len(text):
+                passed = stop
+            elif stop <= skip_space(text, each.end):
+                passed = new_end
+            else:
+                passed = stop + new_end - each.end
+            if further is None or further > passed:
+                return each, further
+        return None, None
+
+    def _stop(self, kind: str, text: str) -> int | None:
+        """Return the offset where the parser stops in a text; None if the text is valid."""
+        try:
+            run_parser(self.source, text, start=kind, words=self.words)
+        except ParserError as error:
+            return error.offset
         return None
 
     def _guesses(self, mistake: Mistake) -> Iterator[tuple[Lexeme, str]]:
