@@ -48,7 +48,12 @@ class CellKey:
     """Name of the site in the model, `L2H0.z`; empty in an experiment without rules."""
     position: str | None = None
     tokens: tuple[str, ...] = ()
-    """Distinct texts of the written tokens, most frequent first."""
+    """Distinct texts of the written tokens, most frequent first; of attention between two
+    positions, the tokens that the axis `position` names: keys, or queries if only these vary."""
+    queries: tuple[str, ...] = ()
+    """Distinct texts of the queries of attention, if `tokens` are its keys."""
+    keys: tuple[str, ...] = ()
+    """Distinct texts of the keys of attention, if `tokens` are its queries."""
     read: tuple[str, ...] = ()
     """Distinct texts of the tokens that are read in the source run, if they differ."""
     also: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -152,12 +157,18 @@ def _average_key(cells: Sequence[CellKey], coords: Mapping[str, Coord]) -> CellK
         return " … ".join(dict.fromkeys((values[0], values[-1])))
 
     positions = [cell.position or "" for cell in cells]
+    tokens, queries, keys, read = (
+        tuple(dict.fromkeys(text for cell in cells for text in getattr(cell, name)))
+        for name in ("tokens", "queries", "keys", "read")
+    )
     return CellKey(
         coords=coords,
         site=ends([cell.site for cell in cells]),
         position=ends(positions) or None,
-        tokens=tuple(dict.fromkeys(text for cell in cells for text in cell.tokens)),
-        read=tuple(dict.fromkeys(text for cell in cells for text in cell.read)),
+        tokens=tokens,
+        queries=queries,
+        keys=keys,
+        read=read,
         also={k: v for k, v in cells[0].also.items() if all(c.also.get(k) == v for c in cells)},
     )
 

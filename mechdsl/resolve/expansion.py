@@ -53,10 +53,12 @@ def name_cells(
         also = {**measured, **also}
         sites = dict.fromkeys(rule.site(index) for rule in rules)
         positions = dict.fromkeys(rule.position(index) for rule in rules)
-        tokens = dict.fromkeys(text for rule in rules for text in rule.tokens(index))
-        position = " + ".join(positions) or None
-        read = dict.fromkeys(text for rule in rules for text in rule.unlike(index))
-        yield CellKey(coords, " + ".join(sites), position, tuple(tokens), tuple(read), also)
+        tokens, queries, keys, read = (
+            tuple(dict.fromkeys(text for rule in rules for text in rule.find(name, index)))
+            for name in ("tokens", "queries", "keys", "read")
+        )
+        site, position = " + ".join(sites), " + ".join(positions) or None
+        yield CellKey(coords, site, position, tokens, queries, keys, read, also)
 
 
 class _NamedRule:
@@ -76,9 +78,15 @@ class _NamedRule:
         self.sites = self.ends = self.senders = self.receivers = self.keys = self.compared = None
         self.rule, self.names = rule, names
         self.positions = _index_along(positions.written, positions.axes, names)
-        self.texts = [_index_along(hits(positions.written), positions.axes, names)]
         unlike = self._unlike(experiment, rule) if texts else dict.fromkeys(positions.written, ())
-        self.unlike = _index_along(unlike, positions.axes, names)
+        ends = {"tokens": rule.named_positions}
+        if edge is not None:
+            by_key = rule.named_positions is edge.keys
+            ends |= {"queries": positions} if by_key else {"keys": edge.keys}
+        self.texts = {
+            name: _index_along(hits(end.written), end.axes, names) for name, end in ends.items()
+        }
+        self.texts["read"] = _index_along(unlike, positions.axes, names)
         if rule.sites is not None:
             self.sites = _index_along(rule.sites.labels, rule.sites.axes, names)
             self.senders = _index_along(rule.sites.points, rule.sites.axes, names)
@@ -89,7 +97,6 @@ class _NamedRule:
             self.receivers = _index_along(path.receivers.points, path.receivers.axes, names)
         if edge is not None:
             self.keys = _index_along(edge.keys.written, edge.keys.axes, names)
-            self.texts.append(_index_along(hits(edge.keys.written), edge.keys.axes, names))
 
     def _unlike(
         self, experiment: ResolvedExperiment, rule: ResolvedRule
@@ -122,14 +129,13 @@ class _NamedRule:
         name = name if self.compared is None else f"{name} ~ {self.compared(index)}"
         return name if self.ends is None else f"{name} → {self.ends(index)}"
 
+    def find(self, name: str, index: AxisIndices) -> TokenTexts:
+        """Return the texts of a field of `CellKey`; none if the rule has no such tokens."""
+        return self.texts[name](index) if name in self.texts else ()
+
     def position(self, index: AxisIndices) -> str:
         label = self.positions(index).label
         return label if self.keys is None else f"{label} → {self.keys(index).label}"
-
-    def tokens(self, index: AxisIndices) -> Iterator[str]:
-        """Yield the texts of a cell's tokens: those of queries, then those of keys."""
-        for texts in self.texts:
-            yield from texts(index)
 
 
 def _index_along(

@@ -1334,6 +1334,14 @@ class ResolvedRule(Record):
         return None if self.path is None else self.path.basis
 
     @property
+    def named_positions(self) -> PositionTargets:
+        """The positions that the axis `position` names: of attention between two positions, the
+        keys, or the queries if only these vary."""
+        if self.edge is None or (self.positions.axes and not self.edge.keys.axes):
+            return self.positions
+        return self.edge.keys
+
+    @property
     def acts_later(self) -> bool:
         """Whether it acts on newest tokens in steps after the prefill."""
         return (

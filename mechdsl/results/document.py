@@ -382,7 +382,16 @@ class TargetDocument(DocumentPart):
     """Where the cell's intervention acts."""
 
     position: str | None
-    tokens: list[str]
+    tokens: list[str] = Field(
+        description="tokens of the position; of attention, the keys, or the queries if only "
+        "these vary"
+    )
+    queries: list[str] | None = Field(
+        default=None, description="tokens of the queries of attention whose keys are `tokens`"
+    )
+    keys: list[str] | None = Field(
+        default=None, description="tokens of the keys of attention whose queries are `tokens`"
+    )
     read: list[str] | None = Field(
         default=None,
         description="tokens of the source run, if the same position has a different token",

@@ -608,6 +608,8 @@ def finite_number(value: Any) -> float | None:
 def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
     lists = any(cell.listed for cell in result.cells)
     labelled = any(cell.label for cell in result.cells)
+    has_queries = any(cell.queries for cell in result.cells)
+    has_keys = any(cell.keys for cell in result.cells)
     picked = [selection.of for selection in result.selected]
     for index, cell in enumerate(result.cells):
         for measure, data in enumerate(result.measures):
@@ -617,6 +619,8 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 # An axis may have this name; its value is then the position.
                 "position": cell.coords.get("position", cell.position),
                 "tokens": " ".join(cell.tokens),
+                **({"queries": " ".join(cell.queries)} if has_queries else {}),
+                **({"keys": " ".join(cell.keys)} if has_keys else {}),
                 "source_run": result.source,
                 "base_run": result.base,
                 "label": data.label,

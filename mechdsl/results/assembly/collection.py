@@ -155,17 +155,15 @@ def _spaced_texts(row: RunRow, experiment: ResolvedExperiment) -> tuple[str, ...
 def _token_hits(
     experiment: ResolvedExperiment, lengths: Sequence[int], kept: Ints, there: Bools
 ) -> tuple[PromptHits, ...]:
-    """Return the hit tokens per cell and prompt."""
+    """Return the hit tokens per cell and prompt; of attention, those that `position` names."""
     names = [axis.name for axis in experiment.axes]
+    positions = [rule.named_positions for rule in experiment.rules]
     made: dict[tuple[object, ...], PromptHits] = {}
 
     def hits(index: tuple[int, ...]) -> PromptHits:
-        keys = [
-            tuple(index[names.index(axis)] for axis in rule.positions.axes)
-            for rule in experiment.rules
-        ]
+        keys = [tuple(index[names.index(axis)] for axis in position.axes) for position in positions]
         if tuple(keys) not in made:  # cells of one position share their tuples
-            cells = [r.positions.written[k] for r, k in zip(experiment.rules, keys, strict=True)]
+            cells = [each.written[key] for each, key in zip(positions, keys, strict=True)]
             made[tuple(keys)] = tuple(
                 tuple(
                     sorted({p for cell in cells for run in cell.hits[i] for p in run if p < length})

@@ -307,11 +307,21 @@ def zero_rule() -> Any:
     return rule(color=QUIET_INK, strokeDash=[3, 3], strokeWidth=1).encode(y=alt.datum(0))
 
 
-def null_band_layer(base: Any, form: Literal["area", "bar"], lines: int = 1, **mark: Any) -> Any:
+def null_band_layer(
+    base: Any, form: Literal["area", "bar"], title: str, lines: int = 1, **mark: Any
+) -> Any:
     """Return the range of random controls in grey: along a line, or around each point.
 
-    Bands of several lines overlap, so they are lighter.
+    Bands of several lines overlap, so they are lighter. The untrained control is a single value: a
+    dashed line, or a tick.
     """
+    if title == "untrained":
+        grey = {"y": alt.Y("null_low:Q"), "color": alt.value(QUIET_INK)}
+        if form == "area":
+            return base.mark_line(strokeDash=[4, 3], strokeWidth=1.5).encode(
+                detail="line:N", **grey
+            )
+        return base.mark_tick(thickness=2, **mark).encode(**grey)
     shade = max(0.07, 0.3 / lines)
     ends = {"y": alt.Y("null_low:Q"), "y2": "null_high:Q", "color": alt.value(QUIET_INK)}
     if form == "area":

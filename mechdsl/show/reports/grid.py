@@ -34,6 +34,10 @@ from mechdsl.vocab.reports import REPORTS, short_names
 DEPTH_PATTERN = re.compile(r"[0-9.]+%")
 
 
+QUERY_AXIS = "from_position"
+"""Axis of the queries of attention, if the keys vary too."""
+
+
 @dataclass(frozen=True)
 class GridPanel:
     """The cells that share all coordinates except those along the drawn axes."""
@@ -93,8 +97,11 @@ def grid_panels(
 
 
 def coordinate_text(axis: str, value: Coord) -> str:
-    """Format a coordinate: `head 3`; a position without its axis."""
-    return value_text(value) if axis == "position" else f"{axis} {value_text(value)}"
+    """Format a coordinate: `head 3`; a position without its axis, and the query of attention as
+    `from 3`."""
+    if axis == "position":
+        return value_text(value)
+    return f"{'from' if axis == QUERY_AXIS else axis} {value_text(value)}"
 
 
 def value_text(value: Coord) -> str:
@@ -103,10 +110,20 @@ def value_text(value: Coord) -> str:
 
 
 def hit_tokens_text(cell: CellKey, most: int) -> str:
-    """Return the most frequent tokens that a cell hits; after an arrow those of the source run, if
-    its tokens at the same positions differ."""
-    hit = _token_list(cell.tokens, most)
+    """Return the most frequent tokens that a cell hits: of attention, the queries, an arrow and the
+    keys; of others, after an arrow those of the source run, if its tokens at the same positions
+    differ."""
+    ends = [cell.tokens]
+    if cell.queries:
+        ends = [cell.queries, cell.tokens]
+    elif cell.keys:
+        ends = [cell.tokens, cell.keys]
+    hit = " → ".join(_token_list(tokens, most) or NO_TEXT for tokens in ends)
     return f"{hit} ← {_token_list(cell.read, most)}" if cell.read else hit
+
+
+NO_TEXT = "∅"
+"""Stands for tokens that cover no text, such as `<s>`."""
 
 
 def listed_tokens_text(cell: CellKey) -> str:
@@ -268,23 +285,27 @@ MAX_TOKEN_LENGTH = 14
 def token_label(token: str) -> str:
     """Return a token for a label: spaces as `·`, other white space by name, at most
     `MAX_TOKEN_LENGTH` characters."""
-    text = escape_hidden(token.replace(" ", "·")) or "∅"
+    text = escape_hidden(token.replace(" ", "·")) or NO_TEXT
     return text if len(text) <= MAX_TOKEN_LENGTH else text[: MAX_TOKEN_LENGTH - 1] + "…"
 
 
-def position_names(result: ExperimentResult) -> dict[Coord, str]:
+def position_names(result: ExperimentResult, axis: str = "position") -> dict[Coord, str]:
     """Return the names of positions in charts.
 
     A numbered token has its text, `4: ·plum`, or the most frequent one if prompts differ,
     `4: ·plum, …`; after an arrow, that of the source run. Other positions have tokens only if
     those of the source run differ.
+
+    Args:
+        axis: `position`, or `QUERY_AXIS`.
     """
     hit: dict[Coord, dict[str, None]] = {}
     read: dict[Coord, dict[str, None]] = {}
     for cell in result.cells:
-        value = cell.coords.get("position")
+        value = cell.coords.get(axis)
         if value is not None:
-            hit.setdefault(value, {}).update(dict.fromkeys(cell.tokens))
+            tokens = cell.queries if axis == QUERY_AXIS else cell.tokens
+            hit.setdefault(value, {}).update(dict.fromkeys(tokens))
             read.setdefault(value, {}).update(dict.fromkeys(cell.read))
 
     def listed(tokens: Sequence[str]) -> str:
@@ -302,8 +323,8 @@ def position_names(result: ExperimentResult) -> dict[Coord, str]:
 
 def value_names(result: ExperimentResult, axis: str) -> dict[Coord, str]:
     """Return the text of each value of an axis in charts."""
-    if axis == "position":
-        return position_names(result)
+    if axis in ("position", QUERY_AXIS):
+        return position_names(result, axis)
     return {value: value_text(value) for value in axis_values(result, axis)}
 
 
@@ -509,6 +530,7 @@ AXIS_TITLES = {
     "expert": "Expert",
     "feature": "Feature",
     "position": "Token position",
+    QUERY_AXIS: "Query position",
     "model": "Model",
     "prompts": "Prompts",
 }
@@ -566,6 +588,10 @@ def chart_axis_title(result: ExperimentResult, word: str) -> str:
     """Return the title of an axis in a chart, such as `Layer` or `Layer (centre of the window)`."""
     axis = axis_name(result, word)
     title = AXIS_TITLES.get(axis, escape_hidden(word))
+    if axis == "position" and any(cell.queries for cell in result.cells):
+        title = "Key position"
+    elif axis == "position" and any(cell.keys for cell in result.cells):
+        title = "Query position"
     if axis in result.centres:
         return f"{title} (centre of the window)"
     values = {cell.coords[axis] for cell in result.cells if axis in cell.coords}

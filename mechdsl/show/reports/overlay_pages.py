@@ -195,6 +195,10 @@ def _overlay_notes(result: ExperimentResult, data: MeasureData, prompts: int) ->
             f"the parts of images that the model reads, of {count} prompts, each shown separately; "
             f"numbers are of patches of {result.base}"
         ]
+    if any(cell.queries for cell in result.cells):
+        said.append("numbers of attention are at the keys")
+    if any(cell.keys for cell in result.cells):
+        said.append("numbers of attention are at the queries")
     effect = EFFECTS[data.effect]
     if ANSWER_TOKENS_KEY in result.conventions:
         said.append("only tokens of the prompts, not those of the answer after them")

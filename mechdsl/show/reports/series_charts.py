@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 import numpy as np
@@ -129,7 +129,8 @@ def _lines_panel(
         layers.append(count_marks(base, "top"))
     if frame.null_title:
         wide = {} if numbered else {"size": min(POINT_BAND_WIDTH, width / len(values) / len(lines))}
-        layers.insert(0, null_band_layer(base, "area" if numbered else "bar", len(lines), **wide))
+        form: Literal["area", "bar"] = "area" if numbered else "bar"
+        layers.insert(0, null_band_layer(base, form, frame.null_title, len(lines), **wide))
     plot = alt.layer(*layers, data=alt.Data(values=records)).properties(
         width=width, height=_panel_height(width)
     )
@@ -476,7 +477,7 @@ def _bars_panel(result: ExperimentResult, frame: FigureFrame, axes: tuple[str, .
     ends = [across.encode(y=f"{end}:Q") for end in ("low", "high")]
     layers: list[Any] = [
         bars,
-        *([null_band_layer(base, "bar")] if frame.null_title else []),
+        *([null_band_layer(base, "bar", frame.null_title)] if frame.null_title else []),
         zero_rule(),
         whiskers,
         *ends,
