@@ -133,12 +133,12 @@ class SeedMean(Record):
     """Index in `ExperimentResult.measures`."""
     cell: CellKey
     """The cell without its seed."""
-    seeds: int
-    """Number of trainings with a value."""
+    values: tuple[float, ...]
+    """The mean of each training with a value."""
     mean: float
     low: float
-    """Low end of the interval over seeds: Student's t of the means of single trainings. NaN if all
-    are equal."""
+    """Low end of the interval over seeds: Student's t of `values`. NaN below five trainings and if
+    all are equal."""
     high: float
     row_low: float
     """Low end of the interval over prompts, of each prompt's mean over the trainings; NaN
@@ -146,6 +146,11 @@ class SeedMean(Record):
     row_high: float
     n: int
     """Number of prompts."""
+
+    @property
+    def seeds(self) -> int:
+        """Number of trainings with a value."""
+        return len(self.values)
 
 
 TARGET_LABEL = "target"

@@ -136,14 +136,20 @@ def percentiles(samples: Floats, ends: tuple[float, float]) -> tuple[Floats, Flo
     return np.where(none, np.nan, low), np.where(none, np.nan, high)
 
 
-def mean_half_width(values: Floats, confidence: float) -> float:
-    """Return half the width of the interval of the mean of at least two values by Student's t.
+def seed_half_width(values: Floats, confidence: float) -> float:
+    """Return half the width of the interval of the mean over trainings, by Student's t.
 
-    NaN if all are equal: such values have no information on their spread.
+    Args:
+        values: The mean of each training, shape [seed].
+        confidence: In percent.
+
+    Returns:
+        NaN below `MIN_UNITS` trainings, which don't show how often a training fails, and if all
+        values are equal.
     """
     error = float(values.std(ddof=1)) / np.sqrt(len(values))
     t = float(student_quantile(confidence, np.array([len(values)]))[0])
-    return float(error * t) if error else float("nan")
+    return float(error * t) if error and len(values) >= MIN_UNITS else float("nan")
 
 
 def student_quantile(confidence: float | Floats, units: Ints) -> Floats:
