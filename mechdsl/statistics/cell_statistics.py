@@ -284,20 +284,22 @@ def _numbers(
         statistics.rounding[cells] = rounding_bound(data, effect, cells, rows.present)
         for name, values in further.items():
             values[cells] = _row_statistic(name, rows, failures)
-        zero = _zero_denominators(block, sampling)
+        denominators = _denominators(block, sampling)
+        weak = None if denominators is None else denominators.weak & (n > 0)
         word = sampling.unit_word(block.units)
         for offset, cell in enumerate(cells.tolist()):
             undefined = int(rows.undefined[offset])
-            about = zero.get(offset)
-            if about is not None:
+            is_weak = weak is not None and bool(weak[offset])
+            if is_weak:
                 for values in (statistics.mean, statistics.low, statistics.high, statistics.p):
                     values[cell] = np.nan
             gap = interval_gap(
                 int(statistics.units[cell]),
                 word,
                 sampling.settings,
-                is_ratio=rows.denominator is not None and about is None,
+                is_ratio=denominators is not None and not is_weak,
             )
+            about = denominators.describe(offset, gap) if denominators and is_weak else ""
             reasons[cell] = _reason(data, effect, statistics, cell, undefined, gap, about)
     for values in (
         statistics.mean,
@@ -487,37 +489,71 @@ def share_limits(
     return shares.exact, *_inert_at_zero(data, effect, cells, limits)
 
 
-def _zero_denominators(
-    block: _UnitBlock, sampling: SamplingDesign
-) -> dict[int, tuple[float, float, float]]:
-    """Return the cells of a block whose denominator can't be distinguished from 0, each with the
-    denominator and its interval. Their ratio has no bounds by Fieller's condition (Fieller
-    1954)."""
+def _denominators(block: _UnitBlock, sampling: SamplingDesign) -> Denominators | None:
+    """Return the denominators of a block of ratios; None for means."""
     if block.rows.denominator is None:
-        return {}
+        return None
     bottom = np.broadcast_to(block.rows.denominator, block.rows.present.shape)
     ones = block.rows.present.astype(np.float64)
     sums = EffectSums(block.units.total(bottom), block.units.total(ones), block.sums.held)
     strata = sampling.draws(block.units, whole=block.whole).strata
-    low, high = denominator_interval(sums, strata, sampling.settings.confidence)
-    value = sums.value
-    with np.errstate(invalid="ignore"):
-        indices = np.flatnonzero(~((low > 0) | (high < 0)) & (block.n > 0))
-    return {int(i): (float(value[i]), float(low[i]), float(high[i])) for i in indices}
+    return Denominators.of(sums, strata, sampling.settings.confidence)
 
 
-def denominator_interval(
-    sums: EffectSums, strata: Ints | None, confidence: float
-) -> tuple[Floats, Floats]:
-    """Return the interval of a denominator, by the method for ratios. Shape [cell] each.
+DENOMINATOR_MARGIN = 2.0
+"""Minimum size of a ratio's denominator, in half widths of its interval by Student's t: Fieller's g
+is at most 1/4 (Finney 1971). Where the true denominator is one standard error, an interval that
+excludes 0 lets through one sample in six: those whose denominator is large by chance, with ratios
+that are too small."""
 
-    Below `MIN_UNITS`, where a ratio has no interval, it is Student's; for one unit, the value.
-    """
-    value = sums.value
-    low, high = skewed_t(sums, strata).interval(confidence, MIN_UNITS)
-    width = np.nan_to_num(student_quantile(confidence, sums.held) * standard_error(sums))
-    few = sums.held < MIN_UNITS
-    return np.where(few, value - width, low), np.where(few, value + width, high)
+
+@dataclass(frozen=True, eq=False)
+class Denominators:
+    """Denominators of ratios with their intervals, shape [cell] each."""
+
+    value: Floats
+    low: Floats
+    """By the method for ratios; below `MIN_UNITS`, where a ratio has no interval, Student's; for
+    one unit, the value."""
+    high: Floats
+    half_width: Floats
+    """Half the width of the interval by Student's t; 0 for one unit."""
+
+    @classmethod
+    def of(cls, sums: EffectSums, strata: Ints | None, confidence: float) -> Denominators:
+        """Compute the denominators of cells.
+
+        Args:
+            sums: The denominators as means over rows.
+            strata: Strata of the units, shape [unit].
+            confidence: In percent.
+        """
+        value = sums.value
+        low, high = skewed_t(sums, strata).interval(confidence, MIN_UNITS)
+        width = np.nan_to_num(student_quantile(confidence, sums.held) * standard_error(sums))
+        few = sums.held < MIN_UNITS
+        low, high = np.where(few, value - width, low), np.where(few, value + width, high)
+        return cls(value, low, high, width)
+
+    @property
+    def weak(self) -> Bools:
+        """Whether a denominator is too close to 0 for a ratio, shape [cell]."""
+        with np.errstate(invalid="ignore"):
+            excludes_zero = (self.low > 0) | (self.high < 0)
+            return ~excludes_zero | (np.abs(self.value) < DENOMINATOR_MARGIN * self.half_width)
+
+    def describe(self, cell: int, gap: str) -> str:
+        """Describe a weak denominator and its interval; empty if it is 0 without a spread.
+
+        Args:
+            cell: Index of the cell.
+            gap: Why it has no interval.
+        """
+        value, low, high = (float(each[cell]) for each in (self.value, self.low, self.high))
+        if low == high == 0:
+            return ""
+        ends = f"[{low:.3g}, {high:.3g}]" if np.isfinite(low) else f"without an interval ({gap})"
+        return f"{value:.3g} {ends}"
 
 
 def rounding_bound(
@@ -571,9 +607,14 @@ def _reason(
     cell: int,
     undefined: int,
     gap: str,
-    zero: tuple[float, float, float] | None,
+    zero: str,
 ) -> str | None:
-    """Describe why a value of a cell is missing; `gap` is the reason if it has no interval."""
+    """Describe why a value of a cell is missing.
+
+    Args:
+        gap: The reason if it has no interval.
+        zero: Its denominator in words, if that is too close to 0.
+    """
     said: list[str] = []
     if data.missing is not None:
         return f"not computed ({data.missing.code}): {data.missing.reason}"
@@ -583,10 +624,8 @@ def _reason(
         return "no prompt is part of this cell"
     if undefined:
         said.append(f"the base run's value is 0 in {undefined} of {statistics.n[cell]} prompts")
-    elif zero is not None and not zero[1] == zero[2] == 0:
-        value, low, high = zero
-        ends = f"[{low:.3g}, {high:.3g}]" if np.isfinite(low) else f"without an interval ({gap})"
-        said.append(f"{effect.divisor} can't be told from 0 there: {value:.3g} {ends}")
+    elif zero:
+        said.append(f"{effect.divisor} is too close to 0 there: {zero}")
     elif not np.isfinite(statistics.mean[cell]):
         by_zero = effect.denominator is not None and not np.isinf(statistics.mean[cell])
         said.append(f"{effect.divisor} is 0" if by_zero else "infinite for at least one prompt")
@@ -759,24 +798,18 @@ def check_denominator(
         units.total(present.astype(np.float64)),
         units.held(present),
     )
-    confidence = sampling.settings.confidence
     strata = sampling.draws(units, whole=bool(sampling.whole(present).all())).strata
-    ends = denominator_interval(sums, strata, confidence)
-    for value, low, high, n, held in zip(sums.value, *ends, present.sum(1), sums.held, strict=True):
-        if n and not (low > 0 or high < 0):
-            gap = interval_gap(int(held), sampling.unit_word(units), sampling.settings)
-            return [
-                ZeroDenominator(
-                    span=span,
-                    effect=effect.name,
-                    divisor=effect.divisor,
-                    mean=f"{value:.3g}",
-                    interval=(
-                        f"with a {confidence:g} % interval from {low:.3g} to {high:.3g}"
-                        if np.isfinite(low)
-                        else f"without an interval ({gap})"
-                    ),
-                    n=int(n),
-                )
-            ]
+    denominators = Denominators.of(sums, strata, sampling.settings.confidence)
+    weak = denominators.weak & present.any(1)
+    for cell in np.flatnonzero(weak)[:1].tolist():
+        gap = interval_gap(int(sums.held[cell]), sampling.unit_word(units), sampling.settings)
+        return [
+            ZeroDenominator(
+                span=span,
+                effect=effect.name,
+                divisor=effect.divisor,
+                size=denominators.describe(cell, gap) or "0",
+                n=int(present[cell].sum()),
+            )
+        ]
     return []

@@ -433,12 +433,12 @@ def test_ratio_with_a_denominator_near_zero_has_no_value() -> None:
     assert found.tests == 1
     bottom = (source - base)[1]
     low, high = (end[0] for end in skewed_t(made(bottom[None])).interval(95.0, 2))
-    said = f"m(source) − m(base) can't be told from 0 there: {bottom.mean():.3g}"
-    assert found.reasons[1] == f"{said} [{low:.3g}, {high:.3g}]"
+    text = f"m(source) − m(base) is too close to 0 there: {bottom.mean():.3g}"
+    assert found.reasons[1] == f"{text} [{low:.3g}, {high:.3g}]"
     assert found.reasons[2] == "m(source) − m(base) is 0"
     # the denominator may be 0 by groups, but not by rows
     groups = np.arange(30) // 6
-    shifted = base[:1] + np.repeat([4.0, -2, 3, 1, -1], 6)[None]
+    shifted = base[:1] + np.repeat([5.0, -1, 4, 2, 0], 6)[None]
     rows = one(measure(patched[:1], base[:1], shifted))
     assert np.isfinite(rows.mean[0])
     whole = one(measure(patched[:1], base[:1], shifted), groups=groups)

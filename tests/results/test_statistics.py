@@ -338,4 +338,4 @@ def test_denominator_near_zero_by_groups_is_rejected() -> None:
     assert moved.label_text == found.label_text
     means = np.array([-1.0, 0.5, 2.0, 1.5])
     width = stats.t.ppf(0.975, 3) * means.std(ddof=1) / 2
-    assert f"{0.75 - width:.3g} to {0.75 + width:.3g}" in found.label_text
+    assert f"[{0.75 - width:.3g}, {0.75 + width:.3g}]" in found.label_text
