@@ -68,6 +68,7 @@ class ExpectDocument(DocumentPart):
 
     text: str
     holds: bool
+    undecided: bool = Field(False, description="it doesn't hold as the number has no interval")
     value: float | str | None
     low: float | None
     high: float | None

@@ -290,6 +290,15 @@ class ExpectOutcome:
     """Number of independent units, the smallest of all values read; None without a number."""
     computed: bool = True
     """False if it fails because something that it reads could not be computed."""
+    undecided: bool = False
+    """Whether it doesn't hold because the number has no interval."""
+
+    @property
+    def word(self) -> Literal["holds", "fails", "undecided"]:
+        """The verdict in one word."""
+        if self.undecided:
+            return "undecided"
+        return "holds" if self.holds else "fails"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

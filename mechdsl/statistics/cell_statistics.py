@@ -24,6 +24,8 @@ from mechdsl.program.significance import MAX_RESAMPLES, MIN_UNITS, interval_gap
 from mechdsl.statistics.corrections import add_corrected_p
 from mechdsl.statistics.intervals import (
     FLIPS_PER_TEST,
+    SkewedT,
+    equal_value_inference,
     flip_count,
     share_difference,
     share_interval,
@@ -98,8 +100,12 @@ def infer(
     tests: int,
     *,
     tested: bool = True,
+    limits: tuple[float, float] | None = None,
 ) -> Inference:
     """Compute intervals and p-values with the method of `stats test`.
+
+    Cells of equal units don't show how other units differ. They have neither interval nor p,
+    unless the range of the values bounds the mean.
 
     Args:
         sums: Effects of the cells.
@@ -107,8 +113,18 @@ def infer(
         draws: Units, strata, seed, and the requested number of resamples.
         tests: Number of cells over which the smallest p is corrected.
         tested: Whether 0 means "no effect", so that the value has a p.
+        limits: The least and the greatest mean, if they are known.
     """
-    low, high, p, floor = _by_method(sums, settings, draws, tests)
+    skewed = skewed_t(sums, draws.strata)
+    low, high, p, floor = _by_method(sums, skewed, settings, draws, tests)
+    equal = np.flatnonzero(skewed.flat & ~np.asarray(sums.fixed) & (sums.held >= MIN_UNITS))
+    low[equal] = high[equal] = p[equal] = np.nan
+    floor[equal] = False
+    if limits is not None:
+        low, high = np.clip(low, *limits), np.clip(high, *limits)
+        low[equal], high[equal], p[equal] = equal_value_inference(
+            sums.value[equal], sums.held[equal], limits, settings.confidence
+        )
     if tested:
         return Inference.of(low, high, p, floor, 1 - settings.confidence / 100)
     known, nothing = np.isfinite(low) & np.isfinite(high), np.full(len(p), np.nan)
@@ -127,12 +143,11 @@ def draw_count(settings: spec.Statistics, tests: int) -> int:
 
 
 def _by_method(
-    sums: EffectSums, settings: spec.Statistics, draws: Resamples, tests: int
+    sums: EffectSums, skewed: SkewedT, settings: spec.Statistics, draws: Resamples, tests: int
 ) -> tuple[Floats, Floats, Floats, Bools]:
     if settings.test == "t":
-        inference = skewed_t(sums, draws.strata)
-        low, high = inference.interval(settings.confidence, MIN_UNITS)
-        return low, high, inference.p(), np.zeros(len(low), dtype=bool)
+        low, high = skewed.interval(settings.confidence, MIN_UNITS)
+        return low, high, skewed.p(), np.zeros(len(low), dtype=bool)
     count = draw_count(settings, tests)
     if settings.test == "flips":
         flips = sign_flip_inference(sums, count, draws.seed, settings.confidence)
@@ -217,6 +232,8 @@ def _empty(cells: int) -> CellStatistics:
         repeated=np.zeros(cells, dtype=bool),
         units=np.zeros(cells, dtype=np.int64),
         floor=np.zeros(cells, dtype=bool),
+        equal=np.zeros(cells, dtype=bool),
+        has_p=False,
     )
 
 
@@ -234,6 +251,10 @@ class _UnitBlock:
     def n(self) -> Ints:
         """Number of prompts, shape [cell]."""
         return np.count_nonzero(self.rows.present, axis=1)
+
+    def strata(self, sampling: SamplingDesign) -> Ints | None:
+        """Return the strata of new samples, shape [unit]."""
+        return sampling.draws(self.units, whole=self.whole).strata
 
 
 def _unit_blocks(
@@ -284,8 +305,12 @@ def _numbers(
         statistics.rounding[cells] = rounding_bound(data, effect, cells, rows.present)
         for name, values in further.items():
             values[cells] = _row_statistic(name, rows, failures)
+        lacks_interval = np.isnan(inference.low) & (block.sums.held >= MIN_UNITS)
+        equal = skewed_t(block.sums, block.strata(sampling)).flat & lacks_interval & ~rows.fixed
         denominators = _denominators(block, sampling)
         weak = None if denominators is None else denominators.weak & (n > 0)
+        equal &= np.isfinite(statistics.mean[cells]) & (weak is None or ~weak)
+        statistics.equal[cells] = equal
         word = sampling.unit_word(block.units)
         for offset, cell in enumerate(cells.tolist()):
             undefined = int(rows.undefined[offset])
@@ -298,6 +323,7 @@ def _numbers(
                 word,
                 sampling.settings,
                 is_ratio=denominators is not None and not is_weak,
+                is_equal=bool(equal[offset]),
             )
             about = denominators.describe(offset, gap) if denominators and is_weak else ""
             reasons[cell] = _reason(data, effect, statistics, cell, undefined, gap, about)
@@ -309,7 +335,13 @@ def _numbers(
         statistics.source_mean,
     ):
         values[~np.isfinite(values)] = np.nan
-    return replace(statistics, reasons=tuple(reasons), further=further, failures=failures)
+    return replace(
+        statistics,
+        reasons=tuple(reasons),
+        has_p=effect.tested,
+        further=further,
+        failures=failures,
+    )
 
 
 def _row_statistic(name: str, rows: EffectParts, failures: dict[str, str]) -> Floats:
@@ -345,14 +377,15 @@ def _inference(
 
     def by_method(sums: EffectSums) -> Inference:
         draws = sampling.draws(block.units, whole=block.whole)
-        return infer(sums, settings, draws, tests, tested=effect.tested)
+        limits = mean_range(data)
+        return infer(sums, settings, draws, tests, tested=effect.tested, limits=limits)
 
     if shares is None:
-        return by_method(block.sums).within(mean_range(data))
+        return by_method(block.sums)
     inference = _share_inference(data, effect, block, shares, settings.confidence)
     others = np.flatnonzero(~shares.exact)
     if len(others):
-        inference.fill(others, by_method(block.sums.chosen(others)).within(mean_range(data)))
+        inference.fill(others, by_method(block.sums.chosen(others)))
     return inference
 
 
@@ -496,8 +529,7 @@ def _denominators(block: _UnitBlock, sampling: SamplingDesign) -> Denominators |
     bottom = np.broadcast_to(block.rows.denominator, block.rows.present.shape)
     ones = block.rows.present.astype(np.float64)
     sums = EffectSums(block.units.total(bottom), block.units.total(ones), block.sums.held)
-    strata = sampling.draws(block.units, whole=block.whole).strata
-    return Denominators.of(sums, strata, sampling.settings.confidence)
+    return Denominators.of(sums, block.strata(sampling), sampling.settings.confidence)
 
 
 DENOMINATOR_MARGIN = 2.0

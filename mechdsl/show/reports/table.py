@@ -32,6 +32,7 @@ from mechdsl.show.reports.colours import cell_style, diverging_colour, needs_whi
 from mechdsl.show.reports.grid import hit_tokens_text, listed_tokens_text, sort_key, value_text
 from mechdsl.show.reports.text import (
     MISSING,
+    equal_rows_note,
     heading_facts,
     inert_note,
     interval_texts,
@@ -51,7 +52,6 @@ from mechdsl.show.reports.text import (
     rounding_note,
     significance_note,
     verification_notes,
-    zero_width_note,
 )
 from mechdsl.statistics.cell_statistics import compute_cell_statistics
 from mechdsl.statistics.measurements import MissingReason
@@ -578,7 +578,7 @@ def _notes(
         null,
         inert_note(result, measure),
         rounding_note(result, measure),
-        zero_width_note(result, measure),
+        equal_rows_note(result, measure),
     )
     for line in remarks:
         if line:
