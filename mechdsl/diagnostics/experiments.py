@@ -211,17 +211,16 @@ class UndefinedCells(Diagnostic):
 
 class ZeroDenominator(Diagnostic):
     code = "E0604"
-    title = "the denominator of `{effect}` is not significantly different from 0"
-    label = "{divisor} is {mean} over {n} rows, {interval}"
+    title = "the denominator of `{effect}` is too close to 0"
+    label = "{divisor} is {size} over {n} rows"
     help = (
         "measure `as delta`, use more rows, or choose a metric and a corruption that "
         "separate the runs"
     )
     effect: str
     divisor: str
-    mean: str
-    interval: str
-    """`with a 95 % interval from LOW to HIGH`, or why there is none."""
+    size: str
+    """The denominator with its interval."""
     n: int
 
 

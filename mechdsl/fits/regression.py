@@ -452,18 +452,28 @@ def _scaled_ridges(
 
 
 def r_squared(y: Floats, predicted: Floats) -> Floats:
-    """Compute 1 − (y − ŷ)² / mean((y − ȳ)²), whose mean over rows is R²: [row].
+    """Compute R² plus the first-order influence of each row on it, [row]; their mean is R².
 
-    Squares are summed over targets. NaN if all targets are equal.
+    R² = 1 − Σe² / Σd² is a ratio of sums over rows, with errors e = y − ŷ and deviations d = y − ȳ.
+    A row's value is R² + ((1 − R²) d² − e²) / mean(d²): the linearised ratio, so that the spread of
+    these values over rows includes that of the denominator. The mean ȳ has no influence of first
+    order. Squares are summed over targets. NaN if all targets are equal.
 
     Args:
         y: Targets, [row] or [row, target].
         predicted: Predictions, in the same shape.
+
+    References:
+        Cochran, W. G. (1977). Sampling Techniques, section 6.4.
     """
     wanted, got = target_matrix(y), target_matrix(predicted)
-    around = ((wanted - wanted.mean(axis=0)) ** 2).sum(axis=1).mean()
-    off = ((wanted - got) ** 2).sum(axis=1)
-    return 1 - off / around if around > 0 else np.full(len(off), np.nan)
+    around = ((wanted - wanted.mean(axis=0)) ** 2).sum(axis=1)
+    scale = around.mean()
+    if scale == 0:
+        return np.full(len(around), np.nan)
+    errors = ((wanted - got) ** 2).sum(axis=1)
+    unexplained = errors.mean() / scale
+    return 1 - unexplained + (unexplained * around - errors) / scale
 
 
 ROUTING_STEPS = 200

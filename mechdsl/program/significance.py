@@ -44,7 +44,12 @@ def smallest_p_value(units: int, settings: spec.Statistics) -> float:
 
 
 def interval_gap(
-    units: int, word: str, settings: spec.Statistics, *, is_ratio: bool = False
+    units: int,
+    word: str,
+    settings: spec.Statistics,
+    *,
+    is_ratio: bool = False,
+    is_equal: bool = False,
 ) -> str:
     """Describe why an estimate over this number of units has no interval.
 
@@ -53,10 +58,13 @@ def interval_gap(
         word: Name of one unit.
         settings: Method and confidence.
         is_ratio: Whether units differ in their denominators, not only in their numbers of rows.
+        is_equal: Whether all units have the same value.
     """
     words = count_noun(units, word)
     if units < MIN_UNITS:
         return f"{words}: no interval below {MIN_UNITS}"
+    if is_equal:
+        return f"the same in all {words}"
     level = 1 - settings.confidence / 100
     if settings.test == "flips" and smallest_p_value(units, settings) >= level:
         return f"{words}: sign flips of so few give no p below {level:.4g}"

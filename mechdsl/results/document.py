@@ -68,6 +68,7 @@ class ExpectDocument(DocumentPart):
 
     text: str
     holds: bool
+    undecided: bool = Field(False, description="it doesn't hold as the number has no interval")
     value: float | str | None
     low: float | None
     high: float | None
@@ -486,9 +487,11 @@ class SeedMeanDocument(DocumentPart):
     label: str = Field(description="label of the measure")
     effect: str
     seeds: int = Field(description="number of trainings")
+    values: list[float] = Field(description="mean of each training")
     mean: float | None
     low: float | None = Field(
-        description="low end of the interval over seeds, Student's t of the trainings' means"
+        description="low end of the interval over seeds, Student's t of the trainings' means; null "
+        "below five trainings"
     )
     high: float | None
     row_low: float | None = Field(

@@ -133,12 +133,12 @@ class SeedMean(Record):
     """Index in `ExperimentResult.measures`."""
     cell: CellKey
     """The cell without its seed."""
-    seeds: int
-    """Number of trainings with a value."""
+    values: tuple[float, ...]
+    """The mean of each training with a value."""
     mean: float
     low: float
-    """Low end of the interval over seeds: Student's t of the means of single trainings. NaN if all
-    are equal."""
+    """Low end of the interval over seeds: Student's t of `values`. NaN below five trainings and if
+    all are equal."""
     high: float
     row_low: float
     """Low end of the interval over prompts, of each prompt's mean over the trainings; NaN
@@ -146,6 +146,11 @@ class SeedMean(Record):
     row_high: float
     n: int
     """Number of prompts."""
+
+    @property
+    def seeds(self) -> int:
+        """Number of trainings with a value."""
+        return len(self.values)
 
 
 TARGET_LABEL = "target"
@@ -285,6 +290,15 @@ class ExpectOutcome:
     """Number of independent units, the smallest of all values read; None without a number."""
     computed: bool = True
     """False if it fails because something that it reads could not be computed."""
+    undecided: bool = False
+    """Whether it doesn't hold because the number has no interval."""
+
+    @property
+    def word(self) -> Literal["holds", "fails", "undecided"]:
+        """The verdict in one word."""
+        if self.undecided:
+            return "undecided"
+        return "holds" if self.holds else "fails"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

@@ -138,6 +138,7 @@ def _verdict(outcome: ExpectOutcome, change: ExpectationChange | None) -> JunitT
         detail = "; ".join(each for each in (said, outcome.reason) if each)
         return JunitTest(outcome.text, detail=detail, line=outcome.line)
     message = "; ".join(each for each in (said, outcome.reason) if each) or "it fails"
+    message = f"undecided: {message}" if outcome.undecided else message
     if not outcome.computed:
         return JunitTest(outcome.text, "error", message, "not computed", outcome.line)
     if change is not None and change.kind == "failed before":

@@ -111,6 +111,6 @@ def _conventions(conventions: Mapping[str, str]) -> list[str]:
 
 def _verdicts(result: ExperimentResult) -> Iterator[str]:
     for outcome in result.outcomes:
-        word = "holds" if outcome.holds else "<b>fails</b>"
+        word = outcome.word if outcome.holds else f"<b>{outcome.word}</b>"
         reason = f" ({outcome.reason})" if outcome.reason else ""
         yield f"{word} {escape_xml(f'expect {outcome.text} {verdict_text(outcome)}{reason}')}"

@@ -170,9 +170,8 @@ def _change_figures(change: ExpectationChange) -> list[str]:
 
 
 def _verdict_text(outcome: ExpectOutcome) -> str:
-    word = "holds" if outcome.holds else "fails"
     value = verdict_text(outcome)
-    return f"{word}: {value}" if value else word
+    return f"{outcome.word}: {value}" if value else outcome.word
 
 
 MAX_SECTION_LINES = 20
@@ -289,7 +288,7 @@ def _print_verdict_changes(verdicts: Sequence[VerdictChange], console: Console) 
 
 
 def _outcome_text(outcome: ExpectOutcome) -> str:
-    parts = ["holds" if outcome.holds else "fails", verdict_text(outcome)]
+    parts = [outcome.word, verdict_text(outcome)]
     said = "  ".join(part for part in parts if part)
     return f"{said}; {outcome.reason}" if outcome.reason else said
 

@@ -13,9 +13,10 @@ from rich.table import Table
 from mechdsl.base.text import format_size
 from mechdsl.execute.run_record import StoredTraining, TrainedFit, name_fits
 from mechdsl.fits.reports import FitReport, MaskReport
+from mechdsl.program.significance import MIN_UNITS
 from mechdsl.results.assembly.seed_means import SetAgreement, measure_agreement
 from mechdsl.show.reports.text import print_hanging
-from mechdsl.statistics.intervals import mean_half_width
+from mechdsl.statistics.intervals import seed_half_width
 
 
 def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
@@ -57,8 +58,10 @@ def _print_table(fits: Sequence[TrainedFit], kind: type[FitReport], console: Con
             table.add_row(*[""] * 4, *numbers)
     several = group_by_seeds(fits)
     for reports in several:
-        mean, far = f"{reports.basis}: mean of {len(reports.fits)} seeds", f"{reports.basis}: ±"
-        for name, lines in ((mean, reports.mean.lines()), (far, reports.half_width.lines())):
+        rows = [(f"{reports.basis}: mean of {len(reports.fits)} seeds", reports.mean.lines())]
+        if len(reports.fits) >= MIN_UNITS:
+            rows.append((f"{reports.basis}: ±", reports.half_width.lines()))
+        for name, lines in rows:
             for number, line in enumerate(lines):
                 cells = (own.replace("nan", "–") for own in line)
                 table.add_row("" if number else name, *[""] * 3, *cells)
@@ -68,7 +71,7 @@ def _print_table(fits: Sequence[TrainedFit], kind: type[FitReport], console: Con
     for name, agreement in ((reports.basis, reports.agreement) for reports in several):
         if agreement is not None:
             print_hanging(f"  {name}: ", agreement.text, console)
-    if several:
+    if any(len(reports.fits) >= MIN_UNITS for reports in several):
         note = f"half the width of the {CONFIDENCE:g} % interval over seeds, by Student's t over "
         note += "these trainings, each with its own held-out rows; –: all are equal"
         print_hanging("  ±: ", note, console)
@@ -115,8 +118,8 @@ class SeedReports:
     @property
     def half_width(self) -> FitReport:
         """A report with half the width of each mean's interval over seeds, by Student's t; NaN
-        where all numbers are equal."""
-        return self._combined(lambda values: mean_half_width(np.array(values), CONFIDENCE))
+        below five trainings and where all numbers are equal."""
+        return self._combined(lambda values: seed_half_width(np.array(values), CONFIDENCE))
 
     def _combined(self, combine: Callable[[list[float]], float]) -> FitReport:
         """Return a report with combined numbers, and the amounts of the first training."""
@@ -146,7 +149,7 @@ class SeedReports:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mean and both ends of the interval of each number as JSON; None for an end
-        where all numbers are equal."""
+        below five trainings and where all numbers are equal."""
         mean, far = asdict(self.mean), asdict(self.half_width)
         numbers = {n: (own, far[n]) for n, own in mean.items() if type(own) is float}
         lists = {n: (own, far[n]) for n, own in mean.items() if isinstance(own, list)}

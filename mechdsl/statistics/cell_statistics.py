@@ -24,6 +24,8 @@ from mechdsl.program.significance import MAX_RESAMPLES, MIN_UNITS, interval_gap
 from mechdsl.statistics.corrections import add_corrected_p
 from mechdsl.statistics.intervals import (
     FLIPS_PER_TEST,
+    SkewedT,
+    equal_value_inference,
     flip_count,
     share_difference,
     share_interval,
@@ -98,8 +100,12 @@ def infer(
     tests: int,
     *,
     tested: bool = True,
+    limits: tuple[float, float] | None = None,
 ) -> Inference:
     """Compute intervals and p-values with the method of `stats test`.
+
+    Cells of equal units don't show how other units differ. They have neither interval nor p,
+    unless the range of the values bounds the mean.
 
     Args:
         sums: Effects of the cells.
@@ -107,8 +113,18 @@ def infer(
         draws: Units, strata, seed, and the requested number of resamples.
         tests: Number of cells over which the smallest p is corrected.
         tested: Whether 0 means "no effect", so that the value has a p.
+        limits: The least and the greatest mean, if they are known.
     """
-    low, high, p, floor = _by_method(sums, settings, draws, tests)
+    skewed = skewed_t(sums, draws.strata)
+    low, high, p, floor = _by_method(sums, skewed, settings, draws, tests)
+    equal = np.flatnonzero(skewed.flat & ~np.asarray(sums.fixed) & (sums.held >= MIN_UNITS))
+    low[equal] = high[equal] = p[equal] = np.nan
+    floor[equal] = False
+    if limits is not None:
+        low, high = np.clip(low, *limits), np.clip(high, *limits)
+        low[equal], high[equal], p[equal] = equal_value_inference(
+            sums.value[equal], sums.held[equal], limits, settings.confidence
+        )
     if tested:
         return Inference.of(low, high, p, floor, 1 - settings.confidence / 100)
     known, nothing = np.isfinite(low) & np.isfinite(high), np.full(len(p), np.nan)
@@ -127,12 +143,11 @@ def draw_count(settings: spec.Statistics, tests: int) -> int:
 
 
 def _by_method(
-    sums: EffectSums, settings: spec.Statistics, draws: Resamples, tests: int
+    sums: EffectSums, skewed: SkewedT, settings: spec.Statistics, draws: Resamples, tests: int
 ) -> tuple[Floats, Floats, Floats, Bools]:
     if settings.test == "t":
-        inference = skewed_t(sums, draws.strata)
-        low, high = inference.interval(settings.confidence, MIN_UNITS)
-        return low, high, inference.p(), np.zeros(len(low), dtype=bool)
+        low, high = skewed.interval(settings.confidence, MIN_UNITS)
+        return low, high, skewed.p(), np.zeros(len(low), dtype=bool)
     count = draw_count(settings, tests)
     if settings.test == "flips":
         flips = sign_flip_inference(sums, count, draws.seed, settings.confidence)
@@ -217,6 +232,8 @@ def _empty(cells: int) -> CellStatistics:
         repeated=np.zeros(cells, dtype=bool),
         units=np.zeros(cells, dtype=np.int64),
         floor=np.zeros(cells, dtype=bool),
+        equal=np.zeros(cells, dtype=bool),
+        has_p=False,
     )
 
 
@@ -234,6 +251,10 @@ class _UnitBlock:
     def n(self) -> Ints:
         """Number of prompts, shape [cell]."""
         return np.count_nonzero(self.rows.present, axis=1)
+
+    def strata(self, sampling: SamplingDesign) -> Ints | None:
+        """Return the strata of new samples, shape [unit]."""
+        return sampling.draws(self.units, whole=self.whole).strata
 
 
 def _unit_blocks(
@@ -284,20 +305,27 @@ def _numbers(
         statistics.rounding[cells] = rounding_bound(data, effect, cells, rows.present)
         for name, values in further.items():
             values[cells] = _row_statistic(name, rows, failures)
-        zero = _zero_denominators(block, sampling)
+        lacks_interval = np.isnan(inference.low) & (block.sums.held >= MIN_UNITS)
+        equal = skewed_t(block.sums, block.strata(sampling)).flat & lacks_interval & ~rows.fixed
+        denominators = _denominators(block, sampling)
+        weak = None if denominators is None else denominators.weak & (n > 0)
+        equal &= np.isfinite(statistics.mean[cells]) & (weak is None or ~weak)
+        statistics.equal[cells] = equal
         word = sampling.unit_word(block.units)
         for offset, cell in enumerate(cells.tolist()):
             undefined = int(rows.undefined[offset])
-            about = zero.get(offset)
-            if about is not None:
+            is_weak = weak is not None and bool(weak[offset])
+            if is_weak:
                 for values in (statistics.mean, statistics.low, statistics.high, statistics.p):
                     values[cell] = np.nan
             gap = interval_gap(
                 int(statistics.units[cell]),
                 word,
                 sampling.settings,
-                is_ratio=rows.denominator is not None and about is None,
+                is_ratio=denominators is not None and not is_weak,
+                is_equal=bool(equal[offset]),
             )
+            about = denominators.describe(offset, gap) if denominators and is_weak else ""
             reasons[cell] = _reason(data, effect, statistics, cell, undefined, gap, about)
     for values in (
         statistics.mean,
@@ -307,7 +335,13 @@ def _numbers(
         statistics.source_mean,
     ):
         values[~np.isfinite(values)] = np.nan
-    return replace(statistics, reasons=tuple(reasons), further=further, failures=failures)
+    return replace(
+        statistics,
+        reasons=tuple(reasons),
+        has_p=effect.tested,
+        further=further,
+        failures=failures,
+    )
 
 
 def _row_statistic(name: str, rows: EffectParts, failures: dict[str, str]) -> Floats:
@@ -343,14 +377,15 @@ def _inference(
 
     def by_method(sums: EffectSums) -> Inference:
         draws = sampling.draws(block.units, whole=block.whole)
-        return infer(sums, settings, draws, tests, tested=effect.tested)
+        limits = mean_range(data)
+        return infer(sums, settings, draws, tests, tested=effect.tested, limits=limits)
 
     if shares is None:
-        return by_method(block.sums).within(mean_range(data))
+        return by_method(block.sums)
     inference = _share_inference(data, effect, block, shares, settings.confidence)
     others = np.flatnonzero(~shares.exact)
     if len(others):
-        inference.fill(others, by_method(block.sums.chosen(others)).within(mean_range(data)))
+        inference.fill(others, by_method(block.sums.chosen(others)))
     return inference
 
 
@@ -487,37 +522,70 @@ def share_limits(
     return shares.exact, *_inert_at_zero(data, effect, cells, limits)
 
 
-def _zero_denominators(
-    block: _UnitBlock, sampling: SamplingDesign
-) -> dict[int, tuple[float, float, float]]:
-    """Return the cells of a block whose denominator can't be distinguished from 0, each with the
-    denominator and its interval. Their ratio has no bounds by Fieller's condition (Fieller
-    1954)."""
+def _denominators(block: _UnitBlock, sampling: SamplingDesign) -> Denominators | None:
+    """Return the denominators of a block of ratios; None for means."""
     if block.rows.denominator is None:
-        return {}
+        return None
     bottom = np.broadcast_to(block.rows.denominator, block.rows.present.shape)
     ones = block.rows.present.astype(np.float64)
     sums = EffectSums(block.units.total(bottom), block.units.total(ones), block.sums.held)
-    strata = sampling.draws(block.units, whole=block.whole).strata
-    low, high = denominator_interval(sums, strata, sampling.settings.confidence)
-    value = sums.value
-    with np.errstate(invalid="ignore"):
-        indices = np.flatnonzero(~((low > 0) | (high < 0)) & (block.n > 0))
-    return {int(i): (float(value[i]), float(low[i]), float(high[i])) for i in indices}
+    return Denominators.of(sums, block.strata(sampling), sampling.settings.confidence)
 
 
-def denominator_interval(
-    sums: EffectSums, strata: Ints | None, confidence: float
-) -> tuple[Floats, Floats]:
-    """Return the interval of a denominator, by the method for ratios. Shape [cell] each.
+DENOMINATOR_MARGIN = 2.0
+"""Minimum size of a ratio's denominator, in half widths of its interval by Student's t: Fieller's g
+is at most 1/4 (Finney 1971). Where the true denominator is one standard error, an interval that
+excludes 0 lets through one sample in six: those whose denominator is large by chance, with ratios
+that are too small."""
 
-    Below `MIN_UNITS`, where a ratio has no interval, it is Student's; for one unit, the value.
-    """
-    value = sums.value
-    low, high = skewed_t(sums, strata).interval(confidence, MIN_UNITS)
-    width = np.nan_to_num(student_quantile(confidence, sums.held) * standard_error(sums))
-    few = sums.held < MIN_UNITS
-    return np.where(few, value - width, low), np.where(few, value + width, high)
+
+@dataclass(frozen=True, eq=False)
+class Denominators:
+    """Denominators of ratios with their intervals, shape [cell] each."""
+
+    value: Floats
+    low: Floats
+    """By the method for ratios; below `MIN_UNITS`, where a ratio has no interval, Student's; for
+    one unit, the value."""
+    high: Floats
+    half_width: Floats
+    """Half the width of the interval by Student's t; 0 for one unit."""
+
+    @classmethod
+    def of(cls, sums: EffectSums, strata: Ints | None, confidence: float) -> Denominators:
+        """Compute the denominators of cells.
+
+        Args:
+            sums: The denominators as means over rows.
+            strata: Strata of the units, shape [unit].
+            confidence: In percent.
+        """
+        value = sums.value
+        low, high = skewed_t(sums, strata).interval(confidence, MIN_UNITS)
+        width = np.nan_to_num(student_quantile(confidence, sums.held) * standard_error(sums))
+        few = sums.held < MIN_UNITS
+        low, high = np.where(few, value - width, low), np.where(few, value + width, high)
+        return cls(value, low, high, width)
+
+    @property
+    def weak(self) -> Bools:
+        """Whether a denominator is too close to 0 for a ratio, shape [cell]."""
+        with np.errstate(invalid="ignore"):
+            excludes_zero = (self.low > 0) | (self.high < 0)
+            return ~excludes_zero | (np.abs(self.value) < DENOMINATOR_MARGIN * self.half_width)
+
+    def describe(self, cell: int, gap: str) -> str:
+        """Describe a weak denominator and its interval; empty if it is 0 without a spread.
+
+        Args:
+            cell: Index of the cell.
+            gap: Why it has no interval.
+        """
+        value, low, high = (float(each[cell]) for each in (self.value, self.low, self.high))
+        if low == high == 0:
+            return ""
+        ends = f"[{low:.3g}, {high:.3g}]" if np.isfinite(low) else f"without an interval ({gap})"
+        return f"{value:.3g} {ends}"
 
 
 def rounding_bound(
@@ -571,9 +639,14 @@ def _reason(
     cell: int,
     undefined: int,
     gap: str,
-    zero: tuple[float, float, float] | None,
+    zero: str,
 ) -> str | None:
-    """Describe why a value of a cell is missing; `gap` is the reason if it has no interval."""
+    """Describe why a value of a cell is missing.
+
+    Args:
+        gap: The reason if it has no interval.
+        zero: Its denominator in words, if that is too close to 0.
+    """
     said: list[str] = []
     if data.missing is not None:
         return f"not computed ({data.missing.code}): {data.missing.reason}"
@@ -583,10 +656,8 @@ def _reason(
         return "no prompt is part of this cell"
     if undefined:
         said.append(f"the base run's value is 0 in {undefined} of {statistics.n[cell]} prompts")
-    elif zero is not None and not zero[1] == zero[2] == 0:
-        value, low, high = zero
-        ends = f"[{low:.3g}, {high:.3g}]" if np.isfinite(low) else f"without an interval ({gap})"
-        said.append(f"{effect.divisor} can't be told from 0 there: {value:.3g} {ends}")
+    elif zero:
+        said.append(f"{effect.divisor} is too close to 0 there: {zero}")
     elif not np.isfinite(statistics.mean[cell]):
         by_zero = effect.denominator is not None and not np.isinf(statistics.mean[cell])
         said.append(f"{effect.divisor} is 0" if by_zero else "infinite for at least one prompt")
@@ -759,24 +830,18 @@ def check_denominator(
         units.total(present.astype(np.float64)),
         units.held(present),
     )
-    confidence = sampling.settings.confidence
     strata = sampling.draws(units, whole=bool(sampling.whole(present).all())).strata
-    ends = denominator_interval(sums, strata, confidence)
-    for value, low, high, n, held in zip(sums.value, *ends, present.sum(1), sums.held, strict=True):
-        if n and not (low > 0 or high < 0):
-            gap = interval_gap(int(held), sampling.unit_word(units), sampling.settings)
-            return [
-                ZeroDenominator(
-                    span=span,
-                    effect=effect.name,
-                    divisor=effect.divisor,
-                    mean=f"{value:.3g}",
-                    interval=(
-                        f"with a {confidence:g} % interval from {low:.3g} to {high:.3g}"
-                        if np.isfinite(low)
-                        else f"without an interval ({gap})"
-                    ),
-                    n=int(n),
-                )
-            ]
+    denominators = Denominators.of(sums, strata, sampling.settings.confidence)
+    weak = denominators.weak & present.any(1)
+    for cell in np.flatnonzero(weak)[:1].tolist():
+        gap = interval_gap(int(sums.held[cell]), sampling.unit_word(units), sampling.settings)
+        return [
+            ZeroDenominator(
+                span=span,
+                effect=effect.name,
+                divisor=effect.divisor,
+                size=denominators.describe(cell, gap) or "0",
+                n=int(present[cell].sum()),
+            )
+        ]
     return []

@@ -166,9 +166,9 @@ def add_corrected_p(
 ) -> list[CellStatistics]:
     """Add corrected p, the number of tests and the method.
 
-    There is no corrected p if sites were `picked` on the same rows, nor for measures whose cells
-    are too skewed for the method. Limits of shares are exact, so their p hold their level however
-    skewed they are. They are corrected as if each withheld p were 1.
+    There is no corrected p if sites were `picked` on the same rows, for measures whose cells are
+    too skewed for the method, and for cells of equal units. Limits of shares are exact, so their p
+    hold their level however skewed they are. They are corrected as if each withheld p were 1.
 
     Args:
         exact: For each measure, the cells whose p comes from exact limits of shares, shape [cell].
@@ -177,6 +177,7 @@ def add_corrected_p(
         picked: Whether sites were selected on the same rows.
     """
     p, share = np.concatenate([statistic.p for statistic in statistics]), np.concatenate(exact)
+    equal = np.concatenate([statistic.equal for statistic in statistics])
     every, lengths = range(len(statistics)), [len(statistic.p) for statistic in statistics]
     known = np.concatenate([statistic.tested & ~statistic.repeated for statistic in statistics])
     of = np.repeat(list(every), lengths)
@@ -195,7 +196,7 @@ def add_corrected_p(
         if is_too_skewed(*cells, sampling.settings.test):
             skewed = np.unique(of[known & ~share])
             withheld = ["skewed" if each in skewed else "" for each in every]
-    hidden = known & np.array([bool(each) for each in withheld])[of]
+    hidden = known & (np.array([bool(each) for each in withheld])[of] | equal)
     corrected = np.where(hidden, 1.0, p)
     if correction == "max":
         corrected[known] = correct_by_maximum(corrected[known], moves, sampling.seed)

@@ -136,14 +136,20 @@ def percentiles(samples: Floats, ends: tuple[float, float]) -> tuple[Floats, Flo
     return np.where(none, np.nan, low), np.where(none, np.nan, high)
 
 
-def mean_half_width(values: Floats, confidence: float) -> float:
-    """Return half the width of the interval of the mean of at least two values by Student's t.
+def seed_half_width(values: Floats, confidence: float) -> float:
+    """Return half the width of the interval of the mean over trainings, by Student's t.
 
-    NaN if all are equal: such values have no information on their spread.
+    Args:
+        values: The mean of each training, shape [seed].
+        confidence: In percent.
+
+    Returns:
+        NaN below `MIN_UNITS` trainings, which don't show how often a training fails, and if all
+        values are equal.
     """
     error = float(values.std(ddof=1)) / np.sqrt(len(values))
     t = float(student_quantile(confidence, np.array([len(values)]))[0])
-    return float(error * t) if error else float("nan")
+    return float(error * t) if error and len(values) >= MIN_UNITS else float("nan")
 
 
 def student_quantile(confidence: float | Floats, units: Ints) -> Floats:
@@ -713,12 +719,50 @@ def skewed_t(sums: EffectSums, strata: Ints | None = None) -> SkewedT:
         value=value,
         held=sums.held,
         nonzero=np.count_nonzero(sums.top, axis=1),
-        flat=(np.sqrt(squares[0]) <= FLAT_ERROR * size) & (sums.held > 1),
+        flat=equal_units(sums, left) | (np.sqrt(squares[0]) <= FLAT_ERROR * size) & (sums.held > 1),
         freedom=(sums.held - _strata_count(strata)).astype(np.float64),
         slope=bottom.sum(1),
         squares=squares,
         cubes=cubes,
     )
+
+
+def equal_units(sums: EffectSums, left: Floats) -> Bools:
+    """Return whether all units of a cell have the same value within rounding, shape [cell].
+
+    Args:
+        sums: Numerators and denominators by unit.
+        left: Numerators minus the cell's value times denominators, shape [cell, unit].
+    """
+    return (np.abs(left) <= sums.rounding).all(axis=1) & (sums.held > 1)
+
+
+def equal_value_inference(
+    value: Floats, held: Ints, limits: tuple[float, float], confidence: float
+) -> tuple[Floats, Floats, Floats]:
+    """Return the interval and p of means of equal units, from the range of the values alone.
+
+    If a share q of the population has another value, all n units have the same with probability
+    (1 − q)ⁿ. The interval contains each mean with q up to 1 − (α/2)^(1/n); p of 0 is 2 (1 − q)ⁿ
+    with the least q for which the mean may be 0. For values of 0 and 1, these are the limits of
+    Clopper and Pearson (1934).
+
+    Args:
+        value: The value of all units, shape [cell].
+        held: Number of units, shape [cell].
+        limits: The least and the greatest value.
+        confidence: In percent.
+
+    Returns:
+        The low end, the high end and p, shape [cell] each.
+    """
+    least, most = limits
+    share = 1 - (0.5 - confidence / 200) ** (1 / held)
+    low, high = value - share * (value - least), value + share * (most - value)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        beyond = np.where(value > 0, -least / (value - least), most / (most - value))
+    p = np.where(value == 0, 1.0, np.minimum(1.0, 2 * np.maximum(beyond, 0.0) ** held))
+    return low, high, p
 
 
 def skewed_t_of_moves(

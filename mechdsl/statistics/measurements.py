@@ -126,6 +126,11 @@ class CellStatistics:
     """Number of independent units of each cell: distinct prompts, or groups."""
     floor: Bools
     """Whether p is the smallest value for this number of flips or resamples, shape [cell]."""
+    equal: Bools
+    """Whether there is no interval and no p because all units have the same value within rounding,
+    and don't show how other units differ; shape [cell]."""
+    has_p: bool
+    """Whether 0 means "no effect", so that other cells have a p."""
     repeated: Bools
     """Whether the number is that of an earlier cell, which the measure can't differ from, shape
     [cell]; it is no further test."""
@@ -142,8 +147,9 @@ class CellStatistics:
 
     @property
     def tested(self) -> Bools:
-        """Whether there is a p, shape [cell]."""
-        return ~np.isnan(self.p)
+        """Whether the cell is a test of the correction, shape [cell]: it has a p, or none only
+        because its units are equal, which is a p of 1."""
+        return ~np.isnan(self.p) | (self.equal & self.has_p)
 
     @property
     def at_rounding(self) -> Bools:
@@ -457,6 +463,10 @@ class EffectParts:
     """Shape [cell, prompt]."""
     undefined: Ints
     """Number of prompts whose own denominator is 0 (`per prompt` only), shape [cell]."""
+    rounding: Floats
+    """Maximum effect of rounding on the numerator, shape [1 or cell, prompt]."""
+    fixed: Bools
+    """Whether the cell equals an unpatched run by its structure, shape [cell]."""
 
     def chosen_rows(self, rows: Bools) -> EffectParts:
         """Select some rows of a mean, shape [prompt]; the others are in no cell."""
@@ -485,8 +495,8 @@ class EffectParts:
             bottom = units.total(self.denominator, of)
             if self.effect.absolute:
                 bottom = bottom * np.where(bottom.sum(1, keepdims=True) < 0, -1.0, 1.0)
-        top = units.total(self.numerator, of)
-        return EffectSums(top, bottom, units.held(self.present, of))
+        top, rounding = units.total(self.numerator, of), units.total(self.rounding, of)
+        return EffectSums(top, bottom, units.held(self.present, of), rounding, self.fixed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -499,6 +509,10 @@ class EffectSums:
     """Shape [1 or cell, unit]."""
     held: Ints
     """Number of units with a row in the cell, shape [cell]."""
+    rounding: Floats | float = 0.0
+    """Maximum effect of rounding on `top`, shape [1 or cell, unit]."""
+    fixed: Bools | Literal[False] = False
+    """Whether the cell's value is the same in all rows by its structure, shape [cell]."""
 
     @property
     def value(self) -> Floats:
@@ -515,7 +529,11 @@ class EffectSums:
     def chosen(self, cells: CellIndex) -> EffectSums:
         """Select some cells."""
         bottom = self.bottom if len(self.bottom) == 1 else self.bottom[cells]
-        return EffectSums(self.top[cells], bottom, self.held[cells])
+        rounding, fixed = self.rounding, self.fixed
+        if isinstance(rounding, np.ndarray) and len(rounding) > 1:
+            rounding = rounding[cells]
+        fixed = fixed if fixed is False else fixed[cells]
+        return EffectSums(self.top[cells], bottom, self.held[cells], rounding, fixed)
 
     def weigh(self, share: Floats) -> EffectSums | None:
         """Return the weighted mean of the cells as one cell; None if their denominators differ.
@@ -525,7 +543,12 @@ class EffectSums:
         """
         if (self.bottom != self.bottom[:1]).any():
             return None
-        return EffectSums((share @ self.top)[None], self.bottom[:1], self.held.min(keepdims=True))
+        top, rounding = (
+            (share @ np.broadcast_to(values, self.top.shape))[None]
+            for values in (self.top, self.rounding)
+        )
+        fixed = np.all(self.fixed, keepdims=True)
+        return EffectSums(top, self.bottom[:1], self.held.min(keepdims=True), rounding, fixed)
 
 
 def effect_parts(data: MeasureData, effect: EffectKind, cells: CellIndex) -> EffectParts:
@@ -541,17 +564,24 @@ def effect_parts(data: MeasureData, effect: EffectKind, cells: CellIndex) -> Eff
     numerator = np.broadcast_to(numerator, patched.shape)
     present = ~np.isnan(patched) & ~np.isnan(numerator)
     undefined = np.zeros(patched.shape[0], dtype=np.int64)
+    rounding = 2 * np.nan_to_num(rows(data.rounding))  # of both runs
+    is_effect = effect.of_intervention and effect.tested
+    fixed = data.inert[cells] if is_effect else np.zeros(len(patched), dtype=bool)
     if effect.denominator is None:
-        return EffectParts(effect, np.where(present, numerator, 0.0), None, present, undefined)
+        numerator = np.where(present, numerator, 0.0)
+        return EffectParts(effect, numerator, None, present, undefined, rounding, fixed)
     denominator = np.asarray(effect.denominator(patched, base, source), dtype=np.float64)
     present = present & ~np.isnan(denominator)
     if data.per_prompt:
         ratios = effect.divide(numerator, denominator)
         undefined = np.count_nonzero(present & np.isnan(ratios), axis=1)
-        return EffectParts(effect, np.where(present, ratios, 0.0), None, present, undefined)
+        ratios = np.where(present, ratios, 0.0)
+        none = np.zeros_like(rounding)
+        return EffectParts(effect, ratios, None, present, undefined, none, fixed)
     if not present.all():  # the denominator also excludes prompts outside the cell
         denominator = np.where(present, denominator, 0.0)
-    return EffectParts(effect, np.where(present, numerator, 0.0), denominator, present, undefined)
+    numerator = np.where(present, numerator, 0.0)
+    return EffectParts(effect, numerator, denominator, present, undefined, rounding, fixed)
 
 
 def find_repeated_cells(data: MeasureData, effect: EffectKind) -> Ints:

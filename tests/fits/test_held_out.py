@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.metrics import r2_score
 
+from mechdsl.base.arrays import Floats
 from mechdsl.fits.regression import (
     PENALTIES,
     LogisticProbe,
@@ -112,9 +114,20 @@ def test_probes_predict_a_linear_target_but_not_noise() -> None:
     assert abs(right.mean() - 0.25) < 0.1
 
 
-def test_r_squared_of_rows_equals_its_definition() -> None:
-    y, got = np.array([1.0, 2.0, 6.0]), np.array([1.0, 3.0, 5.0])
-    assert np.allclose(r_squared(y, got), [1, 1 - 1 / (14 / 3), 1 - 1 / (14 / 3)])
-    both = r_squared(np.array([[1.0, 0], [3.0, 0]]), np.array([[1.0, 0], [3.0, 2.0]]))
-    assert both.tolist() == [1.0, -3.0]
-    assert np.isnan(r_squared(np.ones(3), got)).all()
+def weighted_r_squared(y: Floats, got: Floats, weights: Floats) -> float:
+    return float(r2_score(y, got, sample_weight=weights, multioutput="variance_weighted"))
+
+
+def test_r_squared_of_rows_is_the_score_plus_the_derivative_by_the_weight_of_the_row() -> None:
+    y = DRAW.normal(size=(12, 2)) ** 2
+    got = 0.5 * y + DRAW.normal(size=(12, 2)) + 1
+    for wanted, told in ((y, got), (y[:, 0], got[:, 0])):
+        rows, step = r_squared(wanted, told), 1e-6
+        score = weighted_r_squared(wanted, told, np.ones(12))
+        steps = [
+            weighted_r_squared(wanted, told, 1 + step * (np.arange(12) == row)) - score
+            for row in range(12)
+        ]
+        assert np.allclose(rows.mean(), score, atol=1e-12)
+        assert np.allclose(rows - score, 12 * np.array(steps) / step, atol=1e-3)
+    assert np.isnan(r_squared(np.ones(3), np.arange(3.0))).all()

@@ -15,6 +15,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Floats
 
 from ..quick import some
+from ..reference.r_squared import r_squared_contributions
 from .support import RECORDS, check_rules, experiment
 from .test_attended_encoder import all_columns, column, state
 from .test_attended_images import (
@@ -167,12 +168,12 @@ def test_probes_equal_scikit_learn_on_vectors_of_the_bare_model() -> None:
     )
     for found, (line, vector) in zip(run_text(text), SITES.items(), strict=True):
         x = np.stack([vector(n).numpy().astype(float) for n in ALL])
-        expected: list[float] = []
+        guesses: list[float] = []
         for n in ALL:
             own = [k for k in ALL if k != n]
             fitted = Ridge(alpha=1.0).fit(standardised(x[own], x[own]), Q[own])
-            guess = float(fitted.predict(standardised(x[[n]], x[own]))[0])
-            expected.append(1 - (Q[n] - guess) ** 2 / Q.var())
+            guesses.append(float(fitted.predict(standardised(x[[n]], x[own]))[0]))
+        expected = r_squared_contributions(Q, np.array(guesses))
         np.testing.assert_allclose(found.measures[0].patched[0], expected, atol=1e-3, err_msg=line)
 
 

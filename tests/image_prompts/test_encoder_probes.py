@@ -19,6 +19,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from ..execute.support import as_in_the_data
 from ..images import prompts_of_images as vlm
 from ..quick import some
+from ..reference.r_squared import r_squared_contributions
 from . import test_vision_encoder as plain
 from .support import MEASURE, experiment, write_data
 from .test_families import ALL, BLOCK, bare, difference, inputs, run_text
@@ -70,8 +71,8 @@ def ridge(x: Floats, y: Floats) -> Ridge:
 
 
 def left_out(x: Floats) -> Floats:
-    """1 - (y - ŷ)² / variance of each image, predicted by a fit to the other three images, each of
-    which has two prompts."""
+    """R² and the influence of each image on it, predicted by a fit to the other three images, each
+    of which has two prompts."""
     made = [
         ridge(np.repeat(x[own], 2, axis=0), np.repeat(Q[own], 2)).predict(
             standardised(x[[n]], x[own])
@@ -79,7 +80,7 @@ def left_out(x: Floats) -> Floats:
         for n in ALL
         for own in [[other for other in ALL if other != n]]
     ]
-    return 1 - (Q - np.array(made)) ** 2 / Q.var()
+    return r_squared_contributions(Q, np.array(made))
 
 
 @pytest.mark.parametrize("mode", some(["planned", "small passes"], ["planned"]))
@@ -142,7 +143,7 @@ def test_trained_probes_of_patches_predict_and_steer_as_references(
     for layer in (0, 1):
         x, one = means(name, layer), means(name, layer, (1, 2))
         fitted = ridge(x, Q)
-        scores = 1 - (Q - fitted.predict(standardised(x, x))) ** 2 / Q.var()
+        scores = r_squared_contributions(Q, fitted.predict(standardised(x, x)))
         np.testing.assert_allclose(found["of_a"].measures[0].patched[layer], scores, atol=1e-4)
         expected = fitted.predict(standardised(one, x))
         np.testing.assert_allclose(found["of_b"].measures[0].patched[layer], expected, atol=1e-3)

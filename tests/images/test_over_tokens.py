@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ..rules.test_over_tokens import Fit, cluster_values, members, probabilities, r_squared
+from ..reference.r_squared import r_squared_contributions
+from ..rules.test_over_tokens import Fit, cluster_values, members, probabilities
 from . import support
 from .test_maps import BOXES, given, looking, masks, mass, run
 
@@ -44,7 +45,7 @@ def test_routed_probe_of_patches_and_its_map_equal_reference(name: str, tmp_path
         got[row] = fit([vectors[row]])[0]
         weights[row] = fit.weights(vectors[row]).detach().numpy()
     told = found["e.told"].measures[0].patched[0]
-    np.testing.assert_allclose(told, r_squared(y, got), rtol=2e-3, atol=5e-3)
+    np.testing.assert_allclose(told, r_squared_contributions(y, got), rtol=2e-3, atol=5e-3)
     looked = found["e.looked"].measures[0].patched
     np.testing.assert_allclose(looked.T, weights, atol=2e-3)
     assert weights.max() > 2 / GRID**2

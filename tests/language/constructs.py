@@ -776,7 +776,7 @@ _file(
     "`validation` (10% of the rows, which the training doesn't use), `patience` (none), "
     "`measure_on_training_rows` (false) and `seeds` (none). `seeds: 3` trains one for each of 3 "
     "successive seeds; experiments sweep them along the axis `seed`. Tables end with their mean, "
-    "which has an interval over seeds and one over prompts. "
+    "with an interval over prompts and, from five seeds on, one over seeds. "
     'Rules use the basis like `sae("FOLDER")`. A basis that '
     "isn't trained is E0642, an experiment on training rows E0345.",
     "tests/pipeline/test_trained_dictionaries.py",

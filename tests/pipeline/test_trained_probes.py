@@ -23,6 +23,7 @@ from mechdsl.fits.reports import ProbeReport
 
 from ..quick import some
 from ..reference.forward import Write
+from ..reference.r_squared import r_squared_contributions
 from ..rules.models import bare
 from ..rules.support import Text, edited, plain, token, tokens
 from .test_trained_dictionaries import assert_same_results, models, run, train, write
@@ -202,8 +203,7 @@ def test_ridge_probe_equals_a_solved_regression(family: str, at: str, tmp_path: 
         assert np.allclose(own[f"layer.{layer}.weight"][0], weights, atol=1e-3)
         made = vectors(family, rows, layer, at) @ weights + intercept
         assert np.allclose(predicted.measures[0].patched[layer], made, atol=2e-3)
-        around = ((targets - targets.mean()) ** 2).mean()
-        wanted = 1 - (targets - made) ** 2 / around
+        wanted = r_squared_contributions(targets, made)
         assert np.allclose(seen.measures[0].patched[layer], wanted, atol=5e-3)
         for number, word in enumerate(("right", "last")):
             there = vectors(family, rows, layer, f"{word} token", "turned")
@@ -344,9 +344,8 @@ def test_probe_of_one_layer_is_read_in_all_layers(tmp_path: Path) -> None:
     assert np.allclose(first[1].measures[0].patched[2], made, atol=1e-3)
     changed = first[2].measures[0].patched
     targets = column(rows, "size")
-    around = ((targets - targets.mean()) ** 2).mean()
     for layer in range(3):
-        wanted = 1 - (targets - changed[layer]) ** 2 / around
+        wanted = r_squared_contributions(targets, changed[layer])
         assert np.allclose(first[0].measures[0].patched[layer], wanted, atol=1e-3)
 
 
@@ -438,7 +437,7 @@ def test_probe_of_every_head_equals_a_solved_regression(family: str, tmp_path: P
         assert np.allclose(own[f"layer.{layer}.head.{head}.weight"][0], weights, atol=1e-3)
         made = head_vectors(family, rows, layer, head) @ weights + intercept
         assert np.allclose(predicted[number], made, atol=2e-3)
-        wanted = 1 - (targets - made) ** 2 / ((targets - targets.mean()) ** 2).mean()
+        wanted = r_squared_contributions(targets, made)
         assert np.allclose(seen[number], wanted, atol=5e-3)
     assert np.array_equal(one[0], predicted[sites.index((1, 1))])
 

@@ -22,7 +22,7 @@ import mechdsl
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.console import visible_console
 from mechdsl.show.trainings import group_by_seeds, print_trained_fits
-from mechdsl.statistics.intervals import mean_half_width
+from mechdsl.statistics.intervals import seed_half_width
 
 from ..quick import in_turn
 from . import test_trained_circuits as circuits
@@ -290,9 +290,10 @@ experiment e {
 
 
 def test_seed_intervals_equal_a_reference_computation(tmp_path: Path) -> None:
-    averaged = FRUIT.replace("as delta", "as delta mean over seed")
+    text = FRUIT.replace("seeds: 3", "seeds: 5")
+    averaged = text.replace("as delta", "as delta mean over seed")
     averaged = averaged.replace("as recovery", "as recovery mean over seed")
-    result = one(mechdsl.run(FRUIT, store=tmp_path, fit=True))
+    result = one(mechdsl.run(text, store=tmp_path, fit=True))
     over = one(mechdsl.run(averaged, store=tmp_path))
     assert [mean.measure for mean in result.seed_means] == [0, 1]
     assert len(over.cells) == 1
@@ -300,7 +301,7 @@ def test_seed_intervals_equal_a_reference_computation(tmp_path: Path) -> None:
         single = result.statistics[mean.measure].mean
         low, high = t_interval(single)
         assert np.allclose([mean.mean, mean.low, mean.high], [single.mean(), low, high])
-        assert mean.seeds == 3
+        assert mean.values == tuple(single)
         assert same == mean
         rows = over.statistics[mean.measure]
         assert np.isclose(rows.mean[0], mean.mean)
@@ -312,8 +313,9 @@ def test_seed_intervals_equal_a_reference_computation(tmp_path: Path) -> None:
     assert np.allclose(found, by_hand, atol=0.3 * (by_hand[1] - by_hand[0]))  # skewness
 
 
-def test_equal_values_over_seeds_have_no_interval() -> None:
-    assert np.isnan(mean_half_width(np.array([0.5, 0.5, 0.5]), 95))
+@pytest.mark.parametrize("values", [[0.5] * 5, [0.5, 0.6, 0.7, 0.6]])
+def test_equal_or_few_values_over_seeds_have_no_interval(values: list[float]) -> None:
+    assert np.isnan(seed_half_width(np.array(values), 95))
 
 
 @pytest.mark.slow
@@ -339,14 +341,16 @@ def test_seed_means_are_printed_and_stored(tmp_path: Path) -> None:
     assert one(again).seed_means == one(results).seed_means
     for text in (one(results).to_text(160), one(results)._repr_html_()):  # pyright: ignore
         assert "means over seeds" in text
-        assert "95 % over seeds" in text
+        assert "by seed" in text
+        assert "95 % over seeds" not in text
         assert "95 % over prompts" in text
     (document,) = results.to_dict()["files"][0]["experiments"]
     assert document["seed_means"][:1] == [
         {
             "coords": {}, "site": one(results).cells[0].site, "label": mean_label(results),
-            "effect": "delta", "seeds": 3, "mean": mean.mean, "low": mean.low, "high": mean.high,
-            "row_low": mean.row_low, "row_high": mean.row_high, "n": mean.n,
+            "effect": "delta", "seeds": 3, "values": list(mean.values), "mean": mean.mean,
+            "low": None, "high": None, "row_low": mean.row_low, "row_high": mean.row_high,
+            "n": mean.n,
         }
     ]  # fmt: skip
     assert one(results).conventions["seeds of trainings"].startswith("0, 1, 2; ")
@@ -357,14 +361,15 @@ def mean_label(results: Any) -> str:
 
 
 def test_fit_results_of_several_seeds_have_a_mean_report(tmp_path: Path) -> None:
-    fits = train(write(tmp_path, fit(SEEDS), experiment(*PATCH)))
-    assert [each.basis for each in fits] == ["d[seed 0]", "d[seed 1]", "d[seed 2]"]
-    assert len({tuple(rotation(each).flatten().tolist()) for each in fits}) == 3
+    five = fit(f"{QUICK}, seeds: 5")
+    fits = train(write(tmp_path, five, experiment(*PATCH)))
+    assert [each.basis for each in fits] == [f"d[seed {n}]" for n in range(5)]
+    assert len({tuple(rotation(each).flatten().tolist()) for each in fits}) == 5
     (group,) = group_by_seeds(fits)
     values = np.array([each.report.trained for each in fits])  # pyright: ignore
     low, high = t_interval(values)
     said = json.loads(json.dumps(group.to_dict()))
-    assert (said["basis"], said["seeds"]) == ("d", [0, 1, 2])
+    assert (said["basis"], said["seeds"]) == ("d", [0, 1, 2, 3, 4])
     ends = [said[name]["trained"] for name in ("mean", "low", "high")]
     assert np.allclose(ends, [values.mean(), low, high])
 

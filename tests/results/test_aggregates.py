@@ -145,4 +145,4 @@ def test_interval_of_participation_is_inside_the_possible_range() -> None:
 
 def test_participation_of_cells_without_an_effect_is_zero() -> None:
     found = finished(plain(measure(np.zeros((3, 12)), np.zeros(12))), "participation(delta) <= 0")
-    assert (found.outcomes[0].value, found.outcomes[0].low) == (0, 0)
+    assert (found.outcomes[0].value, found.outcomes[0].word) == (0, "undecided")

@@ -208,9 +208,7 @@ def test_ratio_with_a_denominator_near_zero_is_unclear() -> None:
     old, new = measure(OLD, BASE, source), measure(OLD + 1, BASE, source)
     found = two(old, new, keys=(*range(100, 106), *range(500, 518)))
     assert states(found) == {"unclear": 4}
-    assert (
-        found.cells[0].reason == "m(source) − m(base) can't be distinguished from 0 on these rows"
-    )
+    assert found.cells[0].reason == "m(source) − m(base) is too close to 0 on these rows"
     assert found.cells[0].rows == 6
 
 

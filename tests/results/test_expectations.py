@@ -100,7 +100,7 @@ def test_true_expectation_holds(line: str, result: ExperimentResult) -> None:
         ("argmax(recovery, layer 0) = L0H0", "by the mean, but can't be distinguished from L0H1"),
         ("argmax(recovery, layer 0) != L0H3", "by the mean, but can't be distinguished from L0H3"),
         ("top 3 contains L1H1", None),
-        ("recovery(L2H1) > recovery(L2H1)", "the value is the left side minus the right side"),
+        ("recovery(L2H1) > recovery(L2H1)", "the same in all 64 prompts"),
         ("max(recovery) > 0.3 and min(recovery) > 0", None),
         ("not max(recovery) > 0.3", None),
         # neither the bound nor its negation is certain
@@ -319,7 +319,8 @@ def test_cell_coordinates_are_read_from_the_site(
 
 
 def test_single_cell_needs_no_selector() -> None:
-    data = measure(np.full((1, 40), 0.3), np.ones(40), effect="relative", label="ld")
+    patched = 0.3 + np.arange(40)[None] * 1e-4
+    data = measure(patched, np.ones(40), effect="relative", label="ld")
     one = finished(
         replace(heads(prompts=40), axes=(), cells=(CellKey({}, "L2H1.z"),), measures=(data,))
     )
@@ -329,7 +330,8 @@ def test_single_cell_needs_no_selector() -> None:
 
 
 def test_measure_is_selected_by_its_metric_text() -> None:
-    data = measure(np.full((1, 40), 0.3), np.ones(40), effect="delta", label="prob(answer)")
+    patched = 0.3 + np.arange(40)[None] * 1e-4
+    data = measure(patched, np.ones(40), effect="delta", label="prob(answer)")
     one = finished(replace(heads(prompts=40), axes=(), cells=(CellKey({}, ""),), measures=(data,)))
     assert verdict("mean(prob(answer)) < 0", one).holds
     assert verdict("prob( answer ) < 0", one).holds

@@ -261,12 +261,6 @@ def test_difference_between_experiments_pairs_equal_rows() -> None:
     assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 58) * error, rel=0.15)
 
 
-def test_difference_of_a_value_with_itself_is_zero(clear: ExperimentResult) -> None:
-    same = replace(clear, name="other")
-    found = read(clear, difference(), other=same)
-    assert found == pytest.approx((0, 0, 0), abs=1e-12)
-
-
 def test_quotient_with_a_denominator_near_zero_has_no_value(clear: ExperimentResult) -> None:
     found = verdict("delta(L0H0) / delta(L0H3) > 0", clear)
     assert (found.holds, found.value) == (False, None)

@@ -25,13 +25,13 @@ from mechdsl.show.reports.grid import count_confusions
 from mechdsl.show.reports.overlay_pages import build_overlays, prompt_effects
 from mechdsl.show.reports.series_charts import bars_chart, lines_chart
 from mechdsl.show.reports.text import (
+    equal_rows_note,
     interval_texts,
     null_texts,
     number_format,
     p_text,
     print_verdicts,
     verdict_text,
-    zero_width_note,
 )
 from mechdsl.vocab.reports import REPORTS, ReportKind, ReportSignature, check_report
 
@@ -690,32 +690,28 @@ def test_report_that_fits_the_measures_is_accepted() -> None:
         assert check_report(line, ["layer", "position"], [], measures) == []
 
 
-def test_zero_width_note_counts_cells_with_equal_rows() -> None:
+def test_equal_rows_note_counts_cells_with_equal_rows() -> None:
     result = heads()
     (data,) = result.measures
     patched = data.patched.copy()
     patched[5], patched[7] = data.base[0] + 0.5, data.base[0]
     alike = finished(replace(result, measures=(replace(data, patched=patched, effect="delta"),)))
-    said = (
-        "2 cells have the same delta in all rows: their interval doesn't cover rows with "
-        "other values"
-    )
-    assert zero_width_note(alike, 0) == said
+    text = "2 cells have the same delta in all rows: no interval and no p"
+    assert equal_rows_note(alike, 0) == text
     level = data.patched.copy()
     level[5] = 0.5
     raw = finished(replace(result, measures=(replace(data, patched=level, effect="raw"),)))
-    assert "1 cell has the same value in all rows" in str(zero_width_note(raw, 0))
-    assert zero_width_note(finished(result), 0) is None, "inert cells aren't tested"
+    assert "1 cell has the same value in all rows" in str(equal_rows_note(raw, 0))
+    assert equal_rows_note(finished(result), 0) is None, "inert cells aren't tested"
     strata = np.arange(level.shape[1]) % 2
     level[5] = strata
     dealt = replace(result, measures=(replace(data, patched=level, effect="raw"),), strata=strata)
-    assert zero_width_note(finished(dealt), 0) == (
-        "1 cell has the same value in all rows that share their evenly dealt values: its interval "
-        "doesn't cover rows with other values"
+    assert equal_rows_note(finished(dealt), 0) == (
+        "1 cell doesn't vary within a stratum: no interval"
     )
     level[5] = 0.5
     alike = replace(result, measures=(replace(data, patched=level, effect="raw"),), strata=strata)
-    assert "the same value in all rows: " in str(zero_width_note(finished(alike), 0))
+    assert "the same value in all rows: " in str(equal_rows_note(finished(alike), 0))
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,9 @@ def test_effect_within_rounding_is_not_significant_and_is_marked() -> None:
     data = result.measures[0]
     live = np.flatnonzero(~data.inert)
     patched = data.patched.copy()
-    patched[live[0]] = data.base + 1e-6
-    small = replace(data, patched=patched, rounding=np.full_like(data.base, 1e-5))
+    patched[live[0]] = data.base + 1e-6 * (1 + np.arange(data.base.shape[1]) % 8)
+    rounding = np.where(np.arange(data.base.shape[1])[None] % 8, 1e-5, 1e-7)
+    small = replace(data, patched=patched, rounding=rounding)
     done = finished(replace(result, measures=(small,), rounding="R"))
     found = done.statistics[0]
     assert found.p_corrected[live[0]] < 0.05

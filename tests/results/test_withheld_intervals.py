@@ -198,7 +198,7 @@ def test_denominator_without_an_interval_is_rejected_with_the_reason() -> None:
     sampling = SamplingDesign(rows, statistics(by="g"), 0, groups=np.array(GROUPS))
     (found,) = check_denominator(base, None, sampling, SPAN, effect=EFFECTS["relative"])
     assert found.code == "E0604"
-    assert found.label_text.endswith(f"over 12 rows, without an interval ({UNEQUAL})")
+    assert f"without an interval ({UNEQUAL})" in found.label_text
     found = finished(
         replace(
             plain(measure(base + 1, base, effect="relative")),

@@ -23,6 +23,7 @@ from mechdsl.rules.observations import rows as over_rows
 
 from ..execute.support import MODES, ids_of, run_file, shared, try_file
 from ..reference.forward import Write, forward
+from ..reference.r_squared import r_squared_contributions
 from .models import bare, double
 
 Array = NDArray[np.float64]
@@ -157,7 +158,7 @@ def scaled(x: Array, held: Array) -> Array:
 
 
 def ridge_told(x: Array, y: Array, fold: Array, penalty: float) -> Array:
-    """[row] 1 − (y − ŷ)² / mean((y − ȳ)²), by the normal equations."""
+    """[row] R² and the influence of the row on it, by the normal equations."""
     got = np.empty_like(y)
     for each in np.unique(fold):
         held = fold == each
@@ -166,7 +167,7 @@ def ridge_told(x: Array, y: Array, fold: Array, penalty: float) -> Array:
         gram = (own[~held] - at).T @ (own[~held] - at) + penalty * np.eye(x.shape[1])
         weights = np.linalg.solve(gram, (own[~held] - at).T @ (y[~held] - to))
         got[held] = (own[held] - at) @ weights + to
-    return 1 - ((y - got) ** 2).sum(1) / ((y - y.mean(0)) ** 2).sum(1).mean()
+    return r_squared_contributions(y, got)
 
 
 def classes_told(x: Array, y: Array, fold: Array, penalty: float) -> Array:
@@ -300,8 +301,7 @@ def fitted_once(x: Array, y: Array, penalty: float, weights: Array) -> Array:
     own, to = (x - at) / by, weights.mean(axis=0)
     gram = own[:16].T @ own[:16] + penalty * np.eye(x.shape[1])
     got = own[16:25] @ np.linalg.solve(gram, own[:16].T @ (weights - to)) + to
-    wanted = y[16:25]
-    return 1 - ((wanted - got) ** 2).sum(1) / ((wanted - wanted.mean(0)) ** 2).sum(1).mean()
+    return r_squared_contributions(y[16:25], got)
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])

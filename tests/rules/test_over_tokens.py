@@ -18,6 +18,7 @@ from mechdsl.rules.observations.rows import Clusters
 
 from ..execute.support import MODES, ids_of, run_file
 from ..reference.forward import forward
+from ..reference.r_squared import r_squared_contributions
 from .models import bare, double
 from .test_over_rows import (
     FAMILIES,
@@ -111,10 +112,6 @@ class Fit:
         return found.detach().numpy()
 
 
-def r_squared(y: Array, got: Array) -> Array:
-    return 1 - ((y - got) ** 2).sum(1) / ((y - y.mean(0)) ** 2).sum(1).mean()
-
-
 def held_out(vectors: list[Array], y: Array, fold: Array, penalty: float) -> tuple[Array, Any]:
     """([row] R², the token weights of each row)"""
     got, weights = np.empty_like(y), [np.empty(0)] * len(y)
@@ -124,7 +121,7 @@ def held_out(vectors: list[Array], y: Array, fold: Array, penalty: float) -> tup
         for row in np.flatnonzero(fold == each):
             got[row] = fit([vectors[row]])[0]
             weights[row] = fit.weights(vectors[row]).detach().numpy()
-    return r_squared(y, got), weights
+    return r_squared_contributions(y, got), weights
 
 
 @pytest.mark.slow
@@ -178,7 +175,7 @@ def test_routed_probe_with_train_rows_equals_the_reference(tmp_path: Path, name:
     for measure, of in zip(
         found.measures, (y[:16], dealt_values("left tokens", y[:16])), strict=True
     ):
-        told = r_squared(y[16:25], Fit(vectors[:16], of, 4.0)(vectors[16:25]))
+        told = r_squared_contributions(y[16:25], Fit(vectors[:16], of, 4.0)(vectors[16:25]))
         np.testing.assert_allclose(measure.patched[0], told, rtol=2e-3, atol=5e-3)
     assert "fitted on `q` (16 rows)" in found.conventions["observed"]
 

@@ -1,8 +1,9 @@
 """Means over trainings with several seeds, `fit(…, seeds: 5)`, with their intervals, and the
 agreement of the sets that masks choose.
 
-The interval over seeds is Student's t of the means of single trainings, all on the same prompts. It
-is separate from the interval over prompts, which is of each prompt's mean over these trainings.
+The interval over seeds is Student's t of the means of single trainings, all on the same prompts,
+from five trainings on. It is separate from the interval over prompts, which is of each prompt's
+mean over these trainings.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import numpy as np
 
 from mechdsl.base.text import count_noun
 from mechdsl.program import spec
+from mechdsl.program.significance import MIN_UNITS
 from mechdsl.program.spec import SEED_AXIS
 from mechdsl.resolve.cells import CellKey, average_cells
 from mechdsl.resolve.types import ResolvedExperiment
 from mechdsl.results.assembly.collection import add_statistics
 from mechdsl.results.assembly.combination import average_over_axis
 from mechdsl.results.experiment_result import ExperimentResult, SeedMean
-from mechdsl.statistics.intervals import mean_half_width
+from mechdsl.statistics.cell_statistics import mean_range
+from mechdsl.statistics.intervals import seed_half_width
 
 
 def add_statistics_over_seeds(
@@ -47,11 +50,15 @@ def add_statistics_over_seeds(
         for mean in _means_of_cell(single, averaged, place, cell, group)
     )
     result = averaged if experiment.over == SEED_AXIS else single
-    said = f"{', '.join(map(str, seeds))}; the interval over seeds is Student's t over the "
-    said += "means of these trainings, on the same prompts; that over prompts is of each prompt's "
-    said += "mean over these trainings. There is no interval where all of them are equal"
+    text = f"{', '.join(map(str, seeds))}; the interval over prompts is of each prompt's mean over "
+    text += "these trainings; "
+    if any(np.isfinite(mean.low) for mean in means):
+        text += "that over seeds is Student's t over the means of these trainings, on the same "
+        text += "prompts, and assumes that no training fails more rarely than these show"
+    else:
+        text += f"one over seeds needs {MIN_UNITS} trainings that aren't equal"
     return replace(
-        result, seed_means=means, conventions={**result.conventions, "seeds of trainings": said}
+        result, seed_means=means, conventions={**result.conventions, "seeds of trainings": text}
     )
 
 
@@ -76,13 +83,15 @@ def _means_of_cell(
         if len(known) < 2:
             continue
         assert single.settings is not None
-        mean, far = float(known.mean()), mean_half_width(known, single.settings.confidence)
+        mean, far = float(known.mean()), seed_half_width(known, single.settings.confidence)
+        low, high = np.clip((mean - far, mean + far), *(mean_range(data) or (-np.inf, np.inf)))
         statistic = averaged.statistics[measure]
         ends = float(statistic.low[place]), float(statistic.high[place])
         if ends[0] == ends[1] or len(known) < len(values):
             ends = np.nan, np.nan
+        values = tuple(known.tolist())
         yield SeedMean(
-            measure, cell, len(known), mean, mean - far, mean + far, *ends, int(statistic.n[place])
+            measure, cell, values, mean, float(low), float(high), *ends, int(statistic.n[place])
         )
 
 

@@ -23,9 +23,9 @@ from mechdsl.program.significance import (
 from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.cell_statistics import (
+    Denominators,
     Inference,
     cell_shares,
-    denominator_interval,
     infer_shares,
     rounding_bound,
 )
@@ -436,11 +436,9 @@ class MeasureComparison:
             ones = block.units.total(there.astype(np.float64))
             bottom = EffectSums(np.broadcast_to(sums.bottom, ones.shape), ones, sums.held)
             strata = block.units.strata if block.whole else None
-            low, high = denominator_interval(bottom, strata, self.settings.confidence)
-            with np.errstate(invalid="ignore"):
-                bounded = (low > 0) | (high < 0)
-            for place in np.flatnonzero(~bounded).tolist():
-                gaps[place] = f"{effect.divisor} can't be distinguished from 0 on these rows"
+            denominators = Denominators.of(bottom, strata, self.settings.confidence)
+            for place in np.flatnonzero(denominators.weak).tolist():
+                gaps[place] = f"{effect.divisor} is too close to 0 on these rows"
         return gaps
 
     def _gaps(self, block: CellBlock) -> list[str | None]:

@@ -98,6 +98,8 @@ class Verdict:
     reason: str | None = None
     effective_n: int | None = None
     computed: bool = True
+    undecided: bool = False
+    """Whether it doesn't hold because the number has no interval."""
 
 
 def decide_all_expectations(
@@ -175,6 +177,7 @@ def decide_expectation(
         line,
         verdict.effective_n,
         verdict.computed,
+        verdict.undecided,
     )
 
 
@@ -330,7 +333,8 @@ class _Judge:
         numbers = (finite_number(shown.point), finite_number(ends[0]), finite_number(ends[1]))
         if math.isnan(low) or math.isnan(high):
             why = shown.why or decides.why or "no interval"
-            return Verdict(False, *numbers, f"{why}; `on mean` would test the mean alone")
+            reason = f"{why}; `on mean` would test the mean alone"
+            return Verdict(False, *numbers, reason, undecided=True)
         good = holds(low, high)
         if not good and holds(point, point):
             on = "it holds for the mean, but not for the whole interval"
@@ -355,12 +359,13 @@ class _Judge:
         name = self.result.cells[winner].name
         mine = np.array([condition.names(self.result.cells[i]) for i in of.cells], bool)
         here = condition.names(self.result.cells[winner])
-        good, said = here == condition.equal, list[str]()
+        said: list[str] = []
+        good: bool | None = here == condition.equal
         if good and not self.on_mean and not mine.all() and mine.any():
             space = ComparisonSample(self.result, [of])
             if space.too_few:
                 said.append(f"{space.too_few}; `on mean` would test the mean alone")
-                good = False
+                good = None
             elif condition.equal:
                 good = self.leads(space, of, winner, mine, sign, said)
             else:
@@ -369,7 +374,8 @@ class _Judge:
             if condition.names(self.result.cells[other]) != here:
                 said.append(self.too_close(condition.measure, other))
                 break
-        return Verdict(good, name, reason="; ".join(said) or None)
+        reason = "; ".join(said) or None
+        return Verdict(bool(good), name, reason=reason, undecided=good is None)
 
     def leads(
         self,
@@ -379,15 +385,16 @@ class _Judge:
         mine: np.ndarray,
         sign: float,
         said: list[str],
-    ) -> bool:
-        """Whether the winner, one of the named cells, exceeds every other cell."""
+    ) -> bool | None:
+        """Return whether the winner, one of the named cells, exceeds every other cell; None if the
+        difference has no interval."""
         # The winner was selected among the named cells.
         confidence = 100 - (100 - self.confidence) / int(mine.sum())
         next_ = compare_with_each_rival(space, of, winner, of.cells[~mine], sign, confidence)
         name = self.result.cells[next_.cell].name
         if math.isnan(next_.low):
             said.append(self.no_difference(space, name, confidence, f" of {next_.value:.3g}"))
-            return False
+            return None
         apart = f"{next_.value:.3g} [{next_.low:.3g}, {next_.high:.3g}]"
         good = next_.low > 0
         word = "ahead of" if good else "by the mean, but can't be distinguished from"
@@ -402,8 +409,8 @@ class _Judge:
         mine: np.ndarray,
         sign: float,
         said: list[str],
-    ) -> bool:
-        """Whether one cell exceeds all named cells."""
+    ) -> bool | None:
+        """Return whether one cell exceeds all named cells; None if a difference has no interval."""
         others = of.cells[~mine]
         place = int(np.flatnonzero(others == winner)[0])
         for rival in of.cells[mine].tolist():
@@ -413,7 +420,7 @@ class _Judge:
             low, name = simultaneous_bounds.low_together[place], self.result.cells[rival].name
             if math.isnan(low):
                 said.append(self.no_difference(space, name, self.confidence))
-                return False
+                return None
             if not low > 0:
                 said.append(f"by the mean, but can't be distinguished from {name}")
                 return False

@@ -164,7 +164,11 @@ def cell_differences(
     sums = space.sums(of)
     held = np.minimum(sums.held[one], sums.held[two])
     if len(sums.bottom) == 1:
-        return EffectSums(sign * sums.top[one] + other * sums.top[two], sums.bottom, held)
+        rounding = np.broadcast_to(sums.rounding, sums.top.shape)
+        top = sign * sums.top[one] + other * sums.top[two]
+        fixed = np.broadcast_to(sums.fixed, sums.held.shape)
+        rounding, fixed = rounding[one] + rounding[two], fixed[one] & fixed[two]
+        return EffectSums(top, sums.bottom, held, rounding, fixed)
     # Means over different rows and different ratios are linearised to pseudo-values.
     every = np.ones((1, sums.top.shape[1]))
     values: Floats = sums.value
@@ -534,8 +538,13 @@ class ComparisonSample:
             return None
         return self.gap(self.held, self.mine.sampling.settings.confidence)
 
-    def gap(self, held: int, confidence: float) -> str:
-        """Return why a value over `held` units has no interval."""
+    def cell_gap(self, sums: EffectSums, cell: int, confidence: float) -> str:
+        """Return why a cell has no interval."""
+        is_equal = bool(self.are_equal(sums)[cell])
+        return self.gap(int(sums.held[cell]), confidence, is_equal=is_equal)
+
+    def gap(self, held: int, confidence: float, *, is_equal: bool = False) -> str:
+        """Return why a value over `held` units, with equal values or not, has no interval."""
         effects = [
             EFFECTS[selected_cells.result.measures[selected_cells.measure].effect]
             for selected_cells in self.read
@@ -545,6 +554,7 @@ class ComparisonSample:
             self.mine.sampling.unit_word(self.units),
             self.settings(confidence),
             is_ratio=any(effect.denominator is not None for effect in effects),
+            is_equal=is_equal,
         )
 
     def too_unequal(
@@ -582,24 +592,43 @@ class ComparisonSample:
             return low, high
         return min(low, value), max(high, value)
 
-    def intervals(self, sums: EffectSums, confidence: float, *, tested: bool = True) -> Inference:
+    def intervals(
+        self,
+        sums: EffectSums,
+        confidence: float,
+        *,
+        tested: bool = True,
+        limits: tuple[float, float] | None = None,
+    ) -> Inference:
         """Return the intervals of cells by the method of the table."""
-        return infer(sums, self.settings(confidence), self.draws, 1, tested=tested)
+        settings = self.settings(confidence)
+        return infer(sums, settings, self.draws, 1, tested=tested, limits=limits)
 
     def together(
-        self, sums: EffectSums, confidence: float, *, tested: bool = True
+        self,
+        sums: EffectSums,
+        confidence: float,
+        *,
+        tested: bool = True,
+        limits: tuple[float, float] | None = None,
     ) -> SimultaneousBounds:
         """Return the cells' own intervals, by the method of the table, and simultaneous bounds
-        that are never nearer to the values."""
-        bounds = simultaneous_bounds(sums, self.draws, confidence)
-        inference = self.intervals(sums, confidence, tested=tested)
-        return SimultaneousBounds(
-            bounds.value,
-            inference.low,
-            inference.high,
-            np.minimum(bounds.low_together, inference.low),
-            np.maximum(bounds.high_together, inference.high),
-        )
+        that are never nearer to the values. Those of cells of equal units are by Bonferroni."""
+        bounds = simultaneous_bounds(sums, self.draws, confidence).within(limits)
+        inference = self.intervals(sums, confidence, tested=tested, limits=limits)
+        low = np.minimum(bounds.low_together, inference.low)
+        high = np.maximum(bounds.high_together, inference.high)
+        equal = np.flatnonzero(self.are_equal(sums))
+        if limits is not None and len(equal):
+            each = 100 - (100 - confidence) / len(sums.top)
+            part = self.intervals(sums.chosen(equal), each, tested=tested, limits=limits)
+            low[equal], high[equal] = part.low, part.high
+        return SimultaneousBounds(bounds.value, inference.low, inference.high, low, high)
+
+    def are_equal(self, sums: EffectSums) -> Bools:
+        """Return whether all units of a cell have the same value within rounding, shape [cell]."""
+        flat = skewed_t(sums, self.draws.strata).flat & ~np.asarray(sums.fixed)
+        return flat & (sums.held >= MIN_UNITS)
 
     def settings(self, confidence: float) -> spec.Statistics:
         """Return the settings of the table at another confidence."""
@@ -687,12 +716,12 @@ class ValueReader:
         gap = self.space.too_few or self.gap(estimate.smooth, confidence)
         if gap is not None:
             return replace(estimate, why=estimate.why or gap)
-        if ends is not None and known:
-            studentised_cells = studentise_number(
-                estimate.smooth, self.space.draws, self.space.held
-            )
-            if studentised_cells.error[0] == 0:
+        if number_skewed_t(estimate.smooth, self.space.draws, self.space.held).flat[0]:
+            if ends is not None and known:
                 return replace(estimate, low=ends[0], high=ends[1])
+            confidence = self.space.mine.sampling.settings.confidence
+            reason = self.space.gap(self.space.held, confidence, is_equal=True)
+            return replace(estimate, why=estimate.why or reason)
         ends = map_interval(
             estimate.smooth, lambda number: self.number_interval(number, confidence)
         )
@@ -741,8 +770,10 @@ class ValueReader:
                 lacking = np.isnan(limits(confidence)).any(keepdims=True)
             else:
                 lacking = np.isnan(self.space.intervals(cells.sums, confidence).low)
+            if not is_single_cell(number):  # a cell of equal units doesn't hinder a comparison
+                lacking = lacking & ~self.space.are_equal(cells.sums).all()
             if lacking.any():
-                return self.space.gap(int(cells.sums.held[lacking.argmax()]), confidence)
+                return self.space.cell_gap(cells.sums, int(lacking.argmax()), confidence)
         return None
 
     def of_cells(self, value: CellValue, confidence: float) -> Estimate:
@@ -777,19 +808,24 @@ class ValueReader:
         about = replace(about, point=point, rounding=float(rounding.max()), why=self.space.too_few)
         if about.why:
             return about
-        bounds = self.together(of, sums, confidence)
-        few = np.flatnonzero(np.isnan(bounds.low) | np.isnan(bounds.high))
+        bounds, equal = self.together(of, sums, confidence), self.space.are_equal(sums)
+        few = np.flatnonzero((np.isnan(bounds.low) | np.isnan(bounds.high)) & ~equal)
+        if not len(few) and equal.all():
+            few = np.arange(1)
         if len(few):
             name = of.result.cells[int(of.cells[few[0]])].name
-            reason = self.space.gap(int(sums.held[few[0]]), confidence)
+            reason = self.space.cell_gap(sums, int(few[0]), confidence)
             return replace(about, why=f"{name}: {reason}")
         # The largest value exceeds every cell's simultaneous bound and is below the largest of the
         # separate bounds.
-        low, high = (
-            (bounds.low_together.max(), bounds.high.max())
-            if largest
-            else (bounds.low.min(), bounds.high_together.min())
-        )
+        # Cells of equal units may have any mean: they don't limit it on one side.
+        unlimited = bool(np.isnan(bounds.low).any())
+        if largest:
+            low, high = np.nanmax(bounds.low_together), np.nanmax(bounds.high)
+            high = np.inf if unlimited else high
+        else:
+            low, high = np.nanmin(bounds.low), np.nanmin(bounds.high_together)
+            low = -np.inf if unlimited else low
         return replace(about, low=float(low), high=float(high))
 
     def shares(self, of: SelectedCells, confidence: float) -> tuple[Bools, Floats, Floats] | None:
@@ -829,7 +865,8 @@ class ValueReader:
         self, of: SelectedCells, sums: EffectSums, average: MeasureData | None
     ) -> IntervalFunction:
         """Return the limits of cells that are averaged to one; `average`: of shares."""
-        effect = EFFECTS[of.result.measures[of.measure].effect]
+        data = of.result.measures[of.measure]
+        effect, known = EFFECTS[data.effect], mean_range(data)
         place, cell = self.space.place(of.result), np.zeros(1, dtype=np.int64)
 
         def found(confidence: float) -> tuple[float, float]:
@@ -838,7 +875,7 @@ class ValueReader:
             )
             if shares is not None:
                 return float(shares[1][0]), float(shares[2][0])
-            inference = self.space.intervals(sums, confidence, tested=effect.tested)
+            inference = self.space.intervals(sums, confidence, tested=effect.tested, limits=known)
             return float(inference.low[0]), float(inference.high[0])
 
         return found
@@ -852,7 +889,7 @@ class ValueReader:
         alone = self.shares(of, confidence)
         known = mean_range(of.result.measures[of.measure])
         if alone is None:
-            return self.space.together(sums, confidence, tested=tested).within(known)
+            return self.space.together(sums, confidence, tested=tested, limits=known)
         every = self.shares(of, 100 - (100 - confidence) / len(of.cells))
         assert every is not None
         found = SimultaneousBounds(sums.value, *alone[1:], *every[1:])
@@ -861,8 +898,8 @@ class ValueReader:
             return found
         # Both groups of cells share the level.
         part, rest = 100 - (100 - confidence) * len(others) / len(of.cells), sums.chosen(others)
-        inference = self.space.intervals(rest, confidence, tested=tested).within(known)
-        bounds = self.space.together(rest, part, tested=tested).within(known)
+        inference = self.space.intervals(rest, confidence, tested=tested, limits=known)
+        bounds = self.space.together(rest, part, tested=tested, limits=known)
         found.low[others], found.high[others] = inference.low, inference.high
         found.low_together[others] = bounds.low_together
         found.high_together[others] = bounds.high_together

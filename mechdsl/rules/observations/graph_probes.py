@@ -37,7 +37,7 @@ class GraphProbe(AttributionGraphs):
     The columns of a row are, for each feature, the sum over tokens of its edges to the target of
     the row's graph: activation times weight. Next to it: `baseline`, the probe whose only column is
     the entropy of the next token, and `shuffled`, the probe of values permuted between rows.
-    returns: whether the class is right, or 1 − (y − ŷ)² / mean((y − ȳ)²), whose mean is R²
+    returns: whether the class is right, or a contribution to R², whose mean is R²
     source: Ameisen et al. 2025, Circuit Tracing; its use: CodeCircuit, arXiv 2602.07080
     """
 

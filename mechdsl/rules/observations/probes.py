@@ -226,7 +226,7 @@ PROBE_UNITS: Mapping[str, str] = {"ridge": "R²", "logistic": "share"}
 class ProbeObservation(SiteRowSetObservation):
     """How well a linear probe tells the value, in rows that it was not fitted to.
 
-    returns: whether the class is right, or 1 − (y − ŷ)² / mean((y − ȳ)²), whose mean is R²
+    returns: whether the class is right, or a contribution to R², whose mean is R²
     source: Alain and Bengio 2016, arXiv 1610.01644; its control: Hewitt and Liang 2019,
     arXiv 1909.03368
     """
@@ -524,7 +524,7 @@ class RoutedProbe(_RoutedObservation):
     was not fitted to.
 
     Which tokens it takes depends on their vectors, by weights that are fitted with it.
-    returns: 1 − (y − ŷ)² / mean((y − ȳ)²), whose mean is R²
+    returns: a contribution to R², whose mean is R²
     source: Adeli, Sun and Kriegeskorte 2025, arXiv 2505.17329
     """
 

@@ -35,6 +35,7 @@ from mechdsl.show.reports.canvas import (
 from mechdsl.show.reports.grid import is_numeric, value_text
 from mechdsl.show.reports.text import (
     centre_note,
+    equal_rows_note,
     fewer_prompts_note,
     has_fewer_prompts,
     measure_name,
@@ -45,7 +46,6 @@ from mechdsl.show.reports.text import (
     scale_note,
     selection_note,
     thin_note,
-    zero_width_note,
 )
 from mechdsl.statistics.measurements import MeasureData
 
@@ -168,7 +168,7 @@ def add_title(chart: Any, result: ExperimentResult, data: MeasureData, *said: st
         *said,
         centre_note(result),
         rounding_note(result, measure),
-        zero_width_note(result, measure),
+        equal_rows_note(result, measure),
         missing_note(result),
     ]
     layout = page_layout()

@@ -38,6 +38,7 @@ from mechdsl.show.reports.text import (
     RANDOM_MARK,
     THIN_MARK,
     drawable_measures,
+    equal_rows_note,
     fewer_prompts_note,
     inert_note,
     null_band_note,
@@ -48,7 +49,6 @@ from mechdsl.show.reports.text import (
     significance_note,
     subscript,
     thin_note,
-    zero_width_note,
 )
 
 HEADER_WIDTH = 12
@@ -219,7 +219,7 @@ def _heatmap_notes(result: ExperimentResult, frame: FigureFrame) -> list[str]:
         null,
         inert_note(result, measure),
         rounding_note(result, measure),
-        zero_width_note(result, measure),
+        equal_rows_note(result, measure),
         fewer_prompts_note(result, measure, "subscripts"),
         thin_note(result, measure),
     )

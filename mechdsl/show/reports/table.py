@@ -32,6 +32,7 @@ from mechdsl.show.reports.colours import cell_style, diverging_colour, needs_whi
 from mechdsl.show.reports.grid import hit_tokens_text, listed_tokens_text, sort_key, value_text
 from mechdsl.show.reports.text import (
     MISSING,
+    equal_rows_note,
     heading_facts,
     inert_note,
     interval_texts,
@@ -51,7 +52,6 @@ from mechdsl.show.reports.text import (
     rounding_note,
     significance_note,
     verification_notes,
-    zero_width_note,
 )
 from mechdsl.statistics.cell_statistics import compute_cell_statistics
 from mechdsl.statistics.measurements import MissingReason
@@ -251,15 +251,19 @@ def _seed_mean_columns(shown: ExperimentResult, measure: int, order: Sequence[in
     ends = [np.array([[each.low, each.row_low], [each.high, each.row_high]]) for each in own]
     means = np.array([each.mean for each in own])
     write = number_format(_comparable_numbers(means, [end.ravel() for end in ends]))
-    by_seed = [interval_texts(write, each.mean, each.low, each.high) for each in own]
-    by_row = [interval_texts(write, each.mean, each.row_low, each.row_high)[1] for each in own]
+    over_seeds = [interval_texts(write, each.mean, each.low, each.high)[1] for each in own]
+    by_row = [interval_texts(write, each.mean, each.row_low, each.row_high) for each in own]
     confidence = shown.settings.confidence if shown.settings else 95.0
+    if any(np.isfinite(each.low) for each in own):
+        between = Column(f"{confidence:g} % over seeds", over_seeds, True)
+    else:
+        between = Column("by seed", [", ".join(map(write, each.values)) for each in own], True)
     return [
         *columns,
         Column("seeds", [str(each.seeds) for each in own], True),
-        Column("mean", [mean for mean, _ in by_seed], True),
-        Column(f"{confidence:g} % over seeds", [interval for _, interval in by_seed], True),
-        Column(f"{confidence:g} % over prompts", by_row, True),
+        Column("mean", [mean for mean, _ in by_row], True),
+        between,
+        Column(f"{confidence:g} % over prompts", [interval for _, interval in by_row], True),
     ]
 
 
@@ -574,7 +578,7 @@ def _notes(
         null,
         inert_note(result, measure),
         rounding_note(result, measure),
-        zero_width_note(result, measure),
+        equal_rows_note(result, measure),
     )
     for line in remarks:
         if line:

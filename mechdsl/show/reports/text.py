@@ -516,26 +516,24 @@ def _agreement_text(agreement: Agreement) -> str:
     return ", ".join(texts)
 
 
-def zero_width_note(result: ExperimentResult, measure: int) -> str | None:
-    """Count the cells with an interval of zero width, because their rows are equal."""
+def equal_rows_note(result: ExperimentResult, measure: int) -> str | None:
+    """Count the cells without an interval because all of their rows have the same value. Cells at
+    the level of rounding aren't counted."""
     data, statistic = result.measures[measure], result.statistics[measure]
-    equal = (statistic.low == statistic.high) & ~data.inert
+    equal = statistic.equal & ~statistic.at_rounding
     count = int(np.count_nonzero(equal))
     if not count:
         return None
-    cells, their = ("1 cell has", "its") if count == 1 else (f"{count} cells have", "their")
-    what = "value" if data.effect == "raw" else data.effect
-    rows = data.patched if data.effect == "raw" else data.patched - data.base
-    rows = rows[equal]
-    where = "all rows"
-    if (np.nanmax(rows, axis=1) > np.nanmin(rows, axis=1)).any():
-        if result.strata is not None:
-            where = "all rows that share their evenly dealt values"
-        elif result.groups is not None:
-            where = "all groups"
-    return (
-        f"{cells} the same {what} in {where}: {their} interval doesn't cover rows with other values"
-    )
+    withheld = "no interval and no p" if statistic.has_p else "no interval"
+    what = data.effect if statistic.has_p else "value"
+    rows = (data.patched - data.base if statistic.has_p else data.patched)[equal]
+    varies = bool((np.nanmax(rows, axis=1) > np.nanmin(rows, axis=1)).any())
+    if varies and result.strata is not None:
+        verb = "doesn't vary" if count == 1 else "don't vary"
+        return f"{count_noun(count, 'cell')} {verb} within a stratum: {withheld}"
+    where = "groups" if varies and result.groups is not None else "rows"
+    verb = "has" if count == 1 else "have"
+    return f"{count_noun(count, 'cell')} {verb} the same {what} in all {where}: {withheld}"
 
 
 def map_format(values: Iterable[float]) -> Callable[[float], str]:
@@ -632,7 +630,7 @@ def figure_notes(result: ExperimentResult, measure: int, *, drawn: bool) -> list
     null = null_band_note(result, measure)
     said = [survived, f"{'░ ' * drawn}{null}" if null else None]
     said += [inert_note(result, measure), rounding_note(result, measure)]
-    said += [zero_width_note(result, measure)]
+    said += [equal_rows_note(result, measure)]
     said.append(thin_note(result, measure))
     return [line for line in said if line]
 
@@ -649,8 +647,8 @@ def print_verdicts(result: ExperimentResult | LostExperiment, console: Console) 
         return
     console.print()
     for outcome in result.outcomes:
-        word, style = ("holds", "green") if outcome.holds else ("fails", "bold red")
-        text = Text().append(word, style=style).append(f"  expect {outcome.text}")
+        style = {"holds": "green", "fails": "bold red", "undecided": "bold yellow"}[outcome.word]
+        text = Text().append(outcome.word, style=style).append(f"  expect {outcome.text}")
         value = verdict_text(outcome)
         if value:
             text.append(f"  {value}", style="dim")
