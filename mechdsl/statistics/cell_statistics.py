@@ -390,19 +390,15 @@ def _inference(
 
 
 def mean_range(data: MeasureData) -> tuple[float, float] | None:
-    """Return the least and the greatest mean of a measure of probabilities or shares, or of their
-    differences; None for other measures."""
-    if data.unit not in LIMITED_UNITS or not data.word or data.estimator:
+    """Return the least and the greatest mean of a measure of probabilities, shares or lengths, or
+    of their differences; None for other measures."""
+    most = 1.0 if data.unit in LIMITED_UNITS else data.most
+    if most is None or not data.word or data.estimator or data.effect not in SHARE_RUNS:
         return None
     runs = [each for each in (data.patched, data.base, data.source) if each is not None]
-    if data.effect not in SHARE_RUNS or any(_is_beyond(run).any() for run in runs):
+    if any(((run < -ROUNDED) | (run > most + ROUNDED)).any() for run in runs):
         return None
-    return (0.0 if data.effect == "raw" else -1.0), 1.0
-
-
-def _is_beyond(values: Floats) -> Bools:
-    """Return which values are no probabilities, by more than rounding."""
-    return (values < -ROUNDED) | (values > 1 + ROUNDED)
+    return (0.0 if data.effect == "raw" else -most), most
 
 
 def _share_inference(

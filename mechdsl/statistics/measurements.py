@@ -67,6 +67,9 @@ class MeasureData:
     """For categories: the correct number, shape [1 or cell, prompt]."""
     unit: str = ""
     """The metric's unit, for axes of plots."""
+    most: float | None = None
+    """The largest possible value of a metric that is 0 at least, if the unit doesn't say it: the
+    number of tokens of a reply."""
     word: str = ""
     """The metric of a single term (`prob` of `prob(answer)`); empty for other expressions."""
     rounding: Floats | None = None

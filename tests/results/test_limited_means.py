@@ -13,6 +13,8 @@ import mechdsl
 from mechdsl.statistics.cell_statistics import compute_cell_statistics, mean_range, run_interval
 from mechdsl.vocab.metrics import EFFECTS
 
+from .synthetic import measure, statistics
+
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 TEXT = """mech 1
 model toy = zoo("counting")
@@ -37,6 +39,16 @@ def experiment(folder: Path, *measures: str) -> mechdsl.ExperimentResult:
     path.write_text(TEXT.replace("MEASURES", "\n  ".join(measures)), encoding="utf-8")
     (found,) = mechdsl.run(path, store=False).files[0].experiments
     return found
+
+
+def test_length_is_between_0_and_the_tokens_of_the_reply() -> None:
+    lengths = np.array([[7.0, 8, 8, 8, 8, 8, 8, 8], [0, 0, 0, 1, 0, 0, 0, 0]])
+    data = measure(lengths, lengths[0], effect="raw", metric="length", unit="token", most=8)
+    assert mean_range(data) == (0, 8)
+    assert mean_range(replace(data, effect="delta")) == (-8, 8)
+    (found,) = compute_cell_statistics([data], statistics(), 0, effects=EFFECTS)
+    assert (found.high[0], found.low[1]) == (8, 0)
+    assert mean_range(replace(data, most=None)) is None
 
 
 def test_interval_of_a_mean_probability_is_cut_to_zero_and_one(tmp_path: Path) -> None:

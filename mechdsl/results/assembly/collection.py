@@ -569,6 +569,7 @@ def _collect_measures(
     """Yield the values of each measure in the cells that are there."""
     experiment = plan.experiment
     kept, source = measured.kept, experiment.spec.source
+    generation = experiment.spec.generation
     estimator = experiment.spec.estimator
     for number, (resolved, said) in enumerate(
         zip(experiment.measures, experiment.spec.measures, strict=True)
@@ -599,6 +600,7 @@ def _collect_measures(
             rounding=None
             if estimator is not None
             else _select_cells(there, expand_to_cells(plan, measured, measured.rounding[number])),
+            most=generation.tokens if generation and resolved.word == "length" else None,
             word=resolved.word,
             at=said.place,
             gaps=tuple(describe_gap(measured, number, c) for c in np.flatnonzero(there).tolist()),
