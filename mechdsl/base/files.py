@@ -370,7 +370,23 @@ def load_object(content: bytes) -> dict[str, Any]:
     return cast("dict[str, Any]", document)
 
 
-# --- sealed folders -------------------------------------------------------------------------------
+# --- sealed files and folders ----------------------------------------------------------------------
+
+
+def dump_sealed(state: Mapping[str, Any]) -> str:
+    """Return a JSON object with a digest of its entries."""
+    text = json.dumps(state)
+    return json.dumps({**state, "sha256": sha256(text.encode()).hexdigest()})
+
+
+def load_sealed(text: str) -> dict[str, Any]:
+    """Return the entries of a text of `dump_sealed`. Raises ValueError, KeyError or TypeError for
+    any other text."""
+    state = json.loads(text)
+    digest = state.pop("sha256")
+    if sha256(json.dumps(state).encode()).hexdigest() != digest:
+        raise ValueError("the file is damaged")
+    return state
 
 
 SEAL_FILE = "SHA256SUMS"

@@ -17,7 +17,7 @@ from dataclasses import field
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias
 
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile
