@@ -370,7 +370,7 @@ def load_object(content: bytes) -> dict[str, Any]:
     return cast("dict[str, Any]", document)
 
 
-# --- sealed files and folders ----------------------------------------------------------------------
+# --- sealed files and folders ---------------------------------------------------------------------
 
 
 def dump_sealed(state: Mapping[str, Any]) -> str:

@@ -31,6 +31,18 @@ class SideFile(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", populate_by_name=True)
 
 
+_FORMS = {
+    "dict": "an object",
+    "model": "an object",
+    "list": "a list",
+    "string": "a text",
+    "bool": "`true` or `false`",
+    "float": "a number",
+    "finite": "a finite number",
+    "too": "a list with an entry",
+}
+"""First word of an error of pydantic → the form of a correct entry; others concern counts."""
+
 FileT = TypeVar("FileT", bound=SideFile)
 
 
@@ -64,14 +76,12 @@ def check_entries(model: type[FileT], entries: object, written: str, *, hint: st
     try:
         return model.model_validate(entries)
     except ValidationError as problem:
-        error = problem.errors(include_url=False)[0]
+        error = max(problem.errors(include_url=False), key=lambda each: len(each["loc"]))
     names = [str(part) for part in error["loc"] if not str(part).endswith("]")]
     name = ".".join(names)[:120] or "content"
     if error["type"] == "missing":
         raise UnreadableFile(f"`{written}` has no `{name}`", hint or "write the file again")
-    if error["type"].startswith("int_") or "greater_than" in error["type"]:
-        must = "it must be a whole number of at least 1"
-    else:
-        must = error["msg"][:1].lower() + error["msg"][1:]
+    kind = error["type"].partition("_")[0]
+    must = f"it must be {_FORMS.get(kind, 'a whole number of at least 1')}"
     reason = f"`{name}` of `{written}` is {repr(error['input'])[:80]}"
     raise UnreadableFile(reason, hint or must)

@@ -104,8 +104,8 @@ def load_group(path: Path, written: str) -> tuple[object, str]:
     try:
         group = load_object(content)
     except ValueError as error:
-        reason = f"`{written}` is not a JSON object: {error}"
-        raise UnreadableFile(reason, _GRAPH_FORM) from None
+        hint = f"{error}; {_GRAPH_FORM}"
+        raise UnreadableFile(f"`{written}` is not a JSON object", hint) from None
     return group, sha256(content).hexdigest()
 
 
@@ -290,7 +290,7 @@ def read_mask(
     from mechdsl.program.saved_forms import MaskForm
 
     _reject_edges(content["sites"], written)
-    form = check_entries(MaskForm, content, written)
+    form = check_entries(MaskForm, content, written, hint=_MASK_FORM)
     listed = form.sites
     dictionary = _find_dictionary(content, written, bases)
     basis = None if dictionary is None else dictionary[0]
@@ -367,7 +367,7 @@ def read_positions(content: Mapping[str, Any], digest: str, written: str) -> Sav
     from mechdsl.base.side_files import check_entries
     from mechdsl.program.saved_forms import MaskForm
 
-    form = check_entries(MaskForm, content, written)
+    form = check_entries(MaskForm, content, written, hint=_MASK_FORM)
     try:
         if form.positions is None:
             raise ValueError

@@ -38,15 +38,19 @@ STEPS = f"{ROWS}, steps: 4, batch: 8"
 
 EFFECT = f"{ROWS}, from: fewer, maximise: logit(answer), steps: 2"
 
+SCORED = f"{ROWS}, from: fewer, maximise: logit(answer)"
+
+ACROSS = "cross_layer_transcoder(features: 8, k: 2)"
+
 TRAININGS = f"""
 basis sparse = fit(sae(features: 32, k: 4), {STEPS}) at resid_post layer 1 at tokens *
-basis across = fit(cross_layer_transcoder(features: 8, k: 2), {STEPS}) at mlp_out layer * at tokens *
+basis across = fit({ACROSS}, {STEPS}) at mlp_out layer * at tokens *
 basis turned = fit(das(dims: 2), {EFFECT}) at resid_post layer 1 at last token
 direction moved = fit(vector(length: 2), {STEPS}, maximise: logit(answer)) at resid_post layer 1
 lens tuned = fit(tuned_lens, {STEPS}) at resid_post layer 1 at tokens *
 probe told = fit(ridge, {ROWS}, target: n) at resid_post layer 1 at last token
 group heads_of = fit(mask(size: 2), {EFFECT}) at layers * heads * at last token
-group scored = fit(atp(size: 2), {ROWS}, from: fewer, maximise: logit(answer)) at layers * heads * at last token
+group scored = fit(atp(size: 2), {SCORED}) at layers * heads * at last token
 """
 
 RULES = {
@@ -66,7 +70,8 @@ TEXT = (
     HEAD
     + TRAININGS
     + "".join(
-        f"experiment e_{name} {{\n  prompts p.test limit 3\n  {rule}{MEASURE if 'observe' not in rule else ''}\n}}\n"
+        f"experiment e_{name} {{\n  prompts p.test limit 3\n  {rule}"
+        f"{MEASURE if 'observe' not in rule else ''}\n}}\n"
         for name, rule in RULES.items()
     )
 )

@@ -292,7 +292,7 @@ def link(source: str, target: str, weight: Any = 0.5) -> dict[str, Any]:
 
 TWO = [node("0_1_3"), node("2_2_3")]
 HOSTILE: dict[str, tuple[Any, str]] = {
-    "no object": ([1], "has no list `nodes`"),
+    "no object": ([1], "is not a JSON object"),
     "no nodes": ({"links": []}, "has no list `nodes`"),
     "no links": ({"nodes": []}, "has no list `links`"),
     "a node of another type": ({"nodes": [3], "links": []}, "a node without the texts `node_id`"),
