@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
+import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path, PurePath
 from threading import get_ident
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mechdsl.base import limits
 from mechdsl.base.records import Record
@@ -188,10 +191,16 @@ def _code_files(folder: Path) -> Iterator[Path]:
 _MARKS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
 
-def load_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def load_json(
+    text: str,
+    pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    *,
+    strict: bool = False,
+) -> Any:
     """Parse a JSON text.
 
-    pairs: builds an object from its keys and values.
+    pairs: builds an object from its keys and values. strict: reject NaN, infinity and numbers with
+    more than 300 digits, which are no JSON or no float.
 
     Raises:
         ValueError: The JSON is invalid, contains a lone surrogate (`\\ud800`), or is nested deeper
@@ -202,10 +211,31 @@ def load_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = 
         raise ValueError(
             f"lists and objects are nested more than {limits.DATA_DEPTH} deep",
         )
-    value = json.loads(text, object_pairs_hook=pairs)
+    parsers = (_parse_float, _parse_integer, _reject_constant) if strict else (None, None, None)
+    as_float, as_integer, constant = parsers
+    value = json.loads(
+        text,
+        object_pairs_hook=pairs,
+        parse_float=as_float,
+        parse_int=as_integer,
+        parse_constant=constant,
+    )
     if "\\u" in text:  # a lone surrogate raises UnicodeEncodeError, a ValueError
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _reject_constant(text)
+
+
+def _parse_integer(text: str) -> int:
+    return int(text) if len(text) <= limits.DIGITS else _reject_constant(text)
+
+
+def _reject_constant(text: str) -> Any:
+    raise ValueError(f"`{text[:20]}` isn't a finite number of at most {limits.DIGITS} digits")
 
 
 def _depth(text: str) -> int:
@@ -228,7 +258,8 @@ def _depth(text: str) -> int:
 MAX_HEADER_BYTES = 10_000_000
 """Maximum size of a header in bytes; a larger one is invalid."""
 
-_CHUNK = 1 << 24
+_CACHED_DIGEST_BYTES = 1 << 26
+"""Size of a file from which its digest is cached on the disk."""
 
 
 class UnreadableFile(HintedError):
@@ -248,7 +279,7 @@ class SafetensorsFile(Record):
 
 
 def inspect_safetensors(path: Path, written: str, most: int, alone: str) -> SafetensorsFile:
-    """Read the header and the digest of a file.
+    """Read the header and the digest of a file, whose length must be that of its tensors.
 
     Args:
         written: The path as the user wrote it.
@@ -256,36 +287,124 @@ def inspect_safetensors(path: Path, written: str, most: int, alone: str) -> Safe
         alone: Hint for a larger file.
 
     Raises:
-        UnreadableFile: If the file is missing, too large or invalid.
+        UnreadableFile: If the file is missing, too large, truncated or invalid.
     """
+    from safetensors import SafetensorError, safe_open
+
+    size = header = 0
     try:
-        if path.stat().st_size > most:
+        size = path.stat().st_size
+        if size > most:
             raise UnreadableFile(f"`{written}` has more than {most:,} bytes", alone)
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(min(length, MAX_HEADER_BYTES))
-        digest = compute_digest(path)
+            header = int.from_bytes(file.read(8), "little")
+        if header > MAX_HEADER_BYTES:
+            raise SafetensorError(f"its header has more than {MAX_HEADER_BYTES:,} bytes")
+        with cast("Any", safe_open)(path, framework="numpy") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            dtypes = {name: str(each.get_dtype()) for name, each in slices.items()}
+            shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
+        digest = _cached_digest(path, size)
     except OSError as error:
         reason = f"`{written}` can't be read: {error.strerror or error}"
         raise UnreadableFile(reason, "paths are relative to the folder of the file") from None
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
-    try:
-        for name, entry in load_json(header.decode("utf-8")).items():
-            if name != "__metadata__" and entry["dtype"] in ("F16", "BF16", "F32", "F64"):
-                shapes[name] = tuple(int(size) for size in entry["shape"])
-                dtypes[name] = entry["dtype"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except SafetensorError as error:
+        if "IncompleteBuffer" in str(error) or header + 8 > size >= 8:
+            reason = f"`{written}` is damaged: its {size:,} bytes aren't those of its tensors"
+            raise UnreadableFile(reason, "copy the file again") from None
         reason = f"`{written}` is not a safetensors file"
         hint = 'write it with `safetensors.torch.save_file({"d": vector}, path)`'
         raise UnreadableFile(reason, hint) from None
-    return SafetensorsFile(path, digest, shapes, dtypes)
+    kinds = ("F16", "BF16", "F32", "F64")
+    dtypes = {name: dtype for name, dtype in sorted(dtypes.items()) if dtype in kinds}
+    return SafetensorsFile(path, digest, {name: shapes[name] for name in dtypes}, dtypes)
+
+
+def _cached_digest(path: Path, size: int) -> str:
+    """Return the SHA-256 of a file; that of a large one is cached until the file changes."""
+    folder = cache_folder()
+    if size < _CACHED_DIGEST_BYTES or folder is None:
+        return compute_digest(path)
+    status = path.stat()
+    if time.time_ns() - status.st_mtime_ns < 2_000_000_000:
+        return compute_digest(path)  # a later change could have the same time
+    state = (path.resolve(), size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    kept = folder / "digests" / sha256(repr(state).encode()).hexdigest()
+    with suppress(OSError, UnicodeDecodeError):
+        text = kept.read_text("utf-8")
+        if re.fullmatch("[0-9a-f]{64}", text):
+            return text
+    digest = compute_digest(path)
+    with suppress(OSError):
+        write_atomically(kept, digest)
+    return digest
 
 
 def compute_digest(path: Path) -> str:
     """Compute the SHA-256 of a file in chunks. Raises OSError if the file can't be read."""
-    made = sha256()
     with path.open("rb") as file:
-        while part := file.read(_CHUNK):
-            made.update(part)
-    return made.hexdigest()
+        return file_digest(file, "sha256").hexdigest()
+
+
+# --- files next to a `.mech` file -----------------------------------------------------------------
+
+
+def load_object(content: bytes) -> dict[str, Any]:
+    """Parse a JSON object whose keys are unique and whose numbers are finite, at most 300 digits
+    long.
+
+    Raises:
+        ValueError: The content is anything else.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            name = next(name for name, times in Counter(k for k, _ in pairs).items() if times > 1)
+            raise ValueError(f"`{name[:80]}` is there twice")
+        return record
+
+    document = load_json(content.decode("utf-8-sig"), unique, strict=True)
+    if not isinstance(document, dict):
+        raise ValueError("it isn't a JSON object")
+    return cast("dict[str, Any]", document)
+
+
+# --- sealed files and folders ---------------------------------------------------------------------
+
+
+def dump_sealed(state: Mapping[str, Any]) -> str:
+    """Return a JSON object with a digest of its entries."""
+    text = json.dumps(state)
+    return json.dumps({**state, "sha256": sha256(text.encode()).hexdigest()})
+
+
+def load_sealed(text: str) -> dict[str, Any]:
+    """Return the entries of a text of `dump_sealed`. Raises ValueError, KeyError or TypeError for
+    any other text."""
+    state = json.loads(text)
+    digest = state.pop("sha256")
+    if sha256(json.dumps(state).encode()).hexdigest() != digest:
+        raise ValueError("the file is damaged")
+    return state
+
+
+SEAL_FILE = "SHA256SUMS"
+"""Digests of all other files of a folder, one a line, as `sha256sum` writes and checks them."""
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the digests of all files of a folder. Raises OSError."""
+    (folder / SEAL_FILE).write_text(_list_digests(folder), "utf-8")
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether a folder has exactly the files that it was sealed with. Raises OSError."""
+    return (folder / SEAL_FILE).read_bytes() == _list_digests(folder).encode()
+
+
+def _list_digests(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    names.pop(SEAL_FILE, None)
+    return "".join(f"{compute_digest(path)}  {name}\n" for name, path in names.items())

@@ -146,6 +146,8 @@ DIRECTION_FILE = _limit(100_000_000, "bytes of a direction file", "E0341")
 
 DICTIONARY_FILE = _limit(8_000_000_000, "bytes of a dictionary's weights", "E0342")
 
+DICTIONARY_CONFIG = _limit(100_000, "bytes of a dictionary's `cfg.json` or `config.yaml`", "E0342")
+
 LABELS_FILE = _limit(200_000_000, "bytes of a file of labels of features", "E0342")
 
 CIRCUIT_NEURONS = _limit(500, "neurons, or features, that a circuit names", "E0207")

@@ -12,19 +12,26 @@ feature counts.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from mechdsl.base import limits
-from mechdsl.base.files import SafetensorsFile, UnreadableFile, inspect_safetensors
-from mechdsl.base.limits import is_number
+from mechdsl.base.files import (
+    SafetensorsFile,
+    UnreadableFile,
+    inspect_safetensors,
+    load_object,
+)
 from mechdsl.base.records import Record
-from mechdsl.base.text import name_list
+from mechdsl.base.text import count_noun, name_list
+
+if TYPE_CHECKING:
+    from mechdsl.dictionaries.configs import CrossLayerConfig, SaeLensConfig
 
 Layout = Literal["SAELens", "sparsify", "tensors", "circuit-tracer", "mechdsl"]
 
@@ -306,7 +313,19 @@ def read_dictionary(
     )
 
 
+def _read_config(path: Path, written: str) -> bytes | None:
+    """Return the content of a configuration; None without such a file. Raises UnreadableFile."""
+    if not path.exists():
+        return None
+    large = "copy the folder again"
+    return read_limited_file(
+        path, written, limits.DICTIONARY_CONFIG, pickled=CONVERSION, large=large
+    )
+
+
 def _read_folder(path: Path, written: str) -> DictionaryFile:
+    from mechdsl.base.side_files import parse_object
+
     config_path = path / CONFIG_FILE
     present: list[Layout] = [name for name, file in WEIGHT_FILES.items() if (path / file).exists()]
     layout = present[0] if present else None
@@ -320,27 +339,19 @@ def _read_folder(path: Path, written: str) -> DictionaryFile:
             )
         known = name_list(WEIGHT_FILES.values())
         raise UnreadableFile(f"`{written}` has no weights", f"the folder needs one of {known}")
-    try:
-        content = config_path.read_bytes()
-        config = json.loads(content)
-        assert isinstance(config, dict)
-    except FileNotFoundError:
+    content = _read_config(config_path, f"{written}/{CONFIG_FILE}")
+    if content is None:
         raise UnreadableFile(
             f"`{written}` has no `{CONFIG_FILE}`", "copy the whole folder of the dictionary"
-        ) from None
-    except (OSError, ValueError, AssertionError) as error:
-        no_object = "it isn't a JSON object"
-        raise UnreadableFile(
-            f"`{written}/{CONFIG_FILE}` can't be read: {error or no_object}",
-            "copy the folder again",
-        ) from None
+        )
+    config = parse_object(content, f"{written}/{CONFIG_FILE}")
     weights = path / WEIGHT_FILES[layout]
     file = inspect_safetensors(
         weights, f"{written}/{weights.name}", limits.DICTIONARY_FILE, "use a smaller dictionary"
     )
     digest = sha256(content + file.digest.encode()).hexdigest()
     read = _of_sae_lens if layout == "SAELens" else _of_sparsify
-    return read(cast("dict[str, Any]", config), file, digest, written)
+    return read(config, file, digest, written)
 
 
 def _read_cross_layer(path: Path, written: str, layer: int | None) -> DictionaryFile:
@@ -371,7 +382,7 @@ def _read_cross_layer(path: Path, written: str, layer: int | None) -> Dictionary
             f"it needs `{names['W_enc']}` [feature, width] and `{names['b_enc']}` [feature]",
         )
     config, content = _read_cross_layer_config(path, written)
-    hook = f"blocks.{layer}.{config.get('feature_input_hook')}"
+    hook = f"blocks.{layer}.{config.feature_input_hook}"
     if site_of_hook(hook) not in [(site, layer) for site in ENCODED_SITES]:
         known = name_list(name for name, site in HOOK_SITES.items() if site in ENCODED_SITES)
         raise UnreadableFile(
@@ -393,7 +404,7 @@ def _read_cross_layer(path: Path, written: str, layer: int | None) -> Dictionary
         crosses_layers=True,
         transposed=True,
         subtracts_bias=False,
-        model=_text(config.get("model_name")),
+        model=config.model_name or None,
         hook=hook,
     )
 
@@ -431,34 +442,44 @@ def read_cross_decoder(file: DictionaryFile, layer: int, layers: int) -> Safeten
     return safetensors_file
 
 
-def _read_cross_layer_config(path: Path, written: str) -> tuple[Mapping[str, object], bytes]:
+def _read_cross_layer_config(path: Path, written: str) -> tuple[CrossLayerConfig, bytes]:
     """Read the configuration of a cross-layer transcoder; empty if there is none."""
     import yaml
 
+    from mechdsl.base.side_files import check_entries
+    from mechdsl.dictionaries.configs import CrossLayerConfig
+
+    written = f"{written}/{CROSS_LAYER_CONFIG}"
+    content = _read_config(path / CROSS_LAYER_CONFIG, written)
+    if content is None:
+        return CrossLayerConfig(), b""
     try:
-        content = (path / CROSS_LAYER_CONFIG).read_bytes()
-        config = yaml.safe_load(content)
-    except FileNotFoundError:
-        return {}, b""
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UnreadableFile(
-            f"`{written}/{CROSS_LAYER_CONFIG}` can't be read: {type(error).__name__}",
-            "copy the folder again",
-        ) from None
-    return cast("Mapping[str, object]", config if isinstance(config, dict) else {}), content
+        events = yaml.parse(content, Loader=yaml.SafeLoader)
+        if any(isinstance(event, yaml.AliasEvent) for event in events):
+            raise UnreadableFile(f"`{written}` has aliases", "write each value where it is used")
+        document = yaml.compose(content, Loader=yaml.SafeLoader)
+        keys = [key.value for key, _ in document.value] if document is not None else []
+        if len(keys) > len(set(map(str, keys))):
+            raise UnreadableFile(f"`{written}` has a key twice", "remove one of them")
+        entries = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = f"`{written}` can't be read: {type(error).__name__}"
+        raise UnreadableFile(reason, "copy the folder again") from None
+    return check_entries(CrossLayerConfig, entries or {}, written), content
 
 
 def _of_sae_lens(
     config: dict[str, Any], file: SafetensorsFile, digest: str, written: str
 ) -> DictionaryFile:
     """Interpret the configuration of SAELens, of version 6 or before."""
-    metadata = config.get("metadata")
-    facts = {**config, **(cast("dict[str, Any]", metadata) if isinstance(metadata, dict) else {})}
-    kwargs = config.get("activation_fn_kwargs")
-    arguments = cast("dict[str, Any]", kwargs) if isinstance(kwargs, dict) else {}
-    name = str(config.get("architecture", "standard"))
-    activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
-    k = config.get("k", arguments.get("k"))
+    from mechdsl.base.side_files import check_entries
+    from mechdsl.dictionaries.configs import SaeLensConfig
+
+    own = check_entries(SaeLensConfig, config, f"{written}/{CONFIG_FILE}")
+    facts = _facts(own)
+    name, activation = own.architecture, own.activation or "relu"
+    arguments = own.activation_fn_kwargs
+    k = own.k if own.k is not None or arguments is None else arguments.k
     if name == "standard" and activation == "topk":
         name = "topk"
     elif activation not in ("relu", "topk"):
@@ -467,14 +488,14 @@ def _of_sae_lens(
             "mechdsl reads `relu` and `topk`",
         )
     if name == "temporal":
-        return _of_temporal(config, facts, file, digest, written)
+        return _of_temporal(own, file, digest, written)
     transcodes = name in TRANSCODERS
     architecture = _architecture(TRANSCODERS.get(name, SAVED_AS.get(name, name)), written)
-    normalization = config.get("normalize_activations", "none")
+    normalization = own.normalize_activations
     if isinstance(normalization, bool) or normalization is None:
         normalization = "expected_average_only_in" if normalization else "none"
     if normalization == "expected_average_only_in":
-        factor = facts.get("scaling_factor", facts.get("norm_scaling_factor"))
+        factor = facts["factor"]
         raise UnreadableFile(
             f"`{written}` expects activations of a fixed average norm"
             + (f" (factor {factor})" if factor is not None else ", and doesn't say which"),
@@ -487,27 +508,39 @@ def _of_sae_lens(
             "mechdsl reads `none`, `layer_norm` and `constant_norm_rescale`",
         )
     ranked = architecture in ("topk", "abstopk")
-    steps = config.get("max_iterations")
+    if ranked and k is None:
+        raise UnreadableFile(
+            f"`{written}/{CONFIG_FILE}` has no `k`", "it is the number of active features"
+        )
     return _checked(
         file,
         written,
+        sizes={"d_in": own.d_in, "d_sae": own.d_sae, "d_out": own.d_out},
         layout="mechdsl" if architecture in OWN_KINDS else "SAELens",
         architecture=architecture,
         digest=digest,
-        k=_count(k, "k", written) if ranked else None,
+        k=k if ranked else None,
         transcodes=transcodes,
         skips="skip" in name and transcodes,
-        subtracts_bias=bool(config.get("apply_b_dec_to_input", True)) and not transcodes,
+        subtracts_bias=own.apply_b_dec_to_input is not False and not transcodes,
         normalization=normalization,
-        scales_by_decoder=bool(config.get("rescale_acts_by_decoder_norm", False)),
-        residual_threshold=float(config.get("residual_threshold", 1e-2)),
-        most_steps=None if steps is None else _count(steps, "max_iterations", written),
+        scales_by_decoder=bool(own.rescale_acts_by_decoder_norm),
+        residual_threshold=own.residual_threshold,
+        most_steps=own.max_iterations,
         **(_mixture_facts(file) if architecture == "mixture" else {}),
-        stops_on_same_support=bool(config.get("stop_on_duplicate_support", True)),
-        model=_text(facts.get("model_name")),
-        hook=_text(facts.get("hook_name", facts.get("hook_point"))),
-        hook_out=_text(facts.get("hook_name_out", facts.get("out_hook_point"))),
+        stops_on_same_support=own.stop_on_duplicate_support,
+        model=facts["model_name"],
+        hook=facts["hook"],
+        hook_out=facts["hook_out"],
     )
+
+
+def _facts(config: SaeLensConfig) -> dict[str, Any]:
+    """Return the entries that SAELens writes in `metadata` since its version 6."""
+    facts = config.model_dump(include={"model_name", "hook", "hook_out", "factor"})
+    newer = {} if config.metadata is None else config.metadata.model_dump()
+    facts |= {name: value for name, value in newer.items() if value is not None}
+    return {name: value or None for name, value in facts.items()}
 
 
 def _mixture_facts(file: SafetensorsFile) -> dict[str, Any]:
@@ -520,24 +553,25 @@ def _mixture_facts(file: SafetensorsFile) -> dict[str, Any]:
 
 
 def _of_temporal(
-    config: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    file: SafetensorsFile,
-    digest: str,
-    written: str,
+    config: SaeLensConfig, file: SafetensorsFile, digest: str, written: str
 ) -> DictionaryFile:
     """Interpret the configuration of a temporal SAE of SAELens."""
-    normalization = config.get("normalize_activations", "none")
+    normalization = config.normalize_activations or "none"
     if normalization not in ("none", "constant_scalar_rescale"):
         raise UnreadableFile(
             f"`{written}` normalises activations by `{normalization}`",
             "mechdsl reads temporal SAEs with `none` and `constant_scalar_rescale`",
         )
     rescales = normalization == "constant_scalar_rescale"
-    k = config.get("kval_topk") if config.get("sae_diff_type", "topk") == "topk" else None
-    layers = _count(config.get("n_attn_layers", 1), "n_attn_layers", written)
+    layers, facts = config.n_attn_layers, _facts(config)
+    if layers > len(file.shapes):
+        raise UnreadableFile(
+            f"`n_attn_layers` of `{written}/{CONFIG_FILE}` is {layers:,}, and its weights have "
+            f"{count_noun(len(file.shapes), 'tensor')}",
+            "copy the folder again",
+        )
     features = (*file.shapes.get("W_dec", ()), 0)[0]
-    inner = features // _count(config.get("bottleneck_factor", 64), "bottleneck_factor", written)
+    inner = features // config.bottleneck_factor
     sizes = {"k_ctx": inner, "q_target": inner, "v_ctx": features, "c_proj": features}
     shapes = {
         f"attn_layers.{layer}.{name}.{part}": (sizes[name], features)[: 1 + (part == "weight")]
@@ -548,18 +582,19 @@ def _of_temporal(
     return _checked(
         file,
         written,
-        more=shapes if config.get("tied_weights", True) else {**shapes, "W_enc": ()},
+        more=shapes if config.tied_weights else {**shapes, "W_enc": ()},
+        sizes={"d_in": config.d_in, "d_sae": config.d_sae},
         layout="SAELens",
         architecture="temporal",
         digest=digest,
-        k=None if k is None else _count(k, "kval_topk", written),
-        subtracts_bias=bool(config.get("apply_b_dec_to_input", True)),
+        k=config.kval_topk if config.sae_diff_type == "topk" else None,
+        subtracts_bias=config.apply_b_dec_to_input is not False,
         context_layers=layers,
         context_width=inner,
-        context_heads=_count(config.get("n_heads", 8), "n_heads", written),
-        scale=float(config.get("activation_normalization_factor", 1.0)) if rescales else 1.0,
-        model=_text(facts.get("model_name")),
-        hook=_text(facts.get("hook_name", facts.get("hook_point"))),
+        context_heads=config.n_heads,
+        scale=config.activation_normalization_factor if rescales else 1.0,
+        model=facts["model_name"],
+        hook=facts["hook"],
     )
 
 
@@ -567,24 +602,27 @@ def _of_sparsify(
     config: dict[str, Any], file: SafetensorsFile, digest: str, written: str
 ) -> DictionaryFile:
     """Interpret the configuration of sparsify (EleutherAI)."""
-    activation = config.get("activation", "topk")
-    if activation != "topk" or config.get("signed", False) or config.get("multi_topk", False):
-        said = "signed" if config.get("signed", False) else activation
+    from mechdsl.base.side_files import check_entries
+    from mechdsl.dictionaries.configs import SparsifyConfig
+
+    own = check_entries(SparsifyConfig, config, f"{written}/{CONFIG_FILE}")
+    if own.activation != "topk" or own.signed or own.multi_topk:
+        kind = "signed" if own.signed else own.activation
         raise UnreadableFile(
-            f"`{written}` is a `{said}` dictionary of sparsify", "mechdsl reads its `topk` ones"
+            f"`{written}` is a `{kind}` dictionary of sparsify", "mechdsl reads its `topk` ones"
         )
-    transcodes = bool(config.get("transcode", False))
     return _checked(
         file,
         written,
+        sizes={"d_in": own.d_in, "num_latents": own.num_latents or None},
         layout="sparsify",
         architecture="topk",
         digest=digest,
-        k=_count(config.get("k"), "k", written),
-        transcodes=transcodes,
-        skips=bool(config.get("skip_connection", False)),
+        k=own.k,
+        transcodes=own.transcode,
+        skips=own.skip_connection,
         transposed=True,
-        subtracts_bias=not transcodes,
+        subtracts_bias=not own.transcode,
     )
 
 
@@ -618,12 +656,14 @@ def _checked(
     file: SafetensorsFile,
     written: str,
     more: Mapping[str, tuple[int, ...]] | None = None,
+    sizes: Mapping[str, int | None] | None = None,
     **facts: Any,
 ) -> DictionaryFile:
     """Check the shapes of the tensors, and create the record.
 
     Args:
         more: Shapes of tensors beyond those of the architecture; that of `W_enc` is ignored.
+        sizes: Sizes in the configuration by name, `d_in`, `d_out` or the number of features.
     """
     architecture: Architecture = facts["architecture"]
     more = more or {}
@@ -656,6 +696,19 @@ def _checked(
                 f"{list(there)}",
                 "all tensors must have the same number of features and widths",
             )
+    actual = {"d_in": width, "d_out": out}
+    for name, size in (sizes or {}).items():
+        if size is not None and size != actual.get(name, features):
+            raise UnreadableFile(
+                f"`{name}` of `{written}/{CONFIG_FILE}` is {size:,}, and its tensors have "
+                f"{actual.get(name, features):,}",
+                "copy the folder again",
+            )
+    if facts.get("k") is not None and facts["k"] > features:
+        raise UnreadableFile(
+            f"`k` of `{written}/{CONFIG_FILE}` is {facts['k']:,}, and it has {features:,} features",
+            "copy the folder again",
+        )
     if not facts.get("transcodes"):
         _check_autoencoder(written, width, out, skips=bool(facts.get("skips")))
     return DictionaryFile(
@@ -716,22 +769,10 @@ def _architecture(name: str, written: str) -> Architecture:
     return cast("Architecture", name)
 
 
-def _count(value: object, name: str, written: str) -> int:
-    if not is_number(value) or value < 1:
-        raise UnreadableFile(
-            f"`{name}` of `{written}` is {value!r}", "it must be a whole number of at least 1"
-        )
-    return int(value)
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
 def site_of_hook(hook: str) -> tuple[str, int] | None:
     """Return the site and layer that a hook point of TransformerLens names; None if unknown."""
     words = hook.split(".")
-    if len(words) < 3 or words[0] != "blocks" or not words[1].isdigit():
+    if len(words) < 3 or words[0] != "blocks" or not re.fullmatch("[0-9]{1,4}", words[1]):
         return None
     site = HOOK_SITES.get(".".join(words[2:]))
     return None if site is None else (site, int(words[1]))
@@ -816,11 +857,11 @@ def _label_entries(content: bytes, written: str) -> Iterator[tuple[int, str]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = load_object(line)
             index = next(entry[key] for key in INDEX_KEYS if key in entry)
             text = next(entry[key] for key in TEXT_KEYS if key in entry)
             feature = int(index)
-        except (ValueError, TypeError, StopIteration, RecursionError):
+        except (ValueError, TypeError, StopIteration, OverflowError):
             raise UnreadableFile(
                 f"line {number} of `{written}` has no description", _LABEL_EXAMPLE
             ) from None

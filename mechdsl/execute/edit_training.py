@@ -77,7 +77,7 @@ def train_rotation(
         len(directions),
         *means,
     )
-    job.write_card(report, ROTATION_FILE)
+    job.write_card(report)
     return report
 
 
@@ -128,7 +128,7 @@ def train_vector(
             values.clean_mean(),
             values.mean(start),
         )
-    job.write_card(report, VECTOR_FILE)
+    job.write_card(report)
     return report
 
 
@@ -222,7 +222,7 @@ def train_scales(declared: TrainedVector, rows: ObjectiveRows, job: TrainingJob)
         float(factors.mean()),
         *_controls(rows, factors, settings.batch),
     )
-    job.write_card(report, VECTOR_FILE)
+    job.write_card(report)
     return report
 
 

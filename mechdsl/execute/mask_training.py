@@ -1058,7 +1058,7 @@ def train_mask(
         noun=declared.noun,
     )
     _write_choice(job.folder / MASK_FILE, rows, likely, chosen)
-    job.write_card(report, MASK_FILE)
+    job.write_card(report)
     return report
 
 
@@ -1797,7 +1797,7 @@ def find_circuit(declared: TrainedMask, rows: EdgeRows, job: TrainingJob) -> Cir
     if isinstance(declared.training.trainer, EdgeSearchTrainer):
         report = replace(report, made=report.made + _describe_aim(declared.training, report))
     _write_circuit(job.folder / MASK_FILE, rows, circuit)
-    job.write_card(report, MASK_FILE)
+    job.write_card(report)
     return report
 
 
@@ -2289,7 +2289,7 @@ def find_group(declared: TrainedMask, masked: MaskRows, job: TrainingJob) -> Nod
         group = _search_nodes(training, rows, job)
     report = _report_nodes(rows, group)
     _write_scores(job.folder / MASK_FILE, rows, group)
-    job.write_card(report, MASK_FILE)
+    job.write_card(report)
     return report
 
 

@@ -286,5 +286,5 @@ def train_probe(
         draws=RANDOM_DIRECTIONS,
         constant=rows.score_constant(),
     )
-    job.write_card(report, PROBE_FILE)
+    job.write_card(report)
     return report

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.base.files import compute_digest, replace_file
+from mechdsl.base.files import compute_digest, dump_sealed, load_sealed, replace_file
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.runtime import delay_signals
 from mechdsl.base.text import format_size
@@ -606,11 +606,11 @@ class TrainingJob:
         """Search to the end, from a checkpoint if there is one."""
         path = self.checkpoints / STATE_FILES[0]
         with suppress(OSError, ValueError, KeyError, TypeError):
-            search.restore(json.loads(path.read_text("utf-8")))
+            search.restore(load_sealed(path.read_text("utf-8")))
 
         def keep() -> None:
             with replace_file(path) as made:
-                made.write_text(json.dumps(search.capture()), "utf-8")
+                made.write_text(dump_sealed(search.capture()), "utf-8")
 
         with delay_signals() as deliver:
             for _ in search.run():
@@ -641,10 +641,9 @@ class TrainingJob:
         if digests is not None:
             write_texts(self.folder, digests)
 
-    def write_card(self, report: FitReport, file: str | None = None) -> None:
-        """Write the card of a training, with the digest of a file of the folder. Raises OSError."""
-        more = {} if file is None else {"sha256": compute_digest(self.folder / file)}
-        card = json.dumps({**self.facts, **more, **asdict(report)}, indent=1) + "\n"
+    def write_card(self, report: FitReport) -> None:
+        """Write the card of a training. Raises OSError."""
+        card = json.dumps({**self.facts, **asdict(report)}, indent=1) + "\n"
         (self.folder / CARD_FILE).write_text(card, "utf-8")
 
 
@@ -924,7 +923,8 @@ def _keep(loop: Training, folder: Path) -> None:
     with replace_file(folder / name) as made:
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.tensors.items()}, made)
     with replace_file(folder / STATE_FILES[0]) as made:
-        made.write_text(json.dumps({**state.numbers(), "tensors": name}), "utf-8")
+        numbers = {**state.numbers(), "tensors": name, "digest": compute_digest(folder / name)}
+        made.write_text(dump_sealed(numbers), "utf-8")
     for other in folder.glob("state-*.safetensors"):
         if other.name != name:
             other.unlink(missing_ok=True)
@@ -936,10 +936,13 @@ def _restore(loop: Training, folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        numbers = json.loads(path.read_text("utf-8"))
-        tensors = load_file(folder / numbers["tensors"])
+        numbers = load_sealed(path.read_text("utf-8"))
+        file = folder / numbers.pop("tensors")
+        if compute_digest(file) != numbers.pop("digest"):
+            raise ValueError("the file is damaged")
+        tensors = load_file(file)
         loop.restore(TrainingState.read(numbers, tensors))
-    except (OSError, ValueError, KeyError, RuntimeError):  # it begins anew
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # it begins anew
         loop.state = TrainingState()
 
 
@@ -985,5 +988,5 @@ def train_lens(
         average=divergence_from_average(logits, first[1], measured[1]),
     )
     job.write_texts(vectors.texts(loop.state))
-    job.write_card(report, LENS_FILE)
+    job.write_card(report)
     return report

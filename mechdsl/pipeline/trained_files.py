@@ -1,6 +1,7 @@
 """What a file declares with `fit(…)`, and what its store has of it: keys and trained files.
 
-A training is a folder of the store, `fits/KEY`, with a card `fit.json`: a dictionary in the layout
+A training is a folder of the store, `fits/KEY`, with a card `fit.json` and
+the digests of all its files in `SHA256SUMS`: a dictionary in the layout
 of SAELens, the directions of a rotation in `rotation.safetensors`, a vector or scales in
 `vector.safetensors`, the maps of a lens in `lens.safetensors` or of a
 probe in `probe.safetensors`, or the sites of a mask in
@@ -22,7 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base import limits
-from mechdsl.base.files import SafetensorsFile, UnreadableFile, compute_digest, inspect_safetensors
+from mechdsl.base.files import (
+    SafetensorsFile,
+    UnreadableFile,
+    compute_digest,
+    inspect_safetensors,
+    is_intact,
+)
 from mechdsl.base.hashing import digest
 from mechdsl.base.runtime import numeric_settings
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
@@ -450,8 +457,10 @@ TrainedFile = DictionaryFile | CrossLayerFiles | SafetensorsFile | MaskFile
 
 
 def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, FitReport] | None:
-    """Read a training with its report; None if the folder has no complete one."""
+    """Read a training with its report; None if the folder has no complete and undamaged one."""
     try:
+        if not is_intact(folder):
+            return None
         card = json.loads((folder / CARD_FILE).read_text("utf-8"))
         if fit.training.stream is not None:
             read_texts(folder)
@@ -469,14 +478,14 @@ def _read_file(folder: Path, fit: DeclaredFit, card: Mapping[str, Any]) -> Train
     if isinstance(fit.file, TrainedDictionary):
         return read_dictionary(folder, str(folder), transcodes=bool(card["transcodes"]))
     if isinstance(fit.file, TrainedMask):
-        return _read_mask(folder, fit.file, card["sha256"])
+        return _read_mask(folder, fit.file)
     if isinstance(fit.file, TrainedRotation):
-        return _read_rotation(folder, fit, card["sha256"])
+        return _read_rotation(folder, fit)
     if isinstance(fit.file, TrainedLens):
-        return _read_lens(folder, fit, card["sha256"])
+        return _read_lens(folder, fit)
     if isinstance(fit.file, TrainedProbe):
-        return _read_probe(folder, fit.file, card["sha256"])
-    return _read_vector(folder, fit, card["sha256"])
+        return _read_probe(folder, fit.file)
+    return _read_vector(folder, fit)
 
 
 def _read_cross_layer(folder: Path, fit: DeclaredFit) -> CrossLayerFiles:
@@ -491,7 +500,7 @@ def _read_cross_layer(folder: Path, fit: DeclaredFit) -> CrossLayerFiles:
     return CrossLayerFiles(tuple(encoders), every.hex())
 
 
-def _read_rotation(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile:
+def _read_rotation(folder: Path, fit: DeclaredFit) -> SafetensorsFile:
     """Read the header of a rotation. Raises UnreadableFile, and ValueError for another matrix."""
     path = folder / ROTATION_FILE
     file = inspect_safetensors(path, str(path), limits.DIRECTION_FILE, "train it again")
@@ -500,22 +509,22 @@ def _read_rotation(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFi
     count, *shape = file.shapes.get(ROTATION, (0,))
     learned = fit.training.trainer_of(RotationTrainer).learns_size
     fits = 0 < count <= fit.file.size if learned else count == fit.file.size
-    if file.digest != digest or shape != [width] or not fits:
+    if shape != [width] or not fits:
         raise ValueError("the file is damaged")
     return file
 
 
-def _read_vector(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile:
+def _read_vector(folder: Path, fit: DeclaredFit) -> SafetensorsFile:
     """Read the header of a vector. Raises UnreadableFile, and ValueError for another shape."""
     path = folder / VECTOR_FILE
     file = inspect_safetensors(path, str(path), limits.DIRECTION_FILE, "train it again")
     width = count_numbers(fit.training.made, fit.experiment.model.shape)
-    if file.digest != digest or file.shapes != list_tensor_shapes(fit.training, width):
+    if file.shapes != list_tensor_shapes(fit.training, width):
         raise ValueError("the file is damaged")
     return file
 
 
-def _read_lens(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile:
+def _read_lens(folder: Path, fit: DeclaredFit) -> SafetensorsFile:
     """Read the header of a lens. Raises UnreadableFile, and ValueError for other maps."""
     path, width = folder / LENS_FILE, fit.experiment.model.shape.d_model
     file = inspect_safetensors(path, str(path), limits.LENS_FILE, "train it again")
@@ -524,12 +533,12 @@ def _read_lens(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile:
         for layer in fit.training.layers
         for part, size in (("weight", (width, width)), ("bias", (width,)))
     }
-    if file.digest != digest or dict(file.shapes) != wanted:
+    if dict(file.shapes) != wanted:
         raise ValueError("the file is damaged")
     return file
 
 
-def _read_probe(folder: Path, probe: TrainedProbe, digest: str) -> SafetensorsFile:
+def _read_probe(folder: Path, probe: TrainedProbe) -> SafetensorsFile:
     """Read the header of a probe. Raises UnreadableFile, and ValueError for other maps."""
     path, outputs = folder / PROBE_FILE, probe.outputs
     file = inspect_safetensors(path, str(path), limits.DIRECTION_FILE, "train it again")
@@ -537,20 +546,18 @@ def _read_probe(folder: Path, probe: TrainedProbe, digest: str) -> SafetensorsFi
     for point, width in zip(probe.training.inputs, probe.widths, strict=True):
         for name in (name_probe_map(point), f"shuffled.{name_probe_map(point)}"):
             wanted |= {f"{name}.weight": (outputs, width), f"{name}.bias": (outputs,)}
-    if file.digest != digest or dict(file.shapes) != wanted:
+    if dict(file.shapes) != wanted:
         raise ValueError("the file is damaged")
     return file
 
 
-def _read_mask(folder: Path, mask: TrainedMask, digest: str) -> MaskFile:
+def _read_mask(folder: Path, mask: TrainedMask) -> MaskFile:
     """Read the sites that a mask chose. Raises OSError, KeyError, ValueError and IndexError."""
     path = folder / MASK_FILE
     content = json.loads(path.read_text("utf-8"))
     listed, candidates = content["sites"], mask.candidates
     size = mask.training.trainer_of(ChoosingTrainer).size(mask.training.of_trainer)
-    if compute_digest(path) != digest or listed != [
-        key_of_candidate(candidate) for candidate in candidates
-    ]:
+    if listed != [key_of_candidate(candidate) for candidate in candidates]:
         raise ValueError("the file is damaged")
     chosen = tuple(candidates[number] for number in content["chosen"])
     given = content["scores" if mask.is_scored else "probabilities"]
@@ -559,7 +566,7 @@ def _read_mask(folder: Path, mask: TrainedMask, digest: str) -> MaskFile:
     least = 1 if mask.is_scored else most
     if not least <= len(set(chosen)) <= most or len(scores) != len(candidates):
         raise ValueError("the file is damaged")
-    return MaskFile(chosen, scores, digest)
+    return MaskFile(chosen, scores, compute_digest(path))
 
 
 def describe_report(file: TrainedFile, report: FitReport) -> str:

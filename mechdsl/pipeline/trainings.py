@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechdsl.base.files import SEAL_FILE, seal_folder
 from mechdsl.base.runtime import computation_settings, preserve_random_state
 from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.command_line import BadCommandLine
@@ -364,6 +365,7 @@ def _train_one(
             lock.free(remove=True)
     if processes.is_first:
         shutil.rmtree(folder, ignore_errors=True)
+        seal_folder(result)
         os.replace(result, folder)
         sync_folder(folder.parent)
     processes.agree(True)  # the others read the folder
@@ -641,7 +643,9 @@ def export_fits(fits: Sequence[TrainedFit], folder: Path) -> Iterator[tuple[str,
         if target.exists():
             raise FileExistsError(EEXIST, "there already", str(target))
     for fit, name, target in zip(fits, names, targets, strict=True):
-        shutil.copytree(fit.folder, target, ignore=shutil.ignore_patterns(UNTRAINED_FOLDER))
+        shutil.copytree(
+            fit.folder, target, ignore=shutil.ignore_patterns(UNTRAINED_FOLDER, SEAL_FILE)
+        )
         (target / "README.md").write_text(_card_text(fit), "utf-8")
         yield name, target
 

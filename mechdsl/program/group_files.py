@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast
 
 from mechdsl.base import limits
-from mechdsl.base.files import UnreadableFile, load_json
+from mechdsl.base.files import UnreadableFile, load_object
 from mechdsl.base.limits import is_integer, is_number
 from mechdsl.base.records import Record
 from mechdsl.base.text import Source, Span, count_noun, name_list
@@ -102,9 +102,10 @@ def load_group(path: Path, written: str) -> tuple[object, str]:
     large = "prune the graph with a lower `node_threshold`"
     content = read_limited_file(path, written, limits.GRAPH_FILE, pickled=_CONVERSION, large=large)
     try:
-        group: Any = load_json(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        raise UnreadableFile(f"`{written}` is not a JSON object", _GRAPH_FORM) from None
+        group = load_object(content)
+    except ValueError as error:
+        hint = f"{error}; {_GRAPH_FORM}"
+        raise UnreadableFile(f"`{written}` is not a JSON object", hint) from None
     return group, sha256(content).hexdigest()
 
 
@@ -285,17 +286,19 @@ def read_mask(
         UnreadableFile: The file is malformed, or has edges; the bases don't fit, or the file
             doesn't identify the dictionary of its features.
     """
-    listed = content["sites"]
-    _reject_edges(listed, written)
+    from mechdsl.base.side_files import check_entries
+    from mechdsl.program.saved_forms import MaskForm
+
+    _reject_edges(content["sites"], written)
+    form = check_entries(MaskForm, content, written, hint=_MASK_FORM)
+    listed = form.sites
     dictionary = _find_dictionary(content, written, bases)
     basis = None if dictionary is None else dictionary[0]
     try:
         every = [_candidate(each) for each in listed]
-        given = content["scores" if "scores" in content else "probabilities"]
-        scores = [math.nan if own is None else float(own) for own in given]
-        chosen = [int(number) for number in content["chosen"]]
-        whole = all(isinstance(number, int) and number >= 0 for number in content["chosen"])
-        sound = whole and len(set(chosen)) == len(chosen) > 0 and len(scores) == len(every)
+        given, chosen = form.scores or form.probabilities or [], form.chosen
+        scores = [math.nan if score is None else score for score in given]
+        sound = len(set(chosen)) == len(chosen) and len(scores) == len(every)
         sound = sound and all(math.isfinite(scores[number]) for number in chosen)
         sound = sound and len({number is None for _, number in every}) == 1
         of_bases = {entry[3] if len(entry) == 5 else None for entry in listed}
@@ -304,7 +307,7 @@ def read_mask(
         if not sound or len(set(every)) < len(every):
             raise ValueError
         ranked = chosen
-        if not content.get("ranked"):
+        if not form.ranked:
             ranked = sorted(chosen, key=lambda each: (-abs(scores[each]), each))
         group = tuple(every[number] for number in ranked)
     except (KeyError, TypeError, ValueError, IndexError):
@@ -314,7 +317,7 @@ def read_mask(
     made = f"{len(group):,} of {count_noun(len(every), what)} of {written}: {_name(group, basis)}; "
     made += f"SHA-256 {digest[:12]}…"
     listed = tuple(every[number] for number in sorted(chosen))
-    prompts = tuple(map(str, content.get("prompts", ())))
+    prompts = tuple(form.prompts)
     last = tuple(_last_points(every))
     return SavedMask(digest, listed, group, last, made, prompts, dictionary)
 
@@ -361,15 +364,20 @@ def read_positions(content: Mapping[str, Any], digest: str, written: str) -> Sav
     Raises:
         UnreadableFile: The file is malformed, or its positions depend on a parameter.
     """
+    from mechdsl.base.side_files import check_entries
+    from mechdsl.program.saved_forms import MaskForm
+
+    form = check_entries(MaskForm, content, written, hint=_MASK_FORM)
     try:
-        text, labels = content["positions"]["at"], [*map(str, content["positions"]["labels"])]
-        chosen = [int(number) for number in content["chosen"]]
-        sound = isinstance(text, str) and len(set(chosen)) == len(chosen) > 0 <= min(chosen)
-        if not sound or not len(labels) == len(set(labels)) == len(content["sites"]):
+        if form.positions is None:
+            raise ValueError
+        text, labels, chosen = form.positions.at, form.positions.labels, form.chosen
+        sound = len(set(chosen)) == len(chosen)
+        if not sound or not len(labels) == len(set(labels)) == len(form.sites):
             raise ValueError
         group = tuple(labels[number] for number in sorted(chosen))
-        names = [str(content["labels"][number]) for number in sorted(chosen)]
-    except (KeyError, TypeError, ValueError, IndexError):
+        names = [form.labels[number] for number in sorted(chosen)]
+    except (ValueError, IndexError):
         reason = f"`{written}` has numbers of positions without the text of `positions`"
         hint = "train it again, and write the file: `mechdsl fit FILE --fresh --out FOLDER`"
         raise UnreadableFile(reason, hint) from None
@@ -389,7 +397,7 @@ def read_positions(content: Mapping[str, Any], digest: str, written: str) -> Sav
     listed += f" and {more:,} more" if more > 0 else ""
     made = f"{len(group):,} of {count_noun(len(labels), 'position')} of {written}: {listed}; "
     made += f"SHA-256 {digest[:12]}…"
-    return SavedPositions(at, group, made, tuple(map(str, content.get("prompts", ()))))
+    return SavedPositions(at, group, made, tuple(form.prompts))
 
 
 def _find_dictionary(

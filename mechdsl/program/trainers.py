@@ -598,12 +598,13 @@ def trainer_call(call: ast.Call) -> ast.Call:
     """Return `das(dims: 2)` of `fit(das(dims: 2), …)`; a name alone is a call without arguments.
 
     Args:
-        call: A `fit` with one argument without a name.
+        call: A `fit`. One without a trainer is E0207; here it has a trainer without a name, which
+            isn't registered.
     """
-    (node,) = (argument.value for argument in call.arguments if argument.name is None)
+    node = next((each.value for each in call.arguments if each.name is None), None)
     if isinstance(node, ast.Call):
         return node
-    return ast.Call(node.span.written, (), span=node.span)
+    return ast.Call("" if node is None else node.span.written, (), span=(node or call).span)
 
 
 class Parameters(Record):

@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field
 from functools import cached_property, lru_cache
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from importlib import import_module
 from itertools import accumulate
 from math import isfinite
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, cast, overload
 
 from mechdsl.base import limits
-from mechdsl.base.files import RELATIVE_PATH_HINT, find_snapshot, load_json
+from mechdsl.base.files import RELATIVE_PATH_HINT, compute_digest, find_snapshot, load_json
 from mechdsl.base.records import Record
 from mechdsl.base.text import HintedError, Span, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -399,7 +399,7 @@ def _open_parquet(file: Path, name: str) -> StreamedFile:
         with parquet.ParquetFile(str(file)) as opened:
             return _read_row(opened.read_row_group(number))
 
-    return StreamedFile(name, _compute_digest(file), tuple(groups), tuple(columns), open_group)
+    return StreamedFile(name, compute_digest(file), tuple(groups), tuple(columns), open_group)
 
 
 def _open_arrow(file: Path, name: str) -> StreamedFile:
@@ -421,7 +421,7 @@ def _open_arrow(file: Path, name: str) -> StreamedFile:
         return read
 
     groups = (RecordGroup(int(table.num_rows), 0),)
-    return StreamedFile(name, _compute_digest(file), groups, tuple(columns), open_group)
+    return StreamedFile(name, compute_digest(file), groups, tuple(columns), open_group)
 
 
 def map_arrow(file: Path) -> Any:
@@ -443,11 +443,6 @@ def map_arrow(file: Path) -> Any:
 def _read_row(rows: Any) -> GroupReader:
     """Return a reader of a table or a batch of pyarrow."""
     return lambda index: cast("DataRecord", rows.slice(index, 1).to_pylist()[0])
-
-
-def _compute_digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return file_digest(content, "sha256").hexdigest()
 
 
 STREAMED_READERS: Mapping[str, Callable[[Path, str], StreamedFile]] = {

@@ -11,17 +11,16 @@ References:
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeAlias, cast
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias
 
 from mechdsl.base import limits
-from mechdsl.base.files import UnreadableFile, load_json
+from mechdsl.base.files import UnreadableFile
 from mechdsl.base.records import Record
 from mechdsl.base.text import Source, count_noun
 from mechdsl.dictionaries.folder import read_limited_file
@@ -41,6 +40,9 @@ from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.traversal import number_names
 from mechdsl.syntax.tree_builder import RegisteredWords
 from mechdsl.vocab.sites import SITES
+
+if TYPE_CHECKING:
+    from mechdsl.program.saved_forms import GraphForm, MaskForm
 
 EMBEDDING = SitePoint("resid_pre", 0, None)
 """The sender `embed`: the stream that enters the first block."""
@@ -438,7 +440,7 @@ def _check_sizes(file: CircuitFile, written: str, shape: ModelShape) -> None:
             reason = f"`{written}` is of a model with {given} {what}, and this one has "
             raise UnreadableFile(f"{reason}{size(shape):,}", hint)
     given = file.config.get("parallel_attn_mlp")
-    if given is not None and bool(given) != shape.parallel_block:
+    if given is not None and given != shape.parallel_block:
         reads = "reads" if shape.parallel_block else "doesn't read"
         raise UnreadableFile(
             f"`{written}` is of a model with {'' if given else 'no '}parallel blocks; in this one, "
@@ -603,75 +605,57 @@ def _read_file(path: Path, written: str) -> CircuitFile:
 
 
 def _read_content(content: bytes, written: str) -> CircuitFile:
+    from mechdsl.base.side_files import check_entries, parse_object
+    from mechdsl.program.saved_forms import GraphForm, MaskForm
+
     digest = sha256(content).hexdigest()
-    try:
-        document: Any = load_json(content.decode("utf-8-sig"))
-    except ValueError:
-        document = None
-    if not isinstance(document, dict):
-        raise UnreadableFile(
-            f"`{written}` is not a JSON object", f'write `{{"edges": […]}}`; {_EDGES}'
-        )
-    parts = cast("dict[str, Any]", document)
+    parts = parse_object(content, written)
     if {"nodes", "links"} <= parts.keys():
         raise UnreadableFile(
             f"`{written}` is an attribution graph, whose nodes are features of transcoders",
             f'read its features as a group: `group g = saved("{written}", t0, t1)`',
         )
-    try:
-        if "labels" in parts:
-            return _read_mask(parts, digest)
-        return _read_graph(parts, digest, written)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    if "labels" in parts:
+        return _read_mask(check_entries(MaskForm, parts, written), digest, written)
+    if "edges" not in parts:
         reason = f"`{written}` has no circuit: `edges` maps names to `score` and `in_graph`"
-        raise UnreadableFile(reason, f"or it is a list of names; {_EDGES}") from None
+        raise UnreadableFile(reason, f"or it is a list of names; {_EDGES}")
+    return _read_graph(check_entries(GraphForm, parts, written), digest, written)
 
 
-def _read_mask(parts: Mapping[str, Any], digest: str) -> CircuitFile:
+def _read_mask(form: MaskForm, digest: str, written: str) -> CircuitFile:
     """Read the `mask.json` of a training, with the scores of edges or their probabilities."""
-    labels = [str(each) for each in parts["labels"]]
-    given = parts["scores" if "scores" in parts else "probabilities"]
-    scores = dict(zip(labels, map(float, given), strict=True))
-    chosen = frozenset(labels[n] for n in parts["chosen"])
-    prompts = tuple(map(str, parts.get("prompts", ())))
-    return CircuitFile(digest, {}, scores, chosen, _dictionaries(parts), prompts=prompts)
+    labels, scores = form.labels, form.scores or form.probabilities or []
+    several = len(set(form.chosen)) < len(form.chosen) or len(set(labels)) < len(labels)
+    if several or len(scores) != len(labels) or max(form.chosen, default=0) >= len(labels):
+        reason = f"`{written}` has no circuit: `chosen` has the numbers of some of its `labels`"
+        raise UnreadableFile(reason, "write the file with `mechdsl fit FILE --out FOLDER`")
+    chosen = frozenset(labels[number] for number in form.chosen)
+    named = dict(zip(labels, scores, strict=True))
+    return CircuitFile(digest, {}, named, chosen, form.dictionaries, prompts=tuple(form.prompts))
 
 
-def _read_graph(parts: Mapping[str, Any], digest: str, written: str) -> CircuitFile:
+def _read_graph(form: GraphForm, digest: str, written: str) -> CircuitFile:
     """Read a graph of EAP-IG or MIB, or a list of edges."""
-    edges, config = parts["edges"], dict(parts.get("cfg", {}))
+    config = {} if form.cfg is None else form.cfg.model_dump()
+    edges = form.edges
     if isinstance(edges, list):
-        names = [str(edge) for edge in cast("list[Any]", edges)]
-        return CircuitFile(digest, config, dict.fromkeys(names), frozenset(names))
-    for name, node in parts.get("nodes", {}).items():
-        if isinstance(node, dict) and not all(cast("dict[str, Any]", node).get("neurons", ())):
-            reason = (
-                f"`{written}` chooses `neurons` of `{name}`: these are coordinates of its output, "
-            )
-            reason += "and edges carry whole outputs"
-            raise UnreadableFile(reason, 'choose edges in EAP-IG: `apply_topn(…, level="edge")`')
-    scores: dict[str, float | None] = {}
-    chosen: set[str] = set()
-    for name, edge in edges.items():
-        if _AT in name and " -> " not in name:
-            reason = f"`{written}` has `{name}`, and graphs of EAP-IG have no positions"
-            raise UnreadableFile(
-                reason, f'write a list: `{{"edges": ["L0H1 -> logits{_AT}last token"]}}`'
-            )
-        score = edge.get("score")
-        if score is not None and not math.isfinite(float(score)):
-            reason = f"`{written}` has the score {score} for `{name}`"
-            raise UnreadableFile(reason, "write numbers, or remove the edge")
-        scores[name] = None if score is None else float(score)
-        if edge.get("in_graph", False):
-            chosen.add(name)
+        return CircuitFile(digest, config, dict.fromkeys(edges), frozenset(edges))
+    name = next((name for name, node in form.nodes.items() if not all(node.neurons)), None)
+    if name is not None:
+        reason = f"`{written}` chooses `neurons` of `{name}`: these are coordinates of its output, "
+        reason += "and edges carry whole outputs"
+        raise UnreadableFile(reason, 'choose edges in EAP-IG: `apply_topn(…, level="edge")`')
+    name = next((name for name in edges if _AT in name and " -> " not in name), None)
+    if name is not None:
+        reason = f"`{written}` has `{name}`, and graphs of EAP-IG have no positions"
+        raise UnreadableFile(
+            reason, f'write a list: `{{"edges": ["L0H1 -> logits{_AT}last token"]}}`'
+        )
+    scores = {name: edge.score for name, edge in edges.items()}
     if not any(scores.values()):  # as in a circuit that was written without scores
         scores = dict.fromkeys(scores)
-    nodes = tuple(str(name) for name in parts.get("nodes", {}) if _SPLIT_NODE.search(str(name)))
-    prompts = tuple(map(str, parts.get("prompts", ())))
-    named = _dictionaries(parts), nodes, prompts
-    return CircuitFile(digest, config, scores, frozenset(chosen), *named)
-
-
-def _dictionaries(parts: Mapping[str, Any]) -> dict[str, str]:
-    return {str(name): str(own) for name, own in parts.get("dictionaries", {}).items()}
+    chosen = frozenset(name for name, edge in edges.items() if edge.in_graph)
+    nodes = tuple(name for name in form.nodes if _SPLIT_NODE.search(name))
+    named = form.dictionaries, nodes, tuple(form.prompts)
+    return CircuitFile(digest, config, scores, chosen, *named)

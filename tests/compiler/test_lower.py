@@ -189,3 +189,13 @@ def test_duplicate_corruption_is_ignored_after_its_error() -> None:
         "  measure logit(answer) - logit(answer of fewer) as recovery\n}\n"
     )
     assert [each.code for each in check_source(Source(text)).diagnostics] == ["E0202"]
+
+
+@pytest.mark.parametrize("call", ["fit(steps: 3)", "fit", "fit(sae, das)", "fit(sae: 3)"])
+@pytest.mark.parametrize("kind", ["basis", "lens", "probe", "group", "circuit"])
+def test_fit_without_one_trainer_is_an_argument_error(kind: str, call: str) -> None:
+    at = "" if kind == "circuit" else " at resid_post layer 1 at last token"
+    source = Source(f'mech 1\nmodel m = zoo("counting")\n{kind} s = {call}{at}\n')
+    errors = [each for each in check_source(source).diagnostics if each.severity == "error"]
+    assert errors
+    assert {each.code for each in errors} <= {"E0101", "E0201", "E0207"}

@@ -214,7 +214,7 @@ def changed(folder: Path, tensors: dict[str, Tensor] | None = None, **facts: Any
         ({"architecture": "crosscoder"}, "features belong to several layers", "one vector"),
         ({"architecture": "temporal"}, "no tensor `attn_layers.0.k_ctx.weight`", "it has `W_dec`"),
         ({"architecture": "gated"}, "no tensor `b_gate`", "it has `W_dec`"),
-        ({"architecture": "topk", "k": 0}, "`k` of `here` is 0", "at least 1"),
+        ({"architecture": "topk", "k": 0}, "`k` of `here/cfg.json` is 0", "at least 1"),
         ({"activation_fn": "tanh-relu"}, "activation function `tanh-relu`", "`relu`"),
         ({"normalize_activations": "covariance_whitening"}, "`covariance_whitening`", "`none`"),
         (

@@ -190,8 +190,8 @@ def test_call_that_does_not_name_one_dictionary_is_an_error(
     [
         ({"dictionaries": {}}, "and doesn't identify this basis"),
         ({"dictionaries": {"h": "0" * 64}}, "and doesn't identify this basis"),
-        ({"dictionaries": {"f": 3}}, "and doesn't identify this basis"),
-        ({"dictionaries": 3}, "and doesn't identify this basis"),
+        ({"dictionaries": {"f": 3}}, "`dictionaries.f` of"),
+        ({"dictionaries": 3}, "`dictionaries` of"),
         ({"sites": (["resid_post", 1, None, "h", 1], "of another basis")}, "has no group"),
         ({"sites": (["resid_post", 2, None, "f", 1], "of another layer")}, "has no group"),
         ({"sites": (["resid_post", 1, None, None, 1], "a dimension")}, "has no group"),

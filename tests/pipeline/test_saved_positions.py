@@ -115,7 +115,7 @@ WRONG = {
         "without the text",
     ),
     "chosen": (edit(chosen=[7]), READ, "E0342", "without the text of `positions`"),
-    "negative": (edit(chosen=[-1]), READ, "E0342", "without the text of `positions`"),
+    "negative": (edit(chosen=[-1]), READ, "E0342", "`chosen.0` of"),
     "text": (
         edit(positions={"at": "cue tok", "labels": ["a", "b"]}),
         READ,

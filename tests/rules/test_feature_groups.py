@@ -292,7 +292,7 @@ def link(source: str, target: str, weight: Any = 0.5) -> dict[str, Any]:
 
 TWO = [node("0_1_3"), node("2_2_3")]
 HOSTILE: dict[str, tuple[Any, str]] = {
-    "no object": ([1], "has no list `nodes`"),
+    "no object": ([1], "is not a JSON object"),
     "no nodes": ({"links": []}, "has no list `nodes`"),
     "no links": ({"nodes": []}, "has no list `links`"),
     "a node of another type": ({"nodes": [3], "links": []}, "a node without the texts `node_id`"),
@@ -303,7 +303,10 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "a node twice": ({"nodes": [*TWO, TWO[0]], "links": []}, "has two nodes `0_1_3`"),
     "a huge number": ({"nodes": [node(f"0_{'9' * 50}_3")], "links": []}, "name isn't `LAYER_"),
     "an unknown end": ({"nodes": TWO, "links": [link("0_1_3", "1_1_3")]}, "`target` isn't a node"),
-    "NaN": ({"nodes": TWO, "links": [link("0_1_3", "2_2_3", float("nan"))]}, "isn't a finite"),
+    "NaN": (
+        {"nodes": TWO, "links": [link("0_1_3", "2_2_3", float("nan"))]},
+        "is not a JSON object",
+    ),
     "a text as weight": ({"nodes": TWO, "links": [link("0_1_3", "2_2_3", "1")]}, "isn't a finite"),
     "a cycle": (
         {"nodes": TWO, "links": [link("0_1_3", "2_2_3"), link("2_2_3", "0_1_3")]},

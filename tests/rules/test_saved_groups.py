@@ -147,17 +147,17 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "positions": ({"sites": [[n] for n in range(12)]}, "without the text of `positions`"),
     "features": ({"sites": [["resid_post", 1, None, "f", n] for n in range(12)]}, "of `f`, and"),
     "unknown number": ({"chosen": [12]}, "has no group"),
-    "negative number": ({"chosen": [-1]}, "has no group"),
+    "negative number": ({"chosen": [-1]}, "`chosen.0` of"),
     "number twice": ({"chosen": [1, 1]}, "has no group"),
-    "nothing chosen": ({"chosen": []}, "has no group"),
+    "nothing chosen": ({"chosen": []}, "`chosen` of"),
     "chosen without score": ({"chosen": [3]}, "has no group"),
     "score missing": ({"scores": SCORES[:-1]}, "has no group"),
     "unknown site": ({"sites": [*HEADS[:-1], ["x", 2, 3]]}, "has `x`, and the model"),
     "name of another form": ({"sites": [*HEADS[:-1], ["z; x", 2, 3]]}, "has no group"),
     "site twice": ({"sites": [*HEADS[:-1], HEADS[0]]}, "has no group"),
     "text as layer": ({"sites": [*HEADS[:-1], ["z", "2", 3]]}, "has no group"),
-    "no list": ({"sites": 3}, "has no group"),
-    "no entries": ({"sites": [3]}, "has no group"),
+    "no list": ({"sites": 3}, "`sites` of"),
+    "no entries": ({"sites": [3]}, "`sites.0` of"),
 }
 
 

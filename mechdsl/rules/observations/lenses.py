@@ -169,7 +169,7 @@ def _translated_layers(lens: SafetensorsFile) -> Iterator[int]:
     """Yield the layers for which the file contains a translator."""
     for name in lens.shapes:
         _, _, number = name.removesuffix(".weight").rpartition("layer.")
-        if number.isdigit() and name == f"layer.{number}.weight":
+        if number.isdecimal() and name == f"layer.{number}.weight":
             yield int(number)
 
 
