@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mechdsl.base.files import replace_file
 from mechdsl.base.records import closest_name
-from mechdsl.base.text import Source, Span, name_list
+from mechdsl.base.text import HintedError, Source, Span, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.experiments import BadReport
 from mechdsl.diagnostics.files import ReportNotWritten
@@ -138,6 +138,8 @@ def _report_module(report: spec.Report) -> _ReportModule:
 
 def _failure_text(error: Exception) -> tuple[str, str]:
     """Return the reason and a fix."""
+    if isinstance(error, HintedError):
+        return error.reason, error.hint
     if isinstance(error, OSError):
         reason = (error.strerror or str(error)).lower()
         return reason, "free disk space, or name a writable folder, and run it again"
