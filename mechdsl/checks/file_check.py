@@ -130,6 +130,7 @@ from mechdsl.syntax.words import AXIS_WORDS, RESERVED
 from mechdsl.vocab.aggregates import AREA_HINTS
 from mechdsl.vocab.corruptions import change_problems
 from mechdsl.vocab.metrics import EFFECTS, FAITHFULNESS, METRICS, EffectKind
+from mechdsl.vocab.reports import result_file
 
 _MISSING = (
     CorruptionWithoutEffect,
@@ -370,13 +371,13 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
 
     Codes: E0607 for reports, E0207 for saved files.
     """
-    reports = {
-        report.span: (report, program)
-        for program, experiments in files
-        for experiment in experiments
-        for report in experiment.reports
-        if report.file is not None
-    }
+    reports: dict[Span, tuple[spec.Report, spec.Program, list[str]]] = {}
+    for program, experiments in files:
+        for experiment in experiments:
+            for report in experiment.reports:
+                if report.file is not None:
+                    _, _, results = reports.setdefault(report.span, (report, program, []))
+                    results.append(experiment.name)
     saves = [
         (save, program)
         for program, experiments in files
@@ -394,9 +395,13 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
             read.setdefault(_identity(path), (what, program))
     diagnostics: list[Diagnostic] = []
     first: dict[Hashable, tuple[spec.Report, spec.Program]] = {}
-    for report, program in reports.values():
-        assert report.file is not None
-        target, problems = path_to_write(f"report {report.kind}", report.file, report.span)
+    written = (
+        (report, program, file)
+        for report, program, results in reports.values()
+        for file in _report_files(report, results)
+    )
+    for report, program, file in written:
+        target, problems = path_to_write(f"report {report.kind}", file, report.span)
         if target is None:
             diagnostics.extend(problems)
             continue
@@ -408,10 +413,7 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
             reason = f"would overwrite {what}{where}"
         elif other is not report:
             where = "" if of is program else f" of `{of.span.source.name}`"
-            reason = (
-                f"has the same path, `{report.file}`, as the report on line "
-                f"{other.span.line}{where}"
-            )
+            reason = f"has the same path, `{file}`, as the report on line {other.span.line}{where}"
         else:
             continue
         hint = "use a separate file for each report"
@@ -419,6 +421,14 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
     taken = {path: f"the report on line {each.span.line}" for path, (each, _) in first.items()}
     taken |= {path: what for path, (what, _) in read.items()}
     return [*diagnostics, *_saved(saves, taken)]
+
+
+def _report_files(report: spec.Report, results: Sequence[str]) -> Iterable[str]:
+    """Return the files that a report may write: with several results, one for each of them."""
+    assert report.file is not None
+    names = set(results)
+    files = [result_file(report.file, name) for name in names] if len(names) > 1 else []
+    return dict.fromkeys([report.file, *sorted(files)])
 
 
 def _saved(

@@ -738,17 +738,24 @@ def _show(result: FileResult, *, tables: bool) -> bool:
 
     console = make_console()
     # Files first: the reader may close standard output early.
-    written = iter(write_reports(result.experiments))
+    written = {
+        (name, done.report.span, done.report.kind): done
+        for done in write_reports(result.experiments)
+        for name in done.experiments
+    }
     whole = True
     for experiment in result.experiments:
         for report in experiment.reports:
             if report.file is not None:
-                done = next(written)
+                done = written[experiment.name, report.span, report.kind]
+                if done.experiments[0] != experiment.name:
+                    continue  # a chart of several results, reported with the first one
                 print_diagnostics(done.diagnostics)
                 whole &= done.path is not None
                 if done.path is not None:
-                    said = f"{experiment.name}: report {report.kind} written to {done.path}"
-                    print_line(said, out=tables)
+                    said = f"{', '.join(done.experiments)}: report {report.kind} written to "
+                    apart = ", one file per result" if done.is_separate else ""
+                    print_line(f"{said}{done.path}{apart}", out=tables)
             elif tables:
                 try:
                     show_report(experiment, report, console)
