@@ -803,6 +803,12 @@ HINTS: tuple[Hint, ...] = (
         r"heads?\b",
         "a circuit chooses edges at positions; to choose sites, write `group {0} = fit(…) at …`",
     ),
+    Hint(r"^circuit\s+\w+\s*=\s*saved\s*$", r"", 'write `saved("circuit.json")`'),
+    Hint(
+        r"^circuit\s+\w+\s*=\s*fit\s*$",
+        r"",
+        "write `fit(eap(size: 12), prompts: fruit, with: mean, maximise: logprob(answer))`",
+    ),
     Hint(r"\b(\w+)\s+$", r"([0-9]+|\*)", "name the axis: `{0} layer {1}`", "LAYER"),
     Hint(r"(?:at|onto|to|from|with|,)\s*$", r"(-?[0-9]+)", "write `token {0}`", "TOKEN"),
     Hint(r"", r"to\b", "write `onto` to name where the activation is written", "ONTO"),
