@@ -253,6 +253,14 @@ def print_json(text: str) -> None:
     sys.stdout.write(escape_unencodable(text, sys.stdout.encoding) + "\n")
 
 
+def print_csv(text: str) -> None:
+    """Print a CSV on standard output, with a warning about cells that are formulas (W0745)."""
+    from mechdsl.show.output import csv_warnings
+
+    sys.stdout.write(text)
+    print_diagnostics(csv_warnings(text, "standard output"))
+
+
 def report_lost_output(error: OutputLost) -> int:
     """Report why output was lost, unless a reader closed its pipe; return the exit status."""
     if str(error):

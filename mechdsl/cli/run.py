@@ -32,6 +32,7 @@ from mechdsl.cli.arguments import (
     load_plugins,
     pass_options,
     plugin_option,
+    safe_csv_option,
     set_option,
     store_options,
     untrusted_option,
@@ -44,6 +45,7 @@ from mechdsl.cli.output import (
     SUCCESS,
     OutputLost,
     make_console,
+    print_csv,
     print_diagnostics,
     print_json,
     print_line,
@@ -416,6 +418,7 @@ def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
     is_flag=True,
     help="Exclude and count rows where the model returns NaN or infinity.",
 )
+@safe_csv_option
 @verdict_options
 @collect_check_options
 def run(
@@ -431,6 +434,7 @@ def run(
     passes: PassOptions,
     stores: StoreOptions,
     allow_nan: bool,
+    safe_csv: bool,
     asked: VerdictOptions,
     checks: CheckOptions,
 ) -> int:
@@ -453,6 +457,7 @@ def run(
         return INVALID_INPUT
     from mechdsl.execute.run_record import ExecutionOptions
     from mechdsl.pipeline.options import RunOptions
+    from mechdsl.results.experiment_result import quote_formulas
 
     options = RunOptions(
         settings=how,
@@ -475,7 +480,8 @@ def run(
     if status is not None:
         verdicts.interrupted()
         return status
-    return _run_all(everything, options, stores, form, verdicts, profile=profile)
+    with quote_formulas(safe_csv):
+        return _run_all(everything, options, stores, form, verdicts, profile=profile)
 
 
 def _check_all(
@@ -616,7 +622,7 @@ def _run_all(
     if form == "json":
         print_json(results.to_json())
     elif form == "csv":
-        sys.stdout.write(results.to_csv())
+        print_csv(results.to_csv())
     return verdicts.status(results, bool(failed) or not whole, form)
 
 

@@ -18,16 +18,16 @@ from rich.console import Console
 
 from mechdsl.base.files import replace_file
 from mechdsl.base.records import closest_name
-from mechdsl.base.text import HintedError, Source, Span, name_list
+from mechdsl.base.text import HintedError, Source, Span, count_noun, name_list, quote
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.experiments import BadReport
-from mechdsl.diagnostics.files import ReportNotWritten
+from mechdsl.diagnostics.files import FormulaCells, ReportNotWritten
 from mechdsl.diagnostics.rendering import MechdslError
 from mechdsl.diagnostics.syntax import UnknownWord
 from mechdsl.program import spec
 from mechdsl.program.paths import path_to_write
 from mechdsl.results.assembly.combination import merge_finished
-from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.experiment_result import ExperimentResult, list_formulas
 from mechdsl.show.reports.drawing import drawing_process
 from mechdsl.show.reports.grid import name_positions, quantity_name, value_title
 from mechdsl.show.reports.text import measure_name, print_verdicts
@@ -181,7 +181,26 @@ def _write_report(
                     span=report.span, construct=name, path=file, reason=reason, hint=hint
                 )
             ]
-    return WrittenReport(names, report, None if problems else path, problems)
+    if path is None or problems:
+        return WrittenReport(names, report, None, problems)
+    is_csv = path.suffix.lower() == ".csv"
+    warnings = csv_warnings(path.read_text("utf-8"), f"`{file}`", report.span) if is_csv else []
+    return WrittenReport(names, report, path, warnings)
+
+
+def csv_warnings(text: str, name: str, span: Span | None = None) -> list[Diagnostic]:
+    """Report W0745 for cells of a CSV that a spreadsheet reads as formulas.
+
+    Args:
+        text: The CSV.
+        name: Its file in backticks, or `standard output`.
+        span: The report, if there is one.
+    """
+    cells = list_formulas(text)
+    if not cells:
+        return []
+    count = count_noun(len(cells), "distinct cell")
+    return [FormulaCells(span=span, file=name, count=count, example=quote(cells[0]))]
 
 
 def save_report(result: ExperimentResult, report: spec.Report, path: Path) -> None:
