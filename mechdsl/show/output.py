@@ -26,7 +26,6 @@ from mechdsl.diagnostics.rendering import MechdslError
 from mechdsl.diagnostics.syntax import UnknownWord
 from mechdsl.program import spec
 from mechdsl.program.paths import path_to_write
-from mechdsl.results.assembly.combination import merge_finished
 from mechdsl.results.experiment_result import ExperimentResult, list_formulas
 from mechdsl.show.reports.drawing import drawing_process
 from mechdsl.show.reports.grid import name_positions, quantity_name, value_title
@@ -148,6 +147,8 @@ def _shared_chart(
     results: Sequence[ExperimentResult], report: spec.Report
 ) -> tuple[ExperimentResult, spec.Report]:
     """Combine results along `OBSERVATION_AXIS`, whose values are series, or else panels."""
+    from mechdsl.results.assembly.combination import merge_finished
+
     labels = [result.name.partition(".")[2] or result.name for result in results]
     merged = merge_finished(
         [(((OBSERVATION_AXIS, label),), each) for label, each in zip(labels, results, strict=True)]
