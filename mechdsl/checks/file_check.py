@@ -89,10 +89,11 @@ from mechdsl.program.directions import (
     used_directions,
 )
 from mechdsl.program.lowering import add_dependencies, lower_program, sort_by_dependency
+from mechdsl.program.measures import metric_operands
 from mechdsl.program.paths import (
     ROWS_PATH,
     WILDCARD,
-    path_argument,
+    path_arguments,
     path_to_read,
     path_to_write,
     paths_to_read,
@@ -113,6 +114,7 @@ from mechdsl.resolve.circuits import is_unread
 from mechdsl.resolve.expansion import find_selections, split_by_group
 from mechdsl.resolve.experiment import find_omitted_answers, outline_experiment
 from mechdsl.resolve.findings import Finding, VariantFinding
+from mechdsl.resolve.measures import unknown_metric_hint
 from mechdsl.resolve.model_pairs import attach_texts, check_fit_model
 from mechdsl.resolve.node_circuits import (
     NODE_FORMS,
@@ -131,6 +133,8 @@ from mechdsl.syntax.words import AXIS_WORDS, RESERVED
 from mechdsl.vocab.aggregates import AREA_HINTS
 from mechdsl.vocab.corruptions import change_problems
 from mechdsl.vocab.metrics import EFFECTS, FAITHFULNESS, METRICS, EffectKind
+from mechdsl.vocab.reports import result_file
+from mechdsl.vocab.sites import SHORT_WORDS, SITES, unknown_component
 
 _MISSING = (
     CorruptionWithoutEffect,
@@ -371,13 +375,13 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
 
     Codes: E0607 for reports, E0207 for saved files.
     """
-    reports = {
-        report.span: (report, program)
-        for program, experiments in files
-        for experiment in experiments
-        for report in experiment.reports
-        if report.file is not None
-    }
+    reports: dict[Span, tuple[spec.Report, spec.Program, list[str]]] = {}
+    for program, experiments in files:
+        for experiment in experiments:
+            for report in experiment.reports:
+                if report.file is not None:
+                    _, _, results = reports.setdefault(report.span, (report, program, []))
+                    results.append(experiment.name)
     saves = [
         (save, program)
         for program, experiments in files
@@ -395,9 +399,13 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
             read.setdefault(_identity(path), (what, program))
     diagnostics: list[Diagnostic] = []
     first: dict[Hashable, tuple[spec.Report, spec.Program]] = {}
-    for report, program in reports.values():
-        assert report.file is not None
-        target, problems = path_to_write(f"report {report.kind}", report.file, report.span)
+    written = (
+        (report, program, file)
+        for report, program, results in reports.values()
+        for file in _report_files(report, results)
+    )
+    for report, program, file in written:
+        target, problems = path_to_write(f"report {report.kind}", file, report.span)
         if target is None:
             diagnostics.extend(problems)
             continue
@@ -409,10 +417,7 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
             reason = f"would overwrite {what}{where}"
         elif other is not report:
             where = "" if of is program else f" of `{of.span.source.name}`"
-            reason = (
-                f"has the same path, `{report.file}`, as the report on line "
-                f"{other.span.line}{where}"
-            )
+            reason = f"has the same path, `{file}`, as the report on line {other.span.line}{where}"
         else:
             continue
         hint = "use a separate file for each report"
@@ -420,6 +425,14 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
     taken = {path: f"the report on line {each.span.line}" for path, (each, _) in first.items()}
     taken |= {path: what for path, (what, _) in read.items()}
     return [*diagnostics, *_saved(saves, taken)]
+
+
+def _report_files(report: spec.Report, results: Sequence[str]) -> Iterable[str]:
+    """Return the files that a report may write: with several results, one for each of them."""
+    assert report.file is not None
+    names = set(results)
+    files = [result_file(report.file, name) for name in names] if len(names) > 1 else []
+    return dict.fromkeys([report.file, *sorted(files)])
 
 
 def _saved(
@@ -483,11 +496,11 @@ def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
     made += [(basis.name, basis.method) for basis in program.bases.values()]
     for name, tree in made:
         for node in walk(tree):
-            construct, written = path_argument(node, program.parameters) or (None, "")
-            path = None if construct is None else path_to_read(construct, written, node.span)[0]
-            if path is not None:
-                for file in path.glob("*") if path.is_dir() else (path,):
-                    yield file, f"`{file.name}`, which `{name}` reads"
+            for construct, written in path_arguments(node, program.parameters):
+                path = path_to_read(construct, written, node.span)[0]
+                if path is not None:
+                    for file in path.glob("*") if path.is_dir() else (path,):
+                        yield file, f"`{file.name}`, which `{name}` reads"
     for function in program_functions(program):
         if isinstance(function, CallableFunction):
             continue
@@ -647,6 +660,7 @@ def _check_source(
         prompts_enough=settings.prompts_enough,
     )
     checked.diagnostics.extend(_corruption_problems(program))
+    checked.diagnostics.extend(_unused_definitions(program, lowered))
     for experiment in experiments:
         checked.diagnostics.extend(_statements(experiment, program))
     _resolve_edits(checked, contexts)
@@ -678,6 +692,26 @@ def _check_source(
     problems = list_skipped_checks([*syntax, *map(suggest_rewrite, problems)], program, source)
     checked.diagnostics = _unique(problems)
     return checked
+
+
+def _unused_definitions(
+    program: spec.Program, problems: Iterable[Diagnostic]
+) -> Iterator[Diagnostic]:
+    """Yield E0203 for unknown words of unused groups and metrics, which nothing else checks."""
+    observes = any(
+        rule.verb == "observe" for experiment in program.experiments for rule in experiment.rules
+    )
+    defined = {*program.groups, *program.circuits, *program.metrics, *program.parameters}
+    for unused in (each for each in problems if isinstance(each, UnusedName)):
+        if unused.kind == "group" and unused.name in program.groups:
+            for word in (site.bare for site in program.groups[unused.name].sites):
+                if word is not None and word.id not in (*SITES, *defined):
+                    yield unknown_component(word.id, word.span, (*program.groups, *SHORT_WORDS))
+        elif unused.kind == "metric" and unused.name in program.metrics and not observes:
+            for word in metric_operands(program.metrics[unused.name]):
+                if word.id not in (*METRICS, *defined):
+                    hint = unknown_metric_hint(word.id)
+                    yield UnknownWord(span=word.span, kind="metric", word=word.id, hint=hint)
 
 
 def _corruption_problems(program: spec.Program) -> Iterator[Diagnostic]:

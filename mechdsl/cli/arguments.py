@@ -434,3 +434,10 @@ def _work_through(
                 writer.send((number, error))
                 return
             writer.send((number, outcome))
+
+
+safe_csv_option = click.option(
+    "--safe-csv",
+    is_flag=True,
+    help="Write ' before CSV cells that a spreadsheet would read as formulas.",
+)

@@ -197,6 +197,27 @@ class StandardOutput(io.TextIOWrapper):
             raise OutputLost(_reason(error)) from error
 
 
+class StandardError(io.TextIOWrapper):
+    """Standard error that is discarded from its first failure on, such as that of a full disk:
+    messages that nobody can read change no exit status."""
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            self._discard()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self._discard()
+
+    def _discard(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # pending output goes there too
+
+
 def _reason(error: OSError) -> str:
     """Return why output was lost; empty for a pipe whose reader closed it."""
     if isinstance(error, BrokenPipeError):
@@ -222,6 +243,11 @@ def prepare_streams() -> None:
         sys.stdout = sys.__stdout__ = StandardOutput(
             stream, encoding=encoding, line_buffering=line_buffering
         )
+    plain = sys.__stderr__
+    if plain is not None and sys.stderr is plain:
+        sys.stderr = sys.__stderr__ = StandardError(
+            cast(io.BufferedWriter, plain.detach()), encoding=plain.encoding, line_buffering=True
+        )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=REPLACEMENT_HANDLER)
@@ -238,6 +264,14 @@ def finish_output() -> None:
 def print_json(text: str) -> None:
     """Print a JSON document on standard output."""
     sys.stdout.write(escape_unencodable(text, sys.stdout.encoding) + "\n")
+
+
+def print_csv(text: str) -> None:
+    """Print a CSV on standard output, with a warning about cells that are formulas (W0745)."""
+    from mechdsl.show.output import csv_warnings
+
+    sys.stdout.write(text)
+    print_diagnostics(csv_warnings(text, "standard output"))
 
 
 def report_lost_output(error: OutputLost) -> int:

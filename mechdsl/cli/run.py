@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
@@ -32,6 +31,7 @@ from mechdsl.cli.arguments import (
     load_plugins,
     pass_options,
     plugin_option,
+    safe_csv_option,
     set_option,
     store_options,
     untrusted_option,
@@ -44,6 +44,7 @@ from mechdsl.cli.output import (
     SUCCESS,
     OutputLost,
     make_console,
+    print_csv,
     print_diagnostics,
     print_json,
     print_line,
@@ -416,6 +417,7 @@ def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
     is_flag=True,
     help="Exclude and count rows where the model returns NaN or infinity.",
 )
+@safe_csv_option
 @verdict_options
 @collect_check_options
 def run(
@@ -431,6 +433,7 @@ def run(
     passes: PassOptions,
     stores: StoreOptions,
     allow_nan: bool,
+    safe_csv: bool,
     asked: VerdictOptions,
     checks: CheckOptions,
 ) -> int:
@@ -453,6 +456,7 @@ def run(
         return INVALID_INPUT
     from mechdsl.execute.run_record import ExecutionOptions
     from mechdsl.pipeline.options import RunOptions
+    from mechdsl.results.experiment_result import quote_formulas
 
     options = RunOptions(
         settings=how,
@@ -475,7 +479,8 @@ def run(
     if status is not None:
         verdicts.interrupted()
         return status
-    return _run_all(everything, options, stores, form, verdicts, profile=profile)
+    with quote_formulas(safe_csv):
+        return _run_all(everything, options, stores, form, verdicts, profile=profile)
 
 
 def _check_all(
@@ -616,7 +621,7 @@ def _run_all(
     if form == "json":
         print_json(results.to_json())
     elif form == "csv":
-        sys.stdout.write(results.to_csv())
+        print_csv(results.to_csv())
     return verdicts.status(results, bool(failed) or not whole, form)
 
 
@@ -738,17 +743,24 @@ def _show(result: FileResult, *, tables: bool) -> bool:
 
     console = make_console()
     # Files first: the reader may close standard output early.
-    written = iter(write_reports(result.experiments))
+    written = {
+        (name, done.report.span, done.report.kind): done
+        for done in write_reports(result.experiments)
+        for name in done.experiments
+    }
     whole = True
     for experiment in result.experiments:
         for report in experiment.reports:
             if report.file is not None:
-                done = next(written)
+                done = written[experiment.name, report.span, report.kind]
+                if done.experiments[0] != experiment.name:
+                    continue  # a chart of several results, reported with the first one
                 print_diagnostics(done.diagnostics)
                 whole &= done.path is not None
                 if done.path is not None:
-                    said = f"{experiment.name}: report {report.kind} written to {done.path}"
-                    print_line(said, out=tables)
+                    said = f"{', '.join(done.experiments)}: report {report.kind} written to "
+                    apart = ", one file per result" if done.is_separate else ""
+                    print_line(f"{said}{done.path}{apart}", out=tables)
             elif tables:
                 try:
                     show_report(experiment, report, console)

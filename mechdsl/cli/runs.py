@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mechdsl.cli.arguments import format_option
+from mechdsl.cli.arguments import format_option, safe_csv_option
 from mechdsl.cli.output import (
     EXPECTATION_FAILED,
     INVALID_INPUT,
     SUCCESS,
     make_console,
+    print_csv,
     print_diagnostics,
     print_json,
     print_line,
@@ -133,8 +133,16 @@ def list_runs(store: Path | None, form: str) -> int:
 @run_argument
 @store_option
 @format_option("table", "json", "csv")
-def show(run: str, store: Path | None, form: str) -> int:
+@safe_csv_option
+def show(run: str, store: Path | None, form: str, safe_csv: bool) -> int:
     """Print what is known of a run, and its tables and verdicts again."""
+    from mechdsl.results.experiment_result import quote_formulas
+
+    with quote_formulas(safe_csv):
+        return _show(run, store, form)
+
+
+def _show(run: str, store: Path | None, form: str) -> int:
     from mechdsl.base.text import escape_hidden
     from mechdsl.results.results import (
         DOCUMENT_FILE,
@@ -187,7 +195,7 @@ def _print(results: Results, form: str) -> int:
     if form == "json":
         print_json(results.to_json())
     elif form == "csv":
-        sys.stdout.write(results.to_csv())
+        print_csv(results.to_csv())
     else:
         from mechdsl.show.runs import print_results
 

@@ -79,6 +79,18 @@ class ReportNotWritten(HintedDiagnostic):
     reason: str
 
 
+class FormulaCells(Diagnostic):
+    """Cells of a CSV that a spreadsheet would evaluate."""
+
+    code = "W0745"
+    title = "{file} has {count} that a spreadsheet reads as a formula, such as {example}"
+    label = "written as CSV"
+    help = "use `--safe-csv` (`safe_csv=True` from Python), which writes `'` before such cells"
+    file: str
+    count: str
+    example: str
+
+
 class NamedPath(Diagnostic):
     """With `--untrusted`, each place of a file that names a path."""
 

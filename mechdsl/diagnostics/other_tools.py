@@ -93,6 +93,7 @@ _WORDS = {
 """Component of pyvene, or a word of papers → site."""
 
 METRIC_NAMES = {
+    "python": 'python("functions.py:loss")',
     "accuracy": "correct(answer)",
     "acc": "correct(answer)",
     "top1": "correct(answer)",

@@ -248,6 +248,7 @@ def run(
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
     allow_nan: bool = False,
+    safe_csv: bool = False,
     store: str | Path | Literal[False] | None = None,
     fresh: bool = False,
     against: str | Path | Results | None = None,
@@ -292,6 +293,8 @@ def run(
         pass_tokens: Maximum number of tokens of a pass over patched rows.
         prompt_tokens: Maximum number of tokens of a batch of unpatched prompts.
         allow_nan: Exclude rows where the model gives NaN from everything, and count them.
+        safe_csv: In CSV files of reports, write `'` before cells that a spreadsheet would read as
+            formulas.
         store: Folder where computed values are cached and looked up; None: the folder in
             `MECHDSL_STORE`, or `.mechdsl` next to the file (for a text: none); False: none.
         fresh: Recompute everything, and cache that.
@@ -309,6 +312,7 @@ def run(
     with borrowed_models(models):
         # Inside the function, because imported modules may draw random numbers too.
         from mechdsl.execute.run_record import ExecutionOptions
+        from mechdsl.results.experiment_result import quote_formulas
         from mechdsl.show.progress import ProgressBar
 
         raise_errors(load_plugins(plugins))
@@ -341,15 +345,16 @@ def run(
             on_profile=(lambda *done: profiles.append(done)) if profile else None,
             fits=fit,
         )
-        results = _train_and_run(
-            source,
-            models,
-            options,
-            bar,
-            VerdictRequest(against, fail_fast),
-            progress=progress,
-            write_reports=write_reports,
-        )
+        with quote_formulas(safe_csv):
+            results = _train_and_run(
+                source,
+                models,
+                options,
+                bar,
+                VerdictRequest(against, fail_fast),
+                progress=progress,
+                write_reports=write_reports,
+            )
         return replace(results, profile=_profile_text(profiles, results.files[0].sizes))
 
 

@@ -450,6 +450,9 @@ def _check(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
             _number(right, parts, scope)
         case ast.Negative(operand=operand):
             _check(operand, parts, scope)
+        case ast.Name(id=name) if name in DIRECTION_METHODS and name not in scope.definitions:
+            example = DIRECTION_METHODS[name].example
+            _bad(node, f"`{name}` is written `{example}`", f"write `{example}`", scope)
         case ast.Name(id=name) | ast.Index(name=name):
             scope.use("direction", name, node.span)
         case ast.Call() if training_call(node) is not None:

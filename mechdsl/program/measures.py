@@ -487,3 +487,16 @@ def _argument_value(argument: ast.Argument, work: Statements) -> spec.Constant |
 
 def _bad_estimator(span: Span, name: str, reason: str, hint: str, work: Statements) -> None:
     work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
+
+
+def metric_operands(value: ast.Expr) -> Iterator[ast.Name]:
+    """Yield the names that arithmetic of a metric consists of."""
+    match value:
+        case ast.Name():
+            yield value
+        case ast.Binary(left=left, right=right):
+            yield from (*metric_operands(left), *metric_operands(right))
+        case ast.Negative(operand=operand):
+            yield from metric_operands(operand)
+        case _:
+            pass

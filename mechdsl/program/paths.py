@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from glob import iglob
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from mechdsl import zoo
@@ -52,6 +52,10 @@ ROWS_PATH = PathConstruct("rows", "reads")
 
 IMAGE_PATH = PathConstruct("image", "reads")
 
+VIDEO_PATH = PathConstruct("video", "reads")
+
+AUDIO_PATH = PathConstruct("audio", "reads")
+
 LOCAL_PATH = PathConstruct("local", "reads")
 
 HF_PATH = PathConstruct("hf", "reads")
@@ -78,6 +82,8 @@ PATH_CONSTRUCTS = (
     USE_PATH,
     ROWS_PATH,
     IMAGE_PATH,
+    VIDEO_PATH,
+    AUDIO_PATH,
     LOCAL_PATH,
     HF_PATH,
     HF_DATASET_PATH,
@@ -124,33 +130,36 @@ def source_reach(source: Source, *, outside: bool, untrusted: bool) -> AllowedFo
 # --- paths in a file -----------------------------------------------------------------------------
 
 
-def path_argument(
+def path_arguments(
     node: ast.Node, parameters: Mapping[str, Constant]
-) -> tuple[PathConstruct, str] | None:
-    """Return the path that a node names, as written in the source; None if it names none."""
+) -> list[tuple[PathConstruct, str]]:
+    """Return the paths that a node names, as written in the source."""
     match node:
         case ast.Use(path=ast.String(value=path)):
-            return USE_PATH, path
+            return [(USE_PATH, path)]
         case ast.RowsLine(source=ast.String(value=path)):
-            return ROWS_PATH, path
-        case (
-            ast.ImageLine(value=ast.String(value=path))
-            | ast.AudioLine(value=ast.String(value=path))
-        ):
-            return IMAGE_PATH, path
+            return [(ROWS_PATH, path)]
+        case ast.ImageLine(value=ast.String(value=path)):
+            return [(IMAGE_PATH, path)]
+        case ast.VideoLine(value=value):
+            return [
+                (VIDEO_PATH, each.value) for each in walk(value) if isinstance(each, ast.String)
+            ]
+        case ast.AudioLine(value=ast.String(value=path)):
+            return [(AUDIO_PATH, path)]
         case ast.Report(file=ast.String(value=path)):
-            return REPORT_PATH, path
+            return [(REPORT_PATH, path)]
         case ast.Save(file=ast.String(value=path)) | ast.SaveDirection(file=ast.String(value=path)):
-            return SAVE_PATH, path
+            return [(SAVE_PATH, path)]
         case ast.Call(name=name, arguments=arguments) if name in _CALLS:
-            given = [argument.value for argument in arguments if argument.name in (None, "path")]
-            path = constant_value(given[0], parameters) if given else None
-            return (_CALLS[name], path) if isinstance(path, str) else None
+            paths = [argument.value for argument in arguments if argument.name in (None, "path")]
+            path = constant_value(paths[0], parameters) if paths else None
+            return [(_CALLS[name], path)] if isinstance(path, str) else []
         case ast.Argument(name="labels", value=value):
             path = constant_value(value, parameters)
-            return (LABELS_PATH, path) if isinstance(path, str) else None
+            return [(LABELS_PATH, path)] if isinstance(path, str) else []
         case _:
-            return None
+            return []
 
 
 def warn_named_paths(
@@ -159,17 +168,14 @@ def warn_named_paths(
     """Report W0780 for each path that a file or its imports name."""
     for file in files:
         for node in walk(file):
-            found = path_argument(node, parameters)
-            if found is None:
-                continue
-            construct, path = found
-            yield NamedPath(
-                span=node.span,
-                construct=construct.name,
-                does=construct.does,
-                path=path,
-                where=_in_words(construct, path, node.span),
-            )
+            for construct, path in path_arguments(node, parameters):
+                yield NamedPath(
+                    span=node.span,
+                    construct=construct.name,
+                    does=construct.does,
+                    path=path,
+                    where=_in_words(construct, path, node.span),
+                )
 
 
 def _in_words(construct: PathConstruct, path: str, span: Span) -> str:
@@ -245,7 +251,7 @@ def path_to_write(construct: str, written: str, span: Span) -> tuple[Path | None
 
     Codes: E0531, E0532, E0533.
     """
-    path = span.source.folder / written
+    path = _from(span, written)
     what = special_file_kind(path, stream=True)
     if what is not None:
         hint = "write reports to regular files, or remove `to` to print them"
@@ -257,6 +263,8 @@ def path_to_write(construct: str, written: str, span: Span) -> tuple[Path | None
         where = _where(path, written, allowed)
         return None, [WriteOutsideFolder(span=span, construct=construct, path=written, where=where)]
     reason = write_obstacle(path)
+    if written.startswith("~") and path == span.source.folder / written:
+        reason = f"there is no user `{PurePath(written).parts[0][1:]}`"
     if reason is not None:
         return None, [
             ReportNotWritable(span=span, construct=construct, path=written, reason=reason)
@@ -272,7 +280,7 @@ def is_inside_reach(path: Path, span: Span) -> bool:
 
 
 def _from(span: Span, written: str, base: Path | None = None) -> Path:
-    """Resolve a path relative to its file; `~` is the user's folder, except in an output path."""
+    """Resolve a path relative to its file; `~` is the user's folder."""
     try:
         path = Path(written).expanduser()
     except RuntimeError:  # `~name` of an unknown user

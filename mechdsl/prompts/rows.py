@@ -39,7 +39,14 @@ from mechdsl.images.picture import (
 from mechdsl.images.sounds import GENERATED_SOUNDS, Sound
 from mechdsl.program import spec
 from mechdsl.program.images import FRAME_SPAN, IMAGE_SPAN, listed_frames
-from mechdsl.program.paths import IMAGE_PATH, WILDCARD, path_to_read, paths_to_read
+from mechdsl.program.paths import (
+    AUDIO_PATH,
+    IMAGE_PATH,
+    VIDEO_PATH,
+    WILDCARD,
+    path_to_read,
+    paths_to_read,
+)
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.program.spec import CLEAN, TILE
 from mechdsl.prompts.block import (
@@ -125,7 +132,7 @@ def row_frames(row: Row, node: ast.Expr, name: str) -> tuple[Picture, ...]:
         )
     assert isinstance(node, ast.String)
     written = row.text(node, DrawKey("image")).text
-    paths, problems = paths_to_read(IMAGE_PATH, f"{written.rstrip('/')}/{WILDCARD}", node.span)
+    paths, problems = paths_to_read(VIDEO_PATH, f"{written.rstrip('/')}/{WILDCARD}", node.span)
     if problems:
         raise Refusal.of(problems[0])
     if len(paths) < 2:
@@ -199,7 +206,7 @@ def inspect_row_image(
     Raises:
         Refusal: E0560 and those of paths.
     """
-    path, problems = path_to_read(IMAGE_PATH, written, span)
+    path, problems = path_to_read(AUDIO_PATH if is_sound else IMAGE_PATH, written, span)
     if path is None:
         raise Refusal.of(problems[0])
     try:

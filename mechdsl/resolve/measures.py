@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from itertools import product
 from typing import Any, cast
@@ -531,8 +531,13 @@ def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
         return hint
     if name == "auc":
         return "the area under a curve is an expectation: `expect auc(prob, k) < 0.4`"
+    return unknown_metric_hint(name, context.metrics)
+
+
+def unknown_metric_hint(name: str, others: Iterable[str] = ()) -> str:
+    """Return the hint for a name that no metric has; `others` are metrics of the file."""
     known = ", ".join(METRICS)
-    return did_you_mean(name, [*METRICS, *context.metrics], f"metrics are {known}")
+    return did_you_mean(name, [*METRICS, *others], f"metrics are {known}")
 
 
 def _select_form(

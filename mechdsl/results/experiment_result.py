@@ -9,7 +9,10 @@ this one.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import io
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -713,8 +716,46 @@ def data_frame(records: list[dict[str, Any]]) -> pandas.DataFrame:
     return pandas.DataFrame(records)
 
 
+_QUOTES_FORMULAS: ContextVar[bool] = ContextVar("_QUOTES_FORMULAS", default=False)
+
+
+@contextmanager
+def quote_formulas(asked: bool = True) -> Generator[None]:
+    """Write CSV inside the block with `'` before cells that a spreadsheet reads as formulas."""
+    token = _QUOTES_FORMULAS.set(asked)
+    try:
+        yield
+    finally:
+        _QUOTES_FORMULAS.reset(token)
+
+
+def is_formula(cell: str) -> bool:
+    """Whether a spreadsheet reads a cell as a formula: `=1+1`, `@sum`, `-x`, but not `-1`."""
+    if not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False
+
+
+def list_formulas(text: str) -> list[str]:
+    """Return the distinct cells of a CSV that a spreadsheet reads as formulas."""
+    rows = csv.reader(io.StringIO(text, newline=""))
+    return list(dict.fromkeys(cell for row in rows for cell in row if is_formula(cell)))
+
+
 def csv_text(records: list[dict[str, Any]]) -> str:
     """Convert records to CSV; a column that a record lacks is empty."""
+    if _QUOTES_FORMULAS.get():
+        records = [
+            {
+                column: f"'{cell}" if isinstance(cell, str) and is_formula(cell) else cell
+                for column, cell in record.items()
+            }
+            for record in records
+        ]
     columns = dict.fromkeys(key for record in records for key in record)
     lines = _Lines()
     writer = csv.DictWriter(lines, list(columns), lineterminator="\r\n", restval="")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from importlib import import_module
@@ -18,18 +18,26 @@ from rich.console import Console
 
 from mechdsl.base.files import replace_file
 from mechdsl.base.records import closest_name
-from mechdsl.base.text import Source, Span, name_list
+from mechdsl.base.text import HintedError, Source, Span, count_noun, name_list, quote
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.experiments import BadReport
-from mechdsl.diagnostics.files import ReportNotWritten
+from mechdsl.diagnostics.files import FormulaCells, ReportNotWritten
 from mechdsl.diagnostics.rendering import MechdslError
 from mechdsl.diagnostics.syntax import UnknownWord
 from mechdsl.program import spec
 from mechdsl.program.paths import path_to_write
-from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.grid import name_positions
+from mechdsl.results.experiment_result import ExperimentResult, list_formulas
+from mechdsl.show.reports.drawing import drawing_process
+from mechdsl.show.reports.grid import name_positions, quantity_name, value_title
 from mechdsl.show.reports.text import measure_name, print_verdicts
-from mechdsl.vocab.reports import MAX_COLUMNS, REPORTS, ReportSignature, check_report, short_names
+from mechdsl.vocab.reports import (
+    MAX_COLUMNS,
+    REPORTS,
+    ReportSignature,
+    check_report,
+    result_file,
+    short_names,
+)
 
 
 class _ReportModule(Protocol):
@@ -60,11 +68,14 @@ class _ChartModule(_ReportModule, Protocol):
 class WrittenReport:
     """The outcome of writing a report to a file."""
 
-    experiment: str
+    experiments: tuple[str, ...]
+    """Names of the results in the file; several share a chart."""
     report: spec.Report
     path: Path | None
     """None if the file couldn't be written."""
     diagnostics: Sequence[Diagnostic]
+    is_separate: bool = False
+    """Whether the report has further results, with a file each."""
 
 
 def show_report(result: ExperimentResult, report: spec.Report, console: Console) -> None:
@@ -78,15 +89,84 @@ def write_reports(experiments: Iterable[ExperimentResult]) -> list[WrittenReport
     A failure affects only its report, whose `diagnostics` give the reason (E0531 to E0533 and
     E0536).
     """
+    results = dict[Hashable, list[tuple[ExperimentResult, spec.Report]]]()
+    for result in experiments:
+        for report in result.reports:
+            if report.file is not None:
+                key = report.span, report.kind, report.file
+                results.setdefault(key, []).append((result, report))
+    with drawing_process():
+        return [written for each in results.values() for written in _write_results(each)]
+
+
+def _write_results(parts: Sequence[tuple[ExperimentResult, spec.Report]]) -> list[WrittenReport]:
+    """Write a report of the results of one experiment: to one file if there is one result or a
+    chart that all share, otherwise to `result_file` of each."""
+    (first, report), *others = parts
+    results = [result for result, _ in parts]
+    assert report.file is not None
+    if not others:
+        return [_write_report(first, report, report.file, (first.name,))]
+    if _share_chart(results, report):
+        names = tuple(result.name for result in results)
+        return [_write_report(*_shared_chart(results, report), report.file, names)]
+    files = [(result, result_file(report.file, result.name)) for result in results]
     return [
-        _write_report(result, report, report.file)
-        for result in experiments
-        for report in result.reports
-        if report.file is not None
+        replace(_write_report(result, report, file, (result.name,)), is_separate=True)
+        for result, file in files
     ]
 
 
-def _write_report(result: ExperimentResult, report: spec.Report, file: str) -> WrittenReport:
+OBSERVATION_AXIS = "observation"
+"""Axis of a chart that several results share."""
+
+
+def _share_chart(results: Sequence[ExperimentResult], report: spec.Report) -> bool:
+    """Whether one chart can show results: of the same axes, units, runs and prompts."""
+
+    def facts(result: ExperimentResult) -> tuple[Any, ...]:
+        return (
+            (result.axes, result.aliases, result.centres, result.model, result.row_ids),
+            (result.base, result.source, result.called, result.left_out, result.selected),
+            (result.settings, result.population),
+            [(value_title(data), data.called, data.kind) for data in result.measures],
+            [(data.per_prompt, data.missing) for data in result.measures],
+            [(each.test, each.withheld) for each in result.statistics],
+        )
+
+    controlled = any(result.controls or result.verified for result in results)
+    return (
+        report.kind in ("lines", "bars", "heatmap")
+        and not controlled
+        and OBSERVATION_AXIS not in results[0].axes
+        and all(facts(result) == facts(results[0]) for result in results)
+    )
+
+
+def _shared_chart(
+    results: Sequence[ExperimentResult], report: spec.Report
+) -> tuple[ExperimentResult, spec.Report]:
+    """Combine results along `OBSERVATION_AXIS`, whose values are series, or else panels."""
+    from mechdsl.results.assembly.combination import merge_finished
+
+    labels = [result.name.partition(".")[2] or result.name for result in results]
+    merged = merge_finished(
+        [(((OBSERVATION_AXIS, label),), each) for label, each in zip(labels, results, strict=True)]
+    )
+    measures = tuple(
+        data
+        if len({result.measures[n].label for result in results}) == 1
+        else replace(data, label=quantity_name(data))
+        for n, data in enumerate(merged.measures)
+    )
+    if report.by is None and set(merged.axes) == {OBSERVATION_AXIS, report.variable}:
+        report = report.model_copy(update={"by": OBSERVATION_AXIS})
+    return replace(merged, name=merged.name.partition(".")[0], measures=measures), report
+
+
+def _write_report(
+    result: ExperimentResult, report: spec.Report, file: str, names: tuple[str, ...]
+) -> WrittenReport:
     # Checked again, because links and folders may have changed since the check before the run.
     name = f"report {report.kind}"
     path, problems = path_to_write(name, file, report.span)
@@ -102,7 +182,26 @@ def _write_report(result: ExperimentResult, report: spec.Report, file: str) -> W
                     span=report.span, construct=name, path=file, reason=reason, hint=hint
                 )
             ]
-    return WrittenReport(result.name, report, None if problems else path, problems)
+    if path is None or problems:
+        return WrittenReport(names, report, None, problems)
+    is_csv = path.suffix.lower() == ".csv"
+    warnings = csv_warnings(path.read_text("utf-8"), f"`{file}`", report.span) if is_csv else []
+    return WrittenReport(names, report, path, warnings)
+
+
+def csv_warnings(text: str, name: str, span: Span | None = None) -> list[Diagnostic]:
+    """Report W0745 for cells of a CSV that a spreadsheet reads as formulas.
+
+    Args:
+        text: The CSV.
+        name: Its file in backticks, or `standard output`.
+        span: The report, if there is one.
+    """
+    cells = list_formulas(text)
+    if not cells:
+        return []
+    count = count_noun(len(cells), "distinct cell")
+    return [FormulaCells(span=span, file=name, count=count, example=quote(cells[0]))]
 
 
 def save_report(result: ExperimentResult, report: spec.Report, path: Path) -> None:
@@ -138,6 +237,8 @@ def _report_module(report: spec.Report) -> _ReportModule:
 
 def _failure_text(error: Exception) -> tuple[str, str]:
     """Return the reason and a fix."""
+    if isinstance(error, HintedError):
+        return error.reason, error.hint
     if isinstance(error, OSError):
         reason = (error.strerror or str(error)).lower()
         return reason, "free disk space, or name a writable folder, and run it again"

@@ -407,6 +407,13 @@ def _wrong_file(kind: ReportKind, to: OutputFile | None, report: spec.Report) ->
     return None
 
 
+def result_file(file: str, result: str) -> str:
+    """Return the file of one of several results that a report writes: `two.a.png` of `two.png` for
+    the result `read.a` of experiment `read`, and `two.png` for `read`."""
+    part, path = result.partition(".")[2], PurePath(file)
+    return str(path.with_name(f"{path.stem}.{part}{path.suffix}")) if part else file
+
+
 PAPER_SUFFIXES = (".pdf", ".svg", ".png")
 """Files whose width can be that of a paper's columns."""
 

@@ -428,6 +428,14 @@ def find_short_site(short: str) -> SiteKind | None:
 _UNIT = re.compile(r"L\d+[HN]\d+(?:\.\w+)?")
 
 
+GROUP_CALLS = {
+    "saved": 'saved("group.json")',
+    "fit": "fit(mask(size: 3), prompts: fruit, from: fewer, maximise: shift) at layers * heads * "
+    "at last token",
+}
+"""Calls that define a group, with an example."""
+
+
 def unknown_component(word: str, span: Span, names: Iterable[str] = ()) -> UnknownWord:
     """Create E0203 that suggests the component or unit (`L9H9`) that was most likely meant.
 
@@ -440,6 +448,8 @@ def unknown_component(word: str, span: Span, names: Iterable[str] = ()) -> Unkno
     if unit is None and re.fullmatch(r"L\d*[HN]\d*", word):
         hint = "write both numbers: `L9H9` is head 9 of layer 9, `L9N9` a neuron"
     hint = did_you_mean(word, [*SITES, *names], hint)
+    if word in GROUP_CALLS:
+        hint = f"write `group g = {GROUP_CALLS[word]}`"
     if word == "all":
         hint = "write `ablate all but c` to ablate all edges except those of a circuit `c`, or "
         hint += "`ablate layers * heads * except g` for sites"

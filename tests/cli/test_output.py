@@ -351,6 +351,17 @@ def test_closed_or_full_output_exits_with_status_3(line: str, said: str, both: P
     assert (done.returncode, done.stderr) == (3, said)
 
 
+@pytest.mark.parametrize("line", ["validate both.mech --limit 3", "validate none.mech", "nonsense"])
+@pytest.mark.parametrize("end", ["2>/dev/full", "2>&-", "2>/dev/full >/dev/full"])
+def test_lost_standard_error_changes_no_status(line: str, end: str, both: Path) -> None:
+    both.write_text(both.read_text().replace("limit 16", "limit 2"), encoding="utf-8")  # W0720
+    done = in_bash(
+        f"mechdsl {line} 2>/dev/null; echo $?; mechdsl {line} {end}; echo $?", both.parent
+    )
+    before, after = (each for each in done.stdout.splitlines() if each.isdigit())
+    assert after == ("3" if before == "0" and ">/dev/full" in end[4:] else before)
+
+
 def test_run_with_full_output_exits_with_status_3(
     command: Command, both: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

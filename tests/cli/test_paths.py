@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
+from scipy.io import wavfile
 
 import mechdsl
 from mechdsl.base.files import find_snapshot
@@ -146,6 +147,22 @@ def test_link_created_during_the_run_is_not_followed(here: Path, command: Comman
     assert not list((here.parent / "elsewhere").iterdir())
 
 
+@pytest.mark.parametrize(("place", "said"), [("~/x.csv", ""), ("~nobody-here/x.csv", "no user")])
+def test_tilde_in_an_output_path_is_the_home_folder(
+    place: str, said: str, here: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(here.parent / "elsewhere"))
+    path = written(here, CSV.replace("PLACE", place))
+    done = command("run", path, "--no-store", *([] if said else ["--allow-outside"]))
+    assert not [*here.glob("~*"), *(here.parent / "working").glob("~*")]
+    assert (here.parent / "elsewhere" / "x.csv").exists() != bool(said)
+    assert done.status == (2 if said else 0)
+    assert (
+        not said or f"error[E0533]: `report csv` can't write `{place}`: there is {said}" in done.err
+    )
+    assert "E0531" in command("validate", written(here, CSV.replace("PLACE", "~/x.csv"))).err
+
+
 # --- reading ---
 
 ROOT = Path(__file__).parents[2]
@@ -204,6 +221,16 @@ EXAMPLES = {
         'mech 1\nmodel vit = local("nowhere")\nimages i { image "PLACE" answer "a" }\n'
         "experiment e { model vit images i measure logit(answer) as raw }\n",
     ),
+    "video": (
+        "frames",
+        'mech 1\nmodel m = local("nowhere")\nprompts p {\n  video v = "PLACE"\n'
+        '  template "{v} a"\n}\nexperiment e { model m prompts p measure logit(" a") as raw }\n',
+    ),
+    "audio": (
+        "sound.wav",
+        'mech 1\nmodel m = local("nowhere")\nprompts p {\n  audio v = "PLACE"\n'
+        '  template "{v} a"\n}\nexperiment e { model m prompts p measure logit(" a") as raw }\n',
+    ),
     "report": ("cells.csv", CSV),
     "save": (
         "streams.safetensors",
@@ -221,6 +248,10 @@ def filled(folder: Path) -> None:
     (folder / "data.csv").write_text("a\nfig\n", encoding="utf-8")
     (folder / "labels.jsonl").write_text('{"index": 0, "label": "a"}\n', encoding="utf-8")
     Image.new("RGB", (8, 8)).save(folder / "picture.png")
+    (folder / "frames").mkdir()
+    for number in range(2):
+        Image.new("RGB", (8, 8)).save(folder / "frames" / f"{number}.png")
+    wavfile.write(folder / "sound.wav", 16_000, np.zeros(16_000, np.int16))
     (folder / "set").mkdir()
     (folder / "set" / "train.csv").write_text("a\nfig\n", encoding="utf-8")
     (folder / "metrics.py").write_text("def own(logits, rows):\n    return logits[:, 0]\n")

@@ -7,7 +7,7 @@ Averages and areas under curves are computed row by row, before any statistics.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from mechdsl.resolve.cells import (
 )
 from mechdsl.results.assembly.sampling_units import keep_shared_views
 from mechdsl.results.experiment_result import ExperimentResult, Replies, merge_replies
-from mechdsl.statistics.measurements import MeasureData, RandomControlValues
+from mechdsl.statistics.measurements import CellStatistics, MeasureData, RandomControlValues
 
 NumberType = TypeVar("NumberType", np.float64, np.int64)
 
@@ -85,6 +85,31 @@ def merge_variants(parts: Sequence[tuple[VariantLabels, ExperimentResult]]) -> E
         seen=results[0].seen if len({result.texts for result in results}) == 1 else (),
         active=tuple(rows for result in results for rows in result.active),
         circuit=results[0].circuit if len({result.circuit for result in results}) == 1 else None,
+    )
+
+
+def merge_finished(
+    parts: Sequence[tuple[VariantLabels, ExperimentResult]],
+) -> ExperimentResult:
+    """Combine results that have statistics, each of which keeps its own."""
+    statistics = zip(*(result.statistics for _, result in parts), strict=True)
+    return replace(merge_variants(parts), statistics=tuple(map(_merge_statistics, statistics)))
+
+
+def _merge_statistics(parts: Sequence[CellStatistics]) -> CellStatistics:
+    first = parts[0]
+    arrays = (field.name for field in fields(first) if field.type in ("Floats", "Ints", "Bools"))
+    names = dict.fromkeys(name for statistics in parts for name in statistics.further)
+    return replace(
+        first,
+        **{name: np.concatenate([getattr(each, name) for each in parts]) for name in arrays},
+        reasons=tuple(reason for each in parts for reason in each.reasons),
+        further={
+            name: np.concatenate(
+                [each.further.get(name, np.full(len(each.mean), np.nan)) for each in parts]
+            )
+            for name in names
+        },
     )
 
 

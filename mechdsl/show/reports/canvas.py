@@ -16,6 +16,7 @@ from textwrap import wrap
 from unicodedata import east_asian_width
 
 from mechdsl.base.text import escape_hidden, escape_xml
+from mechdsl.show.reports.drawing import call_drawing
 
 NARROW_LETTERS, THIN_LETTERS, WIDE_LETTERS = (
     set("ijl.,:;'|! ·"),
@@ -125,6 +126,9 @@ def write_picture(svg: str, path: Path, columns: int | None = None) -> None:
         svg: The drawing, with a width and a height in pixels.
         path: The file.
         columns: Columns of a paper that the picture spans; None: its own size.
+
+    Raises:
+        DrawingError: If it can't be converted.
     """
     suffix, inch = path.suffix.lower(), 1 / PIXELS_PER_INCH
     width, height = svg_size(svg)
@@ -136,15 +140,13 @@ def write_picture(svg: str, path: Path, columns: int | None = None) -> None:
     if suffix not in (".png", ".pdf"):
         path.write_text(svg, encoding="utf-8")
         return
-    import vl_convert
-
     if suffix == ".png":
         scale = POINTS_PER_INCH / PIXELS_PER_INCH
-        path.write_bytes(vl_convert.svg_to_png(svg, scale=scale, ppi=PNG_DPI))
+        path.write_bytes(call_drawing("svg_to_png", svg, scale=scale, ppi=PNG_DPI))
         return
     # In a PDF, vl-convert takes a pixel for a point.
     sized = _resize(svg, (width, height), POINTS_PER_INCH * inch, "")
-    path.write_bytes(vl_convert.svg_to_pdf(sized))
+    path.write_bytes(call_drawing("svg_to_pdf", sized))
 
 
 def _resize(

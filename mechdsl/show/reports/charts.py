@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from xml.etree import ElementTree
 
 import altair as alt
 import numpy as np
+from altair.utils.html import INLINE_HTML_TEMPLATE
 
 from mechdsl.base.text import escape_hidden, escape_xml
 from mechdsl.resolve.cells import Coord
@@ -32,6 +32,7 @@ from mechdsl.show.reports.canvas import (
     text_width,
     write_picture,
 )
+from mechdsl.show.reports.drawing import call_drawing
 from mechdsl.show.reports.grid import is_numeric, value_text
 from mechdsl.show.reports.text import (
     centre_note,
@@ -48,6 +49,9 @@ from mechdsl.show.reports.text import (
     thin_note,
 )
 from mechdsl.statistics.measurements import MeasureData
+
+VEGA_LITE_VERSION = "_".join(alt.SCHEMA_VERSION.split(".")[:2])
+"""Version of Vega-Lite as vl-convert writes it: `v6_1`."""
 
 LABEL_SIZE = 11
 """Font size of labels."""
@@ -364,13 +368,6 @@ def series_legend(
 # --- files --------------------------------------------------------------------------------------
 
 
-class _ScriptEncoder(json.JSONEncoder):
-    """Encodes JSON in a page's script such that no text can end it: `</script>` is escaped."""
-
-    def encode(self, o: Any) -> str:
-        return super().encode(o).replace("<", "\\u003c")
-
-
 def save_chart(build: Callable[[], Any], path: Path, columns: int | None = None) -> None:
     """Write a chart in the format of the file's extension.
 
@@ -380,17 +377,28 @@ def save_chart(build: Callable[[], Any], path: Path, columns: int | None = None)
         columns: Columns of a paper that the picture spans; None: its own size.
     """
     if path.suffix.lower() == ".html":
-        chart = build()
-        chart.save(str(path), format="html", inline=True, json_kwds={"cls": _ScriptEncoder})
+        path.write_text(_chart_page(build()), encoding="utf-8")
         return
     svg = _chart_svg(build()) if columns is None else _page_svg(build, page_width(columns))
     write_picture(_add_titles(svg), path, columns)
 
 
 def _chart_svg(chart: Any) -> str:
-    written = StringIO()
-    chart.save(written, format="svg")
-    return written.getvalue()
+    return call_drawing("vegalite_to_svg", chart.to_dict(), vl_version=VEGA_LITE_VERSION)
+
+
+def _chart_page(chart: Any) -> str:
+    """Return an HTML page that contains the scripts it needs, as `chart.save` of altair does.
+
+    `<` is escaped in the chart, so that no text can end the script: `</script>`.
+    """
+    return INLINE_HTML_TEMPLATE.render(
+        spec=json.dumps(chart.to_dict()).replace("<", "\\u003c"),
+        embed_options=json.dumps({"mode": "vega-lite"}),
+        vegalite_version=alt.VEGALITE_VERSION,
+        output_div="vis",
+        vegaembed_script=call_drawing("javascript_bundle", vl_version=VEGA_LITE_VERSION),
+    )
 
 
 FIRST_MARGIN = 100.0

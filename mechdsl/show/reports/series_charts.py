@@ -266,10 +266,9 @@ def _number_axis(
     width = room or min(MAX_LINES_WIDTH, max(MIN_PANEL_WIDTH, WORD_WIDTH * len(values)))
     widest = max(text_width(names[value], LABEL_SIZE) for value in values)
     every = int(np.ceil((widest + 8) * len(values) / width))
-    ticks: Any = values[::every] if whole else alt.Undefined
     axis = alt.Axis(
         title=title,
-        values=ticks,
+        values=[numeric_value(value) for value in values[::every]],
         format="d" if whole else "~r" if percent else "~g",
         labelExpr="datum.label + '%'" if percent else alt.Undefined,
         labelOverlap="greedy",

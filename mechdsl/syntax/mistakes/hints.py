@@ -753,6 +753,12 @@ HINTS: tuple[Hint, ...] = (
         "name the axis: `{0} layer {1}`",
         "LAYER",
     ),
+    Hint(r"^circuit\s+\w+\s*=\s*saved\s*$", r"", 'write `saved("circuit.json")`'),
+    Hint(
+        r"^circuit\s+\w+\s*=\s*fit\s*$",
+        r"",
+        "write `fit(eap(size: 12), prompts: fruit, with: mean, maximise: logprob(answer))`",
+    ),
     Hint(r"", r"to\b", "write `onto` to name where the activation is written", "ONTO"),
     Hint(r"", r"to\b", "write `into`: `from SOURCE into BASE`", "INTO"),
     Hint(r"", r"(?:x|×|vs|against|and|,)(?!\w)", "write `by`: `heatmap layer by head`", "BY"),
