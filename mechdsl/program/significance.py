@@ -64,7 +64,7 @@ def interval_gap(
     if units < MIN_UNITS:
         return f"{words}: no interval below {MIN_UNITS}"
     if is_equal:
-        return f"the same in all {words}"
+        return f"all {words} have the same value"
     level = 1 - settings.confidence / 100
     if settings.test == "flips" and smallest_p_value(units, settings) >= level:
         return f"{words}: sign flips of so few give no p below {level:.4g}"

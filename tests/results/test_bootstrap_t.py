@@ -224,7 +224,7 @@ def test_equal_units_have_neither_interval_nor_p_but_count_as_a_test(
     for values in (found.low, found.high, found.p, found.p_corrected):
         assert np.isnan(values).tolist() == [True, True, False]
     assert found.mean[:2] == pytest.approx([0.3, 0.3], abs=1e-5)
-    assert found.reasons[:2] == ("the same in all 9 prompts",) * 2
+    assert found.reasons[:2] == ("all 9 prompts have the same value",) * 2
     assert found.equal.tolist() == [True, True, False]
     assert found.tests == 3
     if correction == "holm":

@@ -100,7 +100,7 @@ def test_true_expectation_holds(line: str, result: ExperimentResult) -> None:
         ("argmax(recovery, layer 0) = L0H0", "by the mean, but can't be distinguished from L0H1"),
         ("argmax(recovery, layer 0) != L0H3", "by the mean, but can't be distinguished from L0H3"),
         ("top 3 contains L1H1", None),
-        ("recovery(L2H1) > recovery(L2H1)", "the same in all 64 prompts"),
+        ("recovery(L2H1) > recovery(L2H1)", "all 64 prompts have the same value"),
         ("max(recovery) > 0.3 and min(recovery) > 0", None),
         ("not max(recovery) > 0.3", None),
         # neither the bound nor its negation is certain

@@ -118,7 +118,7 @@ def test_numbers_that_happen_to_be_one_are_no_share(
 ) -> None:
     found = one(of(patched, base, **values))
     assert found.reasons[0] is not None
-    assert found.reasons[0].startswith("the same in all 8 prompts")
+    assert found.reasons[0].startswith("all 8 prompts have the same value")
     assert np.isnan([found.low[0], found.high[0]]).all()
 
 

@@ -810,7 +810,7 @@ class ValueReader:
             return about
         bounds, equal = self.together(of, sums, confidence), self.space.are_equal(sums)
         few = np.flatnonzero((np.isnan(bounds.low) | np.isnan(bounds.high)) & ~equal)
-        if not len(few) and equal.all():
+        if not len(few) and np.isnan(bounds.low).all():
             few = np.arange(1)
         if len(few):
             name = of.result.cells[int(of.cells[few[0]])].name

@@ -483,10 +483,10 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
     verdicts = [
         "inert"
         if result.measures[measure].inert[i]
-        else MISSING
-        if np.isnan(statistic.p_corrected[i])
         else "rounding"
         if small[i]
+        else MISSING
+        if np.isnan(statistic.p_corrected[i])
         else ("in band" if band is not None and band.inside[i] else weaker)
         if alike[i]
         else "yes"

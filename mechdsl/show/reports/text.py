@@ -378,7 +378,7 @@ def significance_note(
         return None
     if statistic.withheld:
         return f"no cell is reported as significant: {WITHHELD_TEXTS[statistic.withheld]}"
-    tested = int(np.count_nonzero(~np.isnan(statistic.p_corrected)))
+    tested = int(np.count_nonzero(~np.isnan(statistic.p_corrected) | statistic.equal))
     if not tested:
         return "no cell was tested: none has a p-value"
     good = int(np.count_nonzero(is_significant(result, measure)))
