@@ -942,7 +942,7 @@ class SiteTargets(Record):
     """How many points `except` leaves out: `3 of 12 sites`, and for which values of loops it leaves
     none of a sweep; empty without it."""
     missing: frozenset[AxisIndices] = frozenset()
-    """Keys of a sweep of which `except` leaves no point."""
+    """Keys of a sweep without a point: `except` leaves none, or a layer has no such head."""
 
     def writes_nothing(self, key: AxisIndices) -> bool:
         """Return whether a cell has no point, or a placeholder without tokens instead."""
