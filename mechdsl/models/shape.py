@@ -120,7 +120,7 @@ blocks attend to an image."""
 
 
 class BlockSizes(Record):
-    """Sizes of one block. Those of a part that the block lacks, such as attention, are arbitrary."""
+    """Sizes of one block; those of a component that it lacks are arbitrary."""
 
     heads: int
     kv_heads: int

@@ -574,7 +574,9 @@ def count_circuit_tokens(plan: ExperimentPlan) -> int:
             senders, receivers = len(of.points), len(to.points)
             vectors = senders + 2 * receivers
             neurons = sum(
-                unit_count(shape, point.site, point.layer) for point in to.points if is_neuron(point)
+                unit_count(shape, point.site, point.layer)
+                for point in to.points
+                if is_neuron(point)
             )
             each = (vectors + VECTORS_PER_TOKEN * shape.n_layers) * shape.d_model
             most = max(most, each + neurons + senders * receivers)

@@ -98,7 +98,9 @@ def _sizes(stack: BlockStack) -> str:
     shape = stack.shape
     words = [f"{count_noun(shape.n_layers, 'block')} of width {shape.d_model}"]
     if "z" in shape.sites:
-        heads, keys, width, value, _ = map(list_by_layer, zip(*map(astuple, shape.blocks)))
+        heads, keys, width, value, _ = map(
+            list_by_layer, zip(*map(astuple, shape.blocks), strict=True)
+        )
         noun = "head" if heads == "1" else "heads"
         of_values = f" (values of {value})" if value != width else ""
         words.append(f"{heads} {noun} of {width}{of_values}, {keys} key-value heads")
