@@ -58,7 +58,17 @@ FAMILIES = {
 }
 """Query heads and key-value heads of each layer; widths of heads differ in all but the first."""
 
-SITES = {"z": 0, "head_out": 0, "q": 0, "q_rot": 0, "scores": 0, "pattern": 0, "k": 1, "v": 1, "k_rot": 1}
+SITES = {
+    "z": 0,
+    "head_out": 0,
+    "q": 0,
+    "q_rot": 0,
+    "scores": 0,
+    "pattern": 0,
+    "k": 1,
+    "v": 1,
+    "k_rot": 1,
+}
 """Sites of heads; 1 for those of key-value heads."""
 INSIDE = {"q_rot": "q", "k_rot": "k", "scores": "pattern", "pattern": "pattern"}
 """Sites that the attention function has, under its names. Equal prompts but for one word have the
@@ -76,7 +86,9 @@ class Attention:
     seen: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """(part, layer) → [head, T, …]."""
 
-    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any) -> Any:
+    def __call__(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any
+    ) -> Any:
         layer = module.layer_idx
         for part, vectors in (("q", query), ("k", key)):
             self.seen[part, layer] = vectors[0].clone()
@@ -146,7 +158,9 @@ def read(name: str, ids: Sequence[int], site: str, layer: int) -> Tensor:
 
 @cache
 @torch.no_grad()
-def patched(name: str, number: int, site: str, layer: int, heads: tuple[int, ...], *, zero: bool) -> float:
+def patched(
+    name: str, number: int, site: str, layer: int, heads: tuple[int, ...], *, zero: bool
+) -> float:
     """The metric of a row if heads have the values of `other`, or zeros, at the last token."""
     clean, other = (prompt(ROWS[number], run).ids for run in ("clean", "other"))
     values = read(name, other, site, layer) * (0 if zero else 1)
@@ -155,7 +169,9 @@ def patched(name: str, number: int, site: str, layer: int, heads: tuple[int, ...
         return difference(logits(name, clean, Attention(writes=writes)), ROWS[number])
     changes = [hooks.Change(len(clean) - 1, head, values[head]) for head in heads]
     inputs = {"input_ids": torch.tensor([clean])}
-    return difference(hooks.run(row(name), bare(name), inputs, layer, site, changes)[0], ROWS[number])
+    return difference(
+        hooks.run(row(name), bare(name), inputs, layer, site, changes)[0], ROWS[number]
+    )
 
 
 @cache
@@ -165,8 +181,12 @@ def ran(name: str, mode: str, lines: tuple[str, ...]) -> dict[str, ExperimentRes
 
     folder = Path(tempfile.mkdtemp())
     write_rows(folder)
-    text = "".join(experiment(f"e{n}", "prompts p", line, DIFFERENCE) for n, line in enumerate(lines))
-    source = Source(f'mech 1\nmodel m = local("handed over")\n{PROMPTS}\n{text}', folder / "file.mech")
+    text = "".join(
+        experiment(f"e{n}", "prompts p", line, DIFFERENCE) for n, line in enumerate(lines)
+    )
+    source = Source(
+        f'mech 1\nmodel m = local("handed over")\n{PROMPTS}\n{text}', folder / "file.mech"
+    )
     found = by_name(*run_on(source, {"m": adopted(name)}, MODES[mode]))
     return {line: found[f"e{n}"] for n, line in enumerate(lines)}
 
@@ -175,8 +195,12 @@ def site_lines(name: str) -> dict[str, tuple[str, bool]]:
     """Line → site, and whether it writes zeros."""
     shape = adopted(name).shape
     sites = [site for site in SITES if shape.has(site, None)]
-    patches = {f"from other into clean patch {site} {{}} at last token": (site, False) for site in sites}
-    zeros = {f"ablate {site} {{}} at last token with zero": (site, True) for site in ("z", "head_out")}
+    patches = {
+        f"from other into clean patch {site} {{}} at last token": (site, False) for site in sites
+    }
+    zeros = {
+        f"ablate {site} {{}} at last token with zero": (site, True) for site in ("z", "head_out")
+    }
     return patches | zeros
 
 
