@@ -22,7 +22,6 @@ from mechdsl.base.text import Source
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.loader import adopt_model
-from mechdsl.models.config import shape_from_config
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import (
@@ -30,7 +29,6 @@ from ..execute.support import (
     MODES,
     PROMPTS,
     ROWS,
-    STATS,
     by_name,
     difference,
     experiment,
