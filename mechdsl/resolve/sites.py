@@ -534,7 +534,7 @@ def _create_missing_unit(
         numbers = f"0..{count - 1} {f'at `{kind.name}`' if are_shared else 'in every layer'}"
     else:
         listed = [f"0..{n - 1} in {_name_layers(own)}" for n, own in sorted(layers_of.items())]
-        numbers = " and ".join(listed)
+        numbers = f"{', '.join(listed[:-1])} and {listed[-1]}"
     having = sorted(n for count, own in layers_of.items() if count > unit for n in own)
     return UnitOutOfRange(
         span=span,

@@ -43,6 +43,9 @@ from ..families.parts import Architecture
 from ..quick import some
 from ..reference import hooks
 
+RECORDS = ROWS[:2]
+"""Of different lengths."""
+
 Head = tuple[int, int]
 """Layer and head."""
 
@@ -178,7 +181,7 @@ def ran(name: str, mode: str, lines: tuple[str, ...]) -> dict[str, ExperimentRes
     import tempfile
 
     folder = Path(tempfile.mkdtemp())
-    write_rows(folder)
+    write_rows(folder, RECORDS)
     text = "".join(
         experiment(f"e{n}", "prompts p", line, DIFFERENCE) for n, line in enumerate(lines)
     )
@@ -224,12 +227,85 @@ def test_rules_at_heads_by_layer_equal_plain_hooks(name: str, mode: str) -> None
     }
     for line, result in ran(name, mode, tuple(wanted)).items():
         site, zero, cells = wanted[line]
-        counts = FAMILIES[name][SITES[site]]
         expected = [
-            [patched(name, n, site, layer, heads, zero=zero) for n in range(len(ROWS))]
+            [patched(name, n, site, layer, heads, zero=zero) for n in range(len(RECORDS))]
             for layer, heads in cells
         ]
         assert len(result.cells) == len(cells), line
         measure = result.measures[0]
         np.testing.assert_allclose(measure.patched, expected, atol=1e-4, rtol=1e-3, err_msg=line)
-        del counts
+
+
+def edge_values(name: str, observed: str, layer: int, heads: Sequence[int]) -> list[float]:
+    """Of each row, from the last token to the first."""
+    values: list[float] = []
+    for record in RECORDS:
+        ids = prompt(record, "clean").ids
+        attention = Attention(blocked={(layer, head): [(-1, 0)] for head in heads})
+        if observed == "block":
+            values.append(difference(logits(name, ids, attention), record))
+            continue
+        pattern = read(name, ids, "pattern", layer)[list(heads)]
+        entropy = -(pattern * pattern.clamp(min=1e-30).log()).sum(-1)
+        values.append(float((pattern[:, 0] if observed == "attention" else entropy).mean()))
+    return values
+
+
+@pytest.mark.parametrize("name", some(FAMILIES, ("laguna",)))
+def test_edges_of_heads_by_layer_equal_the_attention_function(name: str) -> None:
+    counts = FAMILIES[name][0]
+    layers = [n for n in range(len(counts)) if adopted(name).shape.has("pattern", n)]
+    single = [(n, (head,)) for n in layers for head in range(counts[n])]
+    joined = [(n, tuple(range(counts[n]))) for n in layers]
+    edge = "from last token to token 0"
+    wanted = {
+        f"block attention layer * head * {edge}": ("block", single),
+        f"block attention layer * {edge}": ("block", joined),
+        f"observe attention layer * head * {edge}": ("attention", single),
+        f"observe attention layer * heads * {edge}": ("attention", joined),
+        "observe entropy pattern layer * head * at last token": ("entropy", single),
+    }
+    for line, result in ran(name, "planned", tuple(wanted)).items():
+        observed, cells = wanted[line]
+        expected = [edge_values(name, observed, layer, heads) for layer, heads in cells]
+        assert len(result.cells) == len(cells), line
+        (measure, *_) = result.measures
+        np.testing.assert_allclose(measure.patched, expected, atol=1e-4, rtol=1e-3, err_msg=line)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shape_of_the_config_has_the_heads_of_each_block(name: str) -> None:
+    heads, keys = FAMILIES[name]
+    config = {**bare(name).config.to_dict(), "architectures": [type(bare(name)).__name__]}
+    plain = {**row(name).config, "model_type": name.partition("/")[0]}
+    shapes = [shape_from_config(each)[0] for each in (config, plain)]
+    loaded = adopted(name).shape
+    for shape in (*shapes, loaded):
+        assert shape is not None
+        assert [block.heads for block in shape.blocks] == heads
+        assert [block.kv_heads for block in shape.blocks] == keys
+        widths = [(block.d_head, block.d_value) for block in shape.blocks]
+        assert widths == [(block.d_head, block.d_value) for block in loaded.blocks]
+
+
+@pytest.mark.parametrize(
+    ("site", "label"),
+    [
+        ("layer * head 3", "heads 0..1 in layer 1, 0..3 in layer 0 and 0..5 in layer 2"),
+        ("L1H2", "heads 0..1 in layer 1, 0..3 in layer 0 and 0..5 in layer 2"),
+        ("layers 0, 2 head 4", "heads 0..1 in layer 1, 0..3 in layer 0 and 0..5 in layer 2"),
+        ("layer * head -3", "heads"),
+    ],
+)
+def test_head_that_a_layer_lacks_reports_the_numbers_of_each_layer(
+    site: str, label: str, tmp_path: Path
+) -> None:
+    write_rows(tmp_path)
+    text = experiment("e", "prompts p", f"ablate {site} at last token with zero", DIFFERENCE)
+    source = Source(
+        f'mech 1\nmodel m = local("handed over")\n{PROMPTS}\n{text}', tmp_path / "f.mech"
+    )
+    result, diagnostics = run_on(source, {"m": adopted("laguna")})
+    (error,) = [found for found in diagnostics if found.severity == "error"]
+    assert (result, error.code) == (None, "E0301")
+    assert label in error.label_text

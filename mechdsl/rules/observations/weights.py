@@ -113,7 +113,9 @@ def check_single_units(
 ) -> bool:
     """Report E0207 for cells that aren't a single unit of a site."""
     for key, points in sites.points.items():
-        if key not in sites.missing and [(point.site, point.unit is None) for point in points] != [(site, False)]:
+        if key not in sites.missing and [(point.site, point.unit is None) for point in points] != [
+            (site, False)
+        ]:
             report_bad_observation(rule, work, f"reads one {unit} at a time", hint)
             return False
     return True
