@@ -266,11 +266,19 @@ class LongCat(_Front):
 
 
 def _list_sliding_heads(config: ModelConfig, layer: int) -> ModelConfig:
-    """Return the sizes of heads in a block with a window."""
-    if "sliding" not in str(config["layer_types"][layer]):
+    """Return the sizes of heads in a block with a window, whose keys begin with `swa_`."""
+    kinds = config.get("layer_types") or ()
+    if layer >= len(kinds) or "sliding" not in str(kinds[layer]):
         return {}
-    keys = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    return {key: config[f"swa_{key}"] for key in keys if f"swa_{key}" in config}
+    return {key.removeprefix("swa_"): n for key, n in config.items() if key.startswith("swa_")}
+
+
+@family("dots3_note_text")
+class Dots3(Family):
+    """Blocks with a window have other heads."""
+
+    def block_config(self, config: ModelConfig, layer: int) -> ModelConfig:
+        return _list_sliding_heads(config, layer)
 
 
 @family("inkling_text")
