@@ -4,7 +4,7 @@ and observations against the bare model, with plain hooks and a copy of its atte
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -133,7 +133,7 @@ def adopted(name: str) -> LoadedModel:
 
 
 @contextmanager
-def attending(name: str, attention: Attention) -> Iterator[Any]:
+def attending(name: str, attention: Attention) -> Generator[Any]:
     """The bare model with another attention function."""
     module = bare(name)
     ALL_ATTENTION_FUNCTIONS.register("by_layer", attention)
