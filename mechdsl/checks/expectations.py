@@ -64,7 +64,6 @@ from mechdsl.resolve.types import (
     ExperimentOutline,
     ResolvedExperiment,
     ResolvedMeasure,
-    count_cells,
 )
 from mechdsl.syntax import ast
 from mechdsl.vocab.aggregates import AGGREGATES
@@ -148,9 +147,7 @@ def _count_cells(variants: Sequence[ResolvedExperiment], *, observed: bool) -> i
         counted = [axis for axis in variant.axes if axis.name not in left_out]
         if over is not None:
             counted = [axis for axis in counted if over not in (axis.name, axis.alias)]
-        count += count_cells(
-            counted, variant.nested and variant.nested.along(variant.nested.axes, fixed)
-        )
+        count += variant.count_along([axis.name for axis in counted])
     labels = {str(dict(variant.spec.variant).get(over or "", "")) for variant in variants}
     return count // len(labels)
 

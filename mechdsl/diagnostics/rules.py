@@ -13,14 +13,16 @@ class UnitOutOfRange(Diagnostic):
     code = "E0301"
     depends_on = frozenset({"shape"})
     title = "{unit} {index} does not exist in `{model}`"
-    label = "`{model}` has {units} 0..{last} {where}"
-    help = "write `{unit} *` for all of them"
+    label = "`{model}` has {units} {numbers}"
+    help = "write `{unit} *` for all of them{others}"
     unit: str
     units: str
     index: int
-    last: int
-    where: str
+    numbers: str
+    """`0..3 in every layer`."""
     model: str
+    others: str = ""
+    """Where the number exists: `, or name a layer that has it: …`."""
 
 
 class LayerOutOfRange(Diagnostic):

@@ -168,8 +168,8 @@ def measure_seconds() -> Generator[list[float]]:
 def estimate_token_bytes(model: LoadedModel) -> int:
     """Estimate a pass's bytes per token: MLP, stream, queries, keys and values."""
     shape = model.shape
-    heads = shape.n_heads * shape.d_head
-    return model.dtype.itemsize * (3 * shape.d_mlp + 12 * shape.d_model + 6 * heads)
+    widest = shape.largest(lambda block: 3 * block.neurons + 6 * block.queries)
+    return model.dtype.itemsize * (widest + 12 * shape.d_model)
 
 
 def estimate_score_bytes(device: torch.device) -> int:
@@ -186,10 +186,9 @@ def estimate_cache_bytes(model: LoadedModel, table: PromptTable) -> int:
     This includes the token's row in the mask, which all blocks share.
     """
     shape = model.shape
-    heads, shared = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
-    width = 3 * shape.d_model + 2 * heads + 4 * shared
+    width = sum(3 * shape.d_model + 2 * b.queries + 4 * b.keys for b in shape.blocks)
     longest = max((len(row.ids) for run in table.runs.values() for row in run.rows), default=0)
-    return max(1, model.dtype.itemsize * (width * shape.n_layers + longest) * len(table.runs))
+    return max(1, model.dtype.itemsize * (width + longest) * len(table.runs))
 
 
 MIN_TRIAL_PASSES = 200
@@ -399,7 +398,7 @@ def estimate_reply_bytes(
 ) -> Floats:
     """Estimate [distinct row] bytes for generation: all keys and values, and written vectors."""
     reply_bytes = np.zeros(len(shared))
-    kept = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head
+    kept = 2 * sum(block.keys for block in shape.blocks)
     for number, plan in enumerate(plans):
         indices = np.flatnonzero(shared.owner == number)
         generation = plan.experiment.generation
@@ -421,5 +420,6 @@ def estimate_reply_bytes(
 def _count_cached_numbers(shape: ModelShape, point: SitePoint) -> int:
     """Return how many numbers a point has per token; vectors over keys count as one head."""
     if SITES[point.site].width == "key":
-        return shape.d_head
+        assert point.layer is not None
+        return shape.in_stack(point.site)[0].blocks[point.layer].d_head
     return count_numbers(point, shape)

@@ -554,7 +554,8 @@ def split_prompts(
     """
     size = model.dtype.itemsize
     if tokens is None and model.device.type == "cpu":
-        widest = size * max(model.shape.d_mlp, 3 * model.shape.d_model)
+        neurons = model.shape.largest(lambda block: block.neurons)
+        widest = size * max(neurons, 3 * model.shape.d_model)
         tokens = min(PROMPT_TOKENS, max(MIN_READ_TOKENS, CPU_ACTIVATION_BYTES // widest))
     return read_batches(model.shape, size, run, points, prompts, tokens or PROMPT_TOKENS)
 

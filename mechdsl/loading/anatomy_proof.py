@@ -68,13 +68,13 @@ from mechdsl.models.finder import find_anatomies
 from mechdsl.models.folder import json_digest
 from mechdsl.models.shape import (
     Anatomy,
+    BlockAnatomy,
+    BlockSizes,
     Family,
     ModelShape,
     find_family,
     required_stacks,
     stack_names,
-    unit_count,
-    vector_width,
 )
 from mechdsl.program.code_hashes import CodeHashError, code_digest, hash_module_code
 from mechdsl.prompts.tokens.tokenizer import ImageTokenizer, TextTokenizer
@@ -649,25 +649,10 @@ def _fit_shape(stack: BlockStack, *, main: bool) -> ModelShape:
     embed, final = anatomy.taps.get("embed"), anatomy.taps.get("final_norm")
     layers = {site: anatomy.layers(site) for site in anatomy.sites()}
     inside = {site: numbers for site, numbers in layers.items() if SITES[site].has_layer}
-    neurons = next(
-        (b.taps["mlp_hidden"].layout.units for b in anatomy.blocks if "mlp_hidden" in b.taps),
-        shape.d_mlp,
-    )
     output = {"logits"} if main and (anatomy.unembedding or shape.takes == "image") else set()
-    shape = replace(shape, d_mlp=neurons)
-    sizes = {
-        (site, layer): (block.taps[site].layout.units, block.taps[site].layout.width)
-        for site in ("q", "k", "v", "z", "head_out", "mlp_hidden")
-        for layer, block in enumerate(anatomy.blocks)
-        if site in block.taps
-    }
     return replace(
         shape,
-        sizes={
-            (site, layer): size
-            for (site, layer), size in sizes.items()
-            if size != (unit_count(shape, site), vector_width(shape, site))
-        },
+        blocks=tuple(map(_fit_block, shape.blocks, anatomy.blocks)),
         d_embed=embed.layout.width if embed else shape.d_embed,
         d_final=final.layout.width if final and final.layout.width != shape.d_model else 0,
         parallel_block=anatomy.parallel,
@@ -678,6 +663,23 @@ def _fit_shape(stack: BlockStack, *, main: bool) -> ModelShape:
             if len(numbers) < shape.n_layers
         },
     )
+
+
+def _fit_block(sizes: BlockSizes, block: BlockAnatomy) -> BlockSizes:
+    """Replace sizes of the config by those of the modules."""
+    layouts = {site: tap.layout for site, tap in block.taps.items()}
+    heads, keys = layouts.get("q", layouts.get("z")), layouts.get("k", layouts.get("v"))
+    if heads is not None:
+        sizes = replace(sizes, heads=heads.units)
+    if keys is not None:
+        sizes = replace(sizes, kv_heads=keys.units)
+    if (key := layouts.get("k", layouts.get("q"))) is not None:
+        sizes = replace(sizes, d_head=key.width)
+    if (value := layouts.get("z", layouts.get("v"))) is not None:
+        sizes = replace(sizes, d_value=value.width)
+    if "mlp_hidden" in layouts:
+        sizes = replace(sizes, neurons=layouts["mlp_hidden"].units)
+    return sizes
 
 
 def verify_model(model: LoadedModel, span: Span | None = None) -> ProofAttempt:

@@ -11,6 +11,7 @@ from typing import Any
 from mechdsl.models.shape import (
     BlockAnatomy,
     BlockArrangement,
+    BlockSizes,
     Family,
     HookPoint,
     ModelShape,
@@ -66,19 +67,6 @@ class MissingComponent(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class HeadSizes:
-    """The numbers and widths of one block's attention heads."""
-
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    """The width of queries and keys."""
-    d_value: int
-    odd: bool = False
-    """The sizes differ from the model's, so only the projections show the number of heads."""
-
-
 def last_name(path: str) -> str:
     """Return the last component of a path."""
     return path.rpartition(".")[2]
@@ -110,44 +98,51 @@ def unwrap_adapter(module: Any) -> Any:
 
 
 def head_sizes(
-    shape: ModelShape,
-    attention: Any,
-    projections: Mapping[str, tuple[int, int]],
-) -> HeadSizes:
-    """Return one block's head sizes: the module's if they differ from the model's."""
+    block: BlockSizes, attention: Any, projections: Mapping[str, tuple[int, int]]
+) -> tuple[BlockSizes, bool]:
+    """Return the sizes of a block's heads: the module's if they differ from the config's.
+
+    Returns:
+        The sizes, and whether only the projections show the number of heads.
+    """
 
     def number(default: int, *names: str) -> int:
         values = (getattr(attention, name, None) for name in names)
         return next((value for value in values if isinstance(value, int)), default)
 
     latent = _LATENT in {last_name(p) for p in projections}
-    n_heads = number(shape.n_heads, "num_heads", "num_attention_heads")
-    shared = number(shape.n_heads // shape.n_kv_heads, "num_key_value_groups")
-    d_head = number(shape.d_head, "qk_head_dim" if latent else "head_dim")
-    same = shape.d_value if d_head == shape.d_head else d_head
+    n_heads = number(block.heads, "num_heads", "num_attention_heads")
+    shared = number(block.heads // block.kv_heads, "num_key_value_groups")
+    d_head = number(block.d_head, "qk_head_dim" if latent else "head_dim")
+    same = block.d_value if d_head == block.d_head else d_head
     d_value = number(same, "v_head_dim")
-    odd = shared * shape.n_kv_heads != shape.n_heads
-    if latent and (n_heads, d_head, d_value) != (shape.n_heads, shape.d_head, shape.d_value):
-        return HeadSizes(n_heads, n_heads, d_head, d_value)
-    odd = odd or n_heads != shape.n_heads or d_head != shape.d_head
-    return HeadSizes(shape.n_heads, shape.n_kv_heads, d_head, d_value, odd=odd)
+    widths = replace(block, d_head=d_head, d_value=d_value)
+    if latent:
+        return replace(widths, heads=n_heads, kv_heads=n_heads), False
+    is_odd = shared * block.kv_heads != block.heads
+    return widths, is_odd or n_heads != block.heads or d_head != block.d_head
 
 
 def find_qkv(
     attention: str,
     projections: Mapping[str, tuple[int, int]],
     inside: Mapping[str, Any],
-    heads: HeadSizes,
+    heads: BlockSizes,
     family: Family,
     parts: Mapping[str, str],
+    *,
+    is_odd: bool,
 ) -> tuple[dict[str, HookPoint], tuple[str, ...]]:
     """Find queries, keys and values as attention reads them (after their norm, if there is one).
+
+    Args:
+        is_odd: Whether the projections show the number of heads.
 
     Returns:
         Site to hook point, and the linear maps that compute queries, keys and values; paths within
         the block.
     """
-    taps = _split(projections, heads, parts) or _fused(projections, heads, family)
+    taps = _split(projections, heads, parts, is_odd=is_odd) or _fused(projections, heads, family)
     inputs = tuple(dict.fromkeys(tap.path for tap in taps.values()))
     raw = {site: tap.layout for site, tap in taps.items()}
     for site, names in _QK_NORMS.items():
@@ -161,11 +156,15 @@ def find_qkv(
 
 
 def _split(
-    projections: Mapping[str, tuple[int, int]], heads: HeadSizes, parts: Mapping[str, str]
+    projections: Mapping[str, tuple[int, int]],
+    heads: BlockSizes,
+    parts: Mapping[str, str],
+    *,
+    is_odd: bool,
 ) -> dict[str, HookPoint]:
     """Find a separate linear map for each of q, k and v; empty if there are none."""
     latent = next((p for p in projections if last_name(p) == _LATENT), None)
-    counts = {"q": heads.n_heads, "k": heads.n_kv_heads, "v": heads.n_kv_heads}
+    counts = {"q": heads.heads, "k": heads.kv_heads, "v": heads.kv_heads}
     widths = {"q": heads.d_head, "k": heads.d_head, "v": heads.d_value}
     taps: dict[str, HookPoint] = {}
     for site, names in _SPLIT.items():
@@ -181,7 +180,7 @@ def _split(
         if site == "q" and out in (count * (width + heads.d_value), 2 * count * width):
             step = out // count  # each head's query, then its gate
         if out != count * step:
-            if not heads.odd:
+            if not is_odd:
                 raise MissingComponent(
                     f"`{site}`", f"`{path}` gives {out} features, not {count} heads of {width}"
                 )
@@ -189,10 +188,8 @@ def _split(
         layout = TensorLayout(count, width, stride=step)
         taps[site] = HookPoint(_wrapper(path), "out", layout)
     if latent is not None:
-        each = projections[latent][1] // heads.n_heads
-        layout = TensorLayout(
-            heads.n_heads, heads.d_value, offset=each - heads.d_value, stride=each
-        )
+        each = projections[latent][1] // heads.heads
+        layout = TensorLayout(heads.heads, heads.d_value, offset=each - heads.d_value, stride=each)
         taps["v"] = HookPoint(latent, "out", layout)
     return taps
 
@@ -211,10 +208,10 @@ def _any_of(projections: Mapping[str, tuple[int, int]], names: tuple[str, ...]) 
 
 
 def _fused(
-    projections: Mapping[str, tuple[int, int]], heads: HeadSizes, family: Family
+    projections: Mapping[str, tuple[int, int]], heads: BlockSizes, family: Family
 ) -> dict[str, HookPoint]:
     """Find one linear map for queries, keys and values."""
-    n, kv, d = heads.n_heads, heads.n_kv_heads, heads.d_head
+    n, kv, d = heads.heads, heads.kv_heads, heads.d_head
     for path, (_, out) in projections.items():
         if last_name(path) not in _FUSED or out != (n + 2 * kv) * d:
             continue
@@ -407,12 +404,14 @@ class BlockComponents:
     def __init__(
         self,
         around: BlockContext,
+        layer: int,
         path: str,
         inside: Mapping[str, Any],
         arrangement: BlockArrangement,
     ) -> None:
         self.around = around
         self.shape = around.shape
+        self.sizes = around.shape.blocks[layer]
         self.path = path
         self.inside = inside
         self.arrangement = arrangement
@@ -707,10 +706,16 @@ class BlockComponents:
         """Return the hook points of heads, the projections they come from, the output map."""
         shape, module = self.shape, self.inside[attention]
         projections = self._projections(attention)
-        heads = head_sizes(shape, module, projections)
+        heads, is_odd = head_sizes(self.sizes, module, projections)
         try:
             points, inputs = find_qkv(
-                attention, projections, self.inside, heads, self.around.family, self.parts
+                attention,
+                projections,
+                self.inside,
+                heads,
+                self.around.family,
+                self.parts,
+                is_odd=is_odd,
             )
         except MissingComponent:
             if not {"q", "k", "v"} & self.around.without.keys():
@@ -741,12 +746,13 @@ class BlockComponents:
         fitting += [
             p for p, (_, out) in projections.items() if p not in fitting and _wraps(p, out, shape)
         ]
-        exact = [p for p in fitting if projections[p][0] == shape.n_heads * shape.d_value]
+        width = self.sizes.heads * self.sizes.d_value
+        exact = [p for p in fitting if projections[p][0] == width]
         if not exact and not fitting:
             raise MissingComponent(
                 "output projection of attention",
-                f"no linear map from {shape.n_heads * shape.d_value} to {shape.d_model} features "
-                f"in `{self._at(attention)}`",
+                f"no linear map from {width} to {shape.d_model} features in "
+                f"`{self._at(attention)}`",
             )
         return (exact or fitting)[-1]
 

@@ -29,6 +29,7 @@ from mechdsl.models.families import find_family  # registers the families
 from mechdsl.models.shape import (
     ENCODER_TYPES,
     OTHER_SEQUENCE_CLASSIFIERS,
+    BlockSizes,
     Family,
     ModelConfig,
     ModelInput,
@@ -572,7 +573,7 @@ def stack_shape(shape: ModelShape, config: Mapping[str, Any], stack: str) -> Mod
     model_shape, _ = _shape(part, part, [shape.architecture], "image", causal=False)
     lists = find_family("" if model_shape is None else model_shape.family).block_lists(part)
     if model_shape is not None and lists:
-        model_shape = replace(model_shape, n_layers=sum(lists.values()))
+        model_shape = replace(model_shape, blocks=model_shape.blocks[:1] * sum(lists.values()))
     if model_shape is not None and stack == "vision":
         model_shape = replace(
             model_shape, read_after=_list_read_blocks(config, model_shape.n_layers)
@@ -659,9 +660,15 @@ def _shape(
     if refused:
         named, staged = names[0] if names else model_type, find_family(model_type).staged
         return None, explain_missing_blocks(refused, staged, model=model, named=named)
+    blocks = _list_block_configs(text, find_family(model_type), numbers["number of layers"])
+    for block in blocks:
+        for key, value in find_impossible_sizes(block):
+            return None, [BadSize(span=span, model=model, key=key, value=json.dumps(value))]
+        if (too_large := check_sizes(block, model, span)) is not None:
+            return None, [too_large]
     if causal is None:
         causal = _is_causal(text, config, names, takes)
-    return _build_shape(text, config, names, takes, numbers, causal=causal), []
+    return _build_shape(text, config, names, takes, numbers, blocks, causal=causal), []
 
 
 def _model_type(text: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -692,20 +699,23 @@ def _build_shape(
     names: list[str],
     takes: ModelInput,
     numbers: Mapping[str, int],
+    blocks: Sequence[Mapping[str, Any]],
     *,
     causal: bool,
 ) -> ModelShape:
-    """Build the shape; numbers: the sizes that every model has, by name."""
+    """Build the shape.
+
+    Args:
+        numbers: The sizes that every model has, by name.
+        blocks: The config of each block.
+    """
     model_type = _model_type(text, config)
     entry = find_family(model_type)
-    n_heads, d_model = numbers["number of heads"], numbers["model width"]
+    n_layers, d_model = numbers["number of layers"], numbers["model width"]
     parallel = entry.arrangement(text) == "parallel"
-    latent = _first(text, ("qk_nope_head_dim",))
-    d_head = _first(text, HEAD_WIDTH_KEYS) or d_model // n_heads
-    if latent:
-        d_head = latent + (_first(text, ("qk_rope_head_dim",)) or 0)
     experts = _count_experts(text)
-    dense = find_dense_blocks(text, numbers["number of layers"]) if experts else frozenset[int]()
+    dense = find_dense_blocks(text, n_layers) if experts else frozenset[int]()
+    n_heads = numbers["number of heads"]
     sites = available_sites(
         parallel=parallel,
         experts=bool(experts),
@@ -716,17 +726,12 @@ def _build_shape(
     return ModelShape(
         architecture=names[0] if names else model_type,
         family=model_type,
-        n_layers=numbers["number of layers"],
-        n_heads=n_heads,
-        n_kv_heads=n_heads if latent else _kv_heads(text) or n_heads,
+        blocks=tuple(_read_block_sizes(each, n_heads, d_model) for each in blocks),
         d_model=d_model,
-        d_head=d_head,
-        d_mlp=_mlp_width(text, d_model),
         vocab_size=numbers.get("vocabulary size", 0),
         max_positions=max(_first(text, POSITION_KEYS) or 0, 0) or None,
         parallel_block=parallel,
         sites=sites - {"logits"} if _without_head(names, model_type, takes, task) else sites,
-        d_value=_first(text, ("v_head_dim",)) or d_head,
         d_embed=_first(text, ("input_embedding_size", *EMBEDDING_KEYS)) or d_model,
         n_experts=experts,
         causal=causal,
@@ -738,8 +743,48 @@ def _build_shape(
         labels=labels,
         output_at=output_position(names, encodes=_encodes(text, config, names)),
         patches=read_patch_layout(entry, text) if takes == "image" else None,
-        partly=_list_partial_sites(dense, numbers["number of layers"]),
+        partly=_list_partial_sites(dense, n_layers),
         config=text,
+    )
+
+
+def _list_block_configs(
+    config: Mapping[str, Any], entry: Family, n_layers: int
+) -> list[Mapping[str, Any]]:
+    """Return the config of each block, with the sizes in which it differs from the others."""
+    named = config.get("per_layer_config") or {}
+    overrides = {int(layer): sizes for layer, sizes in named.items()}
+    lists = {
+        key.removesuffix("_per_layer"): value
+        for key, value in config.items()
+        if isinstance(value, (list, tuple)) and len(value) == n_layers
+    }
+    blocks: list[Mapping[str, Any]] = []
+    for layer in range(n_layers):
+        listed = {key: value[layer] for key, value in lists.items()}
+        sizes = {key: value for key, value in listed.items() if is_integer(value)}
+        sizes |= {**entry.block_config(config, layer), **overrides.get(layer, {})}
+        blocks.append({**config, **sizes} if sizes else config)
+    return blocks
+
+
+def _read_block_sizes(config: Mapping[str, Any], n_heads: int, d_model: int) -> BlockSizes:
+    """Return the sizes that the config of one block states.
+
+    Args:
+        n_heads: Number of heads if the config states none, as in state-space models.
+    """
+    heads = _first(config, HEAD_KEYS) or n_heads
+    d_head = _first(config, HEAD_WIDTH_KEYS) or d_model // heads
+    latent = _first(config, ("qk_nope_head_dim",))
+    if latent:
+        d_head = latent + (_first(config, ("qk_rope_head_dim",)) or 0)
+    return BlockSizes(
+        heads=heads,
+        kv_heads=heads if latent else _kv_heads(config) or heads,
+        d_head=d_head,
+        d_value=_first(config, ("v_head_dim",)) or d_head,
+        neurons=_mlp_width(config, d_model),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import eq
 from typing import Any
 
 from mechdsl.base.text import Span
@@ -33,6 +34,8 @@ from mechdsl.models.shape import (
     TensorLayout,
     add_output_sites,
     find_family,
+    unit_count,
+    vector_width,
 )
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, ATTENTION_SITES, sites_of_module
 
@@ -140,7 +143,10 @@ class _Finder:
             hybrid=self.hybrid,
         )
         paths = [self.block_path(n) for n in self.layers]
-        blocks = [BlockComponents(around, p, self.within(p), arrangement).anatomy() for p in paths]
+        blocks = [
+            BlockComponents(around, n, path, self.within(path), arrangement).anatomy()
+            for n, path in enumerate(paths)
+        ]
         anatomies = self._checked(blocks)
         blocks = tuple(
             add_output_sites(self.family.block(self.shape.config, n, b), self.shape.d_model)
@@ -182,19 +188,17 @@ class _Finder:
 
     def _checked(self, blocks: Sequence[BlockAnatomy]) -> Sequence[BlockAnatomy]:
         """Return the blocks if some have the number and width of heads that the config gives
-        (others may differ, as in Gemma 4)."""
-        shape = self.shape
-        expected = {
-            "q": (shape.n_heads, shape.d_head),
-            "k": (shape.n_kv_heads, shape.d_head),
-            "v": (shape.n_kv_heads, shape.d_value),
-            "z": (shape.n_heads, shape.d_value),
-        }
-        for site, (units, width) in expected.items():
-            taps = [block.taps[site] for block in blocks if site in block.taps]
-            own = [(tap.layout.units, tap.layout.width) for tap in taps]
-            if own and (units, width) not in own and site not in self.without:
-                has = f"`{taps[0].path}` has {own[0][0]} heads of {own[0][1]}"
+        (in an unknown family, others may differ)."""
+        for site in ("q", "k", "v", "z"):
+            taps = [(n, block.taps[site]) for n, block in enumerate(blocks) if site in block.taps]
+            own = [(tap.layout.units, tap.layout.width) for _, tap in taps]
+            expected = [
+                (unit_count(self.shape, site, n), vector_width(self.shape, site, n))
+                for n, _ in taps
+            ]
+            if taps and not any(map(eq, own, expected)) and site not in self.without:
+                has = f"`{taps[0][1].path}` has {own[0][0]} heads of {own[0][1]}"
+                units, width = expected[0]
                 raise MissingComponent(f"`{site}`", f"{has}, not {units} heads of {width}")
         return blocks
 

@@ -119,6 +119,28 @@ and `sound to text`, the encoder reads an image or a sound of prompts. Prompts h
 blocks attend to an image."""
 
 
+class BlockSizes(Record):
+    """Sizes of one block; those of a component that it lacks are arbitrary."""
+
+    heads: int
+    kv_heads: int
+    d_head: int
+    """Width of a head's query and key."""
+    d_value: int
+    """Width of a head's value and of `z`; `d_head` in most models."""
+    neurons: int
+
+    @property
+    def queries(self) -> int:
+        """Width of all queries together."""
+        return self.heads * self.d_head
+
+    @property
+    def keys(self) -> int:
+        """Width of all keys together."""
+        return self.kv_heads * self.d_head
+
+
 class ModelShape(Record):
     """Sizes that coordinates are checked against; heads and layers count from 0."""
 
@@ -126,20 +148,15 @@ class ModelShape(Record):
     """Class name of the model (`GPT2LMHeadModel`), else its family."""
     family: str
     """`model_type` of the config (`gpt2`)."""
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
+    blocks: tuple[BlockSizes, ...]
+    """Sizes of each block: from the config, or from the modules of a loaded model."""
     d_model: int
-    d_head: int
-    d_mlp: int
     vocab_size: int
     max_positions: int | None
     parallel_block: bool
     """Attention and MLP read the same stream."""
     sites: frozenset[str]
     """Supported sites that this model has, as far as the config shows."""
-    d_value: int
-    """Width of a head's value and of `z`; `d_head` except in latent attention."""
     d_embed: int
     """Output width of the token embedding; `d_model` in most models."""
     n_experts: int
@@ -174,10 +191,6 @@ class ModelShape(Record):
     layout isn't known."""
     partly: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
     """Sites that only some blocks have, with the blocks; known for a loaded model."""
-    sizes: Mapping[tuple[str, int], tuple[int, int]] = field(
-        default_factory=dict[tuple[str, int], tuple[int, int]]
-    )
-    """(units, width) of a site in blocks with other sizes; known for a loaded model."""
     others: Mapping[str, ModelShape] = field(default_factory=dict[str, "ModelShape"])
     """Shapes of the stacks of `STACK_SITES`."""
     without_vision: str = ""
@@ -200,6 +213,19 @@ class ModelShape(Record):
     """Tokens that a decoder begins with; None for other models, and if the config names none."""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
     """The part of the config that describes this stack."""
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def average(self, size: Callable[[BlockSizes], float]) -> int:
+        """Return a size of a block, averaged over all blocks."""
+        return round(sum(map(size, self.blocks)) / len(self.blocks))
+
+    def largest(self, size: Callable[[BlockSizes], int]) -> int:
+        """Return a size of the block in which it is largest."""
+        return max(map(size, self.blocks))
 
     @property
     def read_layers(self) -> int:
@@ -287,36 +313,45 @@ def required_stacks(shape: ModelShape) -> frozenset[str]:
     return frozenset(stack_names(shape)) - {"vision"}
 
 
-def unit_count(shape: ModelShape, site: str, layer: int | None = None) -> int:
-    """Return the number of heads, key-value heads or neurons of a site per layer, or in one layer;
-    1 for whole vectors."""
-    shape, site = shape.in_stack(site)
-    if layer is not None and (site, layer) in shape.sizes:
-        return shape.sizes[site, layer][0]
-    match SITES[site].unit:
-        case "head":
-            return shape.n_heads
-        case "kv_head":
-            return shape.n_kv_heads
-        case "neuron":
-            return shape.d_mlp
-        case "expert":
-            return shape.n_experts
-        case _:
-            return 1
+def list_by_layer(numbers: Sequence[int]) -> str:
+    """Format a number of each layer: `4`, or `4, 6, 4` if layers differ."""
+    several = numbers if len({*numbers}) > 1 else numbers[:1]
+    return ", ".join(f"{number:,}" for number in several)
 
 
-def vector_width(shape: ModelShape, site: str, layer: int | None = None) -> int:
-    """Return the length of one vector of a supported site, in one layer if layers differ."""
+def unit_count(shape: ModelShape, site: str, layer: int | None) -> int:
+    """Return the number of heads, key-value heads, neurons or experts of a site in a layer; 1 for
+    whole vectors.
+
+    Args:
+        layer: The layer; None only for a site without layers.
+    """
     shape, site = shape.in_stack(site)
-    if layer is not None and (site, layer) in shape.sizes:
-        return shape.sizes[site, layer][1]
+    unit = SITES[site].unit
+    if unit is None:
+        return 1
+    if unit == "expert":
+        return shape.n_experts
+    assert layer is not None
+    block = shape.blocks[layer]
+    return {"head": block.heads, "kv_head": block.kv_heads, "neuron": block.neurons}[unit]
+
+
+def vector_width(shape: ModelShape, site: str, layer: int | None) -> int:
+    """Return the length of one vector of a supported site in a layer.
+
+    Args:
+        layer: The layer; None only for a site without layers.
+    """
+    shape, site = shape.in_stack(site)
     match SITES[site].width:
         case "d_model":
             own = {"embed": shape.d_embed, "final_norm": shape.d_final}
             return own.get(site) or shape.d_model
         case "d_head":
-            return shape.d_value if site in ("v", "z") else shape.d_head
+            assert layer is not None
+            block = shape.blocks[layer]
+            return block.d_value if site in ("v", "z") else block.d_head
         case "n_experts":
             return shape.n_experts
         case "one":
@@ -344,20 +379,16 @@ def stand_in_shape(largest: Mapping[str, int]) -> ModelShape:
     named = {word: largest.get(word, 0) + 1 for word in ("layer", "head", "expert")}
     named["layer"] += 1
     sizes = {word: min(STAND_IN_MAX, max(STAND_IN_MIN, number)) for word, number in named.items()}
+    neurons = max(STAND_IN_MIN, largest.get("neuron", 0) + 1)
     return ModelShape(
         architecture="",
         family="",
-        n_layers=sizes["layer"],
-        n_heads=sizes["head"],
-        n_kv_heads=sizes["head"],
+        blocks=(BlockSizes(sizes["head"], sizes["head"], 1, 1, neurons),) * sizes["layer"],
         d_model=sizes["head"],
-        d_head=1,
-        d_mlp=max(STAND_IN_MIN, largest.get("neuron", 0) + 1),
         vocab_size=1,
         max_positions=None,
         parallel_block=False,
         sites=frozenset(SITES),
-        d_value=1,
         d_embed=sizes["head"],
         n_experts=sizes["expert"],
         causal=True,
@@ -628,6 +659,13 @@ class Family:
         """Return the arrangement; None: the finder tries those of `BlockArrangement` in order."""
         value = config.get("use_parallel_residual", config.get("parallel_attn"))
         return "parallel" if value is True else None
+
+    def block_config(self, config: ModelConfig, layer: int) -> ModelConfig:
+        """Return the sizes of a block that differ from the config's, under the config's keys.
+
+        `per_layer_config` and lists with a number for each block are read for all families.
+        """
+        return {}
 
     def fused(self, n_heads: int, n_kv_heads: int, width: int) -> Mapping[str, TensorLayout] | None:
         """Return the layouts of q, k and v in a fused projection; None for the common orders."""

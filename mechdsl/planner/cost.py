@@ -28,7 +28,7 @@ from mechdsl.models.restart import (
     TokenMask,
     block_work,
 )
-from mechdsl.models.shape import ModelShape, unit_count
+from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.pass_cost import (
     BlockCost,
     PassCost,
@@ -573,7 +573,11 @@ def count_circuit_tokens(plan: ExperimentPlan) -> int:
         for of, to in rule.edge_ends[0]:
             senders, receivers = len(of.points), len(to.points)
             vectors = senders + 2 * receivers
-            neurons = sum(is_neuron(point) for point in to.points) * shape.d_mlp
+            neurons = sum(
+                unit_count(shape, point.site, point.layer)
+                for point in to.points
+                if is_neuron(point)
+            )
             each = (vectors + VECTORS_PER_TOKEN * shape.n_layers) * shape.d_model
             most = max(most, each + neurons + senders * receivers)
     return max(1, CIRCUIT_NUMBERS // most)
@@ -647,7 +651,8 @@ def _pattern_work(
     count = np.unique(senders, axis=1).shape[1]
     times = 1 + len({SITES[point.site].component for point in ends})
     layers = len({(SITES[point.site].stack, point.layer) for point in ends})
-    some = count_pattern_rows(int(lengths.max()) ** 2 * experiment.model.shape.n_heads, layers)
+    heads = experiment.model.shape.largest(lambda block: block.heads)
+    some = count_pattern_rows(int(lengths.max()) ** 2 * heads, layers)
     passes = joined * -(-count * len(lengths) // (joined * some))
     sent = _pass(lengths, joined, whole, forwards=times * count, backwards=0)
     base = _pass(lengths, joined, whole, forwards=1, backwards=0)
@@ -1096,14 +1101,17 @@ def _count_edge_work(
         -1 if component == "resid_pre" else of.layer or 0
         for of, component in zip(senders.points, components, strict=True)
     ]
-    heads = components.count("z")
+    widths = sum(
+        vector_width(shape, point.site, point.layer)
+        for point in (*senders.points, *receivers.points)
+        if SITES[point.site].width == "d_head"
+    )
     neurons = sum(
         1 if of.unit is not None else unit_count(shape, of.site, of.layer)
         for of in senders.points
         if is_neuron(of)
     )
     reads = [SITES[to.site] for to in receivers.points]
-    projected = sum(kind.component in ("q", "k", "v") for kind in reads)
     at_the_end = [
         to.layer is None or (kind.stack == "cross" and kind.side == "source")
         for to, kind in zip(receivers.points, reads, strict=True)
@@ -1115,10 +1123,9 @@ def _count_edge_work(
     if inputs is None:
         sites = {to.site for to in receivers.points if is_neuron(to)}
         inputs = sum(len(_list_inputs(senders, receivers, site)) for site in sites)
-    read = inputs * (block.dense_mlp - model_shape.d_model * model_shape.d_mlp)
-    return (
-        model_shape.d_model * (summed + (projected + heads) * model_shape.d_head + neurons) + read
-    )
+    size = model_shape.average(lambda each: each.neurons)
+    read = inputs * (block.dense_mlp - model_shape.d_model * size)
+    return model_shape.d_model * (summed + widths + neurons) + read
 
 
 def _count_split_work(
@@ -1219,7 +1226,8 @@ def _count_ablation_work(
     full = sum(count == unit_count(shape, "z", layer) for layer, count in by_layer.items())
     full += replaced
     saved = int((written & ~heads).sum()) * block.dense_mlp + full * block.project
-    return shape.d_model * (summed + maps * shape.d_head) - saved
+    width = shape.average(lambda each: each.d_head)
+    return shape.d_model * (summed + maps * width) - saved
 
 
 def _count_sums(

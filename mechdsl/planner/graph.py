@@ -25,13 +25,11 @@ from mechdsl.resolve.types import (
     FittedBasis,
     FittedVector,
     JacobianBasis,
-    LoopCells,
     ResolvedExperiment,
     ResolvedMeasure,
     ResolvedRule,
     SiteLayer,
     SitePoint,
-    count_cells,
     iter_fitted_vectors,
 )
 from mechdsl.vocab.metrics import EFFECTS
@@ -143,8 +141,8 @@ class ForwardNode:
     """The unpatched run that it is or starts from, under its experiment's name."""
     writes: tuple[WriteNode, ...] = ()
     axes: tuple[Axis, ...] = field(default=(), hash=False)
-    nested: LoopCells | None = field(default=None, hash=False)
-    """The existing combinations of loop values, if not all exist."""
+    cells: int = 1
+    """Number of combinations of their values that exist."""
     stop: int | None = None
     """Number of blocks to run; None is the whole model."""
     after: tuple[EffectNode, ...] = ()
@@ -153,10 +151,6 @@ class ForwardNode:
     """The estimator (`using`) that replaces running the cells."""
     on: ForwardNode | None = None
     """The run with its own rules, or the run that an experiment's derived run starts from."""
-
-    @property
-    def cells(self) -> int:
-        return count_cells(self.axes, self.nested)
 
 
 @dataclass(frozen=True)
@@ -438,7 +432,7 @@ def patched_forward(
         base.run,
         writes if has_rules else base.writes + writes,
         experiment.axes,
-        experiment.nested,
+        experiment.n_there,
         after=after,
         estimator="" if experiment.spec.estimator is None else experiment.spec.estimator.text,
         on=base if has_rules else None,

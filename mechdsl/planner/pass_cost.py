@@ -47,9 +47,9 @@ class BlockCost:
 
     @staticmethod
     def of(shape: ModelShape) -> BlockCost:
-        heads = shape.n_heads * shape.d_head
+        heads, keys = shape.average(lambda b: b.queries), shape.average(lambda b: b.keys)
         return BlockCost(
-            project=shape.d_model * (heads + 2 * shape.n_kv_heads * shape.d_head),
+            project=shape.d_model * (heads + 2 * keys),
             output=heads * shape.d_model,
             mlp=_count_mlp_work(shape),
             dense_mlp=_count_dense_work(shape),
@@ -57,7 +57,7 @@ class BlockCost:
             causal=shape.causal,
             image=shape.attended,
             share=shape.attending / shape.n_layers,
-            encode=2 * shape.d_model * shape.n_kv_heads * shape.d_head,
+            encode=2 * shape.d_model * keys,
         )
 
     @property
@@ -198,7 +198,7 @@ def _count_mlp_work(shape: ModelShape) -> int:
         return dense
     config, own = shape.config, subconfig(shape.config, "ffn_config")
     kind = config.get("model_type")
-    width = _read_size(own, _EXPERT_WIDTH) or shape.d_mlp
+    width = _read_size(own, _EXPERT_WIDTH) or _average_neurons(shape)
     chosen = min(_read_size(own, _CHOSEN) or 1, shape.n_experts)
     chosen = shape.n_experts if kind in _RUN_ALL_EXPERTS else chosen
     shared = _read_size(config, _SHARED_WIDTH) or width * _read_size(config, _SHARED)
@@ -211,7 +211,13 @@ def _count_mlp_work(shape: ModelShape) -> int:
 
 def _count_dense_work(shape: ModelShape) -> int:
     """Count the multiply-adds per token of an MLP without experts."""
-    return _count_matrices(shape) * shape.d_model * shape.d_mlp
+    return _count_matrices(shape) * shape.d_model * _average_neurons(shape)
+
+
+def _average_neurons(shape: ModelShape) -> int:
+    """Return the number of neurons of an MLP, averaged over the blocks that have neurons."""
+    layers = shape.partly.get("mlp_hidden") or range(shape.n_layers)
+    return round(sum(shape.blocks[layer].neurons for layer in layers) / len(layers))
 
 
 def _count_matrices(shape: ModelShape) -> int:
@@ -232,7 +238,7 @@ def _has_gate(shape: ModelShape) -> bool:
     if (kind := config.get("model_type")) in _WITHOUT_GATE | _WITH_GATE:
         return kind in _WITH_GATE
     # An MLP of four widths usually has no gate; MLPs of other sizes do.
-    return shape.d_mlp != 4 * shape.d_model
+    return _average_neurons(shape) != 4 * shape.d_model
 
 
 @dataclass(frozen=True)
@@ -263,7 +269,7 @@ class CrossCost:
             return None
         reads_encoder = shape.config.get("cross_attention_hidden_size") is not None
         width = encoder.d_model if reads_encoder else shape.d_model
-        heads = shape.n_heads * shape.d_head
+        heads = shape.average(lambda block: block.queries)
         # Without `cross`, a decoder attends to its own and the encoder's tokens in one operation.
         own = 2 * shape.d_model * heads if "cross" in shape.others else 0
         return CrossCost(
@@ -273,7 +279,7 @@ class CrossCost:
             0 if encoder.patches is None else len(encoder.patches.front),
             0 if width == encoder.d_model else encoder.d_model * width,
             own,
-            2 * width * shape.n_kv_heads * shape.d_head,
+            2 * width * shape.average(lambda block: block.keys),
             2 * heads,
         )
 

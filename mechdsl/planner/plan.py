@@ -171,7 +171,8 @@ class ExperimentPlan:
                 receivers = max([receivers, *layers.values()])
                 of_neurons = (p.layer for p in to.points if is_neuron(p))
                 neurons = max([neurons, *Counter(of_neurons).values()])
-        vectors = senders + 2 * receivers + 2 * neurons * shape.d_mlp // shape.d_model
+        size = shape.largest(lambda block: block.neurons)
+        vectors = senders + 2 * receivers + 2 * neurons * size // shape.d_model
         return 1 + vectors // VECTORS_PER_TOKEN
 
     @property

@@ -313,7 +313,8 @@ def count_scored_rows(
         attended: Largest number of tokens of a row whose attention weights are read.
     """
     size = FLOAT * senders * shape.d_model * max(1, tokens)
-    fit = count_pattern_rows(attended**2 * shape.n_heads, shape.n_layers) if attended else batch
+    heads, layers = shape.largest(lambda block: block.heads), shape.n_layers
+    fit = count_pattern_rows(attended**2 * heads, layers) if attended else batch
     return max(1, min(batch, fit, CHUNK_BYTES // size))
 
 
@@ -662,7 +663,8 @@ def _circuit_cost(
         for cell in (moved, training.sample.cell)
     )
     backwards, whole = points * -(-rows // size), (points * 2 + compared + lanes) * rows + measured
-    scored = points * scored + attended * shape.d_model * (1 + shape.d_head)
+    width = shape.average(lambda block: block.d_head)
+    scored = points * scored + attended * shape.d_model * (1 + width)
     cost = Cost(
         forwards=backwards + (compared + reads) * -(-rows // size) + -(-measured // batch),
         tokens=int(whole * row.tokens),
@@ -859,5 +861,5 @@ def _find_width(circuit: CircuitTargets, shape: ModelShape) -> int:
 def _saved_numbers(shape: ModelShape, tokens: int) -> int:
     """Return how many numbers per token autograd keeps in a block: inputs of norms and matrix
     products, attention patterns, and the parts of the MLP's activation."""
-    heads = shape.n_heads * shape.d_head
-    return 8 * shape.d_model + 4 * heads + 4 * shape.d_mlp + 2 * shape.n_heads * tokens
+    per_block = shape.average(lambda b: 4 * b.queries + 4 * b.neurons + 2 * b.heads * tokens)
+    return 8 * shape.d_model + per_block

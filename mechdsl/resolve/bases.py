@@ -2190,7 +2190,8 @@ def _weights(
             "name a site of a layer, such as `mlp_out layer 2`",
         )  # fmt: skip
     shape = work.model.shape
-    rows = shape.d_mlp if site == "mlp_out" else shape.n_heads * shape.d_head
+    block = shape.blocks[point.layer]
+    rows = block.neurons if site == "mlp_out" else block.heads * block.d_value
     rows = _UNKNOWN_WIDTH if shape.stands_in else rows
     return WeightBasis(site, point.layer), rows, f"the weights of {site} layer {point.layer}"
 
@@ -2237,7 +2238,8 @@ def _dictionary(
         raise BasisError(call, reason, hint)
     shape, reads = work.model.shape, find_encoded_site(file, point)
     _check_transcoder(call, file, point, work)
-    widths = [(file.width_in, vector_width(shape, reads) if reads else count_numbers(point, shape))]
+    size = vector_width(shape, reads, point.layer) if reads else count_numbers(point, shape)
+    widths = [(file.width_in, size)]
     widths += [(file.width_out, count_numbers(point, shape))] if reads else []
     for (number, width), site in zip(widths, (reads or point.site, point.site), strict=False):
         if number != width and not shape.stands_in:

@@ -123,10 +123,11 @@ _NODES_IN_STACK = {
 
 _SIZES = {
     "n_layers": ("layers", lambda shape: shape.n_layers),
-    "n_heads": ("heads", lambda shape: shape.n_heads),
+    "n_heads": ("heads", lambda shape: shape.largest(lambda block: block.heads)),
     "d_model": ("numbers in the stream", lambda shape: shape.d_model),
 }
-"""Key of `cfg` → what it counts, and the number in a model."""
+"""Key of `cfg` → what it counts, and the number in a model; heads are those of the layer with the
+most."""
 
 
 class NotAnEdge(Exception):

@@ -140,15 +140,12 @@ def group_excluded_units(
         kind = SITES[point.site].unit
         if kind is None or point.unit is None:
             continue
-        size, model_shape = (
-            unit_count(shape, point.site, point.layer),
-            shape.in_stack(point.site)[0],
-        )
-        sizes = (
-            {size, model_shape.n_heads, model_shape.n_kv_heads}
-            if UNIT_WORDS[kind] == "heads"
-            else {size}
-        )
+        size = unit_count(shape, point.site, point.layer)
+        sizes = {size}
+        if UNIT_WORDS[kind] == "heads":
+            assert point.layer is not None
+            block = shape.in_stack(point.site)[0].blocks[point.layer]
+            sizes = {size, block.heads, block.kv_heads}
         for other in sizes:
             slot = ExchangeGroup(UNIT_WORDS[kind], other, point.layer, SITES[point.site].stack)
             same = range(point.unit * other // size, -(-(point.unit + 1) * other // size))

@@ -12,7 +12,7 @@ from mechdsl.diagnostics.models import ModelShapeMismatch, ModelTokenMismatch, N
 from mechdsl.diagnostics.prompts import PromptTooLong
 from mechdsl.diagnostics.syntax import BadArgument
 from mechdsl.images.picture import Picture
-from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape import ModelShape, list_by_layer
 from mechdsl.program import spec
 from mechdsl.program.images import IMAGE_SPAN
 from mechdsl.program.python_functions import is_python_call
@@ -29,17 +29,17 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 from mechdsl.vocab.metrics import METRICS
 
-SHAPE_SIZES = {
-    "n_layers": "layers",
-    "n_heads": "heads",
-    "n_kv_heads": "key-value heads",
-    "d_model": "wide",
+SHAPE_SIZES = {"n_layers": "layers", "d_model": "wide", "n_experts": "experts"}
+"""Sizes that must be equal for activations of one model to be inserted into another."""
+
+BLOCK_SIZES = {
+    "heads": "heads",
+    "kv_heads": "key-value heads",
     "d_head": "wide per head",
     "d_value": "wide per value",
-    "d_mlp": "neurons per layer",
-    "n_experts": "experts",
+    "neurons": "neurons per layer",
 }
-"""Sizes that must be equal for activations of one model to be inserted into another."""
+"""Sizes that must also be equal in each block."""
 
 
 def join_runs(table: PromptTable, paired_runs: Sequence[PairedRun | None]) -> PromptTable | None:
@@ -147,7 +147,14 @@ def list_differences(base: ModelShape, source: ModelShape) -> list[str]:
         f"{getattr(source, name):,} and {getattr(base, name):,} {what}"
         for name, what in SHAPE_SIZES.items()
         if getattr(source, name) != getattr(base, name)
-    ][:3]
+    ]
+    differences += [
+        f"{theirs} and {ours} {what}"
+        for name, what in BLOCK_SIZES.items()
+        if (theirs := list_by_layer([getattr(block, name) for block in source.blocks]))
+        != (ours := list_by_layer([getattr(block, name) for block in base.blocks]))
+    ]
+    differences = differences[:3]
     only = sorted((base.sites ^ source.sites) - {"logits"})
     if not differences and only:
         differences.append(f"only one of them has `{only[0]}`")

@@ -161,7 +161,7 @@ def resolve_axis(
 
     Args:
         kinds: The sites that the axis belongs to; none for coordinates of a basis.
-        size: Number of coordinates, if the model doesn't determine it.
+        size: Number of coordinates; by default, the number of layers.
     """
     if axis is None:
         return AxisValues()
@@ -182,10 +182,7 @@ class _AxisReader:
         self.kinds = kinds
         self.context = context
         shape = context.shape
-        if size is None:
-            layers = axis.word == "layer"
-            size = count_layers(kinds, shape) if layers else unit_count(shape, kinds[0].name)
-        self.size = size
+        self.size = count_layers(kinds, shape) if size is None else size
         self.count = 0
         """Number of coordinates so far, over all loop values."""
 
@@ -288,18 +285,21 @@ class _AxisReader:
         word = self.axis.word
         if word == "layer":
             return check_layer(value, span, self.context, self.kinds)
-        if word not in ("feature", "dim"):
-            return all(check_unit(kind, value, span, self.context) for kind in self.kinds)
+        if word in _MOST and _exceeds_every_model(word, value, span, self.context):
+            return False
         if 0 <= value < self.size:
             return True
+        if word in _MOST:
+            kind = next(each for each in self.kinds if each.unit is not None)
+            report_missing_unit(kind, value, span, self.context)
+            return False
         self.context.diagnostics.append(
             UnitOutOfRange(
                 span=span,
                 unit=word,
                 units=f"{word}s",
                 index=value,
-                last=self.size - 1,
-                where="",
+                numbers=f"0..{self.size - 1}",
                 model=self.axis.of or self.context.model,
             )
         )
@@ -513,27 +513,42 @@ def check_layer(
     return False
 
 
-def check_unit(kind: SiteKind, unit: int, span: Span, context: SiteContext) -> bool:
-    """Check that a site has the head, neuron or expert; otherwise report E0301."""
-    size = unit_count(context.shape, kind.name)
+def report_missing_unit(kind: SiteKind, unit: int, span: Span, context: SiteContext) -> None:
+    """Report E0301 for a head, neuron or expert that a site lacks in a named layer."""
+    problem = _create_missing_unit(kind, unit, span, context.shape, context.model)
+    context.diagnostics.append(problem)
+
+
+def _create_missing_unit(
+    kind: SiteKind, unit: int, span: Span, shape: ModelShape, model: str
+) -> UnitOutOfRange:
+    """Create E0301, which states the numbers of each layer and the layers that have the unit."""
     word = kind.unit if kind.unit in ("neuron", "expert") else "head"
-    if _exceeds_every_model(word, unit, span, context):
-        return False
-    if 0 <= unit < size:
-        return True
-    shared = kind.unit == "kv_head" and context.shape.n_kv_heads != context.shape.n_heads
-    context.diagnostics.append(
-        UnitOutOfRange(
-            span=span,
-            unit=word,
-            units="key-value heads" if shared else f"{word}s",
-            index=unit,
-            last=size - 1,
-            where=f"at `{kind.name}`" if shared else "in every layer",
-            model=context.model,
-        )
+    layers_of: dict[int, list[int]] = {}
+    for layer in find_layers([kind], shape):
+        layers_of.setdefault(unit_count(shape, kind.name, layer), []).append(layer)
+    blocks = shape.in_stack(kind.name)[0].blocks
+    are_shared = kind.unit == "kv_head" and any(b.kv_heads != b.heads for b in blocks)
+    if len(layers_of) == 1:
+        (count,) = layers_of
+        numbers = f"0..{count - 1} {f'at `{kind.name}`' if are_shared else 'in every layer'}"
+    else:
+        listed = [f"0..{n - 1} in {_name_layers(own)}" for n, own in sorted(layers_of.items())]
+        numbers = f"{', '.join(listed[:-1])} and {listed[-1]}"
+    having = sorted(n for count, own in layers_of.items() if count > unit for n in own)
+    return UnitOutOfRange(
+        span=span,
+        unit=word,
+        units="key-value heads" if are_shared else f"{word}s",
+        index=unit,
+        numbers=numbers,
+        model=model,
+        others=f", or name a layer that has it: `layer {having[0]}`" if having else "",
     )
-    return False
+
+
+def _name_layers(layers: Sequence[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
 @dataclass
@@ -1284,16 +1299,7 @@ def find_missing_point(
     for point in points:
         last = unit_count(shape, point.site, point.layer) - 1
         if point.unit is not None and point.unit > last:
-            word = "neuron" if SITES[point.site].unit == "neuron" else "head"
-            return UnitOutOfRange(
-                span=span,
-                unit=word,
-                units=f"{word}s",
-                index=point.unit,
-                last=last,
-                where=f"at `{point.site}` in layer {point.layer}",
-                model=model,
-            )
+            return _create_missing_unit(SITES[point.site], point.unit, span, shape, model)
     return None
 
 
@@ -1429,8 +1435,13 @@ def _resolve_short_name(short: ast.ShortSite, context: SiteContext) -> SitePoint
     if not check_component(kind, short.span, context):
         return None
     unit = short.index if kind.unit is not None else None
-    if unit is not None and not check_unit(kind, unit, short.span, context):
-        return None
+    if unit is not None:
+        word = kind.unit if kind.unit in ("neuron", "expert") else "head"
+        if _exceeds_every_model(word, unit, short.span, context):
+            return None
+        if unit >= unit_count(context.shape, kind.name, short.layer):
+            report_missing_unit(kind, unit, short.span, context)
+            return None
     return SitePoint(kind.name, short.layer, unit)
 
 
@@ -1734,7 +1745,7 @@ def resolve_swept_site(
     by_word = {axis.word: axis for axis in site.axes}
     layers = resolve_axis(by_word.get("layer"), kinds, context)
     unit_axis = next((a for a in site.axes if a.word != "layer"), None)
-    units_ = resolve_axis(unit_axis, kinds, context)
+    units_ = None if layers is None else _resolve_unit_axis(unit_axis, kinds, layers, context)
     if layers is None or units_ is None:
         return None, ()
     looped = site.names and _is_component_loop(site.names[0], context)
@@ -1750,9 +1761,7 @@ def resolve_swept_site(
             axes.append(part.sweep)
     names = (*loops, *(axis.name for axis in axes))
     sizes = [len(context.loops[loop]) for loop in loops] + [len(axis) for axis in axes]
-    joined = prod(
-        max((len(c) for c in part.choices.values()), default=1) for part in (layers, units_)
-    )
+    joined = _most_joined(layers) * max(map(_most_joined, units_.by_size.values()))
     if (cells := prod(sizes) * joined) > limits.CELLS:
         counts = (f"{name} ({size:,})" for name, size in zip(names, sizes, strict=True))
         context.diagnostics.append(
@@ -1774,11 +1783,72 @@ def resolve_swept_site(
         here = tuple(
             SitePoint(kind.name, layer, unit)
             for layer in _chosen(layers, at, kind.has_layer)
-            for unit in _chosen(units_, at, kind.unit is not None)
+            for unit in units_.chosen(kind, layer, at, context.shape)
         )
         points[key] = here
-        labels[key] = label_points(here)
-    return SiteTargets(names, points, labels), tuple(axes)
+        labels[key] = label_points(here) if here else ""
+    missing = frozenset(key for key, here in points.items() if not here)
+    return SiteTargets(names, points, labels, missing=missing), tuple(axes)
+
+
+class _UnitValues(Record):
+    """Heads, neurons or experts that an axis names, in layers that may differ in their number."""
+
+    loops: tuple[str, ...]
+    sweep: Axis | None
+    by_size: Mapping[int, AxisValues]
+    """By the number of units of a layer."""
+
+    def chosen(
+        self, kind: SiteKind, layer: int | None, at: Mapping[str, int], shape: ModelShape
+    ) -> tuple[int | None, ...]:
+        """Return the units of a layer in one cell, empty if it has none of them; (None,) for a site
+        without such an axis."""
+        if kind.unit is None:
+            return (None,)
+        values = self.by_size.get(unit_count(shape, kind.name, layer))
+        values = values or next(iter(self.by_size.values()))  # the layer lacks the site: an error
+        if not values.choices:
+            return (None,)
+        if self.sweep is None or values.sweep is None:
+            return values.chosen(at)
+        label = self.sweep.labels[at[self.sweep.name]]
+        if label not in values.sweep.labels:
+            return ()
+        return values.chosen({**at, self.sweep.name: values.sweep.labels.index(label)})
+
+
+def _resolve_unit_axis(
+    axis: ast.Axis | None, kinds: list[SiteKind], layers: AxisValues, context: SiteContext
+) -> _UnitValues | None:
+    """Resolve the axis of heads, neurons or experts of a site; None after an error.
+
+    `*` names the units of each layer; a number must exist in all of them.
+    """
+    if axis is None:
+        return _UnitValues((), None, {0: AxisValues()})
+    named = sorted({layer for choice in layers.choices.values() for layer in choice})
+    kinds_of: dict[int, list[SiteKind]] = {}
+    for kind in kinds:
+        having = [layer for layer in named if context.shape.has(kind.name, layer)] or named
+        for size in dict.fromkeys(unit_count(context.shape, kind.name, n) for n in having):
+            kinds_of.setdefault(size, []).append(kind)
+    by_size: dict[int, AxisValues] = {}
+    for size in sorted(kinds_of, reverse=True):
+        values = resolve_axis(axis, kinds_of[size], context, size=size)
+        if values is None:
+            return None
+        by_size[size] = values
+    first = next(iter(by_size.values()))
+    sweep = first.sweep
+    if sweep is not None and len(by_size) > 1:
+        labels = {n: None for each in by_size.values() if each.sweep for n in each.sweep.labels}
+        sweep = replace(sweep, labels=tuple(labels))
+    return _UnitValues(first.loops, sweep, by_size)
+
+
+def _most_joined(values: AxisValues) -> int:
+    return max(map(len, values.choices.values()), default=1)
 
 
 def _chosen(values: AxisValues, at: Mapping[str, int], applies: bool) -> tuple[int | None, ...]:
@@ -1836,16 +1906,22 @@ def _axes_fit(site: ast.Site, kind: SiteKind, context: SiteContext) -> bool:
 
 
 def label_points(points: tuple[SitePoint, ...] | list[SitePoint]) -> str:
-    """Format joined points: `L2H0.z`, `L3.resid_post`, `L0-2.resid_post`, `L3H*.z`, `embed`."""
+    """Format joined points of a site: `L2H0.z`, `L3.resid_post`, `L0-2.resid_post`, `L3H*.z`,
+    `embed`, `L0,2H0-3.z + L1H0-5.z` where layers differ."""
     site = points[0].site
-    layers = sorted({p.layer for p in points if p.layer is not None})
-    units = {p.unit for p in points}
-    where = "" if not layers else f"L{_numbers(layers)}"
-    if SITES[site].unit is not None:
-        letter = "N" if SITES[site].unit == "neuron" else "H"
-        known = sorted(u for u in units if u is not None)
-        where += letter + ("*" if None in units else _numbers(known))
-    return f"{where}.{site}" if where else site
+    layers_of: dict[frozenset[int | None], list[int]] = {}
+    for layer in sorted({p.layer for p in points if p.layer is not None}):
+        units = frozenset(p.unit for p in points if p.layer == layer)
+        layers_of.setdefault(units, []).append(layer)
+    labels: list[str] = []
+    for units, layers in layers_of.items():
+        where = f"L{_numbers(layers)}"
+        if SITES[site].unit is not None:
+            letter = "N" if SITES[site].unit == "neuron" else "H"
+            known = sorted(u for u in units if u is not None)
+            where += letter + ("*" if None in units else _numbers(known))
+        labels.append(f"{where}.{site}")
+    return " + ".join(labels) or site
 
 
 def label_all_points(points: Sequence[SitePoint]) -> str:

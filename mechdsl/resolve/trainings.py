@@ -506,7 +506,11 @@ def _without_weights(training: Training, shape: ModelShape) -> TrainedDictionary
         layout="circuit-tracer" if outline.crosses_layers else "SAELens",
         architecture=outline.architecture,
         features=outline.features,
-        width_in=vector_width(shape, training.encoded.site) if outline.transcodes else width,
+        width_in=(
+            vector_width(shape, training.encoded.site, training.encoded.layer)
+            if outline.transcodes
+            else width
+        ),
         width_out=width,
         dtype="F32",
         digest="",

@@ -942,7 +942,7 @@ class SiteTargets(Record):
     """How many points `except` leaves out: `3 of 12 sites`, and for which values of loops it leaves
     none of a sweep; empty without it."""
     missing: frozenset[AxisIndices] = frozenset()
-    """Keys of a sweep of which `except` leaves no point."""
+    """Keys of a sweep without a point: `except` leaves none, or a layer has no such head."""
 
     def writes_nothing(self, key: AxisIndices) -> bool:
         """Return whether a cell has no point, or a placeholder without tokens instead."""
@@ -1388,12 +1388,17 @@ class ResolvedRule(Record):
             return False
         return self.steps is None or any(first == 0 for first, _ in self.steps.values.values())
 
+    @property
+    def holes(self) -> list[SiteTargets]:
+        """Its sites and compared sites if some of their keys have no point."""
+        every = (self.sites, self.compared_sites)
+        return [targets for targets in every if targets is not None and targets.missing]
+
     def leads(self, at: Mapping[str, int]) -> bool:
-        """Return whether `leads_on` and `except` permit a cell with these indices along the
-        axes."""
-        if self.sites is not None and self.sites.missing:
-            key = tuple(at[axis] for axis in self.sites.axes)
-            if key in self.sites.missing:
+        """Return whether a cell with these indices along the axes has points, and `leads_on`
+        permits it."""
+        for targets in self.holes:
+            if tuple(at[axis] for axis in targets.axes) in targets.missing:
                 return False
         if not self.does.leads_on or self.compared_sites is None or self.sites is None:
             return True
@@ -2007,11 +2012,7 @@ class ResolvedExperiment(Record):
 
     def cells_along(self, names: Sequence[str]) -> Counter[AxisIndices]:
         """Count its cells for each combination of indices along some axes."""
-        holes = [
-            (rule.sites.axes, rule.sites.missing)
-            for rule in self.rules
-            if rule.sites is not None and rule.sites.missing
-        ]
+        holes = [(each.axes, each.missing) for rule in self.rules for each in rule.holes]
         wide = dict.fromkeys((*names, *(name for axes, _ in holes for name in axes)))
         nest = self.own_loops or LoopCells((), frozenset({()}))
         free = [axis for axis in self.axes if axis.name not in nest.axes]
@@ -2028,11 +2029,15 @@ class ResolvedExperiment(Record):
 
     @property
     def n_there(self) -> int:
-        """Number of its cells, without combinations of loop values that don't exist and those of
-        which `except` leaves no site."""
-        if any(rule.sites is not None and rule.sites.missing for rule in self.rules):
-            return self.cells_along(()).total()
-        return count_cells(self.axes, self.own_loops)
+        """Number of its cells, without combinations of loop values that don't exist and those
+        without a site."""
+        return self.count_along([axis.name for axis in self.axes])
+
+    def count_along(self, names: Collection[str]) -> int:
+        """Count the combinations of values along some axes that have a cell."""
+        if any(rule.holes for rule in self.rules):
+            return len(self.cells_along([axis.name for axis in self.axes if axis.name in names]))
+        return count_cells([axis for axis in self.axes if axis.name in names], self.own_loops)
 
 
 class ExperimentOutline(Record):

@@ -201,10 +201,10 @@ class ResultCircuit(Record):
 
     name: str
     layers: int
-    heads: int
-    """Number of query heads per layer."""
-    key_heads: int
-    """Number of key-value heads per layer."""
+    heads: tuple[int, ...]
+    """Number of query heads of each layer."""
+    groups: Mapping[str, tuple[int, ...]]
+    """Number of heads that read one key or value, of each layer, by stack."""
     width: int
     """Width of the residual stream."""
     parallel: bool

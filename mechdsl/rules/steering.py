@@ -335,7 +335,7 @@ def _misfit(
         if (
             of.unit is None
             and each > 1
-            and (to.unit is not None or each != unit_count(shape, to.site))
+            and (to.unit is not None or each != unit_count(shape, to.site, to.layer))
         ):
             return f"{label_points((of,))} are {each} vectors"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.forward.hooks.model import BlockStack, CheckOutcome, LoadedModel
 from mechdsl.loading.anatomy_proof import describe_idle_components
 from mechdsl.loading.verify.checks import PACKED_IDENTITY
-from mechdsl.models.shape import Anatomy, HookPoint, unit_count, vector_width
+from mechdsl.models.shape import Anatomy, HookPoint, list_by_layer, unit_count, vector_width
 from mechdsl.planner.passes import RESTART_PASSES
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 
@@ -49,17 +50,17 @@ def sites_document(model: LoadedModel, problems: Sequence[Diagnostic]) -> dict[s
         "stacks": {
             name: {
                 "layers": stack.shape.n_layers,
-                "heads": stack.shape.n_heads,
-                "key_value_heads": stack.shape.n_kv_heads,
-                "head_width": stack.shape.d_head,
+                "heads": _collapse([block.heads for block in stack.shape.blocks]),
+                "key_value_heads": _collapse([block.kv_heads for block in stack.shape.blocks]),
+                "head_width": _collapse([block.d_head for block in stack.shape.blocks]),
                 "width": stack.shape.d_model,
                 "experts": stack.shape.n_experts,
                 "parallel": stack.anatomy.parallel,
                 "causal": stack.shape.causal,
                 "sites": {
                     site: {
-                        "units": _site_units(stack, site),
-                        "width": _site_width(stack, site),
+                        "units": _collapse(_site_units(stack, site)),
+                        "width": _collapse(_site_widths(stack, site)),
                         "layers": _layers(stack, site),
                         "tensor": _tensor(stack.anatomy, site),
                     }
@@ -88,16 +89,25 @@ def sites_document(model: LoadedModel, problems: Sequence[Diagnostic]) -> dict[s
     }
 
 
+def _collapse(numbers: Sequence[int] | None) -> int | Sequence[int] | None:
+    """Return the number of every layer, or the list of all if layers differ."""
+    return numbers[0] if numbers and len({*numbers}) == 1 else numbers
+
+
 def _sizes(stack: BlockStack) -> str:
     shape = stack.shape
     words = [f"{count_noun(shape.n_layers, 'block')} of width {shape.d_model}"]
     if "z" in shape.sites:
-        heads = f"{count_noun(shape.n_heads, 'head')} of {shape.d_head}"
-        if shape.d_value != shape.d_head:
-            heads += f" (values of {shape.d_value})"
-        words.append(f"{heads}, {shape.n_kv_heads} key-value heads")
+        heads, keys, width, value, _ = map(
+            list_by_layer, zip(*map(astuple, shape.blocks), strict=True)
+        )
+        noun = "head" if heads == "1" else "heads"
+        of_values = f" (values of {value})" if value != width else ""
+        words.append(f"{heads} {noun} of {width}{of_values}, {keys} key-value heads")
     if "mlp_hidden" in shape.sites:
-        words.append(f"{shape.d_mlp} neurons")
+        layers = sorted(shape.partly.get("mlp_hidden", range(shape.n_layers)))
+        neurons = list_by_layer([shape.blocks[layer].neurons for layer in layers])
+        words.append(f"{neurons} neurons")
     if shape.n_experts:
         words.append(f"{shape.n_experts} experts")
     if shape.vocab_size:
@@ -139,13 +149,19 @@ def _site_names(stack: BlockStack) -> list[str]:
     return [site for site in SITES if site in stack.shape.sites]
 
 
-def _site_units(stack: BlockStack, site: str) -> int:
-    return unit_count(stack.shape, site)
+def _site_units(stack: BlockStack, site: str) -> list[int]:
+    """Return the number of units of a site in each of its layers."""
+    layers = _layers(stack, site) if SITES[site].has_layer else [None]
+    return [unit_count(stack.shape, site, layer) for layer in layers]
 
 
-def _site_width(stack: BlockStack, site: str) -> int | None:
-    """Return the width of a site; None for vectors over the tokens of a prompt."""
-    return None if SITES[site].width == "key" else vector_width(stack.shape, site)
+def _site_widths(stack: BlockStack, site: str) -> list[int] | None:
+    """Return the width of a site in each of its layers; None for vectors over the tokens of a
+    prompt."""
+    if SITES[site].width == "key":
+        return None
+    layers = _layers(stack, site) if SITES[site].has_layer else [None]
+    return [vector_width(stack.shape, site, layer) for layer in layers]
 
 
 def _layers(stack: BlockStack, site: str) -> list[int]:
@@ -160,9 +176,10 @@ def _sites(stack: BlockStack) -> Table:
     for title in ("site", "per layer", "layers", "tensor"):
         table.add_column(title, overflow="fold")
     for site in _site_names(stack):
-        count = _site_units(stack, site)
+        count = list_by_layer(_site_units(stack, site))
         axis = SITES[site].unit
-        size = f"[{_site_width(stack, site) or 'key'}]"
+        widths = _site_widths(stack, site)
+        size = "[key]" if widths is None else f"[{' or '.join(map(str, dict.fromkeys(widths)))}]"
         if axis is not None:
             word = {"kv_head": "key-value heads"}.get(axis, f"{axis}s")
             size = f"{count} {word}" if size == "[1]" else f"{count} {word} × {size}"

@@ -149,7 +149,7 @@ def test_path_rule_with_frozen_sublayers_computes_only_the_sender() -> None:
     shape = found.experiment.model.shape
     (panel,) = make_plan(resolved(HEAD + experiment(FROM, HEADS, DELTA))).panels
     unpatched = PanelCount(panel, 1, 4096).unpatched(stopped=False)
-    each = shape.n_heads * shape.d_head * shape.d_model + 2 * shape.d_model
+    each = shape.blocks[0].heads * shape.blocks[0].d_head * shape.d_model + 2 * shape.d_model
     assert cost.planned.multiply_adds - unpatched.multiply_adds == found.count() * each
 
 

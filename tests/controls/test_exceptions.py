@@ -91,7 +91,7 @@ def test_excluded_layers_are_never_drawn() -> None:
 
 def test_excluded_neurons_are_never_drawn() -> None:
     rule = "ablate layer 1 neurons 0..4 at last token with mean"
-    last = checked().experiments[0].model.shape.d_mlp - 1
+    last = checked().experiments[0].model.shape.blocks[0].neurons - 1
     apart = f"against random(21) except layer 1 neurons 12..{last}, layer 0 neuron 7"
     found = control("e", check(*PATCH, rule, apart))
     sets = {frozenset(p.unit for p in points) for points in drawn(found).values()}
@@ -100,7 +100,9 @@ def test_excluded_neurons_are_never_drawn() -> None:
 
 
 def shape_with(heads: int, kv_heads: int) -> ModelShape:
-    return replace(checked().experiments[0].model.shape, n_heads=heads, n_kv_heads=kv_heads)
+    shape = checked().experiments[0].model.shape
+    blocks = (replace(block, heads=heads, kv_heads=kv_heads) for block in shape.blocks)
+    return replace(shape, blocks=tuple(blocks))
 
 
 @pytest.mark.parametrize(

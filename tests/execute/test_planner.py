@@ -359,5 +359,5 @@ def test_families_have_the_units_that_rules_name() -> None:
     """The units that rules name exist in every family."""
     for family in FAMILIES:
         shape = adopted(family).shape
-        assert min(unit_count(shape, site) for site in HEADS) >= 2
+        assert min(unit_count(shape, site, 0) for site in HEADS) >= 2
         assert set(EVERY_SITE) - {"resid_mid"} <= shape.sites <= set(SITES)

@@ -263,12 +263,15 @@ HYPERCLOVAX = decoder(
 
 # Laguna: heads differ by layer and are gated; the sum over experts is multiplied outside.
 LAGUNA = normed("heads")
-LAGUNA_TWO = replace(LAGUNA, q=Heads("self_attn.q_norm", 2, 6, form="heads"), heads=2)
+LAGUNA_TWO, LAGUNA_SIX = (
+    replace(LAGUNA, q=Heads("self_attn.q_norm", count, 6, form="heads"), heads=count)
+    for count in (2, 6)
+)
 LAGUNA_ROW = decoder(
     "laguna",
     {
         **SIZES,
-        "num_attention_heads_per_layer": [4, 2, 4],
+        "num_attention_heads_per_layer": [4, 2, 6],
         "layer_types": TWO_TYPES,
         "mlp_layer_types": DENSE_FIRST,
         "sliding_window": 3,
@@ -279,7 +282,7 @@ LAGUNA_ROW = decoder(
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     },
-    moe(LAGUNA),
+    moe(LAGUNA_SIX),
     {0: LAGUNA, 1: moe(LAGUNA_TWO)},
 )
 

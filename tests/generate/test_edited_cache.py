@@ -152,7 +152,7 @@ def test_block_omitted_in_the_prefill_cannot_attend_in_steps() -> None:
 def test_step_writes_use_the_previous_token_as_its_pass_computed_it(edited: bool) -> None:
     """Two rules that add steps, one after the other, and an edit of the keys of the prompt."""
     model, prompt, first, second, by = model_of("llama"), PROMPTS[2], 4.0, -2.0, 6.0
-    heads = torch.arange(model.shape.n_heads)
+    heads = torch.arange(model.shape.blocks[0].heads)
 
     def step(factor: float, rule: int, positions: range) -> SiteWrite:
         places = torch.tensor(positions).repeat_interleave(len(heads))

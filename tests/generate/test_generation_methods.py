@@ -39,8 +39,8 @@ def mixed(model: LoadedModel) -> Rules:
         [
             Act(0, "resid_post", 1, "add", vector(shape.d_model), position=3),
             Act(0, "resid_post", 1, "along", vector(shape.d_model), to=3.0),
-            Act(1, "z", 1, "set", vector(shape.d_head), 2, steps=(2, 3)),
-            Act(2, "v", 0, "add", vector(shape.d_head), position=0),
+            Act(1, "z", 1, "set", vector(shape.blocks[0].d_head), 2, steps=(2, 3)),
+            Act(2, "v", 0, "add", vector(shape.blocks[0].d_head), position=0),
             Act(2, "k", 2, "scale", (3.0,)),
         ],
         [
@@ -48,7 +48,7 @@ def mixed(model: LoadedModel) -> Rules:
             Look(0, "reweight", 2, 0, (0, 3), 4.0, also="newest"),
             Look(2, "block", 1, 0, (5, 6), also="written", steps=(2, None)),
         ],
-        [Act(1, "v", 1, "set", vector(shape.d_head), 0, position=1)],
+        [Act(1, "v", 1, "set", vector(shape.blocks[0].d_head), 0, position=1)],
     )
 
 

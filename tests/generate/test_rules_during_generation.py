@@ -49,13 +49,13 @@ def width(name: str, site: str) -> tuple[int, int]:
     shape = model_of(name).shape
     match site:
         case "q" | "z" | "q_rot":
-            return shape.n_heads, shape.d_head
+            return shape.blocks[0].heads, shape.blocks[0].d_head
         case "k" | "v" | "k_rot":
-            return shape.n_kv_heads, shape.d_head
+            return shape.blocks[0].kv_heads, shape.blocks[0].d_head
         case "head_out":
-            return shape.n_heads, shape.d_model
+            return shape.blocks[0].heads, shape.d_model
         case "mlp_hidden":
-            return shape.d_mlp, 1
+            return shape.blocks[0].neurons, 1
         case "logits":
             return 1, shape.vocab_size
         case _:

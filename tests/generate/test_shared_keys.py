@@ -38,17 +38,25 @@ def rules_of(model: LoadedModel) -> Rules:
         return tuple((torch.randn(size, generator=random) * 3).tolist())
 
     acts = [
-        Act(row, "z", row % 2, "set", vector(shape.d_head), row % 2, position=len(ROWS[row]) - 1)
+        Act(
+            row,
+            "z",
+            row % 2,
+            "set",
+            vector(shape.blocks[0].d_head),
+            row % 2,
+            position=len(ROWS[row]) - 1,
+        )
         for row in range(5)
     ]
     acts += [
         Act(5, "resid_post", 0, "add", vector(shape.d_model)),
         Act(6, "attn_out", 1, "add", vector(shape.d_model), steps=(2, None)),
-        Act(7, "k_rot", 1, "set", vector(shape.d_head), 0, steps=(2, 2)),
+        Act(7, "k_rot", 1, "set", vector(shape.blocks[0].d_head), 0, steps=(2, 2)),
         Act(8, "mlp_out", 0, "add", vector(shape.d_model), position=len(ROWS[8]) - 2),
     ]
     looks = [Look(3, "reweight", 1, 1, (0, 2), 5.0), Look(9, "block", 0, 0, (1, 3))]
-    kept = [Act(9, "v", 1, "add", vector(shape.d_head), 0, position=2)]
+    kept = [Act(9, "v", 1, "add", vector(shape.blocks[0].d_head), 0, position=2)]
     return Rules(acts, looks, kept)
 
 

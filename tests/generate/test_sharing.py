@@ -112,7 +112,14 @@ def test_batch_size_respects_the_memory_limit(passes: Passes) -> None:
     prompts = [PROMPTS[0]] * 8
     rules = Rules([Act(row, "z", 1, "scale", (float(row),), 1) for row in range(8)])
     shape = model_of(NAME).shape
-    each = 4 * 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * (len(PROMPTS[0]) + 3)
+    each = (
+        4
+        * 2
+        * shape.n_layers
+        * shape.blocks[0].kv_heads
+        * shape.blocks[0].d_head
+        * (len(PROMPTS[0]) + 3)
+    )
     room = each + 3 * 4 * shape.vocab_size
     written(model_of(NAME), prompts, greedy(3), rules, memory=3 * room)
     assert max(rows for rows, _ in passes.sizes) == 3

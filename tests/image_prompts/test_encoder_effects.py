@@ -515,7 +515,7 @@ def test_cost_of_vectors_of_patches_has_no_block_of_the_language_model() -> None
     lines = f"basis b = fit(sae(features: 6, k: 2), {ROWS}steps: 3, batch: 4) at {SITE} at photo "
     lines += "tokens\n" + experiment("e", f"observe value feature 1 of b at {CELL}", measure="")
     fit, shape = declared("llava_next", lines), loaded("llava_next").shape
-    deeper = replace(shape, n_layers=40)
+    deeper = replace(shape, blocks=shape.blocks[:1] * 40)
     costs = [training_cost("b", fit.file, None, each).cost for each in (shape, deeper)]
     assert costs[0] == costs[1]
     encoded = sum(len(seen("llava_next", PLACE, n, n)) for n in ALL)  # also class tokens

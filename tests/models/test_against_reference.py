@@ -429,7 +429,7 @@ def _swapped(model: LoadedModel) -> LoadedModel:
 
 
 def _interleaved(model: LoadedModel) -> LoadedModel:
-    heads, d = model.shape.n_heads, model.shape.d_head
+    heads, d = model.shape.blocks[0].heads, model.shape.blocks[0].d_head
     layout = TensorLayout(heads, d, offset=2 * d, stride=3 * d)
     return _with_tap(model, "v", replace(in_all(model.anatomy, "v"), layout=layout))
 

@@ -79,8 +79,8 @@ def test_reads_return_the_written_values(loaded: dict[str, LoadedModel], family:
         over_keys = SITES[site].width == "key"
         seen = 4  # number of tokens that position 3 attends to
         shape = (
-            unit_count(model.shape, site),
-            seen if over_keys else vector_width(model.shape, site),
+            unit_count(model.shape, site, layer_of(site, 1)),
+            seen if over_keys else vector_width(model.shape, site, layer_of(site, 1)),
         )
         values = torch.randn(shape, generator=generator)
         for mode in ("set", "add"):
@@ -119,7 +119,7 @@ def test_permuted_rows_give_permuted_logits(loaded: dict[str, LoadedModel]) -> N
     for family in families.VERIFIED:
         model = loaded[family]
         order = torch.tensor([2, 0, 1])
-        values = torch.ones(model.shape.n_heads, model.shape.d_head)
+        values = torch.ones(model.shape.blocks[0].heads, model.shape.blocks[0].d_head)
         batch = batch_of(model)
         write = one("z", 1, 2, values)
         moved = replace(write, rows=torch.ones_like(write.rows))
@@ -263,7 +263,7 @@ def test_write_to_a_missing_row_position_unit_or_layer_is_rejected(
     """
     model = loaded["llama"]
     index = torch.tensor([0, 1])
-    write = SiteWrite("k", 1, index, index, index, torch.zeros(2, model.shape.d_head))
+    write = SiteWrite("k", 1, index, index, index, torch.zeros(2, model.shape.blocks[0].d_head))
     with pytest.raises(ValueError, match=message):
         run_full(model, batch_of(model), writes=[change(write)])
 
@@ -271,7 +271,7 @@ def test_write_to_a_missing_row_position_unit_or_layer_is_rejected(
 def test_duplicate_set_write_of_a_head_is_rejected(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["gpt2"]
     here = torch.zeros(2, dtype=torch.long)
-    write = SiteWrite("z", 1, here, here, here, torch.zeros(2, model.shape.d_head))
+    write = SiteWrite("z", 1, here, here, here, torch.zeros(2, model.shape.blocks[0].d_head))
     with pytest.raises(ValueError, match="written twice"):
         run_full(model, batch_of(model), writes=[write])
     run_full(model, batch_of(model), writes=[replace(write, mode="add")])
@@ -282,7 +282,10 @@ def test_writes_at_one_site_act_in_the_given_order(
     loaded: dict[str, LoadedModel], site: str
 ) -> None:
     model = loaded["qwen3"]
-    shape = (unit_count(model.shape, site), vector_width(model.shape, site))
+    shape = (
+        unit_count(model.shape, site, layer_of(site, 1)),
+        vector_width(model.shape, site, layer_of(site, 1)),
+    )
     put = one(site, 1, 2, torch.full(shape, 3.0))
     add = one(site, 1, 2, torch.full(shape, 0.5), mode="add")
     where = SiteRead(site, 1)
@@ -309,7 +312,7 @@ def test_writes_at_one_site_act_in_the_given_order(
 def test_empty_write_keeps_the_logits(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["gpt2"]
     none = torch.zeros(0, dtype=torch.long)
-    write = SiteWrite("z", 1, none, none, none, torch.zeros(0, model.shape.d_head))
+    write = SiteWrite("z", 1, none, none, none, torch.zeros(0, model.shape.blocks[0].d_head))
     batch = batch_of(model)
     assert torch.equal(logits_of(model, batch, writes=[write]), logits_of(model, batch))
 

@@ -25,9 +25,14 @@ def shape(**config: Any) -> ModelShape:
 
 def test_missing_config_numbers_are_filled_from_the_table() -> None:
     found = shape(model_type="llama", num_hidden_layers=3, architectures=["LlamaForCausalLM"])
-    assert (found.n_layers, found.n_heads, found.d_model, found.d_mlp) == (3, 32, 4096, 11008)
+    assert (found.n_layers, found.blocks[0].heads, found.d_model, found.blocks[0].neurons) == (
+        3,
+        32,
+        4096,
+        11008,
+    )
     found = shape(model_type="gpt2", num_attention_heads=4)
-    assert (found.n_layers, found.n_heads, found.d_head) == (12, 4, 192)
+    assert (found.n_layers, found.blocks[0].heads, found.blocks[0].d_head) == (12, 4, 192)
 
 
 def test_missing_numbers_of_a_subconfig_are_filled_from_the_table() -> None:
@@ -62,7 +67,7 @@ def test_defaults_of_further_stacks_equal_the_library(kind: str, part: dict[str,
 
 def test_default_vision_encoder_of_llava_has_24_layers() -> None:
     encoder = shape(model_type="llava").others["vision"]
-    assert (encoder.n_layers, encoder.n_heads, encoder.d_model) == (24, 16, 1024)
+    assert (encoder.n_layers, encoder.blocks[0].heads, encoder.d_model) == (24, 16, 1024)
     assert encoder.patches is not None
     assert (encoder.patches.size, encoder.patches.patch) == ((336, 336), (14, 14))
 
@@ -85,7 +90,7 @@ def test_default_first_token_of_t5gemma_is_2() -> None:
 
 def test_derived_sizes_use_the_given_config_numbers() -> None:
     found = shape(model_type="llama", hidden_size=64, num_attention_heads=4)
-    assert (found.d_head, found.n_kv_heads) == (16, 4)
+    assert (found.blocks[0].d_head, found.blocks[0].kv_heads) == (16, 4)
 
 
 @pytest.mark.parametrize(

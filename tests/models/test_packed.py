@@ -529,9 +529,9 @@ def write(
 ) -> SiteWrite:
     """Random vectors for all units of a site at (row, position)."""
     generator = torch.Generator().manual_seed(seed)
-    count = unit_count(model.shape, site)
+    count = unit_count(model.shape, site, layer)
     row, position = torch.tensor(places).repeat_interleave(count, dim=0).unbind(1)
-    values = torch.randn(len(row), vector_width(model.shape, site), generator=generator)
+    values = torch.randn(len(row), vector_width(model.shape, site, layer), generator=generator)
     return SiteWrite(
         site, layer, row, position, torch.arange(count).repeat(len(places)), values, mode
     )

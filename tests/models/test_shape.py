@@ -98,8 +98,8 @@ def test_gpt2_config_gives_sizes_and_sites() -> None:
     shape, problems = shape_from_config(GPT2)
     assert not problems
     assert shape is not None
-    assert (shape.n_layers, shape.n_heads, shape.n_kv_heads) == (12, 12, 12)
-    assert (shape.d_model, shape.d_head, shape.d_mlp) == (768, 64, 3072)
+    assert (shape.n_layers, shape.blocks[0].heads, shape.blocks[0].kv_heads) == (12, 12, 12)
+    assert (shape.d_model, shape.blocks[0].d_head, shape.blocks[0].neurons) == (768, 64, 3072)
     assert (shape.vocab_size, shape.max_positions) == (50257, 1024)
     assert shape.parallel_block is False
     assert "resid_mid" in shape.sites
@@ -109,19 +109,23 @@ def test_gpt2_config_gives_sizes_and_sites() -> None:
 def test_unit_counts_and_widths_with_grouped_heads() -> None:
     shape, _ = shape_from_config(QWEN3)
     assert shape is not None
-    assert (unit_count(shape, "q"), unit_count(shape, "k"), unit_count(shape, "z")) == (16, 8, 16)
-    assert (unit_count(shape, "mlp_hidden"), unit_count(shape, "resid_post")) == (3072, 1)
+    assert (unit_count(shape, "q", 0), unit_count(shape, "k", 0), unit_count(shape, "z", 0)) == (
+        16,
+        8,
+        16,
+    )
+    assert (unit_count(shape, "mlp_hidden", 0), unit_count(shape, "resid_post", 0)) == (3072, 1)
     assert (
-        vector_width(shape, "k"),
-        vector_width(shape, "head_out"),
-        vector_width(shape, "mlp_hidden"),
+        vector_width(shape, "k", 0),
+        vector_width(shape, "head_out", 0),
+        vector_width(shape, "mlp_hidden", 0),
     ) == (
         128,
         1024,
         1,
     )
     with pytest.raises(ValueError, match="depends on the prompt"):
-        vector_width(shape, "pattern")
+        vector_width(shape, "pattern", 0)
 
 
 def test_shape_of_a_nested_text_config() -> None:

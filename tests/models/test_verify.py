@@ -262,7 +262,7 @@ def test_finder_rejects_a_wrong_number_of_key_value_heads(
     loaded: dict[str, LoadedModel],
 ) -> None:
     model = loaded["llama"]
-    wrong = replace(model.shape, n_kv_heads=4)
+    wrong = replace(model.shape, blocks=tuple(replace(b, kv_heads=4) for b in model.shape.blocks))
     anatomies, found = find_anatomies(model.module.named_modules(), wrong)
     assert not anatomies
     assert [d.code for d in found] == ["E0409"]

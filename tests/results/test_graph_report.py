@@ -43,7 +43,9 @@ def circuit(family: str, count: int, seed: int = 0, *, scored: bool = True) -> R
     every = edges_of_model(shape)
     named = tuple((label_node(of), label_node(to)) for of, to in random.sample(every, count))
     scores = tuple(random.gauss(0, 1) for _ in named) if scored else ()
-    sizes = (shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.d_model)
+    heads = tuple(block.heads for block in shape.blocks)
+    groups = {"": tuple(block.heads // block.kv_heads for block in shape.blocks)}
+    sizes = (shape.n_layers, heads, groups, shape.d_model)
     return ResultCircuit("c", *sizes, shape.parallel_block, named, scores, len(every))
 
 
@@ -187,7 +189,7 @@ def test_graph_json_is_read_as_the_same_circuit(family: str, tmp_path: Path) -> 
     (first,) = mechdsl.run(path, given, store=tmp_path / "store").files[0].experiments
     content = json.loads((tmp_path / "out.json").read_text("utf-8"))
     assert content["cfg"]["n_layers"] == found.layers
-    shared = found.heads // found.key_heads
+    shared = found.groups[""][0]
     several = sum(to[-2:] in (".k", ".v") for _, to in found.edges)
     assert len(content["edges"]) == 40 + several * (shared - 1)
     top = json.loads((tmp_path / "top.json").read_text("utf-8"))["edges"]

@@ -346,7 +346,9 @@ def count_operations(
     planned = plan_cost(plans[0]).planned.flops - unpatched.flops
     shape, lengths = panel.experiments[0].experiment.model.shape, panel.table.runs["clean"].lengths
     pairs = int((lengths * (lengths - 1) // 2).sum()) if later else 0
-    return done[0] - 4 * pairs * shape.n_layers * shape.n_heads * shape.d_head, planned
+    return done[0] - 4 * pairs * shape.n_layers * shape.blocks[0].heads * shape.blocks[
+        0
+    ].d_head, planned
 
 
 # --- effects --------------------------------------------------------------------------------------
@@ -583,7 +585,7 @@ def named(edge: CircuitEdge) -> tuple[str, str]:
     return sender, label_node(to)
 
 
-D_MLP = shape_of("llama").d_mlp
+D_MLP = shape_of("llama").blocks[0].neurons
 """Neurons of a layer, in all families."""
 
 

@@ -46,7 +46,7 @@ def graph_name(point: SitePoint, head: int | None = None) -> str:
 def graph(family: str, marked: Iterable[str], scores: Mapping[str, float] = {}) -> dict[str, Any]:
     """A graph as EAP-IG writes it: every query head has its own keys and values."""
     shape = shape_of(family)
-    shared = shape.n_heads // shape.n_kv_heads
+    shared = shape.blocks[0].heads // shape.blocks[0].kv_heads
     marked, edges = set(marked), {}
     for of, to in list_edges(shape):
         heads = [to.unit]
@@ -57,7 +57,11 @@ def graph(family: str, marked: Iterable[str], scores: Mapping[str, float] = {}) 
             name = f"{graph_name(of)}->{graph_name(to, head)}{reads}"
             edges[name] = {"score": scores.get(name, 0.0), "in_graph": name in marked}
     parallel = shape.parallel_block
-    config = {"n_layers": shape.n_layers, "n_heads": shape.n_heads, "d_model": shape.d_model}
+    config = {
+        "n_layers": shape.n_layers,
+        "n_heads": shape.blocks[0].heads,
+        "d_model": shape.d_model,
+    }
     nodes = {name.split("->")[0]: {"in_graph": True} for name in edges}
     return {"cfg": {**config, "parallel_attn_mlp": parallel}, "nodes": nodes, "edges": edges}
 
@@ -174,7 +178,7 @@ def test_curve_ends_with_the_circuit_of_all_edges(data: Path) -> None:
 def test_heads_that_share_a_key_are_one_receiver(data: Path) -> None:
     """Their scores are added; either all of them are in the circuit, or none."""
     shape = shape_of("llama")
-    assert (shape.n_heads, shape.n_kv_heads) == (4, 2)
+    assert (shape.blocks[0].heads, shape.blocks[0].kv_heads) == (4, 2)
     both = ("a0.h1->a1.h2<k>", "a0.h1->a1.h3<k>")
     (data / "both.json").write_text(json.dumps(graph("llama", both)), "utf-8")
     expected = values(data, "llama", "L0H1 -> L1H1.k").measures[0].patched

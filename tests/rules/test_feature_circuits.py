@@ -195,7 +195,7 @@ def test_random_edges_of_features_and_neurons_carry_another_run(
     """Each feature reads a different sum; also with neurons of another layer as nodes."""
     kind = kind_of(name, mode)
     own, parts = dictionaries(data, name, kind), stack(name, double(name))
-    split = {2: shape_of(name).d_mlp}
+    split = {2: shape_of(name).blocks[0].neurons}
     before = reads(parts, key_heads(name), parallel=parts.parallel, split=split, features=own)
     every = {(of, to) for to, given in before.items() for of in given}
     named = {neuron(2, n) for n in range(3)}
@@ -541,7 +541,7 @@ def test_edges_of_features_carry_what_other_rules_write(
 
 def _bias(name: str, layer: int) -> Tensor:
     """The output of an MLP whose neurons are 0."""
-    parts, count = stack(name, double(name)), shape_of(name).d_mlp
+    parts, count = stack(name, double(name)), shape_of(name).blocks[0].neurons
     block = parts.block(layer)
     return parts.down(block, torch.zeros(1, count, dtype=torch.double))[0]
 

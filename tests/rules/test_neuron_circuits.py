@@ -90,7 +90,7 @@ SOME: dict[str, list[Edge]] = {
 @cache
 def split(name: str, layers: Collection[int] = (0, 1)) -> dict[int, int]:
     """The layers whose neurons are nodes, with their numbers of neurons."""
-    return dict.fromkeys(layers, shape_of(name).d_mlp)
+    return dict.fromkeys(layers, shape_of(name).blocks[0].neurons)
 
 
 @cache
@@ -160,7 +160,7 @@ SHARES = (0.05, 0.5, 0.9)
 def test_random_edges_of_some_neurons_carry_another_run(data: Path, name: str, mode: str) -> None:
     """Also of all neurons but one of a layer, so that the other one is a node alone."""
     named = {neuron(0, n) for n in range(2)}
-    named |= {neuron(1, n) for n in range(shape_of(name).d_mlp - 1)}
+    named |= {neuron(1, n) for n in range(shape_of(name).blocks[0].neurons - 1)}
     nodes = [
         (of, to) for of, to in sorted(every_edge(name)) if {*filter(is_neuron, (of, to))} <= named
     ]

@@ -100,7 +100,7 @@ def edit(size: int) -> tuple[Tensor, Tensor, Tensor]:
 def save_edits(folder: Path, family: str) -> None:
     """Write edits of the stream and of a head of a family."""
     shape = shared(bare(family)).shape
-    sizes = {"wide": shape.d_model, "narrow": shape.d_head}
+    sizes = {"wide": shape.d_model, "narrow": shape.blocks[0].d_head}
     tensors = {
         f"{name}.{part}": own.clone()
         for name, size in sizes.items()

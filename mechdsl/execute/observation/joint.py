@@ -701,7 +701,8 @@ def observe_jointly(
         for values, each in zip(looked, own, strict=True):
             values[cell, there] = each
     exists = plan.exists
-    gatherer = VectorGatherer(plan, *observed, runs, measured.kept, known.keys())
+    done = {*known, *np.flatnonzero(~exists).tolist()}
+    gatherer = VectorGatherer(plan, *observed, runs, measured.kept, done)
     for cell, there, make in _iter_cells(gatherer, measured, systems):
         if not exists[cell]:
             continue

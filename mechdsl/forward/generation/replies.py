@@ -937,7 +937,7 @@ def _split_batches(
 ) -> Iterator[list[int]]:
     """Split rows into batches by prompt length, with equal prompts adjacent."""
     shape = model.shape
-    each = model.dtype.itemsize * 2 * shape.n_layers * shape.n_kv_heads * shape.d_head
+    each = model.dtype.itemsize * 2 * sum(block.keys for block in shape.blocks)
     logits = 3 * 4 * shape.outputs
     batch: list[int] = []
     for row in sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row])):

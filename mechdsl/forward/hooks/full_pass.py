@@ -1026,7 +1026,7 @@ class SiteHooks:
         whole = logits.dim() == 2  # one output for a whole image
         logits = logits.unsqueeze(1) if whole else logits
         with torch.inference_mode(logits.is_inference()):
-            layout = TensorLayout.whole(vector_width(self.model.shape, "logits"))
+            layout = TensorLayout.whole(vector_width(self.model.shape, "logits", None))
             step = self._sites.direct(places, reads, layout)
             logits = step(logits, self.model.module, logits)
         return logits.squeeze(1) if whole else logits

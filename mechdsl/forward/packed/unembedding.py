@@ -23,7 +23,7 @@ from mechdsl.forward.hooks.module_exchange import BlockStub, replace_forward
 from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
 from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.models.restart import Shortcuts
-from mechdsl.models.shape import ATTENDED, TILES
+from mechdsl.models.shape import ATTENDED, TILES, unit_count
 
 MAX_VECTORS = 1024
 """Maximum number of vectors in one pass."""
@@ -97,7 +97,8 @@ class ModelUnembedding:
         down = self.model.module.get_submodule(path)
         kind = next(down.parameters())
         distinct, where = units.unique(return_inverse=True)
-        one = torch.zeros(len(distinct) + 1, self.model.shape.d_mlp).to(kind)
+        count = unit_count(self.model.shape, "mlp_hidden", layer)
+        one = torch.zeros(len(distinct) + 1, count).to(kind)
         one[torch.arange(len(distinct)), distinct] = 1
         with torch.inference_mode():
             output = down(one).to(values)

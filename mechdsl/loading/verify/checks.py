@@ -628,16 +628,8 @@ def add_attention_sites(model: LoadedModel) -> LoadedModel:
     partly = dict(shape.partly)
     if len(layers) < shape.n_layers:
         partly |= dict.fromkeys(ATTENTION_INTERNAL_SITES, frozenset(layers))
-    sizes = dict(shape.sizes)
-    for (site, layer), size in shape.sizes.items():
-        if site in ("q", "k"):
-            sizes[f"{site}_rot", layer] = size
-    return replace(
-        model,
-        shape=replace(
-            shape, sites=shape.sites | set(ATTENTION_INTERNAL_SITES), partly=partly, sizes=sizes
-        ),
-    )
+    sites = shape.sites | set(ATTENTION_INTERNAL_SITES)
+    return replace(model, shape=replace(shape, sites=sites, partly=partly))
 
 
 STACK_ATTENTION_SITES: Mapping[str, frozenset[str]] = {

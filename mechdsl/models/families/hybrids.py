@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from mechdsl.models.shape import (
     BlockAnatomy,
@@ -87,7 +88,20 @@ class DiffLlama(_Front):
 
 @family("gemma4_text")
 class Gemma4(_Front):
-    """Perhaps an embedding of the token for each layer, and late blocks without keys."""
+    """Perhaps an embedding of the token for each layer, and late blocks without keys. Blocks with
+    full attention have other heads."""
+
+    def block_config(self, config: ModelConfig, layer: int) -> ModelConfig:
+        sizes: dict[str, Any] = {}
+        kinds = config.get("layer_types") or ["full_attention"] * (layer + 1)
+        if kinds[layer] == "full_attention" and "per_layer_config" not in config:
+            sizes["head_dim"] = config.get("global_head_dim", 512)
+            if config.get("attention_k_eq_v") and config.get("num_global_key_value_heads"):
+                sizes["num_key_value_heads"] = config["num_global_key_value_heads"]
+        first_shared = len(kinds) - (config.get("num_kv_shared_layers") or 0)
+        if config.get("use_double_wide_mlp") and layer >= first_shared:
+            sizes["intermediate_size"] = 2 * config["intermediate_size"]
+        return sizes
 
     def block(self, config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         more = bool(config.get("hidden_size_per_layer_input"))
@@ -251,9 +265,28 @@ class LongCat(_Front):
         return "each block has two attention sublayers"
 
 
+def _list_sliding_heads(config: ModelConfig, layer: int) -> ModelConfig:
+    """Return the sizes of heads in a block with a window, whose keys begin with `swa_`."""
+    kinds = config.get("layer_types") or ()
+    if layer >= len(kinds) or "sliding" not in str(kinds[layer]):
+        return {}
+    return {key.removeprefix("swa_"): n for key, n in config.items() if key.startswith("swa_")}
+
+
+@family("dots3_note_text")
+class Dots3(Family):
+    """Blocks with a window have other heads."""
+
+    def block_config(self, config: ModelConfig, layer: int) -> ModelConfig:
+        return _list_sliding_heads(config, layer)
+
+
 @family("inkling_text")
 class Inkling(_Front):
     """Short convolutions after keys, values and both sublayers."""
+
+    def block_config(self, config: ModelConfig, layer: int) -> ModelConfig:
+        return _list_sliding_heads(config, layer)
 
     def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {"attn_output_norm": "attn_sconv", "mlp_output_norm": "mlp_sconv"}
@@ -273,6 +306,9 @@ class Inkling2(_Front):
     """Every sublayer reads a mean over sums of earlier blocks; short convolutions as in Inkling."""
 
     adds_up = False
+
+    def block_config(self, config: ModelConfig, layer: int) -> ModelConfig:
+        return _list_sliding_heads(config, layer)
 
     def parts(self, config: ModelConfig) -> Mapping[str, str]:
         return {
@@ -294,7 +330,14 @@ class Inkling2(_Front):
 
 @family("mimo_v2_flash")
 class MiMo(_Front):
-    """Values may be scaled after their projection."""
+    """Values may be scaled after their projection, and blocks with windows have twice the
+    key-value heads."""
+
+    def block_config(self, config: ModelConfig, layer: int) -> ModelConfig:
+        kinds = config.get("layer_types") or ()
+        if layer < len(kinds) and kinds[layer] == "sliding_attention":
+            return {"num_key_value_heads": 2 * config["num_key_value_heads"]}
+        return {}
 
     def without(self, config: ModelConfig) -> Mapping[str, str]:
         if config.get("attention_value_scale") in (None, 1):

@@ -355,8 +355,11 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
     return ResultCircuit(
         name=found.name,
         layers=stack.n_layers,
-        heads=stack.n_heads,
-        key_heads=stack.n_kv_heads,
+        heads=tuple(block.heads for block in stack.blocks),
+        groups={
+            name: tuple(block.heads // block.kv_heads for block in each.blocks)
+            for name, each in {"": shape, **shape.others}.items()
+        },
         width=stack.d_model,
         parallel=stack.parallel_block,
         edges=tuple((label_node(of), label_node(to)) for (of, to), _ in listed),
@@ -437,8 +440,8 @@ def _collect_graph(
     return ResultCircuit(
         name=said.name or said.word,
         layers=shape.n_layers,
-        heads=1,
-        key_heads=1,
+        heads=(1,) * shape.n_layers,
+        groups={},
         width=shape.d_model,
         parallel=shape.parallel_block,
         edges=tuple((nodes[of].label, nodes[to].label) for of, to, _ in graph.edges),

@@ -30,6 +30,7 @@ from mechdsl.resolve.targets import (
     sweeps_positions,
 )
 from mechdsl.resolve.types import (
+    NOTHING,
     Convention,
     EdgeTargets,
     PositionTargets,
@@ -290,7 +291,10 @@ class AttentionWeight(ObservationKind, EdgeIntervention):
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         edge = resolve_edge(rule, self, None, work)
-        if edge is None or edge.sites is None or "nothing" not in edge.sites.labels.values():
+        if edge is None or edge.sites is None:
+            return edge
+        labels = {key: label for key, label in edge.sites.labels.items() if label == NOTHING}
+        if labels.keys() <= edge.sites.missing:
             return edge
         work.diagnostics.append(
             report_empty_selection(rule.span, "observe", "one of its cells selects no head")

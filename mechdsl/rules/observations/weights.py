@@ -112,8 +112,10 @@ def check_single_units(
     rule: spec.Rule, sites: SiteTargets, work: ExperimentContext, site: str, unit: str, hint: str
 ) -> bool:
     """Report E0207 for cells that aren't a single unit of a site."""
-    for points in sites.points.values():
-        if [(point.site, point.unit is None) for point in points] != [(site, False)]:
+    for key, points in sites.points.items():
+        if key not in sites.missing and [(point.site, point.unit is None) for point in points] != [
+            (site, False)
+        ]:
             report_bad_observation(rule, work, f"reads one {unit} at a time", hint)
             return False
     return True

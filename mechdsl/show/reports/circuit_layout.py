@@ -75,6 +75,8 @@ class Component:
     unit: int = 0
     said: str = ""
     """The text of the box; empty: made from the label."""
+    group: int = 1
+    """Number of heads that read a key or a value."""
 
     @property
     def title(self) -> str:
@@ -229,8 +231,8 @@ def _component(
             return Component(label, "neuron", level, int(match[5])), None
         return Component(label, "mlp", level), None
     unit, reads = int(match[2]), match[3]
-    if reads in ("k", "v") and circuit.key_heads < circuit.heads:
-        return Component(label, "key-value", (layer, 0), unit), None
+    if reads in ("k", "v") and (group := circuit.groups[""][layer]) > 1:
+        return Component(label, "key-value", (layer, 0), unit, group=group), None
     of: Literal["q", "k", "v"] | None = None
     if reads is not None:
         of = "q" if reads == "q" else "k" if reads == "k" else "v"
@@ -258,9 +260,9 @@ def _stack_component(
     if site == "mlp_hidden":
         said = f"{stack} L{layer}N{unit}"
         return Component(match[0], "neuron", (component, _MLP_ROW), int(unit), said), None
-    if site in ("k", "v") and circuit.key_heads < circuit.heads:
-        said = f"{stack} L{layer}H{unit}.{site}"
-        return Component(match[0], "key-value", (component, first), int(unit), said), None
+    if site in ("k", "v") and (group := circuit.groups[stack][int(layer)]) > 1:
+        said, level = f"{stack} L{layer}H{unit}.{site}", (component, first)
+        return Component(match[0], "key-value", level, int(unit), said, group), None
     of: Literal["q", "k", "v"] | None = None
     if site != "z":
         of = "q" if site == "q" else "k" if site == "k" else "v"
@@ -290,7 +292,6 @@ def lay_out(circuit: ResultCircuit, edges: Sequence[DrawnEdge]) -> CircuitLayout
         dict.fromkeys(ends),
         key=lambda component: (component.level, component.unit, component.label),
     )
-    group = circuit.heads // circuit.key_heads
     shared = [
         (component, head)
         for component in components
@@ -298,7 +299,7 @@ def lay_out(circuit: ResultCircuit, edges: Sequence[DrawnEdge]) -> CircuitLayout
         for head in components
         if head.kind == "head"
         and head.level == (component.level[0], component.level[1] + 1)
-        and head.unit // group == component.unit
+        and head.unit // component.group == component.unit
     ]
     pairs = dict.fromkeys(edge.pair for edge in edges)
     made = _list_rows(components, pairs)

@@ -125,9 +125,10 @@ class CircuitPicture:
             said.append(f"{len(placed):,} of its edges at positions")
         if self.joins:
             said.append("an edge at several positions has its largest score")
-        if any(edge.receiver.kind == "key-value" for edge in self.edges):
-            heads = count_noun(circuit.heads // circuit.key_heads, "head")
-            said.append(f"a key or a value is read by {heads}: dotted lines")
+        counts = {edge.receiver.group for edge in self.edges if edge.receiver.group > 1}
+        if counts:
+            heads = " or ".join(map(str, sorted(counts)))
+            said.append(f"a key or a value is read by {heads} heads: dotted lines")
         return said
 
 
@@ -232,7 +233,7 @@ def _json_text(result: ExperimentResult, top: int | None) -> str:
     if circuit.graph is not None:
         content = _tracer_content(result.model, circuit, circuit.graph, list_edges(circuit, top))
         return dump_json(content, indent=1) + "\n"
-    sizes = {"n_layers": circuit.layers, "n_heads": circuit.heads, "d_model": circuit.width}
+    sizes = {"n_layers": circuit.layers, "n_heads": max(circuit.heads), "d_model": circuit.width}
     config = {**sizes, "parallel_attn_mlp": circuit.parallel}
     listed = list(_list_written(circuit, top))
     if top is None:
@@ -290,17 +291,18 @@ def _eap_content(
         of, _, to = text.split(" ")
         receiver, _, reads = to.partition(".") if "H" in to else (to, "", "")
         sender, heads = _graph_name(of), [_graph_name(receiver)]
-        group = circuit.heads // circuit.key_heads if reads in ("k", "v") else 1
-        if group > 1:
-            layer, head = receiver[1:].split("H")
-            heads = [f"a{layer}.h{int(head) * group + n}" for n in range(group)]
+        group = 1
+        if reads in ("k", "v"):
+            layer, head = map(int, receiver[1:].split("H"))
+            group = circuit.groups[""][layer]
+            heads = [f"a{layer}.h{head * group + n}" for n in range(group)]
         for head in heads:
             name = f"{sender}->{head}<{reads}>" if reads else f"{sender}->{head}"
             edges[name] = {"score": score / group, "in_graph": in_graph}
         inside |= {sender, *heads} if in_graph else set()
     nodes = ["input"]
     for layer in range(circuit.layers):
-        nodes += [*(f"a{layer}.h{head}" for head in range(circuit.heads)), f"m{layer}"]
+        nodes += [*(f"a{layer}.h{head}" for head in range(circuit.heads[layer])), f"m{layer}"]
     return {
         "cfg": config,
         "nodes": {name: {"in_graph": name in inside} for name in [*nodes, "logits"]},
