@@ -94,7 +94,9 @@ class Diagnostic(Record, kw_only=True):
     @property
     def help_text(self) -> str:
         """The formatted fix."""
-        return self._said(self.rewrite_help or self.help)
+        if self.rewrite_help:
+            return self.rewrite_help.replace("{rewrite}", self.rewrite)
+        return self._said(self.help)
 
 
 class HintedDiagnostic(Diagnostic):

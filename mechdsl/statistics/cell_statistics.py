@@ -544,8 +544,8 @@ class Denominators:
     """By the method for ratios; below `MIN_UNITS`, where a ratio has no interval, Student's; for
     one unit, the value."""
     high: Floats
-    half_width: Floats
-    """Half the width of the interval by Student's t; 0 for one unit."""
+    least: Floats
+    """Minimum absolute value for a ratio with an interval."""
 
     @classmethod
     def of(cls, sums: EffectSums, strata: Ints | None, confidence: float) -> Denominators:
@@ -561,14 +561,14 @@ class Denominators:
         width = np.nan_to_num(student_quantile(confidence, sums.held) * standard_error(sums))
         few = sums.held < MIN_UNITS
         low, high = np.where(few, value - width, low), np.where(few, value + width, high)
-        return cls(value, low, high, width)
+        return cls(value, low, high, np.where(few, 0.0, DENOMINATOR_MARGIN * width))
 
     @property
     def weak(self) -> Bools:
         """Whether a denominator is too close to 0 for a ratio, shape [cell]."""
         with np.errstate(invalid="ignore"):
             excludes_zero = (self.low > 0) | (self.high < 0)
-            return ~excludes_zero | (np.abs(self.value) < DENOMINATOR_MARGIN * self.half_width)
+            return ~excludes_zero | (np.abs(self.value) < self.least)
 
     def describe(self, cell: int, gap: str) -> str:
         """Describe a weak denominator and its interval; empty if it is 0 without a spread.

@@ -69,8 +69,8 @@ def by_hand() -> tuple[Array, Array, Array]:
     return patched, base, differences(FAMILY, ROWS, "longer", metric=distance)
 
 
-APART = "stats bootstrap(100) confidence 70% correct none"
-"""With these four rows, the ends of `distance` differ at 70 % confidence, not at 95 %."""
+APART = "stats bootstrap(100) confidence 80% correct none"
+"""With these four rows, the ends of `distance` differ at 80 % confidence, not at 95 %."""
 EFFECTS = ("raw", "total", "delta", "recovery", "relative", "relative per prompt")
 
 
