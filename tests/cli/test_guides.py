@@ -31,6 +31,8 @@ COOKBOOK = DOCS / "cookbook.md"
 PREPARING = {
     "make demo",
     "make test",
+    "pip install .",
+    "mechdsl validate experiment.mech",
     'pip install ".[run]"',
     'pip install "mechdsl[offload]"',
     "mechdsl run --offload FOLDER experiment.mech",
