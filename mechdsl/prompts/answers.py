@@ -263,6 +263,10 @@ def plain_texts(
     ], problems
 
 
+TEXT_LINES = (ANSWER_SPAN, "wrong")
+"""Texts that a line with their name defines."""
+
+
 def split_reference(expr: ast.Name | ast.QualifiedRef) -> tuple[str, str]:
     """Split `answer of fewer` into the run and the name."""
     if isinstance(expr, ast.Name):
@@ -287,8 +291,11 @@ def _named(
     elif name not in known and rows and name in rows[0].values:
         value = rows[0].values[name]
         reason = f"it is a value, {value!r}, not a text"
-        hint = f'write a text, with its leading space if it has one: `" {{{name}}}"`'
-        hint = f'write it as a text: `"{{{name}}}"`' if images else hint
+        space = "" if images or str(value)[:1].isspace() else " "
+        text = f'"{space}{{{name}}}"'
+        hint = f"write it as a text: `{text}`"
+        if name in TEXT_LINES:
+            hint = f"add the line `{name} {text}` to `prompts {table.name}`"
         refusal = bad_value(expr.span, reason, hint)
         return (), [refusal.diagnostic(table.sources[0].describe())]
     elif name not in known:

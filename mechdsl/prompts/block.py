@@ -700,8 +700,13 @@ class PromptsBlock:
 
     @cached_property
     def text_definitions(self) -> dict[str, Definition]:
-        """The texts that metrics refer to, as definitions of their names."""
-        return {name: Definition((name,), value) for name, value in self.texts.items()}
+        """The texts that metrics refer to, as definitions of their names. A column with the name of
+        a text is the value of this name: `answer "{answer}"`."""
+        return {
+            name: Definition((name,), value)
+            for name, value in self.texts.items()
+            if name not in self.columns
+        }
 
     @cached_property
     def calls(self) -> PythonCalls:
@@ -945,9 +950,8 @@ class PromptsBlock:
     def _check_cycles(self) -> None:
         """Add E0502, or E0506 for too long chains of dependent values."""
         for template in self._all_templates():
-            graph = template.definitions | self.definitions
-            for name, value in self.texts.items():
-                graph.setdefault(name, Definition((name,), value))
+            texts = {} if self.columns_unknown else self.text_definitions
+            graph = texts | template.definitions | self.definitions
             problem = check_definitions(graph, self.placeholders)
             if problem is not None:
                 self.diagnostics.append(problem)

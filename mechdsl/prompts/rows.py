@@ -927,9 +927,7 @@ class Row(ImageRow):
     def _definition(self, name: str) -> Definition | None:
         block = self.block
         definition = block.definitions.get(name) or self.template.definitions.get(name)
-        if definition is None and name in block.text_definitions and name not in self.record:
-            return block.text_definitions[name]
-        return definition
+        return definition or block.text_definitions.get(name)
 
     def value(self, name: str, span: Span) -> RowValue:
         if name in self.changed:
