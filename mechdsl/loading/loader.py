@@ -569,9 +569,12 @@ class _PassedTokenizer:
         }
         chat = chat or getattr(tokenizer, "chat_template", None)
         pad = getattr(tokenizer, "pad_token", None)
-        return reader.from_backend(
+        text, problems = reader.from_backend(
             backend, **roles, pad_token=pad, chat_template=chat, bos=self.bos, span=self.span
         )
+        if text is not None:
+            text.passed = tokenizer
+        return text, problems
 
     def adopt_processor(
         self, module: nn.Module, shape: ModelShape

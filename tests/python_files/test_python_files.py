@@ -28,6 +28,7 @@ from mechdsl.syntax.frontend import read_source
 
 from .. import fruit
 from ..cli.conftest import Command, command
+from ..execute.support import bare, word_tokenizer
 from ..fruit import FRUIT
 
 __all__ = ["command"]
@@ -796,3 +797,23 @@ def test_metric_that_returns_booleans_has_the_exact_limits_of_a_share(tmp_path: 
     assert found.statistics[0].high[0] == 1
     assert found.statistics[0].low[0] == pytest.approx(0.025 ** (1 / 8))
     assert "treated as shares" in found.conventions["interval"]
+
+
+def test_python_metric_receives_the_tokenizer_that_python_passes(tmp_path: Path) -> None:
+    code = """
+from transformers import PreTrainedTokenizerFast
+def own(logits, rows, tokenizer):
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    tokenizer.padding_side = "changed"
+    return logits[:, tokenizer.convert_tokens_to_ids("w3")]
+"""
+    text = 'mech 1\nmodel m = local("passed")\n'
+    text += 'prompts p {\n  a in ["w1", "w2", "w5"]\n  template "{a} w7"\n  answer " w3"\n}\n'
+    text += "experiment e {\n  prompts p\n  ablate mlp_out layer 1 at last token with zero\n"
+    text += '  measure python("own.py:own") as raw\n  measure logit(answer) as raw\n}\n'
+    tokenizer = word_tokenizer()
+    path = write(tmp_path, text, code)
+    results = mechdsl.run(path, {"m": (bare("llama"), tokenizer)}, allow_python=True, store=False)
+    mine, written = results["e"].measures
+    np.testing.assert_allclose(mine.patched, written.patched, atol=1e-5)
+    assert tokenizer.padding_side != "changed"

@@ -6,7 +6,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -145,6 +145,8 @@ class TextTokenizer:
     added."""
     reads_videos: bool = False
     """Whether a video processor of the model reads the frames of a video together."""
+    passed: object = None
+    """The tokenizer that Python passes with the model, if any."""
 
     def __init__(
         self,
@@ -305,8 +307,11 @@ class TextTokenizer:
         return self._backend.token_to_id(cast("str", token))
 
     @cached_property
-    def library(self) -> Tokenizer:
-        """A copy of the library's tokenizer for user functions, which may change it freely."""
+    def library(self) -> object:
+        """A tokenizer for user functions, which may change it freely: a copy of the one that Python
+        passes with the model, or else a `tokenizers.Tokenizer`."""
+        if self.passed is not None:
+            return deepcopy(self.passed)
         return Tokenizer.from_str(self._backend.to_str())
 
     def decode(self, ids: Sequence[int]) -> str:
