@@ -865,12 +865,19 @@ GivenModels = Mapping[str, tuple[Any, Any]]
 """Name → (transformers model, fast tokenizer), passed from Python."""
 
 
-def adopt_models(models: GivenModels) -> tuple[dict[str, LoadedModel], list[Diagnostic]]:
-    """Analyze and verify models passed from Python."""
+def adopt_models(
+    models: GivenModels, declared: Mapping[str, spec.Model]
+) -> tuple[dict[str, LoadedModel], list[Diagnostic]]:
+    """Analyze and verify models passed from Python.
+
+    Args:
+        models: Models by name.
+        declared: The models of the file; `bos` of a model line applies to the model passed.
+    """
     loaded: dict[str, LoadedModel] = {}
     diagnostics: list[Diagnostic] = []
     for name, (module, tokenizer) in models.items():
-        model, problems = adopt_model(name, module, tokenizer)
+        model, problems = adopt_model(name, module, tokenizer, bos=declared[name].bos)
         diagnostics.extend(problems)
         if model is not None:
             loaded[name] = model

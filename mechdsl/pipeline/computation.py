@@ -22,7 +22,7 @@ from mechdsl.checks.expectations import (
 )
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source, group_variants
 from mechdsl.checks.prompt_tables import attach_replies
-from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean, filter_certain
 from mechdsl.diagnostics.experiments import (
     ExperimentFailed,
     MissingPickResult,
@@ -749,13 +749,16 @@ def check_with_models(
     declared = lower_program(syntax, source, words, settings.parameters)[0].models
     # Before the slow verification of a model. A broken line may be its definition.
     unknown = [name for name in models if name not in declared] if not found else []
-    loaded, diagnostics = adopt_models({n: pair for n, pair in models.items() if n in declared})
+    passed = {name: pair for name, pair in models.items() if name in declared}
+    loaded, diagnostics = adopt_models(passed, declared)
     settings = replace(settings, build=build_model)
     checked = check_source(source, settings, build_model_contexts(source, loaded))
     refused = models.keys() - loaded.keys()
     said = [_no_such_model(name, declared) for name in unknown]
     # Errors of a rejected model suppress those of the file's own model of that name.
     own = [d for d in checked.diagnostics if getattr(d, "model", None) not in refused]
+    if refused & declared.keys():  # the checks used the file's own model
+        own = filter_certain(own, ("shape", "tokens"))
     checked.diagnostics = [*said, *diagnostics, *own]
     return checked, loaded
 

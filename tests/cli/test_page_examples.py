@@ -19,7 +19,7 @@ WITHOUT_MODEL = {"checkpoints.mech"}
 
 
 def programs(page: Path) -> list[tuple[str, str]]:
-    blocks = fences(page.read_text(encoding="utf-8"))
+    blocks = [each for each in fences(page.read_text("utf-8")) if each.language == "mech"]
     return [
         (each.file or each.heading, each.content) for each in blocks if "mech 1\n" in each.content
     ]
