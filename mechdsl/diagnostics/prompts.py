@@ -419,6 +419,20 @@ class UnknownWords(Diagnostic):
     run: str
 
 
+class RepeatedBos(Diagnostic):
+    """A template contains the beginning-of-sequence token that the tokenizer adds."""
+
+    code = "W0707"
+    depends_on = frozenset({"tokens"})
+    title = "prompts begin with two `{bos}` tokens"
+    label = "in {rows} of {total} rows of `{run}`: the tokenizer adds one to that of the text"
+    help = "remove `{bos}` from the text, or write `bos: false` in the `model` line"
+    bos: str
+    rows: int
+    total: int
+    run: str
+
+
 class ImageNameAsText(HintedDiagnostic):
     """The name of an image file in a prompt of a model that reads images."""
 

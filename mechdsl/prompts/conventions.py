@@ -10,7 +10,13 @@ from mechdsl.base.limits import CHAT_DATE
 from mechdsl.base.text import count_noun, quote
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoTokenFor
-from mechdsl.diagnostics.prompts import EmptyPrompt, ImageNameAsText, PromptTooLong, UnknownWords
+from mechdsl.diagnostics.prompts import (
+    EmptyPrompt,
+    ImageNameAsText,
+    PromptTooLong,
+    RepeatedBos,
+    UnknownWords,
+)
 from mechdsl.images.layouts import PromptPicture
 from mechdsl.images.picture import GRAY_LEVEL, MARKER, PictureChange, Video
 from mechdsl.images.processing import UnsupportedProcessor
@@ -297,6 +303,24 @@ def check_image_names(
         total=len(riches),
         run=run,
         hint=hint,
+    )
+
+
+def check_repeated_bos(
+    block: PromptsBlock, tokenizer: TextTokenizer, run: str, encoded: Sequence[EncodedText]
+) -> Iterator[Diagnostic]:
+    """Yield W0707 for prompts that begin with two beginning-of-sequence tokens."""
+    bos = tokenizer.role_ids.get("bos")
+    rows = sum(bos is not None and text.ids[:2] == (bos, bos) for text in encoded)
+    if bos is None or not rows:
+        return
+    template = block.templates[0]
+    yield RepeatedBos(
+        span=template.text.span,
+        bos=tokenizer.token_text(bos),
+        rows=rows,
+        total=len(encoded),
+        run=run,
     )
 
 

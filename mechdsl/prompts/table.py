@@ -28,6 +28,7 @@ from mechdsl.diagnostics.prompts import (
     ImageNameAsText,
     MarkerInText,
     NoChatTemplate,
+    RepeatedBos,
     RowsNotChecked,
     UnknownValue,
     UnknownWords,
@@ -51,6 +52,7 @@ from mechdsl.prompts.conventions import (
     check_empty_prompts,
     check_image_names,
     check_prompt_lengths,
+    check_repeated_bos,
     check_unknown_words,
     image_conventions,
     noise_conventions,
@@ -898,6 +900,8 @@ class _Builder:
             self.diagnostics += check_unknown_words(
                 self.block, self.tokenizer, name, riches, encoded
             )
+        if not any(isinstance(each, RepeatedBos) for each in self.diagnostics):
+            self.diagnostics += check_repeated_bos(self.block, self.tokenizer, name, encoded)
         out: list[RunRow] = []
         for row, rich, tokens, own in zip(rows, riches, encoded, texts, strict=True):
             kept = own
