@@ -951,7 +951,8 @@ class PromptsBlock:
         """Add E0502, or E0506 for too long chains of dependent values."""
         for template in self._all_templates():
             texts = {} if self.columns_unknown else self.text_definitions
-            graph = texts | template.definitions | self.definitions
+            definitions = template.definitions | self.definitions
+            graph = definitions | texts | definitions
             problem = check_definitions(graph, self.placeholders)
             if problem is not None:
                 self.diagnostics.append(problem)
