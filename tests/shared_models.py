@@ -118,13 +118,13 @@ def _adopt_copy(device: str, name: str, module: Any, tokenizer: Any, **more: Any
 
 def _adopt_once(name: str, module: Any, tokenizer: Any, **more: Any) -> Outcome:
     """Adopt an unchanged model once for each tokenizer object."""
-    if more or not is_unchanged(module) or not _is_shipped():
+    if more.keys() - {"bos"} or not is_unchanged(module) or not _is_shipped():
         return _ADOPT(name, module, tokenizer, **more)
-    key = name, id(module), id(tokenizer), *SITES
+    key = name, id(module), id(tokenizer), more.get("bos"), *SITES
     if key not in _ADOPTED:
         # In the session's folder, for the other worker; mechdsl keeps such proofs in memory.
         with patch.object(loader, "ProcessProofStore", loader.ProofStore):
-            model, found = _ADOPT(name, module, tokenizer)
+            model, found = _ADOPT(name, module, tokenizer, **more)
         if model is not None and not found:
             _ADOPTED[key] = tokenizer, model
         return model, found

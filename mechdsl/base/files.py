@@ -309,7 +309,7 @@ def inspect_safetensors(path: Path, written: str, most: int, alone: str) -> Safe
         reason = f"`{written}` can't be read: {error.strerror or error}"
         raise UnreadableFile(reason, "paths are relative to the folder of the file") from None
     except SafetensorError as error:
-        if "IncompleteBuffer" in str(error) or header + 8 > size >= 8:
+        if "IncompleteBuffer" in str(error) or 8 <= size < header + 8 <= MAX_HEADER_BYTES:
             reason = f"`{written}` is damaged: its {size:,} bytes aren't those of its tensors"
             raise UnreadableFile(reason, "copy the file again") from None
         reason = f"`{written}` is not a safetensors file"

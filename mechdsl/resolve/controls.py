@@ -12,7 +12,6 @@ from itertools import chain, product
 from typing import Any, Literal
 
 from mechdsl.base import limits
-from mechdsl.base.files import UnreadableFile
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.records import Record
 from mechdsl.base.text import HintedError, Span, count_noun, name_list
@@ -1215,8 +1214,7 @@ def _build_untrained_dictionaries(
 
 
 def _before_training(member: BasisMember) -> BasisMember:
-    """Return a basis as it is before its training. Raises _NoDraws if the store has no such
-    weights."""
+    """Return a basis as it is before its training."""
     operand = member.operand
     if not isinstance(operand, TrainedDictionary) or not operand.is_trained:
         return member
@@ -1224,14 +1222,10 @@ def _before_training(member: BasisMember) -> BasisMember:
     folder = operand.path.parent / UNTRAINED_FOLDER
     encoded = None if operand.hook is None else site_of_hook(operand.hook)
     layer = None if encoded is None else encoded[1]
-    try:
-        file = read_dictionary(folder, str(folder), transcodes=operand.transcodes, layer=layer)
-        if operand.decoders is not None and layer is not None:
-            decoders = read_cross_decoder(file, layer, layer + operand.written_layers)
-            file = file.with_decoders(decoders)
-    except UnreadableFile:
-        reason = f"the store has no untrained weights of `{operand.training.definition}`"
-        raise _NoDraws(reason, "train it again: `mechdsl fit --fresh`") from None
+    file = read_dictionary(folder, str(folder), transcodes=operand.transcodes, layer=layer)
+    if operand.decoders is not None and layer is not None:
+        decoders = read_cross_decoder(file, layer, layer + operand.written_layers)
+        file = file.with_decoders(decoders)
     made = f"`{member.name}` before the training"
     return replace(member, name=f"{member.name} untrained", operand=file, made=made)
 

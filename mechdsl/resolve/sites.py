@@ -1263,8 +1263,9 @@ def _fits_model(group: spec.Group, site: ast.Site, context: SiteContext) -> bool
         if site_name in SITES:
             point = SitePoint(site_name, layer, unit)
             deepest = count_layers([SITES[site_name]], shape) if layer is not None else 1
-            missing = find_missing_point([point], shape, context.model, site.span)
-            if missing is None and (layer or 0) < deepest:
+            if (layer or 0) < deepest and not find_missing_point(
+                [point], shape, context.model, site.span
+            ):
                 continue
             label = f"`{label_points([point])}`"
         reason = f"the file of `{group.name}` has {label}, and the model `{context.model}` has no "
@@ -1745,7 +1746,7 @@ def resolve_swept_site(
     by_word = {axis.word: axis for axis in site.axes}
     layers = resolve_axis(by_word.get("layer"), kinds, context)
     unit_axis = next((a for a in site.axes if a.word != "layer"), None)
-    units_ = None if layers is None else _resolve_unit_axis(unit_axis, kinds, layers, context)
+    units_ = _resolve_unit_axis(unit_axis, kinds, layers, context)
     if layers is None or units_ is None:
         return None, ()
     looped = site.names and _is_component_loop(site.names[0], context)
@@ -1819,22 +1820,27 @@ class _UnitValues(Record):
 
 
 def _resolve_unit_axis(
-    axis: ast.Axis | None, kinds: list[SiteKind], layers: AxisValues, context: SiteContext
+    axis: ast.Axis | None, kinds: list[SiteKind], layers: AxisValues | None, context: SiteContext
 ) -> _UnitValues | None:
     """Resolve the axis of heads, neurons or experts of a site; None after an error.
 
     `*` names the units of each layer; a number must exist in all of them.
+
+    Args:
+        layers: None after an error: a number must then exist in some layer.
     """
     if axis is None:
         return _UnitValues((), None, {0: AxisValues()})
-    named = sorted({layer for choice in layers.choices.values() for layer in choice})
+    named = find_layers(kinds, context.shape)
+    if layers is not None:
+        named = sorted({layer for choice in layers.choices.values() for layer in choice})
     kinds_of: dict[int, list[SiteKind]] = {}
     for kind in kinds:
         having = [layer for layer in named if context.shape.has(kind.name, layer)] or named
         for size in dict.fromkeys(unit_count(context.shape, kind.name, n) for n in having):
             kinds_of.setdefault(size, []).append(kind)
     by_size: dict[int, AxisValues] = {}
-    for size in sorted(kinds_of, reverse=True):
+    for size in sorted(kinds_of, reverse=True)[: None if layers else 1]:
         values = resolve_axis(axis, kinds_of[size], context, size=size)
         if values is None:
             return None

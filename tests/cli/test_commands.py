@@ -148,7 +148,7 @@ def test_command_list_imports_no_command(arguments: tuple[str, ...]) -> None:
     found = imported_by(*arguments)
     allowed = {"entry", "output"}
     ours = {name for name in found if name.startswith("mechdsl.")}
-    assert ours <= {"mechdsl.cli", "mechdsl.base", "mechdsl.base.text"} | {
+    assert ours <= {"mechdsl.cli", "mechdsl.base", "mechdsl.base.text", "mechdsl.base.version"} | {
         f"mechdsl.cli.{name}" for name in allowed
     }
 

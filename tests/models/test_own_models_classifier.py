@@ -58,5 +58,5 @@ def held(said: str, printed: str) -> None:
 
 
 def recovery(line: list[str]) -> float:
-    """The number before the interval."""
-    return float(line[next(n for n, word in enumerate(line) if word.startswith("[")) - 1])
+    """The number before the interval, or before the dash in its place."""
+    return float(line[next(n for n, word in enumerate(line) if word[0] in "[–") - 1])

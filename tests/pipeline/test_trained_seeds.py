@@ -338,7 +338,7 @@ def test_seed_means_are_printed_and_stored(tmp_path: Path) -> None:
     results = mechdsl.run(FRUIT, store=tmp_path, fit=True)
     mean, _ = one(results).seed_means
     again = mechdsl.run(FRUIT, store=tmp_path)
-    assert one(again).seed_means == one(results).seed_means
+    assert repr(one(again).seed_means) == repr(one(results).seed_means)  # ends may be nan
     for text in (one(results).to_text(160), one(results)._repr_html_()):  # pyright: ignore
         assert "means over seeds" in text
         assert "by seed" in text

@@ -274,16 +274,6 @@ def test_graph_ablation_has_its_random_measure_instead_of_a_control(tmp_path: Pa
     assert "controls" not in found.conventions
 
 
-def test_dictionary_without_stored_untrained_weights_states_it(tmp_path: Path) -> None:
-    path = dictionaries.write(tmp_path, dictionaries.fit(), dictionaries.experiment(REPLACES))
-    (trained,) = train(path)
-    with_weights = only(path)
-    (trained.folder / "untrained" / "sae_weights.safetensors").unlink()
-    found = only(path)
-    assert (bool(with_weights.controls), bool(found.controls)) == (True, False)
-    assert "the store has no untrained weights of `f`" in found.conventions["controls"]
-
-
 def test_copied_dictionary_has_no_untrained_weights(tmp_path: Path) -> None:
     path = dictionaries.write(tmp_path, dictionaries.fit(), dictionaries.experiment(REPLACES))
     train(path, out=tmp_path / "copies")

@@ -84,7 +84,9 @@ def merge_variants(parts: Sequence[tuple[VariantLabels, ExperimentResult]]) -> E
         else (),
         seen=results[0].seen if len({result.texts for result in results}) == 1 else (),
         active=tuple(rows for result in results for rows in result.active),
-        circuit=results[0].circuit if len({result.circuit for result in results}) == 1 else None,
+        circuit=results[0].circuit
+        if all(each.circuit == results[0].circuit for each in results)
+        else None,
     )
 
 
