@@ -79,6 +79,7 @@ from mechdsl.loading.weight_edits import (
     build_edited_model,
     build_sum,
     copy_modules,
+    explain_projection,
     find_output_map,
 )
 from mechdsl.models.adapter_folder import AdapterScaling, read_scaling
@@ -113,6 +114,7 @@ from mechdsl.prompts.tokens.tokenizer import (
     make_image_tokenizer,
 )
 from mechdsl.resolve.bases import MAPPED_SITES, WeightChange
+from mechdsl.resolve.conflicts import PROJECT_OUT_OF_WEIGHTS
 from mechdsl.resolve.expansion import expand_controls
 from mechdsl.resolve.measures import check_readable
 from mechdsl.resolve.model_pairs import attach_tokenizer, read_tower_inputs, reads_outputs
@@ -1026,6 +1028,8 @@ def check_modules(
                 problems.append(_check_block_exchange(rule, model))
             if isinstance(rule.does, WeightChange):
                 problems.append(_check_output_weights(rule, model))
+            if rule.spec.verb == PROJECT_OUT_OF_WEIGHTS:
+                problems.append(_check_projection(rule, model))
             if isinstance(seen, Observation) and seen.weights_attention:
                 problems.append(_check_attention_maps(rule, model))
             if rule.sites is not None:
@@ -1100,6 +1104,21 @@ def _check_output_weights(rule: ResolvedRule, model: LoadedModel) -> Diagnostic 
             hint=f"edit a copy: `model edited = {model.name} with {{ {rule.spec.span.written} }}`",
         )
     return None
+
+
+def _check_projection(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
+    """Report E0344 if a direction is taken out of activations that weights don't write directly."""
+    reason = explain_projection(model)
+    if reason is None:
+        return None
+    assert rule.spec.direction is not None
+    direction = rule.spec.direction.span.written
+    return BadWeights(
+        span=rule.spec.span,
+        reason=f"{reason}, in `{model.name}`",
+        hint=f"remove it from activations: `project out {direction} from resid_post layers * at "
+        "tokens *`",
+    )
 
 
 def _check_attention_maps(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:

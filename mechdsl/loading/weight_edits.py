@@ -243,26 +243,102 @@ def _project_out(edit: WeightEdit, base: LoadedModel, changed: _ChangedWeights) 
         assert weight is not None
         _remove(weight, unit)
     for block in base.anatomy.blocks:
-        paths = [block.output, block.down]
-        if (
-            any(
-                site in block.taps and path is None
-                for site, path in zip(("attn_out", "mlp_out"), paths, strict=True)
-            )
-            or "mixer_out" in block.taps
+        experts = _find_experts(base, block) if block.down is None else []
+        for site, path in (
+            ("attn_out", block.output),
+            ("mlp_out", block.down),
+            ("mixer_out", None),
         ):
-            raise _Unsuitable(
-                edit,
-                f"`{block.path}` has sublayers without one output matrix, such as experts",
-                edit.instead,
-            )
-        for path in paths:
-            if path is None:
+            if site in block.taps and path is None and not (site == "mlp_out" and experts):
+                reason = f"the weights from which `{block.path}` computes `{site}` aren't known"
+                raise _Unsuitable(edit, reason, edit.instead)
+        for path in (block.output, block.down):
+            if path is not None:
+                _remove(_matrix(path, edit, changed), unit)
+                _remove_bias(changed.of(path, "bias"), unit)
+        for path in experts:
+            if isinstance(base.module.get_submodule(path), nn.Linear):
+                _remove(_matrix(path, edit, changed), unit)
+                _remove_bias(changed.of(path, "bias"), unit)
                 continue
-            _remove(_matrix(path, edit, changed), unit)
-            bias = changed.of(path, "bias")
-            if bias is not None:
-                _remove(bias[None], unit)
+            for expert in _matrices_of_experts(path, edit, changed):
+                _remove(expert, unit)
+            _remove_bias(changed.of(path, f"{EXPERT_WEIGHTS}_bias"), unit)
+
+
+EXPERT_WEIGHTS = "down_proj"
+"""The name, in transformers, of the output weights of experts: a parameter [expert, …] of a module
+for all of them, or a linear map in a shared one. `_check_stream` proves that nothing is missing."""
+
+
+def _find_experts(base: LoadedModel, block: BlockAnatomy) -> list[str]:
+    """List the modules in a block with output weights of experts, routed and shared ones."""
+    return [
+        f"{block.path}.{path}"
+        for path, part in base.module.get_submodule(block.path).named_modules()
+        if (isinstance(part, nn.Linear) and path.endswith(f".{EXPERT_WEIGHTS}"))
+        or EXPERT_WEIGHTS in dict(part.named_parameters(recurse=False))
+    ]
+
+
+def _matrices_of_experts(path: str, edit: WeightEdit, changed: _ChangedWeights) -> Tensor:
+    """Return the output weights of all experts as [expert, input, output]. Raises _Unsuitable."""
+    weight = changed.of(path, EXPERT_WEIGHTS)
+    assert weight is not None
+    if weight.dim() != 3 or not weight.is_floating_point():
+        reason = f"`{path}.{EXPERT_WEIGHTS}` isn't one matrix for each expert"
+        raise _Unsuitable(edit, reason, edit.instead)
+    module = changed.module.get_submodule(path)
+    return weight if getattr(module, "is_transposed", False) else weight.mT
+
+
+def _remove_bias(bias: Tensor | None, unit: Tensor) -> None:
+    if bias is not None:
+        _remove(bias.view(-1, len(unit)), unit)
+
+
+def explain_projection(model: LoadedModel) -> str | None:
+    """Explain why vectors without a direction aren't what a model would write whose weights lack
+    it; None if they are. The input of the first block is compared with the embeddings of some
+    tokens."""
+    for block in model.anatomy.blocks:
+        norms = (("attn_out", block.attn_output_norm), ("mlp_out", block.mlp_output_norm))
+        for site, norm in norms:
+            tap = block.taps.get(site)
+            between = norm or (None if tap is None else tap.scaled_by)
+            if tap is not None and between is not None:
+                return f"`{between}` is between the weights and the stream"
+        if "mixer_out" in block.taps:
+            return f"the weights from which `{block.path}` computes `mixer_out` aren't known"
+    written: list[Tensor] = []
+    first: list[Tensor] = []
+
+    def record(part: nn.Module, args: Any, output: Tensor) -> None:
+        written.append(output.detach())
+
+    def look(part: nn.Module, args: Any, kwargs: Any) -> None:
+        first.append(get_activation(args, kwargs).detach())
+
+    parts = map(model.module.get_submodule, _find_embeddings(model))
+    handles = [part.register_forward_hook(record) for part in parts]
+    block = model.module.get_submodule(model.anatomy.blocks[0].path)
+    handles.append(block.register_forward_pre_hook(look, with_kwargs=True))
+    try:
+        count = min(16, model.shape.vocab_size)
+        with torch.no_grad():
+            model.module(torch.arange(count, device=model.device)[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    stream = first[0].double().flatten()
+    columns = [own.double().expand_as(first[0]).flatten() for own in written]
+    if columns:
+        terms = torch.stack(columns, dim=1)
+        stream = stream - terms @ torch.linalg.lstsq(terms, stream).solution
+    rest = float(stream.norm() / first[0].double().norm())
+    if rest > STREAM_TOLERANCE:
+        return f"{rest:.0%} of what the first block reads isn't a sum of embeddings"
+    return None
 
 
 def _find_embeddings(base: LoadedModel) -> list[str]:

@@ -373,30 +373,22 @@ class AddToWeightsRule(_VectorRule):
 # --- directions taken out of all weights ----------------------------------------------------------
 
 
-FAMILIES_WITHOUT_OUTPUT_NORM = (
-    *("codegen", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss"),
-    *("gptj", "llama", "mistral", "mixtral", "phi", "phi3", "qwen2", "qwen3", "starcoder2"),
-)
-"""Families that add embeddings and sublayer outputs to the stream without a norm in between."""
-
-
 def resolve_weight_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTargets | None:
     """Resolve all vectors that are added to the residual stream, as joined points.
 
-    These are the input of the first block and the outputs of all sublayers. Reports E0341 for a
-    model in which this isn't equivalent to removing the direction from weights.
+    These are the input of the first block and the outputs of all sublayers. Whether this is
+    equivalent to removing the direction from weights is checked in the loaded model (E0344).
+    Reports E0341 for a model without a residual stream.
     """
     shape = work.model.shape
-    assert rule.direction is not None
-    reason = _explain_norms(work)
-    if reason is not None:
+    if not shape.has("resid_pre", 0):
+        reason = f"`{work.model.name}` has no residual stream"
         work.diagnostics.append(
             BadDirection(
                 span=rule.span,
                 text=rule.span.written,
                 reason=reason,
-                hint=f"remove it from activations: `project out {rule.direction.span.written} from "
-                "resid_post layers * at tokens *`",
+                hint="edit a copy in Python, and pass the model: `mechdsl.run(…, models=…)`",
             )
         )
         return None
@@ -406,19 +398,6 @@ def resolve_weight_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTarget
         sites += ["mlp_out"] if shape.has("mlp_out", layer) else []
         points += [SitePoint(site, layer, None) for site in sites]
     return SiteTargets((), {(): tuple(points)}, {(): "weights"})
-
-
-def _explain_norms(work: ExperimentContext) -> str | None:
-    """Explain what may separate the weights from the stream; None if nothing does."""
-    shape, name = work.model.shape, work.model.name
-    if not shape.has("resid_pre", 0):
-        return f"`{name}` has no residual stream"
-    if shape.stands_in or shape.family in FAMILIES_WITHOUT_OUTPUT_NORM:
-        return None
-    return (
-        f"`{name}` ({shape.family}) may have norms between its weights and the stream, "
-        "which rotate the written vectors"
-    )
 
 
 @rule_kind(PROJECT_OUT_OF_WEIGHTS)

@@ -1711,8 +1711,9 @@ _rule(
     "project out more from weights",
     "Removes the direction from the embeddings, including position embeddings, and from the "
     "output of every attention and MLP, at all tokens. This has the same effect as removing it "
-    "from all weights that write to the residual stream. Models with norms between these "
-    "weights and the stream are rejected.",
+    "from all weights that write to the residual stream, those of experts included. Whether it "
+    "has is measured when the model is loaded, so not by `validate`: a norm between these weights "
+    "and the stream, or a first block that reads anything but a sum of embeddings, is E0344.",
     REFUSAL,
     _STEERING,
 )

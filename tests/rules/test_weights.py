@@ -790,13 +790,64 @@ def test_weight_rule_before_an_output_norm_is_an_error(data: Path) -> None:
     assert "between these weights and the stream" in problem.message
 
 
-def test_project_out_of_weights_of_experts_is_an_error(data: Path) -> None:
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+"""Routed experts; one with a shared expert; one with transposed weights and biases."""
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_direction_out_of_weights_of_experts_equals_edited_weights(family: str, data: Path) -> None:
+    """As a rule, as an edited model, and with a rule on the edited model; router unchanged."""
     text = "model c = m with { project out d from weights }\n" + of_model("c")
-    result, found = run_models(text, data, "gpt_oss")
+    text += of_model("m", "project out d from weights", name="rule")
+    text += of_model("c", "ablate mlp_out layer 1 at last token with zero", name="ablated")
+    found = by_name(*run_models(text, data, family))
+    model = ByHand(family)
+    vectors = [[stream_after(model, text.ids) for text in rows(run)] for run in ("other", "second")]
+    u = unit(torch.stack(vectors[0]).mean(0) - torch.stack(vectors[1]).mean(0))
+    base = values(model)
+    for name, parameter in model.model.named_parameters():
+        own = parameter.detach()
+        if name.endswith(("embed_tokens.weight", "proj_bias", "o_proj.bias")) and (
+            "gate_up" not in name
+        ):
+            own -= (own @ u)[..., None] * u
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            own -= u[:, None] * (u @ own)
+        elif name.endswith("down_proj"):
+            own = own if family == "gpt_oss" else own.mT
+            own -= (own @ u)[..., None] * u
+    expected = values(model)
+    assert np.abs(np.subtract(expected, base)).max() > 1e-3
+    assert np.abs(raw(found["e"])[0] - expected).max() < 1e-4
+    assert np.abs(raw(found["rule"])[0] - expected).max() < 1e-4
+
+    def without_last(module: Any, args: Any, output: Any) -> Any:
+        whole = output[0] if isinstance(output, tuple) else output
+        whole = torch.cat([whole[:, :-1], torch.zeros_like(whole[:, -1:])], dim=1)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    model.model.get_submodule("model.layers.1.mlp").register_forward_hook(without_last)
+    assert np.abs(raw(found["ablated"])[0] - values(model)).max() < 1e-4
+
+
+def stream_after(model: ByHand, ids: Sequence[int]) -> Tensor:
+    """[d_model]: the stream after layer 1 at the last token."""
+    with torch.no_grad():
+        output = model.model(torch.tensor([list(ids)]), output_hidden_states=True)
+    return output.hidden_states[2][0, -1]
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"), [("gemma2", "between the weights"), ("bloom", "a sum of embeddings")]
+)
+def test_projection_that_weights_do_not_write_is_an_error(
+    family: str, reason: str, data: Path
+) -> None:
+    text = DIRECTION + experiment("e", "project out d from weights")
+    result, found = try_file(text, data, family)
     assert result is None
     (problem,) = [each for each in found if each.severity == "error"]
-    assert problem.code == "E0344"
-    assert "experts" in problem.message
+    assert (problem.code, reason in problem.message) == ("E0344", True), problem.message
 
 
 def test_multi_token_answers_on_a_run_with_weight_rules_are_an_error(data: Path) -> None:

@@ -116,7 +116,7 @@ def main(arguments: Sequence[str]) -> int:
         rows[system.path.name] = row(system, found)
         for name, outcome in found:
             held &= outcome.holds
-            sign = "holds" if outcome.holds else "FAILS"
+            sign = outcome.word if outcome.holds else outcome.word.upper()
             print(f"{system.path.name}: {sign}  {_result(name, outcome)}", flush=True)
     if args.write:
         PAGE.write_text(page(rows), encoding="utf-8")
