@@ -704,7 +704,7 @@ def verify_model(model: LoadedModel, span: Span | None = None) -> ProofAttempt:
                     continue
                 if outcome.identity != PACKED_IDENTITY:
                     broken = _report_broken_identity(
-                        model, outcome.identity, _explain_outcome(outcome), span
+                        model, outcome.identity, _explain_outcome(outcome), span, outcome.hint
                     )
                     return ProofAttempt(len(checks), (broken,), stack=stack)
                 if (other := retry_with_one_prompt(model, given)) is not None:
@@ -813,7 +813,7 @@ def _explain_outcome(outcome: CheckOutcome) -> str:
 
 
 def _report_broken_identity(
-    model: LoadedModel, identity: str, reason: str, span: Span | None
+    model: LoadedModel, identity: str, reason: str, span: Span | None, hint: str = ""
 ) -> IdentityBroken:
     problem = IdentityBroken(
         span=span,
@@ -822,8 +822,8 @@ def _report_broken_identity(
         identity=identity,
         reason=reason,
     )
-    hint = _explain_user_hooks(model.module) or explain_wrappers(model.module) or problem.hint
-    return replace(problem, hint=hint)
+    user = _explain_user_hooks(model.module) or explain_wrappers(model.module)
+    return replace(problem, hint=user or hint or problem.hint)
 
 
 def _report_out_of_memory(name: str, error: Exception, span: Span | None) -> LoadFailed:

@@ -19,6 +19,7 @@ from mechdsl.images.layouts import IMAGE_LAYOUTS
 
 from . import tables
 from .parts import Architecture, Refused
+from .unlisted import written_section
 from .walk import DIFFERENCE, EFFECT_ERROR, KINDS, SMALLEST, Walked, layers_in_words, walk
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -336,7 +337,7 @@ def page(found: Sequence[Walked], rows: Mapping[str, Architecture | Refused]) ->
     reasons = [(f"`{walked.name}`", reason(walked.refused)) for walked in refused]
     parts.append(image_tokens())
     parts.append(f"## Rejected architectures\n\n{table(('architecture', 'reason'), reasons)}")
-    parts.append(METHOD)
+    parts += [written_section(), METHOD]
     return "\n".join(parts)
 
 

@@ -66,6 +66,8 @@ class CheckOutcome:
     """Number of compared tensors; a check without any proves nothing and is dropped."""
     asks_effect: bool = False
     """Whether the check requires an effect, which idle components don't have."""
+    hint: str = ""
+    """What to do about a failure, if its cause is known."""
 
     @property
     def passed(self) -> bool:

@@ -5,7 +5,7 @@ Each check is a function from a `CheckBench` to outcomes; it is registered in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -237,7 +237,31 @@ def check_sublayer_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
             total = torch.stack(parts)
             yield f"layer {layer}", total.sum(0), bench.vectors("resid_post", layer), total
 
-    yield bench.equal("resid_pre + attn_out + mlp_out = resid_post", pairs())
+    outcome = bench.equal("resid_pre + attn_out + mlp_out = resid_post", pairs())
+    factors = None if outcome.passed else _fit_factors(pairs(), bench.tolerance)
+    if factors is not None:
+        outcome = replace(
+            outcome,
+            detail="",
+            failure=f"the model scales its stream: in the last block, resid_post = {factors}",
+            hint="mechdsl needs a stream that is the sum of what the blocks write",
+        )
+    yield outcome
+
+
+def _fit_factors(pairs: Iterable[TensorComparison], tolerance: float) -> str | None:
+    """Return the last block's sum with factors, `0.85 · resid_pre + …`; None unless factors explain
+    the output of each block."""
+    text = None
+    for _, _, after, *total in pairs:
+        terms, target = total[0].double().flatten(1).T, after.double().flatten()
+        factors = torch.linalg.lstsq(terms, target).solution
+        if (terms @ factors - target).norm() > tolerance * target.norm():
+            return None
+        names = ("resid_pre", "the first sublayer", "the second")
+        named = zip(factors.tolist(), names, strict=False)
+        text = " + ".join(f"{factor:.2f} · {name}" for factor, name in named)
+    return text
 
 
 def check_gains(bench: CheckBench) -> Iterator[CheckOutcome]:
