@@ -371,11 +371,13 @@ def _node(
     """Return a method that builds a node from the children at some indices, tokens as their text.
 
     Args:
+        parts: The indices; a child that a rule leaves out has the default of its field.
         nested: Whether it is an expression of which the depth is limited.
     """
 
     def method(_self: Any, c: list[Any]) -> Any:
-        fields = [str(c[at]) if isinstance(c[at], Token) else c[at] for at in parts]
+        children = [c[at] for at in parts if at < len(c)]
+        fields = [str(child) if isinstance(child, Token) else child for child in children]
         node = kind(*fields, span=_span(c))
         return _nested(node, *_nodes(fields)) if nested else node
 
@@ -463,10 +465,7 @@ class TreeBuilder(Transformer[Token, Any]):
 
     new_name = image_name = variable_name = end = name
 
-    def ref(self, c: list[Any]) -> ast.Ref:
-        part = str(c[2]) if len(c) == 3 else None
-        return ast.Ref(str(c[0]), part, span=_span(c))
-
+    ref = _node(ast.Ref, 0, 2)
     refs = _clause("refs", lambda c: tuple(_nodes(c)), whole=True)
     names = refs
 
@@ -688,8 +687,7 @@ class TreeBuilder(Transformer[Token, Any]):
 
     change_word = feature_word = dim_word = axis_word
 
-    def axis_range(self, c: list[Any]) -> ast.AxisRange:
-        return ast.AxisRange(c[0], c[2] if len(c) == 3 else None, span=_span(c))
+    axis_range = _node(ast.AxisRange, 0, 2)
 
     def bound(self, c: list[Any]) -> ast.Bound:
         last = c[-1]
@@ -777,9 +775,7 @@ class TreeBuilder(Transformer[Token, Any]):
 
     each_step = _node(ast.EachStep)
     each_token_of = _node(ast.EachTokenOf, 3)
-
-    def edge_token(self, c: list[Any]) -> ast.EdgeToken:
-        return ast.EdgeToken(c[0].value, c[3] if len(c) == 4 else None, span=_span(c))
+    edge_token = _node(ast.EdgeToken, 0, 3)
 
     def ranked_tokens(self, c: list[Any]) -> ast.RankedTokens:
         return ast.RankedTokens(c[0], c[1].type == "TOKENS", span=_span(c))
