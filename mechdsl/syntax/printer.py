@@ -403,11 +403,6 @@ def format_occurrence(node: ast.Occurrence) -> str:
     return low if node.high is None else f"{low}..{_counter(node.high)}"
 
 
-def _optional(word: str, value: Any) -> str:
-    """Return ` word value`, or an empty string."""
-    return "" if value is None else f" {word} {value}"
-
-
 def _written(node: ast.Expr | ast.ActivationRead | ast.StepFraction) -> str:
     """Format the value of a rule: an expression, a run's activation or a step."""
     if not isinstance(node, ast.ActivationRead | ast.StepFraction):
@@ -427,10 +422,6 @@ def _factor(node: ast.Expr | None) -> str:
 def _of(word: str, node: Any, text: Any) -> str:
     """Return ` word text(node)`, or an empty string."""
     return "" if node is None else f" {word} {text(node)}"
-
-
-def _condition(node: ast.Expr) -> str:
-    return format_operand(node, CONDITION)
 
 
 def _sum(node: ast.Expr) -> str:
@@ -548,7 +539,7 @@ def _change(node: ast.ChangeLine) -> str:
         + _of("after", node.after, format_positions)
         + _of("with", node.given, _sum)
         + _of("by", node.by, _sum)
-        + _optional("radius", node.radius)
+        + _of("radius", node.radius, str)
     )
 
 
@@ -612,14 +603,6 @@ def _lines(nodes: Iterable[ast.Node]) -> str:
     return join_items(map(format_line, nodes))
 
 
-def _sites(nodes: Iterable[ast.Site]) -> str:
-    return join_items(map(format_site, nodes))
-
-
-def _columns(count: int) -> str:
-    return f"width {count_noun(count, 'column')}"
-
-
 def _observed(what: ast.Call | ast.Name) -> str:
     # `at` before the site is optional; the canonical text has it only after a call
     # (`probe(count) at`).
@@ -631,8 +614,8 @@ _WRITERS: Mapping[str, Callable[[Any], str]] = {
     "axis_value": format_axis_value,
     "call": format_call,
     "call_or_name": format_call,
-    "columns": _columns,
-    "condition": _condition,
+    "columns": lambda count: f"width {count_noun(count, 'column')}",
+    "condition": lambda node: format_operand(node, CONDITION),
     "count": str,
     "direction": _sum,
     "domain": format_domain,
@@ -658,7 +641,7 @@ _WRITERS: Mapping[str, Callable[[Any], str]] = {
     "refs": lambda refs: join_items(map(format_ref, refs)),
     "region": _region,
     "site": format_site,
-    "sites": _sites,
+    "sites": lambda sites: join_items(map(format_site, sites)),
     "string": _plain,
     "sum": _sum,
     "training": format_call,
