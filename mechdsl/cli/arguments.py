@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial, wraps
+from functools import partial, reduce, wraps
 from importlib import import_module
+from inspect import signature
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
@@ -127,6 +128,29 @@ dtype_option = click.option(
 )
 
 
+def option_group(
+    name: str, build: Callable[..., object], *options: Callable[..., Callable[..., int]]
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Return a decorator that adds options, which the command receives together as one argument.
+
+    Args:
+        name: The argument of the command.
+        build: Creates its value from options called like its own parameters.
+        options: The options to add; others of the command are passed to `build` too.
+    """
+    parameters = signature(build).parameters
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        @wraps(command)
+        def gathered(*args: Any, **values: Any) -> int:
+            own = {each: values.pop(each) for each in parameters if each in values}
+            return command(*args, **{name: build(**own)}, **values)
+
+        return reduce(lambda decorated, option: option(decorated), reversed(options), gathered)
+
+    return decorate
+
+
 class PassOptions(NamedTuple):
     """Command-line options for passes."""
 
@@ -136,41 +160,32 @@ class PassOptions(NamedTuple):
     prompt_tokens: int | None
 
 
-def pass_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Add `--no-pass`, `--pass-tokens` and `--prompt-tokens`; the command receives `passes`."""
-
-    @click.option(
+pass_options = option_group(
+    "passes",
+    PassOptions,
+    click.option(
         "--no-pass",
-        "no_pass",
+        "without",
         multiple=True,
         metavar="NAME",
         help="Switch off a planner pass; `mechdsl plan` lists them.",
-    )
-    @click.option(
+    ),
+    click.option(
         "--pass-tokens",
         type=click.IntRange(min=1),
         metavar="N",
         help=(
             "Limit the tokens of a forward pass over patched rows.  [default: chosen automatically]"
         ),
-    )
-    @click.option(
+    ),
+    click.option(
         "--prompt-tokens",
         type=click.IntRange(min=1),
         metavar="N",
         help="Limit the tokens of a batch of unpatched prompts.",
-    )
-    @wraps(command)
-    def told(
-        *args: Any,
-        no_pass: tuple[str, ...],
-        pass_tokens: int | None,
-        prompt_tokens: int | None,
-        **others: Any,
-    ) -> int:
-        return command(*args, passes=PassOptions(no_pass, pass_tokens, prompt_tokens), **others)
-
-    return told
+    ),
+)
+"""Adds `--no-pass`, `--pass-tokens` and `--prompt-tokens`; the command receives `passes`."""
 
 
 class StoreOptions(NamedTuple):
@@ -181,27 +196,27 @@ class StoreOptions(NamedTuple):
     fresh: bool
 
 
-def store_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Add `--store`, `--no-store` and `--fresh`, which the command receives as `stores`. Raises
-    UsageError if they contradict each other."""
+def _choose_store(store: Path | None, no_store: bool, fresh: bool) -> StoreOptions:
+    for option, given in (("--store", store is not None), ("--fresh", fresh)):
+        if no_store and given:
+            raise click.UsageError(f"`--no-store` and `{option}` contradict each other")
+    return StoreOptions(False if no_store else store, fresh)
 
-    @click.option(
+
+store_options = option_group(
+    "stores",
+    _choose_store,
+    click.option(
         "--store",
         type=click.Path(path_type=Path),
         metavar="DIR",
         help="Store results in this folder.  [default: .mechdsl next to the file]",
-    )
-    @click.option("--no-store", is_flag=True, help="Don't read or write a store.")
-    @click.option("--fresh", is_flag=True, help="Recompute everything and store the results.")
-    @wraps(command)
-    def told(*args: Any, store: Path | None, no_store: bool, fresh: bool, **others: Any) -> int:
-        for option, given in (("--store", store is not None), ("--fresh", fresh)):
-            if no_store and given:
-                raise click.UsageError(f"`--no-store` and `{option}` contradict each other")
-        stores = StoreOptions(False if no_store else store, fresh)
-        return command(*args, stores=stores, **others)
-
-    return told
+    ),
+    click.option("--no-store", is_flag=True, help="Don't read or write a store."),
+    click.option("--fresh", is_flag=True, help="Recompute everything and store the results."),
+)
+"""Adds `--store`, `--no-store` and `--fresh`, which the command receives as `stores`. Raises
+UsageError if they contradict each other."""
 
 
 class MalformedSetting(click.UsageError):
@@ -215,11 +230,11 @@ class CheckOptions(NamedTuple):
 
     parameters: tuple[str, ...]
     """`NAME=VALUE`, as given."""
-    limit: int | None
-    only: tuple[str, ...]
-    allow_python: bool
-    allow_outside: bool
     untrusted: bool
+    limit: int | None = None
+    only: tuple[str, ...] = ()
+    allow_python: bool = False
+    allow_outside: bool = False
 
     def settings(self) -> CheckSettings:
         """Return the settings of the check. Raises `MalformedSetting`."""
@@ -248,25 +263,8 @@ class CheckOptions(NamedTuple):
         )
 
 
-def collect_check_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Pass the given options of `CheckOptions` to a command together, as `checks`."""
-
-    @wraps(command)
-    def told(
-        *args: Any,
-        parameters: tuple[str, ...],
-        limit: int | None = None,
-        only: tuple[str, ...] = (),
-        allow_python: bool = False,
-        allow_outside: bool = False,
-        untrusted: bool,
-        **others: Any,
-    ) -> int:
-        checks = CheckOptions(parameters, limit, only, allow_python, allow_outside, untrusted)
-        return command(*args, checks=checks, **others)
-
-    return told
-
+collect_check_options = option_group("checks", CheckOptions)
+"""Passes the options of `CheckOptions` to a command together, as `checks`."""
 
 ResultT = TypeVar("ResultT")
 

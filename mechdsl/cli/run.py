@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import wraps
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -29,6 +28,7 @@ from mechdsl.cli.arguments import (
     format_option,
     limit_option,
     load_plugins,
+    option_group,
     pass_options,
     plugin_option,
     safe_csv_option,
@@ -79,16 +79,16 @@ class VerdictOptions(NamedTuple):
     fail_fast: bool = False
 
 
-def verdict_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Add `--junit`, `--against` and `--fail-fast`, which the command receives as `asked`."""
-
-    @click.option(
+verdict_options = option_group(
+    "asked",
+    VerdictOptions,
+    click.option(
         "--junit",
         type=click.Path(path_type=Path),
         metavar="FILE",
         help="Write verdicts to this JUnit XML file, for CI.",
-    )
-    @click.option(
+    ),
+    click.option(
         "--against",
         metavar="RUN",
         type=click.Path(),  # Tab completes folders of runs, and files
@@ -96,15 +96,10 @@ def verdict_options(command: Callable[..., int]) -> Callable[..., int]:
             "Fail only for expectations that held in this earlier run or are new. Takes a "
             "run id, `last`, a .mech file or a folder written by `--out`."
         ),
-    )
-    @click.option("--fail-fast", is_flag=True, help="Stop at the first failed expectation.")
-    @wraps(command)
-    def told(
-        *args: Any, junit: Path | None, against: str | None, fail_fast: bool, **others: Any
-    ) -> int:
-        return command(*args, asked=VerdictOptions(junit, against, fail_fast), **others)
-
-    return told
+    ),
+    click.option("--fail-fast", is_flag=True, help="Stop at the first failed expectation."),
+)
+"""Adds `--junit`, `--against` and `--fail-fast`, which the command receives as `asked`."""
 
 
 class VerdictReporter:

@@ -171,7 +171,6 @@ def plan(
         return INVALID_INPUT
     from mechdsl.pipeline.trained_files import list_training_costs
     from mechdsl.planner.passes import check_pass_names, make_plan
-    from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS
     from mechdsl.resolve.expansion import add_exact_cells
     from mechdsl.show.plan import print_plan
 
@@ -195,8 +194,8 @@ def plan(
     print_plan(
         make_plan(list(add_exact_cells(checked.experiments)), without=frozenset(passes.without)),
         make_console(),
-        passes.pass_tokens or PASS_TOKENS,
-        passes.prompt_tokens or PROMPT_TOKENS,
+        passes.pass_tokens,
+        passes.prompt_tokens,
         measured,
         saving=checked.saving,
         trainings=list_training_costs(checked),

@@ -117,6 +117,45 @@ class ReasonedDiagnostic(HintedDiagnostic):
     """The cause."""
 
 
+class ModelDiagnostic(Diagnostic):
+    """A diagnostic about a model."""
+
+    model: str
+    """Name of the model in the file."""
+
+
+class BlockDiagnostic(Diagnostic):
+    """A diagnostic about a block of prompts or images."""
+
+    prompts: str
+    """Name of the block."""
+    unit: str = "prompt"
+    """Name of a row: a prompt or an image."""
+
+
+class RowsDiagnostic(Diagnostic):
+    """A diagnostic about some of the rows of a block."""
+
+    rows: int
+    """Number of affected rows."""
+    total: int
+    """Number of all rows."""
+
+
+class MissingRowsDiagnostic(Diagnostic):
+    """A diagnostic about rows of a run in which something is missing."""
+
+    label = "as in {example}"
+
+    run: str
+    lacking: int
+    """Number of affected rows."""
+    total: int
+    """Number of all rows."""
+    example: str
+    """Text of an affected row."""
+
+
 def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:
     """Whether any diagnostic is an error, so that nothing may run."""
     return any(d.severity == "error" for d in diagnostics)

@@ -5,41 +5,48 @@ from __future__ import annotations
 from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic
 
 
-class WriteOutsideFolder(Diagnostic):
+class PathDiagnostic(Diagnostic):
+    """A diagnostic about a path that a part of a file names."""
+
+    construct: str
+    path: str
+
+
+class PlaceDiagnostic(PathDiagnostic):
+    """A diagnostic about a path, with a label that depends on the case."""
+
+    label = "{where}"
+
+    where: str
+
+
+class WriteOutsideFolder(PlaceDiagnostic):
     """A report whose file doesn't lie where a `.mech` file may write."""
 
     code = "E0531"
     title = "`{construct}` may not write to `{path}`"
-    label = "{where}"
     help = (
         "choose a path in or below this file's folder or the working directory; "
         "`--allow-outside` (`allow_outside=True` from Python) allows any path"
     )
-    construct: str
-    path: str
-    where: str
 
 
-class SpecialFile(HintedDiagnostic):
+class SpecialFile(HintedDiagnostic, PathDiagnostic):
     """A device, a pipe or a socket in place of a file."""
 
     code = "E0532"
     title = "`{construct}` names `{path}`, which is {what}"
     label = "not a file"
-    construct: str
-    path: str
     what: str
 
 
-class ReportNotWritable(Diagnostic):
+class ReportNotWritable(PathDiagnostic):
     """A report that couldn't be written at the end of the run."""
 
     code = "E0533"
     title = "`{construct}` can't write `{path}`: {reason}"
     label = "checked before anything runs"
     help = "choose a path in a writable folder; missing folders are created"
-    construct: str
-    path: str
     reason: str
 
 
@@ -53,29 +60,23 @@ class NotMechFile(Diagnostic):
     path: str
 
 
-class ReadOutsideFolder(Diagnostic):
+class ReadOutsideFolder(PlaceDiagnostic):
     """With `--untrusted`, a path that leads out of the folder."""
 
     code = "E0535"
     title = "`{construct}` names `{path}`, which `--untrusted` doesn't let it read"
-    label = "{where}"
     help = (
         "move the file into the folder of the `.mech` file, or omit `--untrusted` if you trust "
         "the `.mech` file"
     )
-    construct: str
-    path: str
-    where: str
 
 
-class ReportNotWritten(HintedDiagnostic):
+class ReportNotWritten(HintedDiagnostic, PathDiagnostic):
     """A report that couldn't be written after all. It alone is missing."""
 
     code = "E0536"
     title = "`{construct}` could not be written to `{path}`: {reason}"
     label = "only this report is missing"
-    construct: str
-    path: str
     reason: str
 
 
@@ -91,17 +92,13 @@ class FormulaCells(Diagnostic):
     example: str
 
 
-class NamedPath(Diagnostic):
+class NamedPath(PlaceDiagnostic):
     """With `--untrusted`, each place of a file that names a path."""
 
     code = "W0780"
     title = "`{construct}` {does} `{path}`"
-    label = "{where}"
     help = "every path that the file names is listed; paths outside its folder are rejected"
-    construct: str
     does: str
-    path: str
-    where: str
 
 
 class StoreNotUsed(Diagnostic):

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import re
 
-from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic, ReasonedDiagnostic
+from mechdsl.diagnostics.core import (
+    Diagnostic,
+    HintedDiagnostic,
+    ModelDiagnostic,
+    ReasonedDiagnostic,
+    RowsDiagnostic,
+)
 
 
-class ModelNotFound(Diagnostic):
+class ModelNotFound(ModelDiagnostic):
     """A `local` folder that doesn't exist, or an `hf` model that is needed and not cached."""
 
     code = "E0401"
@@ -15,13 +21,12 @@ class ModelNotFound(Diagnostic):
     label = "`{model}` was expected in {place}"
     help = "{advice}"
 
-    model: str
     path: str
     place: str
     advice: str
 
 
-class NoResidMid(Diagnostic):
+class NoResidMid(ModelDiagnostic):
     """`resid_mid` where attention and MLP read the same stream."""
 
     code = "E0402"
@@ -29,8 +34,6 @@ class NoResidMid(Diagnostic):
     title = "`{model}` has no `resid_mid`"
     label = "attention and MLP run in parallel in each of its blocks"
     help = "use `resid_pre`, the input of both, or `attn_out`, the output of attention"
-
-    model: str
 
 
 class UnknownZooModel(Diagnostic):
@@ -45,18 +48,17 @@ class UnknownZooModel(Diagnostic):
     advice: str
 
 
-class NoConfig(ReasonedDiagnostic):
+class NoConfig(ReasonedDiagnostic, ModelDiagnostic):
     """A model folder without a readable `config.json`, or an adapter's without its own."""
 
     code = "E0404"
     title = "`{file}` of `{model}` can't be read"
 
-    model: str
     file: str = "config.json"
     hint: str = "name a folder written by `save_pretrained`"
 
 
-class PickledWeights(Diagnostic):
+class PickledWeights(ModelDiagnostic):
     """Weights only in a format that runs code when it is read."""
 
     code = "E0405"
@@ -64,11 +66,10 @@ class PickledWeights(Diagnostic):
     label = "opening `{file}` can run arbitrary code"
     help = "save them again with `model.save_pretrained(folder)`, which writes safetensors"
 
-    model: str
     file: str
 
 
-class NoWeights(Diagnostic):
+class NoWeights(ModelDiagnostic):
     """A model folder without weights."""
 
     code = "E0406"
@@ -76,13 +77,12 @@ class NoWeights(Diagnostic):
     label = "no {what} next to its `{config}`"
     help = "{advice}"
 
-    model: str
     advice: str
     what: str = "`.safetensors` file"
     config: str = "config.json"
 
 
-class NotATextModel(Diagnostic):
+class NotATextModel(ModelDiagnostic):
     """A model that can't be called with a prompt alone, or an image alone."""
 
     code = "E0407"
@@ -90,7 +90,6 @@ class NotATextModel(Diagnostic):
     label = "{reason}"
     help = "run it from Python with `mechdsl.forward.hooks.full_pass.run_full`"
 
-    model: str
     architecture: str
     reason: str = (
         "`.mech` files support language models (causal, masked, vision-language and "
@@ -98,7 +97,7 @@ class NotATextModel(Diagnostic):
     )
 
 
-class SiteNotInBlock(Diagnostic):
+class SiteNotInBlock(ModelDiagnostic):
     """A site that the model has in other blocks than the one that is asked for."""
 
     code = "E0414"
@@ -107,14 +106,13 @@ class SiteNotInBlock(Diagnostic):
     label = "{reason}"
     help = "it has one in {layers}"
 
-    model: str
     site: str
     layer: int
     reason: str
     layers: str
 
 
-class ShapeUnknown(Diagnostic):
+class ShapeUnknown(ModelDiagnostic):
     """A `config.json` that doesn't say how large the model is."""
 
     code = "E0408"
@@ -122,7 +120,6 @@ class ShapeUnknown(Diagnostic):
     label = "looked for {keys}"
     help = "add the key, or use a transformers model"
 
-    model: str
     what: str
     keys: str
 
@@ -132,7 +129,7 @@ class ShapeUnknown(Diagnostic):
         return re.findall(r"\w+", self.keys)
 
 
-class ModelTooLarge(Diagnostic):
+class ModelTooLarge(ModelDiagnostic):
     """A number of `config.json` that no model has."""
 
     code = "E0430"
@@ -140,13 +137,12 @@ class ModelTooLarge(Diagnostic):
     label = "no known model is this large"
     help = "correct the number; the limits are listed in docs/language.md"
 
-    model: str
     key: str
     number: int
     most: int
 
 
-class WeightsElsewhere(Diagnostic):
+class WeightsElsewhere(ModelDiagnostic):
     """A file of weights that lies outside of the model's folder, by what another file says."""
 
     code = "E0431"
@@ -154,12 +150,11 @@ class WeightsElsewhere(Diagnostic):
     label = "its `{file}` names `{name}`"
     help = "move the file into the folder and refer to it by name alone"
 
-    model: str
     file: str
     name: str
 
 
-class ModelFileTooLarge(Diagnostic):
+class ModelFileTooLarge(ModelDiagnostic):
     """A JSON file of a model that is larger than any."""
 
     code = "E0432"
@@ -167,13 +162,12 @@ class ModelFileTooLarge(Diagnostic):
     label = "no known model's is this large"
     help = "save the model again with `save_pretrained`; the limits are listed in docs/language.md"
 
-    model: str
     file: str
     size: int
     most: int
 
 
-class ModelRunsCode(Diagnostic):
+class ModelRunsCode(ModelDiagnostic):
     """A config that takes a kernel from a repository, which is a program."""
 
     code = "E0433"
@@ -181,12 +175,11 @@ class ModelRunsCode(Diagnostic):
     label = "its `{key}` names a code repository"
     help = "remove `{key}` from `config.json`; it changes how attention is computed, not its result"
 
-    model: str
     key: str
     value: str
 
 
-class BadSize(Diagnostic):
+class BadSize(ModelDiagnostic):
     """A `config.json` with a size that no model can have."""
 
     code = "E0420"
@@ -194,12 +187,11 @@ class BadSize(Diagnostic):
     label = "a size is a whole number above 0"
     help = "correct the key, or save the model again with `save_pretrained`"
 
-    model: str
     key: str
     value: str
 
 
-class VocabularyTooSmall(Diagnostic):
+class VocabularyTooSmall(ModelDiagnostic):
     """A tokenizer with ids that the model's embedding doesn't have."""
 
     code = "E0421"
@@ -208,12 +200,11 @@ class VocabularyTooSmall(Diagnostic):
     label = "the tokenizer belongs to another model, or `vocab_size` is wrong"
     help = "add the tokenizer that the model was trained with, or correct `config.json`"
 
-    model: str
     size: int
     more: str
 
 
-class NoTokenFor(Diagnostic):
+class NoTokenFor(RowsDiagnostic):
     """Words of prompts that a tokenizer without a token for unknown ones can't read."""
 
     code = "E0436"
@@ -223,12 +214,10 @@ class NoTokenFor(Diagnostic):
     help = "use words in the model's vocabulary, or give its tokenizer an unknown token"
 
     words: str
-    rows: int
-    total: int
     run: str
 
 
-class NoLogits(Diagnostic):
+class NoLogits(ModelDiagnostic):
     """A measure that reads logits of a model without a head."""
 
     code = "E0437"
@@ -244,11 +233,10 @@ class NoLogits(Diagnostic):
     )
 
     text: str
-    model: str
     architecture: str
 
 
-class NoSuchOutput(Diagnostic):
+class NoSuchOutput(ModelDiagnostic):
     """A measure that asks for the logit of a token that the model has none for."""
 
     code = "E0438"
@@ -259,12 +247,11 @@ class NoSuchOutput(Diagnostic):
 
     text: str
     token: int
-    model: str
     outputs: int
     architecture: str
 
 
-class SingleOutput(Diagnostic):
+class SingleOutput(ModelDiagnostic):
     """A model with one output for a whole prompt that isn't a classifier's, made of one token."""
 
     code = "E0439"
@@ -275,7 +262,6 @@ class SingleOutput(Diagnostic):
         "model with an output for each token, or without a head, and measure its vectors"
     )
 
-    model: str
     architecture: str
     reason: str
 
@@ -293,7 +279,7 @@ class AdapterFolder(HintedDiagnostic):
     files: str = "and no `config.json`"
 
 
-class QuantizedModel(Diagnostic):
+class QuantizedModel(ModelDiagnostic):
     """A model whose weights are integers with separate scales."""
 
     code = "E0441"
@@ -301,12 +287,11 @@ class QuantizedModel(Diagnostic):
     label = "`{part}` is a `{kind}`"
     help = "use the model from before quantization"
 
-    model: str
     part: str
     kind: str
 
 
-class LayerCountMismatch(Diagnostic):
+class LayerCountMismatch(ModelDiagnostic):
     """Weights of more blocks than the config has."""
 
     code = "E0422"
@@ -316,109 +301,100 @@ class LayerCountMismatch(Diagnostic):
         "correct the number of layers in `config.json`, or replace the weights with matching ones"
     )
 
-    model: str
     blocks: int
     more: int
     key: str
 
 
-class ComponentNotFound(ReasonedDiagnostic):
+class ComponentNotFound(ReasonedDiagnostic, ModelDiagnostic):
     """The finder can't tell which module plays a part."""
 
     code = "E0409"
     title = "`{model}` ({architecture}): {part} not found"
 
-    model: str
     architecture: str
     part: str
     hint: str = "register the family with `@family` and name the module there"
 
 
-class IdentityBroken(ReasonedDiagnostic):
+class IdentityBroken(ReasonedDiagnostic, ModelDiagnostic):
     """The parts of the model don't add up as its anatomy says."""
 
     code = "E0410"
     title = "`{model}` ({architecture}) fails the check `{identity}`"
 
-    model: str
     architecture: str
     identity: str
     hint: str = "its modules were identified wrongly; register the family with `@family`"
 
 
-class LoadFailed(ReasonedDiagnostic):
+class LoadFailed(ReasonedDiagnostic, ModelDiagnostic):
     """transformers or safetensors refused the folder."""
 
     code = "E0411"
     title = "`{model}` can't be loaded"
 
-    model: str
     hint: str = "it must load with `AutoModelForCausalLM.from_pretrained`"
 
 
-class NoTokenizer(ReasonedDiagnostic):
+class NoTokenizer(ReasonedDiagnostic, ModelDiagnostic):
     """A model without a fast tokenizer."""
 
     code = "E0412"
     title = "`{model}` has no tokenizer that gives character offsets"
 
-    model: str
     hint: str = (
         "positions need character offsets: save a fast tokenizer (`tokenizer.json`) in the "
         "model's folder"
     )
 
 
-class SiteNotOnModel(ReasonedDiagnostic):
+class SiteNotOnModel(ReasonedDiagnostic, ModelDiagnostic):
     """A site of the language that this model doesn't have."""
 
     code = "E0413"
     depends_on = frozenset({"shape"})
     title = "`{model}` has no `{site}`"
 
-    model: str
     site: str
 
 
-class InputKindMismatch(HintedDiagnostic):
+class InputKindMismatch(HintedDiagnostic, ModelDiagnostic):
     """Images for a model of texts, or prompts for one of images."""
 
     code = "E0455"
     title = "`{model}` is a `{architecture}`, which reads {reads}, but `{block}` is {given}"
     label = "an experiment passes it `{block}`"
 
-    model: str
     architecture: str
     reads: str
     block: str
     given: str
 
 
-class NoImageProcessor(ReasonedDiagnostic):
+class NoImageProcessor(ReasonedDiagnostic, ModelDiagnostic):
     """A vision model without a description of how images are made ready for it."""
 
     code = "E0456"
     title = "`{model}` has no {what} configuration"
 
-    model: str
     hint: str = "save its processor in the same folder: `processor.save_pretrained(folder)`"
     what: str = "image processor"
 
 
-class UnpreparedImages(HintedDiagnostic):
+class UnpreparedImages(HintedDiagnostic, ModelDiagnostic):
     """Images in prompts whose tokens aren't known, because of the model's processor."""
 
     code = "E0459"
     title = "the {what} of prompts can't be prepared for `{model}`"
     label = "the model's processor: {reason}"
 
-    model: str
     reason: str
     hint: str = "docs/models.md lists supported models, in its section Image tokens"
     what: str = "images"
 
 
-class ImagesNotVectors(Diagnostic):
+class ImagesNotVectors(ModelDiagnostic):
     """A vision-language model in which images change more than the embeddings of their tokens."""
 
     code = "E0458"
@@ -429,12 +405,11 @@ class ImagesNotVectors(Diagnostic):
         "supported models, in its section Image tokens"
     )
 
-    model: str
     architecture: str
     apart: str
 
 
-class ModelCircle(Diagnostic):
+class ModelCircle(ModelDiagnostic):
     """Adapters, edited models or sums whose bases lead back to themselves."""
 
     code = "E0450"
@@ -442,43 +417,39 @@ class ModelCircle(Diagnostic):
     label = "leads back to `{model}`"
     help = 'define the original model with its source: `model toy = zoo("counting")`'
 
-    model: str
     circle: str
 
 
-class OtherAdapter(ReasonedDiagnostic):
+class OtherAdapter(ReasonedDiagnostic, ModelDiagnostic):
     """An adapter that isn't LoRA, or is none of weights."""
 
     code = "E0451"
     title = "`{model}` is an adapter of type {kind}, which {what}"
 
-    model: str
     kind: str
     what: str
 
 
-class AdapterConfig(ReasonedDiagnostic):
+class AdapterConfig(ReasonedDiagnostic, ModelDiagnostic):
     """An entry of `adapter_config.json` that isn't followed."""
 
     code = "E0452"
     title = "the `adapter_config.json` of `{model}` has `{key}`: {value}"
 
-    model: str
     key: str
     value: str
 
 
-class AdapterDoesNotFit(ReasonedDiagnostic):
+class AdapterDoesNotFit(ReasonedDiagnostic, ModelDiagnostic):
     """Weights of an adapter that its base has no place for."""
 
     code = "E0453"
     title = "the adapter `{model}` doesn't fit `{base}`"
 
-    model: str
     base: str
 
 
-class NoPeft(Diagnostic):
+class NoPeft(ModelDiagnostic):
     """An adapter where the library that reads it isn't installed."""
 
     code = "E0454"
@@ -486,11 +457,10 @@ class NoPeft(Diagnostic):
     label = "peft merges its weights into those of `{base}`"
     help = "`pip install 'mechdsl[adapters]'` installs it"
 
-    model: str
     base: str
 
 
-class UnknownLabel(HintedDiagnostic):
+class UnknownLabel(HintedDiagnostic, ModelDiagnostic):
     """`class "postive"`, or an answer that isn't a label of the model."""
 
     code = "E0442"
@@ -500,10 +470,9 @@ class UnknownLabel(HintedDiagnostic):
 
     what: str
     where: str
-    model: str
 
 
-class ClassOnLanguageModel(HintedDiagnostic):
+class ClassOnLanguageModel(HintedDiagnostic, ModelDiagnostic):
     """`class answer` on a language model."""
 
     code = "E0443"
@@ -512,11 +481,10 @@ class ClassOnLanguageModel(HintedDiagnostic):
     label = "a `{architecture}` has no labels"
 
     text: str
-    model: str
     architecture: str
 
 
-class TokenOnClassifier(HintedDiagnostic):
+class TokenOnClassifier(HintedDiagnostic, ModelDiagnostic):
     """`logit(answer)` on a classifier."""
 
     code = "E0444"
@@ -525,11 +493,10 @@ class TokenOnClassifier(HintedDiagnostic):
     label = "{labels}"
 
     text: str
-    model: str
     labels: str
 
 
-class TaskMismatch(ReasonedDiagnostic):
+class TaskMismatch(ReasonedDiagnostic, ModelDiagnostic):
     """A metric that has no meaning for what the model was made for."""
 
     code = "E0445"
@@ -537,10 +504,9 @@ class TaskMismatch(ReasonedDiagnostic):
     title = "`{text}` has no meaning on `{model}`"
 
     text: str
-    model: str
 
 
-class PositionedOutput(Diagnostic):
+class PositionedOutput(ModelDiagnostic):
     """`at …` after a measure of a model that has one output for a whole prompt."""
 
     code = "E0446"
@@ -549,7 +515,6 @@ class PositionedOutput(Diagnostic):
     label = "it is computed from {made_of}"
     help = "remove `at {at}`"
 
-    model: str
     at: str
     made_of: str
     unit: str = "prompt"
@@ -568,7 +533,7 @@ class ModelShapeMismatch(HintedDiagnostic):
     differences: str
 
 
-class ModelTokenMismatch(Diagnostic):
+class ModelTokenMismatch(RowsDiagnostic):
     """Two models that see different tokens in the same prompts."""
 
     code = "E0416"
@@ -580,23 +545,19 @@ class ModelTokenMismatch(Diagnostic):
     help = "positions must agree in both: use models with {equal}"
     source: str
     base: str
-    rows: int
-    total: int
     example: str
     equal: str
     """What has to be equal."""
 
 
-class BadModelSum(ReasonedDiagnostic):
+class BadModelSum(ReasonedDiagnostic, ModelDiagnostic):
     """A sum of models that isn't linear, or of models that can't be added."""
 
     code = "E0457"
     title = "`{model}` isn't a valid sum of models: {reason}"
 
-    model: str
 
-
-class ModelNotLocal(Diagnostic):
+class ModelNotLocal(ModelDiagnostic):
     """A model that the local cache, or the folder of the file, doesn't have, or that a function
     would make."""
 
@@ -605,7 +566,6 @@ class ModelNotLocal(Diagnostic):
     label = "`{path}` is {where}{place}"
     help = "{advice}{waiting}"
 
-    model: str
     path: str
     advice: str
     place: str = ""
@@ -616,7 +576,7 @@ class ModelNotLocal(Diagnostic):
     """Checks that need the model, with their lines."""
 
 
-class NotRestartable(Diagnostic):
+class NotRestartable(ModelDiagnostic):
     """Rows of the model can't take anything over from the unpatched run."""
 
     code = "W0711"
@@ -627,11 +587,10 @@ class NotRestartable(Diagnostic):
     label = "{reason}"
     help = "no change is needed: the results are the same but take longer"
 
-    model: str
     reason: str
 
 
-class StackSkipped(Diagnostic):
+class StackSkipped(ModelDiagnostic):
     """A stack other than the main one, whose sites aren't available."""
 
     code = "W0712"
@@ -639,12 +598,11 @@ class StackSkipped(Diagnostic):
     label = "{reason}"
     help = "all other sites work as usual"
 
-    model: str
     stack: str
     reason: str
 
 
-class IdleComponents(Diagnostic):
+class IdleComponents(ModelDiagnostic):
     """Parts of a model that play no part in its output, as far as a copy tells that has other
     weights."""
 
@@ -653,11 +611,10 @@ class IdleComponents(Diagnostic):
     label = "writing to these components doesn't change the output: {parts}"
     help = "no change is needed if they are meant to be empty; the effect of patching them is 0"
 
-    model: str
     parts: str
 
 
-class UnusedWeights(Diagnostic):
+class UnusedWeights(ModelDiagnostic):
     """Weights in the folder that play no part in the model."""
 
     code = "W0761"
@@ -668,11 +625,10 @@ class UnusedWeights(Diagnostic):
         "correct the folder"
     )
 
-    model: str
     what: str
 
 
-class BaseModelMismatch(Diagnostic):
+class BaseModelMismatch(ModelDiagnostic):
     """An adapter that was trained on another model than the one it is put on."""
 
     code = "W0773"
@@ -682,7 +638,6 @@ class BaseModelMismatch(Diagnostic):
         "no change is needed if both are the same model; otherwise name the right one with `base:`"
     )
 
-    model: str
     trained: str
     base: str
     given: str

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic
+from mechdsl.diagnostics.core import BlockDiagnostic, Diagnostic, HintedDiagnostic, RowsDiagnostic
 
 
-class UnknownValue(HintedDiagnostic):
+class UnknownValue(HintedDiagnostic, BlockDiagnostic):
     code = "E0501"
     depends_on = frozenset({"columns"})
     title = "{unit}s `{prompts}` have no value or column `{name}`"
     label = "unknown"
-    prompts: str
     name: str
-    unit: str = "prompt"
-    """Name of a row: a prompt or an image."""
 
 
 class CyclicValue(Diagnostic):
@@ -83,15 +80,12 @@ class UnreadableTokenizer(Diagnostic):
     reason: str
 
 
-class NoRows(HintedDiagnostic):
+class NoRows(HintedDiagnostic, BlockDiagnostic):
     code = "E0509"
     depends_on = frozenset({"rows"})
     title = "{unit}s `{prompts}` have no rows: {reason}"
     label = "leaves nothing"
-    prompts: str
     reason: str
-    unit: str = "prompt"
-    """Name of a row: a prompt or an image."""
 
 
 class CorruptionWithoutEffect(HintedDiagnostic):
@@ -105,15 +99,13 @@ class CorruptionWithoutEffect(HintedDiagnostic):
     shown: str = "text"
 
 
-class PromptTooLong(Diagnostic):
+class PromptTooLong(RowsDiagnostic):
     code = "E0511"
     depends_on = frozenset({"tokens"})
     title = "{rows} of {total} prompts of `{run}` are longer than the model's context"
     label = "the longest has {longest:,} tokens, and the model reads at most {most:,}"
     help = "shorten the template or the lists, or select short rows with `where`"
     run: str
-    rows: int
-    total: int
     longest: int
     most: int
 
@@ -153,18 +145,15 @@ class BadCall(Diagnostic):
     usage: str
 
 
-class UnknownText(HintedDiagnostic):
+class UnknownText(HintedDiagnostic, BlockDiagnostic):
     code = "E0516"
     depends_on = frozenset({"columns"})
     title = "{unit}s `{prompts}` have no text `{name}`"
     label = "no such text"
-    prompts: str
     name: str
-    unit: str = "prompt"
-    """Name of a row: a prompt or an image."""
 
 
-class SharedFirstToken(Diagnostic):
+class SharedFirstToken(RowsDiagnostic):
     code = "E0517"
     depends_on = frozenset({"tokens"})
     title = "{text} and {rival} share their {which} token"
@@ -174,8 +163,6 @@ class SharedFirstToken(Diagnostic):
     text: str
     rival: str
     token: str
-    rows: int
-    total: int
 
 
 class MultiTokenNumeral(HintedDiagnostic):
@@ -191,15 +178,13 @@ class MultiTokenNumeral(HintedDiagnostic):
     pieces: str
 
 
-class AnswerNotInVocabulary(HintedDiagnostic):
+class AnswerNotInVocabulary(HintedDiagnostic, RowsDiagnostic):
     code = "E0519"
     depends_on = frozenset({"tokens"})
     title = "the tokenizer doesn't know {text} and reads it as `{unknown}`"
     label = "in {rows} of {total} rows"
     text: str
     unknown: str
-    rows: int
-    total: int
 
 
 class OtherSpelling(Diagnostic):
@@ -240,14 +225,12 @@ class NotATokenId(Diagnostic):
     last: int
 
 
-class EmptyText(Diagnostic):
+class EmptyText(RowsDiagnostic):
     code = "E0524"
     title = "the text `{name}` is empty in {rows} of {total} rows"
     label = "there is no token to measure"
     help = "exclude these rows with `where`"
     name: str
-    rows: int
-    total: int
 
 
 class NoTemplate(Diagnostic):
@@ -394,7 +377,7 @@ class UnsampledRuns(Diagnostic):
     instead: str
 
 
-class TokenCoversMore(Diagnostic):
+class TokenCoversMore(RowsDiagnostic):
     code = "W0701"
     depends_on = frozenset({"tokens"})
     title = "tokens of `{name}` also cover adjacent text"
@@ -402,11 +385,9 @@ class TokenCoversMore(Diagnostic):
     help = "put a space between them in the template, or interpret the result as that of both"
     name: str
     tokens: str
-    rows: int
-    total: int
 
 
-class UnknownWords(Diagnostic):
+class UnknownWords(RowsDiagnostic):
     code = "W0702"
     depends_on = frozenset({"tokens"})
     title = "words missing from the tokenizer's vocabulary: {words}"
@@ -414,12 +395,10 @@ class UnknownWords(Diagnostic):
     help = "use words in the model's vocabulary"
     words: str
     unknown: str
-    rows: int
-    total: int
     run: str
 
 
-class RepeatedBos(Diagnostic):
+class RepeatedBos(RowsDiagnostic):
     """A template contains the beginning-of-sequence token that the tokenizer adds."""
 
     code = "W0707"
@@ -428,12 +407,10 @@ class RepeatedBos(Diagnostic):
     label = "in {rows} of {total} rows of `{run}`: the tokenizer adds one to that of the text"
     help = "remove `{bos}` from the text, or write `bos: false` in the `model` line"
     bos: str
-    rows: int
-    total: int
     run: str
 
 
-class ImageNameAsText(HintedDiagnostic):
+class ImageNameAsText(HintedDiagnostic, RowsDiagnostic):
     """The name of an image file in a prompt of a model that reads images."""
 
     code = "W0706"
@@ -441,22 +418,18 @@ class ImageNameAsText(HintedDiagnostic):
     title = "the prompt contains `{name}` as text, not the image"
     label = "names of image files in {rows} of {total} rows of `{run}`"
     name: str
-    rows: int
-    total: int
     run: str
 
 
-class AnswerChangesPrompt(HintedDiagnostic):
+class AnswerChangesPrompt(HintedDiagnostic, RowsDiagnostic):
     code = "W0703"
     depends_on = frozenset({"tokens"})
     title = "the end of the prompt and {text} share a token"
     label = "in {rows} of {total} rows, appending the answer changes how the prompt is tokenised"
     text: str
-    rows: int
-    total: int
 
 
-class TextSpacing(Diagnostic):
+class TextSpacing(RowsDiagnostic):
     """A text that follows its prompt with no space or with two, and is read as other tokens."""
 
     code = "W0705"
@@ -467,8 +440,6 @@ class TextSpacing(Diagnostic):
     spaces: str
     text: str
     joined: str
-    rows: int
-    total: int
     hint: str
 
 
@@ -486,7 +457,7 @@ class EqualPairedValues(Diagnostic):
     name: str
 
 
-class RowsNotChecked(Diagnostic):
+class RowsNotChecked(BlockDiagnostic):
     """A table so long that `validate` looks at its first rows only."""
 
     code = "W0790"
@@ -496,25 +467,19 @@ class RowsNotChecked(Diagnostic):
         "a run checks every row before it starts; `limit {rows}` restricts it to the rows "
         "checked here"
     )
-    prompts: str
     rows: int
-    unit: str = "prompt"
-    """Name of a row: a prompt or an image."""
 
 
-class EqualRecords(Diagnostic):
+class EqualRecords(BlockDiagnostic):
     """Rows of a file that say the same count as often as they stand there."""
 
     code = "W0781"
     title = "{equal:,} of {rows:,} rows of {unit}s `{prompts}` are duplicates"
     label = "these records occur more than once, and each occurrence counts"
     help = "write `rows {file} distinct` to remove duplicates: intervals treat rows as independent"
-    prompts: str
     file: str
     equal: int
     rows: int
-    unit: str = "prompt"
-    """Name of a row: a prompt or an image."""
 
 
 class TemplateUnchanged(Diagnostic):

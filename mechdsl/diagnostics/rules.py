@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mechdsl.diagnostics.core import Diagnostic, HintedDiagnostic, ReasonedDiagnostic
+from mechdsl.diagnostics.core import (
+    Diagnostic,
+    HintedDiagnostic,
+    MissingRowsDiagnostic,
+    ModelDiagnostic,
+    ReasonedDiagnostic,
+    RowsDiagnostic,
+)
 
 
-class UnitOutOfRange(Diagnostic):
+class UnitOutOfRange(ModelDiagnostic):
     """A head or neuron that the model doesn't have."""
 
     code = "E0301"
@@ -20,12 +27,11 @@ class UnitOutOfRange(Diagnostic):
     index: int
     numbers: str
     """`0..3 in every layer`."""
-    model: str
     others: str = ""
     """Where the number exists: `, or name a layer that has it: …`."""
 
 
-class LayerOutOfRange(Diagnostic):
+class LayerOutOfRange(ModelDiagnostic):
     """A layer that the model doesn't have."""
 
     code = "E0302"
@@ -35,7 +41,6 @@ class LayerOutOfRange(Diagnostic):
     help = "write `layer *` for all of them, or a relative depth such as `layer 50%..80%`"
     index: int
     last: int
-    model: str
     where: str = ""
     """ in the stack `vision`; empty for the main one."""
 
@@ -287,7 +292,7 @@ class BadException(ReasonedDiagnostic):
     text: str
 
 
-class UnreadBlocks(Diagnostic):
+class UnreadBlocks(ModelDiagnostic):
     """A rule that writes only in blocks of a vision encoder whose output nothing reads."""
 
     code = "W0742"
@@ -295,7 +300,6 @@ class UnreadBlocks(Diagnostic):
     title = "this rule has no effect: the language model doesn't read the blocks that it changes"
     label = "`{model}` reads the vision encoder after block {last}, and this rule starts at {first}"
     help = "write `layer {last}` or an earlier one"
-    model: str
     last: int
     first: int
 
@@ -312,7 +316,7 @@ class DictionaryElsewhere(Diagnostic):
     own: str
 
 
-class DictionaryOfAnotherModel(Diagnostic):
+class DictionaryOfAnotherModel(ModelDiagnostic):
     """A dictionary that was trained on another model."""
 
     code = "W0735"
@@ -320,7 +324,6 @@ class DictionaryOfAnotherModel(Diagnostic):
     label = "used on `{model}`"
     help = "use a dictionary of this model, unless the transfer is the experiment"
     own: str
-    model: str
 
 
 class EmptyDirection(HintedDiagnostic):
@@ -433,7 +436,7 @@ class RaggedPositions(Diagnostic):
     longest: int
 
 
-class AmbiguousSpan(Diagnostic):
+class AmbiguousSpan(RowsDiagnostic):
     code = "E0306"
     depends_on = frozenset({"rows"})
     title = "`{name}` is ambiguous: it {several}"
@@ -441,22 +444,18 @@ class AmbiguousSpan(Diagnostic):
     help = "write {ways}"
     name: str
     several: str
-    rows: int
-    total: int
     run: str
     example: str
     ways: str
 
 
-class UnequalUnion(HintedDiagnostic):
+class UnequalUnion(HintedDiagnostic, RowsDiagnostic):
     code = "E0307"
     depends_on = frozenset({"tokens"})
     title = "the joined positions have different numbers of {units} in the two runs"
     label = "{source} in the source run, {base} in the base run, in {rows} of {total} rows"
     source: str
     base: str
-    rows: int
-    total: int
     units: str = "tokens"
     hint: str = (
         "use a position with one token in both runs (`NAME token`), or values with the same "
@@ -476,28 +475,18 @@ class UnknownSpan(HintedDiagnostic):
     """What has the position: a prompt, an image or a sound."""
 
 
-class AbsentOccurrence(HintedDiagnostic):
+class AbsentOccurrence(HintedDiagnostic, MissingRowsDiagnostic):
     code = "E0309"
     depends_on = frozenset({"rows"})
     title = "{lacking} of {total} rows of `{run}` have no `{position}`"
-    label = "as in {example}"
     position: str
-    run: str
-    lacking: int
-    total: int
-    example: str
 
 
-class OutsidePrompt(HintedDiagnostic):
+class OutsidePrompt(HintedDiagnostic, MissingRowsDiagnostic):
     code = "E0310"
     depends_on = frozenset({"tokens"})
     title = "`{position}` lies outside the {unit} in {lacking} of {total} rows of `{run}`"
-    label = "as in {example}"
     position: str
-    run: str
-    lacking: int
-    total: int
-    example: str
     unit: str = "prompt"
     """Name of a row: a prompt or an image."""
 
@@ -519,16 +508,11 @@ class NotInDecoder(HintedDiagnostic):
     )
 
 
-class ReversedBetween(Diagnostic):
+class ReversedBetween(MissingRowsDiagnostic):
     code = "E0311"
     depends_on = frozenset({"tokens"})
     title = "the second position comes before the first in {lacking} of {total} rows of `{run}`"
-    label = "as in {example}"
     help = "`between` goes from left to right: swap the two positions"
-    run: str
-    lacking: int
-    total: int
-    example: str
 
 
 class SpanWithoutToken(HintedDiagnostic):
@@ -560,17 +544,12 @@ class NotOnePosition(Diagnostic):
     reason: str
 
 
-class NoPositionLeft(Diagnostic):
+class NoPositionLeft(MissingRowsDiagnostic):
     code = "E0315"
     depends_on = frozenset({"tokens"})
     title = "`{position}` excludes every token in {lacking} of {total} rows of `{run}`"
-    label = "as in {example}"
     help = "exclude fewer tokens"
     position: str
-    run: str
-    lacking: int
-    total: int
-    example: str
 
 
 class NoAnswerTokens(HintedDiagnostic):
@@ -584,7 +563,7 @@ class NoAnswerTokens(HintedDiagnostic):
     reason: str
 
 
-class AnswersDiffer(Diagnostic):
+class AnswersDiffer(RowsDiagnostic):
     """A token that is counted from the end of texts of different lengths."""
 
     code = "E0541"
@@ -596,8 +575,6 @@ class AnswersDiffer(Diagnostic):
         "use all of them: `answer tokens`"
     )
     position: str
-    rows: int
-    total: int
     row: int
     lengths: str
 

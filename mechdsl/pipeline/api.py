@@ -730,7 +730,23 @@ def plan(
     )
     without, tokens = to_names(no_pass), (pass_tokens, prompt_tokens)
     checked, measured = _check_plan(file, models, how, without, tokens if measure else None)
-    return _plan_text(checked, measured, without, *tokens)
+    from mechdsl.pipeline.trained_files import list_training_costs
+    from mechdsl.planner.passes import make_plan
+    from mechdsl.resolve.expansion import add_exact_cells
+    from mechdsl.show.output import PlanText, capture_text
+    from mechdsl.show.plan import print_plan
+
+    made = make_plan(list(add_exact_cells(checked.experiments)), without=without)
+    trainings = list_training_costs(checked)
+
+    def show(console: Console) -> None:
+        print_plan(made, console, *tokens, measured, saving=checked.saving, trainings=trainings)
+
+    text = capture_text(show)
+    cells: dict[str, int] = {}
+    for experiment in checked.experiments:  # an experiment may have several parts
+        cells[experiment.name] = cells.get(experiment.name, 0) + experiment.n_there
+    return PlanText(text, cells, made.passes)
 
 
 def _check_plan(
@@ -764,35 +780,6 @@ def _check_plan(
     raise_errors([each for each in found if each.severity == "error"])
     warn_diagnostics(found)
     return checked, measured
-
-
-def _plan_text(
-    checked: CheckedFile,
-    measured: dict[str, MeasuredValues] | None,
-    without: frozenset[str],
-    pass_tokens: int | None,
-    prompt_tokens: int | None,
-) -> PlanText:
-    """Return the plan of a file as text."""
-    from mechdsl.pipeline.trained_files import list_training_costs
-    from mechdsl.planner.passes import make_plan
-    from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS
-    from mechdsl.resolve.expansion import add_exact_cells
-    from mechdsl.show.output import PlanText, capture_text
-    from mechdsl.show.plan import print_plan
-
-    made = make_plan(list(add_exact_cells(checked.experiments)), without=without)
-    sizes = pass_tokens or PASS_TOKENS, prompt_tokens or PROMPT_TOKENS
-    trainings = list_training_costs(checked)
-
-    def show(console: Console) -> None:
-        print_plan(made, console, *sizes, measured, saving=checked.saving, trainings=trainings)
-
-    text = capture_text(show)
-    cells: dict[str, int] = {}
-    for experiment in checked.experiments:  # an experiment may have several parts
-        cells[experiment.name] = cells.get(experiment.name, 0) + experiment.n_there
-    return PlanText(text, cells, made.passes)
 
 
 @restores_random_state

@@ -15,6 +15,8 @@ from mechdsl.results.results import package_version
 from mechdsl.store.store import Store
 
 if TYPE_CHECKING:
+    import torch
+
     from mechdsl.forward.hooks.model import LoadedModel
 
 
@@ -58,7 +60,7 @@ class ModelIdentities:
         return {
             "identity": self._identity(name),
             "dtype": str(model.dtype),
-            "device": _device_words(model),
+            "device": _device_words(model.device),
             "source": model.provenance.get("source", ""),
         }
 
@@ -106,12 +108,13 @@ class ModelIdentities:
         return folder.name if folder is not None and inside else ""
 
 
-def _device_words(model: LoadedModel) -> str:
-    if model.device.type != "cuda":
-        return model.device.type
+def _device_words(device: torch.device) -> str:
+    """Return the type of a device, with the name of a GPU."""
+    if device.type != "cuda":
+        return device.type
     import torch
 
-    return f"cuda {torch.cuda.get_device_name(model.device)}"
+    return f"cuda {torch.cuda.get_device_name(device)}"
 
 
 # --- devices --------------------------------------------------------------------------------------
@@ -141,14 +144,9 @@ def find_device(store: Store, name: str) -> str | None:
 
 def detect_device(store: Store, name: str) -> str:
     """Determine the type of a device with torch, and cache it; torch's error if it is missing."""
-    import torch
-
     from mechdsl.loading.devices import get_device
 
-    device = get_device(name)
-    told = device.type
-    if told == "cuda":
-        told = f"{told} {torch.cuda.get_device_name(device)}"
+    told = _device_words(get_device(name))
     store.take_note(_place(name), told)
     return told
 

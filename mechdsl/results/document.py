@@ -7,7 +7,9 @@ pydantic models take a while to build, so this module is imported on use.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Sized
-from typing import Any, Literal, Self
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, Self, Union, cast, get_args, get_origin
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +20,6 @@ from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import (
     ChangeType,
     ExpectationChange,
-    ExpectOutcome,
     ExperimentResult,
     FileResult,
     Replies,
@@ -37,7 +38,7 @@ from mechdsl.statistics.measurements import (
     NullBand,
     may_round_differently,
 )
-from mechdsl.statistics.verification import Agreement, VerifiedCells
+from mechdsl.statistics.verification import VerifiedCells
 from mechdsl.vocab.metrics import ControlTitle, Reply
 
 
@@ -50,17 +51,36 @@ class DocumentPart(BaseModel):
     def create(cls, record: object = None, **others: Any) -> Self:
         """Create a part from a record's attributes of the same names, and from other values.
 
-        NaN and infinity become None. Optional keys without a value, or with an empty one, stay out.
+        NaN and infinity become None, and records in the place of parts become parts. Optional keys
+        without a value, or with an empty one, stay out.
         """
         values: dict[str, Any] = {}
         for name, key in cls.model_fields.items():
             value = others.get(name) if name in others else getattr(record, name, None)
             if key.is_required() or not (value is None or (isinstance(value, Sized) and not value)):
-                values[name] = finite_number(value) if isinstance(value, float) else value
+                values[key.alias or name] = _convert(value, _part_type(key.annotation))
         return cls(**values)
 
     def as_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+@cache
+def _part_type(hint: Any) -> type[DocumentPart] | None:
+    """Return the type of the part, or of the parts in the list, that a key has; None for others."""
+    if get_origin(hint) in (list, Union, UnionType):
+        return next(filter(None, map(_part_type, get_args(hint))), None)
+    return hint if isinstance(hint, type) and issubclass(hint, DocumentPart) else None
+
+
+def _convert(value: Any, part: type[DocumentPart] | None) -> Any:
+    if isinstance(value, float):
+        return finite_number(value)
+    if part is None or value is None or isinstance(value, DocumentPart):
+        return value
+    if isinstance(value, list | tuple):
+        return [_convert(each, part) for each in cast("Sequence[Any]", value)]
+    return part.create(value)
 
 
 class ExpectDocument(DocumentPart):
@@ -123,11 +143,6 @@ def known_fields(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def expectation_documents(outcomes: Sequence[ExpectOutcome]) -> list[ExpectDocument]:
-    """Convert verdicts, in order."""
-    return [ExpectDocument.create(outcome) for outcome in outcomes]
-
-
 def skipped_documents(left: Sequence[SkippedExperiment]) -> list[SkippedDocument]:
     """Convert the skipped parts of one file."""
     return [
@@ -139,19 +154,10 @@ def skipped_documents(left: Sequence[SkippedExperiment]) -> list[SkippedDocument
     ]
 
 
-def comparison_document(against: VerdictComparison) -> VerdictComparisonDocument:
-    """Convert a comparison with an earlier run."""
-    return VerdictComparisonDocument.create(
-        against, changes=[_change_document(change) for change in against.changes]
-    )
-
-
 def _change_document(change: ExpectationChange) -> ExpectationChangeDocument:
     lost = change.lost
     return ExpectationChangeDocument.create(
         change,
-        now=None if change.now is None else ExpectDocument.create(change.now),
-        before=None if change.before is None else ExpectDocument.create(change.before),
         measure=None if lost is None else change.text,
         code=None if lost is None else lost.code,
         reason=None if lost is None else lost.reason,
@@ -693,24 +699,15 @@ def _exact_document(verified: VerifiedCells | None, cell: int) -> ExactEffectDoc
 def _verification_document(
     result: ExperimentResult, verified: VerifiedCells
 ) -> VerificationDocument:
-    data = result.measures[verified.measure]
-
-    def agreement(measured: Agreement) -> AgreementDocument:
-        pearson, spearman = map(CorrelationDocument.create, (measured.pearson, measured.spearman))
-        return AgreementDocument(cells=measured.cells, pearson=pearson, spearman=spearman)
-
-    over, recall, search = verified.over_random, verified.recall, verified.search
+    data, search = result.measures[verified.measure], verified.search
     return VerificationDocument.create(
         verified,
         label=data.label,
         effect=data.effect,
         random=len(verified.cells) - verified.ranked,
-        over_all=agreement(verified.over_all),
-        over_random=None if over is None else agreement(over),
         search=None
         if search is None
         else TopSearchDocument.create(search, proved=search.is_proved),
-        recall=None if recall is None else TopRecallDocument.create(recall),
     )
 
 
@@ -745,14 +742,11 @@ def _cell_document(result: ExperimentResult, index: int, key: CellKey) -> CellDo
     return CellDocument.create(
         key,
         coords={**key.also, **{axis: key.coords[axis] for axis in result.axes}},
-        at=TargetDocument.create(key),
+        at=key,
         n=n,
         listed_mean=[mean for mean, _ in key.shares],
         listed_first=[first for _, first in key.shares],
-        active=[
-            ActiveTextDocument.create(active_text)
-            for active_text in (result.active[index] if result.active else ())
-        ],
+        active=result.active[index] if result.active else (),
         measures=[
             _measure_document(result, measure, index, n) for measure in range(len(result.measures))
         ],
@@ -826,9 +820,8 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
         result,
         cells=[_cell_document(result, index, key) for index, key in enumerate(result.cells)],
         runs=_run_documents(result),
-        expect=expectation_documents(result.outcomes),
+        expect=result.outcomes,
         left_out=[LeftOutDocument(row=row, where=where) for row, where in result.left_out.items()],
-        selected=[SelectionDocument.create(selection) for selection in result.selected],
         seed_means=[_seed_mean_document(result, seed_mean) for seed_mean in result.seed_means],
         verified=[
             _verification_document(result, verified_cells) for verified_cells in result.verified
@@ -854,9 +847,7 @@ def _circuit_document(circuit: ResultCircuit | None) -> CircuitDocument | None:
 def _missing_documents(file: FileResult) -> list[MissingDocument]:
     """Return what a file's run could not compute: whole experiments, then single measures."""
     whole = [
-        MissingDocument.create(
-            missing, experiment=lost.name, expect=expectation_documents(lost.outcomes)
-        )
+        MissingDocument.create(missing, experiment=lost.name, expect=lost.outcomes)
         for lost in file.lost
         for missing in lost.reasons
     ]
@@ -882,14 +873,14 @@ def results_document(
     against: VerdictComparison | None = None,
 ) -> ResultsDocument:
     """Convert all finished experiments of a run."""
-    return ResultsDocument(
-        schema=SCHEMA_VERSION,
+    changes = [] if against is None else [_change_document(change) for change in against.changes]
+    return ResultsDocument.create(
+        schema_version=SCHEMA_VERSION,
         mechdsl=versions.get("mechdsl", "unknown"),
         versions=dict(versions),
         files=[
             FileDocument.create(
                 file,
-                sizes=None if file.sizes is None else SizesDocument.create(file.sizes),
                 experiments=[experiment_document(experiment) for experiment in file.experiments],
                 missing=_missing_documents(file),
                 not_run=skipped_documents(file.not_run),
@@ -897,7 +888,9 @@ def results_document(
             )
             for file in files
         ],
-        **known_fields(against=None if against is None else comparison_document(against)),
+        against=None
+        if against is None
+        else VerdictComparisonDocument.create(against, changes=changes),
     )
 
 

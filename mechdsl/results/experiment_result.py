@@ -923,8 +923,11 @@ class EarlierRun:
     def ends(self, file: str, experiment: str, outcomes: Sequence[ExpectOutcome]) -> bool:
         """Whether verdicts end a run that stops at the first failure of the job."""
         before = _outcomes(self.files.get(file)).get(experiment, ())
-        paired = _paired(file, experiment, outcomes, before)
-        return any(change.fails for change in paired)
+        return any(
+            _change(file, experiment, one, two).fails
+            for one, two in _pairs(outcomes, before)
+            if one is not None and not one.holds
+        )
 
     def compare(self, files: Sequence[FileResult]) -> VerdictComparison:
         """Compare files that were run with the earlier run."""
@@ -1008,14 +1011,6 @@ def _pairs(
     for outcome in before:
         if id(outcome) in kept:
             yield None, outcome
-
-
-def _paired(
-    file: str, experiment: str, now: Sequence[ExpectOutcome], before: Sequence[ExpectOutcome]
-) -> Iterator[ExpectationChange]:
-    for one, two in _pairs(now, before):
-        if one is not None and not one.holds:
-            yield _change(file, experiment, one, two)
 
 
 def _change(

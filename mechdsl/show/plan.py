@@ -471,8 +471,8 @@ def unit_moments(values: Floats, units: Ints) -> tuple[float, float]:
 def print_plan(
     plan: Plan,
     console: Console,
-    pass_tokens: int = PASS_TOKENS,
-    prompt_tokens: int = PROMPT_TOKENS,
+    pass_tokens: int | None = None,
+    prompt_tokens: int | None = None,
     measured: MeasuredByVariant | None = None,
     *,
     saving: Sequence[ResolvedExperiment] = (),
@@ -482,6 +482,8 @@ def print_plan(
     and the cost of `save` lines and trainings.
 
     Args:
+        pass_tokens: Maximum number of tokens of a pass over patched rows; None: the default.
+        prompt_tokens: Maximum number of tokens of a batch of unpatched prompts; None: the default.
         measured: Measurements of base and source runs, if they were run.
         saving: Experiments with `save` lines.
         trainings: What `mechdsl fit` trains, whether the store has it or not.
@@ -496,7 +498,8 @@ def print_plan(
     _print_experiments(plan, console)
     print_power(plan, console, measured)
     console.print()
-    cost = plan_cost(plan, pass_tokens, prompt_tokens)
+    prompt_tokens = prompt_tokens or PROMPT_TOKENS
+    cost = plan_cost(plan, pass_tokens or PASS_TOKENS, prompt_tokens)
     _print_savings(cost, console)
     saves = save_costs(saving, prompt_tokens)
     _print_saves(saves, console)

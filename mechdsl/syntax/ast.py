@@ -324,8 +324,8 @@ class SiteView(Node):
     """`resid_post layer 2 of fewer at last token`: a site in another run, or at other tokens."""
 
     site: Site
-    run: Ref | None
-    at: Positions | None
+    run: Ref | None = None
+    at: Positions | None = None
 
 
 SiteValue = Site | SiteMap | SiteView

@@ -91,7 +91,7 @@ def _plain(node: Any) -> str:
             return f"class {format_operand(node.of, _ATOM)}"
         case ast.Negative():
             return f"-{format_operand(node.operand, _FACTOR)}"
-        case ast.Binary():
+        case ast.Binary() | ast.Logical():
             own = _binding(node)
             left, right = format_operand(node.left, own), format_operand(node.right, own + 1)
             return f"{left} {node.operator} {right}"
@@ -107,10 +107,6 @@ def _plain(node: Any) -> str:
         case ast.Near():
             value, target = format_operand(node.value, SUM), format_operand(node.target, SUM)
             return f"{value} near {target} within {format_operand(node.tolerance, SUM)}"
-        case ast.Logical():
-            own = _binding(node)
-            left, right = format_operand(node.left, own), format_operand(node.right, own + 1)
-            return f"{left} {node.operator} {right}"
         case ast.Not():
             return f"not {format_operand(node.operand, _NOT)}"
         case _:
@@ -154,10 +150,6 @@ def format_string(value: str) -> str:
     text = escaped.replace("\n", "\\n").replace("\t", "\\t")
     assert unescape(text) == value
     return f'"{text}"'
-
-
-def _column(column: ast.Name | ast.String) -> str:
-    return column.id if isinstance(column, ast.Name) else format_string(column.value)
 
 
 def _short(node: ast.ShortSite) -> str:
@@ -411,11 +403,6 @@ def format_occurrence(node: ast.Occurrence) -> str:
     return low if node.high is None else f"{low}..{_counter(node.high)}"
 
 
-def _optional(word: str, value: Any) -> str:
-    """Return ` word value`, or an empty string."""
-    return "" if value is None else f" {word} {value}"
-
-
 def _written(node: ast.Expr | ast.ActivationRead | ast.StepFraction) -> str:
     """Format the value of a rule: an expression, a run's activation or a step."""
     if not isinstance(node, ast.ActivationRead | ast.StepFraction):
@@ -437,28 +424,8 @@ def _of(word: str, node: Any, text: Any) -> str:
     return "" if node is None else f" {word} {text(node)}"
 
 
-def _id(name: ast.Name) -> str:
-    return name.id
-
-
-def _text(text: ast.String) -> str:
-    return format_string(text.value)
-
-
-def _condition(node: ast.Expr) -> str:
-    return format_operand(node, CONDITION)
-
-
 def _sum(node: ast.Expr) -> str:
     return format_operand(node, SUM)
-
-
-def _percent(node: ast.Percent) -> str:
-    return format_percentage(node.value)
-
-
-def _refs(nodes: Iterable[ast.Ref]) -> str:
-    return ", ".join(map(format_ref, nodes))
 
 
 def _region(node: ast.Name | ast.Position) -> str:
@@ -521,7 +488,7 @@ def _formless(node: Any) -> str:
         case ast.ModelDef():
             return f"model {node.name.id} = {_sum(node.source)}"
         case ast.RenameLine():
-            pairs = ", ".join(f"{new.id} = {_column(old)}" for new, old in node.pairs)
+            pairs = ", ".join(f"{new.id} = {_plain(old)}" for new, old in node.pairs)
             return f"rename {{ {pairs} }}"
         case ast.Text():
             word = "" if node.name.id in ("answer", "wrong") else "text "
@@ -543,14 +510,14 @@ def _formless(node: Any) -> str:
             ends = (
                 f"from {format_positions(node.edge.queries)} to {format_positions(node.edge.keys)}"
             )
-            run, name = _of("of", node.run, format_ref), _of("as", node.name, _id)
+            run, name = _of("of", node.run, format_ref), _of("as", node.name, _plain)
             return f"observe {what}{run} {ends}{name}"
         case ast.ObserveAttention():
-            by, name = _of("by", node.by, _id), _of("as", node.name, _id)
+            by, name = _of("by", node.by, _plain), _of("as", node.name, _plain)
             return f"observe {format_edge(node.edge, node.run)}{by}{name}"
         case ast.Measure():
-            at, per = _of("at", node.at, format_position), _of("per", node.per, _id)
-            over = _of("auc over" if node.area else "mean over", node.over, _id)
+            at, per = _of("at", node.at, format_position), _of("per", node.per, _plain)
+            over = _of("auc over" if node.area else "mean over", node.over, _plain)
             return f"measure {_sum(node.metric)}{at} as {node.effect.id}{per}{over}"
         case ast.Stats():
             return _stats(node)
@@ -572,7 +539,7 @@ def _change(node: ast.ChangeLine) -> str:
         + _of("after", node.after, format_positions)
         + _of("with", node.given, _sum)
         + _of("by", node.by, _sum)
-        + _optional("radius", node.radius)
+        + _of("radius", node.radius, str)
     )
 
 
@@ -596,10 +563,10 @@ def _stats(node: ast.Stats) -> str:
         "stats"
         + (f" {format_call(node.resampling)}" if node.resampling else "")
         + _of("test", node.test, format_call)
-        + _of("confidence", node.confidence, _percent)
-        + _of("correct", node.correction, _id)
-        + _of("verdicts", node.verdicts, _id)
-        + _of("by", node.by, _id)
+        + _of("confidence", node.confidence, _plain)
+        + _of("correct", node.correction, _plain)
+        + _of("verdicts", node.verdicts, _plain)
+        + _of("by", node.by, _plain)
     )
 
 
@@ -611,7 +578,7 @@ def _save(node: ast.Save) -> str:
         what += f"gradient of {_sum(node.gradient.metric)}"
         what += _of("at", node.gradient.at, format_position) + " by "
     what = what if node.rows is None else f"top {node.rows} rows of "
-    return f"save {what}{where} to {_text(node.file)}" + _of("as", node.dtype, _id)
+    return f"save {what}{where} to {_plain(node.file)}" + _of("as", node.dtype, _plain)
 
 
 def _during(node: ast.During) -> str:
@@ -624,7 +591,7 @@ def _during(node: ast.During) -> str:
 
 def _generate(node: ast.Generate) -> str:
     settings = _lines(node.settings)
-    stops = ", ".join(map(_text, node.stops))
+    stops = join_items(map(_plain, node.stops))
     return (
         f"generate {node.tokens}"
         + (f" with {settings}" if settings else "")
@@ -634,14 +601,6 @@ def _generate(node: ast.Generate) -> str:
 
 def _lines(nodes: Iterable[ast.Node]) -> str:
     return join_items(map(format_line, nodes))
-
-
-def _sites(nodes: Iterable[ast.Site]) -> str:
-    return join_items(map(format_site, nodes))
-
-
-def _columns(count: int) -> str:
-    return f"width {count_noun(count, 'column')}"
 
 
 def _observed(what: ast.Call | ast.Name) -> str:
@@ -655,8 +614,8 @@ _WRITERS: Mapping[str, Callable[[Any], str]] = {
     "axis_value": format_axis_value,
     "call": format_call,
     "call_or_name": format_call,
-    "columns": _columns,
-    "condition": _condition,
+    "columns": lambda count: f"width {count_noun(count, 'column')}",
+    "condition": lambda node: format_operand(node, CONDITION),
     "count": str,
     "direction": _sum,
     "domain": format_domain,
@@ -666,28 +625,28 @@ _WRITERS: Mapping[str, Callable[[Any], str]] = {
     "further": lambda fills: "".join(f", {format_line(each)}" for each in fills),
     "integer": str,
     "maps": lambda maps: join_items(map(_map_of, maps)),
-    "name": _id,
+    "name": _plain,
     "names": format_names,
-    "new": _id,
+    "new": _plain,
     "new_names": format_names,
     "nodes": lambda nodes: join_items(map(_node, nodes)),
     "number_or_name": _sum,
     "observed": _observed,
     "other_features": lambda axis: f"with {format_axis(axis)}",
-    "percent": _percent,
+    "percent": _plain,
     "picks": _lines,
     "position": format_position,
     "positions": format_positions,
     "ref": format_ref,
-    "refs": _refs,
+    "refs": lambda refs: join_items(map(format_ref, refs)),
     "region": _region,
     "site": format_site,
-    "sites": _sites,
-    "string": _text,
+    "sites": lambda sites: join_items(map(format_site, sites)),
+    "string": _plain,
     "sum": _sum,
     "training": format_call,
     "word": str,
-    "word_itself": _id,
+    "word_itself": _plain,
     "written": _written,
 }
 """How fields are printed, by kind; see `mechdsl.syntax.forms`."""

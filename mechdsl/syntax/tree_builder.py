@@ -306,11 +306,13 @@ def _defined(name: ast.Name, rename: str = "") -> ast.Name:
     return name
 
 
-def _integer(token: Token) -> int:
-    if len(token) > 308:
+def _integer(token: Token, digits: str | None = None) -> int:
+    """Read a token, or digits of it, as an integer."""
+    text = token if digits is None else digits
+    if len(text) > 308:
         _report(NumberTooLarge(span=_span([token])))
         return 0
-    return int(token)
+    return int(text)
 
 
 def _decimal(token: Token, text: str) -> float:
@@ -359,6 +361,25 @@ def _clause(
 
     def method(_self: Any, c: list[Any]) -> Clause:
         return Clause(kind, value(c), _span(c), () if whole else c)
+
+    return method
+
+
+def _node(
+    kind: Callable[..., ast.Node], *parts: int, nested: bool = False
+) -> Callable[[Any, list[Any]], Any]:
+    """Return a method that builds a node from the children at some indices, tokens as their text.
+
+    Args:
+        parts: The indices; a child that a rule leaves out has the default of its field.
+        nested: Whether it is an expression of which the depth is limited.
+    """
+
+    def method(_self: Any, c: list[Any]) -> Any:
+        children = [c[at] for at in parts if at < len(c)]
+        fields = [str(child) if isinstance(child, Token) else child for child in children]
+        node = kind(*fields, span=_span(c))
+        return _nested(node, *_nodes(fields)) if nested else node
 
     return method
 
@@ -415,12 +436,8 @@ class TreeBuilder(Transformer[Token, Any]):
         return tuple(c)
 
     data_lines = change_lines = experiment_lines = edit_lines = top_lines
-
-    def placeholder(self, c: list[Any]) -> Clause:
-        return Clause("placeholder", (None, c[0]), _span(c))
-
-    def named_placeholder(self, c: list[Any]) -> Clause:
-        return Clause("placeholder", (_defined(_name(c[0])), c[2]), _span(c))
+    placeholder = _clause("placeholder", lambda c: (None, c[0]), whole=True)
+    named_placeholder = _clause("placeholder", lambda c: (_defined(_name(c[0])), c[2]), whole=True)
 
     # --- top level -----------------------------------------------------------------------------
 
@@ -446,15 +463,10 @@ class TreeBuilder(Transformer[Token, Any]):
     def name(self, c: list[Any]) -> ast.Name:
         return _name(c[0])
 
-    new_name = image_name = name
+    new_name = image_name = variable_name = end = name
 
-    def ref(self, c: list[Any]) -> ast.Ref:
-        part = str(c[2]) if len(c) == 3 else None
-        return ast.Ref(str(c[0]), part, span=_span(c))
-
-    def refs(self, c: list[Any]) -> Clause:
-        return Clause("refs", tuple(_nodes(c)), _span(c))
-
+    ref = _node(ast.Ref, 0, 2)
+    refs = _clause("refs", lambda c: tuple(_nodes(c)), whole=True)
     names = refs
 
     def integer(self, c: list[Any]) -> ast.Number:
@@ -466,8 +478,7 @@ class TreeBuilder(Transformer[Token, Any]):
         pairs = tuple(child.value for child in c if isinstance(child, Clause))
         return ast.RenameLine(pairs, span=_span(c))
 
-    def renamed(self, c: list[Any]) -> Clause:
-        return Clause("pair", (_defined(c[0]), c[2]), _span(c))
+    renamed = _clause("pair", lambda c: (_defined(c[0]), c[2]), whole=True)
 
     def answer(self, c: list[Any]) -> ast.Text:
         return ast.Text(_name(c[0]), c[1], span=_span(c))
@@ -478,74 +489,45 @@ class TreeBuilder(Transformer[Token, Any]):
         return ast.Text(_defined(c[1]), c[3], span=_span(c))
 
     def worded_change(self, c: list[Any]) -> ast.ChangeLine:
-        nodes = _nodes(c)
+        nodes, clauses = _nodes(c), _clauses(c)
         tokens = nodes[0] if isinstance(nodes[0], ast.Positions) else None
-        clauses = _clauses(c)
-        to, at = clauses.get("place", (None, None))
-        change = ast.ChangeLine(
-            str(c[0]),
-            () if tokens is not None else tuple(nodes),
-            tokens,
-            to,
-            at,
-            given=clauses.get("with"),
-            by=clauses.get("by"),
-            radius=clauses.get("radius"),
-            span=_span(c),
+        values = () if tokens is not None else tuple(nodes)
+        place = clauses.pop("place", (None, None))
+        return _checked_change(
+            ast.ChangeLine(str(c[0]), values, tokens, *place, **clauses, span=_span(c))
         )
-        return _checked_change(change)
 
     def inserting(self, c: list[Any]) -> ast.ChangeLine:
-        clauses = _clauses(c)
         return _checked_change(
-            ast.ChangeLine(
-                str(c[0]),
-                tuple(_nodes(c)),
-                before=clauses.get("before"),
-                after=clauses.get("after"),
-                given=clauses.get("with"),
-                span=_span(c),
-            )
+            ast.ChangeLine(str(c[0]), tuple(_nodes(c)), **_clauses(c), span=_span(c))
         )
 
     before_place = _clause("before", _second)
     after_place = _clause("after", _second)
-
-    def change_word(self, c: list[Any]) -> Token:
-        return c[0]
-
     change_place = _clause("place", lambda c: (c[1] if len(c) == 4 else None, c[-1]))
-    change_with = _clause("with", _second)
+    change_with = _clause("given", _second)
     change_by = _clause("by", _second)
     radius = _clause("radius", _second_amount)
 
     # --- experiments ---------------------------------------------------------------------------
 
     def generate(self, c: list[Any]) -> ast.Generate:
-        clauses = _clauses(c)
-        return ast.Generate(
-            _amount(c[1]), clauses.get("sampled", ()), clauses.get("stopped", ()), span=_span(c)
-        )
+        return ast.Generate(_amount(c[1]), **_clauses(c), span=_span(c))
 
-    sampled = _clause("sampled", lambda c: tuple(_nodes(c)))
-    stopped = _clause("stopped", lambda c: tuple(_nodes(c)))
+    sampled = _clause("settings", lambda c: tuple(_nodes(c)))
+    stopped = _clause("stops", lambda c: tuple(_nodes(c)))
 
     def observe_attention(self, c: list[Any]) -> ast.ObserveAttention:
-        clauses = _clauses(c)
         children = [each for each in c[1:] if not isinstance(each, Clause)]
         # Without the run in its middle, the line is an ordinary edge.
-        seen = self.edge(children)
-        run, name, by = clauses.get("run"), clauses.get("name"), clauses.get("weighted")
-        return ast.ObserveAttention(seen, run, name, by=by, span=_span(c))
+        return ast.ObserveAttention(self.edge(children), **_clauses(c), span=_span(c))
 
     def observe_flow(self, c: list[Any]) -> ast.ObserveAttention:
-        clauses = _clauses(c)
         queries, keys = (child for child in c if isinstance(child, ast.Positions))
         edge = ast.Edge(None, (), queries, keys, span=_span(c))
-        run, name = clauses.get("run"), clauses.get("name")
-        return ast.ObserveAttention(edge, run, name, _name(c[1]), span=_span(c))
+        return ast.ObserveAttention(edge, what=_name(c[1]), **_clauses(c), span=_span(c))
 
-    weighted_by = _clause("weighted", _second)
+    weighted_by = _clause("by", _second)
     of_run = _clause("run", _second)
     as_name = _clause("name", _second)
 
@@ -560,21 +542,12 @@ class TreeBuilder(Transformer[Token, Any]):
     def measure(self, c: list[Any]) -> ast.Measure:
         effect = next(child for child in c[2:] if isinstance(child, ast.Name))
         clauses = _clauses(c)
-        return ast.Measure(
-            c[1],
-            effect,
-            clauses.get("at"),
-            clauses.get("per"),
-            clauses.get("mean") or clauses.get("area"),
-            "area" in clauses,
-            span=_span(c),
-        )
+        over, area = clauses.pop("over", (None, False))
+        return ast.Measure(c[1], effect, over=over, area=area, **clauses, span=_span(c))
 
     measured_at = _clause("at", _second)
     per = _clause("per", _second)
-
-    def mean_over(self, c: list[Any]) -> Clause:
-        return Clause("area" if c[0].type == "AUC" else "mean", c[2], _span(c))
+    mean_over = _clause("over", lambda c: (c[2], c[0].type == "AUC"))
 
     def stats(self, c: list[Any]) -> ast.Stats:
         c = [c[0], *_without_misspelt(c[1:])]
@@ -589,15 +562,7 @@ class TreeBuilder(Transformer[Token, Any]):
                     span=again.span,
                 )
             )
-        return ast.Stats(
-            clauses.get("resampling"),
-            clauses.get("test"),
-            clauses.get("confidence"),
-            clauses.get("correction"),
-            clauses.get("verdicts"),
-            clauses.get("by"),
-            span=_span(c),
-        )
+        return ast.Stats(**clauses, span=_span(c))
 
     resampling = _clause("resampling", lambda c: _as_call(c[0]))
     test = _clause("test", lambda c: _as_call(c[1]))
@@ -606,17 +571,11 @@ class TreeBuilder(Transformer[Token, Any]):
     verdicts = _clause("verdicts", _second)
     by = _clause("by", _second)
 
-    def variable_name(self, c: list[Any]) -> ast.Name:
-        return _name(c[0])
-
     def save(self, c: list[Any]) -> ast.Save:
-        clauses = _clauses(c)
         at = next(child for child in c if isinstance(child, ast.Positions))
         file = next(child for child in c if isinstance(child, ast.String))
         site = next(child for child in c if isinstance(child, ast.Site))
-        mean = "mean" in clauses
-        given = clauses.get("run"), clauses.get("dtype"), mean, clauses.get("rows")
-        return ast.Save(site, at, file, *given, clauses.get("gradient"), span=_span(c))
+        return ast.Save(site, at, file, **_clauses(c), span=_span(c))
 
     mean_of = _clause("mean", lambda _: True)
     top_rows = _clause("rows", _second_amount)
@@ -663,14 +622,9 @@ class TreeBuilder(Transformer[Token, Any]):
         *factor, component = _nodes(c)
         return ast.StepFraction(component, factor[0] if factor else None, span=_span(c))
 
-    def scale_weights(self, c: list[Any]) -> ast.EditWeights:
-        return ast.EditWeights("scale", c[3], c[5], span=_span(c))
-
-    def set_weights(self, c: list[Any]) -> ast.EditWeights:
-        return ast.EditWeights("set", c[3], c[5], span=_span(c))
-
-    def add_to_weights(self, c: list[Any]) -> ast.EditWeights:
-        return ast.EditWeights("add", c[5], c[1], span=_span(c))
+    scale_weights = _node(ast.EditWeights, 0, 3, 5)
+    set_weights = scale_weights
+    add_to_weights = _node(ast.EditWeights, 0, 5, 1)
 
     def project_out(self, c: list[Any]) -> ast.ProjectOut:
         if isinstance(c[2], ast.Site):
@@ -702,8 +656,7 @@ class TreeBuilder(Transformer[Token, Any]):
             tuple(child for child in c if isinstance(child, ast.Axis)),
             next((child for child in c if isinstance(child, ast.ShortSite)), None),
             next((child for child in c if isinstance(child, ast.RankedSelection)), None),
-            _clauses(c).get("basis"),
-            _clauses(c).get("excluded", ()),
+            **_clauses(c),
             span=_span(c),
         )
 
@@ -719,10 +672,10 @@ class TreeBuilder(Transformer[Token, Any]):
 
     def axis(self, c: list[Any]) -> ast.Axis:
         values = tuple(child for child in c if isinstance(child, (ast.Star, ast.AxisRange)))
-        return _axis(c[0], values, _span(c), window=_clauses(c).get("window"))
+        return _axis(c[0], values, _span(c), **_clauses(c))
 
     window = _clause("window", _second_amount)
-    flat_axis = axis
+    flat_axis = dims = axis
 
     def features(self, c: list[Any]) -> ast.Axis:
         return _features(c)
@@ -732,14 +685,9 @@ class TreeBuilder(Transformer[Token, Any]):
     def axis_word(self, c: list[Any]) -> Token:
         return c[0]
 
-    feature_word = dim_word = axis_word
+    change_word = feature_word = dim_word = axis_word
 
-    def dims(self, c: list[Any]) -> ast.Axis:
-        values = tuple(child for child in c if isinstance(child, (ast.Star, ast.AxisRange)))
-        return _axis(c[0], values, _span(c))
-
-    def axis_range(self, c: list[Any]) -> ast.AxisRange:
-        return ast.AxisRange(c[0], c[2] if len(c) == 3 else None, span=_span(c))
+    axis_range = _node(ast.AxisRange, 0, 2)
 
     def bound(self, c: list[Any]) -> ast.Bound:
         last = c[-1]
@@ -752,17 +700,16 @@ class TreeBuilder(Transformer[Token, Any]):
             return ast.Bound(name=str(c[0]), offset=number, span=_span(c))
         return ast.Bound(number, span=_span(c))
 
-    def star(self, c: list[Any]) -> ast.Star:
-        return ast.Star(span=_span(c))
+    star = _node(ast.Star)
 
     def short(self, c: list[Any]) -> ast.ShortSite:
         site, _, component = str(c[0]).partition(".")
         unit = "H" if "H" in site else "N" if "N" in site else None
         layer, _, index = site[1:].partition(unit or "H")
         return ast.ShortSite(
-            _short_number(layer, c[0]),
+            _integer(c[0], layer),
             unit,
-            _short_number(index, c[0]) if unit else None,
+            _integer(c[0], index) if unit else None,
             component or None,
             span=_span(c),
         )
@@ -786,11 +733,10 @@ class TreeBuilder(Transformer[Token, Any]):
         return ast.Positions(tuple(items), span=_span(c))
 
     def position(self, c: list[Any]) -> ast.Position:
-        clauses = _clauses(c)
-        return ast.Position(c[0], clauses.get("align"), "and" in clauses, span=_span(c))
+        return ast.Position(c[0], **_clauses(c), span=_span(c))
 
     align = _clause("align", lambda c: c[1].id)
-    and_answer = _clause("and", lambda c: True)
+    and_answer = _clause("and_answer", lambda c: True)
     bare_index = _clause("index", lambda c: _index(c))
 
     def between(self, c: list[Any]) -> ast.Between:
@@ -801,7 +747,7 @@ class TreeBuilder(Transformer[Token, Any]):
         return _nested(node, c[-1], instead=c[-1])
 
     def point(self, c: list[Any]) -> ast.Point:
-        return ast.Point(c[0], _clauses(c).get("offset", 0), span=_span(c))
+        return ast.Point(c[0], **_clauses(c), span=_span(c))
 
     offset = _clause("offset", lambda c: _signed(c))
 
@@ -827,32 +773,24 @@ class TreeBuilder(Transformer[Token, Any]):
         "numbers", lambda c: (_integer(c[0]), _integer(c[2]) if len(c) == 3 else None)
     )
 
-    def each_step(self, c: list[Any]) -> ast.EachStep:
-        return ast.EachStep(span=_span(c))
-
-    def each_token_of(self, c: list[Any]) -> ast.EachTokenOf:
-        return ast.EachTokenOf(c[3], span=_span(c))
-
-    def edge_token(self, c: list[Any]) -> ast.EdgeToken:
-        return ast.EdgeToken(c[0].value, c[3] if len(c) == 4 else None, span=_span(c))
+    each_step = _node(ast.EachStep)
+    each_token_of = _node(ast.EachTokenOf, 3)
+    edge_token = _node(ast.EdgeToken, 0, 3)
 
     def ranked_tokens(self, c: list[Any]) -> ast.RankedTokens:
         return ast.RankedTokens(c[0], c[1].type == "TOKENS", span=_span(c))
 
-    def joined(self, c: list[Any]) -> ast.PositionUnion:
-        return ast.PositionUnion(c[1], span=_span(c))
+    joined = _node(ast.PositionUnion, 1)
 
     def span(self, c: list[Any]) -> ast.SpanRef:
-        facts: dict[str, Any] = dict(c[0].value)
-        return ast.SpanRef(**facts, of=_clauses(c).get("of"), span=_span(c))
+        return ast.SpanRef(**c[0].value, **_clauses(c[1:]), span=_span(c))
 
     span_name = _clause(
         "span", lambda c: {"name": str(c[0]), "occurrence": c[1] if len(c) == 2 else None}
     )
 
     def further_span(self, c: list[Any]) -> ast.SpanRef:
-        of = _clauses(c).get("of")
-        return ast.SpanRef(str(c[0]), occurrence=c[1], of=of, span=_span(c))
+        return ast.SpanRef(str(c[0]), occurrence=c[1], **_clauses(c), span=_span(c))
 
     def further(self, c: list[Any]) -> ast.Occurrence:
         variable = ast.Variable(str(c[0]), offset=_number_after_sign(c[1:]), span=_span(c))
@@ -888,7 +826,7 @@ class TreeBuilder(Transformer[Token, Any]):
             view=view,
             row=row,
             col=col,
-            of=_clauses(c).get("of"),
+            **_clauses(c),
             span=_span(c),
         )
 
@@ -928,82 +866,46 @@ class TreeBuilder(Transformer[Token, Any]):
         return ast.Argument(None, ast.Name(str(c[0]), span=_span(c)), span=_span(c))
 
     def quantity(self, c: list[Any]) -> ast.Quantity:
-        of = _clauses(c).get("of")
-        return ast.Quantity(c[0].value, str(c[1]), of, span=_span(c))
+        return ast.Quantity(c[0].value, str(c[1]), **_clauses(c), span=_span(c))
 
     quantity_of = _clause("of", lambda c: str(c[1]))
-
-    def edge_token_of(self, c: list[Any]) -> ast.EdgeTokenOf:
-        return _nested(ast.EdgeTokenOf(c[0].value, c[3], span=_span(c)), c[3])
-
-    def end(self, c: list[Any]) -> ast.Name:
-        return _name(c[0])
-
-    def site_map(self, c: list[Any]) -> ast.SiteMap:
-        return ast.SiteMap(c[0], c[2], span=_span(c))
+    edge_token_of = _node(ast.EdgeTokenOf, 0, 3, nested=True)
+    site_map = _node(ast.SiteMap, 0, 2)
 
     def placed_edge(self, c: list[Any]) -> ast.SiteMap:
         of, at = c[0], next((part for part in c if isinstance(part, ast.Position)), None)
         return of if at is None else ast.SiteMap(of.source, of.target, at, span=_span(c))
 
-    view_run = _clause("view run", _second)
-    view_at = _clause("view at", lambda c: ast.Positions((c[1],), span=c[1].span))
+    view_run = _clause("run", _second)
+    view_at = _clause("at", lambda c: ast.Positions((c[1],), span=c[1].span))
 
     def site_view(self, c: list[Any]) -> ast.SiteView:
-        clauses = _clauses(c)
-        run, at = clauses.get("view run"), clauses.get("view at")
-        return ast.SiteView(c[0], run, at, span=_span(c))
+        return ast.SiteView(c[0], **_clauses(c), span=_span(c))
 
-    def class_output(self, c: list[Any]) -> ast.ClassOutput:
-        return _nested(ast.ClassOutput(c[1], span=_span(c)), c[1])
-
-    def range(self, c: list[Any]) -> ast.Range:
-        return _nested(ast.Range(c[0], c[2], span=_span(c)), c[0], c[2])
-
-    def conditional(self, c: list[Any]) -> Any:
-        return _nested(ast.Conditional(c[1], c[3], c[5], span=_span(c)), c[1], c[3], c[5])
-
-    def disjunction(self, c: list[Any]) -> Any:
-        return _nested(ast.Logical("or", c[0], c[2], span=_span(c)), c[0], c[2])
-
-    def conjunction(self, c: list[Any]) -> Any:
-        return _nested(ast.Logical("and", c[0], c[2], span=_span(c)), c[0], c[2])
-
-    def negation(self, c: list[Any]) -> Any:
-        return _nested(ast.Not(c[1], span=_span(c)), c[1])
-
-    def compare(self, c: list[Any]) -> Any:
-        return _nested(ast.Compare(c[1].value, c[0], c[2], span=_span(c)), c[0], c[2])
-
-    def in_range(self, c: list[Any]) -> Any:
-        return _nested(ast.InRange(c[0], c[2], span=_span(c)), c[0], c[2])
-
-    def near(self, c: list[Any]) -> Any:
-        return _nested(ast.Near(c[0], c[2], c[4], span=_span(c)), c[0], c[2], c[4])
-
-    def addition(self, c: list[Any]) -> Any:
-        return _nested(ast.Binary(c[1].value, c[0], c[2], span=_span(c)), c[0], c[2])
-
+    class_output = _node(ast.ClassOutput, 1, nested=True)
+    range = _node(ast.Range, 0, 2, nested=True)
+    conditional = _node(ast.Conditional, 1, 3, 5, nested=True)
+    disjunction = _node(ast.Logical, 1, 0, 2, nested=True)
+    conjunction = disjunction
+    negation = _node(ast.Not, 1, nested=True)
+    compare = _node(ast.Compare, 1, 0, 2, nested=True)
+    in_range = _node(ast.InRange, 0, 2, nested=True)
+    near = _node(ast.Near, 0, 2, 4, nested=True)
+    addition = _node(ast.Binary, 1, 0, 2, nested=True)
     multiplication = addition
-
-    def negative(self, c: list[Any]) -> Any:
-        return _nested(ast.Negative(c[1], span=_span(c)), c[1])
+    negative = _node(ast.Negative, 1, nested=True)
 
     def variable(self, c: list[Any]) -> ast.Name:
         return _defined(_name(c[0]), "; `rename { … }` gives a column of data another name")
 
-    def of_ref(self, c: list[Any]) -> ast.QualifiedRef:
-        return ast.QualifiedRef(str(c[0]), c[2], span=_span(c))
+    of_ref = _node(ast.QualifiedRef, 0, 2)
 
     def of_experiment(self, c: list[Any]) -> ast.ExperimentMeasure:
         measure = ast.QualifiedRef(str(c[0]), c[2], span=_span(c[:3]))
         return ast.ExperimentMeasure(measure, c[4], span=_span(c))
 
-    def attribute(self, c: list[Any]) -> ast.Attribute:
-        return ast.Attribute(str(c[0]), str(c[2]), span=_span(c))
-
-    def index(self, c: list[Any]) -> Any:
-        return _nested(ast.Index(str(c[0]), c[2], span=_span(c)), c[2])
+    attribute = _node(ast.Attribute, 0, 2)
+    index = _node(ast.Index, 0, 2, nested=True)
 
     def list_of(self, c: list[Any]) -> Any:
         items = tuple(_nodes(c))
@@ -1275,13 +1177,6 @@ def _further_token(before: ast.Position, index: Clause) -> ast.Position:
     plural = isinstance(base, ast.TokenIndex) and base.plural
     token = ast.TokenIndex(plural, *index.value, span=index.span)
     return ast.Position(ast.Point(token, span=index.span), span=index.span)
-
-
-def _short_number(digits: str, token: Token) -> int:
-    if len(digits) > 308:
-        _report(NumberTooLarge(span=_span([token])))
-        return 0
-    return int(digits)
 
 
 def _without_misspelt(clauses: Sequence[Clause]) -> list[Clause]:

@@ -143,16 +143,7 @@ def _select_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> Exper
     return replace(
         result,
         measures=tuple(
-            replace(
-                data,
-                patched=cut(data.patched),
-                base=cut(data.base),
-                source=cut(data.source),
-                truth=cut(data.truth),
-                rounding=cut(data.rounding),
-                seen=keep_shared_views(cut(data.seen)),
-            )
-            for data in result.measures
+            _change_rows(data, cut, keep_shared_views(cut(data.seen))) for data in result.measures
         ),
         drawn=None
         if result.drawn is None
@@ -172,6 +163,16 @@ def _select_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> Exper
         seen=chosen(result.seen) if result.seen else (),
         hits=tuple(chosen(hit) for hit in result.hits),
     )
+
+
+def _change_rows(
+    data: MeasureData, change: Callable[[Floats], Floats], seen: Ints | None
+) -> MeasureData:
+    """Return a measure with changed values of its rows, and with other views."""
+    names = ("patched", "base", "source", "truth", "rounding")
+    values = {name: getattr(data, name) for name in names}
+    known = {name: change(array) for name, array in values.items() if array is not None}
+    return replace(data, **known, seen=seen)
 
 
 def _accuracy_without(result: ExperimentResult, rows: Collection[int]) -> ExperimentResult:
@@ -442,7 +443,10 @@ def _pad_result(result: ExperimentResult, index: Ints, size: int, start: int) ->
     accuracy: Mapping[str, tuple[int, ...]] = result.accuracy_rows
     return replace(
         result,
-        measures=tuple(_pad_measure(data, padded, index, size) for data in result.measures),
+        measures=tuple(
+            _change_rows(data, padded, _pad_views(data.seen, index, size))
+            for data in result.measures
+        ),
         drawn=None
         if result.drawn is None
         else replace(result.drawn, values=tuple(map(padded, result.drawn.values))),
@@ -460,23 +464,10 @@ def _pad_result(result: ExperimentResult, index: Ints, size: int, start: int) ->
     )
 
 
-def _pad_measure(data: MeasureData, padded: Any, index: Ints, size: int) -> MeasureData:
-    def of(values: Floats | None) -> Floats | None:
-        return None if values is None else padded(values)
-
-    return replace(
-        data,
-        patched=padded(data.patched),
-        base=padded(data.base),
-        source=of(data.source),
-        truth=of(data.truth),
-        rounding=of(data.rounding),
-        seen=None if data.seen is None else _pad_views(data.seen, index, size),
-    )
-
-
-def _pad_views(seen: Ints, index: Ints, size: int) -> NDArray[np.int64]:
+def _pad_views(seen: Ints | None, index: Ints, size: int) -> Ints | None:
     """Pad codes of shape [1 or cell, prompt]; every row of another block gets a unique code."""
+    if seen is None:
+        return None
     views = np.tile(np.arange(size, dtype=np.int64) + int(seen.max(initial=0)) + 1, (len(seen), 1))
     views[:, index] = seen
     return views

@@ -26,7 +26,7 @@ from mechdsl.results.differences.cells import (
     match_measures,
     match_rows,
 )
-from mechdsl.results.document import DocumentPart, ExpectDocument, expectation_documents
+from mechdsl.results.document import DocumentPart, ExpectDocument
 from mechdsl.results.experiment_result import (
     DIFFERENCES_RENDERER,
     ExpectOutcome,
@@ -661,59 +661,7 @@ class DifferencesDocument(DocumentPart):
 
 def differences_document(differences: Differences) -> DifferencesDocument:
     """Convert the comparison to its document."""
-    sides = [
-        ComparedRunDocument(
-            name=compared_run.name, **({"note": compared_run.note} if compared_run.note else {})
-        )
-        for compared_run in (differences.old, differences.new)
-    ]
-    return DifferencesDocument(
-        schema=DIFFERENCES_SCHEMA_VERSION,
-        old=sides[0],
-        new=sides[1],
-        changed=differences.changed,
-        reasons=list(differences.reasons),
-        inputs=[
-            InputDocument(
-                what=change.what,
-                old=change.old,
-                new=change.new,
-                experiments=list(change.experiments),
-            )
-            for change in differences.inputs
-        ],
-        rows=[RowsDocument(**_as_lists(vars(row))) for row in differences.rows],
-        verdicts=[
-            VerdictDocument(
-                experiment=verdict.experiment,
-                text=verdict.text,
-                turn=verdict.turn,
-                old=_outcome_document(verdict.old),
-                new=_outcome_document(verdict.new),
-            )
-            for verdict in differences.verdicts
-        ],
-        cells=[
-            CellDifferenceDocument(**{k: v for k, v in vars(cell).items() if k != "cell"})
-            for cell in differences.cells
-        ],
-        added=_unmatched_documents(differences.added),
-        removed=_unmatched_documents(differences.removed),
-        counts=dict(differences.counts),
-        conventions=dict(differences.conventions),
-    )
-
-
-def _as_lists(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
-
-
-def _outcome_document(outcome: ExpectOutcome | None) -> ExpectDocument | None:
-    return None if outcome is None else expectation_documents([outcome])[0]
-
-
-def _unmatched_documents(places: tuple[UnmatchedItem, ...]) -> list[UnmatchedItemDocument]:
-    return [UnmatchedItemDocument(**vars(place)) for place in places]
+    return DifferencesDocument.create(differences, schema_version=DIFFERENCES_SCHEMA_VERSION)
 
 
 def differences_schema() -> dict[str, Any]:

@@ -151,34 +151,15 @@ def decide_expectation(
     if condition is None:
         reason = diagnostics[0].message
         named = expectation_experiments(expectation, [data.label for data in result.measures])
-        return ExpectOutcome(
-            expectation.text,
-            False,
-            None,
-            None,
-            None,
-            reason,
-            line,
-            computed=named.isdisjoint(lost),
-        )
+        verdict = Verdict(False, reason=reason, computed=named.isdisjoint(lost))
+        return ExpectOutcome(expectation.text, line=line, **vars(verdict))
     judge = _Judge(result, CellSelector(result, others or {}), expectation.on_mean, confidence)
     verdict = (
         judge.top(condition) if isinstance(condition, TopCellsCondition) else judge.judge(condition)
     )
-    return ExpectOutcome(
-        expectation.text,
-        verdict.holds,
-        verdict.value,
-        verdict.low,
-        verdict.high,
-        _join_reasons(verdict.reason, selection_text(result))
-        if result.selected
-        else verdict.reason,
-        line,
-        verdict.effective_n,
-        verdict.computed,
-        verdict.undecided,
-    )
+    if result.selected:
+        verdict = replace(verdict, reason=_join_reasons(verdict.reason, selection_text(result)))
+    return ExpectOutcome(expectation.text, line=line, **vars(verdict))
 
 
 def _join_reasons(first: str | None, second: str) -> str:

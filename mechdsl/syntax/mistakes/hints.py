@@ -679,8 +679,7 @@ HINTS: tuple[Hint, ...] = (
     Hint(r"^$", r"python\b", "name the value: `count = python(…)`"),
     Hint(r"^$", r"apply\b", "write `set SITE at POSITION to python(…)`"),
     # Signs and words of other languages.
-    Hint(r"\b([0-9]+)\s*$", r"- *([0-9]+)", "a range is written `{0}..{1}`"),
-    Hint(r"\b([0-9]+)\s*$", r": *([0-9]+)", "a range is written `{0}..{1}`"),
+    Hint(r"\b([0-9]+)\s*$", r"[-:] *([0-9]+)", "a range is written `{0}..{1}`"),
     Hint(r"\b([0-9]+)\s+$", r"to +([0-9]+)\b", "a range is written `{0}..{1}`"),
     Hint(
         r"\bwindow\s+$",
