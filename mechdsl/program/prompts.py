@@ -31,7 +31,7 @@ from mechdsl.program.images import (
 )
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.paths import HF_DATASET_PATH
-from mechdsl.program.spec import CLEAN, Constant, whole_number_value
+from mechdsl.program.spec import CLEAN, Constant, constant_value, whole_number_value
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import field_names, walk
 
@@ -57,6 +57,8 @@ class _BlockLines:
         self.values: list[spec.Value] = []
         self.templates: list[ast.String] = []
         self.chat: ast.Chat | None = None
+        self.chat_arguments: list[spec.ChatArgument] = []
+        self.parameters: Mapping[str, Constant] = {}
         self.texts: list[spec.TextDef] = []
         self.spans: list[ast.SpanDef] = []
         self.corruptions: list[spec.Corruption] = []
@@ -380,11 +382,30 @@ class _BlockLines:
         self._writes_rows(line)
         self.chat = self.chat or line
         for turn in line.turns:
-            if turn.role not in spec.CHAT_ROLES:
+            if isinstance(turn, ast.Argument):
+                self._chat_argument(turn)
+            elif turn.role not in spec.CHAT_ROLES:
                 known = spec.CHAT_ROLES
                 hint = did_you_mean(turn.role, known, f"roles are {name_list(known)}")
                 unknown = UnknownWord(span=turn.span, kind="role", word=turn.role, hint=hint)
                 self.diagnostics.append(unknown)
+
+        if not any(isinstance(turn, ast.ChatTurn) for turn in line.turns):
+            reason, hint = "has no turn", 'add one: `user "{question}"`'
+            self.diagnostics.append(
+                BadArgument(span=line.span, name="chat", reason=reason, hint=hint)
+            )
+
+    def _chat_argument(self, argument: ast.Argument) -> None:
+        value = constant_value(argument.value, self.parameters)
+        name = argument.name or ""
+        if value is None or any(name == other.name for other in self.chat_arguments):
+            reason = "is given twice" if value is not None else "isn't a constant"
+            hint = "write it once" if value is not None else f"write `{name}: false`"
+            bad = BadArgument(span=argument.span, name=name, reason=reason, hint=hint)
+            self.diagnostics.append(bad)
+            return
+        self.chat_arguments.append(spec.ChatArgument(span=argument.span, name=name, value=value))
 
     def _templates(self, line: ast.DomainDef) -> None:
         self._writes_rows(line)
@@ -434,7 +455,7 @@ class _BlockLines:
     def find_image_block(self) -> None:
         """Tell a block whose images the prompts contain from one that they are scored with."""
         written = list(self.templates)
-        written += [turn.text for turn in self.chat.turns] if self.chat is not None else []
+        written += [turn.text for turn in _turns(self.chat)]
         line = self.scored_with
         if line is not None and any(_IN_TEXT.search(text.value) for text in written):
             self.image_block, self.scored_with = line.source, None
@@ -469,9 +490,14 @@ class _BlockLines:
             self.diagnostics.append(bad)
 
 
-def _turn(turn: ast.ChatTurn) -> ast.ChatTurn:
-    """Replace an invalid role, which has already been reported."""
-    return turn if turn.role in spec.CHAT_ROLES else replace(turn, role="user")
+def _turns(chat: ast.Chat | None) -> list[ast.ChatTurn]:
+    """Return the turns of a chat, with `user` for an invalid role, which is already reported."""
+    turns = () if chat is None else chat.turns
+    return [
+        turn if turn.role in spec.CHAT_ROLES else replace(turn, role="user")
+        for turn in turns
+        if isinstance(turn, ast.ChatTurn)
+    ]
 
 
 def lower_prompts(
@@ -479,6 +505,7 @@ def lower_prompts(
 ) -> spec.Prompts:
     """Lower a block. Codes: E0108, E0201 (`words(MODEL)`), E0202, E0207, E0209."""
     block = _BlockLines(definition, scope)
+    block.parameters = parameters
     for line in definition.lines:
         block.add(line)
     block.only_of_streamed_rows()
@@ -579,7 +606,8 @@ def _lowered(block: _BlockLines) -> spec.Prompts:
         name=block.definition.name.id,
         values=tuple(block.values),
         templates=() if block.chat is not None else tuple(block.templates),
-        chat=() if block.chat is None else tuple(map(_turn, block.chat.turns)),
+        chat=tuple(_turns(block.chat)),
+        chat_arguments=tuple(block.chat_arguments),
         rows=None if block.rows is None else block.rows.source,
         distinct=block.rows is not None and block.rows.distinct,
         streamed=block.rows is not None and block.rows.streamed,

@@ -285,7 +285,7 @@ class Corruption(Spec):
 NO_PROMPTS, NO_TEXT = "no prompts", "."
 """The block of experiments that observe only weights, and the text of its one row."""
 
-CHAT_ROLES = ("system", "user", "assistant")
+CHAT_ROLES = ("system", "user", "assistant", "tool")
 """Roles of the turns of a chat."""
 
 
@@ -317,6 +317,13 @@ class RenamedColumn(Spec):
     column: str
 
 
+class ChatArgument(Spec):
+    """An argument of a chat template."""
+
+    name: str
+    value: Constant
+
+
 class Prompts(Spec):
     """One `prompts` block, or one of `images`."""
 
@@ -332,6 +339,8 @@ class Prompts(Spec):
     templates: tuple[StringText, ...] = ()
     chat: tuple[ChatTurnText, ...] = ()
     """Turns for the tokenizer's chat template, instead of templates."""
+    chat_arguments: tuple[ChatArgument, ...] = ()
+    """What the template gets besides the turns: `enable_thinking: false`."""
     rows: ExprText | None = None
     """The file's path as a string expression."""
     from_images: bool = False

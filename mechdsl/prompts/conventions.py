@@ -191,6 +191,8 @@ def _chat_conventions(
         said += "followed by its start of a reply"
     else:
         said += "without a start of a reply (it doesn't read `add_generation_prompt`)"
+    for argument in block.spec.chat_arguments:
+        said += f"; {argument.name}: {str(argument.value).lower()}"
     if chat is not None and chat.tells_time:
         said += f"; the template's date is {CHAT_DATE.day} {CHAT_DATE:%B %Y}"
     return {

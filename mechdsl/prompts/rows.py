@@ -1255,7 +1255,7 @@ class Row(ImageRow):
             return self.block.chat.written(self.turns)
         except ChatProblem as problem:
             turns = self.template.turns
-            at = turns[problem.turn or 0].span
+            at = turns[0 if problem.turn is None else problem.turn].span
             raise Refusal(ChatRefused, at, reason=problem.reason, hint=problem.hint) from problem
 
     def named_text(self, name: str) -> str | TokenId:

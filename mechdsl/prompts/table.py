@@ -20,8 +20,8 @@ from typing import TypedDict
 
 from mechdsl.base import limits
 from mechdsl.base.hashing import stable_hash
-from mechdsl.base.text import Span, quote
-from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.base.text import Span, name_list, quote
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.models import NoTokenFor
 from mechdsl.diagnostics.prompts import (
     BadChatTemplate,
@@ -95,6 +95,7 @@ from mechdsl.prompts.selection import (
     set_mean_images,
     unchanged_template_warnings,
 )
+from mechdsl.prompts.tokens.chat import ChatTemplate
 from mechdsl.prompts.tokens.image_prompts import (
     ImagePromptTokenizer,
     prompt_pictures,
@@ -729,8 +730,23 @@ def _no_chat(prompts: spec.Prompts, tokenizer: TextTokenizer) -> list[Diagnostic
         return [NoChatTemplate(span=span)]
     problem = tokenizer.chat.problem
     if problem is None:
-        return []
+        return list(_unread_arguments(prompts, tokenizer.chat))
     return [BadChatTemplate(span=span, reason=problem.reason, hint=problem.hint)]
+
+
+def _unread_arguments(prompts: spec.Prompts, chat: ChatTemplate) -> Iterator[Diagnostic]:
+    """Yield E0207 for arguments of a chat that the template doesn't read."""
+    for argument in prompts.chat_arguments:
+        if argument.name in chat.variables:
+            continue
+        known = sorted(chat.variables)
+        listed = f"it reads {name_list(known)}" if known else "it reads none; remove the line"
+        yield BadArgument(
+            span=argument.span,
+            name=argument.name,
+            reason="isn't a variable that the model's chat template reads",
+            hint=did_you_mean(argument.name, known, listed),
+        )
 
 
 _STAND_IN_FRAMES = 16

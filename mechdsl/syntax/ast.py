@@ -536,7 +536,8 @@ class ChatTurn(Node):
 
 @statement("chat {turns:block}", "chat")
 class Chat(Node):
-    turns: tuple[ChatTurn, ...]
+    turns: tuple[ChatTurn | Argument, ...]
+    """Turns, and arguments of the template: `enable_thinking: false`."""
 
 
 @statement("rows {source:sum} [{distinct:flag} | {streamed:flag}]", "rows")

@@ -485,6 +485,8 @@ def _formless(node: Any) -> str:
     match node:
         case ast.Version():
             return f"mech {node.number}"
+        case ast.Argument():
+            return _argument(node)
         case ast.ModelDef():
             return f"model {node.name.id} = {_sum(node.source)}"
         case ast.RenameLine():

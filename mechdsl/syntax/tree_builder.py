@@ -860,6 +860,8 @@ class TreeBuilder(Transformer[Token, Any]):
         depths[id(node)] = depths.get(id(value), 0)
         return node
 
+    chat_argument = argument
+
     control = call
 
     def word(self, c: list[Any]) -> ast.Argument:

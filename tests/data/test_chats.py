@@ -375,6 +375,68 @@ def test_jinja_features_render_as_in_transformers(template: str) -> None:
     assert row.text == rendered[0][0]
 
 
+THINKING = (
+    "{%- for m in messages %}{%- if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n"
+    "{{ m.content }}\n</tool_response><|im_end|>\n{%- else %}{%- set text = m.content %}"
+    "{%- if m.role == 'assistant' and '</think>' in text %}"
+    "{%- set text = text.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "<|im_start|>{{ m.role }}\n{{ text }}<|im_end|>\n{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n"
+    "{%- if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{%- endif %}{%- endif %}"
+)
+"""As Qwen 3's: results of tools, thoughts that are left out of earlier replies, and an argument."""
+
+
+@pytest.mark.parametrize("thinks", [None, False, True])
+@pytest.mark.parametrize("messages", [[("user", "plum")], [("user", "plum"), ("tool", "fig 3")]])
+def test_arguments_and_results_of_tools_render_as_in_transformers(
+    thinks: bool | None, messages: list[tuple[str, str]]
+) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    arguments = {} if thinks is None else {"enable_thinking": thinks}
+    told = [{"role": role, "content": text} for role, text in messages]
+    rendered: Any = render_jinja_template(
+        [told], chat_template=THINKING, add_generation_prompt=True, **arguments
+    )
+    line = "" if thinks is None else f"enable_thinking: {str(thinks).lower()} "
+    own = support.wrapped(chats.backend("chatml"))
+    own.chat = replace(chats.chat("chatml"), text=THINKING)
+    made = support.table(turns_of(messages).replace("{ ", f"{{ {line}"), own)
+    assert made.runs["clean"].rows[0].text == rendered[0][0]
+    assert (f"enable_thinking: {thinks}".lower() in made.conventions["chat"]) is bool(line)
+    roles = {span.name for span in made.runs["clean"].rows[0].spans}
+    assert roles == {role for role, _ in messages}
+
+
+def test_unread_argument_of_a_template_is_an_error() -> None:
+    code, message = refused("chatml", 'chat { enable_thinkin: false user "a" }', THINKING)
+    assert (code, "isn't a variable" in message) == ("E0207", True)
+
+
+def test_reply_whose_thoughts_a_template_leaves_out_is_named() -> None:
+    """Regression: E0552 marked the user's turn."""
+    own = support.wrapped(chats.backend("chatml"))
+    own.chat = replace(chats.chat("chatml"), text=THINKING)
+    body = 'chat { user "plum" assistant "<think>\\nfig\\n</think>\\n3" }'
+    made, found = support.build(body, own)
+    assert made is None
+    assert (found[0].code, found[0].span.written[:9]) == ("E0552", "assistant")
+
+
+@pytest.mark.parametrize(
+    ("bos", "text", "count"),
+    [(None, "<|begin_of_text|>plum", 1), (False, "<|begin_of_text|>plum", 0), (None, "plum", 0)],
+)
+def test_two_beginnings_of_a_prompt_are_warned_about(
+    bos: bool | None, text: str, count: int
+) -> None:
+    own = support.wrapped(chats.backend("llama"), bos_token="<|begin_of_text|>", bos=bos)
+    _, found = support.build(f'template "{text}"', own)
+    assert [each.code for each in found].count("W0707") == count
+
+
 OPENING = (
     "{{ 'ask' if add_generation_prompt else 'go on' }}: "
     "{% for m in messages %}{{ m.content }};{% endfor %}"

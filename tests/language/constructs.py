@@ -1200,8 +1200,10 @@ _prompts(
 )
 _prompts(
     "chat",
-    'chat { system "Count 1:" user "Part 1: {fruits} Count 1:" assistant "There are" }',
-    "Chat turns, formatted with the chat template of the model's tokenizer. Each turn is a "
+    'chat { enable_thinking: false user "Count: {fruits}" assistant "There are" }',
+    "Chat turns (`system`, `user`, `assistant`, `tool`), formatted with the chat template of the "
+    "model's tokenizer, and constants for variables of the template; one that it doesn't read is "
+    "E0207. Each turn is a "
     "span named after its role (`last-user token`, `user 2 tokens`). A final assistant turn is "
     "the beginning of the reply; otherwise the template opens a reply. The template adds the "
     "special tokens, and a row whose text contains one is rejected. For templates that print "

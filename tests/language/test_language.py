@@ -72,6 +72,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(("many", "classifier"), ("vit", "vit")),
     ):
         shutil.copytree(data / source, folder / name)
+    with (folder / "chat" / "chat_template.jinja").open("a", encoding="utf-8") as template:
+        template.write("{% if enable_thinking is defined %}{% endif %}")
     shutil.copytree(data / "sae", folder / "sae")
     for kind in ("circle", "square"):
         Image.new("RGB", (30, 20), "red").save(folder / f"{kind}.png")

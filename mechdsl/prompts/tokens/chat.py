@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import field
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
@@ -59,6 +60,8 @@ class ChatTemplate(Record):
     """The text that stands for an image in formatted texts; empty without images."""
     part: str = "image"
     """The type of images in the lists of parts that the template gets."""
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Further variables that the template gets: `enable_thinking`."""
 
     @cached_property
     def digest(self) -> str:
@@ -66,6 +69,7 @@ class ChatTemplate(Record):
         parts = (self.text, sorted(self.tokens.items()), sorted(self.added.items()))
         parts += (self.image,) if self.image else ()
         parts += (self.part,) if self.part != "image" else ()
+        parts += (sorted(self.arguments.items()),) if self.arguments else ()
         return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
@@ -99,6 +103,14 @@ class ChatTemplate(Record):
         )
 
         return TemplateSandbox().compiled(self.text)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The variables that the template reads, without those that mechdsl sets itself."""
+        from mechdsl.prompts.tokens.sandbox import TemplateSandbox
+
+        reserved = {"messages", "tools", "documents", "add_generation_prompt", *self.tokens}
+        return frozenset(TemplateSandbox().variables(self.text) - reserved)
 
     def marker_in(self, text: str) -> str | None:
         """Return the name of a special token that a text contains, where it would be that token."""
@@ -147,7 +159,10 @@ class ChatTemplate(Record):
         plain = self._rendered(turns, texts, owners)
         formatted = _Found(self._rendered(turns, marked, owners), mark, close)
         if formatted.text != plain:
-            _lost(turns, formatted)
+            alone = ([*texts[:n], marked[n], *texts[n + 1 :]] for n in range(len(turns)))
+            seen = (_Found(self._rendered(turns, one, owners), mark, close).text for one in alone)
+            changed = next((n for n, text in enumerate(seen) if text != plain), None)
+            _lost(turns, formatted, changed)
         rich = formatted.rich(turns, owners)
         for piece in formatted.between:
             for number, text in enumerate(texts):
@@ -195,6 +210,7 @@ class ChatTemplate(Record):
             "documents": None,
             "add_generation_prompt": turns[-1].role != ASSISTANT,
             **self.tokens,
+            **self.arguments,
         }
         try:
             text = self._render(names)

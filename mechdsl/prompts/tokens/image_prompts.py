@@ -729,15 +729,16 @@ class ImagePromptTokenizer(TextTokenizer):
         return [*ids, *(() if moved is None else (moved,)), *plain.ids[first:]]
 
     def chat_for(self, prompts: spec.Prompts) -> ChatTemplate | None:
-        if self.chat is None or not (prompts.chat and prompts.pictures):
-            return self.chat
+        chat = super().chat_for(prompts)
+        if chat is None or not (prompts.chat and prompts.pictures):
+            return chat
         try:
             if any(picture.is_video for picture in prompts.pictures) and self.video_chat:
                 given = self.video_text(_SOME_FRAMES).given
-                return replace(self.chat, text=self.video_chat, image=given, part="video")
-            return replace(self.chat, image=self.image_text.given)
+                return replace(chat, text=self.video_chat, image=given, part="video")
+            return replace(chat, image=self.image_text.given)
         except UnsupportedProcessor:  # an error of the model
-            return self.chat
+            return chat
 
     # --- texts to tokens --------------------------------------------------------------------------
 

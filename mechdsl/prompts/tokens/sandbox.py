@@ -11,6 +11,7 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import FILTERS
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -238,6 +239,14 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             return template.render(names)
 
         return render
+
+    def variables(self, text: str) -> set[str]:
+        """Return the names of a template that it doesn't define; those of functions are left out.
+
+        Raises:
+            Exception: As `compiled`.
+        """
+        return find_undeclared_variables(self.parse(text)) - self.globals.keys()
 
     def _bound(self, tree: nodes.Template) -> None:
         """Make loop rounds and macro calls cost what they contain, and check values that grow."""

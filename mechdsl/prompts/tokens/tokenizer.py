@@ -245,8 +245,11 @@ class TextTokenizer:
         return made._checked(span)
 
     def chat_for(self, prompts: spec.Prompts) -> ChatTemplate | None:
-        """Return the template that formats the turns of a block."""
-        return self.chat
+        """Return the template that formats the turns of a block, with its arguments."""
+        if self.chat is None or not prompts.chat_arguments:
+            return self.chat
+        arguments = {argument.name: argument.value for argument in prompts.chat_arguments}
+        return replace(self.chat, arguments=arguments)
 
     def same_as(self, other: TextTokenizer) -> bool:
         """Return whether both produce the same tokens for every text and every chat."""
