@@ -1200,7 +1200,7 @@ _prompts(
 )
 _prompts(
     "chat",
-    'chat { enable_thinking: false user "Count: {fruits}" assistant "There are" }',
+    'chat { enable_thinking: false user "Count: {fruits}" assistant "So" }',
     "Chat turns (`system`, `user`, `assistant`, `tool`), formatted with the chat template of the "
     "model's tokenizer, and constants for variables of the template; one that it doesn't read is "
     "E0207. Each turn is a "
