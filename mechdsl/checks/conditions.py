@@ -382,7 +382,11 @@ def _axis(axis: ast.Axis) -> AxisRanges:
         if isinstance(value, ast.RankedSelection):
             raise unreadable_expectation(value.span, "not an index", "write the number itself")
         low = _bound(value.low)
-        axes += ascending_range(low, low if value.high is None else _bound(value.high), value.span)
+        high = low if value.high is None else _bound(value.high)
+        ends = ascending_range(low, high, value.span)
+        if value.step < 1:
+            raise unreadable_expectation(value.span, "its step is not above 0", "write a step")
+        axes += ends if value.step == 1 else [(n, n) for n in value.numbers(low, high)]
     return tuple(axes)
 
 

@@ -544,7 +544,7 @@ def _covers(basis: spec.Basis | None, layer: int, parts: Definitions) -> bool | 
             continue
         low = number(value.low)
         high = low if value.high is None else number(value.high)
-        if low <= layer <= high:
+        if layer in value.numbers(low, high):
             return several or high > low
     return None
 

@@ -239,13 +239,17 @@ class _AxisReader:
                 high = low if value.high is None else self._bound(value.high, at)
                 if low is None or high is None:
                     return None
+                if value.step < 1:
+                    reason, hint = "its step is not above 0", "write a step above 0: `0..6 step 2`"
+                    self._bad(span, span.written, reason, hint)
+                    return None
                 ends = counts_from_end(value.low) != counts_from_end(value.high)
                 if high < low and self.context.shape.stands_in and ends:
                     high = low  # the order of the two depends on the model
                 if high < low:
                     self._empty(value, at)
                     return None
-                own = range(low, high + 1)
+                own = value.numbers(low, high)
             self.count += len(own)
             if self.count > limits.CELLS:
                 self._too_many(span)

@@ -247,10 +247,15 @@ class Bound(Node):
 
 
 class AxisRange(Node):
-    """`10..20`, or one value (`high` None)."""
+    """`10..20`, `0..30 step 2`, or one value (`high` None)."""
 
     low: Bound
     high: Bound | None = None
+    step: int = 1
+
+    def numbers(self, low: int, high: int) -> range:
+        """Return the numbers from one end to the other, `high` included."""
+        return range(low, high + 1, max(1, self.step))
 
 
 AxisWord = Literal["layer", "head", "neuron", "expert", "feature", "dim"]

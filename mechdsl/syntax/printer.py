@@ -252,7 +252,8 @@ def format_axis_value(node: ast.AxisValue) -> str:
         return "*"
     if isinstance(node, ast.RankedSelection):
         return format_ranked(node)
-    return _bound(node.low) + (f"..{_bound(node.high)}" if node.high else "")
+    step = f" step {node.step}" if node.step != 1 else ""
+    return _bound(node.low) + (f"..{_bound(node.high)}{step}" if node.high else "")
 
 
 def _bound(node: ast.Bound) -> str:

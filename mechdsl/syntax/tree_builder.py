@@ -687,7 +687,12 @@ class TreeBuilder(Transformer[Token, Any]):
 
     change_word = feature_word = dim_word = axis_word
 
-    axis_range = _node(ast.AxisRange, 0, 2)
+    axis_step = _clause("step", lambda c: c[1].value)
+
+    def axis_range(self, c: list[Any]) -> ast.AxisRange:
+        low, *high = (child for child in c if isinstance(child, ast.Bound))
+        high_end = high[0] if high else None
+        return ast.AxisRange(low, high_end, _clauses(c).get("step", 1), span=_span(c))
 
     def bound(self, c: list[Any]) -> ast.Bound:
         last = c[-1]

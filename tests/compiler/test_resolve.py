@@ -124,6 +124,14 @@ def test_positions_are_an_axis() -> None:
     assert found.axes == ()
 
 
+def test_ranges_of_an_axis_have_a_step() -> None:
+    found = one("ablate layer 0..2 step 2 heads 0..3 step 3 at last token with zero", DELTA)
+    assert found.axes[0].labels == (0, 2)
+    listed = one("ablate layer 0, 2 heads 0, 3 at last token with zero", DELTA)
+    assert [rule.sites.points for rule in found.rules] == [r.sites.points for r in listed.rules]
+    assert codes("ablate layer 0..2 step 0 head 1 at last token with zero", DELTA) == ["E0322"]
+
+
 def test_occurrences_are_an_axis_with_two_names() -> None:
     (axis,) = one(FROM, "patch resid_post layer 0 at each item token", DELTA).axes
     assert (axis.name, axis.alias) == ("position", "item")

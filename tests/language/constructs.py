@@ -1468,7 +1468,7 @@ _COORDINATES = "tests/execute/test_coordinates.py"
 _site(
     "layer 0..2",
     "resid_post layer 0..2",
-    "A sweep with one run per layer. Both ends are included.",
+    "A sweep with one run per layer. Both ends are included; `0..30 step 2` names every second one.",
     _COORDINATES,
 )
 _site("layers 0..2", "resid_post layers 0..2", "All of these layers in one run.", _COORDINATES)
