@@ -770,12 +770,16 @@ def _architecture(name: str, written: str) -> Architecture:
 
 
 def site_of_hook(hook: str) -> tuple[str, int] | None:
-    """Return the site and layer that a hook point of TransformerLens names; None if unknown."""
+    """Return the site and layer that a hook point of TransformerLens names; None if unknown.
+
+    `blocks.3.hook_resid_post` is in a decoder, `encoder.3.hook_resid_post` in an encoder of text.
+    """
     words = hook.split(".")
-    if len(words) < 3 or words[0] != "blocks" or not re.fullmatch("[0-9]{1,4}", words[1]):
+    stacks = {"blocks": "", "decoder": "", "encoder": " encoder"}
+    if len(words) < 3 or words[0] not in stacks or not re.fullmatch("[0-9]{1,4}", words[1]):
         return None
     site = HOOK_SITES.get(".".join(words[2:]))
-    return None if site is None else (site, int(words[1]))
+    return None if site is None else (f"{site}{stacks[words[0]]}", int(words[1]))
 
 
 ENCODED_SITES = ("mlp_norm", "resid_mid")

@@ -1709,7 +1709,6 @@ def _operand(
 _OF_THE_MAIN_STACK: Mapping[str, str] = {
     "weights": "the weights are those of the decoder's layers",
     "tokens": "the unembedding reads the decoder's residual stream",
-    "dictionary": "the file of a dictionary names a layer without a stack",
 }
 """What a method takes → why it isn't for another stack."""
 

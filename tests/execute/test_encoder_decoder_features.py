@@ -3,10 +3,13 @@ in which every named feature reads and sends separately."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mechdsl.diagnostics.rendering import render_full
 
@@ -14,12 +17,13 @@ from ..rules import test_dictionaries as dictionaries
 from ..rules import test_transcoders as transcoders
 from .encoder_decoder_circuits import EMBED, ENCODED, LOGITS, Edge, Features, list_edges
 from .encoder_decoders import model, tokenizer
-from .support import DIFFERENCE, ROWS, experiment, try_file
+from .support import DIFFERENCE, ROWS, experiment, token, try_file
 from .test_encoder_decoder_circuits import (
     SCORES,
     WITH_FEATURES,
     expected,
     fitted,
+    inputs,
     opened,
     path_scores,
     ran,
@@ -146,3 +150,35 @@ def test_all_nodes_of_the_attention_of_a_decoder_equal_its_heads(
     parts, whole = (found[key].measures[0] for key in ("ec", "ew"))
     np.testing.assert_allclose(parts.patched, whole.patched, atol=1e-4)
     assert np.abs(parts.patched - parts.base).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "block"), [("t5", "encoder.block.1"), ("bart", "model.encoder.layers.1")]
+)
+def test_dictionary_in_an_encoder_equals_hooks(family: str, block: str, tmp_path: Path) -> None:
+    """Regression: a file of a dictionary was E0342 there, although `fit(sae(…))` trains one."""
+    own = dictionaries.make(tmp_path, "standard", 16)
+    config = tmp_path / "sae" / "cfg.json"
+    text_ = config.read_text(encoding="utf-8").replace("blocks.", "encoder.")
+    config.write_text(text_, encoding="utf-8")
+    lines = 'basis f = sae("sae") at resid_post encoder layer 1\n' + experiment(
+        "e", "prompts p", "ablate features 3, 5 of f at last token with zero", DIFFERENCE
+    )
+    found = ran(family, lines, tmp_path)["e"]
+    module = copy.deepcopy(model(family)).double()
+
+    def without(_: Any, args: Any, output: Any) -> Any:
+        whole = (output[0] if isinstance(output, tuple) else output).clone()
+        active = own.encode(whole[0, -2])[[3, 5]]  # a token after the text ends it
+        whole[0, -2] -= active @ own.w_dec[[3, 5]]
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    module.get_submodule(block).register_forward_hook(without)
+    expected_ = []
+    for record in ROWS:
+        with torch.no_grad():
+            logits = module(**inputs(family, record)).logits[0, -1]
+        expected_.append(float(logits[token(record["a"])] - logits[token(record["b"])]))
+    measure = found.measures[0]
+    assert np.abs(measure.patched[0] - expected_).max() < 1e-4
+    assert np.abs(measure.patched[0] - measure.base[0]).max() > 1e-3

@@ -292,7 +292,9 @@ _file(
     "path. A sender that isn't before the receiver is E0335. Only `ablate` takes a circuit. "
     "`ablate c`: the edges of the circuit carry the fill of their sender, at these tokens. Each "
     "receiver reads the stream of this pass plus, for the sender of each ablated edge, its fill "
-    "minus its value. mechdsl recomputes the norm before the receiver. All other edges carry the "
+    "minus its value. mechdsl recomputes the norm before the receiver, and a norm over the queries "
+    "or keys of all heads (OLMo 2), so that an edge into one head's query changes those of its "
+    "neighbours, too. All other edges carry the "
     "values of this pass. `ablate all but c` ablates all edges outside the circuit. The fill is "
     "`zero`, `mean`, `resample` or a run, such as `fewer`. `against random(39)` draws circuits "
     "with the same number of edges; if each edge is on a path of the circuit from `embed` to "
@@ -674,7 +676,8 @@ _file(
     "position; with `each_token: true`, of the vectors of all its tokens. Coordinates are those "
     "of x minus the mean of the rows, so 0 is the mean. The site may be any site of vectors, one "
     "head's `z`, or all heads or neurons as one vector (`z layer 2`, `mlp_hidden layer 2`). The "
-    "conventions report how each basis was computed.",
+    "conventions report how each basis was computed. The largest coordinate of each component is "
+    "positive.",
     _BASES,
     OWN,
 )
@@ -1468,7 +1471,8 @@ _COORDINATES = "tests/execute/test_coordinates.py"
 _site(
     "layer 0..2",
     "resid_post layer 0..2",
-    "A sweep with one run per layer. Both ends are included; `0..30 step 2` names every second one.",
+    "A sweep with one run per layer. Both ends are included; `0..30 step 2` names every second "
+    "layer.",
     _COORDINATES,
 )
 _site("layers 0..2", "resid_post layers 0..2", "All of these layers in one run.", _COORDINATES)

@@ -1035,6 +1035,7 @@ def test_skipped_nodes_of_models_with_further_norms_do_not_change_values(
         patched = found[f"e{n}"].measures[0].patched
         assert np.abs(patched - found[f"e{n}"].measures[0].base).max() > 1e-2
         np.testing.assert_allclose(patched, whole[f"e{n}"].measures[0].patched, atol=1e-4)
+        assert ("heads" in found[f"e{n}"].conventions) == (not skips)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text"])

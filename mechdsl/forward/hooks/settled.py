@@ -50,13 +50,7 @@ class CircuitSettler:
 
     @cached_property
     def _has_separate_heads(self) -> bool:
-        """Whether a head depends on no queries, keys and values of other heads. A norm over all
-        queries of a layer has more weights than a query has numbers."""
-        model = self.model
-        every = range(model.shape.n_layers)
-        if any(_has_joint_norm(model, n) for n in every):
-            return False
-        return all(_has_separate_units(model, site, n) for site in ATTENTION_INPUTS for n in every)
+        return has_separate_heads(self.model)
 
     def settle(self, write: CircuitWrite, lengths: Ints) -> CircuitWrite:
         """Return a circuit that gives the same logits with fewer senders, heads and MLPs.
@@ -125,6 +119,15 @@ class CircuitSettler:
             tuple(_receiver(graph.receivers[n]) for n in np.flatnonzero(due)),
             torch.from_numpy(ablated[due]).to(write.mask),
         )
+
+
+def has_separate_heads(model: LoadedModel) -> bool:
+    """Return whether a head depends on no queries, keys and values of other heads. A norm over all
+    queries of a layer has more weights than a query has numbers."""
+    every = range(model.shape.n_layers)
+    if any(_has_joint_norm(model, n) for n in every):
+        return False
+    return all(_has_separate_units(model, site, n) for site in ATTENTION_INPUTS for n in every)
 
 
 def _has_joint_norm(model: LoadedModel, layer: int) -> bool:

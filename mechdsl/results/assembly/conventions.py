@@ -19,6 +19,7 @@ from mechdsl.execute.unpatched_batch import compute_noise_scale
 from mechdsl.execute.unpatched_runs import SUPPRESSING, find_end_tokens, find_suppressed
 from mechdsl.forward.generation.cached_pass import choose_method
 from mechdsl.forward.hooks.model import LoadedModel, shares_position_biases
+from mechdsl.forward.hooks.settled import has_separate_heads
 from mechdsl.models.shape import ModelShape
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan
 from mechdsl.program.spec import CLEAN, Estimator, Generation
@@ -210,7 +211,19 @@ def run_conventions(
         **dict(_of_findings(plan, measured)),
         **dict(_of_inert(plan, measured)),
         **dict(_of_text_before_image(experiment, model)),
+        **dict(_of_joint_norms(experiment, model)),
     }
+
+
+def _of_joint_norms(experiment: ResolvedExperiment, model: LoadedModel) -> ConventionItems:
+    """Describe edges of a circuit in a model whose heads share a norm (OLMo 2)."""
+    has_circuit = any(rule.circuit is not None for rule in experiment.every_rule)
+    if has_circuit and model.shape.takes == "text" and not has_separate_heads(model):
+        yield (
+            "heads",
+            "a norm joins the queries, keys or outputs of all heads in a layer: an edge into one "
+            "head also changes the others",
+        )
 
 
 ConventionItems = Iterator[tuple[str, str]]
