@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
-from inspect import Parameter, signature
+from inspect import Parameter, signature, unwrap
 from pathlib import Path
 from traceback import walk_tb
 from types import ModuleType
@@ -178,6 +178,10 @@ class PythonFunction:
             )
         return (f"correct `{self.name}`, or exclude rows that it can't process",)
 
+    def _code_file(self) -> str:
+        """Return the file of the code, as tracebacks name it."""
+        return str(self.path)
+
     def _line(self, error: BaseException | None) -> int | None:
         """Return the innermost line of the file in an exception's traceback."""
         if error is None:
@@ -185,7 +189,7 @@ class PythonFunction:
         lines = [
             line
             for frame, line in walk_tb(error.__traceback__)
-            if frame.f_code.co_filename == str(self.path)
+            if frame.f_code.co_filename == self._code_file()
         ]
         return lines[-1] if lines else None
 
@@ -283,7 +287,13 @@ class CallableFunction(PythonFunction):
         self.source.watch.changed |= not unchanged
 
     def where(self, error: BaseException | None = None) -> str:
-        return f"passed as `{self.file}`"
+        line = self._line(error)
+        passed = f"passed as `{self.file}`"
+        return passed if line is None else f"{passed}, at {Path(self._code_file()).name}:{line}"
+
+    def _code_file(self) -> str:
+        code = getattr(unwrap(self.source.function), "__code__", None)
+        return "" if code is None else code.co_filename
 
     def load(self) -> Callable[..., Any]:
         function = self.source.function

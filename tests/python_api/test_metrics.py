@@ -148,3 +148,18 @@ def test_run_in_second_thread_waits_for_first(file: Path) -> None:
     assert order == sorted(order)
     for own, same in zip(*found, strict=True):
         np.testing.assert_array_equal(own, same)
+
+
+def test_failure_of_a_callable_metric_names_its_line(file: Path) -> None:
+    """Once, with the line of the function."""
+
+    def fails(logits: Any) -> Any:
+        return logits.sum() / {}["nothing"]  # this line
+
+    with pytest.warns(mechdsl.MechdslWarning, match="E0223") as warned:
+        mechdsl.run(file, metrics={"spread": fails}, store=False)
+    found = [str(each.message) for each in warned if "E0223" in str(each.message)]
+    assert len(found) == 1
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    line = next(n for n, text in enumerate(lines, 1) if text.endswith("# this line"))
+    assert f'passed as `metrics["spread"]`, at test_metrics.py:{line}, in' in found[0]

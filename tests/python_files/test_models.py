@@ -192,7 +192,7 @@ def test_python_file_is_found_relative_to_the_mech_file(tmp_path: Path) -> None:
 def test_check_without_python_models_imports_no_torch(tmp_path: Path) -> None:
     """Checks don't load models, even if Python may run."""
     write(tmp_path, FRUIT + EXPERIMENT, BUILD)
-    options = CheckOptions((), None, (), allow_python=True, allow_outside=False, untrusted=False)
+    options = CheckOptions((), untrusted=False, allow_python=True)
     before = set(sys.modules)
     assert not check(tmp_path / "file.mech", options.settings()).built
     assert "mechdsl.loading.loader" not in set(sys.modules) - before
