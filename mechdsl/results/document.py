@@ -30,6 +30,8 @@ from mechdsl.results.experiment_result import (
     VerdictComparison,
     finite_number,
 )
+from mechdsl.results.statistics_conventions import WITHHELD_TEXTS
+from mechdsl.results.survival import Survival, survival_words
 from mechdsl.statistics.cell_statistics import compute_category_statistics
 from mechdsl.statistics.measurements import (
     CellStatistics,
@@ -382,6 +384,12 @@ class MeasureDocument(DocumentPart):
         "no larger. For shares and categories: the share of prompts that rounding may "
         "change, if any",
     )
+    survives: Survival | None = Field(
+        default=None,
+        description="whether the effect survives the correction, as in the table; `rounding`: it "
+        "can't be told from rounding, whatever its p; `in band`: random targets reach it. Absent "
+        "if its p isn't corrected",
+    )
     reason: str | None = Field(default=None, description="why a number is null")
 
 
@@ -657,7 +665,9 @@ class ResultsDocument(DocumentPart):
     )
 
 
-def _measure_document(result: ExperimentResult, measure: int, cell: int, n: int) -> MeasureDocument:
+def _measure_document(
+    result: ExperimentResult, measure: int, cell: int, n: int, survives: Survival | None
+) -> MeasureDocument:
     data, statistic = result.measures[measure], result.statistics[measure]
     keys = ("commonest", "share", "mean_error") if data.kind == "category" else ()
     return MeasureDocument(
@@ -686,7 +696,8 @@ def _measure_document(result: ExperimentResult, measure: int, cell: int, n: int)
             rounding=finite_number(statistic.rounding[cell])
             if statistic.at_rounding[cell] or may_round_differently(data, statistic)[cell]
             else None,
-            reason=_reason(statistic.reasons[cell], data, result.source),
+            survives=survives or None,
+            reason=_reason(statistic, cell, data, result.source),
         ),
     )
 
@@ -729,15 +740,23 @@ def _null_document(result: ExperimentResult, measure: int, cell: int) -> NullDoc
     )
 
 
-def _reason(reason: str | None, data: MeasureData, source: str | None) -> str | None:
-    """Return the cell's reason, extended by the reason for a missing source value."""
+def _reason(
+    statistic: CellStatistics, cell: int, data: MeasureData, source: str | None
+) -> str | None:
+    """Return the cell's reason, extended by those for a missing corrected p and source value."""
+    reason = statistic.reasons[cell]
+    if statistic.withheld and not data.inert[cell] and np.isnan(statistic.p_corrected[cell]):
+        withheld = f"no corrected p: {WITHHELD_TEXTS[statistic.withheld]}"
+        reason = f"{reason}; {withheld}" if reason else withheld
     if data.source is not None or data.kind == "category":
         return reason
     missing = "no source run" if source is None else f"not read in the run `{source}`"
     return f"{reason}; {missing}" if reason else missing
 
 
-def _cell_document(result: ExperimentResult, index: int, key: CellKey) -> CellDocument:
+def _cell_document(
+    result: ExperimentResult, index: int, key: CellKey, survival: Sequence[Sequence[Survival]]
+) -> CellDocument:
     n = max((int(statistic.n[index]) for statistic in result.statistics), default=0)
     return CellDocument.create(
         key,
@@ -748,7 +767,8 @@ def _cell_document(result: ExperimentResult, index: int, key: CellKey) -> CellDo
         listed_first=[first for _, first in key.shares],
         active=result.active[index] if result.active else (),
         measures=[
-            _measure_document(result, measure, index, n) for measure in range(len(result.measures))
+            _measure_document(result, measure, index, n, words[index] if words else None)
+            for measure, words in enumerate(survival)
         ],
     )
 
@@ -816,9 +836,12 @@ def _seed_mean_document(result: ExperimentResult, mean: SeedMean) -> SeedMeanDoc
 
 def experiment_document(result: ExperimentResult) -> ExperimentDocument:
     """Convert a finished experiment."""
+    survival = [survival_words(result, measure) for measure in range(len(result.measures))]
     return ExperimentDocument.create(
         result,
-        cells=[_cell_document(result, index, key) for index, key in enumerate(result.cells)],
+        cells=[
+            _cell_document(result, index, key, survival) for index, key in enumerate(result.cells)
+        ],
         runs=_run_documents(result),
         expect=result.outcomes,
         left_out=[LeftOutDocument(row=row, where=where) for row, where in result.left_out.items()],

@@ -27,6 +27,7 @@ from mechdsl.program.spec import SEED_AXIS
 from mechdsl.resolve.cells import CellKey, Coord
 from mechdsl.results.experiment_result import ActiveText, ExperimentResult
 from mechdsl.results.statistics_conventions import sign_ranking_note, statistics_conventions
+from mechdsl.results.survival import survival_words
 from mechdsl.show.console import visible_console
 from mechdsl.show.reports.colours import cell_style, diverging_colour, needs_white_text
 from mechdsl.show.reports.grid import hit_tokens_text, listed_tokens_text, sort_key, value_text
@@ -36,8 +37,6 @@ from mechdsl.show.reports.text import (
     heading_facts,
     inert_note,
     interval_texts,
-    is_significant,
-    is_within_random,
     mean_texts,
     measure_name,
     null_band_note,
@@ -476,24 +475,8 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
     if statistic.test is None:
         return columns
     correction = result.settings.correction if result.settings else "none"
-    survived, small = is_significant(result, measure), statistic.at_rounding
-    alike = is_within_random(result, measure)
-    by_zero = EFFECTS[result.measures[measure].effect].is_shown_by_zero
-    weaker = "above band" if by_zero else "below band"
-    verdicts = [
-        "inert"
-        if result.measures[measure].inert[i]
-        else "rounding"
-        if small[i]
-        else MISSING
-        if np.isnan(statistic.p_corrected[i])
-        else ("in band" if band is not None and band.inside[i] else weaker)
-        if alike[i]
-        else "yes"
-        if survived[i]
-        else "no"
-        for i in order
-    ]
+    words = survival_words(result, measure)
+    verdicts = [words[i] or MISSING for i in order]
 
     def texts(p: Floats) -> list[str]:
         # The max-statistic has separate flips, whose minimum seldom matches that of single cells.

@@ -20,6 +20,7 @@ from mechdsl.results.statistics_conventions import (
     describe_equal_draws,
     selection_text,
 )
+from mechdsl.results.survival import is_significant, is_within_random, significance_level
 from mechdsl.statistics.measurements import (
     CellStatistics,
     MeasureData,
@@ -119,12 +120,6 @@ def p_text(p: float, at_most: bool = False) -> str:
     if p < 0.0001:
         return "< 0.0001"
     return f"≤ {p:.4f}" if at_most and p < 1 else f"{p:.4f}"
-
-
-def significance_level(result: ExperimentResult) -> float:
-    """Return the threshold for a corrected p: 0.05 for intervals of 95 %."""
-    confidence = result.settings.confidence if result.settings else 95.0
-    return round(1 - confidence / 100, 10)
 
 
 def measure_name(data: MeasureData) -> str:
@@ -279,13 +274,6 @@ def print_hanging(lead: str, text: str, console: Console) -> None:
         console.print(Text(start + line, style="dim"), highlight=False, soft_wrap=True)
 
 
-def is_significant(result: ExperimentResult, measure: int) -> Bools:
-    """Return whether a corrected effect is significant and exceeds rounding. Shape [cell]."""
-    statistic = result.statistics[measure]
-    with np.errstate(invalid="ignore"):
-        return (statistic.p_corrected < significance_level(result)) & ~statistic.at_rounding
-
-
 def rounding_note(result: ExperimentResult, measure: int) -> str | None:
     """Count the cells with mean effects at, or affected by, the level of rounding; give it."""
     data, statistic = result.measures[measure], result.statistics[measure]
@@ -349,16 +337,6 @@ def thin_note(result: ExperimentResult, measure: int, mark: str = THIN_MARK) -> 
     cells = "1 cell has" if count == 1 else f"{count} cells have"
     share = f"{100 * THIN_SHARE:g} %"
     return f"{mark} {cells} fewer than {share} of the {most} prompts of the largest cell"
-
-
-def is_within_random(result: ExperimentResult, measure: int) -> Bools:
-    """Return whether the effect is significant after correction, but random targets reach it: it is
-    in its null band, or weaker than the band. Bands of too few draws don't count. Shape
-    [cell]."""
-    band, survived = result.control(measure), is_significant(result, measure)
-    if band is None:
-        return np.zeros_like(survived)
-    return survived & band.decides & (band.inside | band.weaker)
 
 
 def significance_marks(result: ExperimentResult, measure: int) -> list[str]:
