@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from itertools import product
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from mechdsl.base import limits
 from mechdsl.base.records import Record
@@ -68,6 +68,10 @@ from mechdsl.syntax.traversal import rewrite, walk
 from mechdsl.vocab.metrics import FIRST, LAST, METRICS, MetricArgument, MetricForm, check_pattern
 from mechdsl.vocab.sites import SITES
 
+Arguments: TypeAlias = tuple[ast.Argument, ...]
+MetricBuilder: TypeAlias = Callable[[MetricTerm, Arguments, MeasureContext], MetricTerm | None]
+"""Fills in the arguments of a term, which has only the fields `node`, `name` and `form`."""
+
 _REPLY_USAGE = {
     "exact_match": "`exact_match` or `exact_match(answer)`",
     "contains": '`contains("I cannot", "I\'m sorry")`',
@@ -78,43 +82,35 @@ _REPLY_USAGE = {
 
 
 def resolve_reply_metric(
-    node: ast.Expr,
-    name: str,
-    form: MetricForm,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
+    term: MetricTerm, arguments: Arguments, context: MeasureContext
 ) -> MetricTerm | None:
     """Resolve a metric of the reply and the texts that it compares with; None after an error.
 
     Codes: E0612, and those of texts.
     """
-    if not check_reply(node, context):
+    if not check_reply(term.node, context):
         return None
     given = [argument.value for argument in arguments]
     rows = len(context.table)
     if any(argument.name is not None for argument in arguments):
-        return _report_reply_usage(node, name, "its arguments have no names", context)
-    if name == "length":
+        return _report_reply_usage(term, "its arguments have no names", context)
+    if term.name == "length":
         if given:
-            return _report_reply_usage(node, name, "it takes no argument", context)
-        return MetricTerm(node, name, form, wanted={None: ((),) * rows})
-    if name == "number":
+            return _report_reply_usage(term, "it takes no argument", context)
+        return replace(term, wanted={None: ((),) * rows})
+    if term.name == "number":
         which = _numeral_end(given)
         if which is None:
             return _report_reply_usage(
-                node, name, "only the `first` or `last` number can be read", context
+                term, "only the `first` or `last` number can be read", context
             )
-        return MetricTerm(node, name, form, wanted={None: ((which,),) * rows})
-    if name == "matches":
-        pattern = _pattern(node, given, context)
-        return (
-            None
-            if pattern is None
-            else MetricTerm(node, name, form, wanted={None: ((pattern,),) * rows})
-        )
-    if not given and form.default is None:
-        return _report_reply_usage(node, name, "it has no argument", context)
-    return _of_texts(node, name, form, given, context)
+        return replace(term, wanted={None: ((which,),) * rows})
+    if term.name == "matches":
+        pattern = _pattern(term, given, context)
+        return None if pattern is None else replace(term, wanted={None: ((pattern,),) * rows})
+    if not given and term.form.default is None:
+        return _report_reply_usage(term, "it has no argument", context)
+    return _of_texts(term, given, context)
 
 
 def check_reply(node: ast.Expr, context: MeasureContext) -> bool:
@@ -126,8 +122,8 @@ def check_reply(node: ast.Expr, context: MeasureContext) -> bool:
     return False
 
 
-def _report_reply_usage(node: ast.Expr, name: str, reason: str, context: MeasureContext) -> None:
-    report_unreadable(context, node.span, reason, f"write {_REPLY_USAGE[name]}")
+def _report_reply_usage(term: MetricTerm, reason: str, context: MeasureContext) -> None:
+    report_unreadable(context, term.node.span, reason, f"write {_REPLY_USAGE[term.name]}")
 
 
 def _numeral_end(given: Sequence[object]) -> str | None:
@@ -138,34 +134,32 @@ def _numeral_end(given: Sequence[object]) -> str | None:
     return word if word in (FIRST, LAST) else None
 
 
-def _pattern(node: ast.Expr, given: Sequence[object], context: MeasureContext) -> str | None:
+def _pattern(term: MetricTerm, given: Sequence[object], context: MeasureContext) -> str | None:
     """Return a regular expression verbatim, including braces."""
     text = given[0] if len(given) == 1 else None
     if not isinstance(text, ast.String):
-        return _report_reply_usage(
-            node, "matches", "it takes one regular expression in quotes", context
-        )
+        return _report_reply_usage(term, "it takes one regular expression in quotes", context)
     try:
         check_pattern(text.value)
     except ValueError as error:
         reason = f"its regular expression is invalid: {error}"
         hint = 'escape special characters with a backslash: `matches("\\(yes\\)")`'
-        report_unreadable(context, text.span, reason, hint, of=node.span)
+        report_unreadable(context, text.span, reason, hint, of=term.node.span)
         return None
     return text.value
 
 
 def _of_texts(
-    node: ast.Expr, name: str, form: MetricForm, given: Sequence[object], context: MeasureContext
+    term: MetricTerm, given: Sequence[object], context: MeasureContext
 ) -> MetricTerm | None:
     """Resolve the texts of each row, any of which matches."""
     parts = [cast("SetExpression", each) for each in given]
-    parts = parts or [ast.Name(form.default or "answer", span=node.span)]
+    parts = parts or [ast.Name(term.form.default or "answer", span=term.node.span)]
     for part in parts:
         if isinstance(part, ast.ClassOutput | ast.SiteValue | ast.Quantity | ast.EdgeTokenOf):
             reason = f"`{part.span.written}` is not a text that a reply could contain"
             report_unreadable(
-                context, part.span, reason, f"write {_REPLY_USAGE[name]}", of=node.span
+                context, part.span, reason, f"write {_REPLY_USAGE[term.name]}", of=term.node.span
             )
             return None
     envs = find_item_numbers(parts, context)
@@ -182,14 +176,14 @@ def _of_texts(
         if empty and not context.table.stands_in:
             every = (
                 "every reply contains it"
-                if name == "contains"
+                if term.name == "contains"
                 else ("which is true only of an empty reply")
             )
             report_unreadable(
-                context, node.span, f"one of its texts is empty, and {every}", "name a text"
+                context, term.node.span, f"one of its texts is empty, and {every}", "name a text"
             )
             return None
-    return MetricTerm(node, name, form, wanted=wanted)
+    return replace(term, wanted=wanted)
 
 
 DIGITS_ARGUMENT = "digits"
@@ -197,18 +191,16 @@ DIGITS_ARGUMENT = "digits"
 
 
 def resolve_set_metric(
-    node: ast.Expr,
-    name: str,
-    form: MetricForm,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
+    term: MetricTerm, arguments: Arguments, context: MeasureContext
 ) -> MetricTerm | None:
     """Resolve a metric of any of several texts or numerals, for each row; None after an error."""
     parts = [cast("SetExpression", a.value) for a in arguments if a.name is None]
-    right = parts[1] if form.compared and len(parts) > 1 else None
-    parts = parts[:1] if form.compared else parts
-    digits = _digits(node, name, arguments, parts, context)
-    if digits is None or not all(_fits_in_set(part, node, name, context) for part in parts):
+    right = parts[1] if term.form.compared and len(parts) > 1 else None
+    parts = parts[:1] if term.form.compared else parts
+    digits = _digits(term, arguments, parts, context)
+    if digits is None or not all(
+        _fits_in_set(part, term.node, term.name, context) for part in parts
+    ):
         return None
     envs = find_item_numbers([*parts, right], context)
     if envs is None:
@@ -225,47 +217,43 @@ def resolve_set_metric(
         context.diagnostics.extend(problems)
         if has_errors(problems):
             return None
-        if form.takes == "numerals" and any(
+        if term.form.takes == "numerals" and any(
             tokens.number is None for row in rows for tokens in row
         ):
             report_unreadable(
                 context,
-                node.span,
+                term.node.span,
                 "not all of its entries are whole numbers",
-                f"write `{name}(1..9)`",
+                f"write `{term.name}(1..9)`",
             )
             return None
         every = ((n, e.text) for n, row in enumerate(rows) for e in row)
         long = next((each for each in every if len(each[1].ids) != 1), None)
-        if long is not None and not _sums_tokens(parts, name, *long, context):
+        if long is not None and not _sums_tokens(parts, term.name, *long, context):
             return None
         if long is not None and not context.tokenizer.stands_in:
             by_item = env is not None or any(_differs_by_cell(part, context) for part in parts)
-            if not _reads_whole_texts(node, by_item, context):
+            if not _reads_whole_texts(term.node, by_item, context):
                 return None
             texts = [tuple(tokens.text.ids for tokens in row) for row in rows]
-            return _of_alternatives(node, name, texts, context)
+            return _of_alternatives(term.node, term.name, texts, context)
         sets[env] = TokenSets.made_of(rows)
-        if form.compared:
-            numbers = _right_numbers(node, name, right, env, context)
+        if term.form.compared:
+            numbers = _right_numbers(term, right, env, context)
             if numbers is None:
                 return None
             sets[env] = sets[env].minus(numbers)
-    return MetricTerm(node, name, form, sets=sets)
+    return replace(term, sets=sets)
 
 
 def _right_numbers(
-    node: ast.Expr,
-    name: str,
-    right: SetExpression | None,
-    env: ItemNumber,
-    context: MeasureContext,
+    term: MetricTerm, right: SetExpression | None, env: ItemNumber, context: MeasureContext
 ) -> Sequence[int] | None:
     """Return each row's right number: the answer or a second argument; None after an error."""
     if isinstance(right, ast.Range | ast.ListLiteral):
         reason = f"`{right.span.written}` isn't one number"
-        hint = f"pass the right number as the second argument: `{name}(1..9, n)`"
-        report_unreadable(context, right.span, reason, hint, of=node.span)
+        hint = f"pass the right number as the second argument: `{term.name}(1..9, n)`"
+        report_unreadable(context, right.span, reason, hint, of=term.node.span)
         return None
     if right is not None:
         numbers, problems = right_numbers(context.table, right, context.names_of(env))
@@ -274,8 +262,8 @@ def _right_numbers(
     answers = _truth(context.table) or ()
     if not answers or not all(answer.is_integer() for answer in answers):
         reason = "the answers aren't whole numbers"
-        hint = f"pass the right number as the second argument: `{name}(1..9, n)`"
-        report_unreadable(context, node.span, reason, hint)
+        hint = f"pass the right number as the second argument: `{term.name}(1..9, n)`"
+        report_unreadable(context, term.node.span, reason, hint)
         return None
     return [int(answer) for answer in answers]
 
@@ -401,11 +389,7 @@ def _of_row(end: ast.Expr, parameters: Mapping[str, Any]) -> bool:
 
 
 def _digits(
-    node: ast.Expr,
-    name: str,
-    arguments: tuple[ast.Argument, ...],
-    parts: Sequence[SetExpression],
-    context: MeasureContext,
+    term: MetricTerm, arguments: Arguments, parts: Sequence[SetExpression], context: MeasureContext
 ) -> int | None:
     """Return the number of digits of numerals: 0 to match `answer`, None after an error."""
     given = next((a for a in arguments if a.name is not None), None)
@@ -415,13 +399,13 @@ def _digits(
     if number is None or not 1 <= number <= limits.DIGITS:
         reason = f"`digits` must be a whole number from 1 to {limits.DIGITS}"
         report_unreadable(
-            context, given.span, reason, f"write `{name}(0..99, digits: 2)`", of=node.span
+            context, given.span, reason, f"write `{term.name}(0..99, digits: 2)`", of=term.node.span
         )
         return None
     if not any(isinstance(part, ast.Range | ast.ListLiteral) for part in parts):
         reason = "`digits` applies to numerals, but there are none"
         report_unreadable(
-            context, given.span, reason, "remove it: texts are given in full", of=node.span
+            context, given.span, reason, "remove it: texts are given in full", of=term.node.span
         )
         return None
     return number
@@ -467,7 +451,9 @@ def resolve_metric(node: ast.Name | ast.Call, context: MeasureContext) -> Metric
         return None
     arguments = node.arguments if isinstance(node, ast.Call) else ()
     if "reply" in metric.forms:
-        return resolve_reply_metric(node, name, metric.forms["reply"], arguments, context)
+        return resolve_reply_metric(
+            MetricTerm(node, name, metric.forms["reply"]), arguments, context
+        )
     shape = context.sites.shape
     images = isinstance(context.tokenizer, ImageTokenizer) or bool(shape.side)
     wanted = find_class_argument(node, metric, shape, of_images=images)
@@ -487,7 +473,7 @@ def resolve_metric(node: ast.Name | ast.Call, context: MeasureContext) -> Metric
         )
         return None
     if wanted is not None:
-        return _of_class(node, name, form, wanted, context)
+        return _of_class(MetricTerm(node, name, form), wanted, context)
     problem = check_form(node, name, form, shape, context.sites.model)
     chooses = reads_classes(form, shape)
     if problem is None and chooses:
@@ -496,7 +482,7 @@ def resolve_metric(node: ast.Name | ast.Call, context: MeasureContext) -> Metric
     if problem is not None:
         context.diagnostics.append(problem)
         return None
-    term = _BUILDERS[form.takes](node, name, form, arguments, context)
+    term = _BUILDERS[form.takes](MetricTerm(node, name, form), arguments, context)
     return replace(term, classes=shape.classes) if term is not None and chooses else term
 
 
@@ -610,47 +596,28 @@ def _usage(name: str, forms: Mapping[MetricArgument, MetricForm]) -> str:
     return " or ".join(dict.fromkeys(_USAGE[takes].format(name) for takes in forms))
 
 
-MetricBuilder = Callable[
-    [ast.Expr, str, MetricForm, tuple[ast.Argument, ...], MeasureContext], MetricTerm | None
-]
-
-
-def _of_nothing(
-    node: ast.Expr,
-    name: str,
-    form: MetricForm,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
-) -> MetricTerm:
-    return MetricTerm(node, name, form)
+def _of_nothing(term: MetricTerm, arguments: Arguments, context: MeasureContext) -> MetricTerm:
+    return term
 
 
 def _of_attention(
-    node: ast.Expr,
-    name: str,
-    form: MetricForm,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
+    term: MetricTerm, arguments: Arguments, context: MeasureContext
 ) -> MetricTerm | None:
-    if context.observed is None or context.observed.word != name:
+    if context.observed is None or context.observed.word != term.name:
         hint = "add a line `observe attention layer * head * from last token to …`"
         report_unreadable(
-            context, node.span, "no `observe attention` line selects the attention", hint
+            context, term.node.span, "no `observe attention` line selects the attention", hint
         )
         return None
-    return MetricTerm(node, name, form)
+    return term
 
 
-def _of_text(
-    node: ast.Expr,
-    name: str,
-    form: MetricForm,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
-) -> MetricTerm | None:
+def _of_text(term: MetricTerm, arguments: Arguments, context: MeasureContext) -> MetricTerm | None:
     """Resolve `logit(T)` and `logprob(T)`: the token ids of T, for every row and occurrence."""
     text: Any = (
-        arguments[0].value if arguments else ast.Name(form.default or "answer", span=node.span)
+        arguments[0].value
+        if arguments
+        else ast.Name(term.form.default or "answer", span=term.node.span)
     )
     envs = find_item_numbers([text], context)
     if envs is None:
@@ -665,19 +632,19 @@ def _of_text(
         context.diagnostics.extend(problems)
         if any(p.severity == "error" for p in problems):
             return None
-        if form.takes == "target":
+        if term.form.takes == "target":
             long = next(((n, t) for n, t in enumerate(tokens) if len(t.ids) != 1), None)
-            if long is not None and not _sums_tokens([text], name, *long, context):
+            if long is not None and not _sums_tokens([text], term.name, *long, context):
                 return None
             if long is not None:
-                form = METRICS[name].forms["continuation"]
+                term = replace(term, form=METRICS[term.name].forms["continuation"])
         texts[env] = tuple(t.ids for t in tokens)
     several = any(len(ids) != 1 for rows in texts.values() for ids in rows)
     several = several and not context.tokenizer.stands_in
     by_item = by_item or _differs_by_cell(text, context)
     if several and not _reads_whole_texts(text, by_item, context):
         return None
-    return MetricTerm(node, name, form, texts=texts)
+    return replace(term, texts=texts)
 
 
 def _differs_by_cell(text: ast.Node, context: MeasureContext) -> bool:
@@ -696,18 +663,18 @@ def _reads_whole_texts(node: ast.Node, by_item: bool, context: MeasureContext) -
 
 
 def _of_class(
-    node: ast.Expr, name: str, form: MetricForm, wanted: ast.ClassOutput, context: MeasureContext
+    term: MetricTerm, wanted: ast.ClassOutput, context: MeasureContext
 ) -> MetricTerm | None:
     """Resolve `logit(class C)`: the number of the output C, for every row."""
     shape, model = context.sites.shape, context.sites.model
-    problem = check_class(node, name, wanted, shape, model)
+    problem = check_class(term.node, term.name, wanted, shape, model)
     if problem is not None:
         context.diagnostics.append(problem)
         return None
     numbers, problems = resolve_class_numbers(wanted, context.table, shape, model)
-    chooses = reads_classes(form, shape)
+    chooses = reads_classes(term.form, shape)
     if chooses and not problems:
-        lacking = check_classes_exist(node, context.table, shape, model)
+        lacking = check_classes_exist(term.node, context.table, shape, model)
         lacking = lacking or check_class_members(wanted, numbers, shape, model)
         problems = [] if lacking is None else [lacking]
     context.diagnostics.extend(problems)
@@ -715,26 +682,16 @@ def _of_class(
         return None
     texts: dict[ItemNumber, tuple[tuple[int, ...], ...]] = {None: tuple((n,) for n in numbers)}
     classes = shape.classes if chooses else 0
-    return MetricTerm(node, name, form, texts=texts, of_class=True, classes=classes)
+    return replace(term, texts=texts, of_class=True, classes=classes)
 
 
-def _of_run(
-    node: ast.Expr,
-    name: str,
-    form: MetricForm,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
-) -> MetricTerm | None:
+def _of_run(term: MetricTerm, arguments: Arguments, context: MeasureContext) -> MetricTerm | None:
     run = _reference(arguments[0].value, context)
-    return None if run is None else MetricTerm(node, name, form, run=run)
+    return None if run is None else replace(term, run=run)
 
 
 def _of_activations(
-    node: ast.Expr,
-    name: str,
-    form: MetricForm,
-    arguments: tuple[ast.Argument, ...],
-    context: MeasureContext,
+    term: MetricTerm, arguments: Arguments, context: MeasureContext
 ) -> MetricTerm | None:
     site = arguments[0].value
     if isinstance(site, ast.ShortSite):
@@ -747,7 +704,7 @@ def _of_activations(
             site.span,
             "its first argument is not a site",
             "write `cosine(resid_post layer 5, clean)`",
-            of=node.span,
+            of=term.node.span,
         )
         return None
     targets, axes = resolve_site(site, context.sites)
@@ -774,8 +731,8 @@ def _of_activations(
         tuple(key[n] for n in numbers): points[0] for key, points in targets.points.items()
     }
     if not axes:
-        return MetricTerm(node, name, form, run=run, point=site_points[()])
-    return MetricTerm(node, name, form, run=run, points=site_points, axes=axes)
+        return replace(term, run=run, point=site_points[()])
+    return replace(term, run=run, points=site_points, axes=axes)
 
 
 def _of_python(node: ast.Call, context: MeasureContext) -> MetricTerm | None:
