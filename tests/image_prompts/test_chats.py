@@ -14,7 +14,10 @@ from mechdsl.base.text import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.images.picture import _CLOSE, _OPEN
 from mechdsl.loading.loader import adopt_model
+from mechdsl.prompts.tokens.chat import ChatProblem, ChatTemplate, Turn
+from mechdsl.prompts.values import RichText
 from mechdsl.results.experiment_result import FileResult
 
 from ..execute.support import MODES, run_on
@@ -195,3 +198,22 @@ def test_chat_template_that_omits_images_is_rejected() -> None:
     assert error.code == "E0552"
     shown = " ".join(render_full([error], color=False, width=1000).split())
     assert "it writes `<image>` 0 times, for 2 images" in shown
+
+
+def test_changed_turn_after_a_turn_with_an_image_is_named() -> None:
+    """Regression: parts of turns were counted, beyond the last turn."""
+    template = (
+        "{% for m in messages %}[{% for part in m.content %}{% if part.type == 'image' %}<image>"
+        "{% else %}{{ part.text | upper if m.role == 'assistant' else part.text }}{% endif %}"
+        "{% endfor %}]{% endfor %}"
+    )
+    own = ChatTemplate(template, {}, {}, image="<image>")
+    marker = f"{_OPEN}image a #0f 4 x 4{_CLOSE}"
+    turns = (
+        Turn("user", RichText(f"see {marker} now")),
+        Turn("assistant", RichText("plum")),
+        Turn("user", RichText("fig")),
+    )
+    with pytest.raises(ChatProblem) as raised:
+        own.written(turns)
+    assert raised.value.turn == 1

@@ -140,7 +140,13 @@ class ChatTemplate(Record):
         The template places the images; white space next to them is removed before.
         """
         parts = [part for number, turn in enumerate(turns) for part in _parts(number, turn)]
-        return self._formatted([turn for _, turn in parts], [number for number, _ in parts])
+        owners = [number for number, _ in parts]
+        try:
+            return self._formatted([turn for _, turn in parts], owners)
+        except ChatProblem as problem:
+            if problem.turn is not None:
+                problem.turn = owners[problem.turn]
+            raise
 
     def _formatted(self, turns: Sequence[Turn], owners: Sequence[int] | None = None) -> RichText:
         """Format turns, or parts of turns.
