@@ -336,7 +336,7 @@ def explain_projection(model: LoadedModel) -> str | None:
         terms = torch.stack(columns, dim=1)
         stream = stream - terms @ torch.linalg.lstsq(terms, stream).solution
     rest = float(stream.norm() / first[0].double().norm())
-    if rest > STREAM_TOLERANCE:
+    if rest > max(STREAM_TOLERANCE, 4 * torch.finfo(model.dtype).eps):
         return f"{rest:.0%} of what the first block reads isn't a sum of embeddings"
     return None
 

@@ -558,6 +558,7 @@ STRINGS = {
     "citing": False,
     "stopped": False,
     "atom": False,
+    "chat_argument": False,
 }
 """Grammar rules that contain a string → whether the string is a path."""
 

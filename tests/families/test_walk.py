@@ -23,6 +23,7 @@ from ..reference import hooks
 from . import tables
 from .__main__ import PAGE, cells, image_tokens, prepare, reason
 from .parts import Architecture, Refused
+from .unlisted import written_section
 from .walk import KINDS, SMALLEST, Walked, kind, walk
 
 ROWS = {row.name: row for row in tables.every()}
@@ -43,7 +44,7 @@ its message."""
 @cache
 def recorded() -> dict[str, list[str]]:
     """Cells of the row in `docs/models.md`, by name."""
-    text = PAGE.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8").replace(written_section(), "")
     rows = [re.split(r"(?<!\\) \| ", line[2:-2]) for line in text.splitlines() if line[:3] == "| `"]
     return {row[0].strip("`"): row for row in rows}
 

@@ -681,11 +681,6 @@ def _kind(model: torch.nn.Module, key: str) -> str:
     return type(model.get_submodule(key.rpartition(".")[0])).__name__
 
 
-def test_project_out_of_weights_before_an_output_norm_is_an_error(data: Path) -> None:
-    text = DIRECTION + experiment("e", "project out d from weights")
-    assert codes(text, data, "gemma2") == ["E0341"]
-
-
 def vectors(name: str, run: str, layer: int) -> Tensor:
     """[row, width] at the last token."""
     return torch.stack([plain(name, text)["resid_post", layer][text.last, 0] for text in rows(run)])
